@@ -1,0 +1,121 @@
+"""Every exception that this project raises for a reason a user can act on.
+
+    RLHFError                   category, exit code; str() is the whole message for the user
+    ├── ConfigError             "config"     a setting is unknown, contradictory or out of range
+    │   └── PreflightError      "config"     several problems, reported in one list
+    ├── DataError               "data"       a file, row or column is not what its format needs
+    ├── ModelError              "model"      weights, tokenizer or chat template cannot be used
+    ├── StoreError              "store"
+    │   ├── ArtifactNotFound    "not_found"
+    │   ├── ArtifactCorrupt     "store"
+    │   └── StoreUnavailable    "store"      unreachable, refused, full: worth a retry
+    ├── OutOfMemory             "oom"        retried with half the micro-batch
+    ├── TrainingFailure         "training"
+    │   ├── NonFinite           "nonfinite"  a loss or gradient is NaN or infinite
+    │   └── PolicyCollapse      "collapse"   KL or length left its bounds
+    └── JobFailed               "job"        a launched process died; category is the process's own
+
+The category travels from a rank's error file to the orchestrator, which decides from it alone
+whether a retry can help: "store", "oom" and "lost" can, the others cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+RETRYABLE = frozenset({"store", "oom", "lost"})
+
+
+class RLHFError(Exception):
+    """Base of all errors with a message meant for the user."""
+
+    category: str = "internal"
+
+
+class ConfigError(RLHFError, ValueError):
+    """A setting is unknown, contradictory or out of range."""
+
+    category = "config"
+
+
+class PreflightError(ConfigError):
+    """All problems that were found before anything was started.
+
+    Args:
+        problems: one text each, saying what was found, what is needed and what to do.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        noun = "problem" if len(self.problems) == 1 else "problems"
+        lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))
+        super().__init__(f"{len(self.problems)} {noun} found before starting:\n{lines}")
+
+
+class DataError(RLHFError, ValueError):
+    """A file, row or column is not what its format needs."""
+
+    category = "data"
+
+
+class ModelError(RLHFError, ValueError):
+    """Weights, tokenizer or chat template cannot be used."""
+
+    category = "model"
+
+
+class StoreError(RLHFError):
+    """The artifact store cannot do what was asked."""
+
+    category = "store"
+
+
+class ArtifactNotFound(StoreError):
+    """No artifact answers to the given reference."""
+
+    category = "not_found"
+
+
+class ArtifactCorrupt(StoreError):
+    """Stored bytes do not have the sha256 that their manifest names."""
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be reached, refuses the credentials, or is full."""
+
+
+class OutOfMemory(RLHFError):
+    """The device or the host ran out of memory."""
+
+    category = "oom"
+
+
+class TrainingFailure(RLHFError):
+    """Training cannot go on; the last good checkpoint is kept."""
+
+    category = "training"
+
+
+class NonFinite(TrainingFailure):
+    """A loss or a gradient norm is NaN or infinite."""
+
+    category = "nonfinite"
+
+
+class PolicyCollapse(TrainingFailure):
+    """KL or response length left the bounds that the job sets."""
+
+    category = "collapse"
+
+
+class JobFailed(RLHFError):
+    """A launched job ended without its artifact.
+
+    Args:
+        message: what to show the user.
+        category: the category that the failing process reported, "lost" when it reported nothing.
+    """
+
+    def __init__(self, message: str, category: str = "lost") -> None:
+        super().__init__(message)
+        self.category = category
