@@ -1,0 +1,197 @@
+"""What an artifact is: files, kind, metadata and parents, named by the digest of its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from rlhf_core.errors import ArtifactCorrupt, ConfigError
+
+SCHEMA = 1
+KIND = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, order=True)
+class FileEntry:
+    """One file: its path inside the artifact (posix, relative), bytes, and sha256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete, immutable set of files.
+
+    ``digest`` covers kind, files, metadata and parents but not ``created`` (ISO 8601, UTC), so
+    that two publishers of the same thing get the same artifact.
+    """
+
+    digest: str
+    kind: str
+    files: tuple[FileEntry, ...]
+    metadata: dict[str, Any] = field(hash=False)
+    parents: tuple[str, ...] = ()
+    created: str = field(default="", compare=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(entry.size for entry in self.files)
+
+    @property
+    def ref(self) -> str:
+        """A short name for people, ``kind/digest[:12]``; the store resolves it."""
+        return f"{self.kind}/{self.digest[:12]}"
+
+    def file(self, path: str) -> FileEntry:
+        """The entry of one file. Raises ConfigError with the files that there are."""
+        for entry in self.files:
+            if entry.path == path:
+                return entry
+        there = ", ".join(entry.path for entry in self.files[:20]) or "no files"
+        raise ConfigError(f"artifact {self.ref} has no file {path!r}; it holds: {there}")
+
+
+def check_path(path: str) -> str:
+    """Return ``path`` if it is a safe relative posix path; raise ConfigError otherwise."""
+    problem = None
+    if not path or path.startswith("/"):
+        problem = "is empty or absolute"
+    elif any(part in ("", ".", "..") for part in path.split("/")):
+        problem = "has an empty, '.' or '..' part"
+    elif "\\" in path or any(ord(char) < 32 or ord(char) == 127 for char in path):
+        problem = "has a backslash or a control character"
+    else:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            problem = "is not valid UTF-8"
+    if problem:
+        raise ConfigError(
+            f"path {path!r} {problem}; needed is a relative path such as 'weights/a.safetensors'"
+        )
+    return path
+
+
+def check_kind(kind: str) -> str:
+    """Return ``kind`` if it is a slug; raise ConfigError otherwise."""
+    if not KIND.fullmatch(kind):
+        raise ConfigError(
+            f"artifact kind {kind!r} is not a slug; use lower-case letters, digits, '.', '_', '-' "
+            "(1 to 64 characters, first a letter or digit)"
+        )
+    return kind
+
+
+def check_files(files: Iterable[FileEntry]) -> tuple[FileEntry, ...]:
+    """Files in path order. Raises ConfigError for unsafe, double or clashing paths."""
+    ordered = tuple(sorted(files))
+    seen: set[str] = set()
+    for entry in ordered:
+        check_path(entry.path)
+        if entry.path in seen:
+            raise ConfigError(f"path {entry.path!r} is there twice; each file needs its own path")
+        if not SHA256.fullmatch(entry.sha256) or entry.size < 0:
+            raise ConfigError(f"file {entry.path!r} has no valid sha256 and size")
+        seen.add(entry.path)
+    for path in seen:
+        parts = path.split("/")
+        for depth in range(1, len(parts)):
+            folder = "/".join(parts[:depth])
+            if folder in seen:
+                raise ConfigError(f"{folder!r} is a file and also a folder of {path!r}")
+    return ordered
+
+
+def plain_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """``value`` as JSON gives it back (tuples become lists). Raises ConfigError if it cannot."""
+    try:
+        copy = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{what} is not plain JSON ({error}); convert it first") from error
+    assert isinstance(copy, dict)
+    return copy
+
+
+def canonical(value: Mapping[str, Any]) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _digested(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "kind": artifact.kind,
+        "files": [asdict(entry) for entry in artifact.files],
+        "metadata": artifact.metadata,
+        "parents": list(artifact.parents),
+    }
+
+
+def make_artifact(
+    kind: str,
+    files: Iterable[FileEntry],
+    metadata: Mapping[str, Any] | None,
+    parents: Sequence[str],
+    created: str | None = None,
+) -> Artifact:
+    """Check the parts, and name them by their digest. Raises ConfigError."""
+    for parent in parents:
+        if not SHA256.fullmatch(parent):
+            raise ConfigError(
+                f"parent {parent!r} is not a full artifact digest (64 hex digits); pass "
+                "Artifact.digest"
+            )
+    unnamed = Artifact(
+        digest="",
+        kind=check_kind(kind),
+        files=check_files(files),
+        metadata=plain_json(metadata or {}, "metadata"),
+        parents=tuple(parents),
+        created=created or datetime.now(UTC).isoformat(timespec="microseconds"),
+    )
+    digest = hashlib.sha256(canonical(_digested(unnamed))).hexdigest()
+    return Artifact(**{**vars(unnamed), "digest": digest})
+
+
+def dump_manifest(artifact: Artifact) -> bytes:
+    """The manifest's bytes, made for people to read as well."""
+    value = {**_digested(artifact), "created": artifact.created}
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
+
+
+def parse_manifest(data: bytes, key: str, digest: str) -> Artifact:
+    """Read a manifest and check it against its name. Raises ArtifactCorrupt."""
+    try:
+        value = json.loads(data)
+        if value["schema"] != SCHEMA:
+            raise ValueError(f"schema {value['schema']!r}; this version reads {SCHEMA}")
+        artifact = make_artifact(
+            value["kind"],
+            [FileEntry(f["path"], f["size"], f["sha256"]) for f in value["files"]],
+            value["metadata"],
+            value["parents"],
+            value["created"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactCorrupt(
+            f"manifest {key} cannot be read ({type(error).__name__}: {error}); delete artifact "
+            f"{digest[:12]} and publish it again"
+        ) from error
+    if artifact.digest != digest:
+        raise ArtifactCorrupt(
+            f"manifest {key} was changed: its content has digest {artifact.digest[:12]}, its name "
+            f"says {digest[:12]}; delete the artifact and publish it again"
+        )
+    return artifact

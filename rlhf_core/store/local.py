@@ -1,0 +1,208 @@
+"""The store's backend for a local or mounted file system."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf_core.errors import StoreError, StoreUnavailable
+
+CHUNK = 8 * 2**20
+TMP = ".tmp"
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+@contextmanager
+def file_errors(where: Path) -> Iterator[None]:
+    """Turn operating-system errors about ``where`` into StoreErrors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or where
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = _free_bytes(where)
+            raise StoreError(
+                f"no space left for {place} ({free:,} bytes free); make room there or point "
+                "RLHF_STORE or RLHF_HOME at a larger disk"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise StoreUnavailable(
+                f"{place} cannot be used ({error.strerror}); needed is a folder that this user "
+                "may write to: correct its permissions, RLHF_STORE or RLHF_HOME"
+            ) from error
+        raise StoreError(f"file operation on {place} failed: {error.strerror or error}") from error
+
+
+def _free_bytes(where: Path) -> int:
+    for folder in (where, *where.absolute().parents):
+        if folder.exists():
+            return shutil.disk_usage(folder).free
+    return 0
+
+
+def require_space(where: Path, needed: int) -> None:
+    """Raise StoreError when the disk below ``where`` has fewer than ``needed`` bytes free."""
+    free = _free_bytes(where)
+    if free < needed:
+        raise StoreError(
+            f"{needed:,} bytes are needed at {where}, {free:,} are free; make room there or point "
+            "RLHF_STORE or RLHF_HOME at a larger disk"
+        )
+
+
+class LocalBackend:
+    """Keys are files below ``root``; temporary files live in ``base/.tmp`` on the same disk."""
+
+    remote = False
+
+    def __init__(self, root: Path, base: Path | None = None) -> None:
+        self.root = root
+        self.base = base or root
+        self.url = f"file://{root}"
+
+    def size(self, key: str) -> int | None:
+        with file_errors(self.root):
+            try:
+                return (self.root / key).stat().st_size
+            except FileNotFoundError:
+                return None
+
+    def read(self, key: str) -> bytes | None:
+        with file_errors(self.root):
+            try:
+                return (self.root / key).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def write(self, key: str, data: bytes) -> None:
+        with file_errors(self.root), self._temporary() as temporary:
+            temporary.write_bytes(data)
+            self._place(temporary, self.root / key)
+
+    def create(self, key: str, data: bytes) -> bool:
+        with file_errors(self.root), self._temporary() as temporary:
+            temporary.write_bytes(data)
+            return self._place_new(temporary, self.root / key)
+
+    def upload(self, source: Path, key: str, size: int, *, replace: bool) -> None:
+        with file_errors(self.root), self._temporary() as temporary:
+            shutil.copyfile(source, temporary, follow_symlinks=False)
+            if replace:
+                self._place(temporary, self.root / key)
+            else:
+                self._place_new(temporary, self.root / key)
+
+    def download(self, key: str, destination: Path, size: int) -> bool:
+        with file_errors(destination):
+            if not (self.root / key).exists():
+                return False
+            shutil.copyfile(self.root / key, destination)
+            return True
+
+    def chunks(self, key: str, size: int) -> Iterator[bytes]:
+        with file_errors(self.root), open(self.root / key, "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    def keys(self, prefix: str) -> list[str]:
+        folder, _, start = prefix.rpartition("/")
+        base = self.root / folder
+        keys: list[str] = []
+        with file_errors(self.root):
+            if not base.is_dir():
+                return []
+            for name in os.listdir(base):
+                if not name.startswith(start) or name == TMP:
+                    continue
+                if (base / name).is_dir():
+                    for parent, _, names in os.walk(base / name):
+                        keys += [str((Path(parent) / n).relative_to(self.root)) for n in names]
+                else:
+                    keys.append(str((base / name).relative_to(self.root)))
+        return sorted(keys)
+
+    def folders(self, prefix: str) -> list[str]:
+        with file_errors(self.root):
+            base = self.root / prefix
+            if not base.is_dir():
+                return []
+            return sorted(e.name for e in os.scandir(base) if e.is_dir() and e.name != TMP)
+
+    def delete(self, key: str) -> None:
+        target = self.root / key
+        with file_errors(self.root):
+            target.unlink(missing_ok=True)
+            for folder in target.parents:
+                # Folders that became empty only; rmdir refuses any other.
+                if folder == self.root or self.root not in folder.parents:
+                    break
+                try:
+                    folder.rmdir()
+                except OSError:
+                    break
+
+    def sweep(self, older_than: float) -> int:
+        removed, limit = 0, time.time() - older_than
+        with file_errors(self.base):
+            for file in (self.base / TMP).glob("*.part"):
+                try:
+                    if file.stat().st_mtime < limit:
+                        file.unlink()
+                        removed += 1
+                except FileNotFoundError:
+                    continue
+        return removed
+
+    def within(self, prefix: str) -> LocalBackend:
+        return LocalBackend(self.root / prefix, self.base)
+
+    def impatient(self) -> LocalBackend:
+        return self
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        folder = self.base / TMP
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{uuid.uuid4().hex}.part"
+        try:
+            yield file
+        finally:
+            file.unlink(missing_ok=True)
+
+    def _place(self, temporary: Path, target: Path) -> None:
+        self._in_folder(target, lambda: os.replace(temporary, target))
+
+    def _place_new(self, temporary: Path, target: Path) -> bool:
+        try:
+            self._in_folder(target, lambda: os.link(temporary, target))
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+        # Some network file systems have no hard links; they do have locks that end with a process.
+        with open(self.base / TMP / "create.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.exists():
+                return False
+            self._place(temporary, target)
+            return True
+
+    @staticmethod
+    def _in_folder(target: Path, move: Callable[[], None]) -> None:
+        for last in (False, False, False, True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                return move()
+            except FileNotFoundError:
+                # A delete elsewhere may have removed the folder, which was empty for a moment.
+                if last:
+                    raise

@@ -1,0 +1,90 @@
+"""Making an artifact: hash, send what is not there, check it once more, write the manifest."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import StoreError
+from rlhf_core.store.artifact import (
+    Artifact,
+    FileEntry,
+    check_kind,
+    check_path,
+    dump_manifest,
+    make_artifact,
+    parse_manifest,
+)
+from rlhf_core.store.backend import Backend
+from rlhf_core.store.blobs import Source, blob_key, read_source, upload_blob
+from rlhf_core.store.parallel import FILES_AT_ONCE, REQUESTS_AT_ONCE, in_parallel
+from rlhf_core.store.refs import manifest_key
+
+log = logging.getLogger("rlhf_core.store")
+
+
+def publish(
+    backend: Backend,
+    kind: str,
+    files: Mapping[str, Path | FileEntry | bytes],
+    metadata: Mapping[str, Any] | None,
+    parents: Sequence[str],
+) -> Artifact:
+    """See Store.publish_derived. Killed at any moment it leaves blobs, never a broken artifact."""
+    began = time.monotonic()
+    check_kind(kind)
+    fresh: list[tuple[str, Path | bytes]] = []
+    entries: list[FileEntry] = []
+    for path, content in files.items():
+        check_path(path)
+        if isinstance(content, FileEntry):
+            entries.append(FileEntry(path, content.size, content.sha256))
+        else:
+            fresh.append((path, content))
+    sources = in_parallel(lambda item: read_source(*item), fresh, FILES_AT_ONCE)
+    entries += [source.entry for source in sources]
+    artifact = make_artifact(kind, entries, metadata, parents)
+
+    distinct: dict[str, Source] = {source.entry.sha256: source for source in sources}
+    sent = in_parallel(
+        lambda source: upload_blob(backend, source), distinct.values(), FILES_AT_ONCE
+    )
+    # Looked at last, so that a blob which another process deleted in the meantime is noticed.
+    if missing := incomplete(backend, artifact):
+        raise StoreError(
+            f"{backend.url} does not hold what was to be published as {kind}: "
+            + "; ".join(missing)
+            + "; publish again, and take entries only from artifacts of this store"
+        )
+    published = _commit(backend, artifact)
+    log.info(
+        "published %s (%d files, %d bytes; sent %d files, %d bytes) in %.1f s",
+        published.ref, len(entries), artifact.size, sum(n > 0 for n in sent), sum(sent),
+        time.monotonic() - began,
+    )  # fmt: skip
+    return published
+
+
+def incomplete(backend: Backend, artifact: Artifact) -> list[str]:
+    """The files whose blob is missing or has another size, one text each."""
+
+    def check(entry: FileEntry) -> str:
+        size = backend.size(blob_key(entry.sha256))
+        if size == entry.size:
+            return ""
+        found = "no blob" if size is None else f"a blob of {size:,} bytes"
+        return f"{entry.path} ({entry.size:,} bytes) has {found}"
+
+    distinct = {entry.sha256: entry for entry in artifact.files}
+    return [text for text in in_parallel(check, distinct.values(), REQUESTS_AT_ONCE) if text]
+
+
+def _commit(backend: Backend, artifact: Artifact) -> Artifact:
+    key = manifest_key(artifact.kind, artifact.digest)
+    if backend.create(key, dump_manifest(artifact)):
+        return artifact
+    data = backend.read(key)
+    return artifact if data is None else parse_manifest(data, key, artifact.digest)

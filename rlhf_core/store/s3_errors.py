@@ -1,0 +1,139 @@
+"""What an S3 failure means: try again, nothing there, came second, or a message for the user."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rlhf_core.errors import StoreError, StoreUnavailable
+
+_PASSING_CODES = {
+    "SlowDown",
+    "RequestTimeout",
+    "InternalError",
+    "ServiceUnavailable",
+    "ConditionalRequestConflict",
+    "OperationAborted",
+    "BadDigest",
+    "XAmzContentSHA256Mismatch",
+}
+_FULL_CODES = {"XMinioStorageFull", "QuotaExceeded", "XRGWQuotaExceeded", "InsufficientCapacity"}
+_REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed", "301"}
+
+
+def response_of(error: BaseException) -> dict[str, Any]:
+    """The server's reply behind an exception of s3fs or botocore; {} when there was none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        response = getattr(seen, "response", None)
+        if isinstance(response, dict):
+            return response
+        seen = seen.__cause__
+    return {}
+
+
+def code_of(error: BaseException) -> str:
+    """The S3 error code, such as ``NoSuchKey``; a HEAD only has a number, such as ``404``."""
+    return str(response_of(error).get("Error", {}).get("Code", ""))
+
+
+def status_of(error: BaseException) -> int:
+    """The HTTP status, or 0 when no reply came."""
+    return int(response_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def is_missing(error: BaseException) -> bool:
+    """True when there is no such key (a HEAD cannot tell that from a missing bucket)."""
+    if code_of(error) == "NoSuchBucket":
+        return False
+    return code_of(error) == "NoSuchKey" or status_of(error) == 404
+
+
+def is_second(error: BaseException) -> bool:
+    """True when a conditional write found that another writer came first."""
+    return code_of(error) == "PreconditionFailed" or status_of(error) == 412
+
+
+def is_passing(error: BaseException) -> bool:
+    """True when the same request may well succeed a moment later."""
+    from aiohttp import ClientError as TransportError
+    from botocore.exceptions import HTTPClientError, IncompleteReadError, SSLError
+
+    status = status_of(error)
+    if status:
+        return code_of(error) in _PASSING_CODES or (
+            (status >= 500 and status not in (501, 507)) or status == 429
+        )
+    if isinstance(error, SSLError):
+        return False
+    transport = (HTTPClientError, IncompleteReadError, TransportError, TimeoutError)
+    return isinstance(error, (*transport, ConnectionError))
+
+
+def explain(error: BaseException, *, bucket: str, endpoint: str, doing: str) -> StoreError:
+    """A StoreError that says what was found, what is needed and what to do."""
+    from botocore.exceptions import (
+        BotoCoreError,
+        NoCredentialsError,
+        PartialCredentialsError,
+        ProfileNotFound,
+        SSLError,
+    )
+
+    where = f"bucket {bucket!r} at {endpoint}"
+    code, status = code_of(error), status_of(error)
+    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+        return StoreUnavailable(
+            f"no AWS credentials for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "name a profile in RLHF_STORE_PROFILE"
+        )
+    if isinstance(error, ProfileNotFound):
+        return StoreUnavailable(
+            f"{_clean(error)} (for {where}): correct RLHF_STORE_PROFILE or AWS_PROFILE"
+        )
+    if code == "NoSuchBucket":
+        return StoreUnavailable(
+            f"there is no {where}: create the bucket, or correct RLHF_STORE and RLHF_STORE_ENDPOINT"
+        )
+    if status in (401, 403):
+        return StoreUnavailable(
+            f"{where} refused {doing} ({code or status}): check AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY (or RLHF_STORE_PROFILE), and that this key may read, write, "
+            "list and delete there"
+        )
+    if status == 301 or code in _REGION_CODES:
+        return StoreUnavailable(
+            f"{where} is in another region ({code or status}): set RLHF_STORE_REGION"
+        )
+    if status == 507 or code in _FULL_CODES:
+        return StoreUnavailable(f"{where} is full ({code or status}): make room there")
+    if status:
+        return StoreError(f"{where} failed at {doing} with {code or status}: {_clean(error)}")
+    if isinstance(error, SSLError):
+        return StoreUnavailable(
+            f"the TLS certificate of {endpoint} is not trusted: set AWS_CA_BUNDLE to its "
+            "authority, or RLHF_STORE_TLS_VERIFY=false on a network you trust"
+        )
+    if isinstance(error, TimeoutError) or "imeout" in type(error).__name__:
+        return StoreUnavailable(
+            f"{where} did not answer in time at {doing}: check that the server runs and that "
+            "RLHF_STORE_ENDPOINT names it; on a slow link raise RLHF_STORE_READ_TIMEOUT"
+        )
+    if is_passing(error):
+        return StoreUnavailable(
+            f"{where} cannot be reached ({type(error).__name__}) at {doing}: check that the server "
+            "runs, that RLHF_STORE_ENDPOINT names it and that this machine's network leads there"
+        )
+    kind = StoreUnavailable if isinstance(error, (BotoCoreError, ValueError)) else StoreError
+    return kind(
+        f"{where} failed at {doing}: {type(error).__name__}: {_clean(error)}; check "
+        "RLHF_STORE_ENDPOINT, RLHF_STORE_REGION and the AWS configuration"
+    )
+
+
+def _clean(error: BaseException) -> str:
+    text = str(error)
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "***")
+    return text

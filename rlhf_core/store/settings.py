@@ -1,0 +1,66 @@
+"""Where a store is and how patiently it is spoken to."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class StoreSettings(BaseSettings):
+    """How to reach an S3 store; read from ``RLHF_STORE_*`` environment variables.
+
+    Keys are never settings: they come from ``AWS_ACCESS_KEY_ID`` and ``AWS_SECRET_ACCESS_KEY``,
+    from an AWS profile, or from the machine's role.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="RLHF_STORE_",
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+    )
+
+    endpoint: str | None = None
+    """URL of an S3-compatible server, such as ``http://10.0.0.5:9000``; unset means AWS."""
+    region: str | None = None
+    """Region of the bucket; unset leaves it to the AWS configuration."""
+    profile: str | None = None
+    """Name of the AWS profile that holds the keys; unset means the environment's keys."""
+    path_style: bool = True
+    """Put the bucket in the path (most self-hosted servers) rather than in the host name."""
+    tls_verify: bool = True
+    """Check the endpoint's TLS certificate."""
+    connect_timeout: float = Field(default=10, gt=0)
+    """Seconds to wait for a connection."""
+    read_timeout: float = Field(default=60, gt=0)
+    """Seconds to wait for a reply; below 30 a slow link fails on large parts."""
+    retries: int = Field(default=6, ge=0, le=20)
+    """How often a request is repeated after a passing failure; six ride out about 25 seconds."""
+
+    def endpoint_name(self) -> str:
+        """The endpoint as it may be shown to people: without user name and password."""
+        url = (
+            self.endpoint
+            or os.environ.get("AWS_ENDPOINT_URL_S3")
+            or os.environ.get("AWS_ENDPOINT_URL")
+        )
+        if not url:
+            return "AWS S3"
+        parts = urlsplit(url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def rlhf_home() -> Path:
+    """The folder for everything local: ``$RLHF_HOME``, else the nearest ``.rlhf`` folder upward
+    from the working directory, else ``./.rlhf`` (which need not exist yet)."""
+    if home := os.environ.get("RLHF_HOME"):
+        return Path(home).expanduser().absolute()
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / ".rlhf").is_dir():
+            return folder / ".rlhf"
+    return here / ".rlhf"
