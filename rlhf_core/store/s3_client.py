@@ -63,6 +63,10 @@ class S3Client:
         self._connection: Connection | None = None
         self._connecting = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[S3Client], tuple[str, StoreSettings]]:
+        # A connection holds locks and keys; what is unpickled makes its own.
+        return S3Client, (self.bucket, self.settings)
+
     @property
     def slots(self) -> threading.BoundedSemaphore:
         """To be held while a part is in memory."""

@@ -61,6 +61,9 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_backend": self._backend, "_artifacts": {}}
+
     # Artifacts: writing
 
     def publish(

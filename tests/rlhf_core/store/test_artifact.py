@@ -1,0 +1,88 @@
+import hashlib
+import json
+
+import pytest
+
+from rlhf_core.errors import ArtifactCorrupt, ConfigError
+from rlhf_core.store import FileEntry
+from rlhf_core.store.artifact import check_path, dump_manifest, make_artifact, parse_manifest
+
+SHA = hashlib.sha256(b"x").hexdigest()
+
+
+def test_digest_is_the_sha256_of_the_canonical_manifest_without_its_time() -> None:
+    artifact = make_artifact("model", [FileEntry("b", 1, SHA)], {"loss": 0.5, "a": [1]}, [SHA])
+    # Written out by hand: a change here breaks every store that people have.
+    text = (
+        '{"files":[{"path":"b","sha256":"' + SHA + '","size":1}],"kind":"model",'
+        '"metadata":{"a":[1],"loss":0.5},"parents":["' + SHA + '"],"schema":1}'
+    )
+    assert artifact.digest == hashlib.sha256(text.encode()).hexdigest()
+    later = make_artifact(
+        "model", [FileEntry("b", 1, SHA)], {"a": (1,), "loss": 0.5}, [SHA], "2099"
+    )
+    assert later == artifact and later.digest == artifact.digest
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("dataset", [FileEntry("b", 1, SHA)], {}, []),
+        ("model", [FileEntry("c", 1, SHA)], {}, []),
+        ("model", [FileEntry("b", 1, SHA)], {"a": 1}, []),
+        ("model", [FileEntry("b", 1, SHA)], {}, [SHA]),
+    ],
+)
+def test_digest_changes_with_each_part(other: tuple[object, ...]) -> None:
+    assert make_artifact("model", [FileEntry("b", 1, SHA)], {}, []).digest != (
+        make_artifact(*other).digest  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/etc/passwd", "..", "../x", "a/../b", "a//b", "./a", "a/", "a\\b", "a\nb", "a\0b"]
+)
+def test_paths_that_leave_the_folder_are_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="relative path"):
+        check_path(path)
+
+
+def test_paths_with_spaces_and_other_scripts_are_kept() -> None:
+    assert check_path("a b/模型.bin") == "a b/模型.bin"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([FileEntry("a", 1, SHA), FileEntry("a", 1, SHA)], "twice"),
+        ([FileEntry("a", 1, SHA), FileEntry("a/b", 1, SHA)], "also a folder"),
+        ([FileEntry("a", 1, "short")], "sha256"),
+    ],
+)
+def test_clashing_files_are_refused(files: list[FileEntry], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_artifact("model", files, {}, [])
+
+
+@pytest.mark.parametrize("kind", ["", "Model", "a/b", "..", "-x", "a" * 65])
+def test_kinds_that_are_no_slug_are_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match="slug"):
+        make_artifact(kind, [], {}, [])
+
+
+@pytest.mark.parametrize("metadata", [{"a": float("nan")}, {"a": object()}])
+def test_metadata_that_is_not_json_is_refused(metadata: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="metadata"):
+        make_artifact("model", [], metadata, [])
+
+
+def test_manifest_reads_back_and_any_change_is_noticed() -> None:
+    artifact = make_artifact("model", [FileEntry("b", 1, SHA)], {"ü": 1}, [])
+    data = dump_manifest(artifact)
+    read = parse_manifest(data, "key", artifact.digest)
+    assert read == artifact and read.created == artifact.created
+    changed = json.loads(data)
+    changed["files"][0]["path"] = "../../b"
+    for bad in (json.dumps(changed).encode(), data.replace(b'"b"', b'"c"'), data[:-5], b"[]", b"1"):
+        with pytest.raises(ArtifactCorrupt, match="manifest key"):
+            parse_manifest(bad, "key", artifact.digest)

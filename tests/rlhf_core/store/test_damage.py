@@ -1,0 +1,109 @@
+"""Stored bytes that are not what they were."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.errors import ArtifactCorrupt, StoreError
+from rlhf_core.store import Store, open_store, rlhf_home
+from rlhf_core.store.blobs import blob_key
+from tests.rlhf_core.store.helpers import contents, flip_bit, overwrite_blob
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_damaged_blob_is_found_and_the_cache_stays_clean(
+    store: Store, folder: Path, tmp_path: Path, damage: str
+) -> None:
+    artifact = store.publish(folder, kind="model")
+    entry = artifact.file("weights/model.bin")
+    good = (folder / entry.path).read_bytes()
+    if damage == "missing":
+        store._backend.delete(blob_key(entry.sha256))
+    else:
+        overwrite_blob(store, entry, flip_bit(good) if damage == "flipped" else good[:-100])
+
+    words = {"flipped": "sha256", "cut": "bytes instead of", "missing": "missing"}[damage]
+    for fetch in (
+        lambda: store.fetch(artifact.ref),
+        lambda: store.fetch(artifact.ref, tmp_path / "to"),
+    ):
+        with pytest.raises(ArtifactCorrupt, match=rf"weights/model\.bin.*({words}|sha256)"):
+            fetch()
+    assert list((rlhf_home() / "cache" / "artifacts").iterdir()) == []
+    assert not (tmp_path / "to").exists()
+    assert not list(tmp_path.glob(".*.part"))
+    with pytest.raises(ArtifactCorrupt):
+        store.read_bytes(artifact.ref, entry.path)
+    problems = store.verify(artifact.ref)
+    assert len(problems) == 1 and entry.path in problems[0] and words in problems[0]
+
+    assert store.repair(artifact.ref, folder) == []
+    assert contents(store.fetch(artifact.ref)) == contents(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_publishing_again_puts_a_cut_or_missing_blob_right(
+    store: Store, folder: Path, damage: str
+) -> None:
+    artifact = store.publish(folder, kind="model")
+    entry = artifact.file("weights/model.bin")
+    if damage == "missing":
+        store._backend.delete(blob_key(entry.sha256))
+    else:
+        overwrite_blob(store, entry, b"short")
+    assert store.publish(folder, kind="model") == artifact
+    assert store.verify(artifact.ref) == []
+
+
+def test_damaged_manifest_is_reported_left_out_of_lists_and_can_be_deleted(
+    store: Store, folder: Path
+) -> None:
+    good = store.publish(folder, kind="model")
+    bad = store.publish(folder, kind="model", metadata={"second": True})
+    store._backend.write(f"artifacts/model/{bad.digest}/manifest.json", b'{"schema": 1')
+    fresh = open_store(store.url)
+    with pytest.raises(ArtifactCorrupt, match="cannot be read"):
+        fresh.get(bad.digest)
+    assert fresh.list() == [good]
+    fresh.delete(bad.digest, blobs=True)
+    assert fresh.verify(good.digest) == []
+
+
+def test_changed_file_in_the_cache_is_replaced(tmp_path: Path, folder: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    artifact = store.publish(folder, kind="model")
+    cached = store.fetch(artifact.ref) / "weights" / "model.bin"
+    good = cached.read_bytes()
+    cached.write_bytes(flip_bit(good))
+    os.utime(cached, ns=(1, 1))
+    store.fetch(artifact.ref)
+    assert cached.read_bytes() == good
+    cached.unlink()
+    store.fetch(artifact.ref)
+    assert cached.read_bytes() == good
+
+
+def test_file_that_changes_while_it_is_published_is_refused(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    upload = store._backend.upload
+
+    def upload_late(source: Path, *arguments: object, **options: object) -> None:
+        if source.name == "model.bin":
+            source.write_bytes(b"something else")
+        upload(source, *arguments, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._backend, "upload", upload_late)
+        with pytest.raises(StoreError, match=r"model\.bin changed while"):
+            store.publish(folder, kind="model")
+    assert store.list() == []
+    assert store.verify(store.publish(folder, kind="model").digest) == []
+
+
+def test_record_that_is_not_json_is_reported(store: Store) -> None:
+    store._backend.write("runs/a.json", b"{")
+    with pytest.raises(ArtifactCorrupt, match=r"runs/a\.json"):
+        store.read_record("runs/a.json")

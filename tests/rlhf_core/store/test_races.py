@@ -1,0 +1,135 @@
+"""Several processes at once, and processes that are killed."""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.store import Store, open_store, rlhf_home
+from tests.rlhf_core.store.helpers import blobs, contents, results_of, start
+
+KILLS = 8
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    made = tmp_path / "many"
+    made.mkdir()
+    noise = random.Random(0)
+    for number in range(24):
+        (made / f"{number:02}.bin").write_bytes(noise.randbytes(200_000))
+    return made
+
+
+def publish(url: str, folder: Path, metadata: dict[str, int]) -> str:
+    return open_store(url).publish(folder, kind="model", metadata=metadata).digest
+
+
+@pytest.mark.slow
+def test_killed_publishers_leave_nothing_broken_and_a_rerun_completes(
+    store: Store, many: Path
+) -> None:
+    began = time.monotonic()
+    publish(store.url, many, {"round": -1})
+    whole = time.monotonic() - began
+    store.delete(store.list()[0].digest, blobs=True)
+    moments = random.Random(1)
+    visible = 0
+    for number in range(KILLS):
+        child = start(publish, store.url, many, {"round": number})
+        time.sleep(moments.uniform(0, 1.2 * whole))
+        child.kill()
+        child.join()
+        for artifact in open_store(store.url).list():
+            visible += 1
+            assert store.verify(artifact.digest) == []
+            store.delete(artifact.digest, blobs=True)
+    last = store.publish(many, kind="model", metadata={"round": 0})
+    assert store.verify(last.digest) == []
+    assert contents(store.fetch(last.digest)) == contents(many)
+    assert store.list() == [last]
+    store.sweep(older_than=-1)
+    if store.url.startswith("file://"):
+        left = (Path(store.url.removeprefix("file://")) / ".tmp").iterdir()
+        assert [file for file in left if file.suffix == ".part"] == []
+
+
+def test_racing_publishers_agree(store: Store, many: Path) -> None:
+    digests = results_of(publish, [(store.url, many, {})] * 3)
+    assert len(set(digests)) == 1
+    assert len(store.list()) == 1 and len(blobs(store)) == 24
+    assert store.verify(digests[0]) == []
+
+
+def commit(url: str, digest: str) -> str:
+    store = open_store(url)
+    return store.commit_stage("key", store.get(digest)).digest
+
+
+def test_racing_stages_agree_on_one_winner(store: Store, folder: Path) -> None:
+    made = [store.publish(folder, kind="model", metadata={"n": n}).digest for n in range(3)]
+    winners = results_of(commit, [(store.url, digest) for digest in made])
+    assert len(set(winners)) == 1 and winners[0] in made
+    result = store.stage_result("key")
+    assert result is not None and result.digest == winners[0]
+
+
+def create(url: str, number: int) -> bool:
+    return open_store(url).write_record("runs/one.json", {"writer": number}, create=True)
+
+
+def test_one_of_racing_creators_wins(store: Store) -> None:
+    won = results_of(create, [(store.url, number) for number in range(4)])
+    assert sorted(won) == [False, False, False, True]
+    assert store.read_record("runs/one.json") == {"writer": won.index(True)}
+
+
+def fetch(url: str, digest: str) -> Path:
+    return open_store(url).fetch(digest)
+
+
+def test_concurrent_fetches_share_one_download(store: Store, many: Path) -> None:
+    digest = store.publish(many, kind="model").digest
+    found = results_of(fetch, [(store.url, digest)] * 3)
+    cache = rlhf_home() / "cache" / "artifacts"
+    assert found == [cache / digest] * 3
+    assert contents(cache / digest) == contents(many)
+    assert [path.name for path in cache.iterdir()] == [digest]
+
+
+def test_killed_fetch_shows_nothing_and_the_next_goes_on_from_it(
+    tmp_path: Path, many: Path
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    digest = store.publish(many, kind="model").digest
+    cache = rlhf_home() / "cache" / "artifacts"
+    child = start(fetch, store.url, digest)
+    deadline = time.monotonic() + 20
+    while not list(cache.glob(".*.part/*.bin")) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    child.kill()
+    child.join()
+    assert contents(store.fetch(digest)) == contents(many)
+    assert [path.name for path in cache.iterdir()] == [digest]
+
+
+def use_inherited(store: Store, digest: str) -> list[str]:
+    return [*store.verify(digest), store.get(digest).digest]
+
+
+def test_store_works_in_a_forked_child(store: Store, folder: Path) -> None:
+    digest = store.publish(folder, kind="model").digest
+    assert results_of(use_inherited, [(store, digest)] * 2) == [[digest]] * 2
+    assert store.verify(digest) == []
+
+
+@pytest.fixture(autouse=True)
+def no_children_left() -> Iterator[None]:
+    import multiprocessing
+
+    yield
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
