@@ -30,7 +30,7 @@ Purpose = Literal["sft", "preference", "prompts", "pretrain"]
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, unknown fields refused, field docstrings become descriptions."""
+    """Base of all settings: frozen, strict about names, described by their docstrings."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
@@ -278,7 +278,7 @@ class PPOSettings(TrainSettings):
 class EvaluateSettings(Settings):
     """Comparison of base, SFT and PPO models on held-out prompts."""
 
-    prompts: PositiveInt = 128
+    max_prompts: PositiveInt = 128
     """Held-out prompts at most."""
     max_new_tokens: PositiveInt | None = None
     """Longest reply; empty: ppo.max_new_tokens."""

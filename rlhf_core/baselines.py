@@ -1,0 +1,85 @@
+"""What a reward model is held against: reply length, and a bag of words.
+
+A learned reward that does not beat both on held-out pairs has not learned more than they know.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Pair = tuple[str, str]  # chosen, rejected
+
+_FEATURES = 2**14
+_MAX_PAIRS = 4_000
+
+
+def wilson_interval(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927); (0, 1) for no trials."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def accuracy(margins: Sequence[float]) -> dict[str, float]:
+    """Share of pairs with a positive margin (ties count half), its 95 % interval, and n."""
+    wins = sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins)
+    low, high = wilson_interval(wins, len(margins))
+    return {
+        "accuracy": wins / len(margins) if margins else 0.5,
+        "low": low,
+        "high": high,
+        "n": len(margins),
+    }
+
+
+def length_margins(train: Sequence[Pair], heldout: Sequence[Pair]) -> list[float]:
+    """Held-out margins of "the longer reply wins", or the shorter if that was so in training."""
+    longer = sum((len(c) > len(r)) - (len(c) < len(r)) for c, r in train)
+    sign = 1.0 if longer >= 0 else -1.0
+    return [sign * (len(c) - len(r)) for c, r in heldout]
+
+
+def bag_of_words_margins(
+    train: Sequence[Pair], heldout: Sequence[Pair], l2: float = 1.0
+) -> list[float]:
+    """Held-out margins of a logistic regression on hashed word and bigram counts.
+
+    Args:
+        l2: penalty on the squared weights, summed over all training pairs.
+    """
+    if not train or not heldout:
+        return [0.0] * len(heldout)
+    train = train[:_MAX_PAIRS]  # the features are dense
+    x = torch.stack([_counts(c) - _counts(r) for c, r in train])  # (n, features)
+    used = x.abs().sum(dim=0) > 0
+    x = x[:, used]
+    weight = torch.zeros(x.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.softplus(-(x @ weight)).sum() + 0.5 * l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return [float((_counts(c) - _counts(r))[used] @ weight.detach()) for c, r in heldout]
+
+
+def _counts(text: str) -> Tensor:
+    # Words of spaced scripts, single characters of the others.
+    words = re.findall(r"[a-z0-9']+|[^\x00-\x7f]|[!?.,;:]", text.lower())
+    counts = torch.zeros(_FEATURES)
+    for token in [*words, *(" ".join(pair) for pair in itertools.pairwise(words))]:
+        counts[zlib.crc32(token.encode()) % _FEATURES] += 1.0
+    return counts

@@ -1,0 +1,96 @@
+"""Order of the data, micro-batches and padding. Stateless: everything follows from (seed, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed from any number of integers; equal parts give equal seeds."""
+    state = np.random.SeedSequence([p & 0xFFFFFFFF for p in parts]).generate_state(2, np.uint32)
+    return int(state[0]) << 31 ^ int(state[1])
+
+
+def steps_in(rows: int, batch_size: int, epochs: int, max_steps: int | None) -> int:
+    """Optimizer steps of a stage: whole batches only, at least one per epoch.
+
+    With fewer rows than a batch the batch is filled by going round the data again.
+    """
+    steps = max(1, rows // batch_size) * epochs
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def batch_rows(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Row numbers of the global batch of a step (from 0).
+
+    Each epoch is a permutation of its own, a function of (seed, epoch) alone; the rows that do not
+    fill the last batch of an epoch are left out of that epoch.
+    """
+    per_epoch = max(1, rows // batch_size)
+    epoch, position = divmod(step, per_epoch)
+    order: list[int] = []
+    repeat = 0
+    while len(order) < (position + 1) * batch_size:  # more than once only for tiny data sets
+        generator = np.random.default_rng(derive_seed(seed, epoch, repeat))
+        order += generator.permutation(rows).tolist()
+        repeat += 1
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+def split_batch(
+    lengths: Sequence[int], rank: int, world_size: int, micro_batch_size: int
+) -> list[list[int]]:
+    """This rank's micro-batches: positions in the global batch, longest first.
+
+    Sorting by length makes the rows of a micro-batch nearly equal, so that little is padded;
+    dealing them out in turn gives every rank the same number of micro-batches of similar length.
+    The longest come first, so that a batch that does not fit the memory fails at once.
+
+    Args:
+        lengths: tokens of each row of the global batch; len(lengths) % world_size == 0.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    stride = micro_batch_size * world_size
+    result = []
+    for start in range(0, len(order), stride):
+        window = order[start : start + stride]
+        mine = window[rank::world_size]
+        if mine:
+            result.append(mine)
+    return result
+
+
+def pad_right(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Right-pad.
+
+    Returns:
+        ids (B,S) int64 and mask (B,S) bool, True at real tokens.
+    """
+    width = max((len(r) for r in rows), default=0)
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = True
+    return ids, mask
+
+
+def learning_rate_scale(step: int, total: int, warmup_fraction: float, schedule: str) -> float:
+    """Factor on the peak learning rate for a step (from 0): linear warm-up, then the schedule.
+
+    The warm-up's first step is above 0 and its last is 1; cosine and linear reach 0 one step after
+    the last, so that no step is wasted on a rate of 0.
+    """
+    warmup = round(warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + float(np.cos(np.pi * progress)))

@@ -1,0 +1,93 @@
+"""The ranks of a stage: device, process group and the few collectives that stages use.
+
+Kept apart from `strategy` because labelling and evaluation need ranks but neither ColossalAI nor
+an optimizer, and importing ColossalAI costs seconds in every process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhf_core.errors import ConfigError
+from rlhf_core.jobs import Resources
+
+
+def pick_device(resources: Resources) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        ConfigError: device=cuda without a GPU.
+    """
+    if resources.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "resources.device is cuda, but torch sees no GPU: use auto or cpu."
+        )
+    if resources.device != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+class Group:
+    """All ranks of this job."""
+
+    def __init__(self, resources: Resources) -> None:
+        """Join torchrun's process group (gloo on CPUs, NCCL on GPUs); a group of one without it.
+
+        Raises:
+            ConfigError: device=cuda without a GPU.
+        """
+        self.device = pick_device(resources)
+        if not dist.is_initialized():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            backend = "gloo" if self.device.type == "cpu" else "nccl"
+            timeout = datetime.timedelta(seconds=resources.collective_timeout)
+            if "RANK" in os.environ:
+                dist.init_process_group(backend, timeout=timeout)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        cores = len(os.sched_getaffinity(0))
+        if self.device.type == "cpu":
+            torch.set_num_threads(resources.threads or max(1, cores // self.size))
+
+    def sum(self, values: Tensor | Sequence[float]) -> Tensor:
+        """Elementwise sum over the ranks, fp64, on the CPU."""
+        total = torch.as_tensor(values, dtype=torch.float64).detach().to(self.device).clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.cpu()
+
+    def gather(self, value: Any) -> list[Any]:
+        """One value of every rank, on every rank, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def interleave(self, mine: Sequence[Any]) -> list[Any]:
+        """Undo `rows[rank::size]`: every rank's values, in the order of the whole list."""
+        parts = self.gather(list(mine))
+        total = sum(len(p) for p in parts)
+        return [parts[i % self.size][i // self.size] for i in range(total)]

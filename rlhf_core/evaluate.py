@@ -1,0 +1,205 @@
+"""Base, SFT and aligned model on held-out data: the same prompts, the same seeds.
+
+Writes evaluation.json (numbers) and samples.jsonl (every prompt with each model's reply). KL is
+that of a model's own replies to the SFT model, in nats per reply.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_core.baselines import wilson_interval
+from rlhf_core.batching import pad_right, split_batch
+from rlhf_core.context import StageContext
+from rlhf_core.data.reading import Rows
+from rlhf_core.data.tokenizer import load_tokenizer
+from rlhf_core.distributed import Group
+from rlhf_core.errors import DataError
+from rlhf_core.jobs import EvaluateJob
+from rlhf_core.judges import get_judge
+from rlhf_core.models import Policy, load_causal_lm, load_scalar_model, share_frozen
+from rlhf_core.sampling import Reply, sample_replies
+from rlhf_core.store import Artifact
+from rlhf_core.train.sft import heldout_loss
+
+Sequences = list[tuple[list[int], int]]  # prompt + reply, and the prompt's length
+
+
+def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
+    """Sample, score, compare. Rank 0 returns the artifact."""
+    group = Group(job.resources)
+    store = context.store
+    prompts = Rows(store.fetch(job.prompts), "heldout", purpose="prompts")
+    if len(prompts) == 0:
+        raise DataError(
+            "The prompt data set holds no held-out prompts to evaluate on: raise "
+            "data.prompts.heldout_fraction or give it more prompts."
+        )
+    sft_rows = Rows(store.fetch(job.sft_data), "heldout", purpose="sft")
+    rows = prompts.take(list(range(min(job.max_prompts, len(prompts)))))
+    prompt_ids = [r["prompt_ids"] for r in rows]
+    folders = {name: store.fetch(getattr(job, field)) for name, field in MODELS.items()}
+    micro = job.resources.micro_batch_size
+
+    reference = Policy(load_causal_lm(folders["sft"])).requires_grad_(False).to(group.device)
+    reward = load_scalar_model(store.fetch(job.reward_model)).requires_grad_(False)
+    reward.to(group.device)
+    replies: dict[str, list[Reply]] = {}
+    scores: dict[str, list[float]] = {}
+    kl: dict[str, list[float]] = {}
+    heldout: dict[str, Any] = {}
+    for stream, (name, folder) in enumerate(folders.items()):
+        model = reference
+        if name != "sft":
+            model = Policy(load_causal_lm(folder)).requires_grad_(False).to(group.device)
+            share_frozen(reference, model, reward)
+        replies[name] = sample_replies(
+            model.model, folder, prompt_ids, group, seed=job.seed, stream=stream,
+            max_new_tokens=job.max_new_tokens, temperature=job.temperature,
+        )  # fmt: skip
+        sequences = [([*p, *r.ids], len(p)) for p, r in zip(prompt_ids, replies[name], strict=True)]
+        scores[name], kl[name] = score_replies(
+            sequences, model, reference, reward, group, micro, job.temperature
+        )
+        loss = heldout_loss(model, sft_rows, group, micro, None)
+        if loss:
+            heldout[name] = {
+                "loss": loss["heldout_loss"], "perplexity": loss["heldout_perplexity"]
+            }  # fmt: skip
+        context.log(f"{name}: mean reward {sum(scores[name]) / len(rows):.3f}")
+    if not context.main:
+        return None
+
+    tokenizer = load_tokenizer(folders["sft"])
+    texts = {name: [r.text(tokenizer) for r in replies[name]] for name in replies}
+    shown = [prompt_text(r["prompt"]) for r in rows]
+    gold = judge_all(job, shown, texts)
+    result = {
+        "models": {
+            name: {
+                **spread("reward", scores[name]),
+                **(spread("gold", gold[name]) if gold else {}),
+                **spread("kl", kl[name]),
+                "length_mean": mean([len(r.ids) for r in replies[name]]),
+                "finished": mean([r.finished for r in replies[name]]),
+                "n": len(rows),
+            }
+            for name in MODELS
+        },
+        "win_rate": {"reward": win_rate(scores["ppo"], scores["sft"])},
+        "heldout": heldout,
+        "reward_model": store.get(job.reward_model).metadata.get("metrics", {}).get("heldout", {}),
+    }
+    if gold:
+        result["win_rate"]["gold"] = win_rate(gold["ppo"], gold["sft"])
+        gains = [a - b for a, b in zip(gold["ppo"], gold["sft"], strict=True)]
+        result["gold_gain"] = {"mean": mean(gains), "se": standard_error(gains)}
+    folder = context.scratch("result")
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_samples(folder / "samples.jsonl", shown, texts, scores, gold)
+    return context.publish(job, folder, {"metrics": result})
+
+
+MODELS = {"base": "base", "sft": "sft", "ppo": "policy"}
+"""Name in the report -> field of the job."""
+
+
+@torch.no_grad()
+def score_replies(
+    sequences: Sequences,
+    policy: Policy,
+    reference: Policy,
+    reward: Any,
+    group: Group,
+    micro: int,
+    temperature: float,
+) -> tuple[list[float], list[float]]:
+    """Reward and KL to the reference (k1, nats) of every sequence, in order, on every rank."""
+    found: list[tuple[int, float, float]] = []
+    for positions in split_batch([len(s) for s, _ in sequences], group.rank, group.size, micro):
+        input_ids, mask = pad_right([sequences[p][0] for p in positions])
+        marked = mask.clone()
+        for i, p in enumerate(positions):
+            marked[i, : sequences[p][1]] = False
+        input_ids, mask, marked = (x.to(group.device) for x in (input_ids, mask, marked))
+        scores = reward(input_ids, mask)
+        kl = torch.zeros(len(positions))
+        if policy is not reference:
+            gap = policy(input_ids, mask, marked, temperature) - reference(
+                input_ids, mask, marked, temperature
+            )
+            kl = gap.sum(dim=1)
+        found += zip(positions, scores.tolist(), kl.tolist(), strict=True)
+    merged = sorted(item for part in group.gather(found) for item in part)
+    return [s for _, s, _ in merged], [k for _, _, k in merged]
+
+
+def judge_all(
+    job: EvaluateJob, prompts: Sequence[str], texts: dict[str, list[str]]
+) -> dict[str, list[float]]:
+    """The gold judge's score of every reply; empty without a judge."""
+    if job.judge == "none":
+        return {}
+    judge = get_judge(job.judge)
+    return {
+        name: [judge(p, t) for p, t in zip(prompts, replies, strict=True)]
+        for name, replies in texts.items()
+    }
+
+
+def prompt_text(messages: str) -> str:
+    """What a person sees of a prompt: the last user turn, or the whole talk if there are several."""
+    turns = [m for m in json.loads(messages) if m["role"] != "system"]
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n".join(f"{m['role']}: {m['content']}" for m in turns)
+
+
+def write_samples(
+    path: Path,
+    prompts: Sequence[str],
+    texts: dict[str, list[str]],
+    scores: dict[str, list[float]],
+    gold: dict[str, list[float]],
+) -> None:
+    """One line per prompt: prompt, each model's reply, reward and gold scores."""
+    with path.open("w") as file:
+        for i, prompt in enumerate(prompts):
+            line: dict[str, Any] = {"prompt": prompt}
+            line |= {name: texts[name][i] for name in texts}
+            line["reward"] = {name: round(scores[name][i], 4) for name in scores}
+            if gold:
+                line["gold"] = {name: round(gold[name][i], 4) for name in gold}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    m = mean(values)
+    variance = sum((v - m) ** 2 for v in values) / (len(values) - 1)
+    return math.sqrt(variance / len(values))
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard error under the names `<name>_mean` and `<name>_se`."""
+    return {f"{name}_mean": mean(values), f"{name}_se": standard_error(values)}
+
+
+def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Share of prompts on which ours is higher (ties count half), with its 95 % interval."""
+    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True))
+    low, high = wilson_interval(wins, len(ours))
+    return {"rate": wins / len(ours), "low": low, "high": high, "n": len(ours)}

@@ -1,0 +1,388 @@
+"""Loading, freezing and saving models.
+
+Three kinds of module take part in training, and each is called as a whole (so that a wrapper's
+gradient exchange sees one forward per backward):
+
+* `Policy`       causal LM -> log-probabilities of marked tokens
+* `ScalarModel`  backbone + linear head -> one number per sequence (reward) or token (value)
+* `ActorCritic`  both, for PPO
+
+d hidden size, B sequences, S positions. Sequences are right-padded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from rlhf_core.batching import derive_seed
+from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.jobs import TrainSettings
+from rlhf_core.logprobs import backbone_hidden, response_logprobs
+
+_WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", "reward_head.safetensors")
+_HEAD = "reward_head.safetensors"
+_SCALE = "reward.json"
+
+
+# ------------------------------------------------------------------------------------ modules
+
+
+class Policy(nn.Module):
+    """A causal LM that returns log-probabilities instead of logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, mask: Tensor, marked: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Log-probabilities (B,S) in nats of the marked tokens, 0 elsewhere.
+
+        Args:
+            input_ids: (B,S). mask: (B,S) bool, True at real tokens.
+            marked: (B,S) bool, True where a log-probability is wanted; never column 0.
+            temperature: the logits are divided by it.
+        """
+        return response_logprobs(self.model, input_ids, mask, None, marked, temperature)
+
+
+class ScalarModel(nn.Module):
+    """Backbone of a causal LM with a linear head to one number, normalised by mean and std."""
+
+    def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(hidden_size, 1)
+        self.mean, self.std = 0.0, 1.0
+
+    def reset_head(self, seed: int) -> None:
+        """Head weights ~ N(0, 1/sqrt(d+1)), bias 0 ("The N+ implementation details")."""
+        generator = torch.Generator().manual_seed(derive_seed(seed, 0x5EED))
+        d = self.head.in_features
+        with torch.no_grad():
+            self.head.weight.copy_(
+                torch.randn(1, d, generator=generator) * (1.0 / math.sqrt(d + 1))
+            )
+            self.head.bias.zero_()
+
+    def per_token(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """The normalised number at every position, (B,S) fp32."""
+        hidden = backbone_hidden(_AsBase(self.backbone), input_ids, mask)  # (B,S,d)
+        raw = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()  # (B,S)
+        return (raw - self.mean) / self.std
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Scores (B,) fp32: the number at each row's last real token."""
+        values = self.per_token(input_ids, mask)  # (B,S)
+        last = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
+        return values.gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+class _AsBase:
+    """Makes a bare backbone look like a causal LM to `backbone_hidden`."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        inner = getattr(backbone, "get_base_model", None)
+        self.base_model = inner() if callable(inner) else backbone
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic as one module, so that one backward trains both."""
+
+    def __init__(self, policy: Policy, critic: ScalarModel) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        marked: Tensor,
+        temperature: float = 1.0,
+        ptx: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities and values of the marked tokens, and the log-probabilities of ptx.
+
+        Args:
+            input_ids, mask, marked: (B,S), see `Policy`.
+            ptx: the same three of language-modelling rows, at temperature 1.
+
+        Returns:
+            logprobs (B,S); values (B,S), at each marked token the critic's value of the state
+            before it; ptx log-probabilities or None.
+        """
+        logprobs = self.policy(input_ids, mask, marked, temperature)
+        states = self.critic.per_token(input_ids, mask)  # (B,S)
+        before = torch.cat([states[:, :1], states[:, :-1]], dim=1)  # (B,S), moved one right
+        values = torch.where(marked, before, torch.zeros_like(before))
+        return logprobs, values, None if ptx is None else self.policy(*ptx)
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A causal LM from a Hugging Face folder, dropout off, on the CPU.
+
+    Raises:
+        ModelError: weights are missing, unexpected or unreadable; each key is named.
+    """
+    return _load(AutoModelForCausalLM, folder, dtype)
+
+
+def _load(auto: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    trust = bool(list(Path(folder).glob("*.py")))  # imported only where the job allowed it
+    try:
+        model, info = auto.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"The model in {folder} cannot be loaded: {error}") from error
+    problems = {
+        kind: sorted(str(k) for k in info.get(kind) or [])
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if any(problems.values()):
+        shown = "; ".join(
+            f"{len(keys)} {kind.replace('_', ' ')}: {', '.join(keys[:5])}"
+            for kind, keys in problems.items()
+            if keys
+        )
+        raise ModelError(
+            f"The weights in {folder} do not fit its config.json: {shown}. Use the files as the "
+            "model's authors saved them."
+        )
+    disable_dropout(model)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def new_scalar_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> ScalarModel:
+    """A reward model with the backbone of a causal LM and a fresh head."""
+    causal = load_causal_lm(folder, dtype)
+    size = causal.get_output_embeddings().weight.shape[1]
+    model = ScalarModel(causal.base_model, size)
+    model.reset_head(seed)
+    return model.eval()
+
+
+def load_scalar_model(folder: Path, dtype: torch.dtype = torch.float32) -> ScalarModel:
+    """A reward model as `save_scalar_model` wrote it.
+
+    Raises:
+        ModelError: the folder is not a reward model, or its weights do not fit.
+    """
+    if not (folder / _HEAD).exists():
+        raise ModelError(
+            f"{folder} has no {_HEAD}: it is not a reward model of this project. Use the artifact "
+            "of a reward stage."
+        )
+    backbone = _load(AutoModel, folder, dtype)
+    head = load_file(folder / _HEAD)
+    model = ScalarModel(backbone, head["weight"].shape[1])
+    model.head.load_state_dict(head)
+    scale = json.loads((folder / _SCALE).read_text())
+    model.mean, model.std = float(scale["mean"]), float(scale["std"])
+    model.head.to(dtype)
+    return model.eval()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout probability 0 everywhere, so that train and eval mode compute the same."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+# ------------------------------------------------------------------------------------ freezing
+
+
+def transformer_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of a model's transformer blocks.
+
+    Raises:
+        ModelError: no list of blocks of the configured length exists.
+    """
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return name, module
+    raise ModelError(f"{type(model).__name__} has no list of {config.num_hidden_layers} layers.")
+
+
+def choose_trainable(model: nn.Module, settings: TrainSettings, seed: int) -> nn.Module:
+    """Freeze what the settings leave out; add LoRA adapters if they ask for them.
+
+    With `trainable_layers` the top n blocks, the last norm and an untied vocabulary head train
+    (a tied head is the embedding, which stays frozen).
+
+    Args:
+        model: a transformers model (causal LM or backbone).
+
+    Returns:
+        The model, wrapped by peft if it has adapters.
+
+    Raises:
+        ConfigError: more trainable layers than the model has.
+    """
+    if settings.lora is not None:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(derive_seed(seed, 0x10AA))  # peft initialises with the global generator
+        targets = settings.lora.targets
+        return get_peft_model(
+            model,  # type: ignore[arg-type]
+            LoraConfig(
+                r=settings.lora.rank,
+                lora_alpha=int(settings.lora.alpha),
+                target_modules=list(targets) if targets else "all-linear",
+                lora_dropout=0.0,
+                task_type="CAUSAL_LM" if model.get_output_embeddings() is not None else None,
+            ),
+        )
+    count = settings.trainable_layers
+    if count is None:
+        return model
+    name, layers = transformer_layers(model)
+    if count > len(layers):
+        raise ConfigError(
+            f"trainable_layers is {count}, but the model has {len(layers)} layers: use at most "
+            f"{len(layers)}, or leave it empty to train everything."
+        )
+    model.requires_grad_(False)
+    for layer in list(layers)[len(layers) - count :]:
+        layer.requires_grad_(True)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    for child_name, child in parent.named_children():
+        if child_name in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
+            child.requires_grad_(True)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        head.requires_grad_(True)
+    return model
+
+
+def share_frozen(*models: nn.Module) -> int:
+    """Let equal frozen parameters of several models use one memory; returns the bytes saved.
+
+    The lower layers of policy, reference, critic and reward model are the same numbers when only
+    upper layers were trained. Parameters are compared by name (less the modules' own prefixes)
+    and value; trained ones are left alone.
+    """
+    seen: dict[str, list[nn.Parameter]] = {}
+    saved = 0
+    for model in models:
+        for name, param in model.named_parameters():
+            if param.requires_grad:
+                continue
+            key = ".".join(name.replace("base_layer.", "").split(".")[-5:])
+            for other in seen.setdefault(key, []):
+                if other.data_ptr() == param.data_ptr():
+                    break
+                if other.dtype == param.dtype and torch.equal(other, param):
+                    param.data = other.data
+                    saved += param.numel() * param.element_size()
+                    break
+            else:
+                seen[key].append(param)
+    return saved
+
+
+def adamw(module: nn.Module, settings: TrainSettings, rates: dict[str, float]) -> Any:
+    """AdamW (betas 0.9/0.95, eps 1e-5) over what trains; no weight decay on biases and norms.
+
+    Args:
+        rates: name prefix of the parameters -> peak learning rate; the first match counts.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, param in module.named_parameters():
+        if param.requires_grad:
+            rate = next(r for prefix, r in rates.items() if name.startswith(prefix))
+            decay = settings.weight_decay if param.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(param)
+    return torch.optim.AdamW(
+        [
+            {"params": p, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+            for (rate, decay), p in groups.items()
+        ],
+        betas=(0.9, 0.95),
+        eps=1e-5,
+        fused=True,
+    )
+
+
+# -------------------------------------------------------------------------------------- saving
+
+
+def export(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """The module as fp32 on the CPU with the given (master) weights put in. Rank 0, at the end."""
+    module = module.to("cpu").float()
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+    return module
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model with its LoRA adapters added into the weights; itself if it has none."""
+    merge = getattr(model, "merge_and_unload", None)
+    return merge() if callable(merge) else model
+
+
+def save_causal_lm(model: nn.Module, folder: Path, source: Path) -> None:
+    """Write a Hugging Face folder: safetensors, config, and the tokenizer files of `source`."""
+    model = merged(model)
+    model.config.use_cache = True  # type: ignore[union-attr]
+    model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+    copy_companions(source, folder)
+
+
+def save_scalar_model(model: ScalarModel, folder: Path, source: Path) -> None:
+    """Write a reward model: backbone, head, and the score's mean and deviation."""
+    backbone = merged(model.backbone)
+    backbone.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+    head = {k: v.detach().float().contiguous() for k, v in model.head.state_dict().items()}
+    save_file(head, folder / _HEAD)
+    (folder / _SCALE).write_text(json.dumps({"mean": model.mean, "std": model.std}) + "\n")
+    copy_companions(source, folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template and generation config: whatever is not weights or written yet."""
+    for path in sorted(source.iterdir()):
+        skip = path.name.startswith(_WEIGHTS) or path.suffix in (".safetensors", ".jsonl")
+        if path.is_file() and not skip and not path.name.endswith(".index.json"):
+            target = folder / path.name
+            if path.name == "generation_config.json" or not target.exists():
+                shutil.copy(path, target)
+
+
+def stop_tokens(folder: Path) -> set[int]:
+    """Token ids that end an assistant's turn, from generation_config.json.
+
+    Raises:
+        ModelError: the model names none, so that replies would never end.
+    """
+    path = folder / "generation_config.json"
+    eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    if eos is None:
+        raise ModelError(
+            f"{folder} names no eos_token_id in generation_config.json, so its replies would never "
+            "end. Import the model with a chat template that has an end-of-turn token."
+        )
+    return set(eos) if isinstance(eos, list) else {int(eos)}

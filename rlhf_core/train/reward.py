@@ -1,0 +1,210 @@
+"""Reward model: a scalar head trained on preference pairs (InstructGPT, step 2)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_core import baselines
+from rlhf_core.batching import batch_rows, learning_rate_scale, pad_right, split_batch, steps_in
+from rlhf_core.checkpoint import Checkpointer
+from rlhf_core.context import StageContext
+from rlhf_core.data.reading import Rows
+from rlhf_core.data.tokenizer import load_tokenizer
+from rlhf_core.errors import NonFinite
+from rlhf_core.jobs import RewardJob
+from rlhf_core.losses import pairwise_loss
+from rlhf_core.models import (
+    ScalarModel,
+    adamw,
+    choose_trainable,
+    export,
+    load_causal_lm,
+    new_scalar_model,
+    save_scalar_model,
+    stop_tokens,
+)
+from rlhf_core.rollout import generate, make_row_seeds
+from rlhf_core.store import Artifact
+from rlhf_core.strategy import Strategy
+from rlhf_core.train.sft import NON_FINITE_ADVICE, enable_checkpointing
+
+
+def run(job: RewardJob, context: StageContext) -> Artifact | None:
+    """Train, normalise, compare with baselines, publish. Rank 0 returns the artifact."""
+    resources = job.resources
+    strategy = Strategy(resources, job.precision, job.max_grad_norm)
+    source = context.store.fetch(job.model)
+    data = context.store.fetch(job.data)
+    train = Rows(data, "train", purpose="preference")
+    heldout = Rows(data, "heldout", purpose="preference")
+
+    # Replies of the SFT model, before its weights change, to normalise the scores with.
+    calibration = sft_replies(job, context, strategy, source, train)
+
+    module = new_scalar_model(source, job.seed)
+    module.backbone = choose_trainable(module.backbone, job, job.seed)
+    if resources.gradient_checkpointing:
+        enable_checkpointing(module.backbone)
+    strategy.prepare(module, adamw(module, job, {"": job.learning_rate}))
+    checkpointer = Checkpointer(context, strategy, resources)
+    total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
+    start, _ = checkpointer.restore()
+
+    for step in range(start, total):
+        began = time.perf_counter()
+        # 1. The global batch of pairs.
+        rows = train.take(batch_rows(len(train), job.batch_size, step, job.seed))
+        scale = learning_rate_scale(step, total, job.warmup_fraction, job.schedule)
+        strategy.set_learning_rate(scale)
+        # 2. Chosen and rejected of a pair go through the model in one pass.
+        micro = split_batch(
+            [pair_length(r) for r in rows],
+            strategy.rank, strategy.world_size, resources.micro_batch_size,
+        )  # fmt: skip
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, accuracy, margin
+        try:
+            for i, positions in enumerate(micro):
+                batch = collate_pairs([rows[p] for p in positions], strategy.device)
+                with strategy.micro_batch(last=i == len(micro) - 1):
+                    chosen, rejected = strategy.module(*batch).chunk(2)  # (b,), (b,)
+                    loss, metrics = pairwise_loss(
+                        chosen, rejected, job.loss, denominator=float(len(rows))
+                    )
+                    strategy.backward(loss)
+                sums += torch.tensor([loss.item(), *(float(metrics[k]) for k in METRICS)])
+            # 3. Update.
+            grad_norm = strategy.step()
+        except NonFinite as error:
+            raise NonFinite(f"Reward step {step + 1}: {error}. {NON_FINITE_ADVICE}") from error
+        # 4. Report and save.
+        loss_, accuracy_, margin = strategy.group.sum(sums).tolist()
+        context.log_metrics(
+            step + 1, total,
+            {
+                "loss": loss_, "accuracy": accuracy_, "margin": margin,
+                "learning_rate": job.learning_rate * scale, "grad_norm": grad_norm,
+                "pairs_per_second": len(rows) / (time.perf_counter() - began),
+            },
+        )  # fmt: skip
+        checkpointer.after_step(step + 1, total)
+
+    # Scores to mean 0, deviation 1 over the SFT replies.
+    scores = score_all(module, calibration, strategy, resources.micro_batch_size)
+    mean = float(scores.mean())
+    std = float(scores.std()) if len(scores) > 1 else 1.0
+    margins = heldout_margins(module, heldout, strategy, resources.micro_batch_size)
+    weights = strategy.weights()
+    if not context.main:
+        return None
+    module.mean, module.std = mean, max(std, 1e-6)
+    metrics = {"steps": total, "score_mean": mean, "score_std": std}
+    report = evaluation(margins, train, heldout)
+    if report:
+        context.log(
+            f"held-out accuracy {report['accuracy']:.3f} "
+            f"[{report['low']:.3f}, {report['high']:.3f}] on {report['n']} pairs; baselines: "
+            + ", ".join(f"{k} {v['accuracy']:.3f}" for k, v in report["baselines"].items())
+        )
+    folder = context.scratch("result")
+    save_scalar_model(export(module, weights), folder, source)  # type: ignore[arg-type]
+    artifact = context.publish(job, folder, {"metrics": {**metrics, "heldout": report}})
+    checkpointer.finish()
+    return artifact
+
+
+METRICS = ("accuracy", "margin")
+
+
+def pair_length(row: dict[str, Any]) -> int:
+    """Tokens of the longer of the two sequences."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def collate_pairs(rows: Sequence[dict[str, Any]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """input_ids and mask (2b,S): the chosen sequences, then the rejected ones."""
+    sequences = [
+        [*r["prompt_ids"], *r[key]] for key in ("chosen_ids", "rejected_ids") for r in rows
+    ]
+    input_ids, mask = pad_right(sequences)
+    return input_ids.to(device), mask.to(device)
+
+
+def sft_replies(
+    job: RewardJob, context: StageContext, strategy: Strategy, source: Path, train: Rows
+) -> list[list[int]]:
+    """Prompt + SFT reply of some training prompts, as token ids.
+
+    Pairs that were sampled from this very model are such replies already; else they are sampled.
+    """
+    count = min(job.normalization_prompts, len(train))
+    rows = train.take(list(range(count)))
+    sampled = context.store.get(job.data).metadata.get("sampled_from") == job.model
+    if sampled:
+        return [[*r["prompt_ids"], *r[k]] for r in rows for k in ("chosen_ids", "rejected_ids")]
+    model = load_causal_lm(source).to(strategy.device)
+    tokenizer = load_tokenizer(source)
+    group = strategy.group
+    mine = list(range(count))[group.rank :: group.size]
+    with strategy.autocast():
+        rollout = generate(
+            model,
+            [rows[i]["prompt_ids"] for i in mine],
+            max_new_tokens=job.max_new_tokens,
+            eos_ids=stop_tokens(source),
+            pad_id=tokenizer.pad_token_id or 0,
+            row_seeds=make_row_seeds(job.seed, 0, mine),
+        )
+    replies = [rollout.response_ids[i][rollout.response_mask[i]].tolist() for i in range(len(mine))]
+    whole = group.interleave(replies)
+    return [[*row["prompt_ids"], *reply] for row, reply in zip(rows, whole, strict=True)]
+
+
+@torch.no_grad()
+def score_all(
+    module: ScalarModel, sequences: Sequence[Sequence[int]], strategy: Strategy, micro: int
+) -> Tensor:
+    """Scores (n,) fp64 of sequences, in their order, computed by all ranks together."""
+    group = strategy.group
+    found: list[tuple[int, float]] = []
+    for positions in split_batch([len(s) for s in sequences], group.rank, group.size, micro):
+        input_ids, mask = pad_right([sequences[p] for p in positions])
+        with strategy.autocast():
+            scores = module(input_ids.to(group.device), mask.to(group.device))
+        found += zip(positions, scores.tolist(), strict=True)
+    result = torch.zeros(len(sequences), dtype=torch.float64)
+    for part in group.gather(found):
+        for position, score in part:
+            result[position] = score
+    return result
+
+
+def heldout_margins(module: ScalarModel, rows: Rows, strategy: Strategy, micro: int) -> list[float]:
+    """chosen - rejected score of every held-out pair."""
+    items = rows.take(list(range(len(rows))))
+    chosen = [[*r["prompt_ids"], *r["chosen_ids"]] for r in items]
+    rejected = [[*r["prompt_ids"], *r["rejected_ids"]] for r in items]
+    scores = score_all(module, chosen + rejected, strategy, micro)
+    return (scores[: len(items)] - scores[len(items) :]).tolist()
+
+
+def evaluation(margins: list[float], train: Rows, heldout: Rows) -> dict[str, Any]:
+    """Held-out accuracy with its interval, beside the baselines'; empty without held-out pairs."""
+    if not margins:
+        return {}
+    known, unknown = (
+        [(r["chosen"], r["rejected"]) for r in rows.take(list(range(len(rows))))]
+        for rows in (train, heldout)
+    )
+    return {
+        **baselines.accuracy(margins),
+        "baselines": {
+            "length": baselines.accuracy(baselines.length_margins(known, unknown)),
+            "bag_of_words": baselines.accuracy(baselines.bag_of_words_margins(known, unknown)),
+        },
+    }
