@@ -5,9 +5,9 @@ Runs as one plain process. The artifact is a Hugging Face folder that `from_pret
     config.json  generation_config.json  model.safetensors (shards of 5 GB above that)
     tokenizer.json  tokenizer_config.json  chat_template.jinja
 
-The weights keep their dtype (the built-in GGUF becomes bf16). Embeddings are never resized: a chat
-template whose markers the vocabulary lacks is refused when it was asked for by name; `auto` then
-takes the template that marks turns with text and ends them with the end-of-sequence token.
+The weights keep their dtype (the built-in GGUF becomes bf16). Embeddings are never resized: where
+the vocabulary lacks a template's markers (ChatML on gpt2), they are written as ordinary text and
+the end-of-sequence token ends a turn; without that token the model is refused.
 """
 
 from __future__ import annotations
@@ -216,45 +216,18 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, choice: str, source: s
     Raises:
         ModelError: no token ends a turn, or the chosen template needs tokens that are not there.
     """
-    if choice != "auto" or not tokenizer.chat_template:
-        tokenizer.chat_template = _builtin_template(tokenizer, choice, source)
-    end = _end_of_turn(tokenizer, source)
+    from rlhf_core.data.templates import end_of_turn, resolve_template
+
+    try:
+        tokenizer.chat_template = resolve_template(tokenizer, choice)
+        text, end = end_of_turn(tokenizer)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error
     if tokenizer.eos_token_id is None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        tokenizer.eos_token = text
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token  # an existing token: the vocabulary stays
     return list(dict.fromkeys([end, tokenizer.eos_token_id]))
-
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' "
-    "+ message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-VICUNA = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
-    "{% elif message['role'] == 'user' %}{{ '\\n\\nUSER: ' + message['content'] }}"
-    "{% else %}{{ '\\n\\nASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n\\nASSISTANT:' }}{% endif %}"
-)
-
-
-def _builtin_template(tokenizer: PreTrainedTokenizerBase, choice: str, source: str) -> str:
-    vocabulary = tokenizer.get_vocab()
-    fits = "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary
-    if choice == "chatml" and not fits:
-        raise ModelError(f"{source} has no <|im_start|>")
-    return CHATML if fits else VICUNA
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, source: str) -> int:
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "REPLY"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    ids = tokenizer.encode(text.rpartition("REPLY")[2], add_special_tokens=False)
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    if not ids or ids[0] not in special:
-        raise ModelError(f"the chat template of {source} ends no reply")
-    return int(ids[0])
 
 
 def _check_vocabulary(loaded: _Loaded, source: str) -> None:

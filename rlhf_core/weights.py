@@ -128,8 +128,9 @@ def fingerprint(source: str, revision: str | None = None) -> str:
     """Cheap identity of a source's contents, for the stage key of its import.
 
     A folder: its top-level files' names and contents; large files are read whole once, at about a
-    gigabyte a second, and again only when size or time change. A hub id: id and revision, so that a branch that moves on is not noticed: name a
-    commit where that matters. Empty for an artifact, whose digest says it all.
+    gigabyte a second, and again only when their size or time changes. A hub id: id and revision,
+    so that a branch that moves on is not noticed: name a commit where that matters. Empty for an
+    artifact, whose digest says it all.
 
     Raises:
         ModelError: the source is none that is known, or is missing.
