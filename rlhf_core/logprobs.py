@@ -23,10 +23,10 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_core.losses import upcast
 
-# Logits held at once: 32 MiB of fp32 where the cache is small, 512 MiB where a weight read from
-# memory must serve many rows.
-_CHUNK_LOGITS = {"cpu": 2**23, "other": 2**27}
-_MIN_CHUNK = 64
+# Most logits held at once, and most rows: on a CPU 256 rows already keep the units busy and more
+# only leave the cache; on a GPU a weight read from memory must serve many rows.
+_CHUNK_LOGITS = {"cpu": 2**24, "other": 2**27}
+_CHUNK_ROWS = {"cpu": (64, 256), "other": (64, 8192)}
 
 
 class Head(NamedTuple):
@@ -60,7 +60,7 @@ class _TokenLogprobs(torch.autograd.Function):
     """Log-softmax at the targets; keeps only a log-sum-exp per row for the backward pass."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -109,18 +109,21 @@ class _TokenLogprobs(torch.autograd.Function):
                 start = rows.stop
                 logits = options.logits(h, w, b)  # (n,V)
                 g = grad_logprobs[rows].unsqueeze(1)  # (n,1)
-                logp = logits - norms[rows].unsqueeze(1)
-                grad = logp.exp()  # (n,V), p until the next lines make it d loss / d logits
+                tanh = None
+                if options.softcap is not None:
+                    tanh = logits * (options.temperature / options.softcap)
+                logp = logits.sub_(norms[rows].unsqueeze(1))
+                # (n,V), p until the next lines make it d loss / d logits
                 if options.entropy:
+                    grad = logp.exp()
                     # dH/dz = -p (log p + H)
                     g_ent = grad_entropy[rows].unsqueeze(1)
                     grad.mul_((logp + entropies[rows].unsqueeze(1)).mul_(g_ent).add_(g).neg_())
                 else:
-                    grad.mul_(-g)
+                    grad = logp.exp_().mul_(-g)
                 grad.scatter_add_(1, y.unsqueeze(1), g.to(grad.dtype))
                 factor = options.scale / options.temperature
-                if options.softcap is not None:
-                    tanh = logits * (options.temperature / options.softcap)
+                if tanh is not None:
                     grad.mul_(1 - tanh.square_())
                 if factor != 1.0:
                     grad.mul_(factor)
@@ -244,8 +247,9 @@ def token_logprobs(
         nothing = upcast((hidden.sum() + 0 * weight[:1].sum()).expand(0))
         return (nothing, nothing) if entropy else nothing
     if chunk is None:
-        budget = _CHUNK_LOGITS["cpu" if hidden.device.type == "cpu" else "other"]
-        chunk = max(_MIN_CHUNK, budget // weight.shape[0])
+        device = "cpu" if hidden.device.type == "cpu" else "other"
+        least, most = _CHUNK_ROWS[device]
+        chunk = min(max(_CHUNK_LOGITS[device] // weight.shape[0], least), most)
     dtype = _product_dtype(hidden, weight)
     options = _Options(dtype, chunk, temperature, scale, softcap, entropy)
     logprobs, entropies = cast(
