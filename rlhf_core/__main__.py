@@ -6,12 +6,16 @@ Exit code 0: every job's artifact is in the store. 1: error-<rank>.json says why
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
+import logging
 import os
+import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -61,8 +65,26 @@ def classify(error: BaseException) -> str:
     return "internal"
 
 
+def quieten() -> None:
+    """Keep the notices of libraries out of the log: none of them can be acted on by a user."""
+    for module in ("colossalai", "torch", "transformers", "bitsandbytes", "peft"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\..*)?$")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("bitsandbytes", "transformers", "torch.distributed", "colossalai"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this rank when torchrun (or whoever started it) is gone."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def main(arguments: list[str]) -> int:
     """Entry point; returns the exit code."""
+    die_with_parent()
+    quieten()
     rank = os.environ.get("RANK", "0")
     if not arguments or arguments[0].startswith("-"):
         print(__doc__)

@@ -223,6 +223,6 @@ class Strategy:
         index = {name: i for i, name in enumerate(self._names)}
         for key, value in optimizer.items():
             name, _, field = key.rpartition("|")
-            entries.setdefault(index[name], {})[field] = value
+            entries.setdefault(index[name], {})[field] = value.clone()  # torch would alias it
         current = self._optimizer.state_dict()
         self._optimizer.load_state_dict({"state": entries, "param_groups": current["param_groups"]})

@@ -1,0 +1,100 @@
+"""Preference pairs: several SFT replies to a prompt, compared by a labeller (InstructGPT, step 2).
+
+The labeller stands in for the person. Of each prompt's replies the best and the worst become one
+pair; prompts whose replies it cannot tell apart by `min_margin` are counted and left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rlhf_core.context import StageContext
+from rlhf_core.data.reading import Rows
+from rlhf_core.data.tokenizer import load_tokenizer
+from rlhf_core.data.writer import write_dataset
+from rlhf_core.distributed import Group
+from rlhf_core.errors import DataError
+from rlhf_core.jobs import LabelJob
+from rlhf_core.judges import get_judge
+from rlhf_core.models import load_causal_lm
+from rlhf_core.sampling import Reply, sample_replies
+from rlhf_core.store import Artifact
+
+Row = dict[str, Any]
+
+
+def run(job: LabelJob, context: StageContext) -> Artifact | None:
+    """Sample, compare, write the pairs. Rank 0 returns the artifact."""
+    group = Group(job.resources)
+    source = context.store.fetch(job.model)
+    prompts = context.store.fetch(job.prompts)
+    tokenizer = load_tokenizer(source)
+    model = load_causal_lm(source).requires_grad_(False).to(group.device)
+    judge = get_judge(job.labeller)
+
+    pairs: dict[str, list[Row]] = {}
+    counts: dict[str, int] = {}
+    rows_of = {split: Rows(prompts, split, purpose="prompts") for split in ("train", "heldout")}
+    for stream, (split, rows) in enumerate(rows_of.items()):
+        wanted = job.max_prompts
+        if split == "heldout":  # in the data set's own proportion
+            wanted = round(job.max_prompts * len(rows) / max(1, len(rows_of["train"])))
+        items = rows.take(list(range(min(wanted, len(rows)))))
+        repeated = [r["prompt_ids"] for r in items for _ in range(job.samples_per_prompt)]
+        replies = sample_replies(
+            model, source, repeated, group, seed=job.seed, stream=stream,
+            max_new_tokens=job.max_new_tokens, temperature=job.temperature,
+        )  # fmt: skip
+        if not context.main:
+            continue
+        pairs[split] = []
+        for i, item in enumerate(items):
+            candidates = replies[i * job.samples_per_prompt :][: job.samples_per_prompt]
+            prompt = json.loads(item["prompt"])[-1]["content"]
+            scored = [(judge(prompt, r.text(tokenizer)), -j) for j, r in enumerate(candidates)]
+            (best, b), (worst, w) = max(scored), min(scored)
+            if best - worst < job.min_margin or best == worst:
+                counts[f"{split}_too_close"] = counts.get(f"{split}_too_close", 0) + 1
+                continue
+            pairs[split].append(pair(item, candidates[-b], candidates[-w], tokenizer))
+        counts[f"{split}_prompts"] = len(items)
+        counts[f"{split}_pairs"] = len(pairs[split])
+        context.log(f"{split}: {len(items)} prompts, {len(pairs[split])} pairs")
+    if not context.main:
+        return None
+    if not pairs["train"]:
+        raise DataError(
+            f"The labeller {job.labeller} could not tell the replies of any of "
+            f"{counts['train_prompts']} prompts apart by {job.min_margin}: lower "
+            "data.preference.min_margin, raise samples_per_prompt or max_new_tokens."
+        )
+    folder = context.scratch("result")
+    write_pairs(folder, pairs, counts, job)
+    return context.publish(job, folder, {"sampled_from": job.model, "metrics": counts})
+
+
+def pair(item: Row, chosen: Reply, rejected: Reply, tokenizer: Any) -> Row:
+    """One row of the preference data set."""
+    return {
+        "prompt_ids": item["prompt_ids"],
+        "chosen_ids": chosen.ids,
+        "rejected_ids": rejected.ids,
+        "prompt": item["prompt"],
+        "chosen": chosen.text(tokenizer),
+        "rejected": rejected.text(tokenizer),
+        "row": item["row"],
+    }
+
+
+def write_pairs(
+    folder: Any, pairs: dict[str, Iterable[Row]], counts: dict[str, int], job: LabelJob
+) -> None:
+    """The data set, with its card."""
+    card = {
+        "purpose": "preference",
+        "source": f"sampled from model {job.model[:12]}, compared by {job.labeller}",
+        "counts": counts,
+    }
+    write_dataset(folder, "preference", pairs, card)
