@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import uuid
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from rlhf_core.store.backend import Backend
 from rlhf_core.store.local import file_errors
 
 DOWNLOAD_TRIES = 3
+_PART = re.compile(r"\.[0-9a-f]{32}\.part")
 
 
 def blob_key(sha256: str) -> str:
@@ -89,7 +92,7 @@ def download_blob(backend: Backend, entry: FileEntry, target: Path, owner: str) 
 
     ``owner`` names the artifact in the message.
     """
-    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    part = target.with_name(f".{uuid.uuid4().hex}.part")  # as remove_parts looks for it
     found = "the blob is missing"
     try:
         with file_errors(target):
@@ -103,6 +106,13 @@ def download_blob(backend: Backend, entry: FileEntry, target: Path, owner: str) 
     finally:
         part.unlink(missing_ok=True)
     raise corrupt(backend, entry, found, owner)
+
+
+def remove_parts(folder: Path, keep: Set[str]) -> None:
+    """Remove what killed downloads left below a folder, but no file of the artifact itself."""
+    for path in folder.rglob(".*.part"):
+        if _PART.fullmatch(path.name) and path.relative_to(folder).as_posix() not in keep:
+            path.unlink()
 
 
 def check_blob(backend: Backend, entry: FileEntry) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from rlhf_core.errors import ArtifactCorrupt, ConfigError
 from rlhf_core.store.artifact import Artifact, FileEntry, check_path
 from rlhf_core.store.backend import Backend
-from rlhf_core.store.blobs import download_blob, hash_file
+from rlhf_core.store.blobs import download_blob, hash_file, remove_parts
 from rlhf_core.store.local import file_errors, require_space
 from rlhf_core.store.parallel import FILES_AT_ONCE, in_parallel
 from rlhf_core.store.settings import rlhf_home
@@ -58,7 +58,7 @@ def fetch_cached(backend: Backend, artifact: Artifact) -> Path:
     cache = rlhf_home() / "cache"
     folder = cache / "artifacts" / artifact.digest
     stamps = cache / "stamps" / f"{artifact.digest}.json"
-    with file_errors(cache), _lock(folder):
+    with file_errors(cache), _lock(folder) as locked:
         for place in (folder.parent, stamps.parent):
             place.mkdir(parents=True, exist_ok=True)
         known = _read_stamps(stamps)
@@ -68,7 +68,8 @@ def fetch_cached(backend: Backend, artifact: Artifact) -> Path:
             _fill(backend, artifact, folder, known)
         else:
             # One name per machine: the next fetch goes on from what a killed one had verified.
-            part = folder.with_name(f".{artifact.digest}.{socket.gethostname()}.part")
+            owner = socket.gethostname() if locked else uuid.uuid4().hex
+            part = folder.with_name(f".{artifact.digest}.{owner}.part")
             try:
                 _fill(backend, artifact, part, {})
             except ArtifactCorrupt:
@@ -101,6 +102,7 @@ def fetch_to(backend: Backend, artifact: Artifact, destination: Path) -> Path:
 
 def _fill(backend: Backend, artifact: Artifact, folder: Path, known: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    remove_parts(folder, {entry.path for entry in artifact.files})
     todo = [e for e in artifact.files if not _is_as(folder, e, known, rehash=True)]
     require_space(folder, sum(entry.size for entry in todo))
 
@@ -162,13 +164,18 @@ def _write_stamps(path: Path, folder: Path, artifact: Artifact) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Let one process of this machine at a time work on a folder; the lock ends with it."""
+def _lock(folder: Path) -> Iterator[bool]:
+    """Let one process of this machine at a time work on a folder; the lock ends with it.
+
+    False where the file system has no locks: processes may then do the work twice, and the final
+    rename stays safe.
+    """
     name = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:32]
     path = rlhf_home() / "cache" / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        # Without locks processes may do the work twice; the final rename stays safe.
+        locked = False
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            locked = True
+        yield locked

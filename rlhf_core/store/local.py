@@ -57,6 +57,13 @@ def require_space(where: Path, needed: int) -> None:
         )
 
 
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
 class LocalBackend:
     """Keys are files below ``root``; temporary files live in ``base/.tmp`` on the same disk."""
 
@@ -101,10 +108,13 @@ class LocalBackend:
 
     def download(self, key: str, destination: Path, size: int) -> bool:
         with file_errors(destination):
-            if not (self.root / key).exists():
+            try:
+                shutil.copyfile(self.root / key, destination)
+                return True
+            except FileNotFoundError:
+                if (self.root / key).exists():
+                    raise
                 return False
-            shutil.copyfile(self.root / key, destination)
-            return True
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
         with file_errors(self.root), open(self.root / key, "rb") as file:
@@ -116,9 +126,7 @@ class LocalBackend:
         base = self.root / folder
         keys: list[str] = []
         with file_errors(self.root):
-            if not base.is_dir():
-                return []
-            for name in os.listdir(base):
+            for name in _names(base):
                 if not name.startswith(start) or name == TMP:
                     continue
                 if (base / name).is_dir():
@@ -131,9 +139,7 @@ class LocalBackend:
     def folders(self, prefix: str) -> list[str]:
         with file_errors(self.root):
             base = self.root / prefix
-            if not base.is_dir():
-                return []
-            return sorted(e.name for e in os.scandir(base) if e.is_dir() and e.name != TMP)
+            return sorted(n for n in _names(base) if n != TMP and (base / n).is_dir())
 
     def delete(self, key: str) -> None:
         target = self.root / key

@@ -57,6 +57,7 @@ def is_second(error: BaseException) -> bool:
 def is_passing(error: BaseException) -> bool:
     """True when the same request may well succeed a moment later."""
     from aiohttp import ClientError as TransportError
+    from botocore.exceptions import ConnectionError as NoConnection
     from botocore.exceptions import HTTPClientError, IncompleteReadError, SSLError
 
     status = status_of(error)
@@ -66,7 +67,7 @@ def is_passing(error: BaseException) -> bool:
         )
     if isinstance(error, SSLError):
         return False
-    transport = (HTTPClientError, IncompleteReadError, TransportError, TimeoutError)
+    transport = (NoConnection, HTTPClientError, IncompleteReadError, TransportError, TimeoutError)
     return isinstance(error, (*transport, ConnectionError))
 
 

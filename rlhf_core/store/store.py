@@ -276,7 +276,7 @@ class Store:
         """
         backend = self._backend.impatient()
         key, data = f"probes/{uuid.uuid4().hex}", b"rlhf"
-        created = backend.create(key, data)
+        created = backend.create(key, data)  # nothing to remove when this fails
         try:
             again = backend.create(key, b"second")
             if not created or again or backend.read(key) != data:

@@ -1,16 +1,21 @@
 """Several processes at once, and processes that are killed."""
 
+import itertools
+import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rlhf_core.store import Store, open_store, rlhf_home
+from rlhf_core.store import FileEntry, Store, folders, open_store, rlhf_home
+from rlhf_core.store import blobs as blobs_module
+from rlhf_core.store.backend import Backend
 from tests.rlhf_core.store.helpers import blobs, contents, results_of, start
 
-KILLS = 8
+KILLS = 6
 
 
 @pytest.fixture
@@ -99,19 +104,37 @@ def test_concurrent_fetches_share_one_download(store: Store, many: Path) -> None
     assert [path.name for path in cache.iterdir()] == [digest]
 
 
+def fetch_and_die(url: str, digest: str) -> None:
+    """Fetch, and be killed after the fifth file with the next one half written."""
+    whole = blobs_module.download_blob
+    done = itertools.count(1)
+
+    def download(backend: Backend, entry: FileEntry, target: Path, owner: str) -> None:
+        whole(backend, entry, target, owner)
+        if next(done) == 5:
+            target.with_name(f".{'0' * 32}.part").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    vars(folders)["download_blob"] = download
+    fetch(url, digest)
+
+
 def test_killed_fetch_shows_nothing_and_the_next_goes_on_from_it(
     tmp_path: Path, many: Path
 ) -> None:
     store = open_store(str(tmp_path / "store"))
     digest = store.publish(many, kind="model").digest
+    child = start(fetch_and_die, store.url, digest)
+    child.join(30)
+    assert child.exitcode == -signal.SIGKILL
     cache = rlhf_home() / "cache" / "artifacts"
-    child = start(fetch, store.url, digest)
-    deadline = time.monotonic() + 20
-    while not list(cache.glob(".*.part/*.bin")) and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    child.kill()
-    child.join()
-    assert contents(store.fetch(digest)) == contents(many)
+    assert not (cache / digest).exists()
+    verified = {path.name: path.stat().st_ino for path in cache.glob(".*.part/*.bin")}
+    assert len(verified) >= 5
+
+    folder = store.fetch(digest)
+    assert contents(folder) == contents(many)
+    assert {name: (folder / name).stat().st_ino for name in verified} == verified
     assert [path.name for path in cache.iterdir()] == [digest]
 
 
