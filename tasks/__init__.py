@@ -1,0 +1,18 @@
+"""Prefect tasks, one per stage, and the launchers that run their jobs. No torch in here."""
+
+from tasks.publish import publish
+from tasks.report import report
+from tasks.stages import evaluate, import_model, label, ppo, preflight, prepare_data, reward, sft
+
+__all__ = [
+    "evaluate",
+    "import_model",
+    "label",
+    "ppo",
+    "preflight",
+    "prepare_data",
+    "publish",
+    "report",
+    "reward",
+    "sft",
+]

@@ -1,0 +1,286 @@
+"""From a preset or a file, plus `key=value` overrides, to a checked PipelineConfig. No torch.
+
+A preset is a YAML file that holds only what differs from the defaults of `PipelineConfig`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Hashable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from rlhf_core.errors import ConfigError, PreflightError
+from rlhf_core.jobs import PipelineConfig
+
+# Sections whose `resources` lie over the top-level `resources`.
+STAGE_SECTIONS = (("sft",), ("reward",), ("ppo",), ("evaluate",), ("data", "preference"))
+
+# --------------------------------------------------------------------------- reading
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the project, sorted."""
+    folder = files("deployments") / "presets"
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
+
+
+def load_preset(name_or_path: str | Path) -> dict[str, Any]:
+    """The mapping in a preset (by name) or in a YAML or JSON file (by path).
+
+    Raises:
+        ConfigError: there is no such preset or file, or it is not YAML with a mapping at its top.
+    """
+    text = str(name_or_path)
+    names = preset_names()
+    if text in names:
+        resource = files("deployments") / "presets" / f"{text}.yaml"
+        return _parse(resource.read_text("utf-8"), f"preset {text}")
+    path = Path(text).expanduser()
+    looks_like_a_path = "/" in text or path.suffix in (".yaml", ".yml", ".json")
+    if not looks_like_a_path and not path.is_file():
+        close = difflib.get_close_matches(text, names, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(
+            f"There is no preset {text!r}.{hint} Presets: {', '.join(names)}; "
+            "a file is given by its path, such as ./my-run.yaml."
+        )
+    try:
+        return _parse(path.read_text("utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise ConfigError(f"{path} is not a text file in UTF-8 ({found}).") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen and key != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} was already set in line {seen[key]}", key_node.start_mark
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{where}{line}: {error.problem or error.context}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{where} holds a {type(value).__name__}; needed are sections such as `sft:`, `ppo:`."
+        )
+    return value
+
+
+# --------------------------------------------------------------------------- overrides
+
+
+def apply_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of the settings with `a.b.c=value` applied in order; values are YAML.
+
+    Raises:
+        ConfigError: an override is not `key=value`, its value is not YAML, or its path leads
+            through something that is not a section.
+    """
+    result = copy.deepcopy(dict(settings))
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(
+                f"--set {override!r} is not a setting; needed is key=value: ppo.kl_coef=0.1, say."
+            )
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or "it cannot be read"
+            raise ConfigError(
+                f"--set {override!r}: the value {text!r} is not YAML ({problem}); "
+                "put quotes around a text with special characters."
+            ) from error
+        _put(result, keys, value, override)
+    return result
+
+
+def _put(settings: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    section = settings
+    for depth, key in enumerate(keys[:-1], 1):
+        inner = section.get(key)
+        if inner is None:
+            inner = section[key] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(
+                f"--set {override!r}: {'.'.join(keys[:depth])} is a value ({inner!r}), no section."
+            )
+        section = inner
+    section[keys[-1]] = value
+
+
+def merge_resources(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which a stage's partial `resources` lie over the top-level ones."""
+    result = copy.deepcopy(dict(settings))
+    common = result.get("resources")
+    for path in STAGE_SECTIONS:
+        section: Any = result
+        for key in path:
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(common, dict):
+            own = section.get("resources")
+            if isinstance(own, dict):
+                section["resources"] = {**common, **own}
+    return result
+
+
+def build_config(
+    preset: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> PipelineConfig:
+    """The configuration that a preset (name, file or mapping) and overrides describe.
+
+    Raises:
+        ConfigError: the preset or an override cannot be read.
+        PreflightError: settings are unknown or out of range; all of them in one list.
+    """
+    settings = dict(preset) if isinstance(preset, Mapping) else load_preset(preset)
+    settings = merge_resources(apply_overrides(settings, overrides))
+    try:
+        return PipelineConfig.model_validate(settings)
+    except ValidationError as error:
+        raise PreflightError(explain(error, PipelineConfig, settings)) from error
+
+
+# --------------------------------------------------------------------------- explaining
+
+
+def explain(error: ValidationError, model: type[BaseModel], value: Any) -> list[str]:
+    """One text per problem: path of the field, value found, what is needed.
+
+    Args:
+        error: what validating `value` as `model` raised.
+    """
+    problems: dict[str, None] = {}
+    for item in error.errors():
+        if (text := _explain_one(item, model, value)) is not None:
+            problems[text] = None
+    return list(problems)
+
+
+def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str | None:
+    """None for an error of a union's variant that the input does not mean."""
+    names: list[str] = []
+    here: type[BaseModel] | None = model
+    parts = list(item["loc"])
+    last = str(parts[-1]) if parts else ""
+    variants: list[type[BaseModel]] = []
+    for part in parts:
+        if variants and (chosen := _variant(variants, value)) and len(variants) > 1:
+            variants = []
+            if part != chosen.__name__:
+                return None
+            here = chosen
+            continue
+        names.append(str(part))
+        value = value.get(part) if isinstance(value, Mapping) else None
+        field = here.model_fields.get(str(part)) if here else None
+        variants = _models(field.annotation) if field else []
+        if not (here and item["type"] == "extra_forbidden" and part == parts[-1]):
+            here = variants[0] if variants else None
+    path = ".".join(names) or "the configuration"
+    kind, message = item["type"], item["msg"]
+    if kind == "extra_forbidden":
+        return _unknown(names, last, here)
+    if kind == "value_error":
+        return f"{path}: {message.removeprefix('Value error, ')}"
+    if kind == "missing":
+        return f"{path} is missing."
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = "a section with settings"
+    needed = message.removeprefix("Input should be ").removeprefix("a valid ").split(", unable")[0]
+    return f"{path}: found {_short(item['input'])}, needed is {needed}."
+
+
+def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> str:
+    valid = list(section.model_fields) if section else []
+    close = difflib.get_close_matches(last, valid, 1, 0.6)
+    paths = _paths(PipelineConfig)
+    if ".".join(names) in paths:  # of the union's other variant
+        parent = ".".join(names[:-1])
+        return (
+            f"{'.'.join(names)} does not go with this {parent}.source; leave it out, or on the "
+            f"command line replace the whole section: --set '{parent}={{source: ...}}'."
+        )
+    if not close:  # the right name in the wrong section
+        elsewhere = [p for p in paths if p.rsplit(".", 1)[-1] == last]
+        if elsewhere:
+            return f"{'.'.join(names)} is not a setting; did you mean {elsewhere[0]}?"
+        inside = ".".join(names[:-1]) or "the top level"
+        return f"{'.'.join(names)} is not a setting; {inside} has: {', '.join(sorted(valid))}."
+    return f"{'.'.join(names)} is not a setting; did you mean {'.'.join([*names[:-1], close[0]])}?"
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if get_origin(annotation) in (Union, UnionType):
+        return [m for part in get_args(annotation) for m in _models(part)]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return []
+
+
+def _variant(variants: list[type[BaseModel]], value: Any) -> type[BaseModel]:
+    """The variant that the input means: by its `source` or `type`, else by the names it uses."""
+    if isinstance(value, Mapping):
+        for tag in ("type", "source"):
+            for model in variants:
+                field = model.model_fields.get(tag)
+                if field and tag in value and get_args(field.annotation) == (value[tag],):
+                    return model
+        literal = [m for m in variants if _tagged(m, value)]
+        rest = [m for m in variants if m not in literal] or variants
+        return max(rest, key=lambda m: len(set(value) & set(m.model_fields)))
+    return variants[0]
+
+
+def _tagged(model: type[BaseModel], value: Mapping[str, Any]) -> bool:
+    """True when the model has a literal tag that the value contradicts."""
+    return any(
+        tag in value and len(get_args(field.annotation)) == 1 and value[tag] != field.default
+        for tag in ("type", "source")
+        if (field := model.model_fields.get(tag))
+    )
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        found.append(prefix + name)
+        for inner in _models(field.annotation):
+            found += _paths(inner, f"{prefix}{name}.")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

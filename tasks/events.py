@@ -1,0 +1,77 @@
+"""What a run says while it goes on: one log record per event.
+
+The text is what Prefect's log shows. The record's attribute `rlhf` holds the same as data, from
+which the command line's console is drawn; records without it are Prefect's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+Kind = Literal["run", "start", "line", "progress", "done", "retry", "note", "failed"]
+Log = logging.Logger | logging.LoggerAdapter[Any]
+
+
+def say(log: Log, kind: Kind, stage: str, text: str, **fields: Any) -> None:
+    """Log one event of a stage."""
+    level = logging.WARNING if kind == "retry" else logging.INFO
+    shown = text if kind == "line" or not stage else f"{stage}: {text}"
+    event = {"kind": kind, "stage": stage, "text": text, **fields}
+    log.log(level, "%s", shown, extra={"rlhf": event})
+
+
+def seconds(value: float) -> str:
+    """A duration for people: 0.3 s, 42 s, 3 min 20 s."""
+    if value < 9.95:
+        return f"{value:.1f} s"
+    if value < 120:
+        return f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# Metrics worth a place in one line, in order; what a stage does not have is left out.
+HEADLINES = (
+    ("loss", "loss"), ("heldout_loss", "held-out loss"), ("accuracy", "accuracy"),
+    ("heldout_accuracy", "held-out accuracy"), ("score", "score"), ("gold", "gold"),
+    ("kl", "KL"), ("length", "length"), ("tokens_per_second", "tokens/s"),
+)  # fmt: skip
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """The most telling numbers of a stage in one line."""
+    shown = []
+    models = metrics.get("models")  # of an evaluation
+    if isinstance(models, dict) and {"sft", "ppo"} <= set(models):
+        for name in ("reward", "gold"):
+            pair = [models[model].get(f"{name}_mean") for model in ("sft", "ppo")]
+            if None not in pair:
+                shown.append(f"{name} {pair[0]:.3f} -> {pair[1]:.3f}")
+    for name, label in HEADLINES:
+        value = metrics.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            number = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+            shown.append(f"{number} {label}" if label == "tokens/s" else f"{label} {number}")
+    return "  ".join(shown)
+
+
+class ExpectedErrors(logging.Filter):
+    """Takes the traceback off Prefect's log records about errors that are meant for the user."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        from rlhf_core.errors import RLHFError
+
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, RLHFError):
+            record.exc_info = record.exc_text = None
+            record.msg, record.args = "%s", (str(error),)
+        return True
+
+
+def without_tracebacks() -> None:
+    """Install `ExpectedErrors` on the loggers of flow and task runs, once."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(f, ExpectedErrors) for f in logger.filters):
+            logger.addFilter(ExpectedErrors())

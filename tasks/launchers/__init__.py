@@ -1,0 +1,14 @@
+"""Launchers: they start, watch, cancel and collect torchrun jobs, and know nothing of training."""
+
+from tasks.launchers.base import Launch, Launcher, Outcome
+from tasks.launchers.local import LocalTorchrun
+
+__all__ = ["Launch", "Launcher", "LocalTorchrun", "Outcome", "launcher_for"]
+
+
+def launcher_for(settings: object) -> Launcher:
+    """The launcher that a configuration's `launcher` section describes."""
+    from rlhf_core.jobs import LocalLauncher
+
+    assert isinstance(settings, LocalLauncher), f"no launcher for {settings!r}"
+    return LocalTorchrun()

@@ -1,0 +1,81 @@
+"""Why a process group ended: from error files, exit codes and torchrun's own output."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import JobFailed
+
+# torchrun: "failed (exitcode: -9) local_rank: 1 (pid: 4242) of binary: ..."
+RANK_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+# What the other ranks say when one of them has gone.
+SECONDARY = re.compile(
+    r"connection (reset|closed|refused)|broken pipe|gloo|nccl|c10d|tcpstore|store\b.*\btimeout"
+    r"|socket|timed out|process ?group|distbackenderror|collective",
+    re.IGNORECASE,
+)
+
+
+def read_errors(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """The ranks' error files, oldest first, each with its `rank`."""
+    errors = []
+    for folder in folders:
+        for path in folder.glob("error-*.json"):
+            try:
+                error = json.loads(path.read_text())
+            except (OSError, ValueError):
+                continue  # cut short by a kill: the exit code tells
+            errors.append({**error, "rank": path.stem.removeprefix("error-")})
+    return sorted(errors, key=lambda error: float(error.get("time", 0)))
+
+
+def diagnose(
+    name: str,
+    folders: Iterable[Path],
+    returncode: int,
+    dead_rank: tuple[int, int] | None,
+    log: Path,
+) -> JobFailed:
+    """The failure in one message that ends with where the log is.
+
+    Args:
+        dead_rank: (rank, exit code) that torchrun named first, if it did.
+    """
+    errors = read_errors(folders)
+    real = [e for e in errors if e["category"] != "internal"]
+    own = [e for e in errors if e["category"] == "internal" and not SECONDARY.search(e["message"])]
+    killed = dead_rank is not None and dead_rank[1] < 0
+    if real:
+        category, text = real[0]["category"], real[0]["message"]
+    elif killed and dead_rank is not None:
+        category, text = "lost", f"rank {dead_rank[0]} {_signal(-dead_rank[1])}"
+    elif own:
+        category, text = "internal", f"rank {own[0]['rank']}: {own[0]['message']}"
+    elif returncode < 0:
+        category, text = "lost", f"the process {_signal(-returncode)}"
+    elif errors:
+        category, text = "lost", f"rank {errors[0]['rank']} lost the others: {errors[0]['message']}"
+    else:
+        code = dead_rank[1] if dead_rank else returncode
+        category, text = "internal", f"ended with exit code {code} and said no reason"
+    return JobFailed(f"{name} failed: {shorten(text)}\nFull log: {log}", category)
+
+
+def _signal(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    if number == signal.SIGKILL:
+        return f"was killed by {name} (by the out-of-memory killer, or by hand)"
+    return f"was killed by {name}"
+
+
+def shorten(text: str, limit: int = 1500) -> str:
+    """Messages become a Prefect state: the start is kept, and the end is cut."""
+    return text if len(text) <= limit else text[: limit - 4].rstrip() + " ..."

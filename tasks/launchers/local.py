@@ -1,0 +1,202 @@
+"""The `local` launcher: torchrun as a child of the flow's process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import IO, Any
+
+import rlhf_core
+from rlhf_core.jobs import Job
+from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
+from tasks.launchers.failures import RANK_FAILED, diagnose
+from tasks.launchers.processes import ProcessTree, die_with_parent
+
+MODULE = "rlhf_core"  # run as `python -m MODULE FOLDER/job.json`; tests put a stand-in here
+POLL_SECONDS = 0.25
+LOOK_SECONDS = 2.0  # between two looks at the descendants
+# torchrun's own lines ("W1122 10:00:00.000000 4242 torch/distributed/..."); its report of a failed
+# rank starts with one of level E and runs to the end.
+TORCHRUN = re.compile(r"^\[?([WEIC])\d{4} .*torch/(distributed|elastic|_)")
+
+
+class LocalTorchrun:
+    """Runs a launch on this machine; torchrun stays in the flow's process group."""
+
+    def __init__(self, patience: float = 20.0) -> None:
+        self.patience = patience
+
+    def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:
+        """See `Launcher.run`. The job folders stay, without their scratch space."""
+        for folder, job in launch.jobs.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "job.json").write_text(job.model_dump_json(indent=1))
+        launch.log.parent.mkdir(parents=True, exist_ok=True)
+        jobs = list(launch.jobs.values())
+        # die_with_parent must run in the child itself: if this process is killed, torchrun ends
+        # its ranks.
+        process = subprocess.Popen(
+            command(jobs, [folder / "job.json" for folder in launch.jobs]),
+            env=environment(jobs, launch.store),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+        )
+        tree = ProcessTree(process)
+        reader = _Reader(process, launch.log, on_line)
+        try:
+            reader.start()
+            self._watch(
+                tree, [_Tail(folder / "metrics.jsonl") for folder in launch.jobs], on_progress
+            )
+        finally:
+            # Also when a cancelled run raises TerminationSignal, or Ctrl-C KeyboardInterrupt here.
+            tree.end(self.patience if process.returncode is None else 0.0)
+            reader.join(5)
+            for folder in launch.jobs:
+                shutil.rmtree(folder / "scratch", ignore_errors=True)
+        outcomes = [_outcome(folder) for folder in launch.jobs]
+        if process.returncode != 0 or None in outcomes:
+            raise diagnose(
+                launch.name, launch.jobs, process.returncode, reader.dead_rank, launch.log
+            )
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _watch(self, tree: ProcessTree, tails: list[_Tail], on_progress: ProgressSink) -> None:
+        running, looked = True, 0.0
+        while running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                tree.process.wait(POLL_SECONDS)
+            running = tree.process.returncode is None
+            if time.monotonic() - looked > LOOK_SECONDS:
+                looked = time.monotonic()
+                tree.look()
+            for tail in tails:
+                if (newest := tail.newest()) is not None:
+                    on_progress(newest)
+
+
+def command(jobs: list[Job], files: list[Path]) -> list[str]:
+    """The command line; the rendezvous is on the loopback address, at a port of its own choice."""
+    ranks = jobs[0].placement().ranks
+    torchrun = []
+    if jobs[0].torchrun:
+        torchrun = [
+            "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks),
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+            "--rdzv-id", uuid.uuid4().hex, "--local-addr", "127.0.0.1",
+        ]  # fmt: skip
+    return [sys.executable, *torchrun, "-m", MODULE, *map(str, files)]
+
+
+def environment(jobs: list[Job], store: str) -> dict[str, str]:
+    """This process's environment, and what ranks need; what the user has set stays."""
+    placement = jobs[0].placement()
+    ranks = placement.ranks if jobs[0].torchrun else 1
+    threads = placement.threads or max(1, cpu_cores() // ranks)
+    quiet = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads cost a factor of 7 on shared cores
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "disabled",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
+        "GLOO_SOCKET_IFNAME": "lo",  # one machine: no look-up of a host name that may not resolve
+    }
+    source = str(Path(rlhf_core.__file__).resolve().parents[1])
+    paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        **quiet,
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "RLHF_STORE": store,
+    }
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use, with a container's quota in mind."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def _outcome(folder: Path) -> Outcome | None:
+    try:
+        return Outcome(**json.loads((folder / "result.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class _Reader(threading.Thread):
+    """Copies the ranks' output to a file and, but for torchrun's own reports, to a sink."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, on_line: LineSink) -> None:
+        super().__init__(name=f"output of {process.pid}", daemon=True)
+        self.process, self.log, self.on_line = process, log, on_line
+        self.dead_rank: tuple[int, int] | None = None
+        self._hidden = False
+
+    def run(self) -> None:
+        assert self.process.stdout is not None
+        with self.log.open("a", encoding="utf-8") as file, self.process.stdout as pipe:
+            for raw in _lines(pipe):
+                line = raw.decode("utf-8", "replace").rstrip()
+                file.write(line + "\n")
+                file.flush()
+                if line and not self._is_torchruns(line):
+                    self.on_line(line)
+
+    def _is_torchruns(self, line: str) -> bool:
+        if self.dead_rank is None and (match := RANK_FAILED.search(line)):
+            self.dead_rank = (int(match[2]), int(match[1]))
+            self._hidden = True
+        return self._hidden or TORCHRUN.match(line) is not None
+
+
+def _lines(pipe: IO[bytes]) -> Any:
+    """Lines, with a carriage return of a progress bar taken as a line's end."""
+    for raw in pipe:
+        yield raw.rstrip(b"\r\n").rpartition(b"\r")[2]
+
+
+class _Tail:
+    """The newest whole line of a growing JSONL file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest line since the last call, or None."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read()
+        except OSError:
+            return None
+        whole = data.rpartition(b"\n")[0]
+        if not whole:
+            return None
+        self.offset += len(whole) + 1
+        with contextlib.suppress(ValueError):
+            value = json.loads(whole.rpartition(b"\n")[2])
+            return value if isinstance(value, dict) else None
+        return None

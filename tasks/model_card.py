@@ -1,0 +1,108 @@
+"""The published model's README.md: what it is, where it comes from, how good it is.
+
+The same inputs give the same bytes, so that publishing twice publishes one artifact.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+from rlhf_core.errors import StoreError
+from rlhf_core.store import Artifact, Store
+from tasks.evaluation import Evaluation, read_evaluation
+from tasks.run import Run
+
+ORDER = ("model", "data-sft", "data-prompts", "data-preference", "data-pretrain", "sft", "label",
+         "reward", "ppo", "evaluate")  # fmt: skip
+
+USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+messages = [{{"role": "user", "content": "How are you?"}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+reply = model.generate(**inputs, max_new_tokens={tokens}, do_sample=True)
+print(tokenizer.decode(reply[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```"""
+
+
+def model_card(run: Run, name: str, policy: str, evaluation: str) -> str:
+    """Markdown with a Hugging Face header."""
+    store = run.store
+    stages = {s: store.get(run.stages[s].digest) for s in ORDER if s in run.stages}
+    base = stages.get("model")
+    source = run.config.model.source
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["rlhf", "ppo", "conversational"],
+    }
+    if base and base.metadata.get("license"):
+        front["license"] = str(base.metadata["license"]).lower()
+    if "/" in source and ":" not in source and not source.startswith((".", "/", "~")):
+        front["base_model"] = source
+    parts = [
+        "---\n" + yaml.safe_dump(front, sort_keys=False).strip() + "\n---",
+        f"# {name}",
+        f"`{source}`, aligned in three steps: supervised fine-tuning, a reward model, and PPO "
+        "against that reward model.",
+        USE.format(tokens=run.config.ppo.max_new_tokens),
+        "## Evaluation",
+        Evaluation(read_evaluation(store, evaluation)).markdown(),
+        "## Lineage",
+        _lineage(stages),
+        "## Data",
+        *(_data(store, s, a) for s, a in stages.items() if a.kind == "dataset"),
+        "## Settings",
+        *(_settings(s, a) for s, a in stages.items() if "job" in a.metadata),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _lineage(stages: dict[str, Artifact]) -> str:
+    names = {artifact.digest: stage for stage, artifact in stages.items()}
+    rows = ["| stage | artifact | made from |", "| --- | --- | --- |"]
+    for stage, artifact in stages.items():
+        parents = ", ".join(names.get(p, p[:12]) for p in dict.fromkeys(artifact.parents))
+        rows.append(f"| {stage} | `{artifact.kind}/{artifact.digest}` | {parents} |")
+    return "\n".join(rows)
+
+
+def _data(store: Store, stage: str, artifact: Artifact) -> str:
+    job = artifact.metadata.get("job", {})
+    source = f"sampled, compared by {job['labeller']}" if "labeller" in job else job.get("source")
+    card = data_card(store, artifact)
+    lines = [f"**{stage}**: {source}, digest `{artifact.digest[:12]}`"]
+    if card:
+        text = json.dumps(card, indent=1, ensure_ascii=False, sort_keys=True)
+        lines.append(f"<details><summary>data card</summary>\n\n```json\n{text}\n```\n</details>")
+    return "\n\n".join(lines)
+
+
+def data_card(store: Store, artifact: Artifact) -> dict[str, Any]:
+    """The data card of a data set, or {}."""
+    for path in ("card.json", "data_card.json"):
+        if any(entry.path == path for entry in artifact.files):
+            try:
+                value = json.loads(store.read_bytes(artifact.digest, path))
+            except (StoreError, ValueError):
+                return {}
+            return value if isinstance(value, dict) else {}
+    card = artifact.metadata.get("card", {})
+    return card if isinstance(card, dict) else {}
+
+
+def _settings(stage: str, artifact: Artifact) -> str:
+    job = dict(artifact.metadata["job"])
+    metrics = artifact.metadata.get("metrics")
+    text = yaml.safe_dump(job, sort_keys=False, allow_unicode=True).strip()
+    if metrics:
+        text += "\n\n# metrics\n" + yaml.safe_dump(metrics, sort_keys=False).strip()
+    return f"<details><summary>{stage}</summary>\n\n```yaml\n{text}\n```\n</details>"

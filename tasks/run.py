@@ -1,0 +1,139 @@
+"""One run of the pipeline: its settings, its store, its folder, and the record that others read."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from rlhf_core.errors import StoreError
+from rlhf_core.jobs import PipelineConfig
+from rlhf_core.store import Store, open_store, rlhf_home
+
+log = logging.getLogger("rlhf")
+
+
+class StageResult(BaseModel):
+    """What a stage hands on: small, everything else is in the store."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    digest: str
+    kind: str
+    key: str
+    reused: bool
+    seconds: float
+    metrics: dict[str, Any] = {}
+
+    @property
+    def ref(self) -> str:
+        """kind/digest[:12], which every `rlhf artifacts` command understands."""
+        return f"{self.kind}/{self.digest[:12]}"
+
+
+class Run:
+    """Handed to every task. A plain class: Prefect looks into dataclasses and models."""
+
+    def __init__(self, config: PipelineConfig, run_id: str, store: Store | None = None) -> None:
+        self.config = config
+        self.id = run_id
+        self.store = store or open_store(config.store)
+        self.folder = rlhf_home() / "runs" / run_id
+        self.stages: dict[str, StageResult] = {}
+        self.model_folder: Path | None = None
+        self.report: Path | None = None
+        self._record: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"Run({self.id!r})"
+
+    @property
+    def record_path(self) -> str:
+        return f"runs/{self.id}.json"
+
+    def begin(self) -> None:
+        """Write the record for the first time, or again when the run is retried."""
+        earlier = self.store.read_record(self.record_path) or {}
+        self._record = {
+            "id": self.id,
+            "name": self.config.name,
+            "started": earlier.get("started") or now(),
+            "config": self.config.model_dump(mode="json"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "folder": str(self.folder),
+        }
+        self.save(state="running", ended=None, error=None)
+
+    def add(self, result: StageResult) -> StageResult:
+        """Note a finished stage."""
+        self.stages[result.stage] = result
+        self.save()
+        return result
+
+    def save(self, **changes: Any) -> None:
+        """Write the record as it is now."""
+        self._record |= changes
+        self._record |= {
+            "updated": now(),
+            "stages": {name: r.model_dump(exclude={"stage"}) for name, r in self.stages.items()},
+        }
+        self.store.write_record(self.record_path, self._record)
+
+    def finish(self, state: str, error: BaseException | None = None) -> None:
+        """Write how the run ended; a store that is down must not hide the reason."""
+        text = None if error is None else str(error) or type(error).__name__
+        category = getattr(error, "category", None) if error is not None else None
+        try:
+            self.save(state=state, ended=now(), error=text, category=category)
+        except StoreError as problem:
+            log.warning("the record of run %s could not be written: %s", self.id, problem)
+
+    def summary(self) -> dict[str, Any]:
+        """What the flow returns."""
+        return {
+            "run": self.id,
+            "stages": {name: r.model_dump() for name, r in self.stages.items()},
+            "model": str(self.model_folder) if self.model_folder else None,
+            "report": str(self.report) if self.report else None,
+        }
+
+
+@contextlib.contextmanager
+def recorded(run: Run) -> Iterator[Run]:
+    """Keeps the run's record true, however the block ends."""
+    run.begin()
+    try:
+        yield run
+    except Exception as error:
+        run.finish("failed", error)
+        raise
+    except BaseException:  # Ctrl-C, or Prefect's TerminationSignal
+        run.finish("cancelled")
+        raise
+    run.finish("completed")
+
+
+def new_run_id(flow_run_id: str | None, scheduled: datetime | None = None) -> str:
+    """Time and the first digits of the flow run's id, so that its retry is the same run."""
+    when = scheduled or datetime.now(UTC)
+    return f"{when:%Y%m%d-%H%M%S}-{(flow_run_id or os.urandom(4).hex())[:8]}"
+
+
+def now() -> str:
+    """ISO 8601, UTC, seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def elapsed(since: float) -> float:
+    """Seconds since a `time.monotonic()`, rounded for a record."""
+    return round(time.monotonic() - since, 2)

@@ -1,0 +1,103 @@
+"""Stands in for rlhf_core's ranks: `python -m rlhf_stub FOLDER/job.json ...`, without torch.
+
+It publishes small artifacts through the real store. STUB_PLAN, a JSON file, says what else happens:
+{"<algorithm>": ["oom", "ok", ...]}, one behaviour per attempt, the last one for ever.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rlhf_core.context import StageContext
+from rlhf_core.errors import ConfigError, DataError, OutOfMemory, RLHFError, StoreUnavailable
+from rlhf_core.jobs import parse_job
+from rlhf_core.store import open_store
+
+ERRORS = {"oom": OutOfMemory, "data": DataError, "store": StoreUnavailable, "config": ConfigError}
+
+
+def behaviour(algorithm: str, folder: Path) -> str:
+    plan_file = os.environ.get("STUB_PLAN")
+    if not plan_file:
+        return "ok"
+    plan = json.loads(Path(plan_file).read_text()).get(algorithm, ["ok"])
+    attempt = folder.name.rpartition("-")[2]
+    number = int(attempt) if attempt.isdigit() else 1
+    return plan[min(number, len(plan)) - 1]
+
+
+def act(what: str, rank: int) -> None:
+    if what in ERRORS:
+        raise ERRORS[what](f"stub ran into {what}")
+    if what == "bug":
+        raise ZeroDivisionError("stub divided")
+    if what == "die" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "die":
+        time.sleep(60)
+    if what == "lost_peer":  # the secondary failure comes first, the reason later
+        time.sleep(0.5 * (1 - rank))
+        if rank == 1:
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
+        raise DataError("row 7 has no text")
+    if what == "silent":
+        os._exit(3)
+    if what in ("sleep", "stubborn"):
+        if what == "stubborn":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        Path(os.environ["STUB_PIDS"]).joinpath(str(os.getpid())).touch()
+        time.sleep(300)
+
+
+def run(path: Path) -> None:
+    job = parse_job(path.read_bytes())
+    context = StageContext.from_environment(open_store(), job, path.parent)
+    act(behaviour(job.algorithm, path.parent), context.rank)
+    if not context.main:
+        return
+    folder = context.scratch("result")
+    context.log(f"stub runs {job.algorithm}")
+    for step in range(1, 4):
+        metrics = {"loss": 3.0 / step, "score": step / 3, "kl": 0.1 * step}
+        context.log_metrics(step, 3, metrics)
+    metrics = {"loss": 1.0}
+    if job.kind in ("model", "reward_model"):
+        (folder / "config.json").write_text(json.dumps({"stage": job.algorithm}))
+        (folder / "model.safetensors").write_bytes(job.algorithm.encode())
+    if job.kind == "dataset":
+        (folder / "card.json").write_text(json.dumps({"read": 10, "kept": 8, "dropped": 2}))
+    if job.kind == "evaluation":
+        (folder / "evaluation.json").write_bytes(
+            Path(__file__).with_name("evaluation.json").read_bytes()
+        )
+        (folder / "samples.jsonl").write_bytes(
+            Path(__file__).with_name("samples.jsonl").read_bytes()
+        )
+    artifact = context.publish(job, folder, {"metrics": metrics})
+    result = {"artifact": artifact.digest, "kind": artifact.kind, "key": context.key}
+    (path.parent / "result.json").write_text(json.dumps(result))
+
+
+def main() -> int:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    for argument in sys.argv[1:]:
+        path = Path(argument)
+        try:
+            run(path)
+        except Exception as error:
+            category = error.category if isinstance(error, RLHFError) else "internal"
+            message = str(error) if category != "internal" else f"{type(error).__name__}: {error}"
+            value = {"category": category, "message": message, "time": time.time()}
+            rank = os.environ.get("RANK", "0")
+            (path.parent / f"error-{rank}.json").write_text(json.dumps(value))
+            print(f"ERROR ({category}): {message}", file=sys.stderr)
+            return 1
+    return 0
+
+
+sys.exit(main())
