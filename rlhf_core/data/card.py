@@ -1,0 +1,165 @@
+"""The data card: what was read, what was kept, and why the rest was not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import DataError
+
+LISTED = 1000  # bad rows named one by one; the others are in the counts
+
+
+@dataclass
+class SplitCard:
+    """One side of the split. Lengths are in tokens, prompt and (longer) reply together."""
+
+    rows: int = 0
+    prompts: int = 0
+    tokens: int = 0
+    trainable_tokens: int = 0
+    lengths: dict[str, float] = field(default_factory=dict)
+    histogram: list[dict[str, int]] = field(default_factory=list)
+
+
+@dataclass
+class DataCard:
+    """Accounts for every row: read = kept + dropped + bad (`check` holds it to that).
+
+    Attributes:
+        settings: what the data set was asked to be.
+        format: layout of the rows, as set or as found.
+        read: rows found in the source.
+        kept: rows in the data set, both sides together.
+        dropped: reason -> rows that were left out by a setting.
+        bad: reason -> rows that could not be used (only with on_bad_row: skip).
+        bad_rows: {file, row, reason, message} of the first 1000 bad rows.
+        notes: remark -> rows that it applies to.
+        splits: train and heldout.
+        files: {name, rows, bytes, sha256} of each Arrow file.
+        digest: sha256 over the Arrow files' names and contents.
+    """
+
+    purpose: str
+    source: str = ""
+    format: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)
+    bad_rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, SplitCard] = field(default_factory=dict)
+    files: list[dict[str, Any]] = field(default_factory=list)
+    digest: str = ""
+
+    def check(self) -> None:
+        """Hold the card to its account; only a bug can break it."""
+        rest = sum(self.dropped.values()) + sum(self.bad.values())
+        assert self.read == self.kept + rest, (
+            f"{self.read} rows read, {self.kept} kept, dropped {self.dropped}, bad {self.bad}"
+        )
+
+    def summary(self) -> str:
+        """One line."""
+        parts = [f"{self.read:,} rows read", f"{self.kept:,} kept"]
+        parts += [f"{count:,} {reason}" for reason, count in {**self.dropped, **self.bad}.items()]
+        sides = ", ".join(f"{name} {side.rows:,}" for name, side in self.splits.items())
+        return f"{', '.join(parts)} ({sides})"
+
+    def save(self, folder: Path) -> None:
+        """Write card.json and card.md."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False, sort_keys=True)
+        (folder / "card.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "card.md").write_text(self.markdown(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> DataCard:
+        """Read card.json.
+
+        Raises:
+            DataError: the folder holds no data card.
+        """
+        path = Path(folder) / "card.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            data["splits"] = {name: SplitCard(**side) for name, side in data["splits"].items()}
+            return cls(**data)
+        except FileNotFoundError:
+            raise DataError(
+                f"{folder} is not a data set of this project: it has no card.json; give the folder "
+                "of an artifact of kind dataset."
+            ) from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path} is not a data card ({error}); prepare the data again.") from (
+                error
+            )
+
+    def markdown(self) -> str:
+        """The card for people."""
+        lines = [
+            f"# Data card: {self.source} for {self.purpose}",
+            "",
+            f"Format {self.format}; {self.read:,} rows read, {self.kept:,} kept. "
+            f"Digest `{self.digest[:16]}`.",
+            "",
+            "| rows | count |",
+            "| --- | ---: |",
+            f"| read | {self.read:,} |",
+            *(f"| kept, {name} | {side.rows:,} |" for name, side in self.splits.items()),
+            *(f"| dropped: {reason} | {n:,} |" for reason, n in sorted(self.dropped.items())),
+            *(f"| bad: {reason} | {n:,} |" for reason, n in sorted(self.bad.items())),
+            *(f"| (note) {remark} | {n:,} |" for remark, n in sorted(self.notes.items())),
+        ]
+        for name, side in self.splits.items():
+            lines += [
+                "",
+                f"## {name}",
+                "",
+                f"{side.rows:,} rows, {side.prompts:,} different prompts, {side.tokens:,} tokens, "
+                f"{side.trainable_tokens:,} of them trained on.",
+            ]
+            if side.lengths:
+                shown = ", ".join(f"{key} {value:g}" for key, value in side.lengths.items())
+                lines += ["", f"Tokens per row: {shown}.", "", "| tokens | rows |", "| ---: | ---: |"]
+                lines += [f"| {b['from']} to {b['to']} | {b['rows']:,} |" for b in side.histogram]
+        if self.bad_rows:
+            lines += ["", "## Bad rows", ""]
+            lines += [f"- {r['file']}, row {r['row']}: {r['message']}" for r in self.bad_rows]
+            if (more := sum(self.bad.values()) - len(self.bad_rows)) > 0:
+                lines.append(f"- and {more:,} more")
+        return "\n".join(lines) + "\n"
+
+
+def describe_lengths(counts: Counter[int]) -> tuple[dict[str, float], list[dict[str, int]]]:
+    """Mean and quantiles of a length -> rows count, and a histogram whose bins double.
+
+    Returns:
+        {"mean", "p50", "p90", "p99", "max"} and [{"from", "to", "rows"}], both ends included.
+    """
+    total = sum(counts.values())
+    if not total:
+        return {}, []
+    ordered = sorted(counts.items())
+    summary = {"mean": round(sum(size * n for size, n in ordered) / total, 1)}
+    for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        below = 0
+        for size, n in ordered:
+            below += n
+            if below >= share * total:
+                summary[name] = size
+                break
+    summary["max"] = ordered[-1][0]
+    bins: Counter[int] = Counter()
+    for size, n in ordered:
+        bins[max(0, size - 1).bit_length()] += n
+    histogram = [
+        {"from": 2 ** (bin - 1) + 1 if bin else 0, "to": 2**bin, "rows": bins[bin]}
+        for bin in range(min(bins), max(bins) + 1)
+    ]
+    return summary, histogram

@@ -1,0 +1,45 @@
+"""What can be said about a data set before a GPU is taken: its first rows, without torch."""
+
+from __future__ import annotations
+
+import itertools
+
+from rlhf_core.data.encode import check_purpose
+from rlhf_core.data.formats import normalise
+from rlhf_core.data.row import SKIP_HINT, BadRow
+from rlhf_core.data.sources import open_rows
+from rlhf_core.errors import RLHFError
+from rlhf_core.jobs import DataSettings, Purpose
+
+LOOKED_AT = 100
+
+
+def check_source(settings: DataSettings, purpose: Purpose | None = None) -> list[str]:
+    """Problems of a data source, found by reading its first 100 rows; no text: none found.
+
+    Args:
+        purpose: what the rows are for; None checks only that they can be read.
+    """
+    from rlhf_core.data.prepare import find_format
+
+    rows = open_rows(settings)
+    try:
+        rows, format = find_format(rows, settings)
+        if purpose is not None:
+            check_purpose(format, purpose)
+        good, bad = 0, ""
+        for raw in itertools.islice(rows, LOOKED_AT):
+            if raw.dropped:
+                continue
+            try:
+                normalise(raw.columns(settings.columns), format, purpose or "prompts")
+                good += 1
+            except BadRow as error:
+                bad = bad or f"{raw.where()}: {error.message}."
+                if settings.on_bad_row == "error":
+                    return [f"{bad} {SKIP_HINT}"]
+        if not good:
+            return [f"{settings.source}: none of the first rows can be used. {bad}"]
+    except RLHFError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,103 @@
+"""A function over a stream of pieces, in several processes, with results in order.
+
+Few pieces stay in this process. With many, at most two pieces per worker are under way, so memory
+does not grow with the stream. Workers end with this process, however it ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any
+
+from rlhf_core.errors import JobFailed
+
+SMALL = 6  # pieces up to which starting processes costs more than it saves
+MOST = 16
+
+_work: Callable[[Any], Any] | None = None
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def ordered_map(
+    work: Callable[[Any], Any], pieces: Iterable[Any], workers: int | None = None
+) -> Iterator[Any]:
+    """work(piece) for each piece, in order.
+
+    Args:
+        work: picklable.
+        workers: processes; None: one per core, 1: this process alone.
+    Raises:
+        JobFailed: a worker process died.
+    """
+    count = min(workers or cores(), MOST)
+    stream = iter(pieces)
+    if count > 1:
+        first = list(itertools.islice(stream, SMALL))
+        stream = itertools.chain(first, stream)
+        if len(first) == SMALL:
+            yield from _in_processes(work, stream, count)
+            return
+    for piece in stream:
+        yield work(piece)
+
+
+def _in_processes(
+    work: Callable[[Any], Any], pieces: Iterable[Any], count: int
+) -> Iterator[Any]:
+    executor = ProcessPoolExecutor(
+        count,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(work, os.environ.get("TOKENIZERS_PARALLELISM")),
+    )
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for piece in pieces:
+            waiting.append(executor.submit(_run, piece))
+            if len(waiting) >= 2 * count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise JobFailed(
+            f"One of {count} tokenising processes was killed, as happens when memory runs out; "
+            "free memory or allow the stage fewer cores, and retry.",
+            "lost",
+        ) from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(work: Callable[[Any], Any], parallelism: str | None) -> None:
+    global _work
+    os.environ["TOKENIZERS_PARALLELISM"] = parallelism or "false"
+    _work = work
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+
+        def follow() -> None:
+            wait([sentinel])
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+
+
+def _run(piece: Any) -> Any:
+    assert _work is not None
+    return _work(piece)

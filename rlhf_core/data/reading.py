@@ -1,0 +1,97 @@
+"""Reading a data set: memory-mapped, by position, without importing `datasets`."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.data.card import DataCard
+from rlhf_core.data.schema import SPLITS
+from rlhf_core.errors import DataError
+
+
+class Rows:
+    """One side of a data set.
+
+    Args:
+        folder: of a dataset artifact.
+        split: train or heldout.
+        purpose: what the rows must be for; several are alternatives, empty: anything.
+    Raises:
+        DataError: the folder is not a data set, or one for another purpose.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, purpose: str | Sequence[str] | None = None
+    ) -> None:
+        import pyarrow as pa
+
+        self.folder, self.split = Path(folder), split
+        self.card = DataCard.load(self.folder)
+        self.purpose = self.card.purpose
+        wanted = [purpose] if isinstance(purpose, str) else list(purpose or ())
+        if wanted and self.purpose not in wanted:
+            raise DataError(
+                f"The data set {self.folder} (from {self.card.source or 'unknown'}) is for "
+                f"{self.purpose}; needed is one for {' or '.join(wanted)}: prepare the data with "
+                f"purpose {wanted[0]}."
+            )
+        if split not in SPLITS:
+            raise DataError(f"There is no split {split!r}; there are {', '.join(SPLITS)}.")
+        names = [f["name"] for f in self.card.files if f["name"].startswith(f"{split}-")]
+        self._batches: list[Any] = []
+        for name in names:
+            try:
+                reader = pa.ipc.open_file(pa.memory_map(str(self.folder / name)))
+                self._batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(
+                    f"{self.folder / name} is not a complete Arrow file ({error}); fetch or "
+                    "prepare the data set again."
+                ) from error
+        self._ends: list[int] = []
+        for batch in self._batches:
+            self._ends.append((self._ends[-1] if self._ends else 0) + batch.num_rows)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row as plain Python values."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        number = bisect.bisect_right(self._ends, index)
+        batch = self._batches[number]
+        at = index - (self._ends[number] - batch.num_rows)
+        row: dict[str, Any] = batch.slice(at, 1).to_pylist()[0]
+        return row
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._batches:
+            yield from batch.to_pylist()
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows at some positions, in that order."""
+        return [self[int(index)] for index in indices]
+
+    def lengths(self, column: str) -> Any:
+        """Lengths of a list column's values, numpy int64 (N,).
+
+        Raises:
+            DataError: there is no such column of lists.
+        """
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if not self._batches:
+            return np.zeros(0, dtype=np.int64)
+        kind = self._batches[0].schema
+        if column not in kind.names or not pa.types.is_list(kind.field(column).type):
+            lists = [field.name for field in kind if pa.types.is_list(field.type)]
+            raise DataError(f"There is no list column {column!r}; there are {', '.join(lists)}.")
+        parts = [pc.list_value_length(batch.column(column)) for batch in self._batches]
+        return np.concatenate([p.to_numpy(zero_copy_only=False) for p in parts]).astype(np.int64)

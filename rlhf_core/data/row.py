@@ -1,0 +1,112 @@
+"""One row on its way from a file to the data set, and what can be wrong with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+SKIP_HINT = "Correct the row, or set on_bad_row: skip to leave such rows out and count them."
+
+
+class BadRow(Exception):
+    """A row that cannot be used.
+
+    Args:
+        reason: short name under which the data card counts it.
+        message: what was found, what is needed and what to do.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """A row as its file holds it.
+
+    Attributes:
+        file: name to show to a person.
+        number: from 1; the line of a .jsonl file, else the position of the row in its file.
+        data: columns by name, an undecoded JSON line, a bare text, or why it cannot be read.
+        dropped: reason for which the reader itself leaves the row out; empty: it does not.
+    """
+
+    file: str
+    number: int
+    data: Any
+    dropped: str = ""
+
+    def where(self) -> str:
+        return f"{self.file}, row {self.number}"
+
+    def columns(self, renames: dict[str, str]) -> dict[str, Any]:
+        """The row's columns, under the names that its format expects.
+
+        Raises:
+            BadRow: invalid UTF-8, malformed JSON, not an object, or a renamed column is missing.
+        """
+        if isinstance(self.data, BadRow):
+            raise self.data
+        value = parse_line(self.data) if isinstance(self.data, bytes) else self.data
+        if isinstance(value, str):
+            value = {"text": value}
+        if not isinstance(value, dict):
+            raise BadRow(
+                "not_an_object",
+                f"the row is a JSON {type(value).__name__}; needed is an object with columns",
+            )
+        if not renames:
+            return value
+        row = {name: item for name, item in value.items() if name not in renames.values()}
+        for wanted, present in renames.items():
+            if present not in value:
+                raise BadRow(
+                    "missing_column",
+                    f"there is no column {present!r} to use as {wanted!r}; the row has "
+                    f"{names(value)}; correct the setting columns",
+                )
+            row[wanted] = value[present]
+        return row
+
+
+def names(row: dict[str, Any]) -> str:
+    """A row's column names for a message."""
+    return ", ".join(repr(name) for name in row) or "no columns"
+
+
+def parse_line(line: bytes) -> Any:
+    """The JSON value on a line.
+
+    Raises:
+        BadRow: invalid UTF-8 or malformed JSON.
+    """
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(
+            "invalid_utf8",
+            f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8; "
+            "convert the file to UTF-8",
+        ) from None
+    return parse_json(text)
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value.
+
+    Raises:
+        BadRow: the text is not one JSON value.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        near = text[max(0, error.pos - 20) : error.pos + 20].strip()
+        message = f"malformed JSON at column {error.pos + 1} ({error.msg}) near {near!r}"
+        raise BadRow("malformed_json", message) from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow("malformed_json", f"malformed JSON ({error})") from None

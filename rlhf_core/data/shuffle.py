@@ -1,0 +1,84 @@
+"""A seeded shuffle of any number of rows in bounded memory.
+
+Every row carries a random 64-bit priority; the shuffled order is the order of the priorities. Rows
+are sorted in memory as long as they fit, else spread over files by the priority's first bits, each
+of which is sorted alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BUCKETS = 256
+MEMORY = 64 * 2**20  # bytes of rows held
+PART_ROWS = 1000
+
+
+class Shuffle:
+    """Record batches in, the same rows out in the order of the column `key` (uint64)."""
+
+    def __init__(self, folder: Path, key: str, memory: int = MEMORY) -> None:
+        self._folder, self._key, self._memory = folder, key, memory
+        self._held: list[Any] = []
+        self._bytes = 0
+        self._files: dict[int, Any] = {}
+
+    def add(self, batch: Any) -> None:
+        if not batch.num_rows:
+            return
+        self._held.append(batch)
+        self._bytes += batch.nbytes
+        if self._bytes > self._memory:
+            self._spill()
+
+    def _sorted(self, batches: list[Any]) -> Any:
+        import pyarrow as pa
+
+        rows = pa.concat_batches(batches)
+        return rows.take(pa.compute.sort_indices(rows, sort_keys=[(self._key, "ascending")]))
+
+    def _spill(self) -> None:
+        """Write the rows held to the files of their buckets."""
+        import numpy as np
+        import pyarrow as pa
+
+        if not self._held:
+            return
+        rows = self._sorted(self._held)
+        self._held, self._bytes = [], 0
+        bucket = rows.column(self._key).to_numpy() // np.uint64(2**64 // BUCKETS)
+        starts = np.searchsorted(bucket, np.arange(BUCKETS + 1, dtype=np.uint64))
+        for number in range(BUCKETS):
+            start, end = int(starts[number]), int(starts[number + 1])
+            if start == end:
+                continue
+            if number not in self._files:
+                path = str(self._folder / f"bucket-{number:03d}.arrow")
+                self._files[number] = pa.ipc.new_stream(path, rows.schema)
+            self._files[number].write_batch(rows.slice(start, end - start))
+
+    def __iter__(self) -> Iterator[Any]:
+        """The shuffled rows, in batches; nothing can be added afterwards."""
+        import pyarrow as pa
+
+        if not self._files:
+            if self._held:
+                yield from _parts(self._sorted(self._held))
+            self._held = []
+            return
+        self._spill()
+        for file in self._files.values():
+            file.close()
+        for number in sorted(self._files):
+            path = self._folder / f"bucket-{number:03d}.arrow"
+            with pa.OSFile(str(path)) as stream, pa.ipc.open_stream(stream) as reader:
+                rows = self._sorted(list(reader))
+            path.unlink()
+            yield from _parts(rows)
+
+
+def _parts(rows: Any) -> Iterator[Any]:
+    for start in range(0, rows.num_rows, PART_ROWS):
+        yield rows.slice(start, PART_ROWS)

@@ -1,0 +1,244 @@
+"""Where rows come from: local files, s3:// URLs, the Hugging Face hub, built-in sets.
+
+Nothing here imports torch or transformers, so that the orchestrator can ask for fingerprints.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rlhf_core.data import builtin
+from rlhf_core.data.readers import READABLE, read_file, reader_of
+from rlhf_core.data.row import RawRow
+from rlhf_core.errors import DataError, StoreUnavailable
+from rlhf_core.jobs import DataSettings
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A data file: the name to show, and where it is."""
+
+    name: str
+    path: str
+    remote: Any = None  # fsspec file system; None: local
+
+    def open(self) -> IO[bytes]:
+        try:
+            if self.remote is None:
+                return Path(self.path).open("rb")
+            return self.remote.open(self.path, "rb")  # type: ignore[no-any-return]
+        except OSError as error:
+            raise DataError(f"{self.name}: cannot be read ({error.strerror or error}).") from error
+
+
+def kind_of(source: str) -> str:
+    """builtin, s3, local or hub. What exists on disk or looks like a file is local.
+
+    Raises:
+        DataError: none of these.
+    """
+    if source.startswith("builtin:"):
+        return "builtin"
+    if source.startswith("s3://"):
+        return "s3"
+    if scheme := re.match(r"([A-Za-z][\w+.-]*)://", source):
+        if scheme[1] == "file":
+            return "local"
+        raise DataError(
+            f"{source}: {scheme[1]}:// is not readable; needed is a Hugging Face dataset id, a "
+            "path, an s3:// URL or builtin:chatterbot."
+        )
+    path = Path(source).expanduser()
+    looks = source.startswith(("/", ".", "~")) or reader_of(source) or glob.has_magic(source)
+    if looks or path.exists():
+        return "local"
+    if _HUB_ID.fullmatch(source):
+        return "hub"
+    return "local"
+
+
+def find_files(source: str) -> list[SourceFile]:
+    """The data files of a local or s3 source, sorted by name.
+
+    Raises:
+        DataError: there is none, or a single one has an unknown ending.
+    """
+    found = _s3_files(source) if kind_of(source) == "s3" else _local_files(source)
+    if not found:
+        raise DataError(
+            f"{source}: no data file there; readable are {READABLE}. Check the path "
+            f"(relative paths start at {os.getcwd()})."
+        )
+    for file in found:
+        if reader_of(file.name) is None:
+            raise DataError(f"{file.name}: the ending is not known; readable are {READABLE}.")
+    return found
+
+
+def _local_files(source: str) -> list[SourceFile]:
+    path = Path(source.removeprefix("file://")).expanduser()
+    if path.is_file():
+        return [SourceFile(source, str(path))]
+    if path.is_dir():
+        inside = (p for p in sorted(path.rglob("*")) if p.is_file() and reader_of(p.name))
+        return [
+            SourceFile(p.relative_to(path).as_posix(), str(p))
+            for p in inside
+            if not any(part.startswith(".") for part in p.relative_to(path).parts)
+        ]
+    if glob.has_magic(str(path)):
+        matches = sorted(glob.glob(str(path), recursive=True))
+        return [SourceFile(match, match) for match in matches if os.path.isfile(match)]
+    raise DataError(
+        f"{source}: there is no such file or folder (relative paths start at {os.getcwd()}); "
+        "correct the path, or give a Hugging Face dataset id such as Anthropic/hh-rlhf."
+    )
+
+
+def s3_filesystem() -> Any:
+    """An s3fs file system with the store's settings (RLHF_STORE_*, AWS_*)."""
+    from rlhf_core.store.s3_client import Connection
+    from rlhf_core.store.settings import StoreSettings
+
+    settings = StoreSettings()
+    fs = Connection(settings).fs
+    fs.retries = settings.retries + 1
+    return fs
+
+
+def _s3_files(source: str) -> list[SourceFile]:
+    fs = s3_filesystem()
+    path = source.removeprefix("s3://").rstrip("/")
+    try:
+        if glob.has_magic(path):
+            matches = sorted(fs.glob(path))
+        elif fs.isfile(path):
+            matches = [path]
+        elif fs.isdir(path):
+            matches = sorted(match for match in fs.find(path) if reader_of(match))
+        else:
+            raise DataError(
+                f"{source}: there is no such object or prefix; check bucket, key and "
+                "RLHF_STORE_ENDPOINT."
+            )
+    except (OSError, PermissionError) as error:
+        raise _s3_error(source, error) from error
+    except Exception as error:  # botocore's own, such as missing credentials
+        if isinstance(error, DataError):
+            raise
+        raise _s3_error(source, error) from error
+    return [SourceFile(f"s3://{match}", match, fs) for match in matches]
+
+
+def _s3_error(source: str, error: Exception) -> Exception:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{source}: there is no such bucket or object.")
+    return StoreUnavailable(
+        f"{source}: cannot be read ({error or type(error).__name__}); check RLHF_STORE_ENDPOINT, "
+        "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's permissions."
+    )
+
+
+def open_rows(settings: DataSettings) -> Iterator[RawRow]:
+    """All rows of the source, in order, a bounded part in memory at a time.
+
+    Raises:
+        DataError: the source does not exist or is damaged beyond single rows.
+        StoreUnavailable: S3 or the hub cannot be reached.
+    """
+    kind = kind_of(settings.source)
+    if kind == "builtin":
+        yield from builtin.rows(settings.source.removeprefix("builtin:"), settings.subset)
+    elif kind == "hub":
+        yield from _hub_rows(settings)
+    else:
+        for file in find_files(settings.source):
+            with file.open() as stream:
+                try:
+                    yield from read_file(stream, file.name)
+                except OSError as error:
+                    raise (
+                        _s3_error(file.name, error)
+                        if kind == "s3"
+                        else DataError(f"{file.name}: reading failed ({error.strerror or error}).")
+                    ) from error
+
+
+def _hub_rows(settings: DataSettings) -> Iterator[RawRow]:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    name = f"hub:{settings.source}/{settings.split}"
+    try:
+        stream = datasets.load_dataset(
+            settings.source,
+            settings.subset,
+            split=settings.split,
+            revision=settings.revision,
+            streaming=True,
+        )
+        for number, row in enumerate(stream, 1):
+            yield RawRow(name, number, row)
+    except DatasetNotFoundError as error:
+        raise DataError(
+            f"{settings.source}: no such data set on the Hugging Face hub, and no such local file "
+            f"({error}); check the id, or set HF_TOKEN if it is private or gated."
+        ) from error
+    except ValueError as error:  # unknown subset or split; the text lists what there is
+        raise DataError(f"{settings.source}: {error}; check subset, split and revision.") from error
+    except (OSError, ConnectionError) as error:
+        raise StoreUnavailable(
+            f"{settings.source}: the Hugging Face hub cannot be reached ({error}); check the "
+            "network and HF_ENDPOINT, or give a local path."
+        ) from error
+
+
+def fingerprint(settings: DataSettings) -> str:
+    """Identity of a source's contents: the same text as long as nothing in it changes.
+
+    Local files: names and sha256 of their contents. S3: names, sizes and etags. Hub: the commit
+    that the revision names, or the revision when the hub cannot be asked. Built-in: the version of
+    the package.
+
+    Raises:
+        DataError, StoreUnavailable: as `find_files`.
+    """
+    kind = kind_of(settings.source)
+    if kind == "builtin":
+        return f"{settings.source}@{builtin.version(settings.source.removeprefix('builtin:'))}"
+    if kind == "hub":
+        return f"hub:{settings.source}@{_hub_commit(settings)}"
+    total = hashlib.sha256()
+    for file in find_files(settings.source):
+        name = file.name if len(file.name) < len(file.path) else os.path.basename(file.path)
+        if file.remote is None:
+            with file.open() as stream:
+                identity = hashlib.file_digest(stream, "sha256").hexdigest()
+        else:
+            info = file.remote.info(file.path)
+            identity = f"{info.get('size')} {info.get('ETag')}"
+        total.update(f"{name}\0{identity}\n".encode("utf-8", "surrogateescape"))
+    return f"{kind}:{total.hexdigest()}"
+
+
+def _hub_commit(settings: DataSettings) -> str:
+    revision = settings.revision or "main"
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(settings.source, revision=revision, timeout=_HUB_SECONDS)
+        return info.sha or revision
+    except Exception:  # offline, gated or unknown: check_source says so
+        return revision
