@@ -1,0 +1,114 @@
+"""What the machine has: GPUs, cores, memory, disk. No torch in here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a stage can be given.
+
+    Attributes:
+        gpus: number of GPUs that this process may use.
+        gpu_memory: bytes of the smallest of them, 0 without GPUs.
+        cores: CPU cores that this process may use.
+        ram: bytes of main memory that this process may use.
+        gpu_name: as the driver says it.
+        gpu_free: bytes free on the fullest of them.
+    """
+
+    gpus: int = 0
+    gpu_memory: int = 0
+    cores: int = 1
+    ram: int = 0
+    gpu_name: str = ""
+    gpu_free: int = 0
+
+
+def this_machine() -> Machine:
+    """This machine, asked in milliseconds: nvidia-smi for the GPUs, the kernel for the rest."""
+    import psutil
+
+    gpus = _gpus()
+    return Machine(
+        gpus=len(gpus),
+        gpu_memory=min((total for _, total, _ in gpus), default=0),
+        cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
+        ram=min([psutil.virtual_memory().total, *_cgroup_limits()]),
+        gpu_name=gpus[0][0] if gpus else "",
+        gpu_free=min((free for _, _, free in gpus), default=0),
+    )
+
+
+def _gpus() -> list[tuple[str, int, int]]:
+    """Name, bytes in all and bytes free of each GPU that CUDA_VISIBLE_DEVICES leaves visible."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = "--query-gpu=index,uuid,name,memory.total,memory.free"
+    try:
+        run = subprocess.run(
+            [program, query, "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if run.returncode != 0:
+        return []
+    return parse_gpus(run.stdout, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def parse_gpus(table: str, visible: str | None) -> list[tuple[str, int, int]]:
+    """Rows of nvidia-smi's CSV (index, uuid, name, MiB total, MiB free), as far as visible.
+
+    Args:
+        visible: $CUDA_VISIBLE_DEVICES: indices or uuids; None shows all, "" none.
+    """
+    found: dict[str, tuple[str, int, int]] = {}
+    uuids: dict[str, str] = {}
+    for line in table.splitlines():
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) == 5 and fields[3].isdigit() and fields[4].isdigit():
+            found[fields[0]] = (fields[2], int(fields[3]) << 20, int(fields[4]) << 20)
+            uuids[fields[1]] = fields[0]
+    if visible is None:
+        return list(found.values())
+    chosen = []
+    for name in (part.strip() for part in visible.split(",")):
+        index = (
+            name
+            if name in found
+            else next((i for uuid, i in uuids.items() if name and uuid.startswith(name)), None)
+        )
+        if index is None:
+            break  # as CUDA does: an unknown one hides all that follow
+        chosen.append(found[index])
+    return chosen
+
+
+def _cgroup_limits() -> list[int]:
+    """Memory limits of the container that this process runs in, in bytes."""
+    limits = []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) > 0:
+            limits.append(int(text))
+    return limits
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free where a path is, or will be."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

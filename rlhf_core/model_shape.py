@@ -1,0 +1,115 @@
+"""Sizes of a causal language model, out of its config.json alone. No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Attention that torch computes without writing the (S,S) scores down; others keep them.
+_EAGER_ONLY = {"bloom"}
+_PLAIN_MLP = {"gpt2", "opt", "bloom", "gpt_neox", "gpt_bigcode", "falcon", "phi", "starcoder2"}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What parameter count and memory follow from. d is the hidden size.
+
+    Attributes:
+        layers, hidden, intermediate, vocabulary: as in config.json.
+        heads: attention heads. query, key_value: d of all query heads, of all key/value heads.
+        context: longest sequence in tokens, None where positions are unbounded (bloom's ALiBi).
+        layer_parameters: of one transformer layer. embedding_parameters: of token embedding,
+            learned positions and their norm. head_parameters: of an untied head, else 0.
+        gated: three matrices in the MLP instead of two.
+        keeps_scores: attention keeps its (S,S) scores for the backward pass.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    query: int
+    key_value: int
+    vocabulary: int
+    context: int | None
+    layer_parameters: int
+    embedding_parameters: int
+    head_parameters: int
+    gated: bool
+    keeps_scores: bool
+
+    @property
+    def parameters(self) -> int:
+        """Of the causal language model; a tied head counts once."""
+        norm = self.hidden if self.gated else 2 * self.hidden
+        body = self.layers * self.layer_parameters + norm
+        return body + self.embedding_parameters + self.head_parameters
+
+    @property
+    def backbone_parameters(self) -> int:
+        """Without the vocabulary head, as reward model and critic have it (plus their own)."""
+        return self.parameters - self.head_parameters + self.hidden + 1
+
+
+def read_shape(config: Mapping[str, Any]) -> ModelShape:
+    """Sizes out of config.json.
+
+    The count of parameters is exact for llama, mistral, qwen2, qwen3, gpt2, opt and bloom; other
+    architectures are taken for llama-like or gpt-like ones, and experts are counted in full.
+
+    Raises:
+        KeyError: the config names no hidden size, layers or heads.
+    """
+    c = {**config, **config.get("text_config", {})}
+    kind = str(c.get("model_type", "llama"))
+
+    def get(*names: str, default: Any = None) -> Any:
+        for name in names:
+            if c.get(name) is not None:
+                return c[name]
+        if default is None:
+            raise KeyError(f"config.json has none of {', '.join(names)}")
+        return default
+
+    d = int(get("hidden_size", "n_embd", "d_model"))
+    layers = int(get("num_hidden_layers", "n_layer", "num_layers"))
+    heads = int(get("num_attention_heads", "n_head", "num_heads"))
+    vocabulary = int(get("vocab_size"))
+    f = int(get("intermediate_size", "ffn_dim", "n_inner", default=4 * d))
+    head_dim = int(get("head_dim", default=d // heads))
+    query = heads * head_dim
+    key_value = int(get("num_key_value_heads", default=heads)) * head_dim
+    context = c.get("max_position_embeddings") or c.get("n_positions")
+    gated = kind not in _PLAIN_MLP
+
+    attention = 2 * d * query + 2 * d * key_value
+    if gated:
+        experts = int(get("num_local_experts", "num_experts", "n_routed_experts", default=1))
+        mlp = experts * 3 * d * int(get("moe_intermediate_size", default=f))
+        norms = 2 * d + (2 * head_dim if kind.startswith("qwen3") else 0)
+        bias = query + 2 * key_value if kind == "qwen2" else 0
+        bias += query + 2 * key_value + d if c.get("attention_bias") else 0
+        bias += 2 * f + d if c.get("mlp_bias") else 0
+    else:
+        mlp, norms = 2 * d * f, 4 * d
+        bias = (query + 2 * key_value + d) + (f + d)
+    embedding = vocabulary * d
+    if kind == "gpt2":
+        embedding += int(context or 0) * d
+    elif kind == "opt":
+        embedding += (int(context or 0) + 2) * d  # its positions start at 2
+        width = int(c.get("word_embed_proj_dim") or d)
+        if width != d:  # the 350M model: narrow embedding, two projections, no last norm
+            embedding += vocabulary * (width - d) + 2 * width * d - 2 * d
+    elif kind == "bloom":
+        embedding += 2 * d
+        context = None
+    tied = bool(c.get("tie_word_embeddings", kind in ("gpt2", "opt", "bloom", "gemma", "gemma2")))
+    return ModelShape(
+        layers=layers, hidden=d, intermediate=f, heads=heads, query=query, key_value=key_value,
+        vocabulary=vocabulary, context=int(context) if context else None,
+        layer_parameters=attention + mlp + norms + bias, embedding_parameters=embedding,
+        head_parameters=0 if tied else vocabulary * d, gated=gated,
+        keeps_scores=kind in _EAGER_ONLY,
+    )  # fmt: skip

@@ -1,0 +1,253 @@
+"""What can be judged from a pipeline's settings alone: the parts, and how they fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from rlhf_core.jobs import (
+    DataSettings,
+    PipelineConfig,
+    PPOSettings,
+    Purpose,
+    Resources,
+    RewardSettings,
+    SampledPreferences,
+    SFTSettings,
+)
+from rlhf_core.machine import Machine
+from rlhf_core.memory import Stage
+from rlhf_core.model_shape import ModelShape
+
+# --------------------------------------------------------------------------- the pipeline's parts
+
+
+def placements(config: PipelineConfig) -> dict[str, Resources]:
+    """Setting name of each stage that runs on ranks -> where it runs."""
+    sections: dict[str, Any] = {
+        "sft": config.sft,
+        "data.preference": config.data.preference,
+        "reward": config.reward,
+        "ppo": config.ppo,
+        "evaluate": config.evaluate,
+    }
+    return {
+        name: getattr(settings, "resources", None) or config.resources
+        for name, settings in sections.items()
+        if not isinstance(settings, DataSettings)
+    }
+
+
+def trained_stages(
+    config: PipelineConfig,
+) -> Iterator[tuple[Stage, SFTSettings | RewardSettings | PPOSettings, Resources, int]]:
+    """The stages that train: name, settings, placement, and the longest sequence in tokens."""
+    preference, prompts = config.data.preference, config.data.prompts
+    longest = prompts.max_prompt_length or prompts.max_length
+    pairs = (
+        longest + preference.max_new_tokens
+        if isinstance(preference, SampledPreferences)
+        else preference.max_length
+    )
+    places = placements(config)
+    yield "sft", config.sft, places["sft"], config.data.sft.max_length
+    yield "reward", config.reward, places["reward"], pairs
+    yield "ppo", config.ppo, places["ppo"], longest + config.ppo.max_new_tokens
+
+
+def data_sets(config: PipelineConfig) -> Iterator[tuple[Purpose, str, DataSettings]]:
+    """The data sets that are read: purpose, setting name, settings."""
+    data = config.data
+    yield "sft", "data.sft", data.sft
+    yield "prompts", "data.prompts", data.prompts
+    if isinstance(data.preference, DataSettings):
+        yield "preference", "data.preference", data.preference
+    if data.ptx is not None and config.ppo.ptx_coef > 0:
+        yield "pretrain", "data.ptx", data.ptx
+
+
+def device_of(resources: Resources, machine: Machine) -> Literal["cpu", "cuda"]:
+    """Where the ranks of a stage run."""
+    use = resources.device == "cuda" or (resources.device == "auto" and machine.gpus > 0)
+    return "cuda" if use else "cpu"
+
+
+# --------------------------------------------------------------------------- settings
+
+
+def check_data_settings(config: PipelineConfig) -> list[str]:
+    """Shares, lengths and data that would not be used."""
+    problems = []
+    for purpose, name, settings in data_sets(config):
+        share = settings.heldout_fraction
+        if share >= 1.0:
+            problems.append(
+                f"{name}.heldout_fraction is {share:g}, which leaves nothing to train on; needed "
+                "is less than 1: set 0.1"
+            )
+        if share <= 0.0 and purpose == "prompts":
+            problems.append(
+                f"{name}.heldout_fraction is 0, but the evaluation compares the models on held-out "
+                "prompts; needed is more than 0: set 0.1"
+            )
+        limit = settings.max_prompt_length
+        if limit is not None and limit > settings.max_length:
+            problems.append(
+                f"{name}.max_prompt_length is {limit}, more than {name}.max_length "
+                f"({settings.max_length}), which counts prompt and reply; lower it or raise "
+                "max_length"
+            )
+    if config.data.ptx is not None and config.ppo.ptx_coef == 0:
+        problems.append(
+            "data.ptx is given but ppo.ptx_coef is 0, so that it would not be used; set "
+            "ppo.ptx_coef (27.8 in InstructGPT) or clear data.ptx"
+        )
+    if config.evaluate.samples > config.evaluate.max_prompts:
+        problems.append(
+            f"evaluate.samples is {config.evaluate.samples}, more than evaluate.max_prompts "
+            f"({config.evaluate.max_prompts}); lower it, or raise max_prompts"
+        )
+    return problems
+
+
+def check_placements(config: PipelineConfig, machine: Machine) -> list[str]:
+    """GPUs that are not there, and strategies that need them; stages placed alike in one text."""
+    alike: dict[str, list[str]] = {}
+    trained = {"sft", "reward", "ppo"}
+    for name, resources in placements(config).items():
+        for text in _judge(resources, machine, name in trained):
+            alike.setdefault(text, []).append(name)
+    return [
+        text.format("resources" if len(names) > 1 else f"{names[0]}.resources", ", ".join(names))
+        for text, names in alike.items()
+    ]
+
+
+def _judge(resources: Resources, machine: Machine, trains: bool) -> list[str]:
+    """Texts with two holes: the setting, and the stages that it holds for."""
+    device = device_of(resources, machine)
+    if resources.device == "cuda" and machine.gpus == 0:
+        return [
+            "{}.device is cuda (for {}), but this machine shows no GPU (nvidia-smi, "
+            "CUDA_VISIBLE_DEVICES); set auto or cpu"
+        ]
+    problems = []
+    if device == "cuda" and resources.ranks > machine.gpus:
+        problems.append(
+            f"{{}}.ranks is {resources.ranks} (for {{}}), but this machine has {machine.gpus} "
+            f"GPU{'s' if machine.gpus != 1 else ''} and each rank needs its own; set ranks to at "
+            f"most {machine.gpus}"
+        )
+    if trains and device == "cpu" and resources.strategy in ("gemini", "zero2_cpu"):
+        problems.append(
+            f"{{}}.strategy is {resources.strategy} (for {{}}), which needs GPUs, and these ranks "
+            "would run on the CPU; use ddp, zero1 or zero2"
+        )
+    return problems
+
+
+def check_batches(config: PipelineConfig) -> list[str]:
+    """Batch sizes that minibatches, ranks or micro-batches do not divide."""
+    problems = []
+    for stage, settings, resources, _ in trained_stages(config):
+        ranks, micro = resources.ranks, resources.micro_batch_size
+        batch, what = settings.batch_size, f"{stage}.batch_size is {settings.batch_size}"
+        if isinstance(settings, PPOSettings) and settings.minibatches > 1:
+            parts = settings.minibatches
+            if batch % parts:
+                problems.append(
+                    f"{what}, which {parts} minibatches do not divide; nearest are "
+                    f"{_nearest(batch, parts)}"
+                )
+                continue
+            batch //= parts
+            what += f", {batch} in each of {parts} minibatches"
+        if batch % ranks:
+            parts = batch_unit = ranks
+            if isinstance(settings, PPOSettings):
+                batch_unit = ranks * settings.minibatches
+            problems.append(
+                f"{what}, which {parts} ranks do not share evenly; {stage}.batch_size must be a "
+                f"multiple of {batch_unit}: nearest are "
+                f"{_nearest(settings.batch_size, batch_unit)}"
+            )
+        elif (share := batch // ranks) > micro and share % micro:
+            divisors = [m for m in range(1, share + 1) if share % m == 0]
+            near = min(divisors, key=lambda m: (abs(m - micro), -m))
+            unit = settings.batch_size // batch * ranks * micro
+            problems.append(
+                f"{what}, so {share} for each of {ranks} rank{'s' if ranks > 1 else ''}, which "
+                f"micro_batch_size {micro} does not divide; set micro_batch_size to {near}, or "
+                f"{stage}.batch_size to {_nearest(settings.batch_size, unit)}"
+            )
+    return problems
+
+
+def _nearest(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def check_training(config: PipelineConfig, shape: ModelShape | None, machine: Machine) -> list[str]:
+    """Precision, strategy, layers and adapters that do not go together."""
+    problems = []
+    for stage, settings, resources, _ in trained_stages(config):
+        device = device_of(resources, machine)
+        if settings.precision == "fp16" and device == "cpu":
+            problems.append(
+                f"{stage}.precision is fp16, which needs a GPU, and this stage would run on the "
+                "CPU; use bf16 or fp32"
+            )
+        if settings.precision == "fp32" and resources.strategy == "gemini":
+            problems.append(
+                f"{stage}.precision is fp32, but the strategy gemini computes in half precision "
+                "only; use bf16 or fp16, or the strategy zero2"
+            )
+        layers = settings.trainable_layers
+        if shape is not None and layers is not None and layers > shape.layers:
+            problems.append(
+                f"{stage}.trainable_layers is {layers}, but {config.model.source} has "
+                f"{shape.layers} layers; set at most {shape.layers}, or leave it empty to train "
+                "everything"
+            )
+        lora = settings.lora
+        if shape is not None and lora is not None and lora.rank > shape.hidden:
+            problems.append(
+                f"{stage}.lora.rank is {lora.rank}, more than the model's hidden size "
+                f"({shape.hidden}), which is no longer low-rank; set 8 to 64"
+            )
+    return problems
+
+
+def check_lengths(config: PipelineConfig, shape: ModelShape | None) -> list[str]:
+    """Lengths beyond the model's context."""
+    if shape is None or shape.context is None:
+        return []
+    problems = []
+    context, model = shape.context, config.model.source
+    for _, name, settings in data_sets(config):
+        if settings.max_length > context:
+            problems.append(
+                f"{name}.max_length is {settings.max_length}, but {model} has a context of "
+                f"{context} tokens; set at most {context}"
+            )
+    prompts = config.data.prompts
+    longest = prompts.max_prompt_length or prompts.max_length
+    replies = {"ppo": config.ppo.max_new_tokens, "reward": config.reward.max_new_tokens}
+    replies["evaluate"] = config.evaluate.max_new_tokens or config.ppo.max_new_tokens
+    if isinstance(config.data.preference, SampledPreferences):
+        replies["data.preference"] = config.data.preference.max_new_tokens
+    for name, new in replies.items():
+        if new >= context:
+            problems.append(
+                f"{name}.max_new_tokens is {new}, but {model} has a context of {context} tokens "
+                "for prompt and reply together; lower it"
+            )
+        elif longest + new > context and longest <= context:
+            problems.append(
+                f"prompts of up to {longest} tokens (data.prompts.max_prompt_length, else "
+                f"max_length) and {name}.max_new_tokens {new} make {longest + new}, but {model} "
+                f"has a context of {context} tokens; set data.prompts.max_prompt_length to "
+                f"{context - new}, or fewer new tokens"
+            )
+    return problems
