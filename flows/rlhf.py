@@ -31,13 +31,13 @@ def rlhf_pipeline(
         config: all settings of the run.
         until: last stage to run.
     """
+    run = Run(config, new_run_id(runtime.flow_run.id, runtime.flow_run.scheduled_start_time))
+    say(
+        get_run_logger(), "run", "", f"run {run.id}, store {run.store.url}",
+        id=run.id, name=config.name, store=run.store.url,
+    )  # fmt: skip
     tasks.preflight(config)
-    run_id = new_run_id(runtime.flow_run.id, runtime.flow_run.scheduled_start_time)
-    with recorded(Run(config, run_id)) as run:
-        say(
-            get_run_logger(), "run", "", f"run {run.id}, store {run.store.url}",
-            id=run.id, name=config.name, store=run.store.url,
-        )  # fmt: skip
+    with recorded(run):
         for stage in pipeline(run):
             if stage == until:
                 break

@@ -1,0 +1,402 @@
+"""The command `rlhf`. Prefect and everything heavy is imported inside the commands that need it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from rlhf_core.errors import ConfigError, PreflightError, RLHFError
+
+if TYPE_CHECKING:
+    from rlhf_core.jobs import PipelineConfig
+
+STAGES = ("model", "data", "sft", "label", "reward", "ppo", "evaluate", "publish")
+
+app = typer.Typer(
+    name="rlhf",
+    help="RLHF as a pipeline: data, SFT, reward model, PPO, evaluation, publishing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+artifacts = typer.Typer(
+    help="What the store holds: list, show, pull, verify.", no_args_is_help=True
+)
+app.add_typer(artifacts, name="artifacts")
+
+Preset = Annotated[
+    str | None, typer.Option("--preset", "-p", help="A preset's name; see `rlhf presets`.")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="A YAML file with settings, like a preset.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting: ppo.kl_coef=0.1"),
+]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option("--store", help="Artifact store: a folder, file:// or s3:// (or $RLHF_STORE)."),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="All output of the ranks.")]
+
+
+@app.command()
+def run(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    store: StoreUrl = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show the settings; start nothing.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the whole pipeline; stages whose result is in the store are reused."""
+    settings = _settings(preset, config, overrides, store)
+    if dry_run:
+        _dry_run(settings)
+    else:
+        _run(settings, "publish", verbose)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="model, data, sft, label, reward, ppo, evaluate.")],
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    store: StoreUrl = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run one stage, and those before it that the store has no result of yet."""
+    if name not in STAGES:
+        close = difflib.get_close_matches(name, STAGES, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"There is no stage {name!r}.{hint} Stages: {', '.join(STAGES)}.")
+    _run(_settings(preset, config, overrides, store), name, verbose)
+
+
+@app.command()
+def presets() -> None:
+    """List the presets."""
+    from importlib.resources import files
+
+    from rlhf_core.presets import preset_names
+
+    for name in preset_names():
+        text = (files("deployments") / "presets" / f"{name}.yaml").read_text("utf-8")
+        typer.echo(f"{name:<14}{text.splitlines()[0].lstrip('# ')}")
+
+
+@app.command()
+def runs(
+    store: StoreUrl = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many.")] = 20,
+) -> None:
+    """List the runs, newest first."""
+    from flows.lookup import read_runs
+    from rlhf_core.store import open_store
+
+    opened = open_store(store)
+    found = read_runs(opened)[:limit]
+    if not found:
+        typer.echo(f"No runs in {opened.url}.")
+        return
+    rows = [["RUN", "NAME", "STATE", "STARTED (UTC)", "STAGES", "REUSED", "ERROR"]]
+    for record in found:
+        stages = record.get("stages") or {}
+        reused = sum(bool(result.get("reused")) for result in stages.values())
+        error = (record.get("error") or "").splitlines()
+        started = str(record.get("started", ""))[:19].replace("T", " ")
+        rows.append(
+            [record["id"], record["name"], record["state"], started, str(len(stages)),
+             str(reused), error[0][:80] if error else ""]
+        )  # fmt: skip
+    _table(rows)
+
+
+@artifacts.command("list")
+def list_artifacts(
+    kind: Annotated[str | None, typer.Option("--kind", "-k", help="Only this kind.")] = None,
+    store: StoreUrl = None,
+) -> None:
+    """List the artifacts, newest first."""
+    from rlhf_core.store import open_store
+
+    opened = open_store(store)
+    found = opened.list(kind)
+    if not found:
+        there = sorted({artifact.kind for artifact in opened.list()})
+        what = f"of kind {kind!r} " if kind else ""
+        also = f" Kinds: {', '.join(there)}." if there else ""
+        typer.echo(f"No artifacts {what}in {opened.url}.{also}")
+        return
+    rows = [["ARTIFACT", "CREATED (UTC)", "SIZE", "FILES", "WHAT"]]
+    for artifact in found:
+        created = artifact.created[:19].replace("T", " ")
+        rows.append(
+            [artifact.ref, created, _size(artifact.size), str(len(artifact.files)), _what(artifact)]
+        )
+    _table(rows)
+
+
+@artifacts.command("show")
+def show_artifact(
+    ref: Annotated[str, typer.Argument(help="Digest, kind/start, stage or published name.")],
+    store: StoreUrl = None,
+) -> None:
+    """Show one artifact: files, parents, and the job that made it."""
+    import yaml
+
+    from flows.lookup import find_any
+    from rlhf_core.store import open_store
+
+    artifact = find_any(open_store(store), ref)
+    value = {
+        "artifact": f"{artifact.kind}/{artifact.digest}",
+        "created": artifact.created,
+        "size": _size(artifact.size),
+        "files": {entry.path: entry.size for entry in artifact.files},
+        "parents": list(artifact.parents),
+        **artifact.metadata,
+    }
+    typer.echo(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
+
+
+@artifacts.command("pull")
+def pull_artifact(
+    ref: Annotated[str, typer.Argument(help="Digest, kind/start, stage or published name.")],
+    folder: Annotated[Path, typer.Argument(help="New or empty folder to put the files into.")],
+    store: StoreUrl = None,
+) -> None:
+    """Copy an artifact's files into a folder, verified."""
+    from flows.lookup import find_any
+    from rlhf_core.store import open_store
+
+    opened = open_store(store)
+    artifact = find_any(opened, ref)
+    typer.echo(f"{artifact.ref} -> {opened.fetch(artifact.digest, folder)}")
+
+
+@artifacts.command("verify")
+def verify_artifacts(
+    refs: Annotated[list[str] | None, typer.Argument(help="Digests; none: all.")] = None,
+    store: StoreUrl = None,
+) -> None:
+    """Read every byte again and compare it with its manifest."""
+    from rlhf_core.store import open_store
+
+    opened = open_store(store)
+    chosen = [opened.get(ref) for ref in refs] if refs else opened.list()
+    bad = 0
+    for artifact in chosen:
+        problems = opened.verify(artifact.digest)
+        bad += bool(problems)
+        typer.echo(f"{artifact.ref:<30} {'damaged' if problems else 'ok'}")
+        for problem in problems:
+            typer.echo(f"  {problem}", err=True)
+    typer.echo(f"{len(chosen) - bad} of {len(chosen)} whole.")
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="Published name, stage (sft, ppo) or digest.")
+    ] = None,
+    once: Annotated[
+        str | None, typer.Option("--once", help="Answer this one message and end.")
+    ] = None,
+    store: StoreUrl = None,
+) -> None:
+    """Talk to a model: the newest published one, or any stage's."""
+    from flows.lookup import find_model
+    from rlhf_core.store import open_store
+
+    opened = open_store(store)
+    artifact = find_model(opened, model)
+    if once is not None and not once.strip():
+        raise ConfigError("--once needs a message that is not empty.")
+    folder = opened.fetch(artifact.digest)
+    import rlhf_core.chat as talking
+
+    talking.main(folder, once=once)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Model to estimate the memory of, as model.source.")
+    ] = None,
+) -> None:
+    """What this machine has, what is missing, and the memory that a model needs per strategy."""
+    import rlhf_core.doctor as checking
+
+    typer.echo(checking.report(model) if model else checking.report())
+
+
+@app.command()
+def job(
+    file: Annotated[Path, typer.Argument(help="A job file; see `rlhf artifacts show`.")],
+    store: StoreUrl = None,
+) -> None:
+    """Run one job file by hand, without Prefect."""
+    from rlhf_core.__main__ import read_job
+    from rlhf_core.store import open_store, rlhf_home
+    from tasks.events import headline
+    from tasks.launchers import Launch, LocalTorchrun
+
+    parsed = read_job(file)
+    opened = open_store(store)
+    folder = rlhf_home() / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{parsed.algorithm}"
+    launch = Launch(parsed.algorithm, {folder: parsed}, opened.url, folder / "log.txt")
+    outcome = LocalTorchrun().run(launch, typer.echo, lambda line: None)[0]
+    artifact = opened.get(outcome.artifact)
+    typer.echo(f"{artifact.ref}  {headline(artifact.metadata.get('metrics') or {})}".rstrip())
+
+
+# --------------------------------------------------------------------------- running
+
+
+def _settings(
+    preset: str | None, config: Path | None, overrides: list[str] | None, store: str | None
+) -> PipelineConfig:
+    from rlhf_core.presets import build_config
+
+    if preset is not None and config is not None:
+        raise typer.BadParameter("give --preset or --config, not both")
+    given = [*(overrides or [])]
+    source: Any = preset if preset is not None else config if config is not None else {}
+    settings = build_config(source if not isinstance(source, Path) else _existing(source), given)
+    return settings if store is None else settings.model_copy(update={"store": store})
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"There is no file {path}.")
+    return path.absolute()
+
+
+def _dry_run(settings: PipelineConfig) -> None:
+    import yaml
+
+    from tasks.seams import preflight
+
+    problems = preflight(settings)
+    shown = settings.model_dump(mode="json", exclude_unset=True)
+    typer.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip())
+    if problems:
+        raise PreflightError(problems)
+    typer.echo("\nPreflight passed; nothing was started.")
+
+
+def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
+    from flows.server import choose_server
+    from rlhf_core.store import open_store
+
+    began = time.monotonic()
+    store = open_store(settings.store)
+    server = choose_server()
+    typer.echo(f"rlhf: {settings.name}")
+    typer.echo(f"  store     {store.url}")
+    typer.echo(f"  prefect   {server.text}")
+    from flows.console import Console, take_over
+    from flows.rlhf import rlhf_pipeline
+
+    signal.signal(signal.SIGTERM, _terminated)
+    take_over(Console(verbose=verbose))
+    summary = rlhf_pipeline(settings, until=until)  # type: ignore[call-overload]
+    _closing(settings, summary, time.monotonic() - began)
+
+
+def _closing(settings: PipelineConfig, summary: dict[str, Any], took: float) -> None:
+    from tasks.events import seconds
+
+    results = summary["stages"].values()
+    reused = sum(result["reused"] for result in results)
+    note = f", {reused} of {len(results)} stages reused" if reused else ""
+    typer.echo(f"\nDone in {seconds(took)}{note}.")
+    if summary["model"]:
+        typer.echo(f"  model     {summary['model']}")
+    report = Path(summary["report"])
+    typer.echo(f"  report    {report.with_suffix('.html')}")
+    if (curves := report.with_name("curves.png")).exists():
+        typer.echo(f"  curves    {curves}")
+    if summary["model"]:
+        typer.echo(f"  chat      rlhf chat {settings.publish.name}")
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+# --------------------------------------------------------------------------- output and errors
+
+
+def _table(rows: list[list[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _what(artifact: Any) -> str:
+    data = artifact.metadata
+    details = data.get("name") or data.get("job", {}).get("purpose") or ""
+    return f"{data.get('algorithm', '')} {details}".strip()
+
+
+def main() -> None:
+    """Entry point: every expected error is one message on stderr, without a traceback."""
+    try:
+        app()
+    except RLHFError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = stop.code if isinstance(stop, SystemExit) else 130
+        if code in (130, 143):
+            typer.echo(
+                "\nStopped; all processes of the run have ended. The same command goes on from "
+                "the last checkpoint.",
+                err=True,
+            )
+        raise SystemExit(code) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except Exception as error:
+        from rlhf_core.store import rlhf_home
+
+        crash = rlhf_home() / "crash.log"
+        crash.parent.mkdir(parents=True, exist_ok=True)
+        crash.write_text(traceback.format_exc())
+        _fail(f"{type(error).__name__}: {error}\nThis was not expected; the details: {crash}")
+
+
+def _fail(text: str) -> NoReturn:
+    sys.stdout.flush()
+    typer.echo(f"\nError: {text}" if "\n" in text else f"Error: {text}", err=True)
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""From what a person types to what the store holds: models by name, stage or digest; runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+from typing import Any
+
+import psutil
+
+from rlhf_core.errors import ArtifactNotFound
+from rlhf_core.store import Artifact, Store
+
+MODEL_KINDS = ("model", "published")
+DIGEST = re.compile(r"([a-z0-9._-]+/)?[0-9a-f]{6,64}")
+
+
+def read_runs(store: Store) -> list[dict[str, Any]]:
+    """The records of all runs, newest first; one whose process has died says so."""
+    records = [store.read_record(path) for path in store.list_records("runs/")]
+    runs = [record for record in records if record is not None]
+    for run in runs:
+        if run.get("state") == "running" and not _alive(run):
+            run["state"] = "died"
+    return sorted(runs, key=lambda run: str(run.get("started")), reverse=True)
+
+
+def _alive(run: dict[str, Any]) -> bool:
+    """False only if the run's process was on this machine and is gone."""
+    if run.get("host") != socket.gethostname():
+        return True
+    pid = run.get("pid")
+    return isinstance(pid, int) and (pid == os.getpid() or psutil.pid_exists(pid))
+
+
+def published_names(store: Store) -> list[str]:
+    """Names of the published models, sorted."""
+    return sorted({path.split("/")[1] for path in store.list_records("models/")})
+
+
+def find_model(store: Store, wanted: str | None) -> Artifact:
+    """The newest published model, or the one that a name, a stage of the newest run that has it,
+    or a digest stands for.
+
+    Raises:
+        ArtifactNotFound: nothing answers to it.
+    """
+    names = published_names(store)
+    if wanted is None or wanted in names:
+        return _newest_published(store, wanted)
+    for run in read_runs(store):
+        stage = (run.get("stages") or {}).get(wanted)
+        if stage is not None and stage.get("kind") in MODEL_KINDS:
+            return store.get(stage["digest"])
+    if DIGEST.fullmatch(wanted):
+        artifact = store.get(wanted)
+        if artifact.kind not in MODEL_KINDS:
+            raise ArtifactNotFound(
+                f"{artifact.ref} is a {artifact.kind}, not a model one can talk to."
+            )
+        return artifact
+    stages = ("model", "sft", "ppo")
+    close = difflib.get_close_matches(wanted, [*names, *stages], 1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise ArtifactNotFound(
+        f"There is no model {wanted!r} in {store.url}.{hint} Published: "
+        f"{', '.join(names) or 'none'}; stages of runs: {', '.join(stages)}; or a digest from "
+        "`rlhf artifacts list`."
+    )
+
+
+def _newest_published(store: Store, name: str | None) -> Artifact:
+    paths = store.list_records(f"models/{name}/" if name else "models/")
+    if not paths:
+        raise ArtifactNotFound(
+            f"No model is published in {store.url} yet; `rlhf run --preset demo` makes one."
+        )
+    newest = max(paths, key=lambda path: path.rsplit("/", 1)[1])
+    record = store.read_record(newest)
+    if record is None:
+        raise ArtifactNotFound(f"The record {newest} has gone from {store.url}; try again.")
+    return store.get(record["digest"])
+
+
+def find_any(store: Store, wanted: str) -> Artifact:
+    """An artifact of any kind, by published name, stage of the newest run that has it, or digest.
+
+    Raises:
+        ArtifactNotFound: nothing answers to it.
+    """
+    if wanted in published_names(store):
+        return _newest_published(store, wanted)
+    for run in read_runs(store):
+        stage = (run.get("stages") or {}).get(wanted)
+        if stage is not None:
+            return store.get(stage["digest"])
+    if not DIGEST.fullmatch(wanted):
+        names = ", ".join(published_names(store)) or "none"
+        raise ArtifactNotFound(
+            f"There is no artifact {wanted!r} in {store.url}; needed is a digest from `rlhf "
+            f"artifacts list`, a stage such as ppo, or a published name ({names})."
+        )
+    return store.get(wanted)
