@@ -50,8 +50,9 @@ def files(name: str, subset: str | None) -> list[tuple[str, Any]]:
     languages = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     if language not in languages:
         raise DataError(
-            f"builtin:{name} has no language {language!r}; subset is one of {', '.join(languages)}, "
-            "optionally with categories as in english:emotion,conversations."
+            f"builtin:{name} has no language {language!r}; subset is one of "
+            f"{', '.join(languages)}, optionally with categories as in "
+            "english:emotion,conversations."
         )
     found = {
         entry.name.removesuffix(".yml"): entry

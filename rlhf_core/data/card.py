@@ -126,7 +126,8 @@ class DataCard:
             ]
             if side.lengths:
                 shown = ", ".join(f"{key} {value:g}" for key, value in side.lengths.items())
-                lines += ["", f"Tokens per row: {shown}.", "", "| tokens | rows |", "| ---: | ---: |"]
+                lines += ["", f"Tokens per row: {shown}.", ""]
+                lines += ["| tokens | rows |", "| ---: | ---: |"]
                 lines += [f"| {b['from']} to {b['to']} | {b['rows']:,} |" for b in side.histogram]
         if self.bad_rows:
             lines += ["", "## Bad rows", ""]

@@ -163,9 +163,7 @@ def _conversation(
     return _Text(segments, {"prompt": prompt}, prompt)
 
 
-def _prompt(
-    tokenizer: Any, messages: list[Message], replies: Sequence[str], prompt: str
-) -> _Text:
+def _prompt(tokenizer: Any, messages: list[Message], replies: Sequence[str], prompt: str) -> _Text:
     reference = replies[0] if replies else None
     if not replies:
         first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
@@ -260,10 +258,10 @@ def _row(
         return {"prompt_ids": all_ids}
     if plan.purpose == "preference":
         return {"prompt_ids": all_ids, "chosen_ids": replies[0], "rejected_ids": replies[1]}
-    trainable = [marked for ids, marked in parts for _ in ids]
-    if not any(trainable[1:]):  # the first token has nothing before it to be predicted from
+    marks = [marked for ids, marked in parts for _ in ids]
+    if not any(marks[1:]):  # the first token has nothing before it to be predicted from
         raise BadRow("nothing_to_train", "the row has no token that a loss could be computed on")
-    return {"input_ids": all_ids, "trainable": trainable}
+    return {"input_ids": all_ids, "trainable": marks}
 
 
 def _plain_ends(tokenizer: Any) -> tuple[int, int]:

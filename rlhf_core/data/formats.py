@@ -1,13 +1,13 @@
 """Formats of a row: finding out which one it is, and bringing it to one shape.
 
-    alpaca             instruction, input (may be missing), output
-    messages           messages: [{"role": "system|user|assistant", "content": ...}, ...]
-    sharegpt           conversations: [{"from": "human|gpt|system", "value": ...}, ...]
-    prompt_completion  prompt, completion (texts or messages)
-    hh                 chosen, rejected: transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:"
-    preference         prompt, chosen, rejected (texts or messages)
-    prompt             prompt (text or messages)
-    text               text
+alpaca             instruction, input (may be missing), output
+messages           messages: [{"role": "system|user|assistant", "content": ...}, ...]
+sharegpt           conversations: [{"from": "human|gpt|system", "value": ...}, ...]
+prompt_completion  prompt, completion (texts or messages)
+hh                 chosen, rejected: transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:"
+preference         prompt, chosen, rejected (texts or messages)
+prompt             prompt (text or messages)
+text               text
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _SHAREGPT = {
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant",
 }  # fmt: skip
+_MARKS = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
 
 
 @dataclass(slots=True)
@@ -212,19 +213,16 @@ def _transcript(text: str, name: str) -> list[Message]:
     messages = []
     rest = "\n\n" + text.lstrip("\n")
     while rest.strip():
-        for mark, role in (("\n\nHuman:", "user"), ("\n\nAssistant:", "assistant")):
-            if rest.startswith(mark):
-                rest = rest[len(mark) :]
-                break
-        else:
+        mark = next((mark for mark in _MARKS if rest.startswith(mark)), None)
+        if mark is None:
             raise BadRow(
                 "not_a_transcript",
                 f"column {name!r} starts with {text[:30]!r}; needed is a transcript that starts "
                 'with "\\n\\nHuman:"',
             )
-        ends = [at for at in (rest.find("\n\nHuman:"), rest.find("\n\nAssistant:")) if at >= 0]
-        end = min(ends, default=len(rest))
-        messages.append(_message(role, rest[:end].strip()))
+        rest = rest[len(mark) :]
+        end = min((at for m in _MARKS if (at := rest.find(m)) >= 0), default=len(rest))
+        messages.append(_message(_MARKS[mark], rest[:end].strip()))
         rest = rest[end:]
     for position, message in enumerate(messages, 1):
         _checked(message["content"], f"turn {position} of column {name!r}")

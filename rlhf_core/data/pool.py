@@ -56,9 +56,7 @@ def ordered_map(
         yield work(piece)
 
 
-def _in_processes(
-    work: Callable[[Any], Any], pieces: Iterable[Any], count: int
-) -> Iterator[Any]:
+def _in_processes(work: Callable[[Any], Any], pieces: Iterable[Any], count: int) -> Iterator[Any]:
     executor = ProcessPoolExecutor(
         count,
         mp_context=multiprocessing.get_context("spawn"),

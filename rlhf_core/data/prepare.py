@@ -105,9 +105,7 @@ def prepare(
         writer.clean()
 
 
-def find_format(
-    rows: Iterator[RawRow], settings: DataSettings
-) -> tuple[Iterator[RawRow], Format]:
+def find_format(rows: Iterator[RawRow], settings: DataSettings) -> tuple[Iterator[RawRow], Format]:
     """The rows unchanged, and their format: as set, or that of the first row that can be read.
 
     Raises:

@@ -31,8 +31,8 @@ def read_jsonl(stream: IO[bytes], name: str) -> Iterator[RawRow]:
         number += 1
         if len(line) > LONGEST:
             raise DataError(
-                f"{name}, line {number} is longer than {LONGEST:,} bytes; needed is one JSON object "
-                "per line. Is it a .json file with another ending?"
+                f"{name}, line {number} is longer than {LONGEST:,} bytes; needed is one JSON "
+                "object per line. Is it a .json file with another ending?"
             )
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -229,8 +229,10 @@ def read_file(stream: IO[bytes], name: str) -> Iterator[RawRow]:
         raise DataError(f"{name}: the ending is not known; readable are {READABLE}.")
     number = 0
     try:
-        packed = name.lower().endswith(".gz")
-        for row in reader(gzip.open(stream) if packed else stream, name):  # type: ignore[arg-type]
+        plain: IO[bytes] = stream
+        if name.lower().endswith(".gz"):
+            plain = io.BufferedReader(gzip.GzipFile(fileobj=stream))
+        for row in reader(plain, name):
             number = row.number
             yield row
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

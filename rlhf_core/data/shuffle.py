@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 BUCKETS = 256
-MEMORY = 64 * 2**20  # bytes of rows held
+MEMORY = 24 * 2**20  # bytes of rows held
 PART_ROWS = 1000
 
 
@@ -35,9 +35,12 @@ class Shuffle:
 
     def _sorted(self, batches: list[Any]) -> Any:
         import pyarrow as pa
+        import pyarrow.compute
 
         rows = pa.concat_batches(batches)
-        return rows.take(pa.compute.sort_indices(rows, sort_keys=[(self._key, "ascending")]))
+        batches.clear()  # the parts are not needed beside the whole
+        order = pa.compute.sort_indices(rows, sort_keys=[(self._key, "ascending")])
+        return rows.take(order)
 
     def _spill(self) -> None:
         """Write the rows held to the files of their buckets."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rlhf_core.data import builtin
 from rlhf_core.data.readers import READABLE, read_file, reader_of
@@ -32,11 +33,11 @@ class SourceFile:
     path: str
     remote: Any = None  # fsspec file system; None: local
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> Any:
         try:
             if self.remote is None:
                 return Path(self.path).open("rb")
-            return self.remote.open(self.path, "rb")  # type: ignore[no-any-return]
+            return io.BufferedReader(self.remote.open(self.path, "rb"), 2**20)
         except OSError as error:
             raise DataError(f"{self.name}: cannot be read ({error.strerror or error}).") from error
 

@@ -103,7 +103,7 @@ def special_text(tokenizer: Any, text: str) -> str | None:
 def render(
     tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
 ) -> list[Segment]:
-    """A conversation in pieces, up to the last end of turn (or with a generation prompt at the end).
+    """A conversation in pieces: up to the last end of turn, or with a final generation prompt.
 
     Raises:
         DataError: the template refuses the conversation (roles out of order, no system message).
@@ -151,9 +151,14 @@ def encode_segments(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     lead = _facts(tokenizer).lead
-    ids = tokenizer([lead + text for text in texts], add_special_tokens=False, verbose=False)
-    skip = 1 if lead else 0
-    return [list(row[skip:]) for row in ids["input_ids"]]
+    if not lead:
+        return _ids(tokenizer, texts)
+    start = _ids(tokenizer, [lead])[0]
+    rows = _ids(tokenizer, [lead + text for text in texts])
+    return [
+        row[len(start) :] if row[: len(start)] == start else _ids(tokenizer, [text])[0]
+        for row, text in zip(rows, texts, strict=True)
+    ]
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -190,6 +195,26 @@ def _apply(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool)
         raise DataError(f"the chat template refuses turns of {roles}: {error}") from error
 
 
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
+    return [list(row) for row in encoded["input_ids"]]
+
+
+def _find_lead(tokenizer: Any, end: str) -> str:
+    """A text after which pieces are tokenised as they stand; empty where none is needed.
+
+    Sentencepiece-like tokenizers put a space before every text, or after every special token; a
+    reply would begin with a space that no template writes.
+    """
+
+    def spaced(lead: str) -> bool:
+        skip = len(_ids(tokenizer, [lead])[0]) if lead else 0
+        first = tokenizer.convert_ids_to_tokens(_ids(tokenizer, [lead + "a"])[0][skip:])[:1]
+        return not first or str(first[0])[:1] in ("▁", "Ġ")
+
+    return next((lead for lead in ("", end, "\n") if not spaced(lead)), "")
+
+
 def _facts(tokenizer: Any) -> _Facts:
     key = (str(getattr(tokenizer, "chat_template", None)), len(tokenizer))
     facts = _FACTS.get(tokenizer)
@@ -224,12 +249,9 @@ def _find_facts(tokenizer: Any, key: tuple[str, int]) -> _Facts:
             f"{shown}, needed is one of the tokenizer's special tokens; {CHOICES}."
         )
     end = found.group()
-    pieces = tokenizer.convert_ids_to_tokens(
-        tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    return _Facts(
+        key, end, added[end], _any_of(special) if special else None, _find_lead(tokenizer, end)
     )
-    prefixes = bool(pieces) and pieces[0][:1] in ("▁", "Ġ")
-    return _Facts(key, end, added[end], _any_of(special) if special else None,
-                  end if prefixes else "")  # fmt: skip
 
 
 def _any_of(texts: Any) -> re.Pattern[str]:
