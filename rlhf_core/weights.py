@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -37,7 +38,7 @@ _REMEMBERED = 64 << 20  # bytes; the sha256 of larger files is kept
 CONVERT = (
     'python -c "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;'
     " a, b = sys.argv[1:]; M.from_pretrained(a, use_safetensors=False).save_pretrained(b);"
-    ' T.from_pretrained(a).save_pretrained(b)" {folder} {folder}-safetensors'
+    ' T.from_pretrained(a).save_pretrained(b)" {source} {target}'
 )
 
 
@@ -262,11 +263,12 @@ def _pointers(folder: Path) -> list[str]:
         if path.is_file() and path.stat().st_size < 1024:
             text = path.read_bytes()
             if text.startswith(LFS_MAGIC):
+                pull = f"git -C {shlex.quote(str(folder))} lfs pull"
                 size = re.search(rb"^size (\d+)$", text, re.MULTILINE)
                 wanted = f" of {int(size[1]):,} bytes" if size else ""
                 problems.append(
                     f"{path} is a git-lfs pointer ({len(text)} bytes); needed is the file{wanted} "
-                    f"that it stands for: run `git lfs install && git -C {folder} lfs pull`"
+                    f"that it stands for: run `git lfs install && {pull}`"
                 )
     return problems
 
@@ -335,7 +337,9 @@ def _no_weights(folder: Path) -> str:
     return (
         f"{folder} holds weights only as {', '.join(pickles[:3])}, a pickle, which can run any "
         "code when it is read; needed is safetensors. If you trust the file, convert it once with: "
-        + CONVERT.format(folder=folder)
+        + CONVERT.format(
+            source=shlex.quote(str(folder)), target=shlex.quote(f"{folder}-safetensors")
+        )
     )
 
 

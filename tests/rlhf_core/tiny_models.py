@@ -1,0 +1,45 @@
+"""Tiny model folders for the tests of this folder."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from rlhf_core.context import StageContext
+from rlhf_core.jobs import ImportModelJob
+from rlhf_core.store import Artifact, open_store
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def import_model(base: Path, job: ImportModelJob) -> tuple[Artifact, Path]:
+    """Run an import job with a store below `base`; the artifact and a private copy of its files."""
+    from rlhf_core.import_model import run
+
+    store = open_store(f"file://{base}/store")
+    base.mkdir(exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=base))
+    artifact = run(job, StageContext(store=store, key=job.key(), folder=work))
+    return artifact, store.fetch(artifact.digest, work / "fetched")
+
+
+@functools.cache
+def _made(architecture: str) -> Path:
+    import atexit
+
+    base = Path(tempfile.mkdtemp(prefix="rlhf-test-"))
+    atexit.register(shutil.rmtree, base, True)
+    _, folder = import_model(base, ImportModelJob(source=f"random:{architecture}"))
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    return folder
+
+
+def copy_of(architecture: str, folder: Path) -> Path:
+    """A fresh copy of an imported random model that a test may damage."""
+    shutil.copytree(_made(architecture), folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    return folder
