@@ -7,7 +7,7 @@ import itertools
 from rlhf_core.data.encode import check_purpose
 from rlhf_core.data.formats import normalise
 from rlhf_core.data.row import SKIP_HINT, BadRow
-from rlhf_core.data.sources import open_rows
+from rlhf_core.data.sources import hub_answers, kind_of, open_rows
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import DataSettings, Purpose
 
@@ -24,6 +24,8 @@ def check_source(settings: DataSettings, purpose: Purpose | None = None) -> list
 
     rows = open_rows(settings)
     try:
+        if kind_of(settings.source) == "hub" and (problem := hub_answers(settings)):
+            return [problem]
         rows, format = find_format(rows, settings)
         if purpose is not None:
             check_purpose(format, purpose)

@@ -232,6 +232,24 @@ def fingerprint(settings: DataSettings) -> str:
     return f"{kind}:{total.hexdigest()}"
 
 
+def hub_answers(settings: DataSettings) -> str:
+    """Why the hub cannot be asked for a data set, within seconds; empty when it can.
+
+    Reading itself repeats its requests for half a minute before it gives up.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(settings.source, revision=settings.revision, timeout=_HUB_SECONDS)
+    except Exception as error:
+        if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError"):
+            return (
+                f"{settings.source}: the Hugging Face hub cannot be reached ({error}), and there "
+                "is no such local file; check the network and HF_ENDPOINT, or give a local path."
+            )
+    return ""
+
+
 def _hub_commit(settings: DataSettings) -> str:
     revision = settings.revision or "main"
     if re.fullmatch(r"[0-9a-f]{40}", revision):

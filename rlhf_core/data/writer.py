@@ -172,26 +172,29 @@ def write_dataset(
         given = {name: value for name, value in card.items() if name not in ("counts", "purpose")}
         card = DataCard(purpose=purpose, notes=dict(card.get("counts", {})), **given)
     writer = DatasetWriter(folder, purpose)
-    for side, rows in splits.items():
-        for start, part in _parts(rows):
-            for number, row in enumerate(part, start):
-                if set(row) != set(kind.names):
+    try:
+        for side, rows in splits.items():
+            for start, part in _parts(rows):
+                for number, row in enumerate(part, start):
+                    if set(row) != set(kind.names):
+                        raise DataError(
+                            f"{side} row {number} has the columns {sorted(row)}; purpose {purpose} "
+                            f"needs {sorted(kind.names)}."
+                        )
+                try:
+                    batch = pa.RecordBatch.from_pylist([dict(row) for row in part], schema=kind)
+                except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
                     raise DataError(
-                        f"{side} row {number} has the columns {sorted(row)}; purpose {purpose} "
-                        f"needs {sorted(kind.names)}."
-                    )
-            try:
-                batch = pa.RecordBatch.from_pylist([dict(row) for row in part], schema=kind)
-            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-                raise DataError(
-                    f"{side} rows {start} to {start + len(part) - 1}: {error}; needed are "
-                    + ", ".join(f"{field.name} {field.type}" for field in kind)
-                ) from error
-            writer.write(side, batch, [prompt_hash(_key(row["prompt"])) for row in part])
-    if not card.read:
-        rows_kept = sum(side.card.rows for side in writer.splits.values())
-        card.read = rows_kept + sum(card.dropped.values()) + sum(card.bad.values())
-    return writer.finish(card)
+                        f"{side} rows {start} to {start + len(part) - 1}: {error}; needed are "
+                        + ", ".join(f"{field.name} {field.type}" for field in kind)
+                    ) from error
+                writer.write(side, batch, [prompt_hash(_key(row["prompt"])) for row in part])
+        if not card.read:
+            rows_kept = sum(side.card.rows for side in writer.splits.values())
+            card.read = rows_kept + sum(card.dropped.values()) + sum(card.bad.values())
+        return writer.finish(card)
+    finally:
+        writer.clean()
 
 
 def _key(prompt: str) -> str:

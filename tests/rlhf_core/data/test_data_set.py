@@ -358,3 +358,33 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
     # 10 and 30 MB of JSON, 38 and 114 MB of tokens: both more than the shuffle holds in memory.
     small, large = peak(9_000), peak(27_000)
     assert large - small < 100, (small, large)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gpt2", "qwen2", "llama", "opt", "bloom"])
+def test_tokenizer_equals_what_auto_tokenizer_loads(tmp_path, model):
+    import importlib
+
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = prefixing_tokenizer() if model == "llama" else byte_tokenizer()
+    name = {"gpt2": "GPT2", "qwen2": "Qwen2", "llama": "Llama", "opt": "GPT2"}.get(model)
+    if name:  # the model's own class, with the vocabulary of the tiny tokenizer
+        module = importlib.import_module(
+            f"transformers.models.{name.lower()}.tokenization_{name.lower()}"
+        )
+        data = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        merges = [tuple(merge) for merge in data["merges"]]
+        own = getattr(module, f"{name}Tokenizer")(
+            vocab=data["vocab"], merges=merges, **tokenizer.special_tokens_map
+        )
+        own.chat_template = tokenizer.chat_template
+        tokenizer = own
+    tokenizer.save_pretrained(tmp_path)
+    AutoConfig.for_model(model).save_pretrained(tmp_path)
+    ours, auto = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(auto)
+    for text in ("Hello, 你好<|im_end|> Good  morning\n</s>", " x", "1234 don't"):
+        assert ours(text)["input_ids"] == auto(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert ours.chat_template == auto.chat_template
+    assert ours.special_tokens_map == auto.special_tokens_map
