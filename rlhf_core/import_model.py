@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.context import StageContext
 from rlhf_core.errors import ModelError
 from rlhf_core.jobs import ImportModelJob
+from rlhf_core.source_id import Source, builtin_gguf, parse_source
 from rlhf_core.store import Artifact
-from rlhf_core.weights import Source, builtin_gguf, check_loaded, check_weight_files, parse_source
+from rlhf_core.weights import check_loaded, check_weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

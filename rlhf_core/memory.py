@@ -23,8 +23,8 @@ layers above the lowest of them. Logits exist a chunk at a time: 32 MiB on a CPU
 three times (logits, softmax, gradient).
 
 What it leaves out: fragmentation, communication buffers beyond the buckets, the allocator's slack.
-Measured on one CPU rank with the 135 M model (SFT and reward; ddp, zero1, zero2; bf16, fp32; all
-layers and the top ten; with and without checkpointing), the estimate was 0.91 to 1.15 of the peak.
+Measured on one CPU rank with the 135 M model the estimate was 0.82 to 1.15 of the peak: SFT, reward
+and PPO under ddp, zero1 and zero2, not each with each (tests/rlhf_core/test_memory.py).
 No GPU was measured.
 """
 

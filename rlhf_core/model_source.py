@@ -11,15 +11,9 @@ from typing import Any
 
 from rlhf_core.errors import ModelError, RLHFError
 from rlhf_core.jobs import ModelSettings
+from rlhf_core.source_id import Source, builtin_gguf, parse_source
 from rlhf_core.store import Store
-from rlhf_core.weights import (
-    PICKLES,
-    TOKENIZER_FILES,
-    Source,
-    builtin_gguf,
-    check_weight_files,
-    parse_source,
-)
+from rlhf_core.weights import PICKLES, TOKENIZER_FILES, check_weight_files
 
 _TINY = {"vocab_size": 960, "max_position_embeddings": 1024, "num_attention_heads": 4}
 RANDOM_CONFIG = {

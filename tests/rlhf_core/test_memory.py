@@ -167,3 +167,16 @@ def test_estimate_is_near_the_measured_peak(
     settings = kind(trainable_layers=layers, precision=precision)  # type: ignore[arg-type]
     found = estimate(SMOL, settings, place, stage, max_length=length, device="cpu")  # type: ignore[arg-type]
     assert found.total / GIB == pytest.approx(measured, rel=0.4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layers", "micro", "length", "measured"),
+    [("ddp", 10, 8, 88, 4.26), ("ddp", None, 4, 128, 9.17), ("zero2", None, 4, 128, 10.22)],
+)
+def test_estimate_of_ppo_is_near_the_measured_peak(
+    strategy: str, layers: int | None, micro: int, length: int, measured: float
+) -> None:
+    place = Resources(strategy=strategy, micro_batch_size=micro)  # type: ignore[arg-type]
+    settings = PPOSettings(trainable_layers=layers, batch_size=16)
+    found = estimate(SMOL, settings, place, "ppo", max_length=length, device="cpu")
+    assert found.total / GIB == pytest.approx(measured, rel=0.4)

@@ -212,10 +212,10 @@ def test_a_file_is_no_source(model: Path) -> None:
 def test_fingerprint_follows_the_content_not_place_or_time(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import rlhf_core.weights as weights
+    import rlhf_core.source_id as source_id
 
     monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(weights, "_REMEMBERED", 1000)  # so that the note is used
+    monkeypatch.setattr(source_id, "_REMEMBERED", 1000)  # so that the note is used
     first = fingerprint(str(model))
     assert fingerprint(str(model)) == first
     assert fingerprint(str(copy_of("llama", tmp_path / "copy"))) == first
