@@ -218,6 +218,10 @@ def chat(
     once: Annotated[
         str | None, typer.Option("--once", help="Answer this one message and end.")
     ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Same seed, same replies.")] = 0,
     store: StoreUrl = None,
 ) -> None:
     """Talk to a model: the newest published one, or any stage's."""
@@ -226,12 +230,17 @@ def chat(
 
     opened = open_store(store)
     artifact = find_model(opened, model)
-    if once is not None and not once.strip():
-        raise ConfigError("--once needs a message that is not empty.")
     folder = opened.fetch(artifact.digest)
     import rlhf_core.chat as talking
 
-    talking.main(folder, once=once)
+    talking.main(
+        folder,
+        once=once,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
 
 
 @app.command()
@@ -243,7 +252,7 @@ def doctor(
     """What this machine has, what is missing, and the memory that a model needs per strategy."""
     import rlhf_core.doctor as checking
 
-    typer.echo(checking.report(model) if model else checking.report())
+    typer.echo(checking.report(model))
 
 
 @app.command()
@@ -291,9 +300,9 @@ def _existing(path: Path) -> Path:
 def _dry_run(settings: PipelineConfig) -> None:
     import yaml
 
-    from tasks.seams import preflight
+    from rlhf_core.preflight import check
 
-    problems = preflight(settings)
+    problems = check(settings)
     shown = settings.model_dump(mode="json", exclude_unset=True)
     typer.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip())
     if problems:

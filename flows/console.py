@@ -62,7 +62,7 @@ class Console(logging.Handler):
             self._stage("!", stage, text, "33")
         elif kind == "note" and stage != "report":
             self._stage("✓", stage, text, "32")
-        elif kind == "line":
+        elif kind == "line" and (self.verbose or not text.startswith("ERROR (")):
             self.line(self._paint("2", f"      {text}"))
 
     def _draw_progress(self, stage: str, text: str) -> None:

@@ -34,7 +34,7 @@ def seconds(value: float) -> str:
 # Metrics worth a place in one line, in order; what a stage does not have is left out.
 HEADLINES = (
     ("loss", "loss"), ("heldout_loss", "held-out loss"), ("accuracy", "accuracy"),
-    ("heldout_accuracy", "held-out accuracy"), ("score", "score"), ("gold", "gold"),
+    ("score", "score"), ("gold", "gold"),
     ("kl", "KL"), ("length", "length"), ("tokens_per_second", "tokens/s"),
 )  # fmt: skip
 
@@ -42,6 +42,14 @@ HEADLINES = (
 def headline(metrics: dict[str, Any]) -> str:
     """The most telling numbers of a stage in one line."""
     shown = []
+    if "read" in metrics and "kept" in metrics:  # of a data set
+        return f"{metrics['kept']:,} of {metrics['read']:,} rows"
+    if "train_pairs" in metrics:  # of the label stage
+        return f"{metrics['train_pairs']:,} pairs, {metrics.get('heldout_pairs', 0):,} held out"
+    heldout = metrics.get("heldout")
+    if isinstance(heldout, dict) and "accuracy" in heldout:  # of the reward model
+        interval = f" ({heldout['low']:.2f} to {heldout['high']:.2f})" if "low" in heldout else ""
+        shown.append(f"held-out accuracy {heldout['accuracy']:.2f}{interval}")
     models = metrics.get("models")  # of an evaluation
     if isinstance(models, dict) and {"sft", "ppo"} <= set(models):
         for name in ("reward", "gold"):

@@ -147,7 +147,7 @@ class Progress:
 
     def __call__(self, line: dict[str, Any]) -> None:
         step, total = int(line["step"]), int(line["total"])
-        when = float(line.get("time") or time.time())
+        when = time.monotonic()  # a resumed stage's first line is from before
         if self._first is None:
             self._first = (when, step)
         left = None
@@ -193,7 +193,7 @@ def worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
         return False
     from prefect.logging.loggers import task_run_logger
 
-    reason = str(error).splitlines()[0]
+    reason = str(error).splitlines()[0].removeprefix(f"{task.name} failed: ")
     delays = task.retry_delay_seconds or [0]
     delay = delays[min(task_run.run_count - 1, len(delays) - 1)]
     text = f"{reason}; attempt {task_run.run_count + 1} of {task.retries + 1} in {delay:.0f} s"

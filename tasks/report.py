@@ -19,7 +19,6 @@ from rlhf_core.store import Store
 from tasks.curves import draw
 from tasks.evaluation import NAMES, Evaluation, read_evaluation, read_samples
 from tasks.events import headline, say, seconds
-from tasks.model_card import data_card
 from tasks.run import Run
 
 CURVES = "curves.png"
@@ -77,24 +76,16 @@ def _stages(run: Run) -> str:
     for name, result in run.stages.items():
         took = "reused" if result.reused else seconds(result.seconds)
         shown = headline(result.metrics)
-        if result.kind == "dataset":
-            shown = _rows(run.store, result.digest)
+        if result.kind == "dataset" and (dropped := _dropped(result.metrics)):
+            shown = f"{shown} ({dropped})" if shown else dropped
         rows.append(f"| {name} | {took} | {shown} | `{result.ref}` |")
     return "\n".join(rows)
 
 
-def _rows(store: Store, digest: str) -> str:
-    """How many rows of a data set are there, from its card."""
-    artifact = store.get(digest)
-    card = {**artifact.metadata, **data_card(store, artifact)}
-    counts = [(name, card[name]) for name in ("read", "kept", "dropped") if _count(card.get(name))]
-    if not counts and isinstance(card.get("rows"), dict):
-        counts = [(name, n) for name, n in card["rows"].items() if _count(n)]
-    return ", ".join(f"{n:,} {name}" for name, n in counts)
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _dropped(metrics: dict[str, Any]) -> str:
+    """What became of a data set's rows, from the counts in its metadata."""
+    counts = {k: v for k, v in metrics.items() if isinstance(v, int) and k not in ("read", "kept")}
+    return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
 
 
 def _sample(sample: dict[str, Any]) -> str:

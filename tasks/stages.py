@@ -13,6 +13,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
 from rlhf_core.errors import PreflightError
 from rlhf_core.jobs import (
     DataJob,
@@ -30,7 +31,8 @@ from rlhf_core.jobs import (
     Settings,
     SFTJob,
 )
-from tasks import seams
+from rlhf_core.preflight import check
+from rlhf_core.source_id import fingerprint as model_fingerprint
 from tasks.events import say
 from tasks.execute import run_jobs, worth_a_retry
 from tasks.run import Run, StageResult
@@ -58,7 +60,7 @@ def stage(name: str) -> Callable[[Function], Function]:
 @stage("preflight")
 def preflight(config: PipelineConfig) -> None:
     """Everything that can be known before anything starts, in one list."""
-    problems = seams.preflight(config)
+    problems = check(config)
     if problems:
         raise PreflightError(problems)
     say(get_run_logger(), "note", "preflight", "passed")
@@ -69,7 +71,9 @@ def import_model(run: Run) -> StageResult:
     """The base model, in the store."""
     settings = run.config.model
     job = ImportModelJob(
-        **values(settings), seed=run.config.seed, fingerprint=seams.model_fingerprint(settings)
+        **values(settings),
+        seed=run.config.seed,
+        fingerprint=model_fingerprint(settings.source, settings.revision),
     )
     return run_one(run, "model", job)
 
@@ -93,7 +97,7 @@ def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
             seed=run.config.seed,
             purpose=purpose,
             model=model,
-            fingerprint=seams.data_fingerprint(settings),
+            fingerprint=data_fingerprint(settings),
         )
         for purpose, settings in wanted.items()
     }

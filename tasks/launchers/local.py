@@ -29,6 +29,9 @@ LOOK_SECONDS = 2.0  # between two looks at the descendants
 TORCHRUN = re.compile(r"^\[?([WEIC])\d{4} .*torch/(distributed|elastic|_)")
 
 
+KEPT_IN_STORE = ("scratch", "checkpoint", "resume")  # big, and what counts of it is in the store
+
+
 class LocalTorchrun:
     """Runs a launch on this machine; torchrun stays in the flow's process group."""
 
@@ -36,7 +39,7 @@ class LocalTorchrun:
         self.patience = patience
 
     def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:
-        """See `Launcher.run`. The job folders stay, without their scratch space."""
+        """See `Launcher.run`. The job folders stay, without what is big in them."""
         for folder, job in launch.jobs.items():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "job.json").write_text(job.model_dump_json(indent=1))
@@ -64,7 +67,8 @@ class LocalTorchrun:
             tree.end(self.patience if process.returncode is None else 0.0)
             reader.join(5)
             for folder in launch.jobs:
-                shutil.rmtree(folder / "scratch", ignore_errors=True)
+                for inner in KEPT_IN_STORE:
+                    shutil.rmtree(folder / inner, ignore_errors=True)
         outcomes = [_outcome(folder) for folder in launch.jobs]
         if process.returncode != 0 or None in outcomes:
             raise diagnose(
@@ -112,6 +116,9 @@ def environment(jobs: list[Job], store: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TQDM_DISABLE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONWARNINGS": "ignore",
         "GLOO_SOCKET_IFNAME": "lo",  # one machine: no look-up of a host name that may not resolve

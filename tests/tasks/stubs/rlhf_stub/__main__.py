@@ -39,8 +39,8 @@ def act(what: str, rank: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "die":
         time.sleep(60)
-    if what == "lost_peer":  # the secondary failure comes first, the reason later
-        time.sleep(0.5 * (1 - rank))
+    if what == "lost_peer":  # the secondary failure comes a little before the reason
+        time.sleep(0.05 * (1 - rank))
         if rank == 1:
             raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
         raise DataError("row 7 has no text")

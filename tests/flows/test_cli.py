@@ -1,0 +1,129 @@
+"""The command's messages, exit codes and lists; without a Prefect server."""
+
+import json
+
+import pytest
+
+from rlhf_core.store import open_store
+
+
+def fails(rlhf, *arguments, code=1):
+    done = rlhf(*arguments, code=code)
+    assert "Traceback" not in done.stderr + done.stdout
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["run", "--preset", "smok"], "There is no preset 'smok'. Did you mean smoke?"),
+        (["run", "--preset", "smoke", "--set", "ppo.kl_coeff=1"], "did you mean ppo.kl_coef?"),
+        (["run", "--preset", "smoke", "--set", "ppo.clip_range=2"], "needed is less than 1"),
+        (["run", "--set", "x"], "needed is key=value"),
+        (["run", "--config", "none.yaml"], "There is no file none.yaml."),
+        (["run", "--preset", "smoke", "--store", "ftp://x"], "scheme 'ftp' is not known"),
+        (["stage", "sfd", "--preset", "smoke"], "There is no stage 'sfd'. Did you mean sft?"),
+        (["artifacts", "show", "zz"], "There is no artifact 'zz'"),
+        (["artifacts", "show", "123456"], "123456"),
+        (["artifacts", "pull", "ppo", "out"], "There is no artifact 'ppo'"),
+        (["chat"], "No model is published"),
+        (["chat", "nobody"], "There is no model 'nobody'"),
+        (["job", "none.json"], "Cannot read the job file none.json"),
+    ],
+)
+def test_wrong_argument_ends_with_one_message(rlhf, arguments, text):
+    message = fails(rlhf, *arguments)
+    assert text in message
+    assert message.startswith(("Error: ", "\nError: "))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "--nope"], ["nope"], ["run", "--preset", "smoke", "--config", "x.yaml"], ["stage"]],
+)
+def test_wrong_usage_has_exit_code_2(rlhf, arguments):
+    fails(rlhf, *arguments, code=2)
+
+
+def test_broken_yaml_is_named_with_its_line(rlhf):
+    (rlhf.home / "broken run.yaml").write_text("sft:\n  epochs: [1\n")
+    assert "broken run.yaml, line 3, column 1" in fails(rlhf, "run", "--config", "broken run.yaml")
+
+
+def test_job_file_that_is_none_is_refused(rlhf):
+    (rlhf.home / "x.json").write_text("{")
+    assert "x.json is not a job file" in fails(rlhf, "job", "x.json")
+
+
+def test_missing_data_is_found_by_a_dry_run(rlhf):
+    message = fails(
+        rlhf, "run", "--preset", "smoke", "--dry-run", "--set", "data.sft={source: none.jsonl}"
+    )
+    assert "none.jsonl" in message
+
+
+def test_dry_run_shows_settings_and_starts_nothing(rlhf):
+    done = rlhf("run", "--preset", "smoke", "--set", "ppo.steps=7", "--dry-run", code=0)
+    assert "steps: 7" in done.stdout
+    assert "nothing was started" in done.stdout
+    assert not (rlhf.home / ".rlhf/runs").exists()
+
+
+def test_presets_are_listed_with_a_sentence(rlhf):
+    lines = rlhf("presets", code=0).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["bloom-560m", "demo", "llama-7b", "smoke"]
+
+
+def test_empty_store_says_so(rlhf):
+    assert "No runs in file://" in rlhf("runs", code=0).stdout
+    assert "No artifacts in file://" in rlhf("artifacts", "list", code=0).stdout
+
+
+@pytest.fixture
+def filled(rlhf):
+    store = open_store(str(rlhf.home / ".rlhf/store"))
+    artifact = store.publish_derived(
+        kind="model", files={"config.json": b"{}"}, metadata={"algorithm": "sft"}
+    )
+    stages = {"sft": {"digest": artifact.digest, "kind": "model", "reused": True}}
+    for name, state in (("a", "failed"), ("b", "running")):
+        store.write_record(
+            f"runs/{name}.json",
+            {"id": name, "name": "demo", "state": state, "started": f"2026-01-01T0{name}",
+             "stages": stages, "error": "no room\nFull log: x", "host": "elsewhere", "pid": 1},
+        )  # fmt: skip
+    return store, artifact
+
+
+def test_runs_are_listed_newest_first(rlhf, filled):
+    lines = rlhf("runs", code=0).stdout.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["b", "demo", "running"], ["a", "demo", "failed"],
+    ]  # fmt: skip
+    assert lines[1].endswith("no room")
+
+
+def test_run_whose_process_is_gone_has_died(rlhf, filled):
+    import socket
+
+    record = filled[0].read_record("runs/b.json")
+    filled[0].write_record("runs/b.json", {**record, "host": socket.gethostname(), "pid": 2**22})
+    assert rlhf("runs", code=0).stdout.splitlines()[1].split()[2] == "died"
+
+
+def test_artifacts_are_listed_shown_pulled_and_verified(rlhf, filled):
+    ref = filled[1].ref
+    assert ref in rlhf("artifacts", "list", "--kind", "model", code=0).stdout
+    assert "config.json: 2" in rlhf("artifacts", "show", "sft", code=0).stdout
+    rlhf("artifacts", "pull", ref, "out", code=0)
+    assert json.loads((rlhf.home / "out/config.json").read_text()) == {}
+    assert "1 of 1 whole." in rlhf("artifacts", "verify", code=0).stdout
+
+
+def test_damage_is_found(rlhf, filled):
+    blob = next((rlhf.home / ".rlhf/store/blobs").rglob("*" * 1 + filled[1].files[0].sha256))
+    blob.chmod(0o644)
+    blob.write_bytes(b"xx")
+    done = rlhf("artifacts", "verify", code=1)
+    assert "0 of 1 whole." in done.stdout
+    assert "config.json" in done.stderr

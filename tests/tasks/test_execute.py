@@ -1,0 +1,124 @@
+"""Reuse by stage key, and what an out-of-memory failure changes."""
+
+import logging
+
+import pytest
+
+from rlhf_core.errors import JobFailed
+from rlhf_core.jobs import ImportModelJob, LabelJob, PipelineConfig, Resources, SFTJob
+from tasks import execute
+from tasks.launchers import Outcome
+from tasks.run import Run
+
+D = "0" * 64
+LOG = logging.getLogger("test")
+
+
+class FakeLauncher:
+    """Publishes through the store, or fails as it is told."""
+
+    def __init__(self, store, *failures):
+        self.store, self.failures, self.launches = store, list(failures), []
+
+    def run(self, launch, on_line, on_progress):
+        self.launches.append(launch)
+        launch.log.parent.mkdir(parents=True)
+        if self.failures:
+            raise JobFailed("sft failed: no room", self.failures.pop(0))
+        outcomes = []
+        for job in launch.jobs.values():
+            artifact = self.store.publish_derived(kind=job.kind, files={"x": job.key().encode()})
+            self.store.commit_stage(job.key(), artifact)
+            outcomes.append(Outcome(artifact.digest, artifact.kind, job.key()))
+        return outcomes
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path, store):
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(execute, "_micro_batch_sizes", {})
+
+    def make(*failures):
+        launcher = FakeLauncher(store, *failures)
+        monkeypatch.setattr(execute, "launcher_for", lambda settings: launcher)
+        return Run(PipelineConfig(), "run-1", store), launcher
+
+    return make
+
+
+def job(micro=8, ranks=2, batch=48):
+    resources = Resources(ranks=ranks, micro_batch_size=micro)
+    return SFTJob(model=D, data=D, batch_size=batch, resources=resources)
+
+
+def test_stage_in_the_store_is_not_launched_again(start):
+    run, launcher = start()
+    first = execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+    again = execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+    assert [r.reused for r in (*first, *again)] == [False, True]
+    assert first[0].digest == again[0].digest
+    assert len(launcher.launches) == 1
+
+
+def test_placement_does_not_count(start):
+    run, launcher = start()
+    execute.run_jobs(run, "sft", {"sft": job(ranks=2)}, LOG)
+    execute.run_jobs(run, "sft", {"sft": job(ranks=1, micro=4)}, LOG)
+    assert len(launcher.launches) == 1
+
+
+def test_only_missing_jobs_of_a_group_are_launched(start):
+    run, launcher = start()
+    jobs = {f"m{i}": ImportModelJob(seed=i) for i in range(3)}
+    execute.run_jobs(run, "models", {"m1": jobs["m1"]}, LOG)
+    results = execute.run_jobs(run, "models", jobs, LOG)
+    assert [r.stage for r in results] == ["m0", "m1", "m2"]
+    assert [r.reused for r in results] == [False, True, False]
+    assert list(launcher.launches[1].jobs.values()) == [jobs["m0"], jobs["m2"]]
+
+
+def sizes(launcher):
+    return [next(iter(x.jobs.values())).placement().micro_batch_size for x in launcher.launches]
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_key(start):
+    run, launcher = start("oom", "oom")
+    for _ in range(2):
+        with pytest.raises(JobFailed):
+            execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+    [result] = execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+    assert sizes(launcher) == [8, 4, 2]
+    assert result.key == job().key()
+    assert len({str(x.log) for x in launcher.launches}) == 3  # a folder for every attempt
+
+
+def test_halved_micro_batch_divides_the_batch(start):
+    run, launcher = start("oom")
+    with pytest.raises(JobFailed):
+        execute.run_jobs(run, "sft", {"sft": job(micro=9, batch=18)}, LOG)
+    execute.run_jobs(run, "sft", {"sft": job(micro=9, batch=18)}, LOG)
+    assert sizes(launcher) == [9, 3]
+
+
+def test_stage_without_a_batch_size_is_halved_too(start):
+    run, launcher = start("oom")
+    label = LabelJob(model=D, prompts=D, resources=Resources(micro_batch_size=5))
+    with pytest.raises(JobFailed):
+        execute.run_jobs(run, "label", {"label": label}, LOG)
+    execute.run_jobs(run, "label", {"label": label}, LOG)
+    assert sizes(launcher) == [5, 2]
+
+
+def test_smallest_micro_batch_out_of_memory_is_final(start):
+    run, _ = start("oom")
+    with pytest.raises(JobFailed, match="cannot be made smaller") as caught:
+        execute.run_jobs(run, "sft", {"sft": job(micro=1)}, LOG)
+    assert caught.value.category == "memory"  # not one that is tried again
+
+
+def test_other_failures_change_nothing(start):
+    run, launcher = start("lost")
+    with pytest.raises(JobFailed):
+        execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+    execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+    assert sizes(launcher) == [8, 8]
