@@ -128,8 +128,9 @@ class SampledPreferences(Settings):
 
     source: Literal["sampled"] = "sampled"
     """Replies are sampled from the SFT model on the data set `prompts`."""
-    labeller: Literal["vader"] = "vader"
-    """Who compares two replies; vader: the sentiment lexicon (the more positive reply wins)."""
+    labeller: Literal["vader", "length"] = "vader"
+    """Who compares two replies; vader: the sentiment lexicon (the more positive reply wins);
+    length: the longer reply wins (for tests of the pipeline itself)."""
     max_prompts: PositiveInt = 256
     """Training prompts at most; held-out prompts are added in the data set's own proportion."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
@@ -284,7 +285,7 @@ class EvaluateSettings(Settings):
     """Longest reply; empty: ppo.max_new_tokens."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature of the replies."""
-    judge: Literal["none", "vader"] = "none"
+    judge: Literal["none", "vader", "length"] = "none"
     """Gold judge that training never sees, reported beside the reward model."""
     samples: PositiveInt = 8
     """Prompts shown with each model's reply in the report."""

@@ -18,7 +18,9 @@ def get_judge(name: str) -> Judge:
     """
     if name == "vader":
         return _vader()
-    raise ConfigError(f"There is no judge named {name!r}; known: vader.")
+    if name == "length":
+        return lambda prompt, reply: float(len(reply))
+    raise ConfigError(f"There is no judge named {name!r}; known: vader, length.")
 
 
 def _vader() -> Judge:

@@ -1,0 +1,57 @@
+# Two commands do everything: `make demo` and `make test`.
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PINS   := requirements/torch.txt requirements/lock.txt
+
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo smoke test check lint fast clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP)  ## create .venv from the pinned requirements
+
+# torch first, with its own dependencies (the build that fits the machine); then everything else,
+# exactly as locked. The project itself is installed editable, without a build environment.
+$(STAMP): $(PINS) pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed and '$(PYTHON)' was not found: install it, or run make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned packages (about two minutes)"
+	@$(BIN)/python -m pip install -q -r requirements/torch.txt
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -r requirements/lock.txt
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)  ## the whole pipeline on a real model and real text (about ten minutes on two cores)
+	@$(BIN)/rlhf run --preset demo
+
+smoke: $(STAMP)  ## the whole pipeline on a tiny model (about a minute)
+	@$(BIN)/rlhf run --preset smoke
+
+test: $(STAMP)  ## all tests
+	@$(BIN)/python -m pytest -q -m "not demo"
+
+fast: $(STAMP)  ## the tests that need no server and no ranks
+	@$(BIN)/python -m pytest -q -m "not slow and not demo"
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+check: lint fast  ## what a commit must pass: lint and the fast tests
+
+test-demo: $(STAMP)  ## the tests that import the real model
+	@$(BIN)/python -m pytest -q -m demo
+
+lock: $(STAMP)  ## regenerate requirements/lock.txt
+	@$(BIN)/python requirements/lock.py --python $(PYTHON)
+
+clean:  ## remove the environment and everything that runs wrote here
+	rm -rf $(VENV) .rlhf build dist ./*.egg-info

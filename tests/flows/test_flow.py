@@ -1,0 +1,125 @@
+"""The flow on a real Prefect server, with real torchrun jobs whose ranks are stand-ins."""
+
+import pytest
+
+import tasks
+from rlhf_core.errors import JobFailed, PreflightError
+from rlhf_core.presets import build_config
+from rlhf_core.store import open_store
+
+pytestmark = pytest.mark.slow
+STAGES = ["model", "data-sft", "data-prompts", "sft", "label", "reward", "ppo", "evaluate",
+          "publish"]  # fmt: skip
+
+
+@pytest.fixture
+def pipeline(prefect_server, stub, tmp_path, monkeypatch):
+    """Runs the flow on a store of its own; returns its summary and the store."""
+    from flows.rlhf import rlhf_pipeline
+
+    monkeypatch.setattr(tasks.sft, "retry_delay_seconds", [0.0, 0.0])
+    url = str(tmp_path / "store")
+
+    def run(*overrides, until="publish"):
+        config = build_config("smoke", [f"store={url}", *overrides])
+        return rlhf_pipeline(config, until=until)
+
+    run.store = open_store(url)
+    run.plan = stub
+    return run
+
+
+def client():
+    from prefect.client.orchestration import get_client
+
+    return get_client(sync_client=True)
+
+
+def newest_flow_run():
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    return client().read_flow_runs(limit=1, sort=FlowRunSort.START_TIME_DESC)[0]
+
+
+def logs_of(flow_run):
+    from prefect.client.schemas.filters import LogFilter
+
+    found = LogFilter.model_validate({"flow_run_id": {"any_": [str(flow_run.id)]}})
+    return [log.message for log in client().read_logs(log_filter=found, limit=200)]
+
+
+def reused(summary):
+    return [name for name, result in summary["stages"].items() if result["reused"]]
+
+
+def test_pipeline_runs_every_stage_and_reuses_what_is_there(pipeline, tmp_path):
+    first = pipeline()
+    assert list(first["stages"]) == STAGES
+    assert reused(first) == []
+    record = pipeline.store.read_record(f"runs/{first['run']}.json")
+    assert (record["state"], list(record["stages"])) == ("completed", sorted(STAGES))
+    assert (tmp_path / "home/published/smoke/README.md").is_file()
+    assert "agrees: the policy became better" in open(first["report"]).read()
+
+    again = pipeline("name=again")
+    assert reused(again) == STAGES
+    assert not list((tmp_path / f"home/runs/{again['run']}").glob("*/job.json"))
+
+    changed = pipeline("ppo.kl_coef=0.3")
+    assert reused(changed) == STAGES[:6]
+
+    part = pipeline("sft.max_steps=1", until="sft")
+    assert list(part["stages"]) == STAGES[:4]
+    assert reused(part) == STAGES[:3]
+
+
+def test_run_is_visible_in_prefect(pipeline):
+    pipeline()
+    flow_run = newest_flow_run()
+    assert (flow_run.name, flow_run.state.name) == ("smoke", "Completed")
+    assert flow_run.parameters["config"]["ppo"]["kl_coef"] == 0.05
+    messages = logs_of(flow_run)
+    assert "stub runs ppo" in messages  # from the ranks, through the launcher's thread
+    assert any(m.startswith("ppo: done in") for m in messages)
+    artifacts = {a.key: a for a in client().read_artifacts()}
+    assert "data:image/png;base64," in artifacts["report"].data
+    assert artifacts["progress-ppo"].data == 100
+
+
+def test_lost_rank_and_out_of_memory_are_tried_again(pipeline):
+    pipeline.plan(sft=["die", "oom", "ok"])
+    summary = pipeline(until="sft")
+    assert list(summary["stages"]) == STAGES[:4]
+    messages = "\n".join(logs_of(newest_flow_run()))
+    assert "rank 1 was killed by SIGKILL" in messages
+    assert "attempt 2 of 3" in messages
+    assert "attempt 3 of 3 in 0 s, with half the micro-batch" in messages
+
+
+def test_attempts_are_bounded(pipeline):
+    pipeline.plan(sft=["store"])
+    with pytest.raises(JobFailed) as caught:
+        pipeline(until="sft")
+    assert caught.value.category == "store"
+    assert "sft-3/log.txt" in str(caught.value)
+
+
+def test_data_error_is_not_tried_again_and_has_no_traceback(pipeline):
+    pipeline.plan(sft=["data"])
+    with pytest.raises(JobFailed, match="stub ran into data"):
+        pipeline()
+    flow_run = newest_flow_run()
+    assert flow_run.state.name == "Failed"
+    messages = "\n".join(logs_of(flow_run))
+    assert "Traceback" not in messages
+    assert "attempt 2" not in messages
+    [path] = pipeline.store.list_records("runs/")
+    record = pipeline.store.read_record(path)
+    assert (record["state"], record["category"]) == ("failed", "data")
+    assert list(record["stages"]) == sorted(STAGES[:3])
+
+
+def test_preflight_problems_stop_the_run_before_anything(pipeline, tmp_path):
+    with pytest.raises(PreflightError, match=r"none\.jsonl"):
+        pipeline("data.sft={source: none.jsonl}")
+    assert not (tmp_path / "home/runs").exists()
