@@ -26,9 +26,7 @@ def pick_device(resources: Resources) -> torch.device:
         ConfigError: device=cuda without a GPU.
     """
     if resources.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "resources.device is cuda, but torch sees no GPU: use auto or cpu."
-        )
+        raise ConfigError("resources.device is cuda, but torch sees no GPU: use auto or cpu.")
     if resources.device != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")

@@ -154,7 +154,7 @@ def judge_all(
 
 
 def prompt_text(messages: str) -> str:
-    """What a person sees of a prompt: the last user turn, or the whole talk if there are several."""
+    """What a person sees of a prompt: its only user turn, or the whole talk."""
     turns = [m for m in json.loads(messages) if m["role"] != "system"]
     if len(turns) == 1:
         return str(turns[0]["content"])

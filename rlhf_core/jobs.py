@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
@@ -128,9 +128,8 @@ class SampledPreferences(Settings):
 
     source: Literal["sampled"] = "sampled"
     """Replies are sampled from the SFT model on the data set `prompts`."""
-    labeller: Literal["vader", "length"] = "vader"
-    """Who compares two replies; vader: the sentiment lexicon (the more positive reply wins);
-    length: the longer reply wins (for tests of the pipeline itself)."""
+    labeller: Literal["vader"] = "vader"
+    """Who compares two replies; vader: the sentiment lexicon (the more positive reply wins)."""
     max_prompts: PositiveInt = 256
     """Training prompts at most; held-out prompts are added in the data set's own proportion."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
@@ -285,7 +284,7 @@ class EvaluateSettings(Settings):
     """Longest reply; empty: ppo.max_new_tokens."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature of the replies."""
-    judge: Literal["none", "vader", "length"] = "none"
+    judge: Literal["none", "vader"] = "none"
     """Gold judge that training never sees, reported beside the reward model."""
     samples: PositiveInt = 8
     """Prompts shown with each model's reply in the report."""
@@ -508,7 +507,7 @@ def parse_job(text: str | bytes) -> Job:
         pydantic.ValidationError: the text is not a job of any known algorithm.
     """
     data = json.loads(text)
-    for candidate in Job.__args__:
+    for candidate in get_args(Job):
         if candidate.model_fields["algorithm"].default == data.get("algorithm"):
-            return candidate.model_validate(data)  # the errors of one class, not of seven
+            return cast(Job, candidate.model_validate(data))  # one class's errors, not seven's
     return JOB.validate_python(data)

@@ -18,9 +18,7 @@ def get_judge(name: str) -> Judge:
     """
     if name == "vader":
         return _vader()
-    if name == "length":
-        return lambda prompt, reply: float(len(reply))
-    raise ConfigError(f"There is no judge named {name!r}; known: vader, length.")
+    raise ConfigError(f"There is no judge named {name!r}; known: vader.")
 
 
 def _vader() -> Judge:

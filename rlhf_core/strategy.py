@@ -56,9 +56,7 @@ class Strategy:
                     "CPU: use ddp, zero1 or zero2."
                 )
             if precision == "fp16":
-                raise ConfigError(
-                    "precision is fp16, which needs a GPU; on the CPU use bf16."
-                )
+                raise ConfigError("precision is fp16, which needs a GPU; on the CPU use bf16.")
         if self.device.type == "cpu":
             from rlhf_core import cpu_accelerator
 
