@@ -59,11 +59,13 @@ class LocalTorchrun:
         reader = _Reader(process, launch.log, on_line)
         try:
             reader.start()
-            self._watch(
-                tree, [_Tail(folder / "metrics.jsonl") for folder in launch.jobs], on_progress
-            )
+            tails = [_Tail(folder / "metrics.jsonl") for folder in launch.jobs]
+            self._watch(tree, tails, on_progress)
+        except BaseException:  # a cancelled run raises TerminationSignal, Ctrl-C KeyboardInterrupt
+            on_line("stopping the processes of this stage")
+            reader.hidden = True  # what they say about being stopped is in the log file
+            raise
         finally:
-            # Also when a cancelled run raises TerminationSignal, or Ctrl-C KeyboardInterrupt here.
             tree.end(self.patience if process.returncode is None else 0.0)
             reader.join(5)
             for folder in launch.jobs:
@@ -159,7 +161,7 @@ class _Reader(threading.Thread):
         super().__init__(name=f"output of {process.pid}", daemon=True)
         self.process, self.log, self.on_line = process, log, on_line
         self.dead_rank: tuple[int, int] | None = None
-        self._hidden = False
+        self.hidden = False
 
     def run(self) -> None:
         assert self.process.stdout is not None
@@ -174,8 +176,8 @@ class _Reader(threading.Thread):
     def _is_torchruns(self, line: str) -> bool:
         if self.dead_rank is None and (match := RANK_FAILED.search(line)):
             self.dead_rank = (int(match[2]), int(match[1]))
-            self._hidden = True
-        return self._hidden or TORCHRUN.match(line) is not None
+            self.hidden = True
+        return self.hidden or TORCHRUN.match(line) is not None
 
 
 def _lines(pipe: IO[bytes]) -> Any:

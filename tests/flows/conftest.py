@@ -13,6 +13,9 @@ from tests.tasks.conftest import store, stub  # noqa: F401 (fixtures)
 @pytest.fixture(scope="session")
 def prefect_server():
     """URL of a temporary server's API; flows in this process use it too."""
+    from flows.server import QUIET
+
+    os.environ.update(QUIET)
     from prefect.settings import PREFECT_API_URL
     from prefect.testing.utilities import prefect_test_harness
 

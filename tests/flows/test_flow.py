@@ -1,9 +1,12 @@
 """The flow on a real Prefect server, with real torchrun jobs whose ranks are stand-ins."""
 
+from pathlib import Path
+
 import pytest
 
 import tasks
 from rlhf_core.errors import JobFailed, PreflightError
+from rlhf_core.jobs import BaseJob
 from rlhf_core.presets import build_config
 from rlhf_core.store import open_store
 
@@ -52,14 +55,20 @@ def reused(summary):
     return [name for name, result in summary["stages"].items() if result["reused"]]
 
 
-def test_pipeline_runs_every_stage_and_reuses_what_is_there(pipeline, tmp_path):
+@pytest.fixture
+def without_torchrun(monkeypatch):
+    """Plain processes for every stage: torchrun itself takes two seconds."""
+    monkeypatch.setattr(BaseJob, "torchrun", False)
+
+
+def test_pipeline_runs_every_stage_and_reuses_what_is_there(pipeline, tmp_path, without_torchrun):
     first = pipeline()
     assert list(first["stages"]) == STAGES
     assert reused(first) == []
     record = pipeline.store.read_record(f"runs/{first['run']}.json")
     assert (record["state"], list(record["stages"])) == ("completed", sorted(STAGES))
     assert (tmp_path / "home/published/smoke/README.md").is_file()
-    assert "agrees: the policy became better" in open(first["report"]).read()
+    assert "agrees: the policy became better" in Path(first["report"]).read_text()
 
     again = pipeline("name=again")
     assert reused(again) == STAGES
@@ -73,7 +82,7 @@ def test_pipeline_runs_every_stage_and_reuses_what_is_there(pipeline, tmp_path):
     assert reused(part) == STAGES[:3]
 
 
-def test_run_is_visible_in_prefect(pipeline):
+def test_run_is_visible_in_prefect(pipeline, without_torchrun):
     pipeline()
     flow_run = newest_flow_run()
     assert (flow_run.name, flow_run.state.name) == ("smoke", "Completed")
