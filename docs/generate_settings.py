@@ -22,14 +22,14 @@ INTRODUCTION = """\
 
 # Settings
 
-Every setting of a run, with its default. A preset or a file for `rlhf run --config` holds only
-what differs; one setting is given by its path:
+Every setting of a run, with its default. A preset, or a file given with `--config`, holds only what
+differs; one setting is given by its path:
 
 ```bash
-rlhf run --preset demo --set ppo.kl_coef=0.1 --set 'sft.lora={rank: 8}'
+rlhf run --preset demo --set ppo.kl_coef=0.1 --set sft.trainable_layers= --set 'sft.lora={rank: 8}'
 ```
 
-An empty value (`--set sft.max_steps=`) means "none". `rlhf run --dry-run` checks a
+An empty value (`--set sft.trainable_layers=`) means "none". `rlhf run --dry-run` checks a
 configuration and shows what it sets. A stage's own `resources` lie over the top-level ones: only
 what differs need be given.
 """
