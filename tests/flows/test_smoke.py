@@ -1,0 +1,182 @@
+"""The whole pipeline for real: `rlhf run --preset smoke`, its repetition, a change, and a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhf_core.store import open_store
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+BEFORE_PPO = ["model", "data-sft", "data-prompts", "sft", "label", "reward"]
+AFTER = ["ppo", "evaluate", "publish"]
+
+
+class Pipeline:
+    """The command in a folder of its own, beside a running server."""
+
+    def __init__(self, folder: Path, server: str) -> None:
+        self.folder = folder
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "RLHF_"))},
+            "RLHF_HOME": str(folder / ".rlhf"),
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_API_URL": server,
+        }
+        self.store = open_store(str(folder / ".rlhf/store"))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            env=self.environment, cwd=self.folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, *overrides: str) -> tuple[dict, float]:
+        """The newest run's record and the seconds that the command took."""
+        began = time.monotonic()
+        process = self.start("run", "--preset", "smoke", *sets(overrides))
+        out, err = process.communicate(timeout=280)
+        assert process.returncode == 0, out + err
+        return self.newest(), time.monotonic() - began
+
+    def newest(self) -> dict:
+        records = [self.store.read_record(path) for path in self.store.list_records("runs/")]
+        return max(records, key=lambda record: (record["started"], record["updated"]))
+
+
+def sets(overrides):
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def reused(record):
+    return {name for name, stage in record["stages"].items() if stage["reused"]}
+
+
+@pytest.fixture(scope="session")
+def smoke(prefect_server, tmp_path_factory):
+    """A pipeline that has run once."""
+    pipeline = Pipeline(tmp_path_factory.mktemp("a smoke run"), prefect_server)
+    pipeline.first, pipeline.seconds = pipeline.run()
+    return pipeline
+
+
+def test_smoke_runs_every_stage(smoke):
+    assert set(smoke.first["stages"]) == {*BEFORE_PPO, *AFTER}
+    assert reused(smoke.first) == set()
+    folder = Path(smoke.first["folder"])
+    report = (folder / "report.md").read_text()
+    assert "## Evaluation" in report
+    assert "## Replies before and after" in report
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert smoke.seconds < 240  # 90 s on an idle machine
+
+
+def test_published_folder_opens_without_this_project(smoke):
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;"
+        "f = sys.argv[1]; t = T.from_pretrained(f); m = M.from_pretrained(f);"
+        "x = t.apply_chat_template([{'role': 'user', 'content': 'Hi'}], return_tensors='pt',"
+        " add_generation_prompt=True, return_dict=True);"
+        "print(m.generate(**x, max_new_tokens=4).shape)"
+    )
+    folder = smoke.folder / ".rlhf/published/smoke"
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], capture_output=True, text=True, cwd=smoke.folder,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    card = (folder / "README.md").read_text()
+    assert "builtin:chatterbot" in card
+    assert smoke.first["stages"]["ppo"]["digest"] in card
+
+
+def test_second_run_trains_nothing(smoke):
+    record, seconds = smoke.run()
+    assert reused(record) == set(record["stages"])
+    assert not list(Path(record["folder"]).rglob("job.json"))
+    assert seconds < 30  # 10 s on an idle machine
+
+
+def test_changed_kl_coef_retrains_ppo_only(smoke):
+    record, _ = smoke.run("ppo.kl_coef=0.2")
+    assert reused(record) == set(BEFORE_PPO)
+    assert record["stages"]["ppo"]["digest"] != smoke.first["stages"]["ppo"]["digest"]
+
+
+def test_chat_answers_with_the_published_model(smoke):
+    process = smoke.start("chat", "smoke", "--once", "How are you?", "--max-new-tokens", "5")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert out.strip()
+
+
+def ranks_of(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
+    found = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "rlhf_core" in child.cmdline() and "torch.distributed.run" not in child.cmdline()
+    ]
+    assert len(found) == count, [child.cmdline() for child in found]
+    return found
+
+
+def test_ranks_killed_in_ppo_then_the_same_command_goes_on(smoke):
+    overrides = ("ppo.steps=30", "ppo.kl_coef=0.4")
+    process = smoke.start("run", "--preset", "smoke", *sets(overrides))
+    record, metrics = wait_for_ppo(smoke, process, steps=4)
+    for rank in ranks_of(process, 2):
+        rank.kill()
+    # The run itself would go on after a few seconds; stop it, so that the next command has to.
+    log = metrics.with_name("log.txt")
+    wait(lambda: "ChildFailedError" in log.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "going on" not in log.read_text()
+
+    record, _ = smoke.run(*overrides)
+    assert reused(record) == set(BEFORE_PPO)
+    log = Path(record["folder"]) / "ppo/log.txt"
+    assert "going on from the checkpoint after step" in log.read_text()
+    lines = [json.loads(x) for x in (log.with_name("metrics.jsonl")).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+
+
+def test_ranks_killed_in_ppo_are_started_again_by_the_run_itself(smoke):
+    overrides = ("ppo.steps=30", "ppo.kl_coef=0.6")
+    process = smoke.start("run", "--preset", "smoke", *sets(overrides))
+    _, metrics = wait_for_ppo(smoke, process, steps=4)
+    ranks_of(process, 2)[1].kill()
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+    assert "rank 1 was killed by SIGKILL" in out
+    second = metrics.parent.with_name("ppo-2")
+    assert "going on from the checkpoint after step" in (second / "log.txt").read_text()
+
+
+def wait_for_ppo(smoke, process, steps):
+    def ready():
+        record = smoke.newest()
+        path = Path(record["folder"]) / "ppo/metrics.jsonl"
+        there = record["pid"] == process.pid and path.exists()
+        enough = there and len(path.read_text().splitlines()) >= steps
+        return (record, path) if enough else None
+
+    return wait(ready, process)
+
+
+def wait(condition, process):
+    deadline = time.monotonic() + 150
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
