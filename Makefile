@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test check lint fast clean
+.PHONY: help setup demo smoke test test-demo check lint fast lock docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,9 @@ test-demo: $(STAMP)  ## the tests that import the real model
 
 lock: $(STAMP)  ## regenerate requirements/lock.txt
 	@$(BIN)/python requirements/lock.py --python $(PYTHON)
+
+docs: $(STAMP)  ## regenerate docs/settings.md from the field descriptions
+	@$(BIN)/python docs/generate_settings.py
 
 clean:  ## remove the environment and everything that runs wrote here
 	rm -rf $(VENV) .rlhf build dist ./*.egg-info

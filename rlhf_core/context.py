@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import Job
 from rlhf_core.store import Artifact, Store
 
@@ -44,6 +45,7 @@ class StageContext:
     world_size: int = 1
     local_rank: int = 0
     _writer: Any = field(default=None, repr=False)
+    _wandb_run: Any = field(default=None, repr=False)
 
     @classmethod
     def from_environment(cls, store: Store, job: Job, folder: Path) -> StageContext:
@@ -92,6 +94,8 @@ class StageContext:
         with self.metrics_path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._tensorboard(step, metrics)
+        if os.environ.get("RLHF_WANDB_PROJECT"):
+            self._wandb(os.environ["RLHF_WANDB_PROJECT"], step, metrics)
         if sys.stdout.isatty() or step == 1 or step == total or step % max(1, total // 20) == 0:
             shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
             print(f"step {step}/{total}  {shown}", flush=True)
@@ -107,6 +111,29 @@ class StageContext:
         writer, event, summary = self._writer
         values = [summary.Value(tag=k, simple_value=float(v)) for k, v in metrics.items()]
         writer.add_event(event(step=step, wall_time=time.time(), summary=summary(value=values)))
+
+    def _wandb(self, project: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Weights & Biases, only where RLHF_WANDB_PROJECT asks for it.
+
+        Without an API key it logs offline, so that it never prompts.
+
+        Raises:
+            ConfigError: the package is not installed.
+        """
+        if self._wandb_run is None:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ConfigError(
+                    "RLHF_WANDB_PROJECT is set, but the package wandb is not installed: "
+                    'run pip install "rlhf-pipeline[wandb]", or unset the variable.'
+                ) from error
+            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+            self._wandb_run = wandb.init(
+                project=project, name=self.folder.name, id=self.key[:16], resume="allow",
+                mode=mode, dir=str(self.folder), settings=wandb.Settings(silent=True),
+            )  # fmt: skip
+        self._wandb_run.log(dict(metrics), step=step)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The steps logged so far, oldest first."""

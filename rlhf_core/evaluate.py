@@ -24,7 +24,7 @@ from rlhf_core.errors import DataError
 from rlhf_core.jobs import EvaluateJob
 from rlhf_core.judges import get_judge
 from rlhf_core.models import Policy, load_causal_lm, load_scalar_model, share_frozen
-from rlhf_core.sampling import Reply, sample_replies
+from rlhf_core.sampling import Reply, fast_inference, sample_replies
 from rlhf_core.store import Artifact
 from rlhf_core.train.sft import heldout_loss
 
@@ -64,10 +64,12 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
             max_new_tokens=job.max_new_tokens, temperature=job.temperature,
         )  # fmt: skip
         sequences = [([*p, *r.ids], len(p)) for p, r in zip(prompt_ids, replies[name], strict=True)]
-        scores[name], kl[name] = score_replies(
-            sequences, model, reference, reward, group, micro, job.temperature
-        )
-        loss = heldout_loss(model, sft_rows, group, micro, None)
+        with fast_inference(group):
+            scores[name], kl[name] = score_replies(
+                sequences, model, reference, reward, group, micro, job.temperature
+            )
+        with fast_inference(group):
+            loss = heldout_loss(model, sft_rows, group, micro, None)
         if loss:
             heldout[name] = {
                 "loss": loss["heldout_loss"], "perplexity": loss["heldout_perplexity"]

@@ -31,6 +31,7 @@ from rlhf_core.logprobs import backbone_hidden, response_logprobs
 _WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", "reward_head.safetensors")
 _HEAD = "reward_head.safetensors"
 _SCALE = "reward.json"
+_PREFIXES = ("policy", "critic", "model", "backbone", "base_model", "transformer", "decoder")
 
 
 # ------------------------------------------------------------------------------------ modules
@@ -289,16 +290,19 @@ def share_frozen(*models: nn.Module) -> int:
         for name, param in model.named_parameters():
             if param.requires_grad:
                 continue
-            key = ".".join(name.replace("base_layer.", "").split(".")[-5:])
-            for other in seen.setdefault(key, []):
+            parts = name.replace("base_layer.", "").split(".")
+            while parts[0] in _PREFIXES:
+                parts.pop(0)
+            for other in seen.setdefault(".".join(parts), []):
                 if other.data_ptr() == param.data_ptr():
                     break
-                if other.dtype == param.dtype and torch.equal(other, param):
+                alike = other.dtype == param.dtype and other.device == param.device
+                if alike and torch.equal(other, param):
                     param.data = other.data
                     saved += param.numel() * param.element_size()
                     break
             else:
-                seen[key].append(param)
+                seen[".".join(parts)].append(param)
     return saved
 
 

@@ -168,11 +168,14 @@ def load_models(
     if job.resources.gradient_checkpointing:
         enable_checkpointing(policy.model)
         enable_checkpointing(critic.backbone)
-    reference = Policy(load_causal_lm(source, frozen_dtype))
-    reward_model = load_scalar_model(reward, frozen_dtype)
-    for module in (reference, reward_model):
-        module.requires_grad_(False).to(strategy.device)
-    saved = share_frozen(policy, reference, critic, reward_model)
+    policy.to(strategy.device)
+    critic.to(strategy.device)
+    # One after another: the peak is then what is kept, not four whole models.
+    saved = share_frozen(policy, critic)
+    reference = Policy(load_causal_lm(source, frozen_dtype)).requires_grad_(False)
+    saved += share_frozen(policy, critic, reference.to(strategy.device))
+    reward_model = load_scalar_model(reward, frozen_dtype).requires_grad_(False)
+    saved += share_frozen(policy, critic, reference, reward_model.to(strategy.device))
     if saved:
         context.log(f"frozen layers shared between the four models: {saved / 2**20:.0f} MiB saved")
     return Models(ActorCritic(policy, critic), reference, reward_model)

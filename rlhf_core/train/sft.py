@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ def heldout_loss(
     lengths = rows.lengths("input_ids").tolist()
     for positions in split_batch(lengths, group.rank, group.size, micro_batch_size):
         batch = collate(rows.take(positions), group.device)
-        with strategy.autocast() if strategy else torch.autocast("cpu", enabled=False):
+        with strategy.autocast() if strategy else contextlib.nullcontext():
             logprobs = module(*batch)
         sums += torch.tensor([-logprobs.double().sum().item(), batch[2].sum().item()])
     total = group.sum(sums)

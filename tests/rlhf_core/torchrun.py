@@ -15,7 +15,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def run_ranks(size: int, *arguments: str, module: bool = False, env=None, timeout: float = 240):
+def run_ranks(size: int, *arguments: str, module: bool = False, env=None, timeout: float = 400):
     """Run a script (or `-m module`) under torchrun; fails the test with the output if it fails."""
     command = [
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run",
@@ -25,6 +25,7 @@ def run_ranks(size: int, *arguments: str, module: bool = False, env=None, timeou
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
         **(env or {}),
