@@ -131,9 +131,12 @@ class SampledPreferences(Settings):
     labeller: Literal["vader"] = "vader"
     """Who compares two replies; vader: the sentiment lexicon (the more positive reply wins)."""
     max_prompts: PositiveInt = 256
-    """Training prompts at most; held-out prompts are added in the data set's own proportion."""
+    """Training prompts at most."""
+    max_heldout_prompts: PositiveInt = 64
+    """Held-out prompts at most; each gives one pair, its best and worst reply."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
-    """Replies sampled for each prompt; the best and the worst become the pair."""
+    """Replies sampled for each prompt; all comparisons between a training prompt's replies become
+    pairs, as in InstructGPT."""
     max_new_tokens: PositiveInt = 64
     """Longest reply."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0

@@ -1,11 +1,14 @@
 """Preference pairs: several SFT replies to a prompt, compared by a labeller (InstructGPT, step 2).
 
-The labeller stands in for the person. Of each prompt's replies the best and the worst become one
-pair; prompts whose replies it cannot tell apart by `min_margin` are counted and left out.
+The labeller stands in for the person. Every two replies to a training prompt that it can tell apart
+by `min_margin` become a pair. A held-out prompt gives one pair, its best and worst reply, so that
+held-out pairs are independent and an interval on their number means what it says. What is too close
+is counted.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -38,9 +41,7 @@ def run(job: LabelJob, context: StageContext) -> Artifact | None:
     counts: dict[str, int] = {}
     rows_of = {split: Rows(prompts, split, purpose="prompts") for split in ("train", "heldout")}
     for stream, (split, rows) in enumerate(rows_of.items()):
-        wanted = job.max_prompts
-        if split == "heldout":  # in the data set's own proportion
-            wanted = round(job.max_prompts * len(rows) / max(1, len(rows_of["train"])))
+        wanted = job.max_prompts if split == "train" else job.max_heldout_prompts
         items = rows.take(list(range(min(wanted, len(rows)))))
         repeated = [r["prompt_ids"] for r in items for _ in range(job.samples_per_prompt)]
         replies = sample_replies(
@@ -53,12 +54,10 @@ def run(job: LabelJob, context: StageContext) -> Artifact | None:
         for i, item in enumerate(items):
             candidates = replies[i * job.samples_per_prompt :][: job.samples_per_prompt]
             prompt = json.loads(item["prompt"])[-1]["content"]
-            scored = [(judge(prompt, r.text(tokenizer)), -j) for j, r in enumerate(candidates)]
-            (best, b), (worst, w) = max(scored), min(scored)
-            if best - worst < job.min_margin or best == worst:
-                counts[f"{split}_too_close"] = counts.get(f"{split}_too_close", 0) + 1
-                continue
-            pairs[split].append(pair(item, candidates[-b], candidates[-w], tokenizer))
+            scores = [judge(prompt, r.text(tokenizer)) for r in candidates]
+            kept, too_close = compare(scores, job.min_margin, best_worst=split == "heldout")
+            pairs[split] += [pair(item, candidates[b], candidates[w], tokenizer) for b, w in kept]
+            counts[f"{split}_too_close"] = counts.get(f"{split}_too_close", 0) + too_close
         counts[f"{split}_prompts"] = len(items)
         counts[f"{split}_pairs"] = len(pairs[split])
         context.log(f"{split}: {len(items)} prompts, {len(pairs[split])} pairs")
@@ -73,6 +72,31 @@ def run(job: LabelJob, context: StageContext) -> Artifact | None:
     folder = context.scratch("result")
     write_pairs(folder, pairs, counts, job)
     return context.publish(job, folder, {"sampled_from": job.model, "metrics": counts})
+
+
+def compare(
+    scores: list[float], min_margin: float, *, best_worst: bool
+) -> tuple[list[tuple[int, int]], int]:
+    """Which replies become pairs.
+
+    Args:
+        scores: the labeller's, one per reply.
+        min_margin: least difference of a pair; equal scores never make one.
+        best_worst: only the best against the worst, else every two.
+
+    Returns:
+        (better, worse) positions, and how many comparisons were too close.
+    """
+    order = sorted(range(len(scores)), key=lambda j: -scores[j])
+    candidates = [(order[0], order[-1])] if best_worst else itertools.combinations(order, 2)
+    kept, too_close = [], 0
+    for better, worse in candidates:
+        margin = scores[better] - scores[worse]
+        if margin > 0 and margin >= min_margin:
+            kept.append((better, worse))
+        else:
+            too_close += 1
+    return kept, too_close
 
 
 def pair(item: Row, chosen: Reply, rejected: Reply, tokenizer: Any) -> Row:
