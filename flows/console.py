@@ -22,10 +22,13 @@ class Console(logging.Handler):
     """Draws run events; of other log records only warnings, and of Prefect's own nothing that
     repeats an error which the command itself is about to show."""
 
-    def __init__(self, stream: TextIO | None = None, verbose: bool = False) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, verbose: bool = False, link: bool = False
+    ) -> None:
         super().__init__()
         self.out = stream or sys.stdout
         self.verbose = verbose
+        self.link = link  # to the run in the user interface: worth showing if the server stays
         self.live = self.out.isatty() and os.environ.get("TERM") != "dumb"
         self.colour = self.live and "NO_COLOR" not in os.environ
         self._transient = False
@@ -48,6 +51,8 @@ class Console(logging.Handler):
         kind, stage, text = event["kind"], event["stage"], event["text"]
         if kind == "run":
             self.line(f"  run       {event['id']}")
+            if self.link and event.get("url"):
+                self.line(f"  watch     {event['url']}")
             self.line("")
         elif kind == "start":
             self._stage("·", stage, text, "36")
@@ -88,7 +93,7 @@ class Console(logging.Handler):
             self._transient = False
         if not self._unicode:
             encoding = self.out.encoding or "ascii"
-            text = text.encode(encoding, "replace").decode(encoding)
+            text = text.replace("→", "->").encode(encoding, "replace").decode(encoding)
         self.out.write(text + "\n")
         self.out.flush()
 

@@ -34,7 +34,7 @@ def rlhf_pipeline(
     run = Run(config, new_run_id(runtime.flow_run.id, runtime.flow_run.scheduled_start_time))
     say(
         get_run_logger(), "run", "", f"run {run.id}, store {run.store.url}",
-        id=run.id, name=config.name, store=run.store.url,
+        id=run.id, name=config.name, store=run.store.url, url=runtime.flow_run.ui_url,
     )  # fmt: skip
     tasks.preflight(config)
     with recorded(run):

@@ -69,7 +69,7 @@ def draw(metrics: Mapping[str, Lines], width: int = 3) -> bytes | None:
     return buffer.getvalue()
 
 
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def smooth(values: Sequence[float], weight: float = 0.75) -> list[float]:
     """Exponential moving average, corrected for its start."""
     result, mean, total = [], 0.0, 0.0
     for value in values:

@@ -80,7 +80,7 @@ class Evaluation:
         return "PPO's reply beats SFT's on " + ", on ".join(sentences) + "." if sentences else ""
 
     def verdict(self) -> str:
-        """One sentence: does the judge that training never saw agree with the reward model?"""
+        """One sentence: does the judge that PPO never saw agree with the reward model?"""
         models = self.data.get("models") or {}
         proxy = _gain(models, "reward")
         paired = self.data.get("gold_gain")
@@ -97,7 +97,7 @@ class Evaluation:
         text += f"; gold score: {_signed(gold)}"
         if gold[0] > 2 * gold[1]:
             end = (
-                "the judge that training never saw agrees: the policy became better, not only "
+                "the judge that PPO never saw agrees: the policy became better, not only "
                 "better at pleasing the reward model."
                 if up
                 else "the gold score rose, the reward did not by more than two standard errors."

@@ -55,7 +55,7 @@ def headline(metrics: dict[str, Any]) -> str:
         for name in ("reward", "gold"):
             pair = [models[model].get(f"{name}_mean") for model in ("sft", "ppo")]
             if None not in pair:
-                shown.append(f"{name} {pair[0]:.3f} -> {pair[1]:.3f}")
+                shown.append(f"{name} {pair[0]:.3f} → {pair[1]:.3f}")
     for name, label in HEADLINES:
         value = metrics.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):

@@ -72,6 +72,7 @@ def test_run_tells_what_it_does_and_where_everything_is(command):
     for stage in ("model", "data-sft", "sft", "label", "reward", "ppo", "evaluate", "publish"):
         assert f"\n✓ {stage} " in out
     assert "Traceback" not in out
+    assert "\n  watch     http://127.0.0.1:" in out
     tail = out[out.index("Done in") :]
     for line in ("model ", "report ", "curves ", "chat      rlhf chat smoke"):
         assert f"\n  {line}" in tail

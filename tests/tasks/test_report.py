@@ -76,4 +76,4 @@ def test_artifact_without_metrics_has_no_curve(run):
 
 def test_smoothing_starts_at_the_first_value():
     assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
-    assert smooth([1.0, 0.0])[1] == pytest.approx(0.9 * 0.1 / (0.9 * 0.1 + 0.1))
+    assert smooth([1.0, 0.0], 0.9)[1] == pytest.approx(0.9 * 0.1 / (0.9 * 0.1 + 0.1))
