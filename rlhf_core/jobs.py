@@ -231,6 +231,9 @@ class RewardSettings(TrainSettings):
     """Pairs per optimizer step over all ranks and micro-batches."""
     loss: Literal["log_sig", "log_exp"] = "log_sig"
     """-log sigmoid(c - r) or log(1 + exp(r - c)): the same function under its two names."""
+    pooling: Literal["last", "mean"] = "last"
+    """What the head reads: the hidden state of the last token, or the mean over all tokens so far.
+    The mean needs far fewer pairs when replies are short or cut."""
     normalization_prompts: PositiveInt = 64
     """Training prompts whose SFT replies set the scores' mean to 0 and deviation to 1."""
     max_new_tokens: PositiveInt = 64

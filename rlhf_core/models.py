@@ -65,6 +65,7 @@ class ScalarModel(nn.Module):
         self.backbone = backbone
         self.head = nn.Linear(hidden_size, 1)
         self.mean, self.std = 0.0, 1.0
+        self.pooling = "last"
 
     def reset_head(self, seed: int) -> None:
         """Head weights ~ N(0, 1/sqrt(d+1)), bias 0 ("The N+ implementation details")."""
@@ -79,6 +80,9 @@ class ScalarModel(nn.Module):
     def per_token(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """The normalised number at every position, (B,S) fp32."""
         hidden = backbone_hidden(_AsBase(self.backbone), input_ids, mask)  # (B,S,d)
+        if self.pooling == "mean":  # of all tokens so far: each position sees only its past
+            real = mask.unsqueeze(-1).to(hidden.dtype)  # (B,S,1)
+            hidden = (hidden * real).cumsum(dim=1) / real.cumsum(dim=1).clamp(min=1.0)
         raw = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()  # (B,S)
         return (raw - self.mean) / self.std
 
@@ -195,6 +199,7 @@ def load_scalar_model(folder: Path, dtype: torch.dtype = torch.float32) -> Scala
     model.head.load_state_dict(head)
     scale = json.loads((folder / _SCALE).read_text())
     model.mean, model.std = float(scale["mean"]), float(scale["std"])
+    model.pooling = str(scale["pooling"])
     model.head.to(dtype)
     return model.eval()
 
@@ -362,7 +367,8 @@ def save_scalar_model(model: ScalarModel, folder: Path, source: Path) -> None:
     backbone.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
     head = {k: v.detach().float().contiguous() for k, v in model.head.state_dict().items()}
     save_file(head, folder / _HEAD)
-    (folder / _SCALE).write_text(json.dumps({"mean": model.mean, "std": model.std}) + "\n")
+    scale = {"mean": model.mean, "std": model.std, "pooling": model.pooling}
+    (folder / _SCALE).write_text(json.dumps(scale) + "\n")
     copy_companions(source, folder)
 
 

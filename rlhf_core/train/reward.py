@@ -48,6 +48,7 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
     calibration = sft_replies(job, context, strategy, source, train)
 
     module = new_scalar_model(source, job.seed)
+    module.pooling = job.pooling
     module.backbone = choose_trainable(module.backbone, job, job.seed)
     if resources.gradient_checkpointing:
         enable_checkpointing(module.backbone)

@@ -65,7 +65,7 @@ MASK = torch.tensor([[True] * 4, [True, True, True, False]])
 
 def test_scores_ignore_padding_and_survive_saving(folder, tmp_path):
     model = new_scalar_model(folder, seed=1)
-    model.mean, model.std = 0.5, 2.0
+    model.mean, model.std, model.pooling = 0.5, 2.0, "mean"
     with torch.no_grad():
         scores = model(IDS, MASK)
         alone = model(IDS[1:, :3], MASK[1:, :3])
@@ -85,6 +85,20 @@ def test_score_is_the_heads_value_at_the_last_real_token(llama):
         hidden = causal(input_ids=IDS[:1], output_hidden_states=True).hidden_states[-1][0, -1]
         expected = hidden @ model.head.weight[0] + model.head.bias[0]
         torch.testing.assert_close(model(IDS, MASK)[0], expected)
+
+
+@pytest.mark.parametrize("left", (False, True))
+def test_mean_pooling_reads_all_tokens_so_far_and_no_padding(llama, left):
+    model = new_scalar_model(llama, seed=1)
+    model.pooling = "mean"
+    causal = load_causal_lm(llama)
+    with torch.no_grad():
+        hidden = causal(input_ids=IDS[1:, :3], output_hidden_states=True).hidden_states[-1][0]
+        expected = hidden.mean(dim=0) @ model.head.weight[0] + model.head.bias[0]
+        ids, mask = (IDS[1:].roll(1, 1), MASK[1:].roll(1, 1)) if left else (IDS[1:], MASK[1:])
+        torch.testing.assert_close(model(ids, mask)[0], expected)
+        first_two = hidden[:2].mean(dim=0) @ model.head.weight[0] + model.head.bias[0]
+        torch.testing.assert_close(model.per_token(ids, mask)[0, 2 if left else 1], first_two)
 
 
 def test_head_is_initialised_as_the_paper_says(llama):
