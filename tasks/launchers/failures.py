@@ -13,12 +13,40 @@ from rlhf_core.errors import JobFailed
 
 # torchrun: "failed (exitcode: -9) local_rank: 1 (pid: 4242) of binary: ..."
 RANK_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+# torchrun's summary: "  rank      : 1 (local_rank: 1)", then "  exitcode  : -9 (pid: 4242) ..."
+SUMMARY_RANK = re.compile(r"^\s*rank\s+: (\d+) ")
+SUMMARY_EXIT = re.compile(r"^\s*exitcode\s+: (-?\d+) ")
 # What the other ranks say when one of them has gone.
 SECONDARY = re.compile(
     r"connection (reset|closed|refused)|broken pipe|gloo|nccl|c10d|tcpstore|store\b.*\btimeout"
     r"|socket|timed out|process ?group|distbackenderror|collective",
     re.IGNORECASE,
 )
+
+
+class DeadRank:
+    """Finds in torchrun's output which rank died first: `found` is (rank, exit code).
+
+    torchrun names the exit that it *noticed* first, which may be a rank that gave up because
+    another was killed. The summary lists them all: there a signal outranks an ordinary exit,
+    except SIGTERM, by which torchrun itself ends the rest.
+    """
+
+    def __init__(self) -> None:
+        self.found: tuple[int, int] | None = None
+        self._rank: int | None = None
+
+    def see(self, line: str) -> None:
+        """Take in one line of output."""
+        if self.found is None:
+            if match := RANK_FAILED.search(line):
+                self.found = (int(match[2]), int(match[1]))
+        elif match := SUMMARY_RANK.match(line):
+            self._rank = int(match[1])
+        elif (match := SUMMARY_EXIT.match(line)) and self._rank is not None:
+            code = int(match[1])
+            if code < 0 and code != -signal.SIGTERM and self.found[1] >= 0:
+                self.found = (self._rank, code)
 
 
 def read_errors(folders: Iterable[Path]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import IO, Any
 import rlhf_core
 from rlhf_core.jobs import Job
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
-from tasks.launchers.failures import RANK_FAILED, diagnose
+from tasks.launchers.failures import DeadRank, diagnose
 from tasks.launchers.processes import ProcessTree, die_with_parent
 
 MODULE = "rlhf_core"  # run as `python -m MODULE FOLDER/job.json`; tests put a stand-in here
@@ -160,8 +160,7 @@ class _Reader(threading.Thread):
     def __init__(self, process: subprocess.Popen[bytes], log: Path, on_line: LineSink) -> None:
         super().__init__(name=f"output of {process.pid}", daemon=True)
         self.process, self.log, self.on_line = process, log, on_line
-        self.dead_rank: tuple[int, int] | None = None
-        self.hidden = False
+        self._dead = DeadRank()
 
     def run(self) -> None:
         assert self.process.stdout is not None
@@ -174,10 +173,13 @@ class _Reader(threading.Thread):
                     self.on_line(line)
 
     def _is_torchruns(self, line: str) -> bool:
-        if self.dead_rank is None and (match := RANK_FAILED.search(line)):
-            self.dead_rank = (int(match[2]), int(match[1]))
-            self.hidden = True
-        return self.hidden or TORCHRUN.match(line) is not None
+        self._dead.see(line)
+        return self.dead_rank is not None or TORCHRUN.match(line) is not None
+
+    @property
+    def dead_rank(self) -> tuple[int, int] | None:
+        """(rank, exit code) of the rank whose death ended the job, if torchrun named one."""
+        return self._dead.found
 
 
 def _lines(pipe: IO[bytes]) -> Any:

@@ -1,6 +1,7 @@
 """Run by torchrun from test_strategy: trains a small net under every strategy, prints JSON."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -81,3 +82,5 @@ def main(out: Path) -> None:
 
 
 main(Path(sys.argv[1]))
+torch.distributed.barrier()
+os._exit(0)  # as rlhf_core.__main__ does: collective threads can abort a normal exit

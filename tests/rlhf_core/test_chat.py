@@ -123,7 +123,7 @@ def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that ^C reaches it as a signal
 
 
-def _read_until(terminal: int, text: str, seconds: float = 60) -> str:
+def _read_until(terminal: int, text: str, seconds: float = 180) -> str:
     seen = ""
     deadline = time.monotonic() + seconds
     while text not in seen:

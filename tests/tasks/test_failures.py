@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tasks.launchers.failures import diagnose, shorten
+from tasks.launchers.failures import DeadRank, diagnose, shorten
 
 
 @pytest.fixture
@@ -56,3 +56,26 @@ def test_half_an_error_file_is_passed_over(report, tmp_path):
 
 def test_long_messages_are_cut():
     assert len(shorten("x" * 5000)) == 1500
+
+
+NOTICED_FIRST = (
+    "E1124 api.py:1002] failed (exitcode: 1) local_rank: 0 (pid: 3488) of binary: python"
+)
+SUMMARY = """\
+  rank      : 1 (local_rank: 1)
+  exitcode  : {} (pid: 3489)  ({})
+  traceback : Signal received by PID 3489
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 3488)"""
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "expected"), [(-9, "SIGKILL", (1, -9)), (-15, "SIGTERM", (0, 1))]
+)
+def test_a_killed_rank_outranks_one_that_lost_it_but_not_one_that_torchrun_ended(
+    code, name, expected
+):
+    dead = DeadRank()
+    for line in [NOTICED_FIRST, *SUMMARY.format(code, name).splitlines()]:
+        dead.see(line)
+    assert dead.found == expected

@@ -26,7 +26,7 @@ def jobs(models, data, reward):
     return {
         "sft": SFTJob(data=data["sft"], batch_size=8, max_steps=60, epochs=60, resources=ddp,
                       **common),
-        "reward": RewardJob(data=data["preference"], batch_size=8, max_steps=40, epochs=60,
+        "reward": RewardJob(data=data["preference"], batch_size=8, max_steps=150, epochs=60,
                             max_new_tokens=4, resources=zero, **common),
         "ppo": PPOJob(reward_model=reward.digest, prompts=data["prompts"], steps=20,
                       batch_size=8, ppo_epochs=2, max_new_tokens=6, resources=ddp, **common),

@@ -136,7 +136,8 @@ def test_top_layers_leave_the_lower_ones_untouched(stages, models, one_rank):
     before = stages.weights(stages.store.get(models["llama"]))
     after = stages.weights(one_rank["sft-top"])
     changed = {n for n in before if not np.array_equal(before[n], after[n])}
-    assert changed and all(".layers.2." in n or n.endswith("model.norm.weight") for n in changed)
+    top = (".layers.2.", "model.norm.weight", "lm_head.weight")  # the tiny model's head is untied
+    assert changed and all(any(t in n for t in top) for n in changed), changed
 
 
 def test_reward_model_learns_what_wins(reward, two_ranks):
