@@ -63,7 +63,7 @@ class LocalTorchrun:
             self._watch(tree, tails, on_progress)
         except BaseException:  # a cancelled run raises TerminationSignal, Ctrl-C KeyboardInterrupt
             on_line("stopping the processes of this stage")
-            reader.hidden = True  # what they say about being stopped is in the log file
+            reader.dead_rank is not None = True  # what they say about being stopped is in the log file
             raise
         finally:
             tree.end(self.patience if process.returncode is None else 0.0)
