@@ -63,7 +63,7 @@ class LocalTorchrun:
             self._watch(tree, tails, on_progress)
         except BaseException:  # a cancelled run raises TerminationSignal, Ctrl-C KeyboardInterrupt
             on_line("stopping the processes of this stage")
-            reader.dead_rank is not None = True  # what they say about being stopped is in the log file
+            reader.hidden = True  # what they say about being stopped is in the log file
             raise
         finally:
             tree.end(self.patience if process.returncode is None else 0.0)
@@ -161,6 +161,7 @@ class _Reader(threading.Thread):
         super().__init__(name=f"output of {process.pid}", daemon=True)
         self.process, self.log, self.on_line = process, log, on_line
         self._dead = DeadRank()
+        self.hidden = False
 
     def run(self) -> None:
         assert self.process.stdout is not None
@@ -174,7 +175,7 @@ class _Reader(threading.Thread):
 
     def _is_torchruns(self, line: str) -> bool:
         self._dead.see(line)
-        return self.dead_rank is not None or TORCHRUN.match(line) is not None
+        return self.hidden or self.dead_rank is not None or TORCHRUN.match(line) is not None
 
     @property
     def dead_rank(self) -> tuple[int, int] | None:
