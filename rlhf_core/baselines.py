@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlhf_core.probe import logistic
+
 Pair = tuple[str, str]  # chosen, rejected
 
 _FEATURES = 2**14
@@ -62,18 +64,8 @@ def bag_of_words_margins(
     train = train[:_MAX_PAIRS]  # the features are dense
     x = torch.stack([_counts(c) - _counts(r) for c, r in train])  # (n, features)
     used = x.abs().sum(dim=0) > 0
-    x = x[:, used]
-    weight = torch.zeros(x.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=50, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = torch.nn.functional.softplus(-(x @ weight)).sum() + 0.5 * l2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    return [float((_counts(c) - _counts(r))[used] @ weight.detach()) for c, r in heldout]
+    weight = logistic(x[:, used], l2)
+    return [float((_counts(c) - _counts(r))[used] @ weight) for c, r in heldout]
 
 
 def _counts(text: str) -> Tensor:

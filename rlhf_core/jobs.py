@@ -234,6 +234,9 @@ class RewardSettings(TrainSettings):
     pooling: Literal["last", "mean"] = "last"
     """What the head reads: the hidden state of the last token, or the mean over all tokens so far.
     The mean needs far fewer pairs when replies are short or cut."""
+    head: Literal["random", "probe"] = "random"
+    """Start of the head: random, or a logistic regression on the untrained model's states whose
+    penalty is cross-validated over prompts (LP-FT), which needs far fewer pairs."""
     normalization_prompts: PositiveInt = 64
     """Training prompts whose SFT replies set the scores' mean to 0 and deviation to 1."""
     max_new_tokens: PositiveInt = 64

@@ -77,20 +77,29 @@ class ScalarModel(nn.Module):
             )
             self.head.bias.zero_()
 
-    def per_token(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """The normalised number at every position, (B,S) fp32."""
+    def states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """What the head reads at every position, (B,S,d)."""
         hidden = backbone_hidden(_AsBase(self.backbone), input_ids, mask)  # (B,S,d)
         if self.pooling == "mean":  # of all tokens so far: each position sees only its past
             real = mask.unsqueeze(-1).to(hidden.dtype)  # (B,S,1)
             hidden = (hidden * real).cumsum(dim=1) / real.cumsum(dim=1).clamp(min=1.0)
+        return hidden
+
+    def per_token(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """The normalised number at every position, (B,S) fp32."""
+        hidden = self.states(input_ids, mask)  # (B,S,d)
         raw = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()  # (B,S)
         return (raw - self.mean) / self.std
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Scores (B,) fp32: the number at each row's last real token."""
         values = self.per_token(input_ids, mask)  # (B,S)
-        last = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
-        return values.gather(1, last.unsqueeze(1)).squeeze(1)
+        return values.gather(1, last_real(mask).unsqueeze(1)).squeeze(1)
+
+
+def last_real(mask: Tensor) -> Tensor:
+    """Position (B,) of each row's last real token, whichever side is padded."""
+    return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
 
 
 class _AsBase:

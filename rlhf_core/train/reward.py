@@ -24,11 +24,13 @@ from rlhf_core.models import (
     adamw,
     choose_trainable,
     export,
+    last_real,
     load_causal_lm,
     new_scalar_model,
     save_scalar_model,
     stop_tokens,
 )
+from rlhf_core.probe import fit_probe
 from rlhf_core.rollout import generate, make_row_seeds
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
@@ -49,6 +51,8 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
 
     module = new_scalar_model(source, job.seed)
     module.pooling = job.pooling
+    if job.head == "probe":
+        probe_head(module, train, strategy, resources.micro_batch_size, context)
     module.backbone = choose_trainable(module.backbone, job, job.seed)
     if resources.gradient_checkpointing:
         enable_checkpointing(module.backbone)
@@ -164,6 +168,37 @@ def sft_replies(
     replies = [rollout.response_ids[i][rollout.response_mask[i]].tolist() for i in range(len(mine))]
     whole = group.interleave(replies)
     return [[*row["prompt_ids"], *reply] for row, reply in zip(rows, whole, strict=True)]
+
+
+@torch.no_grad()
+def probe_head(
+    module: ScalarModel, train: Rows, strategy: Strategy, micro: int, context: StageContext
+) -> None:
+    """Start the head as a linear probe on the untrained model, computed by all ranks together."""
+    group = strategy.group
+    module.to(group.device)
+    rows = train.take(list(range(len(train))))
+    found: list[tuple[int, Tensor]] = []
+    for positions in split_batch([pair_length(r) for r in rows], group.rank, group.size, 2 * micro):
+        input_ids, mask = collate_pairs([rows[p] for p in positions], group.device)
+        with strategy.autocast():
+            states = module.states(input_ids, mask).float()  # (2b,S,d)
+        last = last_real(mask)
+        pooled = states[torch.arange(len(last), device=group.device), last].cpu()  # (2b,d)
+        chosen, rejected = pooled.chunk(2)
+        found += [
+            (p, torch.stack(pair)) for p, *pair in zip(positions, chosen, rejected, strict=True)
+        ]
+    features: list[Any] = [None] * len(rows)
+    for part in group.gather(found):
+        for position, pair in part:
+            features[position] = pair
+    pairs = torch.stack(features)  # (n,2,d)
+    with torch.enable_grad():
+        weight, l2, accuracy = fit_probe(pairs[:, 0], pairs[:, 1], [r["prompt"] for r in rows])
+    module.head.weight.copy_(weight.unsqueeze(0))
+    module.head.bias.zero_()
+    context.log(f"probe on {len(rows)} pairs: cross-validated accuracy {accuracy:.3f} (l2 {l2:g})")
 
 
 @torch.no_grad()
