@@ -138,7 +138,7 @@ def doctor(
     """What this machine has, what is missing, and the memory that a model needs per strategy."""
     import rlhf_core.doctor as checking
 
-    typer.echo(checking.report(model))
+    raise typer.Exit(checking.main(model))
 
 
 @app.command()

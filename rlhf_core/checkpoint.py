@@ -51,8 +51,8 @@ class Checkpointer:
 
     def save(self, step: int, counters: dict[str, Any]) -> None:
         """Copy the state to this machine's disk, then publish it in the background (rank 0)."""
-        weights = self._strategy.weights()
-        optimizer = self._strategy.optimizer_state()
+        weights = self._strategy.weights(keep=self._context.main)
+        optimizer = self._strategy.optimizer_state(keep=self._context.main)
         generators = self._strategy.group.gather(torch.get_rng_state())
         if not self._context.main:
             return

@@ -167,13 +167,17 @@ class Strategy:
 
     # ------------------------------------------------------------------ state
 
-    def weights(self) -> dict[str, Tensor]:
-        """Trained parameters by name, whole, fp32, on the CPU. Every rank must call."""
+    def weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Trained parameters by name, whole, fp32, on the CPU. Every rank must call.
+
+        Args:
+            keep: False on ranks that do not need the copy; they get {}.
+        """
         if self.kind == "ddp":
-            return {n: p.detach().float().cpu().clone() for n, p in self._params.items()}
+            return {} if not keep else {n: p.detach().float().cpu().clone() for n, p in self._params.items()}
         if self.kind == "gemini":
             state = cast(Any, self.module).state_dict(only_rank_0=False)
-            return {n: state[n].detach().float().cpu() for n in self._names}
+            return {n: state[n].detach().float().cpu() for n in self._names} if keep else {}
         result = {}
         masters = self._optimizer.working_to_master_param
         for name, param in self._params.items():
@@ -182,12 +186,19 @@ class Strategy:
                 shard.numel() * self.world_size, dtype=shard.dtype, device=self.device
             )
             dist.all_gather_into_tensor(whole, shard)
-            result[name] = whole[: param.numel()].view(param.shape).float().cpu()
+            if keep:
+                result[name] = whole[: param.numel()].view(param.shape).float().cpu()
         return result
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """AdamW's states as flat "parameter|state" tensors, whole. Every rank must call."""
+    def optimizer_state(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """AdamW's states as flat "parameter|state" tensors, whole. Every rank must call.
+
+        Args:
+            keep: False on ranks that do not need the copy; they get {}.
+        """
         state = self._optimizer.state_dict()["state"]
+        if not keep:
+            return {}
         return {
             f"{self._names[index]}|{key}": torch.as_tensor(value).detach().cpu().clone()
             for index, entry in state.items()

@@ -103,7 +103,7 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
     prompts = Rows(context.store.fetch(job.prompts), "train", purpose="prompts")
     ptx = None
     if job.ptx is not None and job.ptx_coef > 0:
-        ptx = Rows(context.store.fetch(job.ptx), "train", purpose="sft")
+        ptx = Rows(context.store.fetch(job.ptx), "train", purpose=("sft", "pretrain"))
 
     models = load_models(job, strategy, source, context.store.fetch(job.reward_model), context)
     rates = {
@@ -141,7 +141,7 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
         check_collapse(job, step, metrics)
         checkpointer.after_step(step + 1, job.steps)
 
-    weights = strategy.weights()
+    weights = strategy.weights(keep=context.main)
     if not context.main:
         return None
     folder = context.scratch("result")
@@ -487,6 +487,6 @@ def check_collapse(job: PPOJob, step: int, metrics: dict[str, float]) -> None:
         raise PolicyCollapse(
             f"PPO step {step + 1}: the KL to the SFT model is {metrics['kl']:.1f} nats a reply, "
             f"above ppo.max_kl {job.max_kl:g}: the policy has left the region where the reward "
-            "model can judge. The last good checkpoint is kept. Raise ppo.kl_coef, or lower "
-            "ppo.learning_rate, and run again."
+            "model can judge. Raise ppo.kl_coef or lower ppo.learning_rate, and run again: PPO then "
+            "starts anew, the stages before it are reused."
         )

@@ -104,7 +104,7 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
     mean = float(scores.mean())
     std = float(scores.std()) if len(scores) > 1 else 1.0
     margins = heldout_margins(module, heldout, strategy, resources.micro_batch_size)
-    weights = strategy.weights()
+    weights = strategy.weights(keep=context.main)
     if not context.main:
         return None
     module.mean, module.std = mean, max(std, 1e-6)

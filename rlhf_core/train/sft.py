@@ -88,7 +88,7 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
 
     metrics = heldout_loss(module, heldout, strategy.group, resources.micro_batch_size, strategy)
     context.log("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    weights = strategy.weights()
+    weights = strategy.weights(keep=context.main)
     if not context.main:
         return None
     folder = context.scratch("result")
@@ -99,7 +99,8 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
 
 
 NON_FINITE_ADVICE = (
-    "The last good checkpoint is kept. Lower learning_rate, or use precision fp32, and run again."
+    "Lower learning_rate, or use precision fp32, and run again: this stage then starts anew, the "
+    "stages before it are reused."
 )
 
 

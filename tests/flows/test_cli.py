@@ -45,6 +45,12 @@ def test_wrong_usage_has_exit_code_2(rlhf, arguments):
     fails(rlhf, *arguments, code=2)
 
 
+def test_doctor_fails_where_something_is_missing(rlhf):
+    (rlhf.home / "blocked").write_text("")
+    done = rlhf("doctor", code=1, env={"RLHF_STORE": f"file://{rlhf.home}/blocked/store"})
+    assert "BAD" in done.stdout
+
+
 def test_broken_yaml_is_named_with_its_line(rlhf):
     (rlhf.home / "broken run.yaml").write_text("sft:\n  epochs: [1\n")
     assert "broken run.yaml, line 3, column 1" in fails(rlhf, "run", "--config", "broken run.yaml")

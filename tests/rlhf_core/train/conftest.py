@@ -39,6 +39,7 @@ def data(stages, models):
         # What the reward model has to find out: answers with "yes" win.
         "preference": [{"prompt": p, "chosen": f"yes {c}", "rejected": f"no {c}"} for p, c in rows],
         "prompts": [{"prompt": p} for p, _ in rows],
+        "pretrain": [{"text": f"{p}. {c}."} for p, c in rows],
     }
     jobs = []
     for purpose, lines in files.items():

@@ -57,6 +57,7 @@ def one_rank(stages, models, data, reward):
         "ppo": ppo_job(models, data, digest),
         "ppo-minibatches": ppo_job(models, data, digest, minibatches=2),
         "ppo-ptx": ppo_job(models, data, digest, ptx=data["sft"], ptx_coef=0.5),
+        "ppo-ptx-text": ppo_job(models, data, digest, ptx=data["pretrain"], ptx_coef=0.5),
         "ppo-lora": ppo_job(models, data, digest, lora=lora),
         "ppo-top": ppo_job(models, data, digest, trainable_layers=1),
         "ppo-bf16": ppo_job(models, data, digest, precision="bf16"),
@@ -168,8 +169,12 @@ def test_ppo_raises_the_score_it_optimises(stages, one_rank):
     assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.5, scores
 
 
-def test_ptx_adds_its_loss(stages, one_rank):
-    assert all(m["ptx_loss"] > 0 for m in stages.metrics(one_rank["ppo-ptx"]))
+@pytest.mark.parametrize("variant", ["ppo-ptx", "ppo-ptx-text"])
+def test_ptx_adds_its_loss(stages, one_rank, variant):
+    assert all(m["ptx_loss"] > 0 for m in stages.metrics(one_rank[variant]))
+
+
+def test_without_ptx_there_is_no_such_metric(stages, one_rank):
     assert "ptx_loss" not in stages.metrics(one_rank["ppo"])[0]
 
 
