@@ -174,7 +174,8 @@ class Strategy:
             keep: False on ranks that do not need the copy; they get {}.
         """
         if self.kind == "ddp":
-            return {} if not keep else {n: p.detach().float().cpu().clone() for n, p in self._params.items()}
+            params = self._params if keep else {}
+            return {n: p.detach().float().cpu().clone() for n, p in params.items()}
         if self.kind == "gemini":
             state = cast(Any, self.module).state_dict(only_rank_0=False)
             return {n: state[n].detach().float().cpu() for n in self._names} if keep else {}

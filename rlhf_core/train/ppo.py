@@ -487,6 +487,6 @@ def check_collapse(job: PPOJob, step: int, metrics: dict[str, float]) -> None:
         raise PolicyCollapse(
             f"PPO step {step + 1}: the KL to the SFT model is {metrics['kl']:.1f} nats a reply, "
             f"above ppo.max_kl {job.max_kl:g}: the policy has left the region where the reward "
-            "model can judge. Raise ppo.kl_coef or lower ppo.learning_rate, and run again: PPO then "
-            "starts anew, the stages before it are reused."
+            "model can judge. Raise ppo.kl_coef or lower ppo.learning_rate, and run again: PPO "
+            "then starts anew, the stages before it are reused."
         )
