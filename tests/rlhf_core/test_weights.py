@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -166,7 +167,10 @@ def test_pickle_is_refused_and_the_advised_command_converts_it(tmp_path: Path) -
     command = problem.partition("convert it once with: ")[2]
     assert command.startswith("python -c ")
     subprocess.run(
-        sys.executable + command.removeprefix("python"), shell=True, check=True, timeout=120
+        shlex.quote(sys.executable) + command.removeprefix("python"),
+        shell=True,
+        check=True,
+        timeout=120,
     )
     assert check_weight_files(tmp_path / "a model-safetensors") == []
 
