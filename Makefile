@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test test-demo check lint fast lock docs clean
+.PHONY: help setup demo smoke up down test test-demo check lint fast lock docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,12 @@ demo: $(STAMP)  ## the whole pipeline on a real model and real text (about ten m
 
 smoke: $(STAMP)  ## the whole pipeline on a tiny model (about a minute)
 	@$(BIN)/rlhf run --preset smoke
+
+up: $(STAMP)  ## start a whole system here: Prefect and S3 servers, workers, deployments
+	@$(BIN)/rlhf up
+
+down: $(STAMP)  ## end what `make up` started
+	@$(BIN)/rlhf down
 
 test: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest -q -m "not demo"

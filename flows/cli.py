@@ -32,6 +32,15 @@ app = typer.Typer(
 )
 app.add_typer(artifacts, name="artifacts")
 
+
+@app.callback()
+def _join_system(context: typer.Context) -> None:
+    if context.invoked_subcommand not in ("up", "down"):
+        from flows import system
+
+        system.join()
+
+
 Preset = Annotated[
     str | None, typer.Option("--preset", "-p", help="A preset's name; see `rlhf presets`.")
 ]
@@ -41,6 +50,9 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting: ppo.kl_coef=0.1"),
+]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="Id of a run, or its start; see `rlhf runs`.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="All output of the ranks.")]
 
@@ -79,6 +91,66 @@ def stage(
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(f"There is no stage {name!r}.{hint} Stages: {', '.join(STAGES)}.")
     _run(_settings(preset, config, overrides, store), name, verbose)
+
+
+@app.command()
+def submit(preset: Preset = None, config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Start a pipeline on the workers of a running system (`rlhf up`), and return."""
+    from flows.remote import submit as send
+    from rlhf_core.jobs import WorkPoolLauncher
+
+    settings = _settings(preset, config, overrides, None)
+    typer.echo(send(settings.model_copy(update={"launcher": WorkPoolLauncher()})))
+
+
+@app.command()
+def retry(run: RunName = "last", store: StoreUrl = None, verbose: Verbose = False) -> None:
+    """Run a failed run again: what is done is reused, what is not goes on."""
+    from flows.remote import retry as again
+    from rlhf_core.store import open_store
+
+    where, settings = again(open_store(store), run)
+    if settings is None:
+        typer.echo(f"scheduled: {where}")
+    else:
+        _run(settings, "publish", verbose)
+
+
+@app.command()
+def cancel(run: RunName = "last", store: StoreUrl = None) -> None:
+    """Cancel a run; its processes end, its last checkpoint stays."""
+    from flows.remote import cancel as stop
+    from rlhf_core.store import open_store
+
+    typer.echo(stop(open_store(store), run))
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option(help="Port of the Prefect server.")] = 4200,
+    s3_port: Annotated[int, typer.Option(help="Port of the S3 server; 0 takes a free one.")] = 8333,
+    no_s3: Annotated[bool, typer.Option("--no-s3", help="Keep artifacts in files.")] = False,
+    slots: Annotated[int, typer.Option(min=1, help="Jobs that the gpu pool runs at once.")] = 1,
+    host: Annotated[str, typer.Option(help="Address the Prefect server listens on.")] = "127.0.0.1",
+) -> None:
+    """Start a whole system here: Prefect server, S3 server, two workers, the deployments."""
+    from flows import system
+
+    typer.echo("starting (about half a minute)")
+    running = system.up(system.Options(port, None if no_s3 else s3_port, slots, host))
+    typer.echo(f"  pages     {running.ui}")
+    typer.echo(f"  store     {running.store}")
+    typer.echo(f"  run       {running.ui}/deployments  or  rlhf submit --preset smoke")
+    typer.echo(f"  logs      {system.folder()}")
+    typer.echo("  end       make down  or  rlhf down")
+
+
+@app.command()
+def down() -> None:
+    """End what `rlhf up` started; artifacts and the record of runs stay."""
+    from flows import system
+
+    typer.echo("ended" if system.down() else f"Nothing runs for {system.folder().parent}.")
 
 
 @app.command()

@@ -10,10 +10,14 @@ from prefect.logging import get_run_logger
 
 import tasks
 from rlhf_core.jobs import PipelineConfig
+from rlhf_core.presets import over_preset
 from tasks.events import say, without_tracebacks
 from tasks.run import Run, new_run_id, recorded
+from tasks.watch import watched
 
 Stage = Literal["model", "data", "sft", "label", "reward", "ppo", "evaluate", "publish"]
+
+Preset = Literal["smoke", "demo", "bloom-560m", "llama-7b"]
 
 without_tracebacks()
 
@@ -22,6 +26,7 @@ without_tracebacks()
 def rlhf_pipeline(
     config: PipelineConfig = PipelineConfig(),  # noqa: B008 (frozen)
     until: Stage = "publish",
+    preset: Preset | None = None,
 ) -> dict[str, Any]:
     """Data, supervised fine-tuning, reward model, PPO, evaluation and publishing.
 
@@ -30,18 +35,24 @@ def rlhf_pipeline(
     Args:
         config: all settings of the run.
         until: last stage to run.
+        preset: settings to start from; what differs from the defaults in config lies over them.
     """
-    run = Run(config, new_run_id(runtime.flow_run.id, runtime.flow_run.scheduled_start_time))
+    config = over_preset(preset, config)
+    flow_run = runtime.flow_run.id
+    run = Run(
+        config, new_run_id(flow_run, runtime.flow_run.scheduled_start_time), flow_run=flow_run
+    )
     say(
         get_run_logger(), "run", "", f"run {run.id}, store {run.store.url}",
         id=run.id, name=config.name, store=run.store.url, url=runtime.flow_run.ui_url,
     )  # fmt: skip
-    tasks.preflight(config)
-    with recorded(run):
-        for stage in pipeline(run):
-            if stage == until:
-                break
-        tasks.report(run)
+    with watched():
+        tasks.preflight(config)
+        with recorded(run):
+            for stage in pipeline(run):
+                if stage == until:
+                    break
+            tasks.report(run)
     return run.summary()
 
 

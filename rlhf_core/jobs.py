@@ -71,7 +71,18 @@ class LocalLauncher(Settings):
     """Launcher kind."""
 
 
-Launcher = LocalLauncher  # a plain union as soon as there is a second kind
+class WorkPoolLauncher(Settings):
+    """Runs a stage as a flow run of its own on a GPU work pool; they share the store, no disk."""
+
+    type: Literal["work_pool"] = "work_pool"
+    """Launcher kind."""
+    deployment: str = "rlhf-job/gpu-job"
+    """Deployment of the flow that runs one job, as flow/deployment."""
+    queue_timeout: Annotated[int, Field(ge=10)] = 86_400
+    """Seconds that a stage may wait for a free slot of the pool before it fails."""
+
+
+Launcher = LocalLauncher | WorkPoolLauncher
 
 
 # --------------------------------------------------------------------------- model and data
@@ -335,6 +346,19 @@ class PipelineConfig(Settings):
     """Publishing."""
     launcher: Launcher = LocalLauncher()
     """How stages are started."""
+
+
+class Gates(Settings):
+    """Bounds that a retrained model must keep before it is published."""
+
+    min_reward_accuracy: Fraction = 0.5
+    """Accuracy of the reward model on held-out pairs, at least."""
+    max_kl: Annotated[float, Field(gt=0.0)] = 50.0
+    """KL of the new model to its SFT model, nats per reply, at most."""
+    min_win_rate: Fraction = 0.5
+    """Share of held-out prompts on which the new model's reply beats the published model's (the
+    SFT model's where none is published), at least; judged by the gold judge where there is one,
+    else by the new reward model."""
 
 
 # --------------------------------------------------------------------------- jobs

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import RLHFError
-from rlhf_core.jobs import DataSettings, PipelineConfig, SampledPreferences
+from rlhf_core.jobs import DataSettings, LocalLauncher, PipelineConfig, SampledPreferences
 from rlhf_core.machine import Machine, free_disk, this_machine
 from rlhf_core.memory import GIB, ways_to_fit
 from rlhf_core.memory import estimate as estimate_memory
@@ -49,6 +49,7 @@ def check(
         contact: False looks at settings only: no file, no store, no hub, no disk.
         model: config.json of the base model, where the source itself does not show it.
     """
+    here = isinstance(config.launcher, LocalLauncher)  # else the stages run on other machines
     machine = machine or this_machine()
     problems: list[str] = []
     if contact:
@@ -60,12 +61,15 @@ def check(
     problems += check_data_settings(config)
     if contact:
         problems += _check_data_sources(config)
+    if contact and here:
         problems += _check_packages(config)
-    problems += check_placements(config, machine)
+    if here:
+        problems += check_placements(config, machine)
     problems += check_batches(config)
-    problems += check_training(config, shape, machine)
+    if here:
+        problems += check_training(config, shape, machine)
     problems += check_lengths(config, shape)
-    if model is not None and shape is not None and not problems:
+    if here and model is not None and shape is not None and not problems:
         problems += _check_memory(config, model, machine)
         if contact:
             problems += _check_disk(config, shape, store)

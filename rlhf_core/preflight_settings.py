@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from rlhf_core.jobs import (
+    BaseJob,
     DataSettings,
     PipelineConfig,
     PPOSettings,
@@ -14,6 +15,7 @@ from rlhf_core.jobs import (
     RewardSettings,
     SampledPreferences,
     SFTSettings,
+    TrainSettings,
 )
 from rlhf_core.machine import Machine
 from rlhf_core.memory import Stage
@@ -120,6 +122,17 @@ def check_placements(config: PipelineConfig, machine: Machine) -> list[str]:
     return [
         text.format("resources" if len(names) > 1 else f"{names[0]}.resources", ", ".join(names))
         for text, names in alike.items()
+    ]
+
+
+def check_placement(job: BaseJob, machine: Machine) -> list[str]:
+    """What keeps one job from running on a machine; a worker asks before it starts."""
+    if not job.torchrun:
+        return []
+    trains = isinstance(job, TrainSettings)
+    return [
+        text.format("resources", job.module.rsplit(".", 1)[1])
+        for text in _judge(job.placement(), machine, trains)
     ]
 
 

@@ -172,6 +172,42 @@ def build_config(
         raise PreflightError(explain(error, PipelineConfig, settings)) from error
 
 
+def over_preset(preset: str | None, config: PipelineConfig) -> PipelineConfig:
+    """A preset with what differs from the defaults in `config` laid over it.
+
+    A form sends every field, chosen or not: so it is the difference from the defaults that counts.
+
+    Raises:
+        ConfigError: there is no such preset.
+        PreflightError: the preset and the differences contradict each other.
+    """
+    if preset is None:
+        return config
+    chosen = _difference(config.model_dump(mode="json"), PipelineConfig().model_dump(mode="json"))
+    return build_config(_lay_over(load_preset(preset), chosen))
+
+
+def _difference(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, own in value.items():
+        other = default.get(key)
+        if own == other:
+            continue
+        if isinstance(own, dict) and isinstance(other, dict) and set(own) == set(other):
+            own = _difference(own, other)
+        result[key] = own
+    return result
+
+
+def _lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = copy.deepcopy(dict(below))
+    for key, value in above.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = _lay_over(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
 # --------------------------------------------------------------------------- explaining
 
 

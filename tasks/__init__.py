@@ -2,9 +2,22 @@
 
 from tasks.publish import publish
 from tasks.report import report
-from tasks.stages import evaluate, import_model, label, ppo, preflight, prepare_data, reward, sft
+from tasks.stages import (
+    champion,
+    compare,
+    evaluate,
+    import_model,
+    label,
+    ppo,
+    preflight,
+    prepare_data,
+    reward,
+    sft,
+)
 
 __all__ = [
+    "champion",
+    "compare",
     "evaluate",
     "import_model",
     "label",

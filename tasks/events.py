@@ -7,6 +7,7 @@ which the command line's console is drawn; records without it are Prefect's own.
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, Literal
 
 Kind = Literal["run", "start", "line", "progress", "done", "retry", "note", "failed"]
@@ -29,6 +30,17 @@ def seconds(value: float) -> str:
         return f"{value:.0f} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+PROGRESS = re.compile(r"(?:[a-z_-]+: )?(step (\d+)/(\d+)(?:  .*)?)")
+
+
+def parse_progress(message: str) -> dict[str, Any] | None:
+    """The numbers of a progress message, as another process logged it; None for any other."""
+    match = PROGRESS.fullmatch(message)
+    if match is None:
+        return None
+    return {"step": int(match[2]), "total": int(match[3]), "text": match[1]}
 
 
 # Metrics worth a place in one line, in order; what a stage does not have is left out.

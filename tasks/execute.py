@@ -62,7 +62,7 @@ def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str
     say(log, "start", stage, f"starting ({ranks} ranks)" if torchrun else "starting")
     progress = Progress(stage, log)
     try:
-        outcomes = launcher_for(run.config.launcher).run(launch, _Lines(stage, log), progress)
+        outcomes = launcher_for(run.config.launcher).run(launch, Lines(stage, log), progress)
     except JobFailed as error:
         if error.category == "oom":
             for job in jobs.values():
@@ -153,8 +153,10 @@ class Progress:
         left = None
         if step > self._first[1]:
             left = (when - self._first[0]) / (step - self._first[1]) * (total - step)
-        text = f"step {step}/{total}  {headline(line)}"
-        if left is not None and step < total:
+        text = line.get("text") or f"step {step}/{total}  {headline(line)}"
+        if "text" in line:
+            pass  # another process has made it, with the time that is left
+        elif left is not None and step < total:
             text += f"  {seconds(left)} left"
         if time.monotonic() - self._shown >= PROGRESS_SECONDS or step == total:
             self._shown = time.monotonic()
@@ -174,7 +176,7 @@ class Progress:
             self.log.warning("progress of %s not shown in Prefect: %s", self.stage, error)
 
 
-class _Lines:
+class Lines:
     """The ranks' output; lines about steps are left to `Progress` (the log file has them all)."""
 
     def __init__(self, stage: str, log: Log) -> None:

@@ -43,7 +43,14 @@ class StageResult(BaseModel):
 class Run:
     """Handed to every task. A plain class: Prefect looks into dataclasses and models."""
 
-    def __init__(self, config: PipelineConfig, run_id: str, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        config: PipelineConfig,
+        run_id: str,
+        store: Store | None = None,
+        flow_run: str | None = None,
+    ) -> None:
+        self.flow_run = flow_run
         self.config = config
         self.id = run_id
         self.store = store or open_store(config.store)
@@ -70,6 +77,7 @@ class Run:
             "config": self.config.model_dump(mode="json"),
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "flow_run": self.flow_run,
             "folder": str(self.folder),
         }
         self.save(state="running", ended=None, error=None)

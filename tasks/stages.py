@@ -6,12 +6,15 @@ that a cancelled run raises, and its processes would go on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from prefect import task
+from prefect import Task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
+from prefect.states import Completed
 
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
 from rlhf_core.errors import PreflightError
@@ -45,16 +48,43 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def stage(name: str) -> Callable[[Function], Function]:
     """A task that is tried again when that can help; the store, not Prefect, knows its results."""
-    decorator: Callable[[Function], Function] = task(  # type: ignore[assignment]
-        name=name,
-        task_run_name=name,
-        retries=len(RETRY_DELAYS),
-        retry_delay_seconds=RETRY_DELAYS,
-        retry_condition_fn=worth_a_retry,
-        cache_policy=NO_CACHE,
-        persist_result=False,
-    )
-    return decorator
+
+    def decorate(function: Function) -> Function:
+        return StageTask(  # type: ignore[return-value]
+            _showing_reuse(function),
+            name=name,
+            task_run_name=name,
+            retries=len(RETRY_DELAYS),
+            retry_delay_seconds=RETRY_DELAYS,
+            retry_condition_fn=worth_a_retry,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+        )
+
+    return decorate
+
+
+class StageTask(Task[..., Any]):
+    """A task that may end in a state of its own choice; the caller gets the result all the same."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        returned = super().__call__(*args, **kwargs)
+        return returned.result() if isinstance(returned, State) else returned
+
+
+def _showing_reuse(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A stage whose results were all in the store ends as Cached, and says what was reused."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        found = list(result.values()) if isinstance(result, dict) else [result]
+        if not found or not all(isinstance(r, StageResult) and r.reused for r in found):
+            return result
+        refs = ", ".join(r.ref for r in found)
+        return Completed(name="Cached", message=f"reused {refs}", data=result)
+
+    return run
 
 
 @stage("preflight")
@@ -160,6 +190,38 @@ def evaluate(
         sft_data=sft_data,
     )
     return run_one(run, "evaluate", job)
+
+
+@stage("compare")
+def compare(run: Run, champion: str) -> StageResult:
+    """The aligned model against a published one on the same held-out prompts.
+
+    Args:
+        champion: digest of the published model's policy; it stands where SFT stands otherwise.
+    """
+    done = {name: result.digest for name, result in run.stages.items()}
+    settings = trained(run, run.config.evaluate)
+    settings["max_new_tokens"] = settings["max_new_tokens"] or run.config.ppo.max_new_tokens
+    job = EvaluateJob(
+        **settings,
+        base=done["model"],
+        sft=champion,
+        policy=done["ppo"],
+        reward_model=done["reward"],
+        prompts=done["data-prompts"],
+        sft_data=done["data-sft"],
+    )
+    return run_one(run, "compare", job)
+
+
+def champion(run: Run) -> str | None:
+    """Digest of the policy that is published under the run's name now."""
+    records = run.store.list_records(f"models/{run.config.publish.name}/")
+    newest = run.store.read_record(records[-1]) if records else None
+    if newest is None:
+        return None
+    policy = run.store.get(newest["digest"]).metadata.get("policy")
+    return str(policy) if policy else None
 
 
 def run_one(run: Run, name: str, job: Job) -> StageResult:

@@ -8,7 +8,11 @@ __all__ = ["Launch", "Launcher", "LocalTorchrun", "Outcome", "launcher_for"]
 
 def launcher_for(settings: object) -> Launcher:
     """The launcher that a configuration's `launcher` section describes."""
-    from rlhf_core.jobs import LocalLauncher
+    from rlhf_core.jobs import LocalLauncher, WorkPoolLauncher
 
+    if isinstance(settings, WorkPoolLauncher):
+        from tasks.launchers.work_pool import WorkPool
+
+        return WorkPool(settings)
     assert isinstance(settings, LocalLauncher), f"no launcher for {settings!r}"
     return LocalTorchrun()

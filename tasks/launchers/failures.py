@@ -11,6 +11,21 @@ from typing import Any
 
 from rlhf_core.errors import JobFailed
 
+# What a failed stage's flow run is called in Prefect, by category.
+STATE_NAMES = {
+    "config": "ConfigurationError",
+    "data": "DataError",
+    "model": "ModelError",
+    "store": "StoreUnavailable",
+    "not_found": "ArtifactMissing",
+    "oom": "OutOfMemory",
+    "memory": "MemoryTooSmall",
+    "training": "TrainingFailed",
+    "nonfinite": "NonFiniteLoss",
+    "collapse": "PolicyCollapsed",
+    "lost": "ProcessLost",
+    "internal": "InternalError",
+}
 # torchrun: "failed (exitcode: -9) local_rank: 1 (pid: 4242) of binary: ..."
 RANK_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 # torchrun's summary: "  rank      : 1 (local_rank: 1)", then "  exitcode  : -9 (pid: 4242) ..."
@@ -22,6 +37,16 @@ SECONDARY = re.compile(
     r"|socket|timed out|process ?group|distbackenderror|collective",
     re.IGNORECASE,
 )
+
+
+def state_name(category: str) -> str:
+    """Name of the Prefect state of a flow run that failed for this reason."""
+    return STATE_NAMES.get(category, "Failed")
+
+
+def category_of(name: str | None) -> str:
+    """The reverse of `state_name`."""
+    return next((category for category, n in STATE_NAMES.items() if n == name), "internal")
 
 
 class DeadRank:

@@ -12,12 +12,14 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import rlhf_core
 from rlhf_core.jobs import Job
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
+from tasks.launchers.devices import reserved
 from tasks.launchers.failures import DeadRank, diagnose
 from tasks.launchers.processes import ProcessTree, die_with_parent
 
@@ -45,11 +47,31 @@ class LocalTorchrun:
             (folder / "job.json").write_text(job.model_dump_json(indent=1))
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         jobs = list(launch.jobs.values())
+        with self._devices(launch.name, jobs, on_line) as devices:
+            return self._run(launch, jobs, devices, on_line, on_progress)
+
+    def _devices(
+        self, name: str, jobs: list[Job], say: LineSink
+    ) -> contextlib.AbstractContextManager[list[str]]:
+        """The devices of a job's ranks, one each; none for one that takes none."""
+        placement = jobs[0].placement()
+        if not jobs[0].torchrun or placement.device == "cpu":
+            return contextlib.nullcontext([])
+        return reserved(placement.ranks, name, say)
+
+    def _run(
+        self,
+        launch: Launch,
+        jobs: list[Job],
+        devices: list[str],
+        on_line: LineSink,
+        on_progress: ProgressSink,
+    ) -> list[Outcome]:
         # die_with_parent must run in the child itself: if this process is killed, torchrun ends
         # its ranks.
         process = subprocess.Popen(
             command(jobs, [folder / "job.json" for folder in launch.jobs]),
-            env=environment(jobs, launch.store),
+            env=environment(jobs, launch.store, devices),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -105,7 +127,7 @@ def command(jobs: list[Job], files: list[Path]) -> list[str]:
     return [sys.executable, *torchrun, "-m", MODULE, *map(str, files)]
 
 
-def environment(jobs: list[Job], store: str) -> dict[str, str]:
+def environment(jobs: list[Job], store: str, devices: Sequence[str] = ()) -> dict[str, str]:
     """This process's environment, and what ranks need; what the user has set stays."""
     placement = jobs[0].placement()
     ranks = placement.ranks if jobs[0].torchrun else 1
@@ -134,6 +156,7 @@ def environment(jobs: list[Job], store: str) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(paths),
         "RLHF_STORE": store,
+        **({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
     }
 
 

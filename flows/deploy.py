@@ -1,0 +1,57 @@
+"""Work pools, deployments and automations on a Prefect server; run again, it changes nothing.
+
+Usage: python -m flows.deploy [SLOTS]
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.resources import as_file, files
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.exceptions import ObjectAlreadyExists
+
+from flows import automations
+
+POOLS = {
+    "control": "Pipelines: they wait for jobs and hold no GPU.",
+    "gpu": "Stages' jobs: torchrun on a machine with GPUs.",
+}
+
+
+def apply(slots: int | None = None) -> None:
+    """Make what is missing.
+
+    Args:
+        slots: jobs that the gpu pool runs at once; None leaves what is set.
+    """
+    client: Any = get_client(sync_client=True)
+    template = json.loads((files("deployments") / "work_pools/process.json").read_text())
+    for name, description in POOLS.items():
+        limit = slots if name == "gpu" else None
+        try:
+            client.create_work_pool(
+                WorkPoolCreate(
+                    name=name, description=description, type="process",
+                    base_job_template=template, concurrency_limit=limit,
+                )
+            )  # fmt: skip
+        except ObjectAlreadyExists:
+            if limit is not None:
+                client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=limit))
+    with as_file(files("deployments") / "prefect.yaml") as path:
+        subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all",
+             "--prefect-file", str(path)],
+            check=True,
+        )  # fmt: skip
+    for name in automations.apply():
+        print(f"automation: {name}")
+
+
+if __name__ == "__main__":
+    apply(int(sys.argv[1]) if len(sys.argv) > 1 else None)

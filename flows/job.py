@@ -1,0 +1,58 @@
+"""The flow of one stage on a GPU worker: what the `work_pool` launcher submits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, runtime
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Completed, Failed
+
+from rlhf_core.errors import JobFailed, RLHFError
+from rlhf_core.jobs import Job
+from rlhf_core.machine import this_machine
+from rlhf_core.preflight_settings import check_placement
+from rlhf_core.store import open_store, rlhf_home
+from tasks.events import without_tracebacks
+from tasks.execute import Lines, Progress
+from tasks.launchers import Launch, LocalTorchrun
+from tasks.launchers.failures import state_name
+from tasks.watch import watched
+
+without_tracebacks()
+
+
+@flow(name="rlhf-job", flow_run_name="{stage}", persist_result=False)
+def rlhf_job(
+    stage: str, jobs: list[Job], store: str | None = None, pipeline: str | None = None
+) -> State[Any]:
+    """Runs jobs with torchrun on this machine; the results go to the store.
+
+    Args:
+        stage: name for people, such as sft.
+        jobs: they run one after another in the same processes.
+        store: URL of the artifact store; empty: this worker's RLHF_STORE.
+        pipeline: id of the flow run that waits for the results; when it is cancelled, so is this.
+    """
+    log = get_run_logger()
+    run_id = str(runtime.flow_run.id)[:8]
+    folder = rlhf_home() / "jobs" / f"{run_id}-{runtime.flow_run.run_count or 1}-{stage}"
+    with watched(pipeline):
+        try:
+            opened = open_store(store)
+            problems = [p for job in jobs for p in check_placement(job, this_machine())]
+            if problems:
+                raise JobFailed("; ".join(dict.fromkeys(problems)), category="config")
+            names = [folder] if len(jobs) == 1 else [folder / job.algorithm for job in jobs]
+            if len(set(names)) < len(names):
+                names = [folder / str(i) for i in range(len(jobs))]
+            launch = Launch(
+                stage, dict(zip(names, jobs, strict=True)), opened.url, folder / "log.txt"
+            )
+            outcomes = LocalTorchrun().run(launch, Lines(stage, log), Progress(stage, log))
+        except RLHFError as error:
+            category = error.category
+            log.error("%s", error)
+            return Failed(name=state_name(category), message=str(error))
+    return Completed(message=", ".join(f"{o.kind}/{o.artifact[:12]}" for o in outcomes))

@@ -1,0 +1,103 @@
+"""Scheduled retraining: nothing is done without new data, and nothing worse is published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from typing import Any
+
+from prefect import flow, runtime
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+
+import tasks
+from flows.rlhf import Preset, pipeline
+from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
+from rlhf_core.jobs import Gates, PipelineConfig
+from rlhf_core.preflight_settings import data_sets
+from rlhf_core.presets import over_preset
+from rlhf_core.source_id import fingerprint as model_fingerprint
+from tasks.evaluation import read_evaluation
+from tasks.events import say, without_tracebacks
+from tasks.gates import judge
+from tasks.run import Run, new_run_id, now, recorded
+from tasks.watch import watched
+
+without_tracebacks()
+
+
+@flow(name="rlhf-retrain", flow_run_name="retrain {config.publish.name}", persist_result=False)
+def rlhf_retrain(
+    config: PipelineConfig = PipelineConfig(),  # noqa: B008 (frozen)
+    gates: Gates = Gates(),  # noqa: B008 (frozen)
+    preset: Preset | None = None,
+    force: bool = False,
+) -> State[Any]:
+    """Trains when data, model or settings are new, and publishes what passes the gates.
+
+    Args:
+        config: settings of the pipeline.
+        gates: what the new model must reach, on its own and against the published one.
+        preset: settings to start from; what differs from the defaults in config lies over them.
+        force: train also when nothing is new.
+    """
+    began = time.monotonic()
+    config = over_preset(preset, config)
+    log = get_run_logger()
+    flow_run = runtime.flow_run.id
+    run = Run(
+        config, new_run_id(flow_run, runtime.flow_run.scheduled_start_time), flow_run=flow_run
+    )
+    state = _source_state(config)
+    path = f"retrain/{config.publish.name}.json"
+    last = run.store.read_record(path) or {}
+    if last.get("state") == state and not force:
+        text = f"no new data since {last.get('time')} ({time.monotonic() - began:.1f} s)"
+        say(log, "note", "retrain", text)
+        return Completed(name="NothingNew", message=text)
+    with watched():
+        tasks.preflight(config)
+        with recorded(run):
+            for stage in pipeline(run):
+                if stage == "evaluate":
+                    break
+            verdict = _compare(run, gates)
+            if not verdict["failed"]:
+                tasks.publish(run, run.stages["ppo"].digest, run.stages["evaluate"].digest)
+            tasks.report(run)
+            create_markdown_artifact(
+                verdict["markdown"], key="promotion", description=verdict["text"]
+            )
+    # Written last: a run that died in the middle is done again.
+    run.store.write_record(
+        path,
+        {"state": state, "time": now(), "run": run.id, "promoted": not verdict["failed"]},
+    )
+    say(log, "note", "retrain", verdict["text"])
+    name = "Rejected" if verdict["failed"] else "Promoted"
+    return Completed(name=name, message=verdict["text"], data=run.summary())
+
+
+def _source_state(config: PipelineConfig) -> str:
+    """A digest of the settings and of everything that they read."""
+    parts = {
+        "config": config.model_dump(mode="json", exclude={"resources", "launcher", "name"}),
+        "model": model_fingerprint(config.model.source, config.model.revision),
+        "data": {name: data_fingerprint(settings) for _, name, settings in data_sets(config)},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _compare(run: Run, gates: Gates) -> dict[str, Any]:
+    """The challenger against the gates, and against the champion where there is one."""
+    challenger = run.stages["ppo"]
+    evaluation = read_evaluation(run.store, run.stages["evaluate"].digest)
+    champion = tasks.champion(run)
+    comparison = None
+    if champion is not None and champion != challenger.digest:
+        result = tasks.compare(run, champion)
+        comparison = read_evaluation(run.store, result.digest)
+    return judge(gates, evaluation, comparison)

@@ -1,0 +1,290 @@
+"""The `work_pool` launcher: a stage's job as a flow run of its own, on a worker with GPUs.
+
+Parent and worker share the store and the Prefect server, nothing else. A flow run is found again by
+a tag with the job's key: a parent that was killed and is retried goes on with the child that still
+lives, and two pipelines that need the same result wait for one child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
+
+import httpx
+from prefect import runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterTags,
+    LogFilter,
+    LogFilterFlowRunId,
+    LogFilterTimestamp,
+)
+from prefect.client.schemas.sorting import FlowRunSort, LogSort
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling
+
+from rlhf_core.errors import ConfigError, JobFailed
+from rlhf_core.jobs import Job, WorkPoolLauncher
+from rlhf_core.store import open_store
+from tasks.events import parse_progress
+from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
+from tasks.launchers.failures import category_of
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun, State
+
+POLL_SECONDS = 2.0
+WAIT_SAID_EVERY = 60.0  # seconds between two messages about what is waited for
+SERVER_PATIENCE = 900.0  # seconds without the server before a stage gives up
+OTHERS = 3  # children of other pipelines that are waited for before one's own is started
+LATE = timedelta(seconds=10)  # a log line may reach the server this long after a younger one
+
+Answer = TypeVar("Answer")
+
+
+class WorkPool:
+    """Runs a launch on a worker of the deployment's work pool, and waits for it."""
+
+    def __init__(self, settings: WorkPoolLauncher) -> None:
+        self.settings = settings
+        self._client = get_client(sync_client=True)
+
+    def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:
+        """See `Launcher.run`. If the caller is interrupted, the child is cancelled."""
+        key = shared_key(launch.jobs.values())
+        for _ in range(OTHERS):
+            child, own = self._find_or_start(key, launch)
+            on_line(f"flow run {child.name} ({child.id}){'' if own else ', started earlier'}")
+            state = self._follow(child.id, on_line, on_progress)
+            if (outcomes := _outcomes(launch)) is not None:
+                return outcomes
+            if not (state.is_cancelled() and not own):
+                raise _failure(launch.name, child, state)
+            on_line("another pipeline cancelled it; starting anew")
+        raise JobFailed(f"{launch.name} failed: cancelled {OTHERS} times by other pipelines")
+
+    # ------------------------------------------------------------------ start
+
+    def _find_or_start(self, key: str, launch: Launch) -> tuple[FlowRun, bool]:
+        """The living child of this job, or a new one; and whether it is this run's own.
+
+        The server refuses to make two children of one idempotency key, so that parents who look at
+        the same moment get the same child.
+        """
+        earlier = self._ask(lambda: self._children(key))
+        parent = runtime.flow_run.id or ""
+        for child in earlier:
+            if child.state is not None and not child.state.is_final() and not _ending(child):
+                return child, _parent_of(child) == parent
+        try:
+            deployment = self._ask(
+                lambda: self._client.read_deployment_by_name(self.settings.deployment)
+            )
+        except ObjectNotFound:
+            raise ConfigError(
+                f"launcher.deployment {self.settings.deployment!r} is not known to the Prefect "
+                "server: deploy it (`make up`, or `prefect deploy --all --prefect-file "
+                "deployments/prefect.yaml`), or set launcher.type to local."
+            ) from None
+        parameters = {
+            "stage": launch.name,
+            "jobs": [job.model_dump(mode="json") for job in launch.jobs.values()],
+            "store": launch.store,
+            "pipeline": parent or None,
+        }
+        child = self._ask(
+            lambda: self._client.create_flow_run_from_deployment(
+                deployment.id,
+                parameters=parameters,
+                name=f"{launch.name} of {runtime.flow_run.name or 'a pipeline'}",
+                tags=[f"job:{key}", f"stage:{launch.name}", f"parent:{parent}"],
+                idempotency_key=f"{key}:{len(earlier)}",
+                parent_task_run_id=_task_run_id(),
+            )
+        )
+        return child, _parent_of(child) == parent
+
+    def _children(self, key: str) -> list[FlowRun]:
+        return self._client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[f"job:{key}"])),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=200,
+        )
+
+    # ------------------------------------------------------------------ follow
+
+    def _follow(self, child: UUID, on_line: LineSink, on_progress: ProgressSink) -> State[Any]:
+        """Wait for the end; pass on lines and progress meanwhile."""
+        logs = _Logs(child)
+        waits = _Waiting(self.settings, on_line)
+        try:
+            while True:
+                run = self._ask(lambda: self._client.read_flow_run(child))
+                for message in self._ask(lambda: logs.new(self._client)):
+                    progress = parse_progress(message)
+                    if progress is None:
+                        on_line(message)
+                    else:
+                        on_progress(progress)
+                state = run.state
+                assert state is not None
+                if state.is_final():
+                    return state
+                if state.is_scheduled() or state.is_pending():
+                    waits.look(self._client, run)
+                time.sleep(POLL_SECONDS)
+        except BaseException as stop:
+            # Cancelled, or out of patience: the child must not go on alone.
+            on_line("cancelling the flow run of this stage")
+            self._cancel(child, stop)
+            raise
+
+    def _cancel(self, child: UUID, reason: BaseException) -> None:
+        message = f"the pipeline was stopped ({type(reason).__name__})"
+        try:
+            self._client.set_flow_run_state(child, Cancelling(message=message), force=False)
+        except Exception as error:  # the child watches its parent, and ends by itself
+            print(f"WARNING: flow run {child} could not be cancelled: {error}", flush=True)
+
+    def _ask(self, call: Callable[[], Answer]) -> Answer:
+        """The server's answer; a server that is away for a while is waited for."""
+        began = time.monotonic()
+        while True:
+            try:
+                return call()
+            except ObjectNotFound:
+                raise
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code < 500:
+                    raise
+                problem: Exception = error
+            except httpx.HTTPError as error:
+                problem = error
+            if time.monotonic() - began > SERVER_PATIENCE:
+                raise JobFailed(
+                    f"the Prefect server did not answer for {SERVER_PATIENCE:.0f} s: {problem}",
+                    category="lost",
+                ) from problem
+            time.sleep(POLL_SECONDS)
+
+
+class _Logs:
+    """A flow run's log messages, each once, also those that come late."""
+
+    def __init__(self, flow_run: UUID) -> None:
+        self.flow_run = flow_run
+        self._seen: set[UUID] = set()
+        self._newest: datetime | None = None
+
+    def new(self, client: Any) -> list[str]:
+        after = None if self._newest is None else self._newest - LATE
+        found = []
+        offset = 0
+        while True:
+            page = client.read_logs(
+                log_filter=LogFilter(
+                    flow_run_id=LogFilterFlowRunId(any_=[self.flow_run]),
+                    timestamp=LogFilterTimestamp(after_=after) if after else None,
+                ),
+                sort=LogSort.TIMESTAMP_ASC,
+                limit=200,
+                offset=offset,
+            )
+            for log in page:
+                if log.id not in self._seen:
+                    self._seen.add(log.id)
+                    self._newest = max(filter(None, (self._newest, log.timestamp)))
+                    found.append(log.message)
+            if len(page) < 200:
+                return found
+            offset += len(page)
+
+
+class _Waiting:
+    """Says what a flow run that has not started waits for."""
+
+    def __init__(self, settings: WorkPoolLauncher, on_line: LineSink) -> None:
+        self.settings, self.on_line = settings, on_line
+        self.began = time.monotonic()
+        self.said = self.began - WAIT_SAID_EVERY + 10  # not before ten seconds have gone
+
+    def look(self, client: Any, run: FlowRun) -> None:
+        now = time.monotonic()
+        if now - self.began > self.settings.queue_timeout:
+            raise JobFailed(
+                f"no slot of work pool {run.work_pool_name} became free within "
+                f"launcher.queue_timeout, {self.settings.queue_timeout} s: start more workers, or "
+                "raise it.",
+                category="queue",
+            )
+        if now - self.said < WAIT_SAID_EVERY:
+            return
+        self.said = now
+        with contextlib.suppress(httpx.HTTPError):
+            self.on_line(f"waiting: {why_it_waits(client, run)}")
+
+
+def why_it_waits(client: Any, run: FlowRun) -> str:
+    """What a scheduled flow run waits for, for people."""
+    pool = run.work_pool_name or ""
+    workers = [w for w in client.read_workers_for_work_pool(pool) if w.status == "ONLINE"]
+    if not workers:
+        return f"no worker of pool {pool} is online; start one: prefect worker start --pool {pool}"
+    busy = client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate(
+            {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
+        ),
+        limit=100,
+    )
+    names = [r.name for r in busy if r.work_pool_name == pool and r.id != run.id]
+    return (
+        f"pool {pool} with {len(workers)} worker{'s' if len(workers) > 1 else ''} is busy with "
+        f"{', '.join(names) or 'nothing; it starts within seconds'}"
+    )
+
+
+# --------------------------------------------------------------------------- small things
+
+
+def shared_key(jobs: Iterable[Job]) -> str:
+    """One key for jobs that run in one process group: 32 hexadecimal digits."""
+    return hashlib.sha256(" ".join(job.key() for job in jobs).encode()).hexdigest()[:32]
+
+
+def _task_run_id() -> UUID | None:
+    text = runtime.task_run.id
+    return UUID(str(text)) if text else None
+
+
+def _parent_of(child: FlowRun) -> str:
+    return next((t.removeprefix("parent:") for t in child.tags if t.startswith("parent:")), "")
+
+
+def _ending(child: FlowRun) -> bool:
+    return child.state is not None and child.state.is_cancelling()
+
+
+def _outcomes(launch: Launch) -> list[Outcome] | None:
+    """What the jobs left in the store, whoever ran them; None if one is missing."""
+    store = open_store(launch.store)
+    found = [(job, store.stage_result(job.key())) for job in launch.jobs.values()]
+    if any(artifact is None for _, artifact in found):
+        return None
+    return [Outcome(a.digest, a.kind, job.key()) for job, a in found if a is not None]
+
+
+def _failure(stage: str, child: FlowRun, state: State[Any]) -> JobFailed:
+    text = re.sub(rf"^{re.escape(stage)} failed: ", "", state.message or state.name or "")
+    where = f"Flow run: {child.name} ({child.id})"
+    if state.is_cancelled():
+        return JobFailed(f"{stage} failed: its flow run was cancelled\n{where}", "cancelled")
+    if state.is_crashed():
+        return JobFailed(f"{stage} failed: the worker or its process was lost\n{where}", "lost")
+    return JobFailed(f"{stage} failed: {text}\n{where}", category_of(state.name))
