@@ -15,9 +15,9 @@ from rlhf_core.machine import this_machine
 from rlhf_core.preflight_settings import check_placement
 from rlhf_core.store import open_store, rlhf_home
 from tasks.events import without_tracebacks
-from tasks.execute import Lines, Progress
 from tasks.launchers import Launch, LocalTorchrun
 from tasks.launchers.failures import state_name
+from tasks.progress import Lines, Progress
 from tasks.watch import watched
 
 without_tracebacks()

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from prefect import flow, runtime
+from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
+from prefect.states import Completed
 
 import tasks
+from flows import approval
 from rlhf_core.jobs import PipelineConfig
 from rlhf_core.presets import over_preset
 from tasks.events import say, without_tracebacks
@@ -27,7 +30,7 @@ def rlhf_pipeline(
     config: PipelineConfig = PipelineConfig(),  # noqa: B008 (frozen)
     until: Stage = "publish",
     preset: Preset | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | State[dict[str, Any]]:
     """Data, supervised fine-tuning, reward model, PPO, evaluation and publishing.
 
     A stage whose result is in the store already is reused, whoever made it.
@@ -46,6 +49,7 @@ def rlhf_pipeline(
         get_run_logger(), "run", "", f"run {run.id}, store {run.store.url}",
         id=run.id, name=config.name, store=run.store.url, url=runtime.flow_run.ui_url,
     )  # fmt: skip
+    approval.check(config)
     with watched():
         tasks.preflight(config)
         with recorded(run):
@@ -53,6 +57,9 @@ def rlhf_pipeline(
                 if stage == until:
                     break
             tasks.report(run)
+    if run.decision.get("decision") == "reject":
+        reason = run.decision.get("reason") or "no reason given"
+        return Completed(name="Rejected", message=f"not published: {reason}", data=run.summary())
     return run.summary()
 
 
@@ -83,5 +90,10 @@ def pipeline(run: Run) -> Iterator[Stage]:
     )
     yield "evaluate"
 
+    if run.config.publish.approval == "manual":
+        decision = approval.ask(run.config, tasks.render(run, has_curves=False))
+        run.decision = decision.model_dump()
+        if decision.decision == "reject":
+            return
     tasks.publish(run, policy.digest, evaluation.digest)
     yield "publish"

@@ -317,6 +317,10 @@ class PublishSettings(Settings):
 
     name: Slug = "chat-model"
     """Name under which the model is published and found by `rlhf chat`."""
+    approval: Literal["none", "manual"] = "none"
+    """manual: the run waits before publishing, with the report and a form on its page."""
+    approval_timeout: Annotated[int, Field(ge=10)] = 604_800
+    """Seconds that it waits for the decision before it fails."""
 
 
 class PipelineConfig(Settings):

@@ -1,7 +1,7 @@
 """Prefect tasks, one per stage, and the launchers that run their jobs. No torch in here."""
 
 from tasks.publish import publish
-from tasks.report import report
+from tasks.report import render, report
 from tasks.stages import (
     champion,
     compare,
@@ -25,6 +25,7 @@ __all__ = [
     "preflight",
     "prepare_data",
     "publish",
+    "render",
     "report",
     "reward",
     "sft",

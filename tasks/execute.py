@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from rlhf_core.errors import RETRYABLE, JobFailed
 from rlhf_core.jobs import Job
 from rlhf_core.store import Artifact
 from tasks.events import Log, headline, say, seconds
 from tasks.launchers import Launch, launcher_for
+from tasks.progress import Lines, Progress
 from tasks.run import Run, StageResult, elapsed
-
-PROGRESS_SECONDS = 3.0  # between two updates of the progress that people see
-
-STEP = re.compile(r"step \d+/\d+ ")
 
 _micro_batch_sizes: dict[str, int] = {}  # stage key -> size to try after running out of memory
 
@@ -133,58 +128,7 @@ def _with_micro_batch(job: Job, size: int) -> Job:
     return job.model_copy(update={"resources": placement})
 
 
-# --------------------------------------------------------------------------- progress and retries
-
-
-class Progress:
-    """Shows the newest metrics: as events, and as a Prefect progress artifact."""
-
-    def __init__(self, stage: str, log: Log) -> None:
-        self.stage, self.log = stage, log
-        self._first: tuple[float, int] | None = None
-        self._artifact: UUID | None = None
-        self._shown = 0.0
-
-    def __call__(self, line: dict[str, Any]) -> None:
-        step, total = int(line["step"]), int(line["total"])
-        when = time.monotonic()  # a resumed stage's first line is from before
-        if self._first is None:
-            self._first = (when, step)
-        left = None
-        if step > self._first[1]:
-            left = (when - self._first[0]) / (step - self._first[1]) * (total - step)
-        text = line.get("text") or f"step {step}/{total}  {headline(line)}"
-        if "text" in line:
-            pass  # another process has made it, with the time that is left
-        elif left is not None and step < total:
-            text += f"  {seconds(left)} left"
-        if time.monotonic() - self._shown >= PROGRESS_SECONDS or step == total:
-            self._shown = time.monotonic()
-            say(self.log, "progress", self.stage, text, step=step, total=total, left=left)
-            self._update(100.0 * step / max(1, total), text)
-
-    def _update(self, percent: float, text: str) -> None:
-        from prefect.artifacts import create_progress_artifact, update_progress_artifact
-
-        try:
-            if self._artifact is None:
-                key = f"progress-{self.stage}"
-                self._artifact = create_progress_artifact(percent, key=key, description=text)  # type: ignore[assignment]
-            else:
-                update_progress_artifact(self._artifact, percent, description=text)
-        except Exception as error:  # a server that is away must not end a training
-            self.log.warning("progress of %s not shown in Prefect: %s", self.stage, error)
-
-
-class Lines:
-    """The ranks' output; lines about steps are left to `Progress` (the log file has them all)."""
-
-    def __init__(self, stage: str, log: Log) -> None:
-        self.stage, self.log = stage, log
-
-    def __call__(self, line: str) -> None:
-        if not STEP.match(line):
-            say(self.log, "line", self.stage, line)
+# --------------------------------------------------------------------------- retries
 
 
 def worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:

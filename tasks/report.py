@@ -39,7 +39,11 @@ def report(run: Run) -> None:
     run.report = run.folder / "report.md"
     run.report.write_text(markdown, encoding="utf-8")
     (run.folder / "report.html").write_text(page(run.config.name, embedded), encoding="utf-8")
-    create_markdown_artifact(embedded, key="report", description=f"Report of run {run.id}")
+    create_markdown_artifact(
+        f"{embedded}\n## Lineage\n\n{lineage(run)}\n",
+        key="report",
+        description=f"Report of run {run.id}",
+    )
     say(get_run_logger(), "note", "report", f"{run.report} ({seconds(time.monotonic() - began)})")
 
 
@@ -59,6 +63,17 @@ def render(run: Run, has_curves: bool) -> str:
         if samples:
             parts += ["## Replies before and after", *map(_sample, samples)]
     return "\n\n".join(parts) + "\n"
+
+
+def lineage(run: Run) -> str:
+    """What was made from what, as a Mermaid graph (Prefect's pages draw it)."""
+    names = {result.digest: name for name, result in run.stages.items()}
+    lines = ["```mermaid", "flowchart LR"]
+    for name, result in run.stages.items():
+        lines.append(f'  {name}["{name}<br/>{result.ref}"]')
+        parents = run.store.get(result.digest).parents
+        lines += [f"  {names[p]} --> {name}" for p in dict.fromkeys(parents) if p in names]
+    return "\n".join([*lines, "```"])
 
 
 def _facts(run: Run) -> str:

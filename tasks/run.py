@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from prefect.exceptions import Pause
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import StoreError
@@ -58,6 +59,7 @@ class Run:
         self.stages: dict[str, StageResult] = {}
         self.model_folder: Path | None = None
         self.report: Path | None = None
+        self.decision: dict[str, Any] = {}  # of the person who approved or rejected it
         self._record: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -124,6 +126,9 @@ def recorded(run: Run) -> Iterator[Run]:
         yield run
     except Exception as error:
         run.finish("failed", error)
+        raise
+    except Pause:
+        run.save(state="waiting for approval")
         raise
     except BaseException:  # Ctrl-C, or Prefect's TerminationSignal
         run.finish("cancelled")

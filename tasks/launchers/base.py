@@ -13,7 +13,8 @@ LineSink = Callable[[str], None]
 """Takes one line of the ranks' output; called from a thread of the launcher."""
 
 ProgressSink = Callable[[dict[str, Any]], None]
-"""Takes the newest line of metrics.jsonl: step, total, time and the stage's metrics."""
+"""Takes the newest line of metrics.jsonl (step, total, time and the stage's metrics), and now and
+then {"usage": Markdown table of what the ranks use}."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.devices import reserved
 from tasks.launchers.failures import DeadRank, diagnose
 from tasks.launchers.processes import ProcessTree, die_with_parent
+from tasks.launchers.usage import table
 
 MODULE = "rlhf_core"  # run as `python -m MODULE FOLDER/job.json`; tests put a stand-in here
 POLL_SECONDS = 0.25
+USAGE_SECONDS = 10.0  # between two looks at what the ranks use
 LOOK_SECONDS = 2.0  # between two looks at the descendants
 # torchrun's own lines ("W1122 10:00:00.000000 4242 torch/distributed/..."); its report of a failed
 # rank starts with one of level E and runs to the end.
@@ -101,7 +103,7 @@ class LocalTorchrun:
         return [outcome for outcome in outcomes if outcome is not None]
 
     def _watch(self, tree: ProcessTree, tails: list[_Tail], on_progress: ProgressSink) -> None:
-        running, looked = True, 0.0
+        running, looked, asked = True, 0.0, time.monotonic()
         while running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 tree.process.wait(POLL_SECONDS)
@@ -109,6 +111,10 @@ class LocalTorchrun:
             if time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
                 tree.look()
+            if time.monotonic() - asked > USAGE_SECONDS:
+                asked = time.monotonic()
+                if usage := table(tree.living()):
+                    on_progress({"usage": usage})
             for tail in tails:
                 if (newest := tail.newest()) is not None:
                     on_progress(newest)

@@ -1,11 +1,19 @@
 """Presets: found, parsed, minimal; and what a wrong setting answers."""
 
+from typing import get_args
+
 import pytest
 from pydantic import BaseModel
 
 from rlhf_core.errors import ConfigError, PreflightError
 from rlhf_core.jobs import DataSettings, PipelineConfig, SampledPreferences
-from rlhf_core.presets import apply_overrides, build_config, load_preset, preset_names
+from rlhf_core.presets import (
+    apply_overrides,
+    build_config,
+    load_preset,
+    over_preset,
+    preset_names,
+)
 
 
 def problems(overrides, preset="smoke"):
@@ -201,3 +209,21 @@ def test_config_survives_the_way_through_json():
     for name in preset_names():
         config = build_config(name)
         assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_what_differs_from_the_defaults_lies_over_a_preset():
+    config = PipelineConfig.model_validate(
+        {"seed": 7, "ppo": {"kl_coef": 0.3}, "launcher": {"type": "work_pool"}}
+    )
+    found = over_preset("smoke", config)
+    smoke = build_config("smoke")
+    assert (found.seed, found.ppo.kl_coef, found.launcher.type) == (7, 0.3, "work_pool")
+    assert found.ppo.steps == smoke.ppo.steps != PipelineConfig().ppo.steps
+    assert over_preset("smoke", PipelineConfig()) == smoke
+    assert over_preset(None, config) is config
+
+
+def test_form_offers_every_preset():
+    from flows.rlhf import Preset
+
+    assert sorted(get_args(Preset)) == preset_names()

@@ -22,7 +22,7 @@ ERRORS = {"oom": OutOfMemory, "data": DataError, "store": StoreUnavailable, "con
 
 def behaviour(algorithm: str, folder: Path) -> str:
     plan_file = os.environ.get("STUB_PLAN")
-    if not plan_file:
+    if not plan_file or not Path(plan_file).exists():
         return "ok"
     plan = json.loads(Path(plan_file).read_text()).get(algorithm, ["ok"])
     attempt = folder.name.rpartition("-")[2]
@@ -44,6 +44,10 @@ def act(what: str, rank: int) -> None:
         if rank == 1:
             raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
         raise DataError("row 7 has no text")
+    if what == "silent_kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "slow":
+        time.sleep(4)
     if what == "silent":
         os._exit(3)
     if what in ("sleep", "stubborn"):

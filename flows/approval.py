@@ -1,0 +1,54 @@
+"""A person's word before a model is published (`publish.approval: manual`)."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from prefect import runtime
+from prefect.flow_runs import pause_flow_run, suspend_flow_run
+from prefect.input import RunInput
+
+from rlhf_core.errors import PreflightError
+from rlhf_core.jobs import PipelineConfig
+
+
+class Decision(RunInput):
+    """The form that the run's page shows."""
+
+    decision: Literal["approve", "reject"] = "approve"
+    """Publish the model, or end the run without."""
+    reason: str = ""
+    """Kept with the run."""
+
+
+def check(config: PipelineConfig) -> None:
+    """Refuse a run whose question nobody could answer.
+
+    Raises:
+        PreflightError: approval is manual and the Prefect server ends with the run.
+    """
+    if config.publish.approval == "manual" and not os.environ.get("PREFECT_API_URL"):
+        raise PreflightError(
+            [
+                "publish.approval is manual, but this run has a temporary Prefect server, whose "
+                "pages nobody can open; start a system with `make up`, or set it to none"
+            ]
+        )
+
+
+def ask(config: PipelineConfig, report: str) -> Decision:
+    """Wait for a person. On a worker the run's process ends meanwhile, and starts again after.
+
+    Args:
+        report: Markdown shown above the form.
+
+    Raises:
+        prefect.exceptions.Pause: the process has to end now; the run goes on when it is resumed.
+        prefect.exceptions.FlowPauseTimeout: nobody answered within publish.approval_timeout.
+    """
+    form = Decision.with_initial_data(description=report)
+    timeout = config.publish.approval_timeout
+    if runtime.deployment.id:
+        return suspend_flow_run(wait_for_input=form, timeout=timeout, key="approval")
+    return pause_flow_run(wait_for_input=form, timeout=timeout, poll_interval=3, key="approval")

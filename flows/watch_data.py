@@ -1,0 +1,48 @@
+"""Looks whether data has changed, and tells the server: the event that starts a retraining."""
+
+from __future__ import annotations
+
+import hashlib
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.events import emit_event
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+
+from rlhf_core.data.fingerprint import fingerprint
+from rlhf_core.jobs import DataSettings
+from rlhf_core.store import open_store
+from tasks.events import say, without_tracebacks
+from tasks.run import now
+
+NEW_DATA = "rlhf.data.new"
+"""The event; anyone may send it, see docs/operations.md."""
+
+without_tracebacks()
+
+
+@flow(name="rlhf-watch-data", flow_run_name="watch {source}", persist_result=False)
+def rlhf_watch_data(source: str, store: str | None = None) -> State[None]:
+    """Sends the event rlhf.data.new when files were added, changed or removed.
+
+    Args:
+        source: path, pattern or s3:// prefix, as in a data section's source.
+        store: URL of the artifact store, which remembers what was seen; empty: RLHF_STORE.
+    """
+    opened = open_store(store)
+    name = hashlib.sha256(source.encode()).hexdigest()[:16]
+    path = f"watched/{name}.json"
+    seen = (opened.read_record(path) or {}).get("fingerprint")
+    found = fingerprint(DataSettings(source=source))
+    if found == seen:
+        return Completed(name="NothingNew", message=f"{source} is as it was")
+    opened.write_record(path, {"source": source, "fingerprint": found, "time": now()})
+    if seen is None:
+        return Completed(message=f"{source} is watched from now on")
+    emit_event(
+        event=NEW_DATA,
+        resource={"prefect.resource.id": f"rlhf.data.{name}", "prefect.resource.name": source},
+    )
+    say(get_run_logger(), "note", "watch", f"{source} has changed")
+    return Completed(name="NewData", message=f"{source} has changed; sent {NEW_DATA}")

@@ -1,0 +1,153 @@
+"""One whole system, `rlhf up`, for all tests of this folder: servers, workers, deployments.
+
+Stages run for real, unless a test writes a plan for the stand-in (tests/tasks/stubs).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from flows.system import _free_ports
+
+ROOT = Path(__file__).parents[2]
+STUBS = ROOT / "tests/tasks/stubs"
+FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
+
+
+class System:
+    """A running system in a folder of its own; `api` is its REST interface."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = _free_ports(1)[0]
+        self.plan_file = folder / "plan.json"
+        self.pids = folder / "pids"
+        self.pids.mkdir()
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "RLHF_"))}
+        self.environment = {
+            **clean,
+            "RLHF_HOME": str(folder / "home"),
+            "STUB_PLAN": str(self.plan_file),
+            "STUB_PIDS": str(self.pids),
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/system/site"), str(STUBS)]),
+        }
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.api = httpx.Client(base_url=f"{self.url}/api", timeout=30)
+
+    def rlhf(self, *arguments: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", *arguments], cwd=self.folder,
+            env=self.environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    def plan(self, **behaviours: list[str]) -> None:
+        """Stages of runs that start from now on are stand-ins."""
+        for path in self.pids.iterdir():
+            path.unlink()
+        self.plan_file.write_text(json.dumps(behaviours))
+
+    def for_real(self) -> None:
+        self.plan_file.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------ the server
+
+    def get(self, path: str) -> Any:
+        answer = self.api.get(path)
+        answer.raise_for_status()
+        return answer.json()
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        answer = self.api.post(path, json=body or {})
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def submit(self, *overrides: str, preset: str = "smoke") -> str:
+        sets = [part for override in overrides for part in ("--set", override)]
+        return self.rlhf("submit", "--preset", preset, *sets).strip().rpartition("/")[2]
+
+    def run(self, run: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.get(f"/flow_runs/{run}")
+        return found
+
+    def wait(self, run: str, *states: str, seconds: float = 240) -> dict[str, Any]:
+        """Until the run's state type is one of `states` (any final one by default)."""
+        deadline = time.monotonic() + seconds
+        while True:
+            found = self.run(run)
+            if found["state_type"] in (states or FINAL):
+                return found
+            if found["state_type"] in FINAL or time.monotonic() > deadline:
+                raise AssertionError(f"{found['state']}\n" + "\n".join(self.logs(run)[-40:]))
+            time.sleep(0.5)
+
+    def logs(self, run: str) -> list[str]:
+        body = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+        lines = []
+        while page := self.post("/logs/filter", {**body, "offset": len(lines)}):
+            lines += [line["message"] for line in page]
+        return lines
+
+    def tasks(self, run: str) -> dict[str, dict[str, Any]]:
+        """Name of each task of a run -> its newest task run."""
+        body = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        return {t["name"]: t for t in self.post("/task_runs/filter", body)}
+
+    def children(self, run: str | None = None, stage: str | None = None) -> list[dict[str, Any]]:
+        """Flow runs of the gpu pool, oldest first."""
+        tags = [f"parent:{run}"] if run else []
+        tags += [f"stage:{stage}"] if stage else []
+        body = {
+            "flow_runs": {"tags": {"all_": tags}} if tags else {},
+            "flows": {"name": {"any_": ["rlhf-job"]}},
+            "sort": "START_TIME_ASC", "limit": 200,
+        }  # fmt: skip
+        return list(self.post("/flow_runs/filter", body))
+
+    # ------------------------------------------------------------------ processes
+
+    def processes(self, *words: str) -> list[psutil.Process]:
+        """Processes of this system whose command line has all the words."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                line = " ".join(process.cmdline())
+                home = process.environ().get("RLHF_HOME")
+            except psutil.Error:
+                continue
+            ours = home == self.environment["RLHF_HOME"]
+            if ours and process.pid != os.getpid() and all(word in line for word in words):
+                found.append(process)
+        return found
+
+    def ranks(self) -> list[psutil.Process]:
+        return [p for p in self.processes("job.json") if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="session")
+def system(tmp_path_factory):
+    found = System(tmp_path_factory.mktemp("a system"))
+    found.rlhf("up", "--port", str(found.port), "--s3-port", "0", "--slots", "2")
+    yield found
+    found.rlhf("down")
+    assert found.processes() == []
+
+
+def until(condition, seconds: float, what: str = "it"):
+    """The first true answer of `condition`."""
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"
+        time.sleep(0.3)
+    return answer
