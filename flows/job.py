@@ -23,7 +23,7 @@ from tasks.watch import watched
 without_tracebacks()
 
 
-@flow(name="rlhf-job", flow_run_name="{stage}", persist_result=False)
+@flow(name="rlhf-job", persist_result=False)
 def rlhf_job(
     stage: str, jobs: list[Job], store: str | None = None, pipeline: str | None = None
 ) -> State[Any]:

@@ -14,11 +14,11 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 import tasks
-from flows.rlhf import Preset, pipeline
+from flows.rlhf import pipeline
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
 from rlhf_core.jobs import Gates, PipelineConfig
 from rlhf_core.preflight_settings import data_sets
-from rlhf_core.presets import over_preset
+from rlhf_core.presets import resolve_preset
 from rlhf_core.source_id import fingerprint as model_fingerprint
 from tasks.evaluation import read_evaluation
 from tasks.events import say, without_tracebacks
@@ -33,7 +33,6 @@ without_tracebacks()
 def rlhf_retrain(
     config: PipelineConfig = PipelineConfig(),  # noqa: B008 (frozen)
     gates: Gates = Gates(),  # noqa: B008 (frozen)
-    preset: Preset | None = None,
     force: bool = False,
 ) -> State[Any]:
     """Trains when data, model or settings are new, and publishes what passes the gates.
@@ -41,11 +40,10 @@ def rlhf_retrain(
     Args:
         config: settings of the pipeline.
         gates: what the new model must reach, on its own and against the published one.
-        preset: settings to start from; what differs from the defaults in config lies over them.
         force: train also when nothing is new.
     """
     began = time.monotonic()
-    config = over_preset(preset, config)
+    config = resolve_preset(config)
     log = get_run_logger()
     flow_run = runtime.flow_run.id
     run = Run(

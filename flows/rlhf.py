@@ -13,14 +13,12 @@ from prefect.states import Completed
 import tasks
 from flows import approval
 from rlhf_core.jobs import PipelineConfig
-from rlhf_core.presets import over_preset
+from rlhf_core.presets import resolve_preset
 from tasks.events import say, without_tracebacks
 from tasks.run import Run, new_run_id, recorded
 from tasks.watch import watched
 
 Stage = Literal["model", "data", "sft", "label", "reward", "ppo", "evaluate", "publish"]
-
-Preset = Literal["smoke", "demo", "bloom-560m", "llama-7b"]
 
 without_tracebacks()
 
@@ -29,7 +27,6 @@ without_tracebacks()
 def rlhf_pipeline(
     config: PipelineConfig = PipelineConfig(),  # noqa: B008 (frozen)
     until: Stage = "publish",
-    preset: Preset | None = None,
 ) -> dict[str, Any] | State[dict[str, Any]]:
     """Data, supervised fine-tuning, reward model, PPO, evaluation and publishing.
 
@@ -38,9 +35,8 @@ def rlhf_pipeline(
     Args:
         config: all settings of the run.
         until: last stage to run.
-        preset: settings to start from; what differs from the defaults in config lies over them.
     """
-    config = over_preset(preset, config)
+    config = resolve_preset(config)
     flow_run = runtime.flow_run.id
     run = Run(
         config, new_run_id(flow_run, runtime.flow_run.scheduled_start_time), flow_run=flow_run

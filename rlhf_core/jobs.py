@@ -92,8 +92,8 @@ class ModelSettings(Settings):
     """The base language model."""
 
     source: str = "builtin:smollm2-135m-instruct"
-    """Hugging Face id, local folder, artifact:<digest>, builtin:smollm2-135m-instruct, or
-    random:<llama|qwen2|gpt2|opt|bloom> (a tiny untrained model for tests)."""
+    """Hugging Face id, local folder, artifact:DIGEST, builtin:smollm2-135m-instruct, or
+    random:NAME with llama, qwen2, gpt2, opt or bloom (a tiny untrained model for tests)."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     chat_template: Literal["auto", "chatml", "llama3", "alpaca", "vicuna", "plain"] = "auto"
@@ -326,6 +326,9 @@ class PublishSettings(Settings):
 class PipelineConfig(Settings):
     """Everything a run of the pipeline depends on. The defaults run on an empty machine."""
 
+    preset: Literal["none", "smoke", "demo", "bloom-560m", "llama-7b"] = "none"
+    """Settings to start from; what is set below to something else than its default lies over
+    them."""
     name: Slug = "rlhf"
     """Name of the run, shown in lists."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0

@@ -165,26 +165,28 @@ def build_config(
         PreflightError: settings are unknown or out of range; all of them in one list.
     """
     settings = dict(preset) if isinstance(preset, Mapping) else load_preset(preset)
-    settings = merge_resources(apply_overrides(settings, overrides))
+    settings = apply_overrides(settings, overrides)
+    if (base := settings.pop("preset", "none")) != "none":
+        settings = _lay_over(load_preset(str(base)), settings)
+    settings = merge_resources(settings)
     try:
         return PipelineConfig.model_validate(settings)
     except ValidationError as error:
         raise PreflightError(explain(error, PipelineConfig, settings)) from error
 
 
-def over_preset(preset: str | None, config: PipelineConfig) -> PipelineConfig:
-    """A preset with what differs from the defaults in `config` laid over it.
+def resolve_preset(config: PipelineConfig) -> PipelineConfig:
+    """The preset that a configuration names, with what differs from the defaults laid over it.
 
     A form sends every field, chosen or not: so it is the difference from the defaults that counts.
 
     Raises:
-        ConfigError: there is no such preset.
         PreflightError: the preset and the differences contradict each other.
     """
-    if preset is None:
+    if config.preset == "none":
         return config
     chosen = _difference(config.model_dump(mode="json"), PipelineConfig().model_dump(mode="json"))
-    return build_config(_lay_over(load_preset(preset), chosen))
+    return build_config(chosen)
 
 
 def _difference(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:

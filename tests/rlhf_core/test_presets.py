@@ -11,8 +11,8 @@ from rlhf_core.presets import (
     apply_overrides,
     build_config,
     load_preset,
-    over_preset,
     preset_names,
+    resolve_preset,
 )
 
 
@@ -213,17 +213,23 @@ def test_config_survives_the_way_through_json():
 
 def test_what_differs_from_the_defaults_lies_over_a_preset():
     config = PipelineConfig.model_validate(
-        {"seed": 7, "ppo": {"kl_coef": 0.3}, "launcher": {"type": "work_pool"}}
+        {"preset": "smoke", "seed": 7, "ppo": {"kl_coef": 0.3}, "launcher": {"type": "work_pool"}}
     )
-    found = over_preset("smoke", config)
+    found = resolve_preset(config)
     smoke = build_config("smoke")
     assert (found.seed, found.ppo.kl_coef, found.launcher.type) == (7, 0.3, "work_pool")
     assert found.ppo.steps == smoke.ppo.steps != PipelineConfig().ppo.steps
-    assert over_preset("smoke", PipelineConfig()) == smoke
-    assert over_preset(None, config) is config
+    assert found.preset == "none"  # it is not applied twice
+    assert resolve_preset(PipelineConfig(preset="smoke")) == smoke
+    assert resolve_preset(found) is found
+
+
+def test_settings_file_may_name_a_preset(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: smoke\nppo: { kl_coef: 0.3 }\n")
+    assert build_config(path) == build_config("smoke", ["ppo.kl_coef=0.3"])
 
 
 def test_form_offers_every_preset():
-    from flows.rlhf import Preset
-
-    assert sorted(get_args(Preset)) == preset_names()
+    offered = get_args(PipelineConfig.model_fields["preset"].annotation)
+    assert sorted(offered) == sorted(["none", *preset_names()])

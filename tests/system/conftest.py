@@ -39,7 +39,7 @@ class System:
             "RLHF_HOME": str(folder / "home"),
             "STUB_PLAN": str(self.plan_file),
             "STUB_PIDS": str(self.pids),
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/system/site"), str(STUBS)]),
+            "PYTHONPATH": os.pathsep.join(map(str, [ROOT / "tests/system/site", STUBS, ROOT])),
         }
         self.url = f"http://127.0.0.1:{self.port}"
         self.api = httpx.Client(base_url=f"{self.url}/api", timeout=30)

@@ -82,7 +82,9 @@ def test_failed_run_is_retried_and_goes_on(system):
 def test_cancelled_run_leaves_no_process(system):
     system.plan(sft=["stubborn"])
     run = system.submit("seed=105")
-    ranks = until(system.ranks, 90, "the stage")
+    until(lambda: list(system.pids.iterdir()), 90, "the stage")
+    ranks = system.ranks()
+    assert ranks
     began = time.monotonic()
     record = next(x for x in system.rlhf("runs").splitlines() if run[:8] in x).split()[0]
     assert system.rlhf("cancel", record).strip() == "Cancelled"
