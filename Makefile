@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-demo check lint fast lock docs clean
+.PHONY: help setup demo smoke up down test test-system test-demo check lint fast lock docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,7 +41,10 @@ down: $(STAMP)  ## end what `make up` started
 	@$(BIN)/rlhf down
 
 test: $(STAMP)  ## all tests
-	@$(BIN)/python -m pytest -q -m "not demo"
+	@$(BIN)/python -m pytest -q -m "not demo and not system"
+
+test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
+	@$(BIN)/python -m pytest -q tests/system
 
 fast: $(STAMP)  ## the tests that need no server and no ranks
 	@$(BIN)/python -m pytest -q -m "not slow and not demo"

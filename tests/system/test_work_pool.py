@@ -106,7 +106,7 @@ def test_two_pipelines_train_what_they_share_once(system):
 
 def test_ten_pipelines_on_two_slots_never_run_more_than_two_jobs(system):
     system.plan(sft=["slow"])
-    runs = [system.submit(f"seed={110 + i}", "model.chat_template=chatml") for i in range(10)]
+    runs = [system.submit("seed=107", f"ppo.kl_coef={0.1 + i / 100}") for i in range(10)]
     most = 0
     while any(system.run(run)["state_type"] not in ("COMPLETED", "FAILED") for run in runs):
         children = system.children()
@@ -115,3 +115,7 @@ def test_ten_pipelines_on_two_slots_never_run_more_than_two_jobs(system):
         time.sleep(1)
     assert [system.run(run)["state_type"] for run in runs] == ["COMPLETED"] * 10
     assert most == 2
+    of_these = [c for run in runs for c in system.children(run)]
+    stages = [t for c in of_these for t in c["tags"] if t.startswith("stage:")]
+    assert stages.count("stage:sft") == 1, "equal inputs are trained once"
+    assert stages.count("stage:ppo") == 10

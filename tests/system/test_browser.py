@@ -1,0 +1,128 @@
+"""What people click, in a real Chromium against the real server."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+from tests.system.conftest import until
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.system,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+]
+
+
+@pytest.fixture
+def page(tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        found = browser.new_page(viewport={"width": 1400, "height": 1300})
+        found.set_default_timeout(20_000)
+        yield found
+        found.screenshot(path=tmp_path / "last.png")
+        browser.close()
+
+
+def field(page, label):
+    """The innermost part of the form with this label."""
+    title = page.locator("> .p-label__header .schema-form-property__label", has_text=label)
+    return page.locator(".schema-form-property").filter(has=title).first
+
+
+def choose(page, label, option):
+    button = field(page, label).locator("button.p-select-button__control")
+    button.focus()
+    page.keyboard.press("ArrowDown")
+    exactly = re.compile(rf"^{re.escape(option)}$")
+    page.locator(".p-select-option__text").filter(has_text=exactly).click()
+    assert button.inner_text() == option
+
+
+def open_form(system, page):
+    deployment = system.get("/deployments/name/rlhf-pipeline/rlhf")["id"]
+    page.goto(f"{system.url}/deployments/deployment/{deployment}/run")
+    field(page, "Preset (Optional)").wait_for()
+    page.wait_for_timeout(1500)  # the form fills itself with the defaults
+
+
+def runs(system):
+    body = {"flows": {"name": {"any_": ["rlhf-pipeline"]}}, "sort": "EXPECTED_START_TIME_DESC"}
+    return system.post("/flow_runs/filter", body)
+
+
+def test_wrong_value_is_refused_by_the_form_with_its_name(system, page):
+    before = len(runs(system))
+    open_form(system, page)
+    choose(page, "Preset", "smoke")
+    field(page, "Seed (Optional)").locator("input").fill("-4")
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_text(
+        re.compile("less than the minimum|greater than or equal|minimum")
+    ).first.wait_for()
+    assert "/run" in page.url
+    assert len(runs(system)) == before
+
+
+def test_wrong_value_is_refused_by_the_api_with_its_path(system):
+    deployment = system.get("/deployments/name/rlhf-pipeline/rlhf")["id"]
+    answer = system.api.post(
+        f"/deployments/{deployment}/create_flow_run",
+        json={"parameters": {"config": {"ppo": {"clip_range": 7}}}},
+    )
+    assert answer.status_code in (409, 422)
+    assert "clip_range" in answer.text
+
+
+def test_smoke_run_from_the_form_to_the_report(system, page):
+    """Real ranks on real data."""
+    system.for_real()
+    open_form(system, page)
+    choose(page, "Preset", "smoke")
+    page.get_by_role("button", name="Submit").click()
+    run = until(lambda: next((r for r in runs(system) if r["parameters"]["config"].get(
+        "preset") == "smoke"), None), 30)["id"]  # fmt: skip
+    page.goto(f"{system.url}/runs/flow-run/{run}")
+    page.get_by_text("Running").first.wait_for(timeout=60_000)
+    system.wait(run, "COMPLETED", seconds=280)
+    page.get_by_text("Completed").first.wait_for(timeout=30_000)
+    names = {name: t["state_name"] for name, t in system.tasks(run).items()}
+    assert {"model", "data", "sft", "label", "reward", "ppo", "evaluate", "publish"} <= set(names)
+
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text("report", exact=True).first.click()
+    page.get_by_text("Replies before and after").first.wait_for()
+    curves = page.locator("img[src^='data:image/png']").first
+    assert curves.evaluate("image => image.complete && image.naturalWidth > 300")
+    page.get_by_text("Lineage").first.wait_for()
+
+
+def test_retry_is_clicked_and_only_what_failed_runs(system, page):
+    system.plan(ppo=["data"])
+    run = system.submit("seed=201")
+    system.wait(run, "FAILED")
+    before = {c["id"]: c["end_time"] for c in system.children(run)}
+    system.plan()
+    page.goto(f"{system.url}/runs/flow-run/{run}")
+    page.get_by_role("button", name="Retry").first.click()
+    dialog = page.get_by_role("dialog")
+    if dialog.count():
+        dialog.get_by_role("button", name="Retry").click()
+    else:
+        page.get_by_role("button", name="Retry").last.click()
+    until(lambda: system.run(run)["run_count"] == 2, 60, "the second attempt")
+    system.wait(run, "COMPLETED")
+    after = {c["id"]: c["end_time"] for c in system.children(run)}
+    assert before.items() <= after.items()
+    tasks = system.tasks(run)
+    assert {tasks[s]["state_name"] for s in ("model", "data", "sft", "label", "reward")} == {
+        "Cached"
+    }
