@@ -42,8 +42,15 @@ def choose(page, label, option):
     button = field(page, label).locator("button.p-select-button__control")
     button.focus()
     page.keyboard.press("ArrowDown")
-    exactly = re.compile(rf"^{re.escape(option)}$")
-    page.locator(".p-select-option__text").filter(has_text=exactly).click()
+    highlighted = page.locator(".p-select-option--highlighted")
+    highlighted.wait_for()
+    for _ in range(20):
+        if highlighted.inner_text().strip() == option:
+            break
+        page.keyboard.press("ArrowDown")
+        page.wait_for_timeout(100)
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(300)
     assert button.inner_text() == option
 
 
