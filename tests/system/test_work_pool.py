@@ -95,7 +95,7 @@ def test_cancelled_run_leaves_no_process(system):
 
 
 def test_two_pipelines_train_what_they_share_once(system):
-    system.plan(sft=["slow"])
+    system.plan(sft=["wait:4"])
     first, second = (system.submit("seed=106", f"name=twin-{i}") for i in (1, 2))
     for run in (first, second):
         system.wait(run, "COMPLETED")
@@ -105,7 +105,7 @@ def test_two_pipelines_train_what_they_share_once(system):
 
 
 def test_ten_pipelines_on_two_slots_never_run_more_than_two_jobs(system):
-    system.plan(sft=["slow"])
+    system.plan(sft=["wait:4"])
     runs = [system.submit("seed=107", f"ppo.kl_coef={0.1 + i / 100}") for i in range(10)]
     most = 0
     while any(system.run(run)["state_type"] not in ("COMPLETED", "FAILED") for run in runs):

@@ -46,8 +46,9 @@ def act(what: str, rank: int) -> None:
         raise DataError("row 7 has no text")
     if what == "silent_kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if what == "slow":
-        time.sleep(4)
+    if what.startswith("wait:"):  # and go on
+        Path(os.environ["STUB_PIDS"]).joinpath(str(os.getpid())).touch()
+        time.sleep(float(what.removeprefix("wait:")))
     if what == "silent":
         os._exit(3)
     if what in ("sleep", "stubborn"):
