@@ -39,7 +39,7 @@ KEPT_IN_STORE = ("scratch", "checkpoint", "resume")  # big, and what counts of i
 class LocalTorchrun:
     """Runs a launch on this machine; torchrun stays in the flow's process group."""
 
-    def __init__(self, patience: float = 20.0) -> None:
+    def __init__(self, patience: float = 10.0) -> None:
         self.patience = patience
 
     def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:

@@ -60,8 +60,8 @@ class WorkPool:
         """See `Launcher.run`. If the caller is interrupted, the child is cancelled."""
         key = shared_key(launch.jobs.values())
         for _ in range(OTHERS):
-            child, own = self._find_or_start(key, launch)
-            on_line(f"flow run {child.name} ({child.id}){'' if own else ', started earlier'}")
+            child, own, new = self._find_or_start(key, launch)
+            on_line(f"flow run {child.name} ({child.id}){'' if new else ', started earlier'}")
             state = self._follow(child.id, on_line, on_progress)
             if (outcomes := _outcomes(launch)) is not None:
                 return outcomes
@@ -72,8 +72,8 @@ class WorkPool:
 
     # ------------------------------------------------------------------ start
 
-    def _find_or_start(self, key: str, launch: Launch) -> tuple[FlowRun, bool]:
-        """The living child of this job, or a new one; and whether it is this run's own.
+    def _find_or_start(self, key: str, launch: Launch) -> tuple[FlowRun, bool, bool]:
+        """The living child of this job, or a new one; whether it is this run's own, and new.
 
         The server refuses to make two children of one idempotency key, so that parents who look at
         the same moment get the same child.
@@ -82,7 +82,7 @@ class WorkPool:
         parent = runtime.flow_run.id or ""
         for child in earlier:
             if child.state is not None and not child.state.is_final() and not _ending(child):
-                return child, _parent_of(child) == parent
+                return child, _parent_of(child) == parent, False
         try:
             deployment = self._ask(
                 lambda: self._client.read_deployment_by_name(self.settings.deployment)
@@ -109,7 +109,8 @@ class WorkPool:
                 parent_task_run_id=_task_run_id(),
             )
         )
-        return child, _parent_of(child) == parent
+        own = _parent_of(child) == parent  # another pipeline may have been faster
+        return child, own, own
 
     def _children(self, key: str) -> list[FlowRun]:
         return self._client.read_flow_runs(
