@@ -104,7 +104,7 @@ def test_smoke_run_from_the_form_to_the_report(system, page):
     names = {name: t["state_name"] for name, t in system.tasks(run).items()}
     assert {"model", "data", "sft", "label", "reward", "ppo", "evaluate", "publish"} <= set(names)
 
-    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text("Artifacts", exact=True).first.click()
     page.get_by_text("report", exact=True).first.click()
     page.get_by_text("Replies before and after").first.wait_for()
     curves = page.locator("img[src^='data:image/png']").first
