@@ -13,10 +13,9 @@ from prefect.client.orchestration import get_client
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 
-HEARTBEAT_SECONDS = 30
-"""How often a run says that it lives (PREFECT_FLOWS_HEARTBEAT_FREQUENCY of every worker)."""
 SILENCE_SECONDS = 90
-"""A run that says nothing for so long is dead; three heartbeats, so that a busy one is not."""
+"""A run that says nothing for so long is dead; three heartbeats of a worker with
+PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30, so that a busy one is not."""
 
 
 def lost_runs() -> AutomationCore:

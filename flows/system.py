@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -201,7 +200,7 @@ class Supervisor:
             while True:
                 time.sleep(2)
                 self._look_after()
-        except (Exception, subprocess.SubprocessError) as error:
+        except Exception as error:
             self.system.phase, self.system.error = "failed", f"{error}"
             self._write()
             raise
@@ -363,8 +362,6 @@ def _free_ports(count: int) -> list[int]:
 
 def _bucket_problem(environment: Mapping[str, str]) -> str | None:
     """Why the bucket cannot be used yet."""
-    with contextlib.suppress(OSError):
-        urllib.request.urlopen(environment["RLHF_STORE_ENDPOINT"], timeout=2)
     code = "from rlhf_core.store import open_store; open_store().check()"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment, "RLHF_STORE_RETRIES": "0"},

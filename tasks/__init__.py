@@ -1,9 +1,8 @@
 """Prefect tasks, one per stage, and the launchers that run their jobs. No torch in here."""
 
-from tasks.publish import publish
+from tasks.publish import champion, publish
 from tasks.report import render, report
 from tasks.stages import (
-    champion,
     compare,
     evaluate,
     import_model,

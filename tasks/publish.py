@@ -12,6 +12,7 @@ import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from prefect.logging import get_run_logger
 
@@ -88,8 +89,7 @@ def make_artifact(run: Run, name: str, policy: str, evaluation: str) -> Artifact
 
 def record_model(store: Store, name: str, artifact: Artifact, run_id: str) -> None:
     """Make an artifact the newest model of that name, unless it is that already."""
-    records = store.list_records(f"models/{name}/")
-    newest = store.read_record(records[-1]) if records else None
+    newest = newest_record(store, name)
     if newest is not None and newest.get("digest") == artifact.digest:
         return
     stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z"
@@ -97,6 +97,21 @@ def record_model(store: Store, name: str, artifact: Artifact, run_id: str) -> No
         f"models/{name}/{stamp}-{artifact.digest[:12]}.json",
         {"name": name, "digest": artifact.digest, "run": run_id, "time": stamp},
     )
+
+
+def newest_record(store: Store, name: str) -> dict[str, Any] | None:
+    """The record of the newest model of that name."""
+    records = store.list_records(f"models/{name}/")
+    return store.read_record(records[-1]) if records else None
+
+
+def champion(run: Run) -> str | None:
+    """Digest of the policy that is published under the run's name now."""
+    newest = newest_record(run.store, run.config.publish.name)
+    if newest is None:
+        return None
+    policy = run.store.get(newest["digest"]).metadata.get("policy")
+    return str(policy) if policy else None
 
 
 def materialise(store: Store, artifact: Artifact, folder: Path) -> Path:

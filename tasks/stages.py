@@ -178,18 +178,10 @@ def evaluate(
     run: Run, base: str, sft: str, policy: str, reward_model: str, prompts: str, sft_data: str
 ) -> StageResult:
     """Base, SFT and aligned model on held-out prompts."""
-    settings = trained(run, run.config.evaluate)
-    settings["max_new_tokens"] = settings["max_new_tokens"] or run.config.ppo.max_new_tokens
-    job = EvaluateJob(
-        **settings,
-        base=base,
-        sft=sft,
-        policy=policy,
-        reward_model=reward_model,
-        prompts=prompts,
-        sft_data=sft_data,
-    )
-    return run_one(run, "evaluate", job)
+    return run_evaluation(
+        run, "evaluate", base=base, sft=sft, policy=policy, reward_model=reward_model,
+        prompts=prompts, sft_data=sft_data,
+    )  # fmt: skip
 
 
 @stage("compare")
@@ -200,28 +192,17 @@ def compare(run: Run, champion: str) -> StageResult:
         champion: digest of the published model's policy; it stands where SFT stands otherwise.
     """
     done = {name: result.digest for name, result in run.stages.items()}
+    return run_evaluation(
+        run, "compare", base=done["model"], sft=champion, policy=done["ppo"],
+        reward_model=done["reward"], prompts=done["data-prompts"], sft_data=done["data-sft"],
+    )  # fmt: skip
+
+
+def run_evaluation(run: Run, name: str, **inputs: str) -> StageResult:
+    """The result of an evaluation of three models, given by their digests."""
     settings = trained(run, run.config.evaluate)
     settings["max_new_tokens"] = settings["max_new_tokens"] or run.config.ppo.max_new_tokens
-    job = EvaluateJob(
-        **settings,
-        base=done["model"],
-        sft=champion,
-        policy=done["ppo"],
-        reward_model=done["reward"],
-        prompts=done["data-prompts"],
-        sft_data=done["data-sft"],
-    )
-    return run_one(run, "compare", job)
-
-
-def champion(run: Run) -> str | None:
-    """Digest of the policy that is published under the run's name now."""
-    records = run.store.list_records(f"models/{run.config.publish.name}/")
-    newest = run.store.read_record(records[-1]) if records else None
-    if newest is None:
-        return None
-    policy = run.store.get(newest["digest"]).metadata.get("policy")
-    return str(policy) if policy else None
+    return run_one(run, name, EvaluateJob(**settings, **inputs))
 
 
 def run_one(run: Run, name: str, job: Job) -> StageResult:

@@ -144,6 +144,14 @@ def system(tmp_path_factory):
     assert found.processes() == []
 
 
+@pytest.fixture
+def stand_ins(system):
+    """Every stage is a stand-in that succeeds, unless the test plans something else."""
+    system.plan()
+    yield
+    system.plan()
+
+
 def until(condition, seconds: float, what: str = "it"):
     """The first true answer of `condition`."""
     deadline = time.monotonic() + seconds

@@ -9,14 +9,11 @@ import pytest
 
 from tests.system.conftest import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.system]
-
-
-@pytest.fixture(autouse=True)
-def stand_ins(system):
-    system.plan()
-    yield
-    system.plan()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.system,
+    pytest.mark.usefixtures("stand_ins"),
+]
 
 
 def started(system):

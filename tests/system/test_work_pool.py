@@ -6,16 +6,13 @@ import pytest
 
 from tests.system.conftest import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.system]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.system,
+    pytest.mark.usefixtures("stand_ins"),
+]
 
 STAGES = ("model", "data", "sft", "label", "reward", "ppo", "evaluate")
-
-
-@pytest.fixture(autouse=True)
-def stand_ins(system):
-    system.plan()
-    yield
-    system.plan()
 
 
 def test_stages_run_as_flow_runs_on_the_gpu_pool_and_are_reused(system):
