@@ -77,12 +77,20 @@ def headline(metrics: dict[str, Any]) -> str:
 
 
 class ExpectedErrors(logging.Filter):
-    """Takes the traceback off Prefect's log records about errors that are meant for the user."""
+    """Takes the traceback off Prefect's log records about errors that are meant for the user.
+
+    Where a flow returned a failed state, Prefect's engine logs that once more, as an exception;
+    the state has been logged before, and that record is dropped.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
+        from prefect.exceptions import FailedRun
+
         from rlhf_core.errors import RLHFError
 
         error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, FailedRun):
+            return False
         if isinstance(error, RLHFError):
             record.exc_info = record.exc_text = None
             record.msg, record.args = "%s", (str(error),)

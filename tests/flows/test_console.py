@@ -4,6 +4,7 @@ import io
 import logging
 
 import pytest
+from prefect.exceptions import FailedRun
 
 from flows.console import Console
 from rlhf_core.errors import DataError
@@ -67,6 +68,11 @@ def test_unexpected_errors_keep_it():
     record = logging.makeLogRecord({"exc_info": (KeyError, KeyError("x"), None), "msg": "x"})
     ExpectedErrors().filter(record)
     assert record.exc_info is not None
+
+
+def test_failed_state_is_not_logged_twice():
+    record = logging.makeLogRecord({"exc_info": (FailedRun, FailedRun("x"), None), "msg": "x"})
+    assert not ExpectedErrors().filter(record)
 
 
 @pytest.mark.parametrize(

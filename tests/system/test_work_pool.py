@@ -43,6 +43,7 @@ def test_data_error_is_not_retried_and_names_its_reason(system):
     assert "stub ran into data" in failed["state"]["message"]
     [child] = system.children(run, "sft")
     assert child["state_name"] == "DataError"
+    assert "Traceback" not in "\n".join(system.logs(run) + system.logs(child["id"]))
 
 
 def test_lost_process_is_retried_a_bounded_number_of_times(system):
