@@ -279,12 +279,17 @@ def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
     typer.echo(f"  store     {store.url}")
     waiting = "" if server.url else "; it takes some seconds to start"
     typer.echo(f"  prefect   {server.text}{waiting}")
+    from prefect.exceptions import Abort
+
     from flows.console import Console, take_over
     from flows.rlhf import rlhf_pipeline
 
     signal.signal(signal.SIGTERM, _terminated)
     take_over(Console(verbose=verbose, link=server.url is not None))
-    summary = rlhf_pipeline(settings, until=until)  # type: ignore[call-overload]
+    try:
+        summary = rlhf_pipeline(settings, until=until)  # type: ignore[call-overload]
+    except Abort:  # cancelled on the server's page
+        raise SystemExit(128 + signal.SIGTERM) from None
     _closing(settings, summary, time.monotonic() - began)
 
 

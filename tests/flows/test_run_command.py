@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -102,6 +103,24 @@ def test_stopped_run_leaves_no_process_and_says_how_to_go_on(command, number, co
     assert psutil.wait_procs(family, timeout=2)[1] == []
     [path] = command.store.list_records("runs/")
     assert command.store.read_record(path)["state"] == "cancelled"
+
+
+def test_run_cancelled_on_the_servers_page_ends_as_cancelled(command, prefect_server):
+    process = command({"sft": ["sleep"]})
+    family = wait_for_ranks(command, process)
+    with httpx.Client(base_url=prefect_server) as api:
+        body = {
+            "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}, "name": {"any_": ["smoke"]}}
+        }
+        [run] = api.post("/flow_runs/filter", json=body).json()
+        state = {"state": {"type": "CANCELLING"}}
+        api.post(f"/flow_runs/{run['id']}/set_state", json=state).raise_for_status()
+        out, err = process.communicate(timeout=40)
+        assert api.get(f"/flow_runs/{run['id']}").json()["state_type"] == "CANCELLED"
+    assert process.returncode == 143
+    assert "The same command goes on from the last checkpoint" in err
+    assert "Traceback" not in out + err
+    assert psutil.wait_procs(family, timeout=2)[1] == []
 
 
 def test_temporary_server_ends_with_the_run(command):
