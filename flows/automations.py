@@ -13,9 +13,12 @@ from prefect.client.orchestration import get_client
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 
-SILENCE_SECONDS = 90
-"""A run that says nothing for so long is dead; three heartbeats of a worker with
-PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30, so that a busy one is not."""
+from tasks.watch import FOUND_DEAD
+
+SILENCE_SECONDS = 150
+"""A run that says nothing for so long is dead: five heartbeats with
+PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30, so that neither a busy run is, nor one whose server was away
+for a minute. One that is declared dead after a longer absence revives itself (tasks/watch.py)."""
 
 
 def lost_runs() -> AutomationCore:
@@ -50,7 +53,7 @@ def lost_runs() -> AutomationCore:
         actions=[
             ChangeFlowRunState(
                 state="CRASHED",
-                message=f"no heartbeat for {SILENCE_SECONDS} s: its process or machine was lost",
+                message=f"{FOUND_DEAD} {SILENCE_SECONDS} s: its process or machine was lost",
             )
         ],
     )

@@ -1,8 +1,9 @@
-"""A flow run that is cancelled ends, also where no worker is left to tell it.
+"""Each flow run looks at its own state, and a stage's run at that of the pipeline that wants it.
 
-Prefect leaves it to the worker to stop a run's process. When the worker was killed, or when the run
-was started by hand, nobody does: so each run looks at its own state, and a stage's run at that of
-the pipeline which wants its result.
+A run that is cancelled ends, also where no worker is left to tell it: Prefect leaves it to the
+worker to stop a run's process, and when that was killed, or the run was started by hand, nobody
+does. And a run that was found dead in error says that it lives: when the server was away for some
+minutes, it has missed the heartbeats of healthy runs.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 from uuid import UUID
 
 from prefect import runtime
+from prefect.client.schemas.objects import State
 from prefect.exceptions import Abort, TerminationSignal
+from prefect.states import Cancelled, Running
 
 POLL_SECONDS = 4.0
+FOUND_DEAD = "no heartbeat for"  # how the automation's message begins (flows/automations.py)
 GRACE_SECONDS = 6.0  # for the worker, which is told too and knows better how
 
 
@@ -53,7 +58,6 @@ def watched(pipeline: str | None = None) -> Iterator[None]:
 
 def _mark_cancelled(run: UUID) -> None:
     from prefect.client.orchestration import get_client
-    from prefect.states import Cancelled
 
     with contextlib.suppress(Exception):  # the server is away: its automation finds the run dead
         get_client(sync_client=True).set_flow_run_state(
@@ -77,6 +81,8 @@ class _Watch(threading.Thread):
             with contextlib.suppress(Exception):  # a server that is away: look again
                 if any(self._cancelled(client, i) for i in (self.own, self.pipeline) if i):
                     seen = seen or time.monotonic()
+                else:
+                    self._revive(client)
             if seen is not None and time.monotonic() - seen >= GRACE_SECONDS:
                 if not self.done.is_set():
                     self.fired = True
@@ -84,6 +90,19 @@ class _Watch(threading.Thread):
                 return
 
     @staticmethod
-    def _cancelled(client: object, run: UUID) -> bool:
-        state = client.read_flow_run(run).state  # type: ignore[attr-defined]
+    def _cancelled(client: Any, run: UUID) -> bool:
+        state = client.read_flow_run(run).state
         return state is not None and (state.is_cancelling() or state.is_cancelled())
+
+    def _revive(self, client: Any) -> None:
+        state = client.read_flow_run(self.own).state
+        if found_dead(state) and not self.done.is_set():
+            alive: State[Any] = Running(
+                message="its process lives; the server had missed its heartbeats"
+            )
+            client.set_flow_run_state(self.own, alive, force=True)
+
+
+def found_dead(state: State[Any] | None) -> bool:
+    """Whether a run was declared lost for its silence, which may be an error."""
+    return bool(state and state.is_crashed() and (state.message or "").startswith(FOUND_DEAD))

@@ -12,7 +12,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Iterable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -36,6 +36,7 @@ from rlhf_core.store import open_store
 from tasks.events import parse_progress
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.failures import category_of
+from tasks.watch import found_dead
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State
@@ -44,6 +45,7 @@ POLL_SECONDS = 2.0
 WAIT_SAID_EVERY = 60.0  # seconds between two messages about what is waited for
 SERVER_PATIENCE = 900.0  # seconds without the server before a stage gives up
 OTHERS = 3  # children of other pipelines that are waited for before one's own is started
+REVIVAL = timedelta(seconds=20)
 LATE = timedelta(seconds=10)  # a log line may reach the server this long after a younger one
 
 Answer = TypeVar("Answer")
@@ -136,7 +138,7 @@ class WorkPool:
                         on_progress(progress)
                 state = run.state
                 assert state is not None
-                if state.is_final():
+                if state.is_final() and not self._may_live(state):
                     return state
                 if state.is_scheduled() or state.is_pending():
                     waits.look(self._client, run)
@@ -146,6 +148,11 @@ class WorkPool:
             on_line("cancelling the flow run of this stage")
             self._cancel(child, stop)
             raise
+
+    @staticmethod
+    def _may_live(state: State[Any]) -> bool:
+        """A run that was declared dead for its silence has some seconds to say that it lives."""
+        return found_dead(state) and datetime.now(UTC) - state.timestamp < REVIVAL
 
     def _cancel(self, child: UUID, reason: BaseException) -> None:
         message = f"the pipeline was stopped ({type(reason).__name__})"

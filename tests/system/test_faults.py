@@ -7,6 +7,7 @@ import time
 import psutil
 import pytest
 
+from tasks.watch import FOUND_DEAD
 from tests.system.conftest import until
 
 pytestmark = [
@@ -34,7 +35,7 @@ def kill_with_family(process):
     psutil.wait_procs(family, timeout=10)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(500)
 def test_lost_gpu_machine_is_found_within_three_minutes_and_another_worker_goes_on(system):
     """Worker, engine and ranks are killed; the supervisor starts another worker."""
     system.plan(reward=["wait:600"])
@@ -43,8 +44,9 @@ def test_lost_gpu_machine_is_found_within_three_minutes_and_another_worker_goes_
     system.plan()  # the next attempt is quick
     kill_with_family(worker(system, "gpu"))
     killed = time.monotonic()
-    until(lambda: system.children(run, "reward")[0]["state_type"] == "CRASHED", 180, "its end")
+    until(lambda: system.children(run, "reward")[0]["state_type"] == "CRASHED", 200, "its end")
     print(f"found dead after {time.monotonic() - killed:.0f} s")
+    assert time.monotonic() - killed < 180
     system.wait(run, "COMPLETED")
     assert [c["state_type"] for c in system.children(run, "reward")] == ["CRASHED", "COMPLETED"]
     assert "the worker or its process was lost" in "\n".join(system.logs(run))
@@ -69,7 +71,7 @@ def test_retried_pipeline_adopts_the_child_that_still_lives(system):
         if run in str(p.environ().get("PREFECT__FLOW_RUN_ID", ""))
     ][:1]  # fmt: skip
     kill_with_family(engine)
-    # What the automation does after 90 seconds of silence; the worker may have noticed first.
+    # What the automation does after 150 seconds of silence; the worker may have noticed first.
     system.post(f"/flow_runs/{run}/set_state", {"state": {"type": "CRASHED"}, "force": True})
     record = next(x for x in system.rlhf("runs").splitlines() if run[:8] in x).split()[0]
     system.rlhf("retry", record)
@@ -116,4 +118,19 @@ def test_server_away_for_a_minute(system):
 
     until(answers, 60, "the server")
     system.wait(run, "COMPLETED", seconds=250)
+    assert len(system.children(run, "sft")) == 1
+
+
+def test_run_that_was_found_dead_in_error_says_that_it_lives(system):
+    """What a server does that was away for longer, and missed the heartbeats."""
+    system.plan(sft=["wait:30"])
+    run = system.submit("seed=506")
+    started(system)
+    [child] = system.children(run, "sft")
+    for found in (run, child["id"]):
+        state = {"type": "CRASHED", "message": f"{FOUND_DEAD} 150 s: its process was lost"}
+        system.post(f"/flow_runs/{found}/set_state", {"state": state, "force": True})
+    until(lambda: system.run(run)["state_type"] == "RUNNING", 20)
+    until(lambda: system.run(child["id"])["state_type"] == "RUNNING", 20)
+    system.wait(run, "COMPLETED")
     assert len(system.children(run, "sft")) == 1
