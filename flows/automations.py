@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 from prefect.automations import AutomationCore
 from prefect.client.orchestration import get_client
-from prefect.events.actions import ChangeFlowRunState
+from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
 
+from flows.notify import PREFIX
+from tasks.assets import PUBLISHED
 from tasks.watch import FOUND_DEAD
 
 SILENCE_SECONDS = 150
@@ -59,17 +62,78 @@ def lost_runs() -> AutomationCore:
     )
 
 
+def failed_runs(blocks: list[UUID]) -> AutomationCore:
+    """Tells about a pipeline or a retraining that failed or crashed; not about single attempts."""
+    return AutomationCore(
+        name="rlhf: tell that a run has failed",
+        description="Sends to every notification block whose name begins with rlhf-notify.",
+        trigger=EventTrigger(
+            expect={
+                "prefect.flow-run.Failed",
+                "prefect.flow-run.Crashed",
+                "prefect.flow-run.TimedOut",
+            },
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related={
+                "prefect.resource.role": "tag",
+                "prefect.resource.id": ["prefect.tag.pipeline", "prefect.tag.retrain"],
+            },
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[
+            SendNotification(
+                block_document_id=block,
+                subject="{{ flow.name }}: {{ flow_run.name }} {{ flow_run.state.name | lower }}",
+                body="{{ flow_run.state.message }}\n{{ flow_run | ui_url }}",
+            )
+            for block in blocks
+        ],
+    )
+
+
+def published_models(blocks: list[UUID]) -> AutomationCore:
+    """Tells about a new version of a published model."""
+    return AutomationCore(
+        name="rlhf: tell that a model was published",
+        description="Sends to every notification block whose name begins with rlhf-notify.",
+        trigger=EventTrigger(
+            expect={PUBLISHED},
+            match={"prefect.resource.id": "rlhf.model.*"},
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[
+            SendNotification(
+                block_document_id=block,
+                subject="{{ event.payload.name }} has a new version",
+                body="{{ event.payload.artifact }}, made by run {{ event.payload.run }}",
+            )
+            for block in blocks
+        ],
+    )
+
+
 def apply() -> list[str]:
-    """Make them, or bring them up to date; returns their names."""
+    """Make them, or bring them up to date; returns their names. Those that tell someone exist
+    only while there is someone to tell."""
     client: Any = get_client(sync_client=True)
-    names = []
-    for wanted in (lost_runs(),):
+    blocks = _notification_blocks(client)
+    told = [failed_runs(blocks), published_models(blocks)]
+    for wanted in (lost_runs(), *(told if blocks else [])):
         found = client.read_automations_by_name(wanted.name)
         if found:
             client.update_automation(found[0].id, wanted)
-            for extra in found[1:]:
-                client.delete_automation(extra.id)
         else:
             client.create_automation(wanted)
-        names.append(wanted.name)
-    return names
+        for extra in found[1:]:
+            client.delete_automation(extra.id)
+    for unwanted in () if blocks else told:
+        for found in client.read_automations_by_name(unwanted.name):
+            client.delete_automation(found.id)
+    return [a.name for a in (lost_runs(), *(told if blocks else []))]
+
+
+def _notification_blocks(client: Any) -> list[UUID]:
+    documents = client.read_block_documents(include_secrets=False, limit=200)
+    return [d.id for d in documents if (d.name or "").startswith(PREFIX)]

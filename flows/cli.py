@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -166,6 +166,32 @@ def presets() -> None:
 
 
 app.command("runs")(runs)
+
+
+@app.command()
+def notify(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="webhook, slack or email.")],
+    sender: Annotated[str | None, typer.Option(help="E-mail address of the sender.")] = None,
+    to: Annotated[list[str] | None, typer.Option(help="E-mail address; can be repeated.")] = None,
+) -> None:
+    """Have failed runs and published models told to a webhook, Slack, or by e-mail (SendGrid).
+
+    The URL or key is asked for, or read from RLHF_NOTIFY_SECRET.
+    """
+    from typing import get_args
+
+    from flows import notify as telling
+    from flows import remote
+
+    if kind not in get_args(telling.Kind):
+        raise typer.BadParameter(f"{kind}: choose one of {', '.join(get_args(telling.Kind))}")
+    remote.ui()  # refuses where no server runs
+    chosen = cast(telling.Kind, kind)
+    name = telling.save(chosen, telling.read_secret(chosen), sender, to)
+    from flows import automations
+
+    automations.apply()
+    typer.echo(f"Saved as block {name}; it is told of failed runs and of published models.")
 
 
 @app.command()

@@ -20,13 +20,22 @@ StoreUrl = Annotated[
 def runs(
     store: StoreUrl = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many.")] = 20,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The whole records, one JSON object a line.")
+    ] = False,
 ) -> None:
     """List the runs, newest first."""
+    import json
+
     from flows.lookup import read_runs
     from rlhf_core.store import open_store
 
     opened = open_store(store)
     found = read_runs(opened)[:limit]
+    if as_json:
+        for record in found:
+            typer.echo(json.dumps(record, ensure_ascii=False))
+        return
     if not found:
         typer.echo(f"No runs in {opened.url}.")
         return

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, runtime
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed
+from pydantic import Field
 
 import tasks
+from flows import schedule
 from flows.rlhf import pipeline
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
 from rlhf_core.jobs import Gates, PipelineConfig
@@ -34,6 +36,7 @@ def rlhf_retrain(
     config: PipelineConfig = PipelineConfig(),  # noqa: B008 (frozen)
     gates: Gates = Gates(),  # noqa: B008 (frozen)
     force: bool = False,
+    jitter: Annotated[int, Field(ge=0, le=86_400)] = 0,
 ) -> State[Any]:
     """Trains when data, model or settings are new, and publishes what passes the gates.
 
@@ -41,11 +44,19 @@ def rlhf_retrain(
         config: settings of the pipeline.
         gates: what the new model must reach, on its own and against the published one.
         force: train also when nothing is new.
+        jitter: seconds; it begins at a random moment within them. For a schedule's parameters: many
+            systems with one schedule do not begin all at once.
     """
-    began = time.monotonic()
     config = resolve_preset(config)
     log = get_run_logger()
     flow_run = runtime.flow_run.id
+    if (other := schedule.done_by(flow_run)) is not None:
+        text = f"missed, and made good by the run that began at {other:%Y-%m-%d %H:%M:%S %Z}"
+        say(log, "note", "retrain", f"skipped: {text}")
+        return Completed(name=schedule.SKIPPED, message=text)
+    with watched():
+        schedule.wait(jitter, flow_run, log)
+    began = time.monotonic()
     run = Run(
         config, new_run_id(flow_run, runtime.flow_run.scheduled_start_time), flow_run=flow_run
     )

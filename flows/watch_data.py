@@ -37,12 +37,14 @@ def rlhf_watch_data(source: str, store: str | None = None) -> State[None]:
     found = fingerprint(DataSettings(source=source))
     if found == seen:
         return Completed(name="NothingNew", message=f"{source} is as it was")
-    opened.write_record(path, {"source": source, "fingerprint": found, "time": now()})
+    record = {"source": source, "fingerprint": found, "time": now()}
     if seen is None:
+        opened.write_record(path, record)
         return Completed(message=f"{source} is watched from now on")
     emit_event(
         event=NEW_DATA,
         resource={"prefect.resource.id": f"rlhf.data.{name}", "prefect.resource.name": source},
     )
+    opened.write_record(path, record)  # last: said twice is better than never
     say(get_run_logger(), "note", "watch", f"{source} has changed")
     return Completed(name="NewData", message=f"{source} has changed; sent {NEW_DATA}")

@@ -10,6 +10,7 @@ from typing import Any
 from rlhf_core.errors import RETRYABLE, JobFailed
 from rlhf_core.jobs import Job
 from rlhf_core.store import Artifact
+from tasks import assets
 from tasks.events import Log, headline, say, seconds
 from tasks.launchers import Launch, launcher_for
 from tasks.progress import Lines, Progress
@@ -79,6 +80,10 @@ def _note(
         log, "done", name, f"{how}, {artifact.ref}  {headline(metrics)}".rstrip(),
         reused=reused, seconds=took, ref=artifact.ref, metrics=metrics,
     )  # fmt: skip
+    if reused:
+        assets.reused(run.store, name, artifact)
+    else:
+        assets.made(run.store, name, artifact, metrics)
     return run.add(result)
 
 

@@ -18,6 +18,7 @@ from prefect.logging import get_run_logger
 
 from rlhf_core.errors import ModelError
 from rlhf_core.store import Artifact, FileEntry, Store, rlhf_home
+from tasks import assets
 from tasks.events import say, seconds
 from tasks.model_card import model_card
 from tasks.run import Run, StageResult, elapsed
@@ -43,6 +44,7 @@ def publish(run: Run, policy: str, evaluation: str) -> StageResult:
     reused = artifact is not None
     if artifact is None:
         artifact = run.store.commit_stage(key, make_artifact(run, name, policy, evaluation))
+        assets.made(run.store, "publish", artifact, {})
     record_model(run.store, name, artifact, run.id)
     run.model_folder = materialise(run.store, artifact, rlhf_home() / "published" / name)
     result = StageResult(
@@ -97,6 +99,7 @@ def record_model(store: Store, name: str, artifact: Artifact, run_id: str) -> No
         f"models/{name}/{stamp}-{artifact.digest[:12]}.json",
         {"name": name, "digest": artifact.digest, "run": run_id, "time": stamp},
     )
+    assets.published(store, name, artifact, run_id)
 
 
 def newest_record(store: Store, name: str) -> dict[str, Any] | None:

@@ -107,6 +107,9 @@ def test_runs_are_listed_newest_first(rlhf, filled):
         ["b", "demo", "running"], ["a", "demo", "failed"],
     ]  # fmt: skip
     assert lines[1].endswith("no room")
+    records = [json.loads(line) for line in rlhf("runs", "--json", code=0).stdout.splitlines()]
+    assert [record["id"] for record in records] == ["b", "a"]
+    assert records[0]["error"] == "no room\nFull log: x"
 
 
 def test_run_whose_process_is_gone_has_died(rlhf, filled):

@@ -5,11 +5,14 @@ Stages run for real, unless a test writes a plan for the stand-in (tests/tasks/s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +134,16 @@ class System:
                 found.append(process)
         return found
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The supervisor sleeps: what is killed meanwhile stays away."""
+        [supervisor] = self.processes("flows.system")
+        supervisor.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            supervisor.send_signal(signal.SIGCONT)
+
     def ranks(self) -> list[psutil.Process]:
         return [p for p in self.processes("job.json") if p.status() != psutil.STATUS_ZOMBIE]
 
@@ -159,3 +172,10 @@ def until(condition, seconds: float, what: str = "it"):
         assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"
         time.sleep(0.3)
     return answer
+
+
+def kill_with_family(process):
+    family = [process, *process.children(recursive=True)]
+    for each in family:
+        each.kill()
+    psutil.wait_procs(family, timeout=10)

@@ -1,14 +1,11 @@
 """Workers, pipelines and servers that go away in the middle. Stages are stand-ins."""
 
-import os
-import signal
 import time
 
-import psutil
 import pytest
 
 from tasks.watch import FOUND_DEAD
-from tests.system.conftest import until
+from tests.system.conftest import kill_with_family, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,13 +23,6 @@ def started(system):
 def worker(system, pool):
     [found] = system.processes("worker start", f"--pool {pool}")
     return found
-
-
-def kill_with_family(process):
-    family = [process, *process.children(recursive=True)]
-    for each in family:
-        each.kill()
-    psutil.wait_procs(family, timeout=10)
 
 
 @pytest.mark.timeout(500)
@@ -101,14 +91,10 @@ def test_server_away_for_a_minute(system):
     system.plan(sft=["wait:75"])
     run = system.submit("seed=505")
     started(system)
-    [supervisor] = system.processes("flows.system")
-    supervisor.send_signal(signal.SIGSTOP)  # or it would start the server again at once
-    try:
+    with system.paused():
         [server] = system.processes("server start")
         kill_with_family(server)
         time.sleep(60)
-    finally:
-        os.kill(supervisor.pid, signal.SIGCONT)
 
     def answers():
         try:

@@ -1,5 +1,6 @@
 """Pipelines on workers: retry, cancel, shared work, lost workers. Most stages are stand-ins."""
 
+import re
 import time
 
 import pytest
@@ -75,6 +76,27 @@ def test_failed_run_is_retried_and_goes_on(system):
         "ppo",
     ]
     assert "completed" in next(x for x in system.rlhf("runs").splitlines() if run_id in x)
+
+
+def test_killed_ranks_of_a_real_ppo_go_on_from_their_checkpoint(system):
+    system.for_real()
+    run = system.submit("seed=108", "ppo.steps=8")
+
+    def training():
+        found = system.children(run, "ppo")
+        return found and any("step 2/8" in line for line in system.logs(found[0]["id"]))
+
+    until(training, 240, "the second step of PPO")
+    for rank in system.ranks():
+        rank.kill()
+    system.wait(run, "COMPLETED")
+    first, second = system.children(run, "ppo")
+    assert (first["state_name"], second["state_name"]) == ("ProcessLost", "Completed")
+    lines = "\n".join(system.logs(second["id"]))
+    step = int(re.search(r"going on from the checkpoint after step (\d+)", lines)[1])
+    assert step >= 1
+    for stage in ("sft", "reward"):
+        assert len(system.children(run, stage)) == 1
 
 
 def test_cancelled_run_leaves_no_process(system):

@@ -1,0 +1,80 @@
+"""Who is told when a run fails or a model is published: notification blocks of the Prefect server.
+
+An address is a secret (whoever has a Slack webhook's URL can post there). It lives encrypted in the
+server's database, and is read from the environment or typed in, never given as an argument.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from rlhf_core.errors import ConfigError
+
+Kind = Literal["webhook", "slack", "email"]
+PREFIX = "rlhf-notify"
+"""Blocks with such a name are used, whatever their type: one made in the UI is as good."""
+
+SECRET = "RLHF_NOTIFY_SECRET"
+ASKED = {
+    "webhook": "URL to post to",
+    "slack": "URL of the Slack incoming webhook",
+    "email": "SendGrid API key",
+}
+
+
+def save(kind: Kind, secret: str, sender: str | None = None, to: list[str] | None = None) -> str:
+    """Store an address on the server, in the place of an earlier one of its kind.
+
+    Args:
+        secret: what `ASKED` says.
+        sender, to: e-mail addresses, for email.
+
+    Returns:
+        The block's name.
+
+    Raises:
+        ConfigError: the address is not one.
+    """
+    name = f"{PREFIX}-{kind}"
+    if kind != "email" and not secret.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{ASKED[kind]} was expected, beginning with https://; nothing was saved."
+        )
+    if kind == "email" and not (secret and sender and to):
+        raise ConfigError(
+            "email needs a SendGrid API key, --sender and at least one --to; for a mail server of "
+            "your own, post to a webhook that sends mail."
+        )
+    try:
+        _block(kind, secret, sender, to).save(name=name, overwrite=True)
+    except ValueError as error:
+        reason = str(error).replace(secret, "...").splitlines()[0]
+        raise ConfigError(f"The {kind} address is not usable: {reason}") from None
+    return name
+
+
+def _block(kind: Kind, secret: str, sender: str | None, to: list[str] | None) -> Any:
+    from prefect.blocks.notifications import (
+        CustomWebhookNotificationBlock,
+        SendgridEmail,
+        SlackWebhook,
+    )
+
+    if kind == "slack":
+        return SlackWebhook(url=secret)
+    if kind == "email":
+        return SendgridEmail(api_key=secret, sender_email=sender, to_emails=to)
+    return CustomWebhookNotificationBlock(
+        name="rlhf",
+        url="{{url}}",
+        secrets={"url": secret},
+        json_data={"subject": "{{subject}}", "text": "{{body}}"},
+    )
+
+
+def read_secret(kind: Kind) -> str:
+    """From the environment, else from the keyboard without an echo."""
+    import typer
+
+    return os.environ.get(SECRET) or str(typer.prompt(ASKED[kind], hide_input=True))
