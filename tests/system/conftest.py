@@ -45,7 +45,7 @@ class System:
             "PYTHONPATH": os.pathsep.join(map(str, [ROOT / "tests/system/site", STUBS, ROOT])),
         }
         self.url = f"http://127.0.0.1:{self.port}"
-        self.api = httpx.Client(base_url=f"{self.url}/api", timeout=30)
+        self.api = httpx.Client(base_url=f"{self.url}/api", timeout=60)
 
     def rlhf(self, *arguments: str, code: int = 0) -> str:
         done = subprocess.run(
@@ -67,12 +67,18 @@ class System:
     # ------------------------------------------------------------------ the server
 
     def get(self, path: str) -> Any:
-        answer = self.api.get(path)
-        answer.raise_for_status()
-        return answer.json()
+        return self.ask("GET", path)
 
-    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        answer = self.api.post(path, json=body or {})
+    def post(self, path: str, body: dict[str, Any] | list[Any] | None = None) -> Any:
+        return self.ask("POST", path, body or {})
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """An answer of the server, which says 503 while its database is busy."""
+        for _ in range(10):
+            answer = self.api.request(method, path, json=body)
+            if answer.status_code != 503:
+                break
+            time.sleep(1)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
@@ -146,6 +152,12 @@ class System:
 
     def ranks(self) -> list[psutil.Process]:
         return [p for p in self.processes("job.json") if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/system" in item.path.as_posix() and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
 
 
 @pytest.fixture(scope="session")
