@@ -14,7 +14,7 @@ from rlhf_core.jobs import Job
 from rlhf_core.machine import this_machine
 from rlhf_core.preflight_settings import check_placement
 from rlhf_core.store import open_store, rlhf_home
-from tasks.events import without_tracebacks
+from tasks.events import say, without_tracebacks
 from tasks.launchers import Launch, LocalTorchrun
 from tasks.launchers.failures import state_name
 from tasks.progress import Lines, Progress
@@ -36,6 +36,9 @@ def rlhf_job(
         pipeline: id of the flow run that waits for the results; when it is cancelled, so is this.
     """
     log = get_run_logger()
+    if pipeline:
+        page = str(runtime.flow_run.ui_url).replace(str(runtime.flow_run.id), pipeline)
+        say(log, "note", "", f"{stage} of the pipeline {page}")
     run_id = str(runtime.flow_run.id)[:8]
     folder = rlhf_home() / "jobs" / f"{run_id}-{runtime.flow_run.run_count or 1}-{stage}"
     with watched(pipeline):

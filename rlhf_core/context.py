@@ -4,6 +4,7 @@ The contract between launcher and stage is a *job folder*:
 
     job.json         the job, written by the launcher
     metrics.jsonl    one line per step: step, total, time (s) and the stage's metrics (rank 0)
+    samples.jsonl    one line per step: step and some samples (prompt, reply, score), to look at
     result.json      {"artifact", "kind", "key"}: written when the artifact is in the store
     error-<rank>.json  {"category", "message", "time"}: why this rank gave up
 
@@ -99,6 +100,18 @@ class StageContext:
         if sys.stdout.isatty() or step == 1 or step == total or step % max(1, total // 20) == 0:
             shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
             print(f"step {step}/{total}  {shown}", flush=True)
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Append what a person would look at: prompt, reply and score of some samples; rank 0 only.
+
+        Args:
+            step: finished steps, from 1.
+            samples: of one form: {"prompt": str, "reply": str, "score": float}.
+        """
+        if self.main:
+            line = {"step": step, "samples": list(samples)}
+            with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _tensorboard(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is None:

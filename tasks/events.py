@@ -6,6 +6,7 @@ which the command line's console is drawn; records without it are Prefect's own.
 
 from __future__ import annotations
 
+import html
 import logging
 import re
 from typing import Any, Literal
@@ -74,6 +75,14 @@ def headline(metrics: dict[str, Any]) -> str:
             number = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
             shown.append(f"{number} {label}" if label == "tokens/s" else f"{label} {number}")
     return "  ".join(shown)
+
+
+def in_one_cell(text: object, limit: int = 400) -> str:
+    """Any text in one cell of a Markdown table: nothing in it is taken for Markdown or HTML."""
+    plain = " ".join(str(text).split())
+    plain = plain if len(plain) <= limit else plain[: limit - 1] + "…"
+    plain = html.escape(plain, quote=False)
+    return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", plain) or "*(empty)*"
 
 
 class ExpectedErrors(logging.Filter):

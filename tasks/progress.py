@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from tasks.curves import draw
-from tasks.events import Log, headline, say, seconds
+from tasks.events import Log, headline, in_one_cell, say, seconds
 
 PROGRESS_SECONDS = 3.0  # between two updates of the progress that people see
 LIVE_SECONDS = 20.0  # between two drawings of the curves
@@ -20,7 +20,7 @@ STEP = re.compile(r"step \d+/\d+ ")
 class Progress:
     """Shows the newest metrics: as events, as a progress artifact, and as a page with curves.
 
-    Takes lines of metrics.jsonl, and {"usage": text} about the processes.
+    Takes lines of metrics.jsonl and samples.jsonl, and {"usage": text} about the processes.
     """
 
     def __init__(self, stage: str, log: Log) -> None:
@@ -31,10 +31,14 @@ class Progress:
         self._drawn = time.monotonic()  # a stage that ends within LIVE_SECONDS draws nothing
         self._lines: list[dict[str, Any]] = []
         self._usage = ""
+        self._samples: dict[str, Any] = {}
 
     def __call__(self, line: dict[str, Any]) -> None:
         if "usage" in line:
             self._usage = line["usage"]
+            return
+        if "samples" in line:
+            self._samples = line
             return
         step, total = int(line["step"]), int(line["total"])
         when = time.monotonic()  # a resumed stage's first line is from before
@@ -64,9 +68,18 @@ class Progress:
         if curves := draw({self.stage: self._lines}):
             image = base64.b64encode(curves).decode()
             parts.append(f"![curves so far](data:image/png;base64,{image})")
+        if self._samples:
+            parts += [f"Replies of step {self._samples['step']}", self._replies()]
         if self._usage:
             parts.append(self._usage)
         return "\n\n".join(parts)
+
+    def _replies(self) -> str:
+        rows = ["| prompt | reply | score |", "| --- | --- | ---: |"]
+        for sample in self._samples["samples"]:
+            cells = [in_one_cell(sample.get(name, "")) for name in ("prompt", "reply")]
+            rows.append(f"| {' | '.join(cells)} | {sample.get('score', '')} |")
+        return "\n".join(rows)
 
     def _show(self, kind: str, data: float | str, description: str) -> None:
         """Make or update the stage's artifact of a kind."""

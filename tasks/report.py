@@ -9,7 +9,7 @@ import re
 import time
 from typing import Any
 
-from prefect import task
+from prefect import runtime, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
@@ -18,7 +18,7 @@ from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.store import Store
 from tasks.curves import draw
 from tasks.evaluation import NAMES, Evaluation, read_evaluation, read_samples
-from tasks.events import headline, say, seconds
+from tasks.events import headline, in_one_cell, say, seconds
 from tasks.run import Run
 
 CURVES = "curves.png"
@@ -77,7 +77,9 @@ def lineage(run: Run) -> str:
 
 
 def _facts(run: Run) -> str:
-    lines = [f"Run `{run.id}`, base model `{run.config.model.source}`, store `{run.store.url}`."]
+    page = runtime.flow_run.ui_url
+    name = f"[{run.id}]({page})" if page else f"`{run.id}`"
+    lines = [f"Run {name}, base model `{run.config.model.source}`, store `{run.store.url}`."]
     if run.model_folder is not None:
         lines.append(
             f"The model is published as `{run.config.publish.name}` and lies in "
@@ -104,22 +106,14 @@ def _dropped(metrics: dict[str, Any]) -> str:
 
 
 def _sample(sample: dict[str, Any]) -> str:
-    rows = [f"> {_inline(sample.get('prompt', ''))}", "", "| | reply | reward | gold |"]
+    rows = [f"> {in_one_cell(sample.get('prompt', ''))}", "", "| | reply | reward | gold |"]
     rows.append("| --- | --- | ---: | ---: |")
     for name, label in NAMES.items():
         if name in sample:
             scores = [(sample.get(judge) or {}).get(name) for judge in ("reward", "gold")]
             cells = " | ".join("" if s is None else f"{s:.2f}" for s in scores)
-            rows.append(f"| {label} | {_inline(sample[name])} | {cells} |")
+            rows.append(f"| {label} | {in_one_cell(sample[name])} | {cells} |")
     return "\n".join(rows)
-
-
-def _inline(text: object, limit: int = 400) -> str:
-    """Any text in one table cell: nothing in it is taken for Markdown or HTML."""
-    plain = " ".join(str(text).split())
-    plain = plain if len(plain) <= limit else plain[: limit - 1] + "…"
-    plain = html.escape(plain, quote=False)
-    return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", plain) or "*(empty)*"
 
 
 def read_metrics(store: Store, digest: str) -> list[dict[str, Any]]:

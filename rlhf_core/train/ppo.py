@@ -41,6 +41,7 @@ from rlhf_core.batching import (
 from rlhf_core.checkpoint import Checkpointer
 from rlhf_core.context import StageContext
 from rlhf_core.data.reading import Rows
+from rlhf_core.data.tokenizer import load_tokenizer
 from rlhf_core.errors import NonFinite, PolicyCollapse, TrainingFailure
 from rlhf_core.jobs import PPOJob
 from rlhf_core.losses import kl_estimate, ppo_policy_loss, ppo_value_loss, sft_loss
@@ -66,6 +67,8 @@ from rlhf_core.train.sft import (
     enable_checkpointing,
     trained_tokens,
 )
+
+SHOWN = 4  # replies of each rollout that are kept for people to look at
 
 
 @dataclass
@@ -105,6 +108,7 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
     if job.ptx is not None and job.ptx_coef > 0:
         ptx = Rows(context.store.fetch(job.ptx), "train", purpose=("sft", "pretrain"))
 
+    tokenizer = load_tokenizer(source) if context.main else None  # for people to look at replies
     models = load_models(job, strategy, source, context.store.fetch(job.reward_model), context)
     rates = {
         "policy.": job.learning_rate,
@@ -138,6 +142,8 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
         metrics["rollout_seconds"] = rollout_seconds
         metrics["tokens_per_second"] = float(experience.mask.sum()) / (time.perf_counter() - began)
         context.log_metrics(step + 1, job.steps, metrics)
+        if tokenizer is not None:
+            context.log_samples(step + 1, some_samples(tokenizer, experience))
         check_collapse(job, step, metrics)
         checkpointer.after_step(step + 1, job.steps)
 
@@ -152,6 +158,19 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
     artifact = context.publish(job, folder, {"metrics": {"steps": job.steps, **kept}})
     checkpointer.finish()
     return artifact
+
+
+def some_samples(tokenizer: Any, experience: Experience) -> list[dict[str, Any]]:
+    """The first replies of a rollout as text."""
+    found = []
+    for row in range(min(SHOWN, len(experience.sequences))):
+        ids, start = experience.sequences[row], experience.prompt_lengths[row]
+        prompt, reply = (
+            tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:])
+        )
+        score = round(float(experience.raw_scores[row]), 4)
+        found.append({"prompt": prompt, "reply": reply, "score": score})
+    return found
 
 
 def load_models(

@@ -83,7 +83,8 @@ class LocalTorchrun:
         reader = _Reader(process, launch.log, on_line)
         try:
             reader.start()
-            tails = [_Tail(folder / "metrics.jsonl") for folder in launch.jobs]
+            names = ("samples.jsonl", "metrics.jsonl")
+            tails = [_Tail(folder / name) for folder in launch.jobs for name in names]
             self._watch(tree, tails, on_progress)
         except BaseException:  # a cancelled run raises TerminationSignal, Ctrl-C KeyboardInterrupt
             on_line("stopping the processes of this stage")

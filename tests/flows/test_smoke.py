@@ -77,6 +77,12 @@ def test_smoke_runs_every_stage(smoke):
     assert "## Replies before and after" in report
     assert (folder / "curves.png").stat().st_size > 10_000
     assert smoke.seconds < 240  # 90 s on an idle machine
+    shown = [json.loads(line) for line in (folder / "ppo/samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in shown] == [1, 2, 3]
+    for sample in shown[0]["samples"]:
+        assert sample["prompt"].strip()
+        assert isinstance(sample["reply"], str)
+        assert isinstance(sample["score"], float)
 
 
 def test_published_folder_opens_without_this_project(smoke):

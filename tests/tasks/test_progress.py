@@ -45,10 +45,14 @@ def test_page_shows_numbers_curves_and_use():
     stage = progress.Progress("sft", logging.getLogger("test"))
     stage._lines = [{"step": i, "total": 9, "loss": 1 / i} for i in range(1, 5)]
     stage({"usage": "| rank |"})
+    reply = {"prompt": "Say <b>", "reply": "a | b", "score": 0.5}
+    stage({"step": 4, "samples": [reply]})
     page = stage.page("step 4/9  loss 0.25")
     assert page.startswith(
         "**sft**: step 4/9  loss 0.25\n\n![curves so far](data:image/png;base64,"
     )
+    assert "\n\nReplies of step 4\n\n| prompt | reply | score |" in page
+    assert "\n| Say &lt;b&gt; | a \\| b | 0.5 |\n" in page
     assert page.endswith("\n\n| rank |")
 
 
