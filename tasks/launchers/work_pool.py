@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 2.0
 WAIT_SAID_EVERY = 60.0  # seconds between two messages about what is waited for
 SERVER_PATIENCE = 900.0  # seconds without the server before a stage gives up
+RECORDING_SECONDS = 20.0  # that a server is given to write down a task
 OTHERS = 3  # children of other pipelines that are waited for before one's own is started
 REVIVAL = timedelta(seconds=20)
 LATE = timedelta(seconds=10)  # a log line may reach the server this long after a younger one
@@ -102,17 +103,37 @@ class WorkPool:
             "pipeline": parent or None,
         }
         child = self._ask(
-            lambda: self._client.create_flow_run_from_deployment(
+            lambda: self._create(
                 deployment.id,
                 parameters=parameters,
                 name=f"{launch.name} of {runtime.flow_run.name or 'a pipeline'}",
                 tags=[f"job:{key}", f"stage:{launch.name}", f"parent:{parent}"],
                 idempotency_key=f"{key}:{len(earlier)}",
-                parent_task_run_id=_task_run_id(),
             )
         )
         own = _parent_of(child) == parent  # another pipeline may have been faster
         return child, own, own
+
+    def _create(self, deployment: UUID, **what: Any) -> FlowRun:
+        """A child of this task.
+
+        A server writes a task down some time after it began, a second or more when stages follow
+        fast because they are reused, and refuses a child of a task that it does not know yet.
+        """
+        task = _task_run_id()
+        began = time.monotonic()
+        while True:
+            try:
+                return self._client.create_flow_run_from_deployment(
+                    deployment, parent_task_run_id=task, **what
+                )
+            except httpx.HTTPStatusError as error:
+                unknown = error.response.status_code == 409 and "integrity" in error.response.text
+                if task is None or not unknown:
+                    raise
+                if time.monotonic() - began > RECORDING_SECONDS:
+                    task = None  # the tag `parent:` still says whose child it is
+            time.sleep(0.2)
 
     def _children(self, key: str) -> list[FlowRun]:
         return self._client.read_flow_runs(
