@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-demo check lint fast lock docs clean
+.PHONY: help setup demo smoke up down test test-system test-images test-demo check lint fast lock docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,13 +43,16 @@ down: $(STAMP)  ## end what `make up` started
 	@$(BIN)/rlhf down
 
 test: $(STAMP)  ## all tests
-	@$(BIN)/python -m pytest -q -m "not demo and not system"
+	@$(BIN)/python -m pytest -q -m "not demo and not system and not images"
 
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
 
+test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (five minutes, 3 GB)
+	@$(BIN)/python -m pytest -q -m images
+
 fast: $(STAMP)  ## the tests that need no server and no ranks
-	@$(BIN)/python -m pytest -q -m "not slow and not demo"
+	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images"
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .

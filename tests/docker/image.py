@@ -41,15 +41,10 @@ class Built:
     environment: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
-    def variables(self, paths: bool = False) -> dict[str, str]:
-        """Environment of a command in the image.
-
-        Args:
-            paths: keep the image's absolute paths; else those of /rlhf and the like are mapped
-                into the folder.
-        """
+    def variables(self) -> dict[str, str]:
+        """Environment of a command in the image; its folders are mapped into `folder`."""
         own = {
-            name: value if paths or not value.startswith("/") else f"{self.folder}{value}"
+            name: f"{self.folder}{value}" if value.startswith("/") else value
             for name, value in self.environment.items()
         }
         kept = {

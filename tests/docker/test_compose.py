@@ -1,12 +1,14 @@
 """docker/compose.yaml and the Dockerfiles, as far as they can be checked without a Docker engine.
 
-What the images hold is checked by `make test-images`.
+What the images hold is checked by `make test-images`, a worker's health check in
+tests/flows/test_worker.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +17,9 @@ from typing import Any
 
 import pytest
 import yaml
+from sqlalchemy import make_url
 
+from flows.system import BUCKET
 from rlhf_core import doctor
 from tests.docker.image import ROOT, instructions
 
@@ -123,6 +127,22 @@ def test_s3_server_is_the_one_that_the_tests_use() -> None:
     assert SERVICES["s3"]["image"] == f"chrislusf/seaweedfs:{version}"
 
 
+def test_s3_server_is_started_as_by_rlhf_up() -> None:
+    flags = set(SERVICES["s3"]["command"][1:])
+    ours = set(re.findall(r'"(-[a-z3.A-Z]+=(?:false|0))"', (ROOT / "flows/system.py").read_text()))
+    assert "-master.telemetry=false" in ours
+    assert ours <= flags
+    assert f"-bucket={BUCKET}" in flags
+    assert SERVICES["gpu"]["environment"]["RLHF_STORE"] == f"${{RLHF_STORE:-s3://{BUCKET}/store}}"
+
+
+def test_servers_of_compose_and_of_rlhf_up_have_the_same_settings() -> None:
+    text = (ROOT / "flows/system.py").read_text()
+    both = {**SERVICES["server"]["environment"], **SERVICES["control"]["environment"]}
+    for name in re.findall(r'"(PREFECT_(?:SERVER_C|SERVER_E|FLOWS|WORKER)\w+)"', text):
+        assert name in both, name
+
+
 def commands() -> list[list[str]]:
     found = [SERVICES[name].get("command") or only(OURS[name], "CMD") for name in OURS]
     return [*found, only("trainer", "CMD")]
@@ -139,18 +159,40 @@ def only(image: str, name: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", commands(), ids=lambda c: " ".join(c[:3]))
-def test_commands_are_accepted_by_what_is_installed(command: list[str]) -> None:
+@pytest.mark.parametrize("command", commands(), ids=lambda c: " ".join(c[:5]))
+def test_commands_and_their_options_are_known_to_what_is_installed(command: list[str]) -> None:
     if command[0] == "python":
         assert command[1:3] == ["-m", "flows.deploy"]
         assert importlib.util.find_spec("flows.deploy") is not None
         return
-    program = str(Path(sys.executable).parent / command[0])
-    # --help comes after the options are parsed: an unknown one is an error all the same.
+    words = [word for word in command[1:] if not word.startswith("-")]
+    parts = words[: 2 if command[0] == "prefect" else 0]  # such as `worker start`
     done = subprocess.run(
-        [program, *command[1:], "--help"], capture_output=True, text=True, timeout=120, check=False
-    )
+        [str(Path(sys.executable).parent / command[0]), *parts, "--help"],
+        env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    known = set(re.findall(r"--[a-z-]+", done.stdout))
+    assert {word for word in command if word.startswith("--")} <= known
+
+
+def test_settings_of_prefect_exist_and_take_these_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import Settings
+    from prefect.settings.legacy import _get_settings_fields
+
+    for service in SERVICES.values():
+        ours = {k: v for k, v in service.get("environment", {}).items() if k[:8] == "PREFECT_"}
+        assert set(ours) <= set(_get_settings_fields(Settings))
+        with monkeypatch.context() as patch:
+            for name, value in ours.items():
+                patch.setenv(name, re.sub(r"\$\{.*\}", "a:b@c/d%41", value))
+            settings = Settings()  # an impossible value raises
+        if "PREFECT_SERVER_DATABASE_HOST" in ours:
+            url = settings.server.database.connection_url.get_secret_value()
+            assert make_url(url).password == "a:b@c/d%41"
+            assert make_url(url).host == "database"
+            assert importlib.util.find_spec(make_url(url).get_driver_name()) is not None
 
 
 @pytest.mark.parametrize("image", ["orchestrator", "trainer"])

@@ -113,6 +113,12 @@ def test_cancelled_run_leaves_no_process(system):
     until(lambda: system.children(run, "sft")[0]["state_type"] == "CANCELLED", 30)
     assert "cancelled" in next(x for x in system.rlhf("runs").splitlines() if record in x)
 
+    # The workers ask the server for events that they missed; that cancellation is not one of them.
+    system.plan()
+    system.rlhf("retry", record)
+    system.wait(run, "SCHEDULED", "PENDING", "RUNNING", seconds=10)
+    system.wait(run, "COMPLETED")
+
 
 def test_two_pipelines_train_what_they_share_once(system):
     system.plan(sft=["wait:4"])
