@@ -42,9 +42,16 @@ def test_compose_file_fits_the_official_schema(tmp_path: Path) -> None:
     done = schema_check(DOCKER / "compose.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
 
-    wrong = tmp_path / "compose.yaml"
-    wrong.write_text(TEXT.replace("stop_grace_period", "stop_grace"))
-    assert "stop_grace" in schema_check(wrong).stdout
+    other = tmp_path / "compose.yaml"
+    other.write_text(TEXT.replace("stop_grace_period", "stop_grace"))
+    assert "stop_grace" in schema_check(other).stdout
+
+
+def test_compose_file_fits_the_schema_also_with_gpus(tmp_path: Path) -> None:
+    with_gpus = tmp_path / "compose.yaml"
+    with_gpus.write_text(TEXT.replace("    # deploy:", "    deploy:"))
+    assert "nvidia" in str(yaml.safe_load(with_gpus.read_text())["services"]["gpu"]["deploy"])
+    assert schema_check(with_gpus).returncode == 0
 
 
 def variables(text: str) -> set[str]:
