@@ -2,7 +2,7 @@
 
 import json
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import pytest
@@ -114,28 +114,29 @@ def test_missed_schedule_is_made_good_once(system, data):
     config = {**config, "seed": 330}
     system.plan()
     address = f"/deployments/{deployment(system)}"
-    options = {"concurrency_options": {"collision_strategy": "ENQUEUE"}}
-    system.ask("PATCH", address, options)
-    schedule = {"schedule": {"interval": 10, "timezone": "UTC"}, "active": True,
-                "parameters": {"config": config}}  # fmt: skip
+    system.ask("PATCH", address, {"concurrency_limit": None})  # all of them begin at once
     with system.paused():
         for process in system.processes("worker start", "--pool control"):
             kill_with_family(process)
+        began = datetime.now(UTC) + timedelta(seconds=15)
+        rule = f"DTSTART:{began:%Y%m%dT%H%M%S}\nRRULE:FREQ=SECONDLY;INTERVAL=8;COUNT=4"
+        schedule = {"schedule": {"rrule": rule, "timezone": "UTC"}, "active": True,
+                    "parameters": {"config": config}}  # fmt: skip
         made = system.post(f"{address}/schedules", [schedule])[0]["id"]
-        began = datetime.now(UTC)
-        time.sleep(45)
-        system.ask("DELETE", f"{address}/schedules/{made}")
+        time.sleep(max(0, (began - datetime.now(UTC)).total_seconds()) + 30)
     body = {"flows": {"name": {"any_": ["rlhf-retrain"]}},
-            "flow_runs": {"expected_start_time": {"after_": began.isoformat()}}}  # fmt: skip
+            "flow_runs": {"expected_start_time": {"after_": f"{began:%FT%TZ}"}}}  # fmt: skip
 
     def ended():
         runs = [r for r in system.post("/flow_runs/filter", body) if r["auto_scheduled"]]
         done = [r for r in runs if r["state_type"] in FINAL]
         return done if len(done) == len(runs) >= 3 else None
 
-    names = sorted(run["state_name"] for run in until(ended, 280, "the end of all"))
-    options["concurrency_options"]["collision_strategy"] = "CANCEL_NEW"
-    system.ask("PATCH", address, options)
+    try:
+        names = sorted(run["state_name"] for run in until(ended, 280, "the end of all"))
+    finally:
+        system.ask("PATCH", address, {"concurrency_limit": 1})
+        system.ask("DELETE", f"{address}/schedules/{made}")
     assert names == ["Promoted", *["Skipped"] * (len(names) - 1)]
 
 
