@@ -13,9 +13,18 @@ import hashlib
 import json
 from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
-PositiveInt = Annotated[int, Field(ge=1)]
+LARGEST = 2**31 - 1  # counts and seconds: what every library below can hold
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -33,8 +42,28 @@ class Settings(BaseModel):
     """Base of all settings: frozen, strict about names, described by their docstrings."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(),
+        allow_inf_nan=False,  # JSON has neither: what was written down would read as nothing
+    )  # fmt: skip
+
+    @field_validator("*")
+    @classmethod
+    def _whole_characters(cls, value: Any) -> Any:
+        """Texts that could not be written into a job file are refused."""
+        texts = value.items() if isinstance(value, dict) else [value]
+        try:
+            for text in texts:
+                "".join([text] if isinstance(text, str) else _strings(text)).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text holds half a character (a lone surrogate) at position "
+                f"{error.start + 1}; write the whole character"
+            ) from None
+        return value
+
+
+def _strings(value: Any) -> list[str]:
+    return [part for part in value if isinstance(part, str)] if isinstance(value, tuple) else []
 
 
 # --------------------------------------------------------------------------- placement
@@ -60,7 +89,7 @@ class Resources(Settings):
     """Optimizer steps (rollouts for PPO) between two checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints that are kept while the stage runs."""
-    collective_timeout: Annotated[int, Field(ge=30)] = 1800
+    collective_timeout: Annotated[int, Field(ge=30, le=LARGEST)] = 1800
     """Seconds after which a rank that waits for another one gives up."""
 
 
@@ -78,7 +107,7 @@ class WorkPoolLauncher(Settings):
     """Launcher kind."""
     deployment: str = "rlhf-job/gpu-job"
     """Deployment of the flow that runs one job, as flow/deployment."""
-    queue_timeout: Annotated[int, Field(ge=10)] = 86_400
+    queue_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 86_400
     """Seconds that a stage may wait for a free slot of the pool before it fails."""
 
 
@@ -145,7 +174,7 @@ class SampledPreferences(Settings):
     """Training prompts at most."""
     max_heldout_prompts: PositiveInt = 64
     """Held-out prompts at most; each gives one pair, its best and worst reply."""
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 4
+    samples_per_prompt: Annotated[int, Field(ge=2, le=LARGEST)] = 4
     """Replies sampled for each prompt; all comparisons between a training prompt's replies become
     pairs, as in InstructGPT."""
     max_new_tokens: PositiveInt = 64
@@ -319,7 +348,7 @@ class PublishSettings(Settings):
     """Name under which the model is published and found by `rlhf chat`."""
     approval: Literal["none", "manual"] = "none"
     """manual: the run waits before publishing, with the report and a form on its page."""
-    approval_timeout: Annotated[int, Field(ge=10)] = 604_800
+    approval_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 604_800
     """Seconds that it waits for the decision before it fails."""
 
 
@@ -331,7 +360,7 @@ class PipelineConfig(Settings):
     them."""
     name: Slug = "rlhf"
     """Name of the run, shown in lists."""
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    seed: Seed = 0
     """Seed of every shuffle, split, initialisation and sample."""
     store: str | None = None
     """URL of the artifact store (file:// or s3://); empty: $RLHF_STORE, else .rlhf/store here."""
@@ -383,7 +412,7 @@ class BaseJob(Settings):
     kind: ClassVar[str]  # of the artifact that the job publishes
     torchrun: ClassVar[bool] = True  # False: one plain process, no process group
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every random choice of the stage."""
 
     def placement(self) -> Resources:
@@ -544,9 +573,15 @@ def parse_job(text: str | bytes) -> Job:
     """Read a job file.
 
     Raises:
-        pydantic.ValidationError: the text is not a job of any known algorithm.
+        ValueError: the text is not JSON, or (pydantic.ValidationError) not a job of any known
+            algorithm.
     """
-    data = json.loads(text)
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply to be read") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds a JSON {type(data).__name__}; needed is an object")
     for candidate in get_args(Job):
         if candidate.model_fields["algorithm"].default == data.get("algorithm"):
             return cast(Job, candidate.model_validate(data))  # one class's errors, not seven's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isqrt
 from typing import Any, Literal
 
 from rlhf_core.jobs import (
@@ -185,8 +186,7 @@ def check_batches(config: PipelineConfig) -> list[str]:
                 f"{_nearest(settings.batch_size, batch_unit)}"
             )
         elif (share := batch // ranks) > micro and share % micro:
-            divisors = [m for m in range(1, share + 1) if share % m == 0]
-            near = min(divisors, key=lambda m: (abs(m - micro), -m))
+            near = min(_divisors(share), key=lambda m: (abs(m - micro), -m))
             unit = settings.batch_size // batch * ranks * micro
             problems.append(
                 f"{what}, so {share} for each of {ranks} rank{'s' if ranks > 1 else ''}, which "
@@ -194,6 +194,11 @@ def check_batches(config: PipelineConfig) -> list[str]:
                 f"{stage}.batch_size to {_nearest(settings.batch_size, unit)}"
             )
     return problems
+
+
+def _divisors(number: int) -> list[int]:
+    small = [m for m in range(1, isqrt(number) + 1) if number % m == 0]
+    return small + [number // m for m in small]
 
 
 def _nearest(value: int, unit: int) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
+import reprlib
 from collections.abc import Hashable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -45,22 +47,28 @@ def load_preset(name_or_path: str | Path) -> dict[str, Any]:
     if text in names:
         resource = files("deployments") / "presets" / f"{text}.yaml"
         return _parse(resource.read_text("utf-8"), f"preset {text}")
-    path = Path(text).expanduser()
-    looks_like_a_path = "/" in text or path.suffix in (".yaml", ".yml", ".json")
-    if not looks_like_a_path and not path.is_file():
+    looks_like_a_path = "/" in text or text.endswith((".yaml", ".yml", ".json"))
+    if not looks_like_a_path and not os.path.isfile(text):
         close = difflib.get_close_matches(text, names, 1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(
-            f"There is no preset {text!r}.{hint} Presets: {', '.join(names)}; "
+            f"There is no preset {_short(text)}.{hint} Presets: {', '.join(names)}; "
             "a file is given by its path, such as ./my-run.yaml."
         )
     try:
+        path = Path(text).expanduser()
         return _parse(path.read_text("utf-8"), str(path))
     except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror}.") from error
+        raise ConfigError(f"Cannot read {text[:300]}: {error.strerror}.") from error
+    except RuntimeError as error:
+        raise ConfigError(f"Cannot read {text[:300]}: {error}") from error
     except UnicodeDecodeError as error:
         found = f"byte {error.start} is {error.object[error.start]:#04x}"
         raise ConfigError(f"{path} is not a text file in UTF-8 ({found}).") from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # a NUL in the path
+        raise ConfigError(f"Cannot read {text[:300]!r}: {error}.") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,9 +86,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _read_yaml(text: str) -> Any:
+    """The value that a YAML text stands for.
+
+    Raises:
+        yaml.YAMLError: also where PyYAML lets Python's own errors through, as for 2001-99-99.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.YAMLError("lists or sections are nested too deeply to be read") from None
+    except Exception as error:
+        raise yaml.YAMLError(f"a value does not have the form of its type: {error}") from error
+
+
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        value = yaml.load(text, _Loader)
+        value = _read_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -112,14 +136,15 @@ def apply_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> di
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise ConfigError(
-                f"--set {override!r} is not a setting; needed is key=value: ppo.kl_coef=0.1, say."
+                f"--set {_short(override)} is not a setting; needed is key=value: "
+                "ppo.kl_coef=0.1, say."
             )
         try:
-            value = yaml.load(text, _Loader)
+            value = _read_yaml(text)
         except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or "it cannot be read"
+            problem = getattr(error, "problem", None) or _short(str(error), 200, bare=True)
             raise ConfigError(
-                f"--set {override!r}: the value {text!r} is not YAML ({problem}); "
+                f"--set {_short(override)}: the value {_short(text)} is not YAML ({problem}); "
                 "put quotes around a text with special characters."
             ) from error
         _put(result, keys, value, override)
@@ -134,7 +159,8 @@ def _put(settings: dict[str, Any], keys: list[str], value: Any, override: str) -
             inner = section[key] = {}
         if not isinstance(inner, dict):
             raise ConfigError(
-                f"--set {override!r}: {'.'.join(keys[:depth])} is a value ({inner!r}), no section."
+                f"--set {_short(override)}: {'.'.join(keys[:depth])} is a value "
+                f"({_short(inner)}), no section."
             )
         section = inner
     section[keys[-1]] = value
@@ -320,6 +346,18 @@ def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     return found
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _short(value: Any, longest: int = 60, *, bare: bool = False) -> str:
+    """A value for a message, cut where it is long; whatever it holds can be printed."""
+    if isinstance(value, str):
+        text = value[: 2 * longest] if bare else repr(value[: 2 * longest])
+    else:
+        try:
+            text = _REPR.repr(value)  # bounded: a YAML alias can stand for a billion values
+        except ValueError:  # an integer of thousands of digits
+            text = f"a very large {type(value).__name__}"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 60

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_core.data.row import BadRow, Message, names
+from rlhf_core.data.row import BadRow, Message, names, short
 from rlhf_core.jobs import Format, Purpose
 
 SERVES: dict[str, tuple[Purpose, ...]] = {
@@ -188,7 +188,7 @@ def _messages(
         if role is None:
             raise BadRow(
                 "unknown_role",
-                f"{where} has the {role_key} {item[role_key]!r}; known are {', '.join(roles)}",
+                f"{where} has the {role_key} {short(item[role_key])}; known are {', '.join(roles)}",
             )
         if item.get("tool_calls"):
             raise BadRow("unsupported", f"{where} calls tools, which cannot be trained on here")

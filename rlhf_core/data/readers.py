@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from rlhf_core.data.row import BadRow, RawRow
+from rlhf_core.data.row import BadRow, RawRow, json_problem
 from rlhf_core.errors import DataError
 
 PIECE = 2**20
@@ -58,9 +58,12 @@ def read_json(stream: IO[bytes], name: str) -> Iterator[RawRow]:
             text.take(1)
             text.peek()
         number += 1
-        value = text.value(number)
-        bad = _surrogates(value)
-        yield RawRow(name, number, bad or value)
+        # Passed on as text: it is parsed again, with the checks of a line, where the row is used.
+        found = text.value(number)
+        try:
+            yield RawRow(name, number, found.encode("utf-8"))
+        except UnicodeEncodeError:
+            yield RawRow(name, number, BadRow("invalid_utf8", _NOT_UTF8))
     if array and not mark:
         raise text.malformed(number + 1, "the file ends before the array's ']'; it is cut short")
 
@@ -99,20 +102,22 @@ class _Window:
     def take(self, count: int) -> None:
         self.position += count
 
-    def value(self, number: int) -> Any:
+    def value(self, number: int) -> str:
+        """The text of the JSON value that comes next."""
         size = PIECE
         while True:
             try:
                 value, end = self.json.raw_decode(self.text, self.position)
                 # A number at the very end may go on in the next piece.
                 if end < len(self.text) or self.ended or not isinstance(value, int | float):
+                    found = self.text[self.position : end]
                     self.position = end
-                    return value
+                    return found
                 problem = ""
             except json.JSONDecodeError as error:
                 problem = f"{error.msg} near {self.text[error.pos : error.pos + 40].strip()!r}"
             except (ValueError, RecursionError) as error:
-                problem = str(error)
+                problem = json_problem(error)
             if len(self.text) - self.position > LONGEST:
                 raise self.malformed(number, f"{problem}; or the row exceeds {LONGEST:,} bytes")
             if not self.more(size):
@@ -127,11 +132,14 @@ class _Window:
         )
 
 
-def _surrogates(value: Any) -> BadRow | None:
+_NOT_UTF8 = "the row is not UTF-8; convert the file to UTF-8"
+
+
+def _surrogates(fields: list[str]) -> BadRow | None:
     try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        "".join(fields).encode("utf-8")
     except UnicodeEncodeError:
-        return BadRow("invalid_utf8", "the row is not UTF-8; convert the file to UTF-8")
+        return BadRow("invalid_utf8", _NOT_UTF8)
     return None
 
 
@@ -167,7 +175,7 @@ def read_csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
             yield RawRow(name, number, bad)
         else:
             row = dict(zip(header, fields, strict=True))
-            yield RawRow(name, number, _surrogates(row) or row)
+            yield RawRow(name, number, _surrogates(fields) or row)
 
 
 def read_parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
@@ -178,6 +186,10 @@ def read_parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
     number = 0
     try:
         file = pq.ParquetFile(stream, pre_buffer=False)
+        columns = file.schema_arrow.names
+        if len(set(columns)) < len(columns):
+            shown = ", ".join(columns[:20])
+            raise DataError(f"{name}: the file names a column twice: {shown}.")
         for batch in file.iter_batches(batch_size=256, use_threads=False):
             for row in _rows(batch):
                 number += 1
@@ -190,16 +202,30 @@ def read_parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 
 
 def _rows(batch: Any) -> list[Any]:
+    """The rows of a batch; one with a value that Python cannot hold is a BadRow.
+
+    Such are texts that are not UTF-8, times beyond the year 9999 and unknown time zones.
+    """
     try:
         return list(batch.to_pylist())
-    except UnicodeDecodeError:
-        rows: list[Any] = []
-        for position in range(batch.num_rows):
-            try:
-                rows += batch.slice(position, 1).to_pylist()
-            except UnicodeDecodeError:
-                rows.append(BadRow("invalid_utf8", "a text of the row is not UTF-8"))
-        return rows
+    except Exception:  # pyarrow raises what Python, pytz or its own code raise
+        return [_row(batch.slice(position, 1)) for position in range(batch.num_rows)]
+
+
+def _row(batch: Any) -> Any:
+    row = {}
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        try:
+            row[field.name] = column.to_pylist()[0]
+        except UnicodeDecodeError:
+            return BadRow("invalid_utf8", "a text of the row is not UTF-8")
+        except Exception as error:
+            return BadRow(
+                "unreadable_value",
+                f"column {field.name!r} of type {field.type} holds a value that cannot be read "
+                f"({type(error).__name__}: {error}); correct it, or write the file without it",
+            )
+    return row
 
 
 ENDINGS: dict[str, Reader] = {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
+LONGEST_MESSAGE = 1000  # characters; a row may hold anything, and every message reaches the card
 SKIP_HINT = "Correct the row, or set on_bad_row: skip to leave such rows out and count them."
 
 
@@ -20,6 +22,8 @@ class BadRow(Exception):
     """
 
     def __init__(self, reason: str, message: str) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE - 200]} ... {message[-190:]}"
         super().__init__(reason, message)
         self.reason = reason
         self.message = message
@@ -74,9 +78,17 @@ class RawRow:
         return row
 
 
+def short(value: Any, longest: int = 60) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value[: 2 * longest] if isinstance(value, str) else value)
+    return text if len(text) <= longest else f"{text[: longest - 4]} ..."
+
+
 def names(row: dict[str, Any]) -> str:
-    """A row's column names for a message."""
-    return ", ".join(repr(name) for name in row) or "no columns"
+    """A row's column names for a message; the first twelve of them."""
+    shown = [short(name, 40) for name in list(row)[:12]]
+    more = [f"{len(row) - 12:,} more"] if len(row) > 12 else []
+    return ", ".join(shown + more) or "no columns"
 
 
 def parse_line(line: bytes) -> Any:
@@ -100,13 +112,31 @@ def parse_json(text: str) -> Any:
     """A JSON value.
 
     Raises:
-        BadRow: the text is not one JSON value.
+        BadRow: the text is not one JSON value, or an object in it has a key twice.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         near = text[max(0, error.pos - 20) : error.pos + 20].strip()
         message = f"malformed JSON at column {error.pos + 1} ({error.msg}) near {near!r}"
         raise BadRow("malformed_json", message) from None
     except (ValueError, RecursionError) as error:
-        raise BadRow("malformed_json", f"malformed JSON ({error})") from None
+        raise BadRow("malformed_json", f"malformed JSON ({json_problem(error)})") from None
+
+
+def json_problem(error: ValueError | RecursionError) -> str:
+    """What Python's JSON reader stumbled over, in words about the file."""
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply to be read"
+    if "integer string conversion" in str(error):
+        return "a number has thousands of digits"
+    return str(error)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; Python alone would silently take the last of two values."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise BadRow("double_key", f"the key {short(twice)} is there twice in one object")
+    return value

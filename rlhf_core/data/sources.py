@@ -59,13 +59,38 @@ def kind_of(source: str) -> str:
             f"{source}: {scheme[1]}:// is not readable; needed is a Hugging Face dataset id, a "
             "path, an s3:// URL or builtin:chatterbot."
         )
-    path = Path(source).expanduser()
+    path = _path(source)
     looks = source.startswith(("/", ".", "~")) or reader_of(source) or glob.has_magic(source)
-    if looks or path.exists():
+    if looks or _exists(path):
         return "local"
     if _HUB_ID.fullmatch(source):
         return "hub"
     return "local"
+
+
+def _path(source: str) -> Path:
+    """The path that a local source names.
+
+    Raises:
+        DataError: it is empty, or names the home of a user who is not known.
+    """
+    text = source.removeprefix("file://")
+    if not text.strip():
+        raise DataError(
+            f"The source is {source!r}, which names nothing; needed is a Hugging Face dataset id, "
+            "a path, an s3:// URL or builtin:chatterbot."
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{source}: {error} Give the whole path.") from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for a file: a hub id it may be
+        return False
 
 
 def find_files(source: str) -> list[SourceFile]:
@@ -87,7 +112,13 @@ def find_files(source: str) -> list[SourceFile]:
 
 
 def _local_files(source: str) -> list[SourceFile]:
-    path = Path(source.removeprefix("file://")).expanduser()
+    path = _path(source)
+    if not _exists(path) and not glob.has_magic(str(path)):
+        raise DataError(
+            f"{source[:300]}: there is no such file or folder (relative paths start at "
+            f"{os.getcwd()}); correct the path, or give a Hugging Face dataset id such as "
+            "Anthropic/hh-rlhf."
+        )
     if path.is_file():
         return [SourceFile(source, str(path))]
     if path.is_dir():
@@ -100,10 +131,7 @@ def _local_files(source: str) -> list[SourceFile]:
     if glob.has_magic(str(path)):
         matches = sorted(glob.glob(str(path), recursive=True))
         return [SourceFile(match, match) for match in matches if os.path.isfile(match)]
-    raise DataError(
-        f"{source}: there is no such file or folder (relative paths start at {os.getcwd()}); "
-        "correct the path, or give a Hugging Face dataset id such as Anthropic/hh-rlhf."
-    )
+    raise DataError(f"{source}: is neither a plain file nor a folder; give one of the two.")
 
 
 def s3_filesystem() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -92,32 +93,45 @@ def check_kind(kind: str) -> str:
 
 
 def check_files(files: Iterable[FileEntry]) -> tuple[FileEntry, ...]:
-    """Files in path order. Raises ConfigError for unsafe, double or clashing paths."""
+    """Files in path order. Raises ConfigError for unsafe, double or clashing paths.
+
+    Paths that differ in case or in the form of their accents only clash too: on file systems that
+    ignore it, one file would quietly take the place of the other.
+    """
     ordered = tuple(sorted(files))
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for entry in ordered:
         check_path(entry.path)
-        if entry.path in seen:
-            raise ConfigError(f"path {entry.path!r} is there twice; each file needs its own path")
+        folded = _folded(entry.path)
+        if (other := seen.get(folded)) is not None:
+            double = f"the same as {other!r} on a file system that ignores case"
+            raise ConfigError(
+                f"path {entry.path!r} is {'there twice' if other == entry.path else double}; each "
+                "file needs its own path"
+            )
         if not SHA256.fullmatch(entry.sha256) or entry.size < 0:
             raise ConfigError(f"file {entry.path!r} has no valid sha256 and size")
-        seen.add(entry.path)
-    for path in seen:
-        parts = path.split("/")
+        seen[folded] = entry.path
+    for folded, path in seen.items():
+        parts = folded.split("/")
         for depth in range(1, len(parts)):
-            folder = "/".join(parts[:depth])
-            if folder in seen:
-                raise ConfigError(f"{folder!r} is a file and also a folder of {path!r}")
+            if file := seen.get("/".join(parts[:depth])):
+                raise ConfigError(f"{file!r} is a file and also a folder of {path!r}")
     return ordered
+
+
+def _folded(path: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", path).casefold())
 
 
 def plain_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
     """``value`` as JSON gives it back (tuples become lists). Raises ConfigError if it cannot."""
     try:
         copy = json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{what} is not plain JSON ({error}); convert it first") from error
-    assert isinstance(copy, dict)
+    if not isinstance(copy, dict):
+        raise ConfigError(f"{what} is a JSON {type(copy).__name__}; needed is an object")
     return copy
 
 
@@ -178,16 +192,19 @@ def parse_manifest(data: bytes, key: str, digest: str) -> Artifact:
         if value["schema"] != SCHEMA:
             raise ValueError(f"schema {value['schema']!r}; this version reads {SCHEMA}")
         artifact = make_artifact(
-            value["kind"],
-            [FileEntry(f["path"], f["size"], f["sha256"]) for f in value["files"]],
-            value["metadata"],
-            value["parents"],
-            value["created"],
+            _typed(value["kind"], str, "kind"),
+            [_entry(file) for file in _typed(value["files"], list, "files")],
+            _typed(value["metadata"], dict, "metadata"),
+            [
+                _typed(parent, str, "a parent")
+                for parent in _typed(value["parents"], list, "parents")
+            ],
+            _typed(value["created"], str, "created"),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactCorrupt(
-            f"manifest {key} cannot be read ({type(error).__name__}: {error}); delete artifact "
-            f"{digest[:12]} and publish it again"
+            f"manifest {key} cannot be read ({type(error).__name__}: {str(error)[:500]}); delete "
+            f"artifact {digest[:12]} and publish it again"
         ) from error
     if artifact.digest != digest:
         raise ArtifactCorrupt(
@@ -195,3 +212,18 @@ def parse_manifest(data: bytes, key: str, digest: str) -> Artifact:
             f"says {digest[:12]}; delete the artifact and publish it again"
         )
     return artifact
+
+
+def _entry(file: Any) -> FileEntry:
+    file = _typed(file, dict, "a file")
+    return FileEntry(
+        _typed(file["path"], str, "a path"),
+        _typed(file["size"], int, "a size"),
+        _typed(file["sha256"], str, "a sha256"),
+    )
+
+
+def _typed(value: Any, kind: type, what: str) -> Any:
+    if type(value) is not kind:  # isinstance would take True for a size
+        raise TypeError(f"{what} is a {type(value).__name__} instead of a {kind.__name__}")
+    return value

@@ -39,7 +39,7 @@ def read_record(backend: Backend, path: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactCorrupt(
             f"record {path} in {backend.url} is not JSON ({error}); delete it and make it again"
         ) from error

@@ -109,6 +109,11 @@ def test_strategies_that_need_a_gpu(strategy: str) -> None:
     assert "needs GPUs" in only_problem(ppo={"resources": {"strategy": strategy}})
 
 
+def test_huge_batch_is_judged_at_once() -> None:
+    text = only_problem(sft={"batch_size": 2**31 - 1, "resources": {"micro_batch_size": 2**20}})
+    assert "set micro_batch_size to 1," in text  # a prime number
+
+
 def test_precision_that_does_not_fit() -> None:
     assert "fp16, which needs a GPU" in only_problem(sft={"precision": "fp16"})
     gemini = {"strategy": "gemini", "ranks": 4}

@@ -192,6 +192,65 @@ def test_broken_yaml_names_file_and_line(tmp_path, text, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("2001-99-99", "month must be in 1..12"),
+        ("!!int x", "invalid literal"),
+        ("!!map [1]", "does not have the form of its type"),
+        ("[" * 2000, "nested too deeply"),
+        ("9" * 5000, "does not have the form of its type"),
+    ],
+)
+def test_yaml_value_that_python_refuses_is_one_message(tmp_path, value, message):
+    (tmp_path / "x.yaml").write_text(f"seed: {value}\n")
+    for attempt in (
+        lambda: load_preset(tmp_path / "x.yaml"),
+        lambda: build_config({}, [f"seed={value}"]),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            attempt()
+        assert len(str(caught.value)) < 600
+
+
+def test_yaml_alias_that_stands_for_a_billion_values_is_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    (tmp_path / "x.yaml").write_text("\n".join([*lines, "seed: *a9"]))
+    with pytest.raises(PreflightError, match="seed: found") as caught:
+        build_config(tmp_path / "x.yaml")
+    assert len(str(caught.value)) < 5000
+
+
+@pytest.mark.parametrize(
+    "path", ["/" + "a" * 300 + ".yaml", "~nobody-here/x.yaml", "a\0b.yaml", "."]
+)
+def test_path_that_cannot_be_opened_is_one_message(path):
+    with pytest.raises(ConfigError, match=r"Cannot read|no preset"):
+        load_preset(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.learning_rate=.nan", "ppo.learning_rate: found nan, needed is a finite number"),
+        ("ppo.temperature=.inf", "finite number"),
+        ("ppo.batch_size=1000000000000", "less than or equal to 2147483647"),
+        ("seed=0x" + "f" * 9000, "seed: found a very large int"),
+    ],
+)
+def test_number_without_end_is_refused(override, message):
+    with pytest.raises(PreflightError, match=message):
+        build_config({}, [override])
+
+
+def test_half_a_character_is_refused():
+    for settings in ({"store": "\ud800"}, {"data": {"sft": {"columns": {"prompt": "a\udfff"}}}},
+                     {"sft": {"lora": {"targets": ["q\ud800"]}}}):  # fmt: skip
+        with pytest.raises(PreflightError, match="half a character"):
+            build_config(settings)
+
+
 def test_file_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"name: \xff\xfe")

@@ -26,6 +26,9 @@ ROWS = [
     (b'{"messages": "\\ud800"}', "wrong_type", "holds a str; needed is a list"),
     (talk(("user", "\ud83d"), ("assistant", "b")), "invalid_utf8", "lone surrogate"),
     ([1, 2], "not_an_object", "a JSON list; needed is an object"),
+    (b'{"messages": [], "a": {"b": 1, "b": 2}}', "double_key", "the key 'b' is there twice"),
+    (b'{"messages": ' + b"[" * 9999 + b"]" * 9999 + b"}", "malformed_json", "nested too deeply"),
+    (b'{"messages": ' + b"9" * 5000 + b"}", "malformed_json", "a number has thousands of digits"),
     ({"text": "x"}, "missing_column", "no column 'messages'; the row has 'text'"),
     ({"messages": []}, "no_text", "'messages' is an empty list"),
     ({"messages": None}, "wrong_type", "holds nothing (null)"),
@@ -130,6 +133,11 @@ def test_long_prompt_is_dropped_and_counted(tmp_path):
         ("/nowhere/a.jsonl", ["no such file or folder", "correct the path"]),
         ("builtin:nope", ["no built-in data set 'nope'", "builtin:chatterbot"]),
         ("ftp://x/y", ["ftp:// is not readable"]),
+        ("", ["names nothing", "Hugging Face dataset id"]),
+        ("file://", ["names nothing"]),
+        ("/" + "a" * 300 + ".jsonl", ["no such file or folder"]),
+        ("~no-such-user/a.jsonl", ["home directory", "Give the whole path"]),
+        ("/dev/null", ["neither a plain file nor a folder"]),
     ],
 )
 def test_missing_source_says_what_is_needed(tmp_path, source, words):
@@ -205,3 +213,47 @@ def test_check_source_names_the_first_bad_row_and_is_quiet_otherwise(tmp_path):
     assert check_source(DataSettings(source=bad, on_bad_row="skip"), "sft") == []
     [problem] = check_source(DataSettings(source=good), "preference")
     assert "serves sft" in problem
+
+
+def test_double_key_in_an_array_is_one_bad_row(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"prompt": "a"}, {"prompt": "b", "prompt": "c"}, {"prompt": "d"}]')
+    assert len(prepared(tmp_path / "out", str(path), "prompts", on_bad_row="skip")) == 2
+    assert DataCard.load(tmp_path / "out").bad == {"double_key": 1}
+
+
+def test_message_about_a_row_of_any_size_stays_short(tmp_path):
+    wide = {f"column {number}": "x" for number in range(5000)} | {"y" * 100_000: 1}
+    role = {"messages": [{"role": "r" * 100_000, "content": "x"}]}
+    for row, text in ((wide, "4,989 more"), (role, "known are system, user, assistant")):
+        with pytest.raises(DataError) as error:
+            prepared(tmp_path / "out", jsonl(tmp_path / "a.jsonl", [row]))
+        assert text in str(error.value)
+        assert len(str(error.value)) < 1500
+
+
+def test_parquet_value_that_python_cannot_hold_is_one_bad_row(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    when = pa.array([0, 2**62, 0]).cast(pa.timestamp("ms"))
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "when": when}), tmp_path / "a.parquet")
+    source = str(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"row 2: column 'when' of type timestamp\[ms\] holds"):
+        prepared(tmp_path / "out", source, "prompts")
+    assert len(prepared(tmp_path / "out", source, "prompts", on_bad_row="skip")) == 2
+    assert DataCard.load(tmp_path / "out").bad == {"unreadable_value": 1}
+
+
+def test_parquet_with_an_unknown_time_zone_or_a_column_twice(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    when = pa.array([0]).cast(pa.timestamp("ms", "Mars/Base"))
+    pq.write_table(pa.table({"prompt": ["a"], "when": when}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="Mars/Base"):
+        prepared(tmp_path / "out", str(tmp_path / "a.parquet"), "prompts")
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["prompt", "prompt"])
+    pq.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="names a column twice: prompt, prompt"):
+        prepared(tmp_path / "out", str(tmp_path / "b.parquet"), "prompts")

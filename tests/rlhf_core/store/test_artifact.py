@@ -5,7 +5,13 @@ import pytest
 
 from rlhf_core.errors import ArtifactCorrupt, ConfigError
 from rlhf_core.store import FileEntry
-from rlhf_core.store.artifact import check_path, dump_manifest, make_artifact, parse_manifest
+from rlhf_core.store.artifact import (
+    canonical,
+    check_path,
+    dump_manifest,
+    make_artifact,
+    parse_manifest,
+)
 
 SHA = hashlib.sha256(b"x").hexdigest()
 
@@ -57,6 +63,9 @@ def test_paths_with_spaces_and_other_scripts_are_kept() -> None:
         ([FileEntry("a", 1, SHA), FileEntry("a", 1, SHA)], "twice"),
         ([FileEntry("a", 1, SHA), FileEntry("a/b", 1, SHA)], "also a folder"),
         ([FileEntry("a", 1, "short")], "sha256"),
+        ([FileEntry("README.md", 1, SHA), FileEntry("readme.md", 1, SHA)], "ignores case"),
+        ([FileEntry("\u00e9", 1, SHA), FileEntry("e\u0301", 1, SHA)], "ignores case"),
+        ([FileEntry("A", 1, SHA), FileEntry("a/b", 1, SHA)], "also a folder"),
     ],
 )
 def test_clashing_files_are_refused(files: list[FileEntry], message: str) -> None:
@@ -86,3 +95,36 @@ def test_manifest_reads_back_and_any_change_is_noticed() -> None:
     for bad in (json.dumps(changed).encode(), data.replace(b'"b"', b'"c"'), data[:-5], b"[]", b"1"):
         with pytest.raises(ArtifactCorrupt, match="manifest key"):
             parse_manifest(bad, "key", artifact.digest)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("metadata", True), ("metadata", [1]), ("kind", 3), ("parents", "ab"), ("created", 5),
+        ("files", {"a": 1}), ("size", True), ("size", 1.0), ("path", None), ("sha256", []),
+        ("files", [["a", 1]]),
+    ],
+)  # fmt: skip
+def test_manifest_whose_digest_fits_but_not_its_types_is_corrupt(name: str, value: object) -> None:
+    """As a hostile writer would make it: a `created` that is a number would break every list."""
+    made = json.loads(dump_manifest(make_artifact("model", [FileEntry("b", 1, SHA)], {}, [])))
+    (made["files"][0] if name in made["files"][0] else made)[name] = value
+    covered = {key: part for key, part in made.items() if key != "created"}
+    digest = hashlib.sha256(canonical(covered)).hexdigest()
+    with pytest.raises(ArtifactCorrupt, match="manifest key cannot be read"):
+        parse_manifest(json.dumps(made).encode(), "key", digest)
+
+
+def test_deeply_nested_manifest_is_corrupt() -> None:
+    with pytest.raises(ArtifactCorrupt, match="manifest key cannot be read"):
+        parse_manifest(b"[" * 99_999, "key", "0" * 64)
+
+
+@pytest.mark.parametrize("path", ["..", "/etc/passwd", "a/../../b", "a\0b", "a\\..\\b", ""])
+def test_manifest_with_a_path_out_of_its_folder_is_corrupt(path: str) -> None:
+    made = json.loads(dump_manifest(make_artifact("model", [FileEntry("b", 1, SHA)], {}, [])))
+    made["files"][0]["path"] = path
+    covered = {key: part for key, part in made.items() if key != "created"}
+    digest = hashlib.sha256(canonical(covered)).hexdigest()
+    with pytest.raises(ArtifactCorrupt, match="relative path"):
+        parse_manifest(json.dumps(made).encode(), "key", digest)
