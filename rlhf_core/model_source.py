@@ -61,7 +61,7 @@ def model_config(settings: ModelSettings, store: Store | None = None) -> dict[st
 def _object(text: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -122,10 +122,11 @@ def _check_artifact(source: Source, store: Store) -> list[str]:
 
 def _check_folder(settings: ModelSettings, folder: Path) -> list[str]:
     config = _object((folder / "config.json").read_bytes()) or {}
-    if config.get("auto_map") and not settings.trust_remote_code:
+    if (code := config.get("auto_map")) and not settings.trust_remote_code:
+        names = ", ".join(sorted(code)) if isinstance(code, dict) else str(code)[:200]
         return [
-            f"{folder} brings Python code of its own ({', '.join(sorted(config['auto_map']))}); "
-            "read it, then set model.trust_remote_code to true"
+            f"{folder} brings Python code of its own ({names}); read it, then set "
+            "model.trust_remote_code to true"
         ]
     if not (folder / "tokenizer.json").exists() or config.get("auto_map"):
         return []  # its tokenizer needs torch or remote code; the import checks the template
@@ -133,8 +134,17 @@ def _check_folder(settings: ModelSettings, folder: Path) -> list[str]:
     from rlhf_core.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = resolve_template(tokenizer, settings.chat_template)
-    end_of_turn(tokenizer)
+    try:
+        tokenizer.chat_template = resolve_template(tokenizer, settings.chat_template)
+        end_of_turn(tokenizer)
+    except RLHFError:
+        raise
+    except Exception as error:  # whatever a setting of an odd type leads to inside transformers
+        return [
+            f"the tokenizer in {folder} cannot be used ({type(error).__name__}: "
+            f"{str(error)[:300]}); needed are intact copies of tokenizer.json and "
+            "tokenizer_config.json"
+        ]
     return []
 
 

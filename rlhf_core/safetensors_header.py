@@ -11,9 +11,10 @@ from typing import Any
 from rlhf_core.errors import ModelError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
-    "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16,
+    "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
 
@@ -61,17 +62,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         text = file.read(length)
     try:
-        header = json.loads(text)
-        tensors = {
-            name: _tensor(name, value) for name, value in header.items() if name != "__metadata__"
-        }
-        end = max(
-            (value["data_offsets"][1] for n, value in header.items() if n in tensors), default=0
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        tensors, end = _parse(text)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HeaderProblem(
-            f"{path} has a damaged safetensors header ({type(error).__name__}: {error}); download "
-            "it again"
+            f"{path} has a damaged safetensors header ({type(error).__name__}: "
+            f"{str(error)[:300]}); download it again"
         ) from error
     needed = 8 + length + end
     if needed > size:
@@ -87,13 +82,49 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _tensor(name: str, value: dict[str, Any]) -> TensorInfo:
-    begin, end = value["data_offsets"]
-    tensor = TensorInfo(str(value["dtype"]), tuple(int(n) for n in value["shape"]), end - begin)
-    width = BYTES.get(tensor.dtype)
-    if width is not None and tensor.elements * width != tensor.size:
+def _parse(text: bytes) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors, and where the last one ends: each begins where another one has ended."""
+    if not text.startswith(b"{"):
+        raise ValueError(f"it starts with {text[:8]!r} instead of a JSON object")
+    header = json.loads(text.decode("utf-8"), parse_constant=_no_number)
+    json.dumps(header, ensure_ascii=False).encode("utf-8")  # raises for half a character
+    metadata = header.pop("__metadata__", None) or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError("__metadata__ holds something else than texts")
+    placed = {name: _tensor(name, value) for name, value in header.items()}
+    end = 0
+    for name, (begin, tensor) in sorted(placed.items(), key=lambda item: _place(item[1])):
+        if begin != end:
+            raise ValueError(
+                f"tensor {name} begins at byte {begin:,} of the data instead of {end:,}"
+            )
+        end += tensor.size
+    return {name: tensor for name, (_, tensor) in placed.items()}, end
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _place(placed: tuple[int, TensorInfo]) -> tuple[int, int]:
+    return placed[0], placed[1].size
+
+
+def _tensor(name: str, value: dict[str, Any]) -> tuple[int, TensorInfo]:
+    """Where a tensor begins, and what it is."""
+    shape, offsets = value["shape"], value["data_offsets"]
+    for numbers in (shape, offsets):
+        if type(numbers) is not list or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"tensor {name}: {numbers!r} is not a list of sizes")
+    if len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise ValueError(f"tensor {name}: data_offsets {offsets!r} are not a begin and an end")
+    bits = BITS.get(value["dtype"])
+    if bits is None:
+        raise ValueError(f"tensor {name} has the unknown dtype {value['dtype']!r}")
+    tensor = TensorInfo(value["dtype"], tuple(shape), offsets[1] - offsets[0])
+    if tensor.elements * bits != tensor.size * 8:
         raise ValueError(
             f"tensor {name} of shape {list(tensor.shape)} and dtype {tensor.dtype} has "
-            f"{tensor.size} bytes instead of {tensor.elements * width}"
+            f"{tensor.size} bytes instead of {tensor.elements * bits / 8:.4g}"
         )
-    return tensor
+    return offsets[0], tensor

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.config_check import check_config
 from rlhf_core.errors import ModelError
+from rlhf_core.expected_keys import compare_keys
 from rlhf_core.safetensors_header import HeaderProblem, TensorInfo, read_header
 from rlhf_core.source_id import fingerprint, parse_source
 
@@ -52,7 +54,11 @@ def check_weight_files(folder: Path) -> list[str]:
             f"{folder} has no config.json; needed is a Hugging Face model folder: copy the file "
             "from where the weights came from"
         )
+    problems += check_config(folder, config) if config is not None else []
+    before = len(problems)
     tensors = _tensors(folder, problems)
+    if config is not None and len(problems) == before:
+        problems += _judge_keys(*compare_keys(config, tensors), f"the weights in {folder}")
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         problems.append(
             f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES[:2])}); copy the tokenizer "
@@ -87,24 +93,47 @@ def check_loaded(loading_info: Mapping[str, Any], source: str = "the weights") -
         ModelError: parameters would have stayed at their random start, tensors were left over, or
             shapes differ.
     """
+    problems = _judge_keys(
+        loading_info.get("missing_keys"), loading_info.get("unexpected_keys"), source,
+        {
+            "tensors of another shape": loading_info.get("mismatched_keys"),
+            "errors": loading_info.get("error_msgs"),
+        },
+    )  # fmt: skip
+    if problems:
+        raise ModelError(problems[0])
+
+
+def _judge_keys(
+    missing: Iterable[object] | None,
+    unexpected: Iterable[object] | None,
+    source: str,
+    more: Mapping[str, Iterable[object] | None] | None = None,
+) -> list[str]:
+    """One text about all keys that do not fit; none when they do."""
     found = {
-        "parameters that have no tensor": loading_info.get("missing_keys"),
-        "tensors that the model has no place for": loading_info.get("unexpected_keys"),
-        "tensors of another shape": loading_info.get("mismatched_keys"),
-        "errors": loading_info.get("error_msgs"),
+        "parameters that have no tensor": missing,
+        "tensors that the model has no place for": unexpected,
+        **(more or {}),
     }
     parts = []
     for what, keys in found.items():
         names = sorted(str(key) for key in keys or ())
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            parts.append(f"{len(names)} {what} ({', '.join(names[:5])}{more})")
-    if parts:
-        raise ModelError(
-            f"{source} do not fit the architecture in config.json: {'; '.join(parts)}. Needed is "
-            "one tensor for each parameter: check that config.json and weights belong together "
-            "and that the model is a causal language model"
-        )
+            parts.append(f"{len(names)} {what} ({_listed(names)})")
+    if not parts:
+        return []
+    return [
+        f"{source} do not fit the architecture in config.json: {'; '.join(parts)}. Needed is "
+        "one tensor for each parameter: check that config.json and weights belong together "
+        "and that the model is a causal language model"
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    """The first five names, each cut where it is long."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(name[:200] for name in names[:5]) + more
 
 
 def _pointers(folder: Path) -> list[str]:
@@ -132,7 +161,7 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__} instead of an object")
         return value
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         problems.append(f"{path} is not readable JSON ({error}); needed is an intact copy of it")
         return None
 
@@ -143,13 +172,19 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, TensorInfo]:
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if index is not None:
         weight_map = index.get("weight_map") or {}
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            problems.append(
+                f"{index_path} has no weight_map from tensors to file names; download it again"
+            )
+            return {}
         wanted = sorted(set(weight_map.values()))
         missing = [name for name in wanted if name not in names]
         if missing:
             problems.append(
                 f"{index_path} names {len(wanted)} weight files, {len(missing)} of which are "
-                f"missing: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; download "
-                "them again"
+                f"missing: {_listed(missing)}; download them again"
             )
         names = [name for name in wanted if name in names]
     elif not names and not index_path.exists():
@@ -174,7 +209,7 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, TensorInfo]:
         if lost:
             problems.append(
                 f"{index_path} names {len(lost)} tensors that its files do not hold "
-                f"({', '.join(lost[:5])}); index and weights are of different models: download both"
+                f"({_listed(lost)}); index and weights are of different models: download both"
             )
     return tensors
 
@@ -196,7 +231,15 @@ def _no_weights(folder: Path) -> str:
 def _check_vocabulary(
     folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], problems: list[str]
 ) -> None:
-    rows = [t.shape[0] for name, t in tensors.items() if name.endswith(EMBEDDINGS)]
+    shapes = [t.shape for name, t in tensors.items() if name.endswith(EMBEDDINGS)]
+    rows = [shape[0] for shape in shapes if shape]
+    width = config.get("word_embed_proj_dim") or config.get("hidden_size") or config.get("n_embd")
+    if shapes and isinstance(width, int) and shapes[0][1:] != (width,):
+        problems.append(
+            f"the embedding in {folder} has the shape {list(shapes[0])} but config.json says a "
+            f"width of {width:,}; config.json and weights are of different models: use a matching "
+            "pair"
+        )
     size = config.get("vocab_size")
     if rows and isinstance(size, int) and rows[0] != size:
         problems.append(
@@ -207,19 +250,41 @@ def _check_vocabulary(
     tokenizer = _json(folder / "tokenizer.json", problems)
     if tokenizer is None or not isinstance(have, int):
         return
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    ids = (
-        list(vocabulary.values())
-        if isinstance(vocabulary, dict)
-        else list(range(len(vocabulary)))  # Unigram: a list of pairs, in the order of the ids
-    )
-    ids += [token["id"] for token in tokenizer.get("added_tokens") or ()]
-    if ids and max(ids) >= have:
+    try:
+        last = max(_token_ids(tokenizer), default=-1)
+    except (TypeError, AttributeError, KeyError) as error:
         problems.append(
-            f"the tokenizer in {folder} has tokens up to id {max(ids):,}, the model's embedding "
-            f"only {have:,} rows; needed are more than {max(ids):,}: use the tokenizer that the "
+            f"{folder / 'tokenizer.json'} is no tokenizer ({type(error).__name__}: {error}); "
+            "needed is an intact copy of it"
+        )
+        return
+    if last >= have:
+        problems.append(
+            f"the tokenizer in {folder} has tokens up to id {last:,}, the model's embedding "
+            f"only {have:,} rows; needed are more than {last:,}: use the tokenizer that the "
             "model was trained with, or call resize_token_embeddings and save the model again"
         )
+    elif 0 <= last < have // 2:  # padding adds some hundred rows, never as many as there are tokens
+        problems.append(
+            f"the tokenizer in {folder} has tokens up to id {last:,} only, the model's embedding "
+            f"{have:,} rows; it is the tokenizer of another model: use the one that the model was "
+            "trained with"
+        )
+
+
+def _token_ids(tokenizer: dict[str, Any]) -> list[int]:
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    ids = list(
+        vocabulary.values()
+        if isinstance(vocabulary, dict)
+        else range(len(vocabulary))  # Unigram: a list of pairs, in the order of the ids
+    )
+    ids += [token["id"] for token in tokenizer.get("added_tokens") or ()]
+    if odd := [number for number in ids if type(number) is not int]:
+        raise TypeError(f"{str(odd[0])[:60]!r} stands where the id of a token should")
+    if not ids:
+        raise KeyError("vocab")
+    return ids
 
 
 def _has_eos(folder: Path, config: dict[str, Any]) -> bool:

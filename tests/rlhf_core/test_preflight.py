@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,55 @@ def test_model_sources_that_cannot_be_used(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**value, "auto_map": {"AutoConfig": "x.Y"}}))
     (problem,) = check(good, machine=CPU)
     assert "trust_remote_code" in problem
+
+
+def _pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\nsize 9\n"
+    )
+
+
+def _html(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"<!DOCTYPE html>" * 9)
+
+
+def _lost_tensor(folder: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    state["model.odd.weight"] = state.pop("model.norm.weight")
+    save_file(state, folder / "model.safetensors")
+
+
+def _other_vocabulary(folder: Path) -> None:
+    value = json.loads((folder / "tokenizer.json").read_text())
+    value["added_tokens"].append({**value["added_tokens"][0], "id": 5000, "content": "<more>"})
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+
+
+def _odd_config(folder: Path) -> None:
+    value = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**value, "num_hidden_layers": "two"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_pointer, ["git-lfs pointer", "git lfs install"]),
+        (_html, ["HeaderTooLarge", "download it again"]),
+        (_lost_tensor, ["(model.norm.weight)", "(model.odd.weight)", "belong together"]),
+        (_other_vocabulary, ["tokens up to id 5,000", "resize_token_embeddings"]),
+        (_odd_config, ["num_hidden_layers 'two'", "copy the file"]),
+    ],
+)
+def test_unusable_model_folder_is_refused_with_the_way_out(
+    tmp_path: Path, damage: Callable[[Path], None], words: list[str]
+) -> None:
+    folder = copy_of("llama", tmp_path / "model")
+    damage(folder)
+    (problem,) = check(config(model={"source": str(folder)}), machine=CPU)
+    assert str(folder) in problem
+    assert all(word in problem for word in words), problem
 
 
 def test_artifact_of_another_kind(tmp_path: Path) -> None:

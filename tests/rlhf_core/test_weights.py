@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.errors import ModelError
+from rlhf_core.expected_keys import compare_keys
 from rlhf_core.weights import (
     check_loaded,
     check_weight_files,
@@ -138,6 +139,120 @@ def test_embedding_of_another_size_than_the_config(model: Path) -> None:
     problem = only_problem(model)
     assert "960 rows" in problem
     assert "vocab_size 1,000" in problem
+
+
+def test_embedding_of_another_width_than_the_config(model: Path) -> None:
+    edit(model / "config.json", hidden_size=128)
+    assert "shape [960, 64] but config.json says a width of 128" in only_problem(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": None}, "model_type 'None'"),
+        ({"model_type": ["llama"]}, "name of an architecture"),
+        ({"hidden_size": "64"}, "hidden_size '64' for its hidden size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers '0' for its layers"),
+        ({"num_attention_heads": 7}, "hidden size of 64 and 7 attention heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ({"architectures": ["BertForMaskedLM"]}, "another task (BertForMaskedLM)"),
+        ({"is_encoder_decoder": True}, "another task (an encoder and a decoder)"),
+    ],
+)
+def test_config_that_no_model_could_be_built_from(
+    model: Path, changes: dict[str, object], message: str
+) -> None:
+    value = json.loads((model / "config.json").read_text())
+    value.pop("head_dim", None)
+    (model / "config.json").write_text(json.dumps({**value, **changes}))
+    problems = check_weight_files(model)
+    assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "[" * 99_999, "not readable JSON"),
+        ("tokenizer.json", '{"model": []}', "no tokenizer"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": "1"}}}', "no tokenizer"),
+        ("tokenizer.json", '{"added_tokens": [3]}', "no tokenizer"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 1}}}', "tokenizer of another model"),
+        ("model.safetensors.index.json", '{"weight_map": [1]}', "no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": null}}', "no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../b.safetensors"}}', "missing"),
+    ],
+)
+def test_damaged_json_file_has_a_message_of_its_own(
+    model: Path, file: str, text: str, message: str
+) -> None:
+    (model / file).write_text(text)
+    problems = check_weight_files(model)
+    assert any(message in problem and str(model) in problem for problem in problems), problems
+
+
+def test_missing_and_unexpected_keys_are_listed(model: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = model / "model.safetensors"
+    state = load_file(path)
+    state["model.layers.9.mlp.up_proj.weight"] = state.pop("model.layers.1.mlp.up_proj.weight")
+    del state["lm_head.weight"]
+    save_file(state, path)
+    problem = only_problem(model)
+    assert "2 parameters that have no tensor (lm_head.weight, model.layers.1.mlp.up_proj" in problem
+    assert "1 tensors that the model has no place for (model.layers.9.mlp.up_proj" in problem
+
+
+def test_old_buffers_and_a_missing_prefix_are_no_problem(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = copy_of("gpt2", tmp_path / "gpt2")
+    state = load_file(folder / "model.safetensors")
+    state = {name.removeprefix("transformer."): value for name, value in state.items()}
+    state["h.0.attn.bias"] = state["wpe.weight"][:1]  # as gpt2 itself has it
+    save_file(state, folder / "model.safetensors")
+    assert check_weight_files(folder) == []
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen3", {"attention_bias": True}),
+        ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2}),
+        ("bloom", {"n_layer": 2, "n_head": 2}),
+        ("opt", {"ffn_dim": 32}),
+        ("opt", {"word_embed_proj_dim": 8, "do_layer_norm_before": False}),
+        ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    ],
+)
+def test_expected_keys_are_those_of_transformers(kind: str, sizes: dict[str, object]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **{**SMALL, **sizes})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = set(model.state_dict())
+    described = config.to_dict()
+    assert compare_keys(described, names) == ([], [])
+    for name in names - {"lm_head.weight"}:
+        assert compare_keys(described, names - {name}) == ([name], [])
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert compare_keys(described, names - {"lm_head.weight"})[0] == (
+        [] if tied else ["lm_head.weight"]
+    )
+    extra = f"{model.base_model_prefix}.score.weight"
+    assert compare_keys(described, names | {"score.weight"}) == ([], [extra])
 
 
 def test_model_without_an_end_of_sequence_token(model: Path) -> None:
