@@ -16,6 +16,7 @@ import typer
 
 from flows.listing import StoreUrl, artifacts, runs
 from rlhf_core.errors import ConfigError, PreflightError, RLHFError
+from rlhf_core.secrets import hide
 
 if TYPE_CHECKING:
     from rlhf_core.jobs import PipelineConfig
@@ -367,12 +368,13 @@ def main() -> None:
 
         crash = rlhf_home() / "crash.log"
         crash.parent.mkdir(parents=True, exist_ok=True)
-        crash.write_text(traceback.format_exc())
+        crash.write_text(hide(traceback.format_exc()))
         _fail(f"{type(error).__name__}: {error}\nThis was not expected; the details: {crash}")
 
 
 def _fail(text: str) -> NoReturn:
     sys.stdout.flush()
+    text = hide(text)
     typer.echo(f"\nError: {text}" if "\n" in text else f"Error: {text}", err=True)
     raise SystemExit(1)
 

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from rlhf_core.context import StageContext
 from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.jobs import Job, parse_job
+from rlhf_core.secrets import hide
 from rlhf_core.store import Store, open_store
 
 
@@ -97,8 +98,8 @@ def main(arguments: list[str]) -> int:
         except Exception as error:
             category = classify(error)
             if category == "internal":
-                traceback.print_exc()
-            message = str(error) or type(error).__name__
+                print(hide(traceback.format_exc()), file=sys.stderr)
+            message = hide(str(error)) or type(error).__name__
             if category == "internal":
                 message = f"{type(error).__name__}: {message}"
             print(f"ERROR ({category}): {message}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import JobFailed
+from rlhf_core.secrets import hide
 
 # What a failed stage's flow run is called in Prefect, by category.
 STATE_NAMES = {
@@ -116,7 +117,7 @@ def diagnose(
     else:
         code = dead_rank[1] if dead_rank else returncode
         category, text = "internal", f"ended with exit code {code} and said no reason"
-    return JobFailed(f"{name} failed: {shorten(text)}\nFull log: {log}", category)
+    return JobFailed(f"{name} failed: {shorten(hide(text))}\nFull log: {log}", category)
 
 
 def _signal(number: int) -> str:

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import rlhf_core
 from rlhf_core.jobs import Job
+from rlhf_core.secrets import hide
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.devices import reserved
 from tasks.launchers.failures import DeadRank, diagnose
@@ -197,7 +198,7 @@ class _Reader(threading.Thread):
         assert self.process.stdout is not None
         with self.log.open("a", encoding="utf-8") as file, self.process.stdout as pipe:
             for raw in _lines(pipe):
-                line = raw.decode("utf-8", "replace").rstrip()
+                line = hide(raw.decode("utf-8", "replace").rstrip())
                 file.write(line + "\n")
                 file.flush()
                 if line and not self._is_torchruns(line):

@@ -15,6 +15,7 @@ from pathlib import Path
 from rlhf_core.context import StageContext
 from rlhf_core.errors import ConfigError, DataError, OutOfMemory, RLHFError, StoreUnavailable
 from rlhf_core.jobs import parse_job
+from rlhf_core.secrets import hide
 from rlhf_core.store import open_store
 
 ERRORS = {"oom": OutOfMemory, "data": DataError, "store": StoreUnavailable, "config": ConfigError}
@@ -33,6 +34,9 @@ def behaviour(algorithm: str, folder: Path) -> str:
 def act(what: str, rank: int) -> None:
     if what in ERRORS:
         raise ERRORS[what](f"stub ran into {what}")
+    if what == "leak":  # as a library does that logs its settings
+        print("settings:", dict(os.environ), flush=True)
+        raise ValueError(f"refused with {os.environ['HF_TOKEN']}")
     if what == "bug":
         raise ZeroDivisionError("stub divided")
     if what == "die" and rank == 1:
@@ -97,7 +101,7 @@ def main() -> int:
         except Exception as error:
             category = error.category if isinstance(error, RLHFError) else "internal"
             message = str(error) if category != "internal" else f"{type(error).__name__}: {error}"
-            value = {"category": category, "message": message, "time": time.time()}
+            value = {"category": category, "message": hide(message), "time": time.time()}
             rank = os.environ.get("RANK", "0")
             (path.parent / f"error-{rank}.json").write_text(json.dumps(value))
             print(f"ERROR ({category}): {message}", file=sys.stderr)
