@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo check lint fast lock docs clean
+.PHONY: help setup demo smoke up down test test-system test-images test-demo check lint fast lock docs clean fuzz
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,13 @@ test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (five min
 
 fast: $(STAMP)  ## the tests that need no server and no ranks
 	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images"
+
+FUZZ ?= 20
+SEED ?= $(shell date +%s)
+
+fuzz: $(STAMP)  ## generated bad input, FUZZ times as many cases as the tests try, new ones each time
+	@echo "$(FUZZ) times the cases of the tests, seed $(SEED)"
+	@RLHF_FUZZ=$(FUZZ) RLHF_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -rP -o timeout=0 tests/fuzz
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -207,6 +207,9 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Same seed, same replies.")] = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that came with the model.")
+    ] = False,
     store: StoreUrl = None,
 ) -> None:
     """Talk to a model: the newest published one, or any stage's."""
@@ -225,6 +228,7 @@ def chat(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from rlhf_core.context import StageContext
 from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.jobs import Job, parse_job
+from rlhf_core.remote_code import allow
 from rlhf_core.secrets import hide
 from rlhf_core.store import Store, open_store
 
@@ -46,6 +47,7 @@ def run_job(job: Job, store: Store, folder: Path) -> None:
     context = StageContext.from_environment(store, job, folder)
     artifact = store.stage_result(context.key)
     if artifact is None:
+        allow(job.trust_remote_code)
         module = importlib.import_module(job.module)
         artifact = module.run(job, context)
     if context.main:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import ConfigError, DataError, ModelError, OutOfMemory
+from rlhf_core.remote_code import allow, is_trusted
 from rlhf_core.weights import check_weight_files
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def main(
     max_new_tokens: int = 256,
     temperature: float = 0.7,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> int:
     """Talk to the model in a folder until the input ends.
 
@@ -42,6 +44,7 @@ def main(
         max_new_tokens: longest reply, in tokens.
         temperature: of the sampling, over the full vocabulary; 0 takes the likeliest token.
         seed: the same seed and messages give the same replies.
+        trust_remote_code: run Python code that lies in the folder.
 
     Returns:
         Exit code 0.
@@ -56,6 +59,7 @@ def main(
             f"temperature is {temperature:g} and max_new_tokens {max_new_tokens}; needed are at "
             "least 0 and at least 1"
         )
+    allow(trust_remote_code)
     chat = Chat(folder, system, max_new_tokens, temperature, seed)
     if once is not None:
         chat.answer(once)
@@ -137,7 +141,7 @@ class Chat:
 
         hf_logging.set_verbosity_error()
         hf_logging.disable_progress_bar()
-        trust = any(folder.glob("*.py"))  # imported only where the job allowed it
+        trust = is_trusted(folder)
         self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
         end_of_turn(self.tokenizer)  # raises when there is no usable chat template
         try:

@@ -414,6 +414,8 @@ class BaseJob(Settings):
 
     seed: Seed = 0
     """Seed of every random choice of the stage."""
+    trust_remote_code: bool = False
+    """Run Python code that came with the model, as model.trust_remote_code says."""
 
     def placement(self) -> Resources:
         """Where the job runs: one rank if the job has no say in it."""
@@ -421,8 +423,11 @@ class BaseJob(Settings):
         return resources if isinstance(resources, Resources) else Resources()
 
     def key(self) -> str:
-        """Stage key: sha256 over algorithm, version and all settings but the placement."""
-        settings = self.model_dump(mode="json", exclude={"resources"})
+        """Stage key: sha256 over algorithm, version and all settings but placement and trust."""
+        apart = {"resources", "trust_remote_code"}
+        if isinstance(self, ModelSettings):
+            apart.remove("trust_remote_code")  # an import with and without code are two things
+        settings = self.model_dump(mode="json", exclude=apart)
         payload = {"version": self.version, "job": settings}
         text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()

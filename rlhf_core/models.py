@@ -27,6 +27,7 @@ from rlhf_core.batching import derive_seed
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.jobs import TrainSettings
 from rlhf_core.logprobs import backbone_hidden, response_logprobs
+from rlhf_core.remote_code import is_trusted
 
 _WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", "reward_head.safetensors")
 _HEAD = "reward_head.safetensors"
@@ -156,7 +157,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Modul
 
 
 def _load(auto: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    trust = bool(list(Path(folder).glob("*.py")))  # imported only where the job allowed it
+    trust = is_trusted(Path(folder))
     try:
         model, info = auto.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust

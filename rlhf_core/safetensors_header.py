@@ -88,8 +88,8 @@ def _parse(text: bytes) -> tuple[dict[str, TensorInfo], int]:
         raise ValueError(f"it starts with {text[:8]!r} instead of a JSON object")
     header = json.loads(text.decode("utf-8"), parse_constant=_no_number)
     json.dumps(header, ensure_ascii=False).encode("utf-8")  # raises for half a character
-    metadata = header.pop("__metadata__", None) or {}
-    if not all(isinstance(value, str) for value in metadata.values()):
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
         raise TypeError("__metadata__ holds something else than texts")
     placed = {name: _tensor(name, value) for name, value in header.items()}
     end = 0

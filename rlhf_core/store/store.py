@@ -20,6 +20,8 @@ from typing import Any
 from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, StoreError, StoreUnavailable
 from rlhf_core.store import records
 from rlhf_core.store.artifact import (
+    KIND,
+    SHA256,
     Artifact,
     FileEntry,
     check_kind,
@@ -104,6 +106,11 @@ class Store:
         return self._read(kind, digest)
 
     def _read(self, kind: str, digest: str) -> Artifact:
+        # A record that someone has written may hold anything, a path out of the store too.
+        if not all(isinstance(part, str) for part in (kind, digest)) or not (
+            KIND.fullmatch(kind) and SHA256.fullmatch(digest)
+        ):
+            raise ArtifactNotFound(f"{str(kind)[:80]!r}/{str(digest)[:80]!r} names no artifact")
         key = manifest_key(kind, digest)
         data = self._backend.read(key)
         if data is None:

@@ -109,7 +109,9 @@ def as_csv(rows: list[Any], draw: st.DrawFn) -> bytes:
     names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
     names = list(dict.fromkeys(name.strip() for name in names if name.strip())) or ["text"]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator=draw(st.sampled_from(["\n", "\r\n"])))
+    end = draw(st.sampled_from(["\n", "\r\n"]))
+    # Python's writer leaves a lone carriage return unquoted, at which its own reader ends the row.
+    writer = csv.writer(out, lineterminator=end, quoting=csv.QUOTE_ALL)
     writer.writerow(names)
     for row in rows:
         row = row if isinstance(row, dict) else {}

@@ -37,6 +37,11 @@ def test_other_values_stay(name: str, value: str, monkeypatch: pytest.MonkeyPatc
     assert hide(f"a {value}") == f"a {value}"
 
 
+def test_password_in_a_url_is_hidden() -> None:
+    assert hide("at http://me:pass@host:80/x?a=b@c now") == "at http://***@host:80/x?a=b@c now"
+    assert hide("at http://host:80/me@x") == "at http://host:80/me@x"
+
+
 def test_longer_secret_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_TOKEN", "abcdefgh")
     monkeypatch.setenv("B_TOKEN", "abcdefgh-more")

@@ -1,10 +1,11 @@
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
 from rlhf_core.errors import ArtifactCorrupt, ConfigError
-from rlhf_core.store import FileEntry
+from rlhf_core.store import FileEntry, open_store
 from rlhf_core.store.artifact import (
     canonical,
     check_path,
@@ -113,6 +114,24 @@ def test_manifest_whose_digest_fits_but_not_its_types_is_corrupt(name: str, valu
     digest = hashlib.sha256(canonical(covered)).hexdigest()
     with pytest.raises(ArtifactCorrupt, match="manifest key cannot be read"):
         parse_manifest(json.dumps(made).encode(), "key", digest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "digest"),
+    [
+        ("../../x", "0" * 64),
+        ("model", "../" + "0" * 61),
+        ("model", 5),
+        (None, "0" * 64),
+        ("model", "ab"),
+    ],
+)
+def test_stage_record_that_names_no_artifact_means_that_the_stage_is_not_done(
+    tmp_path: Path, kind: object, digest: object
+) -> None:
+    store = open_store(f"file://{tmp_path}")
+    store.write_record("stages/k.json", {"kind": kind, "digest": digest})
+    assert store.stage_result("k") is None
 
 
 def test_deeply_nested_manifest_is_corrupt() -> None:
