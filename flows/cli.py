@@ -281,8 +281,13 @@ def _settings(
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ConfigError(f"There is no file {path}.")
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; needed is a YAML file with settings.")
+        if not path.exists():
+            raise ConfigError(f"There is no file {path}.")
+    except OSError as error:
+        raise ConfigError(f"Cannot read {str(path)[:300]}: {error.strerror}.") from error
     return path.absolute()
 
 
@@ -293,7 +298,7 @@ def _dry_run(settings: PipelineConfig) -> None:
 
     problems = check(settings)
     shown = settings.model_dump(mode="json", exclude_unset=True)
-    typer.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip())
+    typer.echo(hide(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()))
     if problems:
         raise PreflightError(problems)
     typer.echo("\nPreflight passed; nothing was started.")

@@ -574,6 +574,13 @@ Job = ImportModelJob | DataJob | SFTJob | LabelJob | RewardJob | PPOJob | Evalua
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"a key is there twice in an object with the keys {list(value)[:20]}")
+    return value
+
+
 def parse_job(text: str | bytes) -> Job:
     """Read a job file.
 
@@ -582,7 +589,7 @@ def parse_job(text: str | bytes) -> Job:
             algorithm.
     """
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply to be read") from None
     if not isinstance(data, dict):

@@ -282,6 +282,8 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
         return f"{path} is missing."
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "a section with settings"
+    if kind == "string_pattern_mismatch":
+        message = f"a text like {message.rpartition(' pattern ')[2]}"
     needed = message.removeprefix("Input should be ").removeprefix("a valid ").split(", unable")[0]
     return f"{path}: found {_short(item['input'])}, needed is {needed}."
 

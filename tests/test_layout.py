@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ["flows", "tasks", "rlhf_core", "deployments", "tests", "docker", "docs", "requirements"]
 FILES = [
-    "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "Makefile",
+    "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE",
+    "Makefile",
     ".ci/run", ".dockerignore", ".pre-commit-config.yaml", "deployments/presets/smoke.yaml",
     "deployments/presets/demo.yaml", "requirements/torch.txt", "requirements/lock.txt",
 ]  # fmt: skip

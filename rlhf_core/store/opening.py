@@ -32,7 +32,10 @@ def open_store(url: str | None = None, settings: StoreSettings | None = None) ->
     if scheme == "file":
         if not rest.strip():
             raise ConfigError(f"store URL {url!r} names no folder; use file:///path/to/folder")
-        backend = LocalBackend(Path(os.path.abspath(Path(rest).expanduser())))
+        try:
+            backend = LocalBackend(Path(os.path.abspath(Path(rest).expanduser())))
+        except RuntimeError as error:
+            raise ConfigError(f"store URL {url!r}: {error} Give the whole path.") from error
     elif scheme == "s3":
         bucket, _, prefix = rest.partition("/")
         if "@" in bucket or ":" in bucket:

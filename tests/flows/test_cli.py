@@ -22,6 +22,11 @@ def fails(rlhf, *arguments, code=1):
         (["run", "--set", "x"], "needed is key=value"),
         (["run", "--config", "none.yaml"], "There is no file none.yaml."),
         (["run", "--preset", "smoke", "--store", "ftp://x"], "scheme 'ftp' is not known"),
+        (["run", "--preset", "smoke", "--store", "~nobody-here/x"], "Give the whole path"),
+        (["run", "--config", "."], ". is a folder; needed is a YAML file"),
+        (["run", "--config", "x" * 300], "File name too long"),
+        (["run", "--set", "name=a b"], "name: found 'a b', needed is a text like '^"),
+        (["job", "."], "Is a directory"),
         (["stage", "sfd", "--preset", "smoke"], "There is no stage 'sfd'. Did you mean sft?"),
         (["artifacts", "show", "zz"], "There is no artifact 'zz'"),
         (["artifacts", "show", "123456"], "123456"),
@@ -59,6 +64,27 @@ def test_broken_yaml_is_named_with_its_line(rlhf):
 def test_job_file_that_is_none_is_refused(rlhf):
     (rlhf.home / "x.json").write_text("{")
     assert "x.json is not a job file" in fails(rlhf, "job", "x.json")
+
+
+def test_keys_in_a_store_url_are_not_shown(rlhf):
+    url = "s3://marked-key:marked-secret@bucket/x"
+    for arguments in (["--dry-run"], []):
+        done = rlhf("run", "--preset", "smoke", "--store", url, *arguments, code=1)
+        assert "an s3:// URL names the bucket first, without keys" in done.stderr
+        assert "marked-secret" not in done.stdout + done.stderr
+
+
+def test_settings_from_windows_are_read(rlhf):
+    (rlhf.home / "x.yaml").write_bytes(b"\xef\xbb\xbfpreset: smoke\r\nppo:\r\n  steps: 7\r\n")
+    assert "steps: 7" in rlhf("run", "--config", "x.yaml", "--dry-run", code=0).stdout
+
+
+@pytest.mark.parametrize("content", [b"\x00\x01\xff", b"[" * 9999, b"seed: 2001-99-99", b"- 1"])
+def test_file_that_holds_no_settings_is_one_message(rlhf, content):
+    (rlhf.home / "x.yaml").write_bytes(content)
+    message = fails(rlhf, "run", "--config", "x.yaml")
+    assert message.startswith("Error: ") and "x.yaml" in message
+    assert "not expected" not in message
 
 
 def test_missing_data_is_found_by_a_dry_run(rlhf):

@@ -20,8 +20,10 @@ from rlhf_core.jobs import ImportModelJob, parse_job
         (b"[" * 99_999, "nested too deeply"),
         (b"\xff", "utf-8"),
         (b"", "Expecting value"),
-        (b'{"algorithm": "nope"}', "validation error"),
-        (b'{"algorithm": ["sft"]}', "validation error"),
+        (b'{"algorithm": "nope"}', "algorithm: Input should be 'sft'"),
+        (b'{"algorithm": ["sft"]}', "algorithm: Input should be 'sft'"),
+        (b'{"algorithm": "sft", "algorithm": "data"}', "a key is there twice"),
+        (b'{"algorithm": "sft", "learning_rate": NaN}', "learning_rate: Input should be a finite"),
         (b'{"algorithm": "import_model", "seed": -1}', "greater than or equal to 0"),
         (b'{"algorithm": "import_model", "revision": "\\ud800"}', "half a character"),
     ],
@@ -31,6 +33,7 @@ def test_file_that_is_no_job_is_refused(tmp_path: Path, content: bytes, message:
     with pytest.raises(ConfigError, match=message) as caught:
         read_job(tmp_path / "job.json")
     assert "job.json is not a job file" in str(caught.value)
+    assert "errors.pydantic.dev" not in str(caught.value)
 
 
 def test_job_survives_the_way_through_its_file() -> None:
