@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
+import pytest
 from hypothesis import strategies as st
 
 from rlhf_core.__main__ import read_job
@@ -26,6 +27,8 @@ from tests.fuzz.configs import (
     yaml_values,
 )
 from tests.fuzz.values import damaged, texts
+
+pytestmark = pytest.mark.slow
 
 MACHINES = [Machine(cores=2, ram=24 << 30), Machine(gpus=8, gpu_memory=80 << 30, cores=96)]
 SECONDS = 5.0

@@ -21,6 +21,8 @@ from tests.fuzz.rows import FORMATS, SOUND, files, spoilt, typed_tables
 from tests.fuzz.values import damaged
 from tests.rlhf_core.data.helpers import byte_tokenizer, job, prepare
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:

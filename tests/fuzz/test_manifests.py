@@ -7,6 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import pytest
 from hypothesis import strategies as st
 
 from rlhf_core.errors import ArtifactCorrupt, ConfigError
@@ -21,6 +22,8 @@ from rlhf_core.store.artifact import (
 from rlhf_core.store.refs import manifest_key
 from tests.fuzz.cases import try_cases
 from tests.fuzz.values import anything, damaged, nested, texts
+
+pytestmark = pytest.mark.slow
 
 hashes = st.sampled_from([hashlib.sha256(bytes([n])).hexdigest() for n in range(4)])
 parts = st.one_of(
@@ -71,7 +74,10 @@ def manifests(draw: st.DrawFn) -> tuple[bytes, str]:
     return text, digest
 
 
-def test_a_manifest_is_read_whole_or_is_corrupt(tmp_path: Path) -> None:
+def test_a_manifest_is_read_whole_or_is_corrupt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("CRITICAL", "rlhf_core.store")  # a warning for each damaged one
     store = open_store(f"file://{tmp_path / 'store'}")
 
     def check(case: tuple[bytes, str]) -> None:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors
 from hypothesis import strategies as st
 
@@ -18,6 +19,8 @@ from rlhf_core.safetensors_header import HeaderProblem, read_header
 from tests.fuzz.cases import try_cases
 from tests.fuzz.values import anything, damaged, texts
 from tests.rlhf_core.tiny_models import copy_of
+
+pytestmark = pytest.mark.slow
 
 WIDTHS = {"F32": 4, "BF16": 2, "I64": 8, "BOOL": 1, "F8_E4M3": 1}
 
