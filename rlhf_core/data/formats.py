@@ -110,7 +110,9 @@ def normalise(row: dict[str, Any], format: Format, purpose: Purpose) -> Example:
         extra = row.get("input")
         if extra is not None and not isinstance(extra, str):
             raise _wrong_type("input", extra, "text or nothing")
-        question = _text(row, "instruction") + (f"\n\n{extra}" if extra and extra.strip() else "")
+        question = _text(row, "instruction")
+        if extra and extra.strip():
+            question += "\n\n" + _checked(extra, "column 'input'")
         messages = [_message("user", question)]
         if purpose != "prompts" or row.get("output"):
             messages.append(_message("assistant", _text(row, "output")))
@@ -121,7 +123,7 @@ def normalise(row: dict[str, Any], format: Format, purpose: Purpose) -> Example:
     messages = _messages(row, "conversations", "from", "value", _SHAREGPT)
     system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages.insert(0, _message("system", system))
+        messages.insert(0, _message("system", _checked(system, "column 'system'")))
     return _conversation(messages)
 
 

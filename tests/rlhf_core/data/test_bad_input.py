@@ -215,6 +215,20 @@ def test_check_source_names_the_first_bad_row_and_is_quiet_otherwise(tmp_path):
     assert "serves sft" in problem
 
 
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"instruction": "a", "input": "b\ud800", "output": "c"}, "input"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+          "system": "\udfff"}, "system"),
+    ],
+)  # fmt: skip
+def test_half_a_character_in_an_optional_column_is_a_bad_row(tmp_path, row, column):
+    source = jsonl(tmp_path / "a.jsonl", [json.dumps(row).encode()])
+    with pytest.raises(DataError, match=f"row 1: column '{column}' holds half a character"):
+        prepared(tmp_path / "out", source)
+
+
 def test_double_key_in_an_array_is_one_bad_row(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"prompt": "a"}, {"prompt": "b", "prompt": "c"}, {"prompt": "d"}]')
