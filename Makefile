@@ -48,7 +48,7 @@ test: $(STAMP)  ## all tests
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
 
-test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (five minutes, 3 GB)
+test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minutes, 3 GB)
 	@$(BIN)/python -m pytest -q -m images
 
 fast: $(STAMP)  ## the tests that need no server and no ranks

@@ -36,7 +36,7 @@ def run(image: Built, *command: str, code: int = 0) -> str:
     home = Path(image.environment["RLHF_HOME"])
     done = subprocess.run(
         command, cwd=image.folder / home.relative_to("/"), env=image.variables(),
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     text = done.stdout + done.stderr
     assert done.returncode == code, text
