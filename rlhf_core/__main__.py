@@ -6,14 +6,17 @@ Exit code 0: every job's artifact is in the store. 1: error-<rank>.json says why
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
+import faulthandler
 import importlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
-import time
 import traceback
 import warnings
 from pathlib import Path
@@ -22,9 +25,11 @@ from pydantic import ValidationError
 
 from rlhf_core.context import StageContext
 from rlhf_core.errors import ConfigError, RLHFError
+from rlhf_core.host_memory import amount, peak_memory
 from rlhf_core.jobs import Job, parse_job
 from rlhf_core.remote_code import allow
 from rlhf_core.secrets import hide
+from rlhf_core.stopping import stop, write_error
 from rlhf_core.store import Store, open_store
 
 
@@ -64,14 +69,44 @@ def run_job(job: Job, store: Store, folder: Path) -> None:
         partial.replace(folder / "result.json")
 
 
+# CUDA's and NCCL's words; torch's allocator on the host; the C library's; C++'s; cuBLAS's.
+MEMORY = re.compile(
+    r"out of memory|can.?t allocate memory|cannot allocate memory|bad_alloc|ALLOC_FAILED",
+    re.IGNORECASE,
+)
+# gloo's and NCCL's words for a collective operation that another rank did not join in time.
+WAITED = re.compile(r"timed out waiting|collective operation timeout|wait timeout", re.IGNORECASE)
+
+
 def classify(error: BaseException) -> str:
     """Category of an error (see rlhf_core.errors)."""
     if isinstance(error, RLHFError):
         return error.category
     text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return "oom"
-    return "internal"
+    if MEMORY.search(text):
+        return "oom"
+    return "hang" if WAITED.search(text) else "internal"
+
+
+def describe(error: BaseException, category: str, rank: str, job: Job | None) -> str:
+    """What the error file says."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, RLHFError):
+        return text
+    if category == "oom":
+        peak = ", ".join(f"{amount(size)} {where}" for where, size in peak_memory().items())
+        first = text.splitlines()[0]
+        return f"rank {rank} ran out of memory: {first}\nPeak of rank {rank}: {peak}."
+    if category == "hang" and job is not None:
+        seconds = job.placement().collective_timeout
+        return (
+            f"rank {rank} waited {seconds} s (resources.collective_timeout) for another rank that "
+            "did not come; the log has the Python stack of every rank. If ranks of this job may "
+            f"differ by so much, raise it.\n{text.splitlines()[0]}"
+        )
+    return f"{type(error).__name__}: {text}"
 
 
 def quieten() -> None:
@@ -90,9 +125,18 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+def first_to_go() -> None:
+    """If memory runs out, the kernel is to end a rank, not the orchestrator or a server."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
 def main(arguments: list[str]) -> int:
     """Entry point; returns the exit code."""
     die_with_parent()
+    first_to_go()
+    faulthandler.enable()  # NCCL's watchdog, say, ends a process by SIGABRT
+    stop.install()
     quieten()
     rank = os.environ.get("RANK", "0")
     if not arguments or arguments[0].startswith("-"):
@@ -100,21 +144,19 @@ def main(arguments: list[str]) -> int:
         return 2
     for argument in arguments:
         path = Path(argument)
+        stop.phase, stop.folder = "idle", path.parent
+        job = None
         try:
             job = read_job(path)
             run_job(job, open_store(), path.parent)
         except Exception as error:
             category = classify(error)
-            if category == "internal":
-                print(hide(traceback.format_exc()), file=sys.stderr)
-            message = hide(str(error)) or type(error).__name__
-            if category == "internal":
-                message = f"{type(error).__name__}: {message}"
+            if category in ("internal", "hang", "oom"):
+                print(hide(f"rank {rank}:\n{traceback.format_exc()}"), file=sys.stderr, flush=True)
+            message = hide(describe(error, category, rank, job))
             print(f"ERROR ({category}): {message}", file=sys.stderr, flush=True)
-            if path.parent.is_dir():
-                (path.parent / f"error-{rank}.json").write_text(
-                    json.dumps({"category": category, "message": message, "time": time.time()})
-                )
+            write_error(path.parent, rank, category, message)
+            stop.settle()
             return 1
     return 0
 

@@ -25,7 +25,9 @@ from typing import Any
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import Job
+from rlhf_core.stopping import stop
 from rlhf_core.store import Artifact, Store
+from rlhf_core.uploads import patiently
 
 
 @dataclass
@@ -37,6 +39,8 @@ class StageContext:
         key: the job's stage key.
         folder: the job folder; scratch space that is gone after the run.
         rank, world_size, local_rank: of this process.
+        patience: seconds for which a result waits for a store that is away.
+        lowered: see Checkpointer.lowered; told in the result's metadata.
     """
 
     store: Store
@@ -45,6 +49,8 @@ class StageContext:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    patience: float = 900.0
+    lowered: list[dict[str, Any]] = field(default_factory=list)
     _writer: Any = field(default=None, repr=False)
     _wandb_run: Any = field(default=None, repr=False)
 
@@ -58,6 +64,7 @@ class StageContext:
             rank=int(os.environ.get("RANK", "0")),
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            patience=job.placement().store_patience,
         )
 
     @property
@@ -168,21 +175,26 @@ class StageContext:
         its curves drawn later.
 
         Raises:
-            StoreError: the store could not take it; nothing half is visible.
+            StoreError: the store could not take it, and was waited for; nothing half is visible.
         """
+        stop.phase = "leaving"
         if self._writer is not None:
             self._writer[0].flush()
         if self.metrics_path.exists():
             shutil.copy(self.metrics_path, folder / "metrics.jsonl")
-        artifact = self.store.publish(
-            folder,
-            kind=kind or job.kind,
-            metadata={
-                "algorithm": job.algorithm,
-                "job": job.model_dump(mode="json"),
-                "key": self.key,
-                **(metadata or {}),
-            },
-            parents=list(job.inputs().values()) if parents is None else list(parents),
-        )
-        return self.store.commit_stage(self.key, artifact)
+        described = {
+            "algorithm": job.algorithm,
+            "job": job.model_dump(mode="json"),
+            "key": self.key,
+            **({"learning_rate_lowered": self.lowered} if self.lowered else {}),
+            **(metadata or {}),
+        }
+        made_of = list(job.inputs().values()) if parents is None else list(parents)
+
+        def send() -> Artifact:
+            artifact = self.store.publish(
+                folder, kind=kind or job.kind, metadata=described, parents=made_of
+            )
+            return self.store.commit_stage(self.key, artifact)
+
+        return patiently(send, "the result", self.patience)

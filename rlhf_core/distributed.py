@@ -63,6 +63,10 @@ class Group:
             dist.all_reduce(total)
         return total.cpu()
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank."""
+        return bool(self.sum([float(flag)])[0] > 0)
+
     def gather(self, value: Any) -> list[Any]:
         """One value of every rank, on every rank, in rank order."""
         if self.size == 1:

@@ -10,20 +10,23 @@
     │   ├── ArtifactCorrupt     "store"
     │   └── StoreUnavailable    "store"      unreachable, refused, full: worth a retry
     ├── OutOfMemory             "oom"        retried with half the micro-batch
+    ├── Preempted               "preempted"  told to stop; goes on from the checkpoint it wrote
+    ├── RankHung                "hang"       a rank waited for another one for too long
     ├── TrainingFailure         "training"
     │   ├── NonFinite           "nonfinite"  a loss or gradient is NaN or infinite
+    │   │   └── RateLowered     "rate_lowered"  the same; retried with a lower learning rate
     │   └── PolicyCollapse      "collapse"   KL or length left its bounds
     └── JobFailed               "job"        a launched process died; category is the process's own
 
 The category travels from a rank's error file to the orchestrator, which decides from it alone
-whether a retry can help: "store", "oom" and "lost" can, the others cannot.
+whether a retry can help; `RETRYABLE` has those for which it can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-RETRYABLE = frozenset({"store", "oom", "lost"})
+RETRYABLE = frozenset({"store", "oom", "lost", "preempted", "hang", "rate_lowered"})
 
 
 class RLHFError(Exception):
@@ -90,6 +93,18 @@ class OutOfMemory(RLHFError):
     category = "oom"
 
 
+class Preempted(RLHFError):
+    """The job was told to stop, and did so after a checkpoint: another attempt goes on from it."""
+
+    category = "preempted"
+
+
+class RankHung(RLHFError):
+    """A rank waited for another one longer than resources.collective_timeout."""
+
+    category = "hang"
+
+
 class TrainingFailure(RLHFError):
     """Training cannot go on; the last good checkpoint is kept."""
 
@@ -100,6 +115,13 @@ class NonFinite(TrainingFailure):
     """A loss or a gradient norm is NaN or infinite."""
 
     category = "nonfinite"
+
+
+class RateLowered(NonFinite):
+    """A loss or a gradient norm is NaN or infinite, and another attempt goes on from the last
+    checkpoint with the lower learning rate that `on_nonfinite` says."""
+
+    category = "rate_lowered"
 
 
 class PolicyCollapse(TrainingFailure):

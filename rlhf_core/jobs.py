@@ -89,8 +89,15 @@ class Resources(Settings):
     """Optimizer steps (rollouts for PPO) between two checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints that are kept while the stage runs."""
-    collective_timeout: Annotated[int, Field(ge=30, le=LARGEST)] = 1800
-    """Seconds after which a rank that waits for another one gives up."""
+    collective_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 1800
+    """Seconds after which a rank that waits for another one gives up; the job then ends with every
+    rank's Python stack in its log, and is tried again from its last checkpoint."""
+    stop_seconds: Annotated[int, Field(ge=1, le=27)] = 15
+    """Seconds that ranks have after SIGTERM (a cancelled run, a drained node) to finish their step
+    and store a checkpoint; torchrun kills after 30."""
+    store_patience: Annotated[int, Field(ge=0, le=LARGEST)] = 900
+    """Seconds for which a finished stage waits for a store that is away before it gives up;
+    checkpoints are tried again for as long as training goes on."""
 
 
 class LocalLauncher(Settings):
@@ -229,6 +236,9 @@ class TrainSettings(Settings):
     """The gradient's norm is clipped to this."""
     precision: Precision = "bf16"
     """fp32, bf16 or fp16 (GPU only) arithmetic; master weights and optimizer are fp32."""
+    on_nonfinite: Literal["fail"] | Annotated[float, Field(gt=0.0, lt=1.0)] = "fail"
+    """What a NaN or infinite loss or gradient does: fail, or go on from the last checkpoint with
+    the learning rate times this factor (twice at most; the result says so)."""
     lora: LoRA | None = None
     """Train low-rank adapters instead of the weights."""
     trainable_layers: PositiveInt | None = None
@@ -423,14 +433,25 @@ class BaseJob(Settings):
         return resources if isinstance(resources, Resources) else Resources()
 
     def key(self) -> str:
-        """Stage key: sha256 over algorithm, version and all settings but placement and trust."""
+        """Stage key: sha256 over algorithm, version and all settings but placement and trust.
+
+        `on_nonfinite` counts when it is a factor: the result may then be another one.
+        """
         apart = {"resources", "trust_remote_code"}
         if isinstance(self, ModelSettings):
             apart.remove("trust_remote_code")  # an import with and without code are two things
         settings = self.model_dump(mode="json", exclude=apart)
+        if settings.get("on_nonfinite") == "fail":
+            del settings["on_nonfinite"]
         payload = {"version": self.version, "job": settings}
         text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def cautious(self) -> Self:
+        """The same job, but failing at a non-finite loss: equal to this one up to the first."""
+        if "on_nonfinite" not in type(self).model_fields:
+            return self
+        return self.model_copy(update={"on_nonfinite": "fail"})
 
     def inputs(self) -> dict[str, str]:
         """Input name -> artifact digest, for every input that is given."""

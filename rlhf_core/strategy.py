@@ -129,7 +129,7 @@ class Strategy:
         """Backward pass of a micro-batch's share of the global loss (scalar).
 
         Raises:
-            NonFinite: the loss is NaN or infinite; the step's number is added by the loop.
+            NonFinite: the loss of this rank is NaN or infinite; the loop adds the step's number.
         """
         if not torch.isfinite(loss.detach()):
             raise NonFinite(f"the loss is {loss.item()}")

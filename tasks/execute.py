@@ -10,13 +10,11 @@ from typing import Any
 from rlhf_core.errors import RETRYABLE, JobFailed
 from rlhf_core.jobs import Job
 from rlhf_core.store import Artifact
-from tasks import assets
+from tasks import assets, out_of_memory
 from tasks.events import Log, headline, say, seconds
 from tasks.launchers import Launch, launcher_for
 from tasks.progress import Lines, Progress
 from tasks.run import Run, StageResult, elapsed
-
-_micro_batch_sizes: dict[str, int] = {}  # stage key -> size to try after running out of memory
 
 
 def run_jobs(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> list[StageResult]:
@@ -35,7 +33,9 @@ def run_jobs(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> list[St
         artifact = run.store.stage_result(job.key())
         if artifact is not None:
             results[name] = _note(run, name, job, artifact, True, elapsed(began), log)
-    missing = {name: _fit(job) for name, job in jobs.items() if name not in results}
+    missing = {
+        name: out_of_memory.fit(run.store, job) for name, job in jobs.items() if name not in results
+    }
     if missing:
         began = time.monotonic()
         for name, artifact in _launch(run, stage, missing, log).items():
@@ -60,10 +60,13 @@ def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str
     try:
         outcomes = launcher_for(run.config.launcher).run(launch, Lines(stage, log), progress)
     except JobFailed as error:
-        if error.category == "oom":
-            for job in jobs.values():
-                _shrink(job, error)
-        raise
+        if error.category != "oom":
+            raise
+        for job in jobs.values():
+            error = out_of_memory.shrink(run.store, job, error)
+        raise error from None
+    for job in jobs.values():
+        out_of_memory.forget(run.store, job)
     return {name: run.store.get(o.artifact) for name, o in zip(jobs, outcomes, strict=True)}
 
 
@@ -96,43 +99,6 @@ def _attempt_folder(base: Path) -> Path:
     return folder
 
 
-# --------------------------------------------------------------------------- out of memory
-
-
-def _fit(job: Job) -> Job:
-    """The job with the micro-batch that is left after it ran out of memory.
-
-    The accumulation follows from the batch size, so the stage computes the same, under its key.
-    """
-    size = _micro_batch_sizes.get(job.key())
-    return job if size is None else _with_micro_batch(job, size)
-
-
-def _shrink(job: Job, error: JobFailed) -> None:
-    """Remember half the micro-batch for the next attempt.
-
-    Raises:
-        JobFailed: it cannot be made smaller; not worth a retry.
-    """
-    placement = job.placement()
-    size = placement.micro_batch_size // 2
-    per_rank = getattr(job, "batch_size", 0) // placement.ranks
-    while size > 1 and per_rank % size:
-        size -= 1
-    if size < 1 or not hasattr(job, "resources"):
-        raise JobFailed(
-            f"{error}\nThe micro-batch cannot be made smaller: use more ranks, another strategy, "
-            "gradient_checkpointing or shorter sequences.",
-            category="memory",
-        ) from error
-    _micro_batch_sizes[job.key()] = size
-
-
-def _with_micro_batch(job: Job, size: int) -> Job:
-    placement = job.placement().model_copy(update={"micro_batch_size": size})
-    return job.model_copy(update={"resources": placement})
-
-
 # --------------------------------------------------------------------------- retries
 
 
@@ -150,5 +116,7 @@ def worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
     text = f"{reason}; attempt {task_run.run_count + 1} of {task.retries + 1} in {delay:.0f} s"
     if category == "oom":
         text += ", with half the micro-batch"
+    if category == "rate_lowered":
+        text += ", with a lower learning rate"
     say(task_run_logger(task_run, task), "retry", task.name, text)
     return True

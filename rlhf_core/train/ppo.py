@@ -58,11 +58,11 @@ from rlhf_core.models import (
     share_frozen,
     stop_tokens,
 )
+from rlhf_core.nonfinite import failure
 from rlhf_core.rollout import generate, make_row_seeds
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import HALF, Strategy
 from rlhf_core.train.sft import (
-    NON_FINITE_ADVICE,
     collate,
     enable_checkpointing,
     trained_tokens,
@@ -115,27 +115,30 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
         "critic.": job.critic_learning_rate or 5 * job.learning_rate,
     }
     strategy.prepare(models.actor_critic, adamw(models.actor_critic, job, rates))
-    checkpointer = Checkpointer(context, strategy, resources)
+    checkpointer = Checkpointer(context, strategy, job)
     start, _ = checkpointer.restore()
 
     for step in range(start, job.steps):
         began = time.perf_counter()
         scale = learning_rate_scale(step, job.steps, job.warmup_fraction, job.schedule)
+        scale *= checkpointer.rate
         strategy.set_learning_rate(scale)
         # 1. Sample a reply to each prompt.
         rows = prompts.take(batch_rows(len(prompts), job.batch_size, step, job.seed))
         rollout = roll_out(job, strategy, models, source, [r["prompt_ids"] for r in rows], step)
         rollout_seconds = time.perf_counter() - began
+        checkpointer.stop_if_asked(step)
         # 2. Score it with all four models; 3. rewards and advantages.
         minibatches = [
             list(range(i, job.batch_size, job.minibatches)) for i in range(job.minibatches)
         ]
         experience = score(job, strategy, models, rollout, minibatches)
+        checkpointer.stop_if_asked(step)
         # 4. Several epochs of clipped updates.
         try:
             update = optimise(job, strategy, experience, minibatches, ptx, step)
         except NonFinite as error:
-            raise NonFinite(f"PPO step {step + 1}: {error}. {NON_FINITE_ADVICE}") from error
+            raise failure(error, checkpointer, step + 1, *inspect(experience)) from error
         # 5. Report, check, save.
         metrics = summarise(experience) | update
         metrics["learning_rate"] = job.learning_rate * scale
@@ -472,6 +475,16 @@ def collate_responses(
     for i, length in enumerate(prompt_lengths):
         marked[i, :length] = False
     return input_ids.to(device), mask.to(device), marked.to(device)
+
+
+def inspect(experience: Experience) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """A rollout for a person: rows of token ids, and tensors with one row for each."""
+    rows = [
+        {"input_ids": sequence, "prompt_length": length}
+        for sequence, length in zip(experience.sequences, experience.prompt_lengths, strict=True)
+    ]
+    whole = vars(experience).items()
+    return rows, {name: value for name, value in whole if isinstance(value, Tensor)}
 
 
 def summarise(experience: Experience) -> dict[str, float]:

@@ -30,11 +30,12 @@ from rlhf_core.models import (
     save_scalar_model,
     stop_tokens,
 )
+from rlhf_core.nonfinite import failure
 from rlhf_core.probe import fit_probe
 from rlhf_core.rollout import generate, make_row_seeds
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
-from rlhf_core.train.sft import NON_FINITE_ADVICE, enable_checkpointing
+from rlhf_core.train.sft import enable_checkpointing
 
 
 def run(job: RewardJob, context: StageContext) -> Artifact | None:
@@ -57,7 +58,7 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
     if resources.gradient_checkpointing:
         enable_checkpointing(module.backbone)
     strategy.prepare(module, adamw(module, job, {"": job.learning_rate}))
-    checkpointer = Checkpointer(context, strategy, resources)
+    checkpointer = Checkpointer(context, strategy, job)
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     start, _ = checkpointer.restore()
 
@@ -66,6 +67,7 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
         # 1. The global batch of pairs.
         rows = train.take(batch_rows(len(train), job.batch_size, step, job.seed))
         scale = learning_rate_scale(step, total, job.warmup_fraction, job.schedule)
+        scale *= checkpointer.rate
         strategy.set_learning_rate(scale)
         # 2. Chosen and rejected of a pair go through the model in one pass.
         micro = split_batch(
@@ -86,7 +88,7 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
             # 3. Update.
             grad_norm = strategy.step()
         except NonFinite as error:
-            raise NonFinite(f"Reward step {step + 1}: {error}. {NON_FINITE_ADVICE}") from error
+            raise failure(error, checkpointer, step + 1, rows, positions) from error
         # 4. Report and save.
         loss_, accuracy_, margin = strategy.group.sum(sums).tolist()
         context.log_metrics(

@@ -27,6 +27,7 @@ from rlhf_core.models import (
     load_causal_lm,
     save_causal_lm,
 )
+from rlhf_core.nonfinite import failure
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
 
@@ -44,7 +45,7 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
     if resources.gradient_checkpointing:
         enable_checkpointing(module.model)
     strategy.prepare(module, adamw(module, job, {"": job.learning_rate}))
-    checkpointer = Checkpointer(context, strategy, resources)
+    checkpointer = Checkpointer(context, strategy, job)
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     start, _ = checkpointer.restore()
 
@@ -54,6 +55,7 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
         rows = train.take(batch_rows(len(train), job.batch_size, step, job.seed))
         tokens = sum(trained_tokens(row) for row in rows)
         scale = learning_rate_scale(step, total, job.warmup_fraction, job.schedule)
+        scale *= checkpointer.rate
         strategy.set_learning_rate(scale)
         # 2. Forward and backward over this rank's micro-batches.
         micro = split_batch(
@@ -72,7 +74,7 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
             # 3. Update.
             grad_norm = strategy.step()
         except NonFinite as error:
-            raise NonFinite(f"SFT step {step + 1}: {error}. {NON_FINITE_ADVICE}") from error
+            raise failure(error, checkpointer, step + 1, rows, positions) from error
         # 4. Report and save.
         seconds = time.perf_counter() - began
         context.log_metrics(
@@ -96,12 +98,6 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
     artifact = context.publish(job, folder, {"metrics": {"steps": total, **metrics}})
     checkpointer.finish()
     return artifact
-
-
-NON_FINITE_ADVICE = (
-    "Lower learning_rate, or use precision fp32, and run again: this stage then starts anew, the "
-    "stages before it are reused."
-)
 
 
 def trained_tokens(row: dict[str, Any]) -> int:

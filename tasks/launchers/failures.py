@@ -23,8 +23,11 @@ STATE_NAMES = {
     "memory": "MemoryTooSmall",
     "training": "TrainingFailed",
     "nonfinite": "NonFiniteLoss",
+    "rate_lowered": "LearningRateLowered",
     "collapse": "PolicyCollapsed",
     "lost": "ProcessLost",
+    "hang": "ProcessHung",
+    "preempted": "Preempted",
     "internal": "InternalError",
 }
 # torchrun: "failed (exitcode: -9) local_rank: 1 (pid: 4242) of binary: ..."
@@ -32,6 +35,8 @@ RANK_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 # torchrun's summary: "  rank      : 1 (local_rank: 1)", then "  exitcode  : -9 (pid: 4242) ..."
 SUMMARY_RANK = re.compile(r"^\s*rank\s+: (\d+) ")
 SUMMARY_EXIT = re.compile(r"^\s*exitcode\s+: (-?\d+) ")
+# torchrun, when it was itself told to stop: "Received SIGTERM death signal, shutting down workers"
+STOPPED = re.compile(r"Received \S+ death signal|got signal: (2|15)$")
 # What the other ranks say when one of them has gone.
 SECONDARY = re.compile(
     r"connection (reset|closed|refused)|broken pipe|gloo|nccl|c10d|tcpstore|store\b.*\btimeout"
@@ -51,7 +56,8 @@ def category_of(name: str | None) -> str:
 
 
 class DeadRank:
-    """Finds in torchrun's output which rank died first: `found` is (rank, exit code).
+    """Finds in torchrun's output which rank died first: `found` is (rank, exit code); `stopped` is
+    whether torchrun was told to stop.
 
     torchrun names the exit that it *noticed* first, which may be a rank that gave up because
     another was killed. The summary lists them all: there a signal outranks an ordinary exit,
@@ -60,10 +66,12 @@ class DeadRank:
 
     def __init__(self) -> None:
         self.found: tuple[int, int] | None = None
+        self.stopped = False
         self._rank: int | None = None
 
     def see(self, line: str) -> None:
         """Take in one line of output."""
+        self.stopped = self.stopped or STOPPED.search(line) is not None
         if self.found is None:
             if match := RANK_FAILED.search(line):
                 self.found = (int(match[2]), int(match[1]))
@@ -94,18 +102,29 @@ def diagnose(
     returncode: int,
     dead_rank: tuple[int, int] | None,
     log: Path,
+    *,
+    stopped: bool = False,
+    out_of_memory: str = "",
 ) -> JobFailed:
     """The failure in one message that ends with where the log is.
 
     Args:
         dead_rank: (rank, exit code) that torchrun named first, if it did.
+        stopped: torchrun was told to stop, not by this process.
+        out_of_memory: what shows that the kernel has ended a process for lack of memory.
     """
     errors = read_errors(folders)
     real = [e for e in errors if e["category"] != "internal"]
     own = [e for e in errors if e["category"] == "internal" and not SECONDARY.search(e["message"])]
     killed = dead_rank is not None and dead_rank[1] < 0
-    if real:
+    by_kernel = bool(out_of_memory) and -signal.SIGKILL in (returncode, (dead_rank or (0, 0))[1])
+    if by_kernel:
+        who = f"rank {dead_rank[0]}" if killed and dead_rank is not None else "the process"
+        category, text = "oom", f"{who} was ended by the kernel for lack of memory{out_of_memory}"
+    elif real:
         category, text = real[0]["category"], real[0]["message"]
+    elif stopped:
+        category, text = "preempted", "its processes were told to stop"
     elif killed and dead_rank is not None:
         category, text = "lost", f"rank {dead_rank[0]} {_signal(-dead_rank[1])}"
     elif own:
@@ -126,7 +145,7 @@ def _signal(number: int) -> str:
     except ValueError:
         name = f"signal {number}"
     if number == signal.SIGKILL:
-        return f"was killed by {name} (by the out-of-memory killer, or by hand)"
+        return f"was killed by {name} (by hand, a scheduler, or a machine that ran out of memory)"
     return f"was killed by {name}"
 
 

@@ -23,12 +23,13 @@ from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.devices import reserved
 from tasks.launchers.failures import DeadRank, diagnose
 from tasks.launchers.processes import ProcessTree, die_with_parent
-from tasks.launchers.usage import table
+from tasks.launchers.usage import Memory, table
 
 MODULE = "rlhf_core"  # run as `python -m MODULE FOLDER/job.json`; tests put a stand-in here
 POLL_SECONDS = 0.25
 USAGE_SECONDS = 10.0  # between two looks at what the ranks use
 LOOK_SECONDS = 2.0  # between two looks at the descendants
+KILL_SECONDS = 1.0  # that ranks have to end after the time that they were given
 # torchrun's own lines ("W1122 10:00:00.000000 4242 torch/distributed/..."); its report of a failed
 # rank starts with one of level E and runs to the end.
 TORCHRUN = re.compile(r"^\[?([WEIC])\d{4} .*torch/(distributed|elastic|_)")
@@ -40,7 +41,11 @@ KEPT_IN_STORE = ("scratch", "checkpoint", "resume")  # big, and what counts of i
 class LocalTorchrun:
     """Runs a launch on this machine; torchrun stays in the flow's process group."""
 
-    def __init__(self, patience: float = 10.0) -> None:
+    def __init__(self, patience: float | None = None) -> None:
+        """Args:
+        patience: seconds between SIGTERM and SIGKILL when a run is stopped; None: what the job
+            gives its ranks, and a little more.
+        """
         self.patience = patience
 
     def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:
@@ -80,31 +85,39 @@ class LocalTorchrun:
             stderr=subprocess.STDOUT,
             preexec_fn=die_with_parent,
         )
-        tree = ProcessTree(process)
+        tree, memory = ProcessTree(process), Memory()
         reader = _Reader(process, launch.log, on_line)
         try:
             reader.start()
             names = ("samples.jsonl", "metrics.jsonl")
             tails = [_Tail(folder / name) for folder in launch.jobs for name in names]
-            self._watch(tree, tails, on_progress)
+            self._watch(tree, memory, tails, on_progress)
         except BaseException:  # a cancelled run raises TerminationSignal, Ctrl-C KeyboardInterrupt
             on_line("stopping the processes of this stage")
             reader.hidden = True  # what they say about being stopped is in the log file
             raise
         finally:
-            tree.end(self.patience if process.returncode is None else 0.0)
+            tree.end(self._patience(jobs) if process.returncode is None else 0.0)
             reader.join(5)
             for folder in launch.jobs:
                 for inner in KEPT_IN_STORE:
                     shutil.rmtree(folder / inner, ignore_errors=True)
         outcomes = [_outcome(folder) for folder in launch.jobs]
-        if process.returncode != 0 or None in outcomes:
+        if None in outcomes:  # else all is in the store, whatever ended the processes then
             raise diagnose(
-                launch.name, launch.jobs, process.returncode, reader.dead_rank, launch.log
-            )
+                launch.name, launch.jobs, process.returncode, reader.dead_rank, launch.log,
+                stopped=reader.stopped, out_of_memory=memory.killed(),
+            )  # fmt: skip
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _watch(self, tree: ProcessTree, tails: list[_Tail], on_progress: ProgressSink) -> None:
+    def _patience(self, jobs: list[Job]) -> float:
+        if self.patience is not None:
+            return self.patience
+        return max(job.placement().stop_seconds for job in jobs) + KILL_SECONDS
+
+    def _watch(
+        self, tree: ProcessTree, memory: Memory, tails: list[_Tail], on_progress: ProgressSink
+    ) -> None:
         running, looked, asked = True, 0.0, time.monotonic()
         while running:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -113,6 +126,7 @@ class LocalTorchrun:
             if time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
                 tree.look()
+            memory.look(tree.living())
             if time.monotonic() - asked > USAGE_SECONDS:
                 asked = time.monotonic()
                 if usage := table(tree.living()):
@@ -212,6 +226,11 @@ class _Reader(threading.Thread):
     def dead_rank(self) -> tuple[int, int] | None:
         """(rank, exit code) of the rank whose death ended the job, if torchrun named one."""
         return self._dead.found
+
+    @property
+    def stopped(self) -> bool:
+        """Whether torchrun was told to stop."""
+        return self._dead.stopped
 
 
 def _lines(pipe: IO[bytes]) -> Any:

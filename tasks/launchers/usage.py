@@ -9,7 +9,38 @@ from collections.abc import Iterable
 
 import psutil
 
+from rlhf_core.host_memory import amount, oom_kills, resident_peak
+
 GIB = 2**30
+
+
+class Memory:
+    """The peak of each rank, and whether the kernel has ended a process for lack of memory."""
+
+    def __init__(self) -> None:
+        self._before = oom_kills()
+        self._peaks: dict[str, int] = {}  # name of a process -> bytes
+        self._names: dict[int, str] = {}  # pid -> name of the process
+
+    def look(self, processes: Iterable[psutil.Process]) -> None:
+        """Note the peaks so far; call often, as a process that is gone has none."""
+        for process in processes:
+            if process.pid not in self._names:
+                with contextlib.suppress(psutil.Error):
+                    rank = process.environ().get("RANK")
+                    self._names[process.pid] = "" if rank is None else f"rank {rank}"
+            if name := self._names.get(process.pid):
+                peak = resident_peak(process.pid)
+                self._peaks[name] = max(peak, self._peaks.get(name, 0))
+
+    def killed(self) -> str:
+        """What shows that the kernel has killed, for people; empty when it has not."""
+        for path, count in oom_kills().items():
+            if count > self._before.get(path, count):
+                peaks = ", ".join(f"{k} {amount(v)}" for k, v in sorted(self._peaks.items()))
+                seen = f"\nMain memory at the peak, as last seen: {peaks}" if peaks else ""
+                return f" (oom_kill in {path} rose from {self._before[path]} to {count}){seen}"
+        return ""
 
 
 def table(processes: Iterable[psutil.Process]) -> str:

@@ -1,0 +1,154 @@
+"""What running out of memory changes: half the micro-batch for the next attempt, twice at most.
+
+The accumulation follows from the batch size, so the stage computes the same, under its key. What
+was found is kept in the store, so that a run that is started again need not find it out again.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from rlhf_core.errors import JobFailed, StoreError
+from rlhf_core.jobs import Job, PPOJob, RewardJob, SFTJob
+from rlhf_core.memory import Stage, estimate, ways_to_fit
+from rlhf_core.store import Store
+
+HALVED_AT_MOST = 2
+LESS = 0.75  # of what did not fit: settings that need no more are worth a try
+
+
+def fit(store: Store, job: Job) -> Job:
+    """The job with the micro-batch that is left after it ran out of memory; as it is if it did
+    not, or if its placement was changed since."""
+    found = _record(store, job)
+    return job if found is None else _with_micro_batch(job, found["micro_batch_size"])
+
+
+def shrink(store: Store, job: Job, error: JobFailed) -> JobFailed:
+    """Note half the micro-batch for the next attempt.
+
+    Returns:
+        The failure with the estimate and what comes next; of category "memory", which is not tried
+        again, when nothing is left to try.
+    """
+    found = _record(store, job) or {}
+    tried = int(found.get("micro_batch_size", job.placement().micro_batch_size))
+    halved = int(found.get("halved", 0))
+    size = _half(job, tried)
+    text = f"{error}\n{_estimate(store, _with_micro_batch(job, tried), error)}".rstrip()
+    if size is None or halved >= HALVED_AT_MOST:
+        why = (
+            f"micro_batch_size was halved {halved} times already and is {tried}"
+            if halved and size is not None
+            else f"micro_batch_size is {tried} and cannot be made smaller"
+            if hasattr(job, "resources")
+            else "the stage has no micro-batch"
+        )
+        ways = _ways(store, _with_micro_batch(job, tried), error)
+        return JobFailed(f"{text}\nNot tried again: {why}. Set {'; or '.join(ways)}.", "memory")
+    value = {
+        "placement": job.placement().model_dump(mode="json"),
+        "micro_batch_size": size,
+        "halved": halved + 1,
+    }
+    store.write_record(_path(job), value)
+    return JobFailed(
+        f"{text}\nThe next attempt has micro_batch_size {size} instead of {tried}; the global "
+        "batch stays the same.",
+        "oom",
+    )
+
+
+def forget(store: Store, job: Job) -> None:
+    """Remove the note of a stage that is done."""
+    if _record(store, job) is not None:
+        store.delete_record(_path(job))
+
+
+def _path(job: Job) -> str:
+    return f"memory/{job.key()}.json"
+
+
+def _record(store: Store, job: Job) -> dict[str, Any] | None:
+    if not hasattr(job, "resources"):
+        return None
+    found = store.read_record(_path(job))
+    same = found is not None and found["placement"] == job.placement().model_dump(mode="json")
+    return found if same else None
+
+
+def _half(job: Job, size: int) -> int | None:
+    """The largest micro-batch up to half of a size that divides each rank's share of a batch."""
+    if not hasattr(job, "resources"):
+        return None
+    share = getattr(job, "batch_size", 0) // getattr(job, "minibatches", 1)
+    share //= job.placement().ranks
+    size = min(size, share) if share else size
+    size //= 2
+    while size > 1 and share % size:
+        size -= 1
+    return size if size >= 1 else None
+
+
+def _with_micro_batch(job: Job, size: int) -> Job:
+    if not hasattr(job, "resources"):
+        return job
+    placement = job.placement().model_copy(update={"micro_batch_size": size})
+    return job.model_copy(update={"resources": placement})
+
+
+# --------------------------------------------------------------------------- estimate and advice
+
+
+def _estimate(store: Store, job: Job, error: JobFailed) -> str:
+    """The estimate in one line; empty for stages that have none."""
+    known = _known(store, job, error)
+    if known is None or not isinstance(job, SFTJob | RewardJob | PPOJob):
+        return ""
+    config, length, device, stage = known
+    found = estimate(config, job, job.placement(), stage, max_length=length, device=device)
+    return f"Estimate with micro_batch_size {job.placement().micro_batch_size}: {found}."
+
+
+def _ways(store: Store, job: Job, error: JobFailed) -> list[str]:
+    """Settings that need clearly less, by their names."""
+    if not hasattr(job, "resources"):
+        return ["fewer rows (max_samples), or run the stage on a machine with more memory"]
+    prefix = job.algorithm if job.algorithm != "label" else "data.preference"
+    known, found = _known(store, job, error), []
+    if known is not None and isinstance(job, SFTJob | RewardJob | PPOJob):
+        config, length, device, stage = known
+        place = job.placement()
+        now = estimate(config, job, place, stage, max_length=length, device=device).total
+        found = ways_to_fit(
+            config, job, place, stage, int(LESS * now), max_length=length, device=device
+        )
+    shorter = (
+        "shorter data (max_length), max_new_tokens" if job.algorithm != "sft" else "max_length"
+    )
+    return [
+        *(f"{prefix}: {way}" for way in found),
+        f"more ranks with {prefix}.resources.strategy zero2, {shorter}, lora or trainable_layers",
+    ]
+
+
+def _known(
+    store: Store, job: Job, error: JobFailed
+) -> tuple[dict[str, Any], int, Literal["cpu", "cuda"], Stage] | None:
+    """Model configuration, longest sequence, device and stage; None where they cannot be told."""
+    if not isinstance(job, SFTJob | RewardJob | PPOJob):
+        return None
+    stage: Stage = job.algorithm
+    device: Literal["cpu", "cuda"] = "cuda" if "CUDA" in str(error) else "cpu"
+    try:
+        config = json.loads(store.read_bytes(job.model, "config.json"))
+        data = job.prompts if isinstance(job, PPOJob) else job.data
+        made_by = store.get(data).metadata.get("job", {})
+        length = int(made_by.get("max_length") or 512)
+        if isinstance(job, PPOJob):
+            length = int(made_by.get("max_prompt_length") or length) + job.max_new_tokens
+        estimate(config, job, job.placement(), stage, max_length=length, device=device)
+    except (StoreError, ValueError, KeyError, TypeError):
+        return None  # advice must not hide the failure
+    return config, length, device, stage

@@ -1,0 +1,29 @@
+"""One stage through the real launcher: `python -m tests.faults.orchestrator STORE FOLDER JOB.json`.
+
+Exit code 0: its result is in the store. 1: the failure's category and message are printed.
+"""
+
+import sys
+from pathlib import Path
+
+import tasks.launchers.local as local
+from rlhf_core.errors import JobFailed
+from rlhf_core.jobs import parse_job
+from tasks.launchers import Launch, LocalTorchrun
+
+local.MODULE = "tests.faults.ranks"
+
+
+def main(store: str, folder: str, job: str) -> int:
+    place = Path(folder)
+    launch = Launch("stage", {place: parse_job(Path(job).read_bytes())}, store, place / "log.txt")
+    try:
+        LocalTorchrun().run(launch, lambda line: print(line, flush=True), lambda line: None)
+    except JobFailed as error:
+        print(f"FAILED {error.category}: {error}", flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

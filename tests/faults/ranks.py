@@ -1,0 +1,128 @@
+"""The real ranks with something that goes wrong: `python -m tests.faults.ranks FOLDER/job.json`.
+
+RLHF_TEST_FAULTS is a JSON list. Each fault has "what" (see `FAULTS`), and may have "rank" (empty:
+every rank) and "update" (number of the optimizer step of this process before which it happens,
+from 1; empty: every one). With "once", a path, it happens in one process of each rank only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_core import __main__ as ranks
+from rlhf_core.checkpoint import Checkpointer, newest_first
+from rlhf_core.strategy import Strategy
+
+RANK = int(os.environ.get("RANK", "0"))
+plan: list[dict[str, Any]] = json.loads(os.environ.get("RLHF_TEST_FAULTS", "[]"))
+updates = 0
+checkpointer: Checkpointer | None = None
+
+
+def wait_for_checkpoint() -> None:
+    """A kill before the first checkpoint would prove nothing."""
+    assert checkpointer is not None
+    while not newest_first(checkpointer._store):
+        time.sleep(0.02)
+
+
+def kill(fault: dict[str, Any]) -> None:
+    """End a process for good: "rank" (this one), "agent" (torchrun), or "orchestrator"."""
+    wait_for_checkpoint()
+    agent = os.getppid()
+    target = {"rank": os.getpid(), "agent": agent, "orchestrator": parent_of(agent)}
+    os.kill(target[fault["target"]], fault.get("signal", signal.SIGKILL))
+    while fault.get("signal") is None:
+        time.sleep(1)  # until the end reaches this rank
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def sleep(fault: dict[str, Any]) -> None:
+    """For ever, or for some seconds."""
+    time.sleep(fault.get("seconds", 1e6))
+
+
+def memory(fault: dict[str, Any]) -> None:
+    """An error of an allocator, for micro-batches above a size."""
+    assert checkpointer is not None
+    if checkpointer.job.resources.micro_batch_size > fault["above"]:
+        kind = getattr(torch, fault["error"]) if hasattr(torch, fault["error"]) else MemoryError
+        raise kind(fault.get("text", ""))
+
+
+def limit(fault: dict[str, Any]) -> None:
+    """Let this process have so many MiB more than it has now."""
+    status = Path("/proc/self/status").read_text()
+    now = int(status.split("VmData:")[1].split()[0]) * 1024
+    most = now + fault["mib"] * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+FAULTS = {"kill": kill, "sleep": sleep, "memory": memory, "limit": limit}
+
+
+def due(fault: dict[str, Any]) -> bool:
+    """Whether it is this rank's and this update's turn."""
+    if fault.get("rank", RANK) != RANK or fault.get("update", updates) != updates:
+        return False
+    if "once" in fault:
+        mark = Path(f"{fault['once']}-{RANK}")
+        if mark.exists():
+            return False
+        mark.touch()
+    return True
+
+
+def install() -> None:
+    """Put the faults between the real parts."""
+    backward, step, start = Strategy.backward, Strategy.step, Checkpointer.__init__
+
+    def faulty_start(self: Checkpointer, *arguments: Any) -> None:
+        global checkpointer
+        start(self, *arguments)
+        checkpointer = self
+        happen("start")
+
+    def faulty_backward(self: Strategy, loss: torch.Tensor) -> None:
+        global updates
+        updates += 1  # as if the update were done, until it is
+        for fault in plan:
+            if fault["what"] == "nan" and self._optimizer.param_groups[0]["lr"] > fault["above"]:
+                loss = loss * float("nan") if due(fault) else loss
+        happen("backward")
+        updates -= 1
+        backward(self, loss)
+
+    def faulty_step(self: Strategy) -> float:
+        global updates
+        updates += 1
+        happen("step")
+        return step(self)
+
+    def happen(where: str) -> None:
+        for fault in plan:
+            if fault["what"] in FAULTS and fault.get("where", "step") == where and due(fault):
+                FAULTS[fault["what"]](fault)
+
+    Checkpointer.__init__ = faulty_start  # type: ignore[method-assign]
+    Strategy.backward, Strategy.step = faulty_backward, faulty_step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    install()
+    code = ranks.main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,190 @@
+"""A small stage in a store of its own, run by a real orchestrator process that may be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlhf_core.jobs import BaseJob, DataJob, ImportModelJob, PPOJob, Resources, RewardJob, SFTJob
+from rlhf_core.store import Artifact, Store, open_store
+from tests.rlhf_core.torchrun import ROOT
+
+WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "music", "paper")
+
+
+def make_inputs(folder: Path) -> dict[str, str]:
+    """A store below a folder with a tiny model, a reward model and data; name -> digest."""
+    from rlhf_core.__main__ import run_job
+    from rlhf_core.models import new_scalar_model, save_scalar_model
+
+    store = open_store(f"file://{folder / 'store'}")
+
+    def result(job: Any) -> str:
+        place = folder / "jobs" / f"{job.algorithm}-{getattr(job, 'purpose', '')}"
+        place.mkdir(parents=True)
+        run_job(job, store, place)
+        return str(json.loads((place / "result.json").read_text())["artifact"])
+
+    found = {"model": result(ImportModelJob(source="random:llama"))}
+    rows = []
+    for i in range(80):
+        words = [WORDS[(i * k) % len(WORDS)] for k in range(1, 3 + i % 5)]
+        rows.append((f"Say {' '.join(words)} number {i}", " ".join(reversed(words))))
+    files = {
+        "sft": [{"prompt": p, "completion": c} for p, c in rows],
+        "preference": [{"prompt": p, "chosen": f"yes {c}", "rejected": f"no {c}"} for p, c in rows],
+        "prompts": [{"prompt": p} for p, _ in rows],
+    }
+    for purpose, lines in files.items():
+        path = folder / f"{purpose}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found[purpose] = result(
+            DataJob(purpose=purpose, source=str(path), model=found["model"], heldout_fraction=0.2)
+        )
+    source, scalar = store.fetch(found["model"]), folder / "scalar"
+    scalar.mkdir()
+    module = new_scalar_model(source, 0)
+    module.mean, module.std = 0.0, 1.0
+    save_scalar_model(module, scalar, source)
+    found["reward"] = store.publish(scalar, kind="reward_model").digest
+    return found
+
+
+def make_job(
+    inputs: dict[str, str], algorithm: str, resources: dict[str, Any], **settings: Any
+) -> Any:
+    """A job of a few dozen updates in fp32."""
+    place = Resources(
+        **(
+            {"checkpoint_every": 2, "micro_batch_size": 2, "threads": 1, "device": "cpu"}
+            | resources
+        )
+    )
+    common = {
+        "model": inputs["model"], "learning_rate": 1e-3, "warmup_fraction": 0.1, "batch_size": 8,
+        "precision": "fp32", "resources": place,
+    }  # fmt: skip
+    if algorithm == "sft":
+        return SFTJob(data=inputs["sft"], **({"max_steps": 12, "epochs": 60} | common | settings))
+    if algorithm == "reward":
+        return RewardJob(
+            data=inputs["preference"],
+            **({"max_steps": 12, "epochs": 60, "max_new_tokens": 4} | common | settings),
+        )
+    steps = {"steps": 5, "ppo_epochs": 2, "max_new_tokens": 6}
+    return PPOJob(
+        reward_model=inputs["reward"], prompts=inputs["prompts"], **(steps | common | settings)
+    )
+
+
+class Place:
+    """A copy of a store, in which one stage is run by orchestrators one after another."""
+
+    def __init__(self, source: Path, folder: Path, url: str = "") -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        if not url:
+            shutil.copytree(source / "store", folder / "store")
+        self.url = url or f"file://{folder / 'store'}"
+        self.store: Store = open_store(self.url)
+        self.attempts = 0
+
+    def start(
+        self, job: BaseJob, faults: list[dict[str, Any]] = (), **env: str
+    ) -> subprocess.Popen[str]:
+        """An orchestrator process; its attempt's folder is `self.attempt`."""
+        self.attempts += 1
+        (self.folder / "job.json").write_text(job.model_dump_json())
+        self.attempt.mkdir()
+        environment = {
+            **os.environ, "RLHF_HOME": str(self.folder / "home"), "PYTHONPATH": str(ROOT),
+            "RLHF_TEST_FAULTS": json.dumps(list(faults)), **env,
+        }  # fmt: skip
+        with (self.attempt / "out.txt").open("w") as out:
+            return subprocess.Popen(
+                [sys.executable, "-m", "tests.faults.orchestrator", self.url, str(self.attempt),
+                 str(self.folder / "job.json")],
+                env=environment, cwd=ROOT, stdout=out, stderr=out, text=True,
+            )  # fmt: skip
+
+    def run(
+        self, job: BaseJob, faults: list[dict[str, Any]] = (), seconds: float = 150, **env: str
+    ) -> str:
+        """Run to the end of the orchestrator; what it said."""
+        process = self.start(job, faults, **env)
+        try:
+            process.wait(seconds)
+        finally:
+            end(process)
+        self.wait_for_quiet()
+        return self.said()
+
+    @property
+    def attempt(self) -> Path:
+        return self.folder / f"attempt-{self.attempts}"
+
+    def said(self) -> str:
+        return (self.attempt / "out.txt").read_text()
+
+    def log(self) -> str:
+        """Everything that the ranks said."""
+        path = self.attempt / "log.txt"
+        return path.read_text() if path.exists() else ""
+
+    def steps(self) -> int:
+        """Steps that the attempt has logged."""
+        path = self.attempt / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def processes(self) -> list[psutil.Process]:
+        """The ranks and agents of this place that live, whoever started them."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            line = process.info["cmdline"] or []
+            if process.info["status"] != psutil.STATUS_ZOMBIE and any(
+                str(self.folder) + "/" in word for word in line
+            ):
+                found.append(process)
+        return found
+
+    def wait_for_quiet(self, seconds: float = 40) -> float:
+        """Wait until no process of this place is left; how long it took."""
+        began = time.monotonic()
+        while left := self.processes():
+            assert time.monotonic() - began < seconds, f"still there: {left}"
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def result(self, job: BaseJob) -> Artifact:
+        artifact = self.store.stage_result(job.key())
+        assert artifact is not None, self.said() + self.log()[-3000:]
+        return artifact
+
+    def checkpoints(self, job: BaseJob) -> list[int]:
+        found = self.store.scoped(f"checkpoints/{job.key()}").list("checkpoint")
+        return sorted(int(a.metadata["step"]) for a in found)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """An orchestrator that a test has left behind, with its family."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def weight_hashes(artifact: Artifact) -> dict[str, str]:
+    """sha256 of every weight file."""
+    return {f.path: f.sha256 for f in artifact.files if f.path.endswith(".safetensors")}
