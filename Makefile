@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo check lint fast lock docs clean fuzz
+.PHONY: help setup demo smoke up down test test-system test-images test-demo check lint fast lock docs clean fuzz chaos
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,10 @@ test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 
 test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minutes, 3 GB)
 	@$(BIN)/python -m pytest -q -m images
+
+N ?= 20
+chaos: $(STAMP)  ## kill training N times at random points; nothing may be lost or differ (N=20)
+	@$(BIN)/python -m tests.faults.chaos $(N)
 
 fast: $(STAMP)  ## the tests that need no server and no ranks
 	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images"

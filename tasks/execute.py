@@ -33,9 +33,7 @@ def run_jobs(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> list[St
         artifact = run.store.stage_result(job.key())
         if artifact is not None:
             results[name] = _note(run, name, job, artifact, True, elapsed(began), log)
-    missing = {
-        name: out_of_memory.fit(run.store, job) for name, job in jobs.items() if name not in results
-    }
+    missing = {name: job for name, job in jobs.items() if name not in results}
     if missing:
         began = time.monotonic()
         for name, artifact in _launch(run, stage, missing, log).items():
@@ -49,7 +47,7 @@ def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str
     folders = {name: top if single else top / name for name in jobs}
     launch = Launch(
         name=stage,
-        jobs={folders[name]: job for name, job in jobs.items()},
+        jobs={folders[name]: out_of_memory.fit(run.store, job) for name, job in jobs.items()},
         store=run.store.url,
         log=top / "log.txt",
     )

@@ -1,8 +1,8 @@
-"""One set of inputs for all tests in this folder; each test runs its stage in a copy of the store."""
+"""One set of inputs for all tests in this folder; each test has a copy of their store."""
 
 import pytest
 
-from tests.faults.stage import Place, make_inputs
+from tests.faults.stage import Place, make_inputs, make_job
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +17,23 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def inputs(base):
     return base[1]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(base, inputs, tmp_path_factory):
+    """(algorithm, ranks, strategy) -> place and result of a run that nothing happened to."""
+    found = {}
+
+    def run(algorithm, ranks, strategy):
+        case = (algorithm, ranks, strategy)
+        if case not in found:
+            place = Place(base[0], tmp_path_factory.mktemp("undisturbed") / "place")
+            job = make_job(inputs, algorithm, {"ranks": ranks, "strategy": strategy})
+            place.run(job)
+            found[case] = (place, place.result(job))
+        return found[case]
+
+    return run
 
 
 @pytest.fixture

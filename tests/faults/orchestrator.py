@@ -3,6 +3,7 @@
 Exit code 0: its result is in the store. 1: the failure's category and message are printed.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +15,13 @@ from tasks.launchers import Launch, LocalTorchrun
 local.MODULE = "tests.faults.ranks"
 
 
+def stop(number, frame):
+    """As Prefect's engine does when a run is cancelled."""
+    raise KeyboardInterrupt
+
+
 def main(store: str, folder: str, job: str) -> int:
+    signal.signal(signal.SIGTERM, stop)
     place = Path(folder)
     launch = Launch("stage", {place: parse_job(Path(job).read_bytes())}, store, place / "log.txt")
     try:

@@ -36,8 +36,9 @@ def wait_for_checkpoint() -> None:
 
 
 def kill(fault: dict[str, Any]) -> None:
-    """End a process for good: "rank" (this one), "agent" (torchrun), or "orchestrator"."""
-    wait_for_checkpoint()
+    """Send SIGKILL or another signal to "rank" (this one), "agent" (torchrun) or "orchestrator"."""
+    if fault.get("signal") is None:
+        wait_for_checkpoint()
     agent = os.getppid()
     target = {"rank": os.getpid(), "agent": agent, "orchestrator": parent_of(agent)}
     os.kill(target[fault["target"]], fault.get("signal", signal.SIGKILL))
@@ -70,7 +71,13 @@ def limit(fault: dict[str, Any]) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
-FAULTS = {"kill": kill, "sleep": sleep, "memory": memory, "limit": limit}
+def grab(fault: dict[str, Any]) -> None:
+    """Take so many MiB for real."""
+    held.append(bytearray(os.urandom(2**20)) * fault["mib"])
+
+
+held: list[bytearray] = []
+FAULTS = {"kill": kill, "sleep": sleep, "memory": memory, "limit": limit, "grab": grab}
 
 
 def due(fault: dict[str, Any]) -> bool:

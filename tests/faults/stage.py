@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+from safetensors.numpy import load_file
 
 from rlhf_core.jobs import BaseJob, DataJob, ImportModelJob, PPOJob, Resources, RewardJob, SFTJob
 from rlhf_core.store import Artifact, Store, open_store
@@ -29,7 +32,7 @@ def make_inputs(folder: Path) -> dict[str, str]:
     store = open_store(f"file://{folder / 'store'}")
 
     def result(job: Any) -> str:
-        place = folder / "jobs" / f"{job.algorithm}-{getattr(job, 'purpose', '')}"
+        place = folder / "jobs" / job.key()
         place.mkdir(parents=True)
         run_job(job, store, place)
         return str(json.loads((place / "result.json").read_text())["artifact"])
@@ -50,6 +53,14 @@ def make_inputs(folder: Path) -> dict[str, str]:
         found[purpose] = result(
             DataJob(purpose=purpose, source=str(path), model=found["model"], heldout_fraction=0.2)
         )
+    rows = [{"prompt": f"Tell {i}", "completion": " ".join(WORDS) * 16} for i in range(64)]
+    (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found["long"] = result(
+        DataJob(
+            purpose="sft", source=str(folder / "long.jsonl"), model=found["model"],
+            max_length=1024, heldout_fraction=0.1, seed=1,
+        )
+    )  # fmt: skip
     source, scalar = store.fetch(found["model"]), folder / "scalar"
     scalar.mkdir()
     module = new_scalar_model(source, 0)
@@ -99,9 +110,17 @@ class Place:
         self.attempts = 0
 
     def start(
-        self, job: BaseJob, faults: list[dict[str, Any]] = (), **env: str
+        self,
+        job: BaseJob,
+        faults: Sequence[dict[str, Any]] = (),
+        within: Path | None = None,
+        **env: str,
     ) -> subprocess.Popen[str]:
-        """An orchestrator process; its attempt's folder is `self.attempt`."""
+        """An orchestrator process; its attempt's folder is `self.attempt`.
+
+        Args:
+            within: folder of a control group for it and its children.
+        """
         self.attempts += 1
         (self.folder / "job.json").write_text(job.model_dump_json())
         self.attempt.mkdir()
@@ -114,15 +133,20 @@ class Place:
                 [sys.executable, "-m", "tests.faults.orchestrator", self.url, str(self.attempt),
                  str(self.folder / "job.json")],
                 env=environment, cwd=ROOT, stdout=out, stderr=out, text=True,
+                preexec_fn=(lambda: (within / "cgroup.procs").write_text("0")) if within else None,
             )  # fmt: skip
 
     def run(
-        self, job: BaseJob, faults: list[dict[str, Any]] = (), seconds: float = 150, **env: str
+        self,
+        job: BaseJob,
+        faults: Sequence[dict[str, Any]] = (),
+        within: Path | None = None,
+        **env: str,
     ) -> str:
-        """Run to the end of the orchestrator; what it said."""
-        process = self.start(job, faults, **env)
+        """Run to the end of all processes; what the orchestrator said."""
+        process = self.start(job, faults, within, **env)
         try:
-            process.wait(seconds)
+            process.wait(200)
         finally:
             end(process)
         self.wait_for_quiet()
@@ -188,3 +212,17 @@ def end(process: subprocess.Popen[str]) -> None:
 def weight_hashes(artifact: Artifact) -> dict[str, str]:
     """sha256 of every weight file."""
     return {f.path: f.sha256 for f in artifact.files if f.path.endswith(".safetensors")}
+
+
+def largest_difference(
+    place: Place, artifact: Artifact, other_place: Place, other: Artifact
+) -> float:
+    """Between two models' weights, element by element."""
+    first, second = (
+        load_file(
+            p.store.fetch(a.digest, p.folder / f"weights-{a.digest[:12]}") / "model.safetensors"
+        )
+        for p, a in ((place, artifact), (other_place, other))
+    )
+    assert first.keys() == second.keys()
+    return max(float(np.abs(first[name] - second[name]).max()) for name in first)

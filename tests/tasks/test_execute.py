@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from rlhf_core.errors import JobFailed
-from rlhf_core.jobs import ImportModelJob, LabelJob, PipelineConfig, Resources, SFTJob
+from rlhf_core.jobs import ImportModelJob, LabelJob, PipelineConfig, PPOJob, Resources, SFTJob
 from tasks import execute
 from tasks.launchers import Outcome
 from tasks.run import Run
@@ -36,7 +36,6 @@ class FakeLauncher:
 @pytest.fixture
 def start(monkeypatch, tmp_path, store):
     monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(execute, "_micro_batch_sizes", {})
 
     def make(*failures):
         launcher = FakeLauncher(store, *failures)
@@ -84,12 +83,52 @@ def sizes(launcher):
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_key(start):
     run, launcher = start("oom", "oom")
     for _ in range(2):
-        with pytest.raises(JobFailed):
+        with pytest.raises(JobFailed) as caught:
             execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+        assert caught.value.category == "oom"
     [result] = execute.run_jobs(run, "sft", {"sft": job()}, LOG)
     assert sizes(launcher) == [8, 4, 2]
     assert result.key == job().key()
     assert len({str(x.log) for x in launcher.launches}) == 3  # a folder for every attempt
+    assert run.store.list_records("memory/") == []  # nothing is left of it
+
+
+def test_third_out_of_memory_is_final_and_names_settings(start):
+    run, launcher = start("oom", "oom", "oom")
+    for _ in range(3):
+        with pytest.raises(JobFailed) as caught:
+            execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+    assert caught.value.category == "memory"  # not one that is tried again
+    assert "micro_batch_size was halved 2 times already and is 2. Set " in str(caught.value)
+    assert "sft.resources.strategy zero2" in str(caught.value)
+    assert sizes(launcher) == [8, 4, 2]
+
+
+def test_halved_micro_batch_is_known_to_another_process(start):
+    run, launcher = start("oom")
+    with pytest.raises(JobFailed):
+        execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+    other, second = start()  # all that they share is the store
+    execute.run_jobs(other, "sft", {"sft": job()}, LOG)
+    assert (sizes(launcher), sizes(second)) == ([8], [4])
+
+
+def test_changed_placement_starts_with_what_it_says(start):
+    run, launcher = start("oom")
+    with pytest.raises(JobFailed):
+        execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+    execute.run_jobs(run, "sft", {"sft": job(ranks=4, micro=12)}, LOG)
+    assert sizes(launcher) == [8, 12]
+
+
+def test_halved_micro_batch_divides_the_share_of_a_minibatch(start):
+    run, launcher = start("oom")
+    ppo = PPOJob(model=D, reward_model=D, prompts=D, batch_size=48, minibatches=2,
+                 resources=Resources(ranks=2, micro_batch_size=12))  # fmt: skip
+    with pytest.raises(JobFailed):
+        execute.run_jobs(run, "ppo", {"ppo": ppo}, LOG)
+    execute.run_jobs(run, "ppo", {"ppo": ppo}, LOG)
+    assert sizes(launcher) == [12, 6]
 
 
 def test_halved_micro_batch_divides_the_batch(start):

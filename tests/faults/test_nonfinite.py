@@ -1,0 +1,70 @@
+"""A loss that is NaN: the step is named, the batch is kept, and the last checkpoint too."""
+
+import json
+
+import pytest
+
+from tests.faults.stage import make_job
+
+pytestmark = pytest.mark.slow
+
+
+def nan(update):
+    """On rank 1, as long as the learning rate is above 0.6e-3."""
+    return [{"what": "nan", "rank": 1, "update": update, "above": 0.6e-3}]
+
+
+def lines(place, artifact):
+    text = place.store.read_bytes(artifact.digest, "metrics.jsonl").decode()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_nan_fails_the_stage_and_a_lower_rate_goes_on_from_its_checkpoint(place, inputs):
+    constant = {"schedule": "constant", "warmup_fraction": 0.0}
+    job = make_job(inputs, "sft", {"ranks": 2, "strategy": "zero2"}, **constant)
+    said = place.run(job, nan(7))
+    assert "FAILED nonfinite: stage failed: sft step 7, rank 1: the loss is nan." in said
+    assert "sft.on_nonfinite to 0.5" in said
+    assert "from the checkpoint after step 6" in said
+    assert 6 in place.checkpoints(job), "the last good checkpoint is kept"
+
+    [diagnostic] = place.store.list("diagnostic")
+    assert diagnostic.ref in said
+    batch = json.loads(place.store.read_bytes(diagnostic.digest, "batch.json"))
+    assert (batch["step"], batch["rank"], batch["learning_rate"]) == (7, 1, 1e-3)
+    assert len(batch["rows"]) == 8
+    assert all(row["input_ids"] for row in batch["rows"])
+    assert set(batch["micro_batch"]) < set(range(8))
+    assert (place.attempt / "nonfinite-step7-rank1/batch.json").is_file()
+
+    # The same stage with a factor begins where the other one stopped, and meets the same NaN.
+    careful = make_job(
+        inputs, "sft", {"ranks": 2, "strategy": "zero2"}, on_nonfinite=0.5, **constant
+    )
+    said = place.run(careful, nan(1))
+    assert "going on from the checkpoint after step 6" in place.log()
+    assert "FAILED rate_lowered" in said
+    assert "the learning rate times 0.5" in said
+    place.run(careful, nan(1))
+    artifact = place.result(careful)
+    assert artifact.metadata["learning_rate_lowered"] == [{"factor": 0.5, "step": 7}]
+    rates = [line["learning_rate"] for line in lines(place, artifact)]
+    assert rates == [1e-3] * 6 + [0.5e-3] * 6
+    assert place.store.stage_result(job.key()) is None, "the result is not that of the other stage"
+    left = place.store.scoped(f"checkpoints/{careful.key()}").list_records("lowered/")
+    assert left == []
+
+
+def test_nan_in_ppo_keeps_the_rollout(place, inputs):
+    job = make_job(inputs, "ppo", {"ranks": 1}, schedule="constant", warmup_fraction=0.0)
+    said = place.run(job, [{"what": "nan", "update": 6, "above": 0.0}])
+    assert "FAILED nonfinite: stage failed: ppo step 3, rank 0: the loss is nan." in said
+    [diagnostic] = place.store.list("diagnostic")
+    assert {f.path for f in diagnostic.files} == {"batch.json", "batch.safetensors"}
+    from safetensors.numpy import load_file
+
+    tensors = load_file(
+        place.store.fetch(diagnostic.digest, place.folder / "d") / "batch.safetensors"
+    )
+    assert tensors["advantages"].shape == tensors["mask"].shape
+    assert len(tensors["mask"]) == 8
