@@ -1,5 +1,6 @@
 """Out of memory: an error of CUDA's allocator, the host's under a limit, the kernel's killer."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import tasks.launchers.local as local
 from rlhf_core.errors import JobFailed
 from rlhf_core.jobs import PipelineConfig
 from tasks import execute
+from tasks.progress import Progress
 from tasks.run import Run
 from tests.faults.stage import largest_difference, make_job
 
@@ -20,9 +22,8 @@ LOG = logging.getLogger("test")
 @pytest.fixture
 def attempts(place, monkeypatch):
     """Runs a job as a task does, one attempt after another; the failures, and the result."""
-    import json
-
     monkeypatch.setattr(local, "MODULE", "tests.faults.ranks")
+    monkeypatch.setattr(Progress, "_show", lambda *_: None)  # else a Prefect server is started
     monkeypatch.setenv("RLHF_HOME", str(place.folder / "home"))
 
     def run(job, faults):
