@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.jobs import PipelineConfig
+from rlhf_core.jobs import LARGEST, PipelineConfig
 from rlhf_core.store.settings import StoreSettings
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -117,7 +117,11 @@ def _value(field: dict[str, Any]) -> str:
 
 def _bounds(field: dict[str, Any]) -> list[str]:
     symbols = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    return [f"{symbol} {field[key]:.10g}" for key, symbol in symbols.items() if key in field]
+    return [
+        f"{symbol} {field[key]:.10g}"
+        for key, symbol in symbols.items()
+        if key in field and field[key] != LARGEST  # which only keeps numbers finite
+    ]
 
 
 def _default(field: dict[str, Any]) -> str:

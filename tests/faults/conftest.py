@@ -14,6 +14,12 @@ def base(tmp_path_factory):
         return folder, make_inputs(folder)
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """What this process fetches goes where the test's own files are."""
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
+
+
 @pytest.fixture(scope="session")
 def inputs(base):
     return base[1]
