@@ -43,7 +43,7 @@ down: $(STAMP)  ## end what `make up` started
 	@$(BIN)/rlhf down
 
 test: $(STAMP)  ## all tests
-	@$(BIN)/python -m pytest -q -m "not demo and not system and not images"
+	@$(BIN)/python -m pytest -q -m "not demo and not system and not images and not chaos"
 
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
@@ -53,6 +53,7 @@ test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minu
 
 N ?= 20
 chaos: $(STAMP)  ## kill training N times at random points; nothing may be lost or differ (N=20)
+	@$(BIN)/python -m pytest -q -m chaos
 	@$(BIN)/python -m tests.faults.chaos $(N)
 
 fast: $(STAMP)  ## the tests that need no server and no ranks

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.stage import Place, make_inputs, make_job
+from tests.faults.stage import PLACEMENT, Place, make_inputs, make_job
 
 
 @pytest.fixture(scope="session")
@@ -27,19 +27,12 @@ def inputs(base):
 
 @pytest.fixture(scope="session")
 def undisturbed(base, inputs, tmp_path_factory):
-    """(algorithm, ranks, strategy) -> place and result of a run that nothing happened to."""
-    found = {}
-
-    def run(algorithm, ranks, strategy):
-        case = (algorithm, ranks, strategy)
-        if case not in found:
-            place = Place(base[0], tmp_path_factory.mktemp("undisturbed") / "place")
-            job = make_job(inputs, algorithm, {"ranks": ranks, "strategy": strategy})
-            place.run(job)
-            found[case] = (place, place.result(job))
-        return found[case]
-
-    return run
+    """algorithm -> place and result of a run that nothing happened to."""
+    place = Place(base[0], tmp_path_factory.mktemp("undisturbed") / "place")
+    jobs = {name: make_job(inputs, name, where) for name, where in PLACEMENT.items()}
+    place.run([jobs["sft"], jobs["ppo"]])
+    place.run(jobs["reward"])
+    return {name: (place, place.result(job)) for name, job in jobs.items()}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""One stage through the real launcher: `python -m tests.faults.orchestrator STORE FOLDER JOB.json`.
+"""Jobs through the real launcher: `python -m tests.faults.orchestrator STORE FOLDER JOB.json ...`.
 
 Exit code 0: its result is in the store. 1: the failure's category and message are printed.
 """
@@ -20,10 +20,12 @@ def stop(number, frame):
     raise KeyboardInterrupt
 
 
-def main(store: str, folder: str, job: str) -> int:
+def main(store: str, folder: str, *files: str) -> int:
     signal.signal(signal.SIGTERM, stop)
     place = Path(folder)
-    launch = Launch("stage", {place: parse_job(Path(job).read_bytes())}, store, place / "log.txt")
+    jobs = [parse_job(Path(file).read_bytes()) for file in files]
+    folders = [place] if len(jobs) == 1 else [place / str(i) for i in range(len(jobs))]
+    launch = Launch("stage", dict(zip(folders, jobs, strict=True)), store, place / "log.txt")
     try:
         LocalTorchrun().run(launch, lambda line: print(line, flush=True), lambda line: None)
     except JobFailed as error:

@@ -23,6 +23,13 @@ from tests.rlhf_core.torchrun import ROOT
 
 WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "music", "paper")
 
+# Where the tests run each algorithm; `make chaos` has the rest.
+PLACEMENT: dict[str, dict[str, Any]] = {
+    "sft": {"ranks": 2, "strategy": "zero2"},
+    "ppo": {"ranks": 2, "strategy": "ddp"},
+    "reward": {"ranks": 1, "strategy": "zero2"},
+}
+
 
 def make_inputs(folder: Path) -> dict[str, str]:
     """A store below a folder with a tiny model, a reward model and data; name -> digest."""
@@ -111,7 +118,7 @@ class Place:
 
     def start(
         self,
-        job: BaseJob,
+        job: BaseJob | Sequence[BaseJob],
         faults: Sequence[dict[str, Any]] = (),
         within: Path | None = None,
         **env: str,
@@ -122,8 +129,11 @@ class Place:
             within: folder of a control group for it and its children.
         """
         self.attempts += 1
-        (self.folder / "job.json").write_text(job.model_dump_json())
         self.attempt.mkdir()
+        files = []
+        for i, one in enumerate([job] if isinstance(job, BaseJob) else job):
+            files.append(str(self.folder / f"job-{i}.json"))
+            Path(files[-1]).write_text(one.model_dump_json())
         environment = {
             **os.environ, "RLHF_HOME": str(self.folder / "home"), "PYTHONPATH": str(ROOT),
             "RLHF_TEST_FAULTS": json.dumps(list(faults)), **env,
@@ -131,14 +141,14 @@ class Place:
         with (self.attempt / "out.txt").open("w") as out:
             return subprocess.Popen(
                 [sys.executable, "-m", "tests.faults.orchestrator", self.url, str(self.attempt),
-                 str(self.folder / "job.json")],
+                 *files],
                 env=environment, cwd=ROOT, stdout=out, stderr=out, text=True,
                 preexec_fn=(lambda: (within / "cgroup.procs").write_text("0")) if within else None,
             )  # fmt: skip
 
     def run(
         self,
-        job: BaseJob,
+        job: BaseJob | Sequence[BaseJob],
         faults: Sequence[dict[str, Any]] = (),
         within: Path | None = None,
         **env: str,

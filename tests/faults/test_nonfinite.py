@@ -55,6 +55,7 @@ def test_nan_fails_the_stage_and_a_lower_rate_goes_on_from_its_checkpoint(place,
     assert left == []
 
 
+@pytest.mark.chaos
 def test_nan_in_ppo_keeps_the_rollout(place, inputs):
     job = make_job(inputs, "ppo", {"ranks": 1}, schedule="constant", warmup_fraction=0.0)
     said = place.run(job, [{"what": "nan", "update": 6, "above": 0.0}])

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,27 +13,32 @@ from tests.faults.stage import make_job, weight_hashes
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("target", ["agent", "orchestrator"])
+@pytest.mark.chaos
+@pytest.mark.parametrize("targets", [["agent"], ["orchestrator"], ["agent", "orchestrator"]])
 def test_told_to_stop_ranks_write_a_checkpoint_and_leave_in_time(
-    place, inputs, undisturbed, target
+    place, inputs, undisturbed, targets
 ):
-    """The agent: a node is drained. The orchestrator: a run is cancelled."""
+    """The agent: a node is drained. The orchestrator: a run is cancelled. Both: Ctrl-C."""
     ranks = {"ranks": 2, "strategy": "zero2"}
     job = make_job(inputs, "sft", ranks | {"checkpoint_every": 1000})
     told = place.folder / "told"
-    fault = {"what": "kill", "target": target, "signal": signal.SIGTERM, "update": 7, "rank": 1,
-             "once": str(told)}  # fmt: skip
+    number = signal.SIGINT if len(targets) == 2 else signal.SIGTERM
+    faults = [
+        {"what": "kill", "target": target, "signal": number, "update": 7, "rank": 1,
+         "once": f"{told}-{target}"}
+        for target in targets
+    ]  # fmt: skip
     # Slow enough that the signal arrives before the last step.
-    said = place.run(job, [fault, {"what": "sleep", "seconds": 0.2}])
-    assert time.time() - told.with_name("told-1").stat().st_mtime < 30
+    said = place.run(job, [*faults, {"what": "sleep", "seconds": 0.2}])
+    assert time.time() - Path(f"{told}-{targets[0]}-1").stat().st_mtime < 30
     [step] = place.checkpoints(job)
     assert 7 <= step < 12
-    if target == "agent":
+    if targets == ["agent"]:
         assert "FAILED preempted: stage failed: told to stop; the next attempt goes on " in said
         assert f"after step {step}\n" in said
     place.run(job)
     assert f"going on from the checkpoint after step {step}" in place.log()
-    expected = undisturbed("sft", 2, "zero2")[1]
+    expected = undisturbed["sft"][1]
     assert weight_hashes(place.result(job)) == weight_hashes(expected)
 
 
@@ -51,6 +57,7 @@ def test_hanging_rank_ends_the_job_with_every_stack_in_the_log(place, inputs):
     assert place.checkpoints(job), "the retry has something to go on from"
 
 
+@pytest.mark.chaos
 def test_rank_that_cannot_come_to_a_step_leaves_by_itself(place, inputs):
     """A single rank in the middle of a step that does not end."""
     job = make_job(inputs, "sft", {"ranks": 1, "stop_seconds": 3})
