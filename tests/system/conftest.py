@@ -20,7 +20,7 @@ import httpx
 import psutil
 import pytest
 
-from flows.system import _free_ports
+from rlhf_core.store.seaweed import free_ports
 
 ROOT = Path(__file__).parents[2]
 STUBS = ROOT / "tests/tasks/stubs"
@@ -32,7 +32,7 @@ class System:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = _free_ports(1)[0]
+        self.port = free_ports(1)[0]
         self.plan_file = folder / "plan.json"
         self.pids = folder / "pids"
         self.pids.mkdir()
