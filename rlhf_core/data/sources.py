@@ -136,11 +136,23 @@ def _local_files(source: str) -> list[SourceFile]:
 
 def s3_filesystem() -> Any:
     """An s3fs file system with the store's settings (RLHF_STORE_*, AWS_*)."""
-    from rlhf_core.store.s3_client import Connection
+    import s3fs
+
+    from rlhf_core.store.s3_client import botocore_options
     from rlhf_core.store.settings import StoreSettings
 
     settings = StoreSettings()
-    fs = Connection(settings).fs
+    fs = s3fs.S3FileSystem(
+        endpoint_url=settings.endpoint,
+        profile=settings.profile,
+        client_kwargs={
+            "verify": None if settings.tls_verify else False,
+            "region_name": settings.region,
+        },
+        config_kwargs=botocore_options(settings),
+        use_listings_cache=False,  # it is wrong about what another client wrote or deleted
+        skip_instance_cache=True,
+    )
     fs.retries = settings.retries + 1
     return fs
 

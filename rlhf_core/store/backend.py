@@ -33,8 +33,9 @@ class Backend(Protocol):
     def upload(self, source: Path, key: str, size: int, *, replace: bool) -> None:
         """Put a file of ``size`` bytes. With ``replace=False`` a value that came first stays."""
 
-    def download(self, key: str, destination: Path, size: int) -> bool:
-        """Write the value into a file (not atomic, not verified); False when there is nothing."""
+    def download(self, key: str, destination: Path, size: int) -> str | None:
+        """Write the value into a file (not atomic, not compared with anything); the sha256 of what
+        is in the file then, in hex, or None when there is nothing under the key."""
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
         """The value in order, in pieces of some MiB; ends early where the value does."""

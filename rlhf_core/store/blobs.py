@@ -98,8 +98,9 @@ def download_blob(backend: Backend, entry: FileEntry, target: Path, owner: str) 
         with file_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             for _ in range(DOWNLOAD_TRIES if backend.remote else 1):
-                if backend.download(blob_key(entry.sha256), part, entry.size):
-                    found = compare(entry, part.stat().st_size, hash_file(part))
+                sha256 = backend.download(blob_key(entry.sha256), part, entry.size)
+                if sha256 is not None:
+                    found = compare(entry, part.stat().st_size, sha256)
                     if not found:
                         os.replace(part, target)
                         return

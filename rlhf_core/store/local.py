@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import time
@@ -106,15 +107,16 @@ class LocalBackend:
             else:
                 self._place_new(temporary, self.root / key)
 
-    def download(self, key: str, destination: Path, size: int) -> bool:
+    def download(self, key: str, destination: Path, size: int) -> str | None:
         with file_errors(destination):
             try:
                 shutil.copyfile(self.root / key, destination)
-                return True
             except FileNotFoundError:
                 if (self.root / key).exists():
                     raise
-                return False
+                return None
+            with open(destination, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
         with file_errors(self.root), open(self.root / key, "rb") as file:

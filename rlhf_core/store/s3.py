@@ -6,24 +6,19 @@ import hashlib
 import logging
 import os
 import time
-from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.store.local import file_errors
 from rlhf_core.store.parallel import in_parallel
-from rlhf_core.store.s3_client import PART, S3Client
+from rlhf_core.store.s3_client import TRANSFERS_AT_ONCE, S3Client
+from rlhf_core.store.s3_parts import Following, Region, Slice, md5
 
 log = logging.getLogger("rlhf_core.store")
 
+PART = 16 * 2**20
 MAX_PARTS = 10_000
-PARTS_AT_ONCE = 4  # of one file
-
-
-def _md5(data: bytes) -> str:
-    # The oldest checksum of S3, and the only one that every server checks, in parts too.
-    return b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
 class S3Backend:
@@ -51,40 +46,44 @@ class S3Backend:
         return self._put(key, data, replace=False)
 
     def upload(self, source: Path, key: str, size: int, *, replace: bool) -> None:
-        with file_errors(source):
+        with file_errors(source), open(source, "rb") as file:
             if size <= 2 * PART:
                 with self.client.slots:
-                    self._put(key, source.read_bytes(), replace=replace)
+                    body = self._slice(file.fileno(), 0, size) if size else b""
+                    self._put(key, body, replace=replace)
             else:
-                self._upload_parts(source, key, size, replace)
+                self._upload_parts(file.fileno(), key, size, replace)
 
-    def download(self, key: str, destination: Path, size: int) -> bool:
+    def download(self, key: str, destination: Path, size: int) -> str | None:
         with file_errors(destination):
-            if size <= PART:
+            if size == 0:
                 data = self.read(key)
                 if data is not None:
                     destination.write_bytes(data)
-                return data is not None
-            with open(destination, "wb") as file:
-                os.ftruncate(file.fileno(), size)
+                return None if data is None else hashlib.sha256(data).hexdigest()
+            with open(destination, "w+b") as file:
+                descriptor = file.fileno()
+                os.ftruncate(descriptor, size)
+                following = Following(descriptor, size, PART)
 
                 def part(start: int) -> bool:
+                    end = min(start + PART, size)
                     with self.client.slots:
-                        data = self._range(key, start, min(start + PART, size))
-                        if data is None:
+                        into = Region(descriptor, start, end - start, self._patience)
+                        if self._range(key, start, end, into) is None:
                             return False
-                        # A part that is too short leaves zeros, which the sha256 then refuses.
-                        os.pwrite(file.fileno(), data, start)
-                        return True
+                    following.arrived(start)
+                    return True
 
-                return all(in_parallel(part, range(0, size, PART), PARTS_AT_ONCE))
+                found = in_parallel(part, range(0, size, PART), TRANSFERS_AT_ONCE)
+                return following.hexdigest() if all(found) else None
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
         for start in range(0, size, PART):
-            data = self._range(key, start, min(start + PART, size))
-            if not data:
+            reply = self._range(key, start, min(start + PART, size))
+            if not reply:
                 return
-            yield data
+            yield reply["Body"]
 
     def keys(self, prefix: str) -> list[str]:
         cut = len(self._key(""))
@@ -132,7 +131,15 @@ class S3Backend:
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def _put(self, key: str, data: bytes, *, replace: bool) -> bool:
+    @property
+    def _patience(self) -> float:
+        """Seconds that a part may take more than on the slowest link."""
+        return self.client.settings.connect_timeout + self.client.settings.read_timeout
+
+    def _slice(self, descriptor: int, start: int, size: int) -> Slice:
+        return Slice(descriptor, start, size, self._patience)
+
+    def _put(self, key: str, data: bytes | Slice, *, replace: bool) -> bool:
         condition: dict[str, Any] = {} if replace else {"IfNoneMatch": "*"}
         tries: list[int] = []
         reply = self.client.request(
@@ -142,37 +149,36 @@ class S3Backend:
             tries=tries,
             Key=self._key(key),
             Body=data,
-            ContentMD5=_md5(data),
+            ContentMD5=md5(data) if isinstance(data, bytes) else data.md5(),
             **condition,
         )
-        if reply is None and len(tries) > 1:
+        if reply is None and len(tries) > 1 and isinstance(data, bytes):
             # The first try may have been ours, with only its reply lost.
             return self.read(key) == data
         return reply is not None
 
-    def _upload_parts(self, source: Path, key: str, size: int, replace: bool) -> None:
+    def _upload_parts(self, descriptor: int, key: str, size: int, replace: bool) -> None:
         step = max(PART, -(-size // MAX_PARTS))
         target: dict[str, Any] = {"Key": self._key(key)}
         upload = self.client.request("create_multipart_upload", "starting an upload", **target)
         target["UploadId"] = upload["UploadId"]
+
+        def part(start: int) -> dict[str, Any]:
+            number = start // step + 1
+            with self.client.slots:
+                body = self._slice(descriptor, start, min(step, size - start))
+                reply = self.client.request(
+                    "upload_part",
+                    "uploading",
+                    PartNumber=number,
+                    Body=body,
+                    ContentMD5=body.md5(),
+                    **target,
+                )
+            return {"ETag": reply["ETag"], "PartNumber": number}
+
         try:
-            with open(source, "rb") as file:
-
-                def part(start: int) -> dict[str, Any]:
-                    number = start // step + 1
-                    with self.client.slots:
-                        data = os.pread(file.fileno(), step, start)
-                        reply = self.client.request(
-                            "upload_part",
-                            "uploading",
-                            PartNumber=number,
-                            Body=data,
-                            ContentMD5=_md5(data),
-                            **target,
-                        )
-                    return {"ETag": reply["ETag"], "PartNumber": number}
-
-                parts = in_parallel(part, range(0, size, step), PARTS_AT_ONCE)
+            parts = in_parallel(part, range(0, size, step), TRANSFERS_AT_ONCE)
             condition: dict[str, Any] = {} if replace else {"IfNoneMatch": "*"}
             reply = self.client.request(
                 "complete_multipart_upload",
@@ -197,16 +203,17 @@ class S3Backend:
         except Exception as error:
             log.warning("could not end the upload of %s (sweep removes it later): %s", key, error)
 
-    def _range(self, key: str, start: int, end: int) -> bytes | None:
-        reply = self.client.request(
+    def _range(self, key: str, start: int, end: int, into: Region | None = None) -> Any:
+        """The reply; None when there is no such key, {} when it ends before ``start``."""
+        return self.client.request(
             "get_object",
             "reading",
             missing=None,
-            beyond=b"",
+            beyond={},
+            into=into,
             Key=self._key(key),
             Range=f"bytes={start}-{end - 1}",
         )
-        return bytes(reply["Body"]) if isinstance(reply, dict) else reply
 
     def _pages(
         self, prefix: str, **options: Any

@@ -1,57 +1,62 @@
-"""One request to an S3 server: its connection, its time limit, its retries.
+"""One request to an S3 server: its connection, its time limits, its retries.
 
-s3fs brings the session, the credentials and the event loop. Retries are made here and nowhere
-else, so that they do not multiply.
+botocore brings credentials, signatures and a pool of connections that threads share. Retries are
+made here and nowhere else, so that they do not multiply.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import threading
 import time
-from concurrent.futures import Future
 from typing import Any
 
+from rlhf_core.errors import StoreError
 from rlhf_core.store.s3_errors import explain, is_missing, is_passing, is_second, status_of
+from rlhf_core.store.s3_parts import Region, Slice
 from rlhf_core.store.settings import StoreSettings
 
 log = logging.getLogger("rlhf_core.store")
 
-PART = 16 * 2**20
-PARTS_IN_MEMORY = 8  # of all files together: 128 MiB
-SLOWEST = 128 * 2**10  # bytes per second; a part that is slower than that counts as stalled
+TRANSFERS_AT_ONCE = 10  # parts of all files together; with more, boto3 was no faster either
+
+
+def botocore_options(settings: StoreSettings) -> dict[str, Any]:
+    """Arguments of botocore's Config: time limits, no retries, addresses, checksums."""
+    return {
+        "connect_timeout": settings.connect_timeout,
+        "read_timeout": settings.read_timeout,
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        "max_pool_connections": 2 * TRANSFERS_AT_ONCE,
+        "tcp_keepalive": True,
+        "s3": {
+            "addressing_style": "path" if settings.path_style else "virtual",
+            # The MD5 of the body is signed, and our own sha256 is compared by every reader: a
+            # second sha256 of each part, for the signature, would only cost time.
+            "payload_signing_enabled": False,
+        },
+    }
 
 
 class Connection:
-    """What must not cross a fork: the filesystem and the locks."""
+    """What must not cross a fork: the client and the locks."""
 
     def __init__(self, settings: StoreSettings) -> None:
-        import s3fs  # here, so that a file store never pays for it
+        import botocore.session  # here, so that a file store never pays for it
+        from botocore.config import Config
 
         self.pid = os.getpid()
-        self.slots = threading.BoundedSemaphore(PARTS_IN_MEMORY)
-        self.fs = s3fs.S3FileSystem(
+        self.slots = threading.BoundedSemaphore(TRANSFERS_AT_ONCE)
+        self.client = botocore.session.Session(profile=settings.profile).create_client(
+            "s3",
             endpoint_url=settings.endpoint,
-            profile=settings.profile,
-            client_kwargs={
-                "verify": None if settings.tls_verify else False,
-                "region_name": settings.region,
-            },
-            config_kwargs={
-                "connect_timeout": settings.connect_timeout,
-                "read_timeout": settings.read_timeout,
-                "retries": {"total_max_attempts": 1, "mode": "standard"},
-                "request_checksum_calculation": "when_required",
-                "response_checksum_validation": "when_required",
-                "max_pool_connections": 2 * PARTS_IN_MEMORY,
-                "s3": {"addressing_style": "path" if settings.path_style else "virtual"},
-            },
-            use_listings_cache=False,
-            skip_instance_cache=True,
+            region_name=settings.region,
+            verify=None if settings.tls_verify else False,
+            config=Config(**botocore_options(settings)),
         )
-        self.fs.retries = 1
 
 
 class S3Client:
@@ -69,7 +74,7 @@ class S3Client:
 
     @property
     def slots(self) -> threading.BoundedSemaphore:
-        """To be held while a part is in memory."""
+        """To be held while a part is moved."""
         return self.connected().slots
 
     def connected(self) -> Connection:
@@ -81,16 +86,25 @@ class S3Client:
             with self._connecting:
                 connection = self._connection
                 if connection is None or connection.pid != os.getpid():
-                    connection = self._connection = Connection(self.settings)
+                    try:
+                        connection = self._connection = Connection(self.settings)
+                    except Exception as error:  # a profile that is not there, a URL that is none
+                        raise self._explained(error, "connecting") from error
         return connection
 
     def request(
-        self, method: str, doing: str, tries: list[int] | None = None, **arguments: Any
+        self,
+        method: str,
+        doing: str,
+        tries: list[int] | None = None,
+        into: Region | None = None,
+        **arguments: Any,
     ) -> Any:
         """One call of the S3 API, repeated while the failure is a passing one.
 
-        ``missing``, ``second`` and ``beyond`` say what to return when there is no such key, when
-        another writer came first, and when a range starts after the end; without them it raises.
+        A reply's Body is read whole, or written ``into`` a region of a file. ``missing``,
+        ``second`` and ``beyond`` say what to return when there is no such key, when another writer
+        came first, and when a range starts after the end; without them it raises.
         """
         answers = {
             name: arguments.pop(name)
@@ -103,8 +117,12 @@ class S3Client:
             if tries is not None:
                 tries.append(attempt)
             try:
-                return self._once(method, arguments)
+                return self._once(method, into, arguments)
+            except StoreError:
+                raise
             except Exception as error:
+                if into is not None and into.failure is not None:
+                    raise into.failure from None  # of this machine's disk, not of the server
                 if "missing" in answers and is_missing(error):
                     return answers["missing"]
                 if "second" in answers and is_second(error):
@@ -112,12 +130,7 @@ class S3Client:
                 if "beyond" in answers and status_of(error) == 416:
                     return answers["beyond"]
                 if attempt > self.settings.retries or not is_passing(error):
-                    raise explain(
-                        error,
-                        bucket=self.bucket,
-                        endpoint=self.settings.endpoint_name(),
-                        doing=doing,
-                    ) from error
+                    raise self._explained(error, doing) from error
                 pause = min(0.4 * 2**attempt, 8.0)
                 log.warning(
                     "%s at %s failed (%s), try %d of %d in %.1f s",
@@ -126,23 +139,16 @@ class S3Client:
                 )  # fmt: skip
                 time.sleep(pause)
 
-    def _once(self, method: str, arguments: dict[str, Any]) -> Any:
-        fs = self.connected().fs
-        # read_timeout does not cover a request body that stalls, so each call has its own limit.
-        moved = len(arguments.get("Body", b"")) or PART
-        limit = self.settings.connect_timeout + self.settings.read_timeout + moved / SLOWEST
+    def _once(self, method: str, into: Region | None, arguments: dict[str, Any]) -> Any:
+        if isinstance(body := arguments.get("Body"), Slice):
+            body.seek(0)  # an earlier try has read some of it
+        call = getattr(self.connected().client, method)
+        reply = call(Bucket=self.bucket, **arguments)
+        if method == "get_object":
+            with reply["Body"] as body:
+                reply["Body"] = body.read() if into is None else into.fill(body)
+        return reply
 
-        async def call() -> Any:
-            reply = await fs._call_s3(method, Bucket=self.bucket, **arguments)
-            if method == "get_object":
-                reply["Body"] = await reply["Body"].read()
-            return reply
-
-        future: Future[Any] = asyncio.run_coroutine_threadsafe(
-            asyncio.wait_for(call(), limit), fs.loop
-        )
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+    def _explained(self, error: Exception, doing: str) -> Exception:
+        endpoint = self.settings.endpoint_name()
+        return explain(error, bucket=self.bucket, endpoint=endpoint, doing=doing)

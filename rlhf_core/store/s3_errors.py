@@ -22,7 +22,7 @@ _REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed", "301"}
 
 
 def response_of(error: BaseException) -> dict[str, Any]:
-    """The server's reply behind an exception of s3fs or botocore; {} when there was none."""
+    """The server's reply behind an exception of botocore or s3fs; {} when there was none."""
     seen: BaseException | None = error
     while seen is not None:
         response = getattr(seen, "response", None)
@@ -56,7 +56,6 @@ def is_second(error: BaseException) -> bool:
 
 def is_passing(error: BaseException) -> bool:
     """True when the same request may well succeed a moment later."""
-    from aiohttp import ClientError as TransportError
     from botocore.exceptions import ConnectionError as NoConnection
     from botocore.exceptions import HTTPClientError, IncompleteReadError, SSLError
 
@@ -67,7 +66,7 @@ def is_passing(error: BaseException) -> bool:
         )
     if isinstance(error, SSLError):
         return False
-    transport = (NoConnection, HTTPClientError, IncompleteReadError, TransportError, TimeoutError)
+    transport = (NoConnection, HTTPClientError, IncompleteReadError, TimeoutError)
     return isinstance(error, (*transport, ConnectionError))
 
 

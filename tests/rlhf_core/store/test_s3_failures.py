@@ -151,7 +151,7 @@ def test_bits_flipped_on_the_way_are_noticed_and_healed(
 def test_upload_that_stalls_is_given_up_and_repeated(
     s3_url: str, proxy: Proxy, big: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf_core.store.s3_client.SLOWEST", 16 * 2**20)
+    monkeypatch.setattr("rlhf_core.store.s3_parts.SLOWEST", 16 * 2**20)
     settings = StoreSettings(endpoint=proxy.endpoint, connect_timeout=1, read_timeout=3)
     store = open_store(s3_url, settings)
     stalled = threading.Event()

@@ -1,0 +1,130 @@
+"""Parts of files on their way: read for an upload, written by a download, hashed as they come.
+
+Nothing here holds more than a block in memory, however many parts are on their way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from base64 import b64encode
+from typing import Any
+
+BLOCK = 2**18
+SLOWEST = 128 * 2**10  # bytes per second; a part that is slower than that counts as stalled
+
+
+def md5(data: bytes) -> str:
+    """Content-MD5 of bytes: the oldest checksum of S3, and the only one that every server checks,
+    in parts too."""
+    return b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+class Slice:
+    """Part of an open file as a body that can be sent, and sent again.
+
+    A stalled peer is noticed by the socket's own time limit; one that takes a byte now and then by
+    the limit for the whole part: ``patience`` seconds more than the slowest link would take.
+    """
+
+    def __init__(self, descriptor: int, start: int, size: int, patience: float) -> None:
+        self._descriptor, self._start, self._size = descriptor, start, size
+        self._limit = patience + size / SLOWEST
+        self._position = 0
+        self._deadline = 0.0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, count: int = -1) -> bytes:
+        if self._position == 0:
+            self._deadline = time.monotonic() + self._limit
+        elif time.monotonic() > self._deadline:
+            raise TimeoutError("the part was not sent in time")
+        # More than asked for: http.client asks for 16 KiB at a time, which takes much of a core.
+        wanted = min(max(count, BLOCK), self._size - self._position)
+        data = os.pread(self._descriptor, wanted, self._start + self._position)
+        self._position += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def md5(self) -> str:
+        """Content-MD5 of the slice."""
+        digest = hashlib.md5(usedforsecurity=False)
+        for start in range(self._start, self._start + self._size, BLOCK):
+            end = min(start + BLOCK, self._start + self._size)
+            digest.update(os.pread(self._descriptor, end - start, start))
+        return b64encode(digest.digest()).decode()
+
+
+class Region:
+    """Where a reply goes in an open file: ``size`` bytes from ``start``, and not one more.
+
+    ``failure`` is the error of the file system that ended a try, which is not the server's fault.
+    """
+
+    def __init__(self, descriptor: int, start: int, size: int, patience: float) -> None:
+        self._descriptor, self._start, self._size = descriptor, start, size
+        self._limit = patience + size / SLOWEST
+        self.failure: OSError | None = None
+
+    def fill(self, body: Any) -> int:
+        """Write a reply's body; the bytes written. A longer body is cut, a shorter one leaves
+        zeros: the sha256 refuses both."""
+        done, deadline = 0, time.monotonic() + self._limit
+        while done < self._size and (data := body.read(BLOCK)):
+            data = data[: self._size - done]
+            try:
+                os.pwrite(self._descriptor, data, self._start + done)
+            except OSError as error:
+                self.failure = error
+                raise
+            done += len(data)
+            if time.monotonic() > deadline:
+                raise TimeoutError("the part did not come in time")
+        return done
+
+
+class Following:
+    """The sha256 of a file whose parts come in any order: each is hashed, from the file, as soon as
+    all before it are there, by whichever thread brought it."""
+
+    def __init__(self, descriptor: int, size: int, step: int) -> None:
+        self._descriptor, self._size, self._step = descriptor, size, step
+        self._arrived: set[int] = set()
+        self._next = 0
+        self._busy = False
+        self._lock = threading.Lock()
+        self._digest = hashlib.sha256()
+
+    def arrived(self, start: int) -> None:
+        """The part from ``start`` is in the file."""
+        with self._lock:
+            self._arrived.add(start)
+            if self._busy:
+                return
+            self._busy = True
+        while True:
+            with self._lock:
+                if self._next not in self._arrived:
+                    self._busy = False
+                    return
+                start = self._next
+                self._next = start + self._step
+            for offset in range(start, min(start + self._step, self._size), BLOCK):
+                end = min(offset + BLOCK, start + self._step, self._size)
+                self._digest.update(os.pread(self._descriptor, end - offset, offset))
+
+    def hexdigest(self) -> str:
+        """Of the whole file, once every part has arrived."""
+        assert self._next >= self._size
+        return self._digest.hexdigest()
