@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from flows.listing import StoreUrl, artifacts, runs
+from flows.collecting import gc
+from flows.listing import StoreUrl, artifacts, open_now, runs
 from rlhf_core.errors import ConfigError, PreflightError, RLHFError
 from rlhf_core.secrets import hide
 
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+artifacts.command("gc")(gc)
 app.add_typer(artifacts, name="artifacts")
 
 
@@ -214,9 +216,8 @@ def chat(
 ) -> None:
     """Talk to a model: the newest published one, or any stage's."""
     from flows.lookup import find_model
-    from rlhf_core.store import open_store
 
-    opened = open_store(store)
+    opened = open_now(store)
     artifact = find_model(opened, model)
     folder = opened.fetch(artifact.digest)
     import rlhf_core.chat as talking

@@ -1,14 +1,17 @@
-"""The commands that look at the store: `rlhf runs` and `rlhf artifacts ...`."""
+"""The commands that look at the store: `rlhf runs` and `rlhf artifacts ...` (gc: collecting.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from rlhf_core.store import Artifact, Store
+
 artifacts = typer.Typer(
-    help="What the store holds: list, show, pull, verify.", no_args_is_help=True
+    help="What the store holds: list, show, tree, pull, verify, gc.", no_args_is_help=True
 )
 
 StoreUrl = Annotated[
@@ -28,9 +31,8 @@ def runs(
     import json
 
     from flows.lookup import read_runs
-    from rlhf_core.store import open_store
 
-    opened = open_store(store)
+    opened = open_now(store)
     found = read_runs(opened)[:limit]
     if as_json:
         for record in found:
@@ -49,7 +51,7 @@ def runs(
             [record["id"], record["name"], record["state"], started, str(len(stages)),
              str(reused), error[0][:80] if error else ""]
         )  # fmt: skip
-    _table(rows)
+    table(rows)
 
 
 @artifacts.command("list")
@@ -58,9 +60,7 @@ def list_artifacts(
     store: StoreUrl = None,
 ) -> None:
     """List the artifacts, newest first."""
-    from rlhf_core.store import open_store
-
-    opened = open_store(store)
+    opened = open_now(store)
     found = opened.list(kind)
     if not found:
         there = sorted({artifact.kind for artifact in opened.list()})
@@ -72,9 +72,15 @@ def list_artifacts(
     for artifact in found:
         created = artifact.created[:19].replace("T", " ")
         rows.append(
-            [artifact.ref, created, _size(artifact.size), str(len(artifact.files)), _what(artifact)]
+            [
+                artifact.ref,
+                created,
+                size_text(artifact.size),
+                str(len(artifact.files)),
+                _what(artifact),
+            ]
         )
-    _table(rows)
+    table(rows)
 
 
 @artifacts.command("show")
@@ -86,18 +92,57 @@ def show_artifact(
     import yaml
 
     from flows.lookup import find_any
-    from rlhf_core.store import open_store
 
-    artifact = find_any(open_store(store), ref)
+    artifact = find_any(open_now(store), ref)
     value = {
         "artifact": f"{artifact.kind}/{artifact.digest}",
         "created": artifact.created,
-        "size": _size(artifact.size),
+        "size": size_text(artifact.size),
         "files": {entry.path: entry.size for entry in artifact.files},
         "parents": list(artifact.parents),
         **artifact.metadata,
     }
     typer.echo(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
+
+
+@artifacts.command("tree")
+def show_tree(
+    ref: Annotated[str, typer.Argument(help="Digest, kind/start, stage or published name.")],
+    store: StoreUrl = None,
+) -> None:
+    """Show what an artifact was made from: its parents, theirs, and so on to the base model."""
+    from flows.lookup import find_any
+
+    opened = open_now(store)
+    artifact = find_any(opened, ref)
+    for line in tree_lines(artifact.digest, opened.lineage(artifact.digest)):
+        typer.echo(line)
+
+
+def tree_lines(digest: str, known: dict[str, Artifact | None]) -> list[str]:
+    """One line per parent, below what it was made into. What was shown before is named only."""
+    shown: set[str] = set()
+    lines: list[str] = []
+
+    def walk(digest: str, first: str, rest: str) -> None:
+        artifact = known.get(digest)
+        if artifact is None:
+            lines.append(f"{first}{digest[:12]}  (gone or damaged)")
+            return
+        about = f"{_what(artifact)}  {size_text(artifact.size)}".strip()
+        parents = list(dict.fromkeys(artifact.parents))
+        if digest in shown:
+            lines.append(f"{first}{artifact.ref}  {_what(artifact)}".rstrip())
+            lines[-1] += "  (see above)" if parents else ""
+            return
+        shown.add(digest)
+        lines.append(f"{first}{artifact.ref}  {about}  {artifact.created[:10]}")
+        for number, parent in enumerate(parents, 1):
+            last = number == len(parents)
+            walk(parent, rest + ("└── " if last else "├── "), rest + ("    " if last else "│   "))
+
+    walk(digest, "", "")
+    return lines
 
 
 @artifacts.command("pull")
@@ -108,9 +153,8 @@ def pull_artifact(
 ) -> None:
     """Copy an artifact's files into a folder, verified."""
     from flows.lookup import find_any
-    from rlhf_core.store import open_store
 
-    opened = open_store(store)
+    opened = open_now(store)
     artifact = find_any(opened, ref)
     typer.echo(f"{artifact.ref} -> {opened.fetch(artifact.digest, folder)}")
 
@@ -121,9 +165,7 @@ def verify_artifacts(
     store: StoreUrl = None,
 ) -> None:
     """Read every byte again and compare it with its manifest."""
-    from rlhf_core.store import open_store
-
-    opened = open_store(store)
+    opened = open_now(store)
     chosen = [opened.get(ref) for ref in refs] if refs else opened.list()
     bad = 0
     for artifact in chosen:
@@ -137,17 +179,30 @@ def verify_artifacts(
         raise typer.Exit(1)
 
 
-# --------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------- shared
 
 
-def _table(rows: list[list[str]]) -> None:
+def open_now(url: str | None) -> Store:
+    """The store, once it has answered: a person does not wait as long as a training run does.
+
+    Raises:
+        StoreUnavailable: it did not, within half a minute.
+    """
+    from rlhf_core.store import open_store
+
+    opened = open_store(url)
+    opened.ping()
+    return opened
+
+
+def table(rows: list[list[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         typer.echo("  ".join(cells).rstrip())
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value: its key, bytes, and when it was written (seconds since 1970, by the clock of the
+    place)."""
+
+    key: str
+    size: int
+    modified: float
 
 
 class Backend(Protocol):
@@ -42,6 +53,9 @@ class Backend(Protocol):
 
     def keys(self, prefix: str) -> list[str]:
         """All keys that start with the prefix (a string, not a folder), sorted."""
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """As ``keys``, with size and time."""
 
     def folders(self, prefix: str) -> list[str]:
         """Names directly below the folder ``prefix`` that may have keys below them, sorted."""

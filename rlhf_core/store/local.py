@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_core.errors import StoreError, StoreUnavailable
+from rlhf_core.store.backend import Entry
 
 CHUNK = 8 * 2**20
 TMP = ".tmp"
@@ -137,6 +138,17 @@ class LocalBackend:
                 else:
                     keys.append(str((base / name).relative_to(self.root)))
         return sorted(keys)
+
+    def entries(self, prefix: str) -> list[Entry]:
+        found = []
+        with file_errors(self.root):
+            for key in self.keys(prefix):
+                try:
+                    info = (self.root / key).stat()
+                except FileNotFoundError:
+                    continue  # deleted since it was listed
+                found.append(Entry(key, info.st_size, info.st_mtime))
+        return found
 
     def folders(self, prefix: str) -> list[str]:
         with file_errors(self.root):

@@ -20,6 +20,7 @@ from rlhf_core.store.artifact import (
 )
 from rlhf_core.store.backend import Backend
 from rlhf_core.store.blobs import Source, blob_key, read_source, upload_blob
+from rlhf_core.store.claims import claim
 from rlhf_core.store.parallel import FILES_AT_ONCE, REQUESTS_AT_ONCE, in_parallel
 from rlhf_core.store.refs import manifest_key
 
@@ -52,14 +53,15 @@ def publish(
     sent = in_parallel(
         lambda source: upload_blob(backend, source), distinct.values(), FILES_AT_ONCE
     )
-    # Looked at last, so that a blob which another process deleted in the meantime is noticed.
-    if missing := incomplete(backend, artifact):
-        raise StoreError(
-            f"{backend.url} does not hold what was to be published as {kind}: "
-            + "; ".join(missing)
-            + "; publish again, and take entries only from artifacts of this store"
-        )
-    published = _commit(backend, artifact)
+    # What was there already may be old, and about to be collected.
+    reused = len({entry.sha256 for entry in entries}) > sum(n > 0 for n in sent)
+    published = None if reused else _commit_new(backend, artifact)
+    if published is None:
+        with claim(backend, artifact):
+            sent += in_parallel(
+                lambda source: upload_blob(backend, source), distinct.values(), FILES_AT_ONCE
+            )
+            published = _commit_new(backend, artifact) or _renew(backend, artifact)
     log.info(
         "published %s (%d files, %d bytes; sent %d files, %d bytes) in %.1f s",
         published.ref, len(entries), artifact.size, sum(n > 0 for n in sent), sum(sent),
@@ -82,9 +84,22 @@ def incomplete(backend: Backend, artifact: Artifact) -> list[str]:
     return [text for text in in_parallel(check, distinct.values(), REQUESTS_AT_ONCE) if text]
 
 
-def _commit(backend: Backend, artifact: Artifact) -> Artifact:
+def _commit_new(backend: Backend, artifact: Artifact) -> Artifact | None:
+    """Write the manifest if all blobs are there; None when there is a manifest already."""
+    if missing := incomplete(backend, artifact):
+        raise StoreError(
+            f"{backend.url} does not hold what was to be published as {artifact.kind}: "
+            + "; ".join(missing)
+            + "; publish again, and take entries only from artifacts of this store"
+        )
     key = manifest_key(artifact.kind, artifact.digest)
-    if backend.create(key, dump_manifest(artifact)):
-        return artifact
-    data = backend.read(key)
-    return artifact if data is None else parse_manifest(data, key, artifact.digest)
+    return artifact if backend.create(key, dump_manifest(artifact)) else None
+
+
+def _renew(backend: Backend, artifact: Artifact) -> Artifact:
+    """The artifact that was published before, with the age of a new one: a collector goes by it."""
+    key = manifest_key(artifact.kind, artifact.digest)
+    data = backend.read(key) or dump_manifest(artifact)
+    earlier = parse_manifest(data, key, artifact.digest)
+    backend.write(key, data)
+    return earlier

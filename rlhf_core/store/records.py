@@ -10,7 +10,7 @@ from rlhf_core.errors import ArtifactCorrupt, ConfigError
 from rlhf_core.store.artifact import check_path, plain_json
 from rlhf_core.store.backend import Backend
 
-_RESERVED = {"blobs", "artifacts", ".tmp"}
+_RESERVED = {"blobs", "artifacts", "leases", "gc", ".tmp"}
 
 
 def record_key(path: str) -> str:

@@ -11,7 +11,7 @@ from rlhf_core.store.backend import Backend
 
 SHORTEST = 6
 _HEX = re.compile(rf"[0-9a-f]{{{SHORTEST},64}}")
-_MANIFEST = re.compile(r"artifacts/([^/]+)/([0-9a-f]{64})/manifest\.json")
+MANIFEST = re.compile(r"artifacts/([^/]+)/([0-9a-f]{64})/manifest\.json")
 
 
 def manifest_key(kind: str, digest: str) -> str:
@@ -26,7 +26,7 @@ def find_refs(backend: Backend, kind: str | None, start: str = "") -> list[tuple
         kinds = backend.folders("artifacts") if kind is None else [kind]
         prefixes = [f"artifacts/{each}/{start}" for each in kinds]
     keys = [key for prefix in prefixes for key in backend.keys(prefix)]
-    return [(m[1], m[2]) for m in map(_MANIFEST.fullmatch, keys) if m]
+    return [(m[1], m[2]) for m in map(MANIFEST.fullmatch, keys) if m]
 
 
 def resolve(backend: Backend, ref: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.store.backend import Entry
 from rlhf_core.store.local import file_errors
 from rlhf_core.store.parallel import in_parallel
 from rlhf_core.store.s3_client import TRANSFERS_AT_ONCE, S3Client
@@ -86,8 +87,16 @@ class S3Backend:
             yield reply["Body"]
 
     def keys(self, prefix: str) -> list[str]:
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str) -> list[Entry]:
         cut = len(self._key(""))
-        return sorted(item["Key"][cut:] for page in self._pages(prefix) for item in page[0])
+        found = [
+            Entry(item["Key"][cut:], int(item["Size"]), item["LastModified"].timestamp())
+            for page in self._pages(prefix)
+            for item in page[0]
+        ]
+        return sorted(found, key=lambda entry: entry.key)
 
     def folders(self, prefix: str) -> list[str]:
         base = self._key(prefix.rstrip("/") + "/")

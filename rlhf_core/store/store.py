@@ -37,6 +37,8 @@ from rlhf_core.store.blobs import (
     read_source,
     upload_blob,
 )
+from rlhf_core.store.claims import wait_for_collector
+from rlhf_core.store.collect import Garbage, Limits, Roots, collect, find_garbage
 from rlhf_core.store.folders import fetch_cached, fetch_to, walk
 from rlhf_core.store.parallel import FILES_AT_ONCE, REQUESTS_AT_ONCE, in_parallel
 from rlhf_core.store.publishing import incomplete, publish
@@ -140,6 +142,27 @@ class Store:
             key=lambda artifact: (artifact.created, artifact.digest),
             reverse=True,
         )
+
+    def lineage(self, digest: str) -> dict[str, Artifact | None]:
+        """An artifact, its parents, theirs, and so on, by digest; None for those that are gone or
+        damaged."""
+
+        def read(digest: str) -> Artifact | None:
+            try:
+                return self._read(kinds[digest], digest) if digest in kinds else None
+            except (ArtifactNotFound, ArtifactCorrupt):
+                return None
+
+        kinds = {each: kind for kind, each in find_refs(self._backend, None)}
+        known: dict[str, Artifact | None] = {}
+        todo = {digest}
+        while todo:
+            names = sorted(todo)
+            found = in_parallel(read, names, REQUESTS_AT_ONCE)
+            known |= zip(names, found, strict=True)
+            todo = {parent for artifact in found if artifact for parent in artifact.parents}
+            todo -= known.keys()
+        return known
 
     def fetch(self, ref: str, destination: Path | None = None) -> Path:
         """The artifact's files in a local folder, each verified against its sha256.
@@ -246,6 +269,11 @@ class Store:
         except KeyError:
             log.warning("stage record %s names no artifact; the stage counts as not done", key)
             return None
+        # Written again, as it is: its age keeps a collector from the artifact that is reused now.
+        self.write_record(f"stages/{key}.json", record)
+        wait_for_collector(self._backend)
+        if self._backend.size(manifest_key(artifact.kind, artifact.digest)) is None:
+            return None
         if missing := incomplete(self._backend, artifact):
             log.warning(
                 "stage %s counts as not done, %s lost files: %s", key, artifact.ref, missing
@@ -272,9 +300,26 @@ class Store:
         """The same layout below a prefix, with blobs of its own."""
         return Store(self._backend.within(check_path(prefix.strip("/"))))
 
+    def find_garbage(self, roots: Roots, limits: Limits) -> Garbage:
+        """What `collect` would delete now: artifacts that none of ``roots`` (digests) reaches by
+        its parents, files that no kept artifact names, and what killed writers left."""
+        return find_garbage(self._backend, roots, limits)
+
+    def collect(self, roots: Roots, limits: Limits) -> Garbage:
+        """Delete the garbage, and return what it was. Safe beside anyone who publishes, reuses a
+        stage's result or writes checkpoints; ``roots`` is called once nobody can start to."""
+        found = collect(self._backend, roots, limits)
+        self._artifacts.clear()
+        return found
+
     def sweep(self, older_than: float = 86_400) -> int:
         """Remove what killed uploads left more than so many seconds ago; how many it was."""
         return self._backend.sweep(older_than)
+
+    def ping(self) -> None:
+        """Raise StoreUnavailable, within about 20 seconds, when the place does not answer, refuses
+        the key or is not there. Only reads."""
+        self._backend.impatient().keys("probes/")
 
     def check(self) -> None:
         """Write, read and delete a probe, within about 30 seconds.

@@ -1,0 +1,228 @@
+"""Garbage: what no kept artifact reaches. Found by reading all manifests, deleted on demand."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_core.errors import ArtifactCorrupt
+from rlhf_core.store.artifact import Artifact, parse_manifest
+from rlhf_core.store.backend import Backend, Entry
+from rlhf_core.store.claims import FLAG, LEASES, Flag
+from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
+from rlhf_core.store.refs import MANIFEST
+
+log = logging.getLogger("rlhf_core.store")
+
+SCOPES = "checkpoints"
+BATCH = 64  # deletions between two looks at the flag
+LEASE = 3600.0  # seconds that a lease counts at least, however short the grace period is
+Roots = Callable[[], Set[str]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Ages in seconds, by the clock of the place that keeps the bytes.
+
+    Attributes:
+        keep: an artifact that was published, or found as a stage's result, more recently stays.
+        grace: nothing that was written more recently is deleted, whatever it is; longer than any
+            upload takes.
+    """
+
+    keep: float
+    grace: float
+
+    def __post_init__(self) -> None:
+        assert self.keep >= self.grace
+
+
+@dataclass
+class Garbage:
+    """What is to go, in the order of deletion.
+
+    Attributes:
+        artifacts: ``kind/digest[:12]`` and when it was made, as far as its manifest can be read.
+        manifests, blobs, checkpoints: keys and their bytes; checkpoints are all keys below
+            `checkpoints/`.
+        others: stage records without an artifact, old leases and probes.
+        notes: why something that might go stays.
+        kept: how many artifacts stay.
+    """
+
+    artifacts: list[tuple[str, str]] = field(default_factory=list)
+    manifests: list[Entry] = field(default_factory=list)
+    blobs: list[Entry] = field(default_factory=list)
+    checkpoints: list[Entry] = field(default_factory=list)
+    others: list[Entry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    kept: int = 0
+    uploads: int = 0
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [*self.manifests, *self.others, *self.blobs, *self.checkpoints]
+
+    @property
+    def size(self) -> int:
+        """Bytes of everything that is to go."""
+        return sum(entry.size for entry in self.entries)
+
+
+def find_garbage(backend: Backend, roots: Roots, limits: Limits) -> Garbage:
+    """What a collection would delete now; nothing is deleted."""
+    now = _clock(backend)
+    garbage = _survey(backend, roots, limits, now)
+    for scope in backend.folders(SCOPES):
+        below = _survey(backend.within(f"{SCOPES}/{scope}"), set, limits, now).entries
+        garbage.checkpoints += [_below(scope, entry) for entry in below]
+    return garbage
+
+
+def collect(backend: Backend, roots: Roots, limits: Limits) -> Garbage:
+    """Delete the garbage; what was deleted. Safe beside writers, see `claims`.
+
+    Raises:
+        StoreError: it could not go on; what is kept is untouched, and the next one finds the rest.
+    """
+    now = _clock(backend)
+    with Flag(backend) as flag:
+        garbage = _survey(backend, roots, limits, now)
+        _delete(backend, garbage, flag)
+    for scope in backend.folders(SCOPES):
+        place = backend.within(f"{SCOPES}/{scope}")
+        if _survey(place, set, limits, now).entries:
+            with Flag(place) as flag:
+                found = _survey(place, set, limits, now)
+                _delete(place, found, flag)
+            garbage.checkpoints += [_below(scope, entry) for entry in found.entries]
+    garbage.uploads = backend.sweep(limits.grace)
+    return garbage
+
+
+def _below(scope: str, entry: Entry) -> Entry:
+    return Entry(f"{SCOPES}/{scope}/{entry.key}", entry.size, entry.modified)
+
+
+def _clock(backend: Backend) -> float:
+    """The time at the place: a server's clock may differ from ours, and ages go by its own."""
+    key = f"gc/clock-{uuid.uuid4().hex}.json"
+    backend.write(key, b"{}")
+    try:
+        return next(entry.modified for entry in backend.entries(key))
+    finally:
+        backend.delete(key)
+
+
+def _survey(backend: Backend, roots: Roots, limits: Limits, now: float) -> Garbage:
+    """One store or scope. The order of the listings matters, see `claims`."""
+
+    def old(entry: Entry, limit: float) -> bool:
+        return now - entry.modified > limit
+
+    leases = backend.entries(LEASES)
+    leased = [_json(backend, e) for e in leases if not old(e, max(limits.grace, LEASE))]
+    stages = {entry.key: entry for entry in backend.entries("stages/")}
+    results = dict(
+        zip(stages, in_parallel(lambda e: _json(backend, e), stages.values(), 8), strict=True)
+    )
+    wanted = set(roots())
+    manifests = {
+        match[2]: entry
+        for entry in backend.entries("artifacts/")
+        if (match := MANIFEST.fullmatch(entry.key))
+    }
+    read = in_parallel(lambda item: _manifest(backend, *item), manifests.items(), REQUESTS_AT_ONCE)
+    artifacts = {a.digest: a for a in read if a is not None}
+
+    wanted |= {digest for digest, entry in manifests.items() if not old(entry, limits.keep)}
+    wanted |= {str(value.get("artifact")) for value in leased}
+    wanted |= {
+        str(results[key].get("digest"))
+        for key, entry in stages.items()
+        if not old(entry, limits.keep)
+    }
+    kept = _reached(wanted, artifacts)
+    there = kept & manifests.keys()
+
+    garbage = Garbage(kept=len(there))
+    for digest in manifests.keys() - kept:
+        made = artifacts[digest].created if digest in artifacts else ""
+        garbage.artifacts.append((_ref(manifests[digest]), made))
+        garbage.manifests.append(manifests[digest])
+    garbage.others = [
+        entry
+        for key, entry in stages.items()
+        if old(entry, limits.keep) and results[key].get("digest") not in there
+    ]
+    garbage.others += [e for e in leases if old(e, max(limits.grace, LEASE))]
+    litter = [*backend.entries("probes/"), *backend.entries("gc/")]
+    garbage.others += [e for e in litter if e.key != FLAG and old(e, limits.grace)]
+
+    if unread := sorted(there - artifacts.keys()):
+        garbage.notes.append(
+            "no file is deleted: it is not known which ones belong to "
+            + ", ".join(_ref(manifests[digest]) for digest in unread)
+            + ", whose manifest is damaged; publish that again, or delete it"
+        )
+        return garbage
+    named = {
+        entry.sha256 for digest in kept & artifacts.keys() for entry in artifacts[digest].files
+    }
+    named |= {str(sha) for value in leased for sha in value.get("blobs", [])}
+    garbage.blobs = [
+        entry
+        for entry in backend.entries("blobs/")
+        if entry.key.rpartition("/")[2] not in named and old(entry, limits.grace)
+    ]
+    return garbage
+
+
+def _ref(manifest: Entry) -> str:
+    _, kind, digest, _ = manifest.key.split("/")
+    return f"{kind}/{digest[:12]}"
+
+
+def _reached(wanted: Iterable[str], artifacts: dict[str, Artifact]) -> set[str]:
+    """The wanted digests, their parents, and so on."""
+    found: set[str] = set()
+    todo = list(wanted)
+    while todo:
+        digest = todo.pop()
+        if digest not in found:
+            found.add(digest)
+            todo += artifacts[digest].parents if digest in artifacts else ()
+    return found
+
+
+def _manifest(backend: Backend, digest: str, entry: Entry) -> Artifact | None:
+    data = backend.read(entry.key)
+    try:
+        return None if data is None else parse_manifest(data, entry.key, digest)
+    except ArtifactCorrupt as error:
+        log.warning("%s", error)
+        return None
+
+
+def _json(backend: Backend, entry: Entry) -> dict[str, Any]:
+    """A small record; {} when it is gone or none."""
+    try:
+        value = json.loads(backend.read(entry.key) or b"{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _delete(backend: Backend, garbage: Garbage, flag: Flag) -> None:
+    """Manifests first: killed in the middle, it leaves blobs that nothing names, never the
+    reverse."""
+    quick = backend.impatient()  # a deletion must be over long before the flag is stale
+    entries = garbage.entries
+    for start in range(0, len(entries), BATCH):
+        flag.check()
+        batch = [entry.key for entry in entries[start : start + BATCH]]
+        in_parallel(quick.delete, batch, REQUESTS_AT_ONCE)
