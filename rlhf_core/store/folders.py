@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,10 @@ from rlhf_core.errors import ArtifactCorrupt, ConfigError
 from rlhf_core.store.artifact import Artifact, FileEntry, check_path
 from rlhf_core.store.backend import Backend
 from rlhf_core.store.blobs import download_blob, hash_file, remove_parts
+from rlhf_core.store.cache import hold, locked, make_room
 from rlhf_core.store.local import file_errors, require_space
 from rlhf_core.store.parallel import FILES_AT_ONCE, in_parallel
-from rlhf_core.store.settings import rlhf_home
+from rlhf_core.store.settings import read_settings, rlhf_home
 
 
 def walk(folder: Path) -> dict[str, Path]:
@@ -53,22 +51,26 @@ def fetch_cached(backend: Backend, artifact: Artifact) -> Path:
     """The artifact's folder in the local cache, complete and verified.
 
     A folder that is there is not read again unless a file's size or time has changed since it was
-    verified; a file that was changed is replaced.
+    verified; a file that was changed is replaced. It stays for as long as this process lives; for a
+    new one, others that nobody uses may have to go (RLHF_STORE_CACHE_GB).
     """
     cache = rlhf_home() / "cache"
     folder = cache / "artifacts" / artifact.digest
     stamps = cache / "stamps" / f"{artifact.digest}.json"
-    with file_errors(cache), _lock(folder) as locked:
+    with file_errors(cache), locked(folder) as alone:
         for place in (folder.parent, stamps.parent):
             place.mkdir(parents=True, exist_ok=True)
+        hold(cache, artifact.digest)
         known = _read_stamps(stamps)
         if folder.is_dir() and all(_is_as(folder, e, known) for e in artifact.files):
             return folder
+        limit = read_settings().cache_gb * 1e9
+        make_room(cache, artifact.size, limit, artifact.digest)
         if folder.is_dir():
             _fill(backend, artifact, folder, known)
         else:
             # One name per machine: the next fetch goes on from what a killed one had verified.
-            owner = socket.gethostname() if locked else uuid.uuid4().hex
+            owner = socket.gethostname() if alone else uuid.uuid4().hex
             part = folder.with_name(f".{artifact.digest}.{owner}.part")
             try:
                 _fill(backend, artifact, part, {})
@@ -82,7 +84,7 @@ def fetch_cached(backend: Backend, artifact: Artifact) -> Path:
 
 def fetch_to(backend: Backend, artifact: Artifact, destination: Path) -> Path:
     """Make ``destination`` the artifact's folder. Raises ConfigError when it holds other files."""
-    with file_errors(destination), _lock(destination):
+    with file_errors(destination), locked(destination):
         if _holds(destination, artifact):
             return destination
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -161,21 +163,3 @@ def _write_stamps(path: Path, folder: Path, artifact: Artifact) -> None:
     temporary = path.with_name(f".{uuid.uuid4().hex}.part")
     temporary.write_text(json.dumps(stamps))
     os.replace(temporary, path)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Let one process of this machine at a time work on a folder; the lock ends with it.
-
-    False where the file system has no locks: processes may then do the work twice, and the final
-    rename stays safe.
-    """
-    name = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:32]
-    path = rlhf_home() / "cache" / "locks" / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        locked = False
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
-        yield locked

@@ -29,7 +29,7 @@ def file_errors(where: Path) -> Iterator[None]:
     except OSError as error:
         place = error.filename or where
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = _free_bytes(where)
+            free = free_bytes(where)
             raise StoreError(
                 f"no space left for {place} ({free:,} bytes free); make room there or point "
                 "RLHF_STORE or RLHF_HOME at a larger disk"
@@ -42,7 +42,8 @@ def file_errors(where: Path) -> Iterator[None]:
         raise StoreError(f"file operation on {place} failed: {error.strerror or error}") from error
 
 
-def _free_bytes(where: Path) -> int:
+def free_bytes(where: Path) -> int:
+    """Free bytes of the disk that ``where`` lies on, or will lie on."""
     for folder in (where, *where.absolute().parents):
         if folder.exists():
             return shutil.disk_usage(folder).free
@@ -51,7 +52,7 @@ def _free_bytes(where: Path) -> int:
 
 def require_space(where: Path, needed: int) -> None:
     """Raise StoreError when the disk below ``where`` has fewer than ``needed`` bytes free."""
-    free = _free_bytes(where)
+    free = free_bytes(where)
     if free < needed:
         raise StoreError(
             f"{needed:,} bytes are needed at {where}, {free:,} are free; make room there or point "

@@ -6,13 +6,11 @@ import os
 import re
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from rlhf_core.errors import ConfigError
 from rlhf_core.store.artifact import check_path
 from rlhf_core.store.backend import Backend
 from rlhf_core.store.local import LocalBackend
-from rlhf_core.store.settings import StoreSettings, rlhf_home
+from rlhf_core.store.settings import StoreSettings, read_settings, rlhf_home
 from rlhf_core.store.store import Store
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
@@ -49,21 +47,10 @@ def open_store(url: str | None = None, settings: StoreSettings | None = None) ->
         from rlhf_core.store.s3_client import S3Client
 
         prefix = check_path(prefix.strip("/")) if prefix.strip("/") else ""
-        backend = S3Backend(S3Client(bucket, settings or _settings()), prefix)
+        backend = S3Backend(S3Client(bucket, settings or read_settings()), prefix)
     else:
         raise ConfigError(
             f"store URL scheme {scheme!r} is not known; use file:///path/to/folder or "
             "s3://bucket/prefix"
         )
     return Store(backend)
-
-
-def _settings() -> StoreSettings:
-    try:
-        return StoreSettings()
-    except ValidationError as error:
-        problems = "; ".join(
-            f"RLHF_STORE_{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}"
-            for item in error.errors()
-        )
-        raise ConfigError(f"store settings are not valid: {problems}") from error

@@ -1,4 +1,4 @@
-"""Where a store is and how patiently it is spoken to."""
+"""Where a store is, how patiently it is spoken to, and what is kept of it on this machine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from rlhf_core.errors import ConfigError
 
 
 class StoreSettings(BaseSettings):
@@ -29,17 +31,22 @@ class StoreSettings(BaseSettings):
     region: str | None = None
     """Region of the bucket; unset leaves it to the AWS configuration."""
     profile: str | None = None
-    """Name of the AWS profile that holds the keys; unset means the environment's keys."""
+    """Name of the AWS profile that holds the keys; unset means the environment's keys, else those
+    of ``AWS_PROFILE``."""
     path_style: bool = True
     """Put the bucket in the path (most self-hosted servers) rather than in the host name."""
     tls_verify: bool = True
-    """Check the endpoint's TLS certificate."""
+    """Check the endpoint's TLS certificate; ``AWS_CA_BUNDLE`` names the file with the certificate
+    of an authority of one's own."""
     connect_timeout: float = Field(default=10, gt=0)
     """Seconds to wait for a connection."""
     read_timeout: float = Field(default=60, gt=0)
     """Seconds to wait for a reply; below 30 a slow link fails on large parts."""
     retries: int = Field(default=6, ge=0, le=20)
     """How often a request is repeated after a passing failure; six ride out about 25 seconds."""
+    cache_gb: float = Field(default=100, ge=0)
+    """Gigabytes that the local copies of artifacts in ``$RLHF_HOME/cache`` may take. For a new one
+    the least recently used go, but none that a running process uses: those may exceed it."""
 
     def endpoint_name(self) -> str:
         """The endpoint as it may be shown to people: without user name and password."""
@@ -52,6 +59,18 @@ class StoreSettings(BaseSettings):
             return "AWS S3"
         parts = urlsplit(url)
         return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def read_settings() -> StoreSettings:
+    """The settings of the environment. Raises ConfigError, naming the variables."""
+    try:
+        return StoreSettings()
+    except ValidationError as error:
+        problems = "; ".join(
+            f"RLHF_STORE_{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise ConfigError(f"store settings are not valid: {problems}") from error
 
 
 def rlhf_home() -> Path:
