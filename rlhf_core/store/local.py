@@ -27,7 +27,7 @@ def file_errors(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = error.filename or where
+        place = error.filename2 or error.filename or where  # of a copy, where it goes
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = free_bytes(where)
             raise StoreError(

@@ -131,7 +131,7 @@ class S3Backend:
         settings = self.client.settings
         quick = {
             "connect_timeout": min(settings.connect_timeout, 5.0),
-            "read_timeout": min(settings.read_timeout, 8.0),
+            "read_timeout": min(settings.read_timeout, 6.0),
             "retries": min(settings.retries, 1),
         }
         client = S3Client(self.client.bucket, settings.model_copy(update=quick))

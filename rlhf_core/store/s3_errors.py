@@ -107,6 +107,11 @@ def explain(error: BaseException, *, bucket: str, endpoint: str, doing: str) -> 
         )
     if status == 507 or code in _FULL_CODES:
         return StoreUnavailable(f"{where} is full ({code or status}): make room there")
+    if status >= 500:
+        return StoreUnavailable(
+            f"{where} failed at {doing} ({code or status}) and did so again when it was repeated: "
+            "often its disk is full; see the server's log, or let RLHF_STORE_ENDPOINT name another"
+        )
     if status:
         return StoreError(f"{where} failed at {doing} with {code or status}: {_clean(error)}")
     if isinstance(error, SSLError):

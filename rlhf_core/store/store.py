@@ -317,12 +317,12 @@ class Store:
         return self._backend.sweep(older_than)
 
     def ping(self) -> None:
-        """Raise StoreUnavailable, within about 20 seconds, when the place does not answer, refuses
+        """Raise StoreUnavailable, within about 15 seconds, when the place does not answer, refuses
         the key or is not there. Only reads."""
         self._backend.impatient().keys("probes/")
 
     def check(self) -> None:
-        """Write, read and delete a probe, within about 30 seconds.
+        """Write, read and delete a probe, within about 15 seconds.
 
         Raises StoreUnavailable, naming the place and the setting to correct.
         """
