@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PRESET ?= demo
 PINS   := requirements/torch.txt requirements/lock.txt
 
 export OMP_WAIT_POLICY := PASSIVE
@@ -12,10 +13,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo check lint fast lock docs clean fuzz chaos
+.PHONY: help setup demo smoke up down test test-system test-images test-demo check lint fast lock docs clean fuzz chaos demo-s3 bench-store
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP)  ## create .venv from the pinned requirements
 
@@ -32,6 +33,12 @@ $(STAMP): $(PINS) pyproject.toml
 
 demo: $(STAMP)  ## the whole pipeline on a real model and real text (about ten minutes on two cores)
 	@$(BIN)/rlhf run --preset demo
+
+demo-s3: $(STAMP)  ## the demo with its artifacts on an S3 server that is started for it
+	@$(BIN)/python -m rlhf_core.store.seaweed $(or $(RLHF_HOME),.rlhf)/demo-s3 $(BIN)/rlhf run --preset $(PRESET)
+
+bench-store: $(STAMP)  ## throughput of the S3 store beside boto3's (three minutes)
+	@$(BIN)/python benchmarks/store_throughput.py
 
 smoke: $(STAMP)  ## the whole pipeline on a tiny model (about a minute)
 	@$(BIN)/rlhf run --preset smoke

@@ -196,7 +196,10 @@ def run_beside(folder: Path, command: Sequence[str]) -> int:
         inherited = {k: v for k, v in os.environ.items() if k not in _OTHERS}
         child = subprocess.Popen(command, env={**inherited, **server.client_environment})
         try:
-            return child.wait()
+            code = child.wait()
+            again = f"{Path(sys.executable).name} -m rlhf_core.store.seaweed {folder} COMMAND"
+            print(f"\nThe S3 server has ended; its data stays in {folder}. Again: {again}")
+            return code
         except BaseException as stop:
             # Ctrl-C has reached the child as well; it has work of its own to end before the server.
             if not isinstance(stop, KeyboardInterrupt):

@@ -162,3 +162,61 @@ def test_damage_is_found(rlhf, filled):
     done = rlhf("artifacts", "verify", code=1)
     assert "0 of 1 whole." in done.stdout
     assert "config.json" in done.stderr
+
+
+def test_lineage_is_a_tree_that_names_shared_parents_once(rlhf):
+    store = open_store(str(rlhf.home / ".rlhf/store"))
+
+    def made(kind, algorithm, *parents, **metadata):
+        return store.publish_derived(
+            kind=kind, files={"f": f"{kind} {algorithm}".encode()},
+            metadata={"algorithm": algorithm, **metadata}, parents=[p.digest for p in parents],
+        )  # fmt: skip
+
+    base = made("model", "import")
+    data = made("dataset", "data", base)
+    sft = made("model", "sft", base, data)
+    ppo = made("model", "ppo", sft, data)
+    store.delete(base.digest)
+    lines = rlhf("artifacts", "tree", ppo.ref, code=0).stdout.splitlines()
+    today = ppo.created[:10]
+    assert lines == [
+        f"{ppo.ref}  ppo  9 B  {today}",
+        f"├── {sft.ref}  sft  9 B  {today}",
+        f"│   ├── {base.digest[:12]}  (gone or damaged)",
+        f"│   └── {data.ref}  data  12 B  {today}",
+        f"│       └── {base.digest[:12]}  (gone or damaged)",
+        f"└── {data.ref}  data  (see above)",
+    ]
+
+
+def test_gc_shows_first_and_deletes_what_no_version_and_no_run_needs(rlhf, filled):
+    store, used = filled  # the newest run has not ended
+    version = store.publish_derived(kind="published", files={"v": b"v"}, parents=[])
+    store.write_record("models/chat/1.json", {"name": "chat", "digest": version.digest})
+    source = store.publish_derived(kind="model", files={"s": b"s"})
+    store.write_record(
+        "runs/c.json",
+        {"id": "c", "name": "x", "state": "running", "started": "2026-01-01", "host": "elsewhere",
+         "stages": {}, "config": {"model": {"source": f"artifact:{source.digest[:12]}"}}},
+    )  # fmt: skip
+    lost = store.publish_derived(kind="model", files={"lost": b"x" * 5000})
+    everything = ["--keep-days", "0", "--grace-hours", "0"]
+
+    assert "Would delete 0 artifacts" in rlhf("artifacts", "gc", code=0).stdout
+    shown = rlhf("artifacts", "gc", *everything, code=0).stdout
+    assert lost.ref in shown and "Would delete 1 artifacts, 1 files (5.0 KB)" in shown
+    assert "3 artifacts are kept" in shown and "--yes does it" in shown
+    assert lost in open_store(store.url).list()
+    done = rlhf("artifacts", "gc", *everything, "--yes", code=0).stdout
+    assert "Deleted 1 artifacts, 1 files (5.0 KB)" in done
+    assert set(open_store(store.url).list()) == {used, version, source}
+
+    for name in "abc":  # ended long ago
+        record = store.read_record(f"runs/{name}.json")
+        store.write_record(
+            f"runs/{name}.json",
+            {**record, "state": "completed", "updated": "2026-01-01T00:00:00+00:00"},
+        )
+    rlhf("artifacts", "gc", *everything, "--yes", code=0)
+    assert open_store(store.url).list() == [version]

@@ -100,6 +100,34 @@ def big(tmp_path: Path) -> Path:
     return made
 
 
+def test_checkpoint_that_shares_files_sends_only_the_new_ones(
+    s3_url: str, proxy: Proxy, big: Path
+) -> None:
+    """Counted on the wire: bytes of all requests."""
+    store = open_store(s3_url, StoreSettings(endpoint=proxy.endpoint))
+    sent = 0
+
+    def count(connection: int, offset: int, data: bytes) -> bytes:
+        nonlocal sent
+        sent += len(data)
+        return data
+
+    proxy.edit_request = count
+    (big / "optimizer.bin").write_bytes(os.urandom(2**20))
+    first = store.publish(big, kind="checkpoint", metadata={"step": 1})
+    size = first.file("weights.bin").size
+    assert first.size < sent < first.size + 100_000
+
+    sent = 0
+    (big / "optimizer.bin").write_bytes(os.urandom(2**20))
+    second = store.publish(big, kind="checkpoint", metadata={"step": 2})
+    assert 2**20 < sent < 2**20 + 100_000 < size
+    sent = 0
+    assert store.publish(big, kind="checkpoint", metadata={"step": 2}) == second
+    assert sent < 100_000
+    assert store.verify(second.digest) == []
+
+
 def test_file_of_several_parts_survives_cut_connections(
     s3_url: str, proxy: Proxy, big: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
