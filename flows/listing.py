@@ -132,8 +132,7 @@ def tree_lines(digest: str, known: dict[str, Artifact | None]) -> list[str]:
         about = f"{_what(artifact)}  {size_text(artifact.size)}".strip()
         parents = list(dict.fromkeys(artifact.parents))
         if digest in shown:
-            lines.append(f"{first}{artifact.ref}  {_what(artifact)}".rstrip())
-            lines[-1] += "  (see above)" if parents else ""
+            lines.append(f"{first}{artifact.ref}  {_what(artifact)}".rstrip() + "  (see above)")
             return
         shown.add(digest)
         lines.append(f"{first}{artifact.ref}  {about}  {artifact.created[:10]}")

@@ -111,7 +111,9 @@ class Seaweed:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
 
-        client = botocore.session.Session().create_client(
+        # No profile: AWS_PROFILE may name one of another store.
+        session = botocore.session.Session(session_vars={"profile": (None, None, None, None)})
+        client = session.create_client(
             "s3",
             endpoint_url=self.endpoint,
             aws_access_key_id=self.keys["AWS_ACCESS_KEY_ID"],

@@ -4,6 +4,7 @@ Layout:
     blobs/sha256/ab/<sha256>                      never changes
     artifacts/<kind>/<digest>/manifest.json       written last, created once
     stages/<key>.json, runs/…, models/…           small JSON records
+    leases/…, gc/…                                of writers and a collector, see claims
     <prefix>/…                                    the same again, for a scoped store
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, StoreError, StoreUnavailable
-from rlhf_core.store import records
+from rlhf_core.store import records, stages
 from rlhf_core.store.artifact import (
     KIND,
     SHA256,
@@ -37,11 +38,10 @@ from rlhf_core.store.blobs import (
     read_source,
     upload_blob,
 )
-from rlhf_core.store.claims import wait_for_collector
 from rlhf_core.store.collect import Garbage, Limits, Roots, collect, find_garbage
 from rlhf_core.store.folders import fetch_cached, fetch_to, walk
 from rlhf_core.store.parallel import FILES_AT_ONCE, REQUESTS_AT_ONCE, in_parallel
-from rlhf_core.store.publishing import incomplete, publish
+from rlhf_core.store.publishing import publish
 from rlhf_core.store.refs import find_refs, manifest_key, resolve
 
 log = logging.getLogger("rlhf_core.store")
@@ -259,40 +259,11 @@ class Store:
 
     def stage_result(self, key: str) -> Artifact | None:
         """The complete artifact that a stage key stands for; None when the stage must run."""
-        record = self.read_record(f"stages/{key}.json")
-        if record is None:
-            return None
-        try:
-            artifact = self._read(record["kind"], record["digest"])
-        except ArtifactNotFound:
-            return None
-        except KeyError:
-            log.warning("stage record %s names no artifact; the stage counts as not done", key)
-            return None
-        # Written again, as it is: its age keeps a collector from the artifact that is reused now.
-        self.write_record(f"stages/{key}.json", record)
-        wait_for_collector(self._backend)
-        if self._backend.size(manifest_key(artifact.kind, artifact.digest)) is None:
-            return None
-        if missing := incomplete(self._backend, artifact):
-            log.warning(
-                "stage %s counts as not done, %s lost files: %s", key, artifact.ref, missing
-            )
-            return None
-        return artifact
+        return stages.stage_result(self._backend, key, self._read)
 
     def commit_stage(self, key: str, artifact: Artifact) -> Artifact:
         """Make an artifact a stage's result; the winner's artifact when another was first."""
-        path = f"stages/{key}.json"
-        record = {"kind": artifact.kind, "digest": artifact.digest}
-        if self.write_record(path, record, create=True):
-            return artifact
-        winner = self.stage_result(key)
-        if winner is not None:
-            return winner
-        # What the record names is gone, so there is no winner to agree with.
-        self.write_record(path, record)
-        return artifact
+        return stages.commit_stage(self._backend, key, artifact, self._read)
 
     # The store itself
 

@@ -184,8 +184,8 @@ def test_collector_that_was_taken_for_dead_stops(
     assert store.verify(artifact.digest) == []
 
 
-SECONDS = 8.0
-AGE = 4.0
+SECONDS = 6.0
+AGE = 3.0
 
 
 def write_and_look(url: str, seed: int, broken: Path) -> None:

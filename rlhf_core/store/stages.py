@@ -1,0 +1,60 @@
+"""Stage records: which artifact is the result of a stage key."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from rlhf_core.errors import ArtifactNotFound
+from rlhf_core.store.artifact import Artifact
+from rlhf_core.store.backend import Backend
+from rlhf_core.store.claims import wait_for_collector
+from rlhf_core.store.publishing import incomplete
+from rlhf_core.store.records import read_record, write_record
+from rlhf_core.store.refs import manifest_key
+
+log = logging.getLogger("rlhf_core.store")
+
+
+def _path(key: str) -> str:
+    return f"stages/{key}.json"
+
+
+def stage_result(
+    backend: Backend, key: str, read: Callable[[str, str], Artifact]
+) -> Artifact | None:
+    """See Store.stage_result. ``read`` gives the artifact of a kind and digest."""
+    record = read_record(backend, _path(key))
+    if record is None:
+        return None
+    try:
+        artifact = read(record["kind"], record["digest"])
+    except ArtifactNotFound:
+        return None
+    except KeyError:
+        log.warning("stage record %s names no artifact; the stage counts as not done", key)
+        return None
+    # Written again, as it is: its age keeps a collector from the artifact that is reused now.
+    write_record(backend, _path(key), record, create=False)
+    wait_for_collector(backend)
+    if backend.size(manifest_key(artifact.kind, artifact.digest)) is None:
+        return None
+    if missing := incomplete(backend, artifact):
+        log.warning("stage %s counts as not done, %s lost files: %s", key, artifact.ref, missing)
+        return None
+    return artifact
+
+
+def commit_stage(
+    backend: Backend, key: str, artifact: Artifact, read: Callable[[str, str], Artifact]
+) -> Artifact:
+    """See Store.commit_stage."""
+    record = {"kind": artifact.kind, "digest": artifact.digest}
+    if write_record(backend, _path(key), record, create=True):
+        return artifact
+    winner = stage_result(backend, key, read)
+    if winner is not None:
+        return winner
+    # What the record names is gone, so there is no winner to agree with.
+    write_record(backend, _path(key), record, create=False)
+    return artifact
