@@ -24,6 +24,7 @@ from rlhf_core.errors import DataError
 from rlhf_core.jobs import EvaluateJob
 from rlhf_core.judges import get_judge
 from rlhf_core.models import Policy, load_causal_lm, load_scalar_model, share_frozen
+from rlhf_core.remote_code import is_trusted
 from rlhf_core.sampling import Reply, fast_inference, sample_replies
 from rlhf_core.store import Artifact
 from rlhf_core.train.sft import heldout_loss
@@ -78,7 +79,7 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
     if not context.main:
         return None
 
-    tokenizer = load_tokenizer(folders["sft"])
+    tokenizer = load_tokenizer(folders["sft"], is_trusted(folders["sft"]))
     texts = {name: [r.text(tokenizer) for r in replies[name]] for name in replies}
     shown = [prompt_text(r["prompt"]) for r in rows]
     gold = judge_all(job, shown, texts)

@@ -22,6 +22,7 @@ from rlhf_core.errors import DataError
 from rlhf_core.jobs import LabelJob
 from rlhf_core.judges import get_judge
 from rlhf_core.models import load_causal_lm
+from rlhf_core.remote_code import is_trusted
 from rlhf_core.sampling import Reply, sample_replies
 from rlhf_core.store import Artifact
 
@@ -33,7 +34,7 @@ def run(job: LabelJob, context: StageContext) -> Artifact | None:
     group = Group(job.resources)
     source = context.store.fetch(job.model)
     prompts = context.store.fetch(job.prompts)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, is_trusted(source))
     model = load_causal_lm(source).requires_grad_(False).to(group.device)
     judge = get_judge(job.labeller)
 

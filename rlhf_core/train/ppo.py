@@ -59,6 +59,7 @@ from rlhf_core.models import (
     stop_tokens,
 )
 from rlhf_core.nonfinite import failure
+from rlhf_core.remote_code import is_trusted
 from rlhf_core.rollout import generate, make_row_seeds
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import HALF, Strategy
@@ -108,7 +109,8 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
     if job.ptx is not None and job.ptx_coef > 0:
         ptx = Rows(context.store.fetch(job.ptx), "train", purpose=("sft", "pretrain"))
 
-    tokenizer = load_tokenizer(source) if context.main else None  # for people to look at replies
+    # For people to look at replies.
+    tokenizer = load_tokenizer(source, is_trusted(source)) if context.main else None
     models = load_models(job, strategy, source, context.store.fetch(job.reward_model), context)
     rates = {
         "policy.": job.learning_rate,

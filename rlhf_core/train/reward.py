@@ -32,6 +32,7 @@ from rlhf_core.models import (
 )
 from rlhf_core.nonfinite import failure
 from rlhf_core.probe import fit_probe
+from rlhf_core.remote_code import is_trusted
 from rlhf_core.rollout import generate, make_row_seeds
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
@@ -155,7 +156,7 @@ def sft_replies(
     if sampled:
         return [[*r["prompt_ids"], *r[k]] for r in rows for k in ("chosen_ids", "rejected_ids")]
     model = load_causal_lm(source).to(strategy.device)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, is_trusted(source))
     group = strategy.group
     mine = list(range(count))[group.rank :: group.size]
     with strategy.autocast():
