@@ -1,6 +1,8 @@
 """Pipelines on workers: retry, cancel, shared work, lost workers. Most stages are stand-ins."""
 
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -99,6 +101,29 @@ def test_killed_ranks_of_a_real_ppo_go_on_from_their_checkpoint(system):
         assert len(system.children(run, stage)) == 1
 
 
+def cancellations_told_to_a_new_worker(system, run: str) -> str:
+    code = f"""
+import asyncio
+from uuid import UUID
+from prefect._internal.observers import FlowRunCancellingObserver
+
+async def main():
+    told = []
+    observer = FlowRunCancellingObserver(told.append)
+    observer.add_in_flight_flow_run_id(UUID("{run}"))
+    async with observer:
+        await asyncio.sleep(3)
+    print(len(told))
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
+        env={**system.environment, "PREFECT_API_URL": f"{system.url}/api"},
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
 def test_cancelled_run_leaves_no_process(system):
     system.plan(sft=["stubborn"])
     run = system.submit("seed=105")
@@ -113,7 +138,9 @@ def test_cancelled_run_leaves_no_process(system):
     until(lambda: system.children(run, "sft")[0]["state_type"] == "CANCELLED", 30)
     assert "cancelled" in next(x for x in system.rlhf("runs").splitlines() if record in x)
 
-    # The workers ask the server for events that they missed; that cancellation is not one of them.
+    # A worker asks the server for events that it missed. That cancellation among them would end
+    # the retry whenever the answer comes after its process was started.
+    assert cancellations_told_to_a_new_worker(system, run) == "0"
     system.plan()
     system.rlhf("retry", record)
     system.wait(run, "SCHEDULED", "PENDING", "RUNNING", seconds=10)
