@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.system import _free_ports
+from rlhf_core.store.seaweed import free_ports
 
 COMPOSE = Path(__file__).parents[2] / "docker/compose.yaml"
 
@@ -20,7 +20,7 @@ COMPOSE = Path(__file__).parents[2] / "docker/compose.yaml"
 def test_health_check_of_a_worker_answers(prefect_server: str, tmp_path: Path) -> None:
     """The compose file's own test, with another port in its place."""
     control = yaml.safe_load(COMPOSE.read_text())["services"]["control"]
-    [port] = _free_ports(1)
+    [port] = free_ports(1)
     environment = {
         **os.environ, "PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(tmp_path),
         "PREFECT_WORKER_WEBSERVER_PORT": str(port), "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
