@@ -1,10 +1,8 @@
-"""Work pools, deployments and automations on a Prefect server; run again, it changes nothing.
-
-Usage: python -m flows.deploy [SLOTS]
-"""
+"""Work pools, deployments and automations on a Prefect server; run again, it changes nothing."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -54,4 +52,6 @@ def apply(slots: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    apply(int(sys.argv[1]) if len(sys.argv) > 1 else None)
+    parser = argparse.ArgumentParser(prog="python -m flows.deploy", description=__doc__)
+    parser.add_argument("slots", type=int, nargs="?", help="jobs that the gpu pool runs at once")
+    apply(parser.parse_args().slots)
