@@ -42,8 +42,8 @@ def kill(fault: dict[str, Any]) -> None:
     agent = os.getppid()
     target = {"rank": os.getpid(), "agent": agent, "orchestrator": parent_of(agent)}
     os.kill(target[fault["target"]], fault.get("signal", signal.SIGKILL))
-    while fault.get("signal") is None:
-        time.sleep(1)  # until the end reaches this rank
+    if fault.get("signal") is None:
+        time.sleep(2)  # the end reaches this rank meanwhile, or it is told to stop
 
 
 def parent_of(pid: int) -> int:
@@ -51,8 +51,11 @@ def parent_of(pid: int) -> int:
 
 
 def sleep(fault: dict[str, Any]) -> None:
-    """For ever, or for some seconds."""
-    time.sleep(fault.get("seconds", 1e6))
+    """For ever, for some seconds, or until a file is there."""
+    while "until" in fault and not Path(fault["until"]).exists():
+        time.sleep(0.05)
+    if "until" not in fault:
+        time.sleep(fault.get("seconds", 1e6))
 
 
 def memory(fault: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ def attempts(place, monkeypatch):
     return run
 
 
+@pytest.mark.chaos
 def test_cuda_error_is_told_and_retried_with_half_the_micro_batch(
     place, inputs, attempts, undisturbed
 ):
@@ -88,6 +89,7 @@ def small_group():
     group.rmdir()
 
 
+@pytest.mark.chaos
 def test_rank_ended_by_the_kernel_is_recognised(place, inputs, small_group):
     job = make_job(inputs, "sft", {"ranks": 2})
     grab = {"what": "grab", "rank": 1, "mib": 3000, "update": 3}

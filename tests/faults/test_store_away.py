@@ -47,7 +47,9 @@ def until(what, seconds=60):
 
 def test_training_goes_on_and_the_result_waits_for_the_store(place, inputs, server, undisturbed):
     job = make_job(inputs, "sft", {"ranks": 2, "strategy": "zero2", "checkpoint_every": 1})
-    process = place.start(job, [{"what": "sleep", "seconds": 0.8}])
+    last = place.folder / "last-steps"
+    pace = [{"what": "sleep", "seconds": 0.3}, {"what": "sleep", "update": 11, "until": str(last)}]
+    process = place.start(job, pace)
     try:
         until(lambda: place.checkpoints(job))
         server.kill()
@@ -58,6 +60,7 @@ def test_training_goes_on_and_the_result_waits_for_the_store(place, inputs, serv
         # What is stored now was made while the server was away, or after.
         assert max(place.checkpoints(job)) >= seen
         server.kill()
+        last.touch()
         until(lambda: "WARNING: the result waits for the store" in place.log())
         assert place.steps() == 12
         time.sleep(1)
