@@ -8,8 +8,10 @@ logged so far; all whole, not sharded, so that any number of ranks can go on fro
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +113,20 @@ class Checkpointer:
         for old in newest_first(self._store)[self.job.resources.keep_checkpoints :]:
             self._store.delete(old.digest, blobs=True)
 
-    def settle(self, seconds: float) -> int:
-        """Wait for the upload, but not for ever; step of the newest checkpoint, 0 without one."""
-        self._uploads.wait(seconds)
-        return next((step_of(a) for s in self._sources() for a in newest_first(s)), 0)
+    def settle(self, seconds: float) -> int | None:
+        """Wait until the newest checkpoint is in the store, whichever rank sends it, but not for
+        ever.
+
+        Returns:
+            Step of the newest one there, 0 without one; None when the store does not say.
+        """
+        end, found = time.monotonic() + seconds, None
+        while True:
+            with contextlib.suppress(StoreError):
+                found = next((step_of(a) for s in self._sources() for a in newest_first(s)), 0)
+            if time.monotonic() > end or (found is not None and found >= self._saved):
+                return found
+            time.sleep(0.2)
 
     # ------------------------------------------------------------------ restore
 

@@ -40,9 +40,10 @@ def failure(
     context, job = checkpointer.context, checkpointer.job
     name = f"{job.algorithm} step {step}"
     where = save_batch(error, checkpointer, step, rows, more)
-    kept = checkpointer.settle(UPLOAD_SECONDS)
-    last = (
-        f"the checkpoint after step {kept}" if kept else "the beginning, as there is no checkpoint"
+    # The other ranks wait meanwhile, and must not take this one for hanging.
+    kept = checkpointer.settle(min(UPLOAD_SECONDS, job.resources.collective_timeout / 2))
+    last = {None: "the last checkpoint in the store", 0: "the beginning (no checkpoint yet)"}.get(
+        kept, f"the checkpoint after step {kept}"
     )
     found = f"{name}, rank {context.rank}: {error}. Its batch is {where}."
     factor = job.on_nonfinite
