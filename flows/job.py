@@ -8,6 +8,7 @@ from prefect import flow, runtime
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
+from prefect.utilities.urls import url_for
 
 from rlhf_core.errors import JobFailed, RLHFError
 from rlhf_core.jobs import Job
@@ -37,8 +38,7 @@ def rlhf_job(
     """
     log = get_run_logger()
     if pipeline:
-        page = str(runtime.flow_run.ui_url).replace(str(runtime.flow_run.id), pipeline)
-        say(log, "note", "", f"{stage} of the pipeline {page}")
+        say(log, "note", "", f"{stage} of the pipeline {url_for('flow-run', pipeline)}")
     run_id = str(runtime.flow_run.id)[:8]
     folder = rlhf_home() / "jobs" / f"{run_id}-{runtime.flow_run.run_count or 1}-{stage}"
     with watched(pipeline):

@@ -43,7 +43,7 @@ def rlhf_pipeline(
     )
     say(
         get_run_logger(), "run", "", f"run {run.id}, store {run.store.url}",
-        id=run.id, name=config.name, store=run.store.url, url=runtime.flow_run.ui_url,
+        id=run.id, name=config.name, store=run.store.url, url=run.page,
     )  # fmt: skip
     approval.check(config)
     with watched():

@@ -9,7 +9,7 @@ import re
 import time
 from typing import Any
 
-from prefect import runtime, task
+from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
@@ -77,8 +77,7 @@ def lineage(run: Run) -> str:
 
 
 def _facts(run: Run) -> str:
-    page = runtime.flow_run.ui_url
-    name = f"[{run.id}]({page})" if page else f"`{run.id}`"
+    name = f"[{run.id}]({run.page})" if run.page else f"`{run.id}`"
     lines = [f"Run {name}, base model `{run.config.model.source}`, store `{run.store.url}`."]
     if run.model_folder is not None:
         lines.append(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect.exceptions import Pause
+from prefect.utilities.urls import url_for
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import StoreError
@@ -69,6 +70,11 @@ class Run:
     @property
     def record_path(self) -> str:
         return f"runs/{self.id}.json"
+
+    @property
+    def page(self) -> str | None:
+        """Where the run is watched in the browser."""
+        return url_for("flow-run", self.flow_run) if self.flow_run else None
 
     def begin(self) -> None:
         """Write the record for the first time, or again when the run is retried."""
