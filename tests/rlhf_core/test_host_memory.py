@@ -1,6 +1,7 @@
 """What the kernel says about memory, from files as it writes them."""
 
-import os
+import subprocess
+import sys
 
 from rlhf_core.host_memory import amount, oom_kills, resident_peak
 
@@ -34,10 +35,16 @@ def test_machine_counts_where_the_group_does_not(tmp_path):
 
 
 def test_peak_of_a_process_grows_with_what_it_holds():
-    before = resident_peak(os.getpid())
-    held = bytearray(os.urandom(2**20)) * 64
-    assert resident_peak(os.getpid()) >= before + 2**25
-    assert len(held) == 2**26
+    code = "import sys; x = bytearray(b'x') * int(sys.argv[1]); print(len(x)); sys.stdin.read()"
+    peaks = []
+    for size in (2**20, 2**26):
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(size)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert int(process.stdout.readline()) == size
+            peaks.append(resident_peak(process.pid))
+            process.stdin.close()
+    assert 2**25 < peaks[1] - peaks[0] < 2**27
     assert resident_peak(2**22 + 1) == 0  # there is no such process
 
 

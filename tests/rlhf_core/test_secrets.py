@@ -69,7 +69,7 @@ def test_no_setting_holds_a_secret_in_the_open() -> None:
 
 
 def test_rank_hides_secrets_in_its_error_and_output(tmp_path: Path) -> None:
-    (tmp_path / "job.json").write_text('{"algorithm": "marked-0123456789"}')
+    (tmp_path / "job.json").write_text('{"algorithm": "sft", "marked-0123456789": 1}')
     done = subprocess.run(
         [sys.executable, "-m", "rlhf_core", str(tmp_path / "job.json")],
         env={"HF_TOKEN": "marked-0123456789", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path),
