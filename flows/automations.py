@@ -119,19 +119,20 @@ def apply() -> list[str]:
     only while there is someone to tell."""
     client: Any = get_client(sync_client=True)
     blocks = _notification_blocks(client)
-    told = [failed_runs(blocks), published_models(blocks)]
-    for wanted in (lost_runs(), *(told if blocks else [])):
-        found = client.read_automations_by_name(wanted.name)
+    telling = [failed_runs(blocks), published_models(blocks)]
+    wanted = [lost_runs(), *(telling if blocks else [])]
+    for automation in wanted:
+        found = client.read_automations_by_name(automation.name)
         if found:
-            client.update_automation(found[0].id, wanted)
+            client.update_automation(found[0].id, automation)
         else:
-            client.create_automation(wanted)
+            client.create_automation(automation)
         for extra in found[1:]:
             client.delete_automation(extra.id)
-    for unwanted in () if blocks else told:
+    for unwanted in [] if blocks else telling:
         for found in client.read_automations_by_name(unwanted.name):
             client.delete_automation(found.id)
-    return [a.name for a in (lost_runs(), *(told if blocks else []))]
+    return [automation.name for automation in wanted]
 
 
 def _notification_blocks(client: Any) -> list[UUID]:

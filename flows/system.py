@@ -248,7 +248,8 @@ class Supervisor:
         self.system.ui = f"http://127.0.0.1:{self.options.port}"
         self.system.store = store["RLHF_STORE"]
         shared = {"PREFECT_API_URL": environment["PREFECT_API_URL"], **store}
-        shared["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = "30"
+        heartbeat = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+        shared[heartbeat] = environment[heartbeat]
         self.system.environment = shared
 
     def _start_s3(self, data: Path) -> dict[str, str]:

@@ -11,7 +11,6 @@
     │   └── StoreUnavailable    "store"      unreachable, refused, full: worth a retry
     ├── OutOfMemory             "oom"        retried with half the micro-batch
     ├── Preempted               "preempted"  told to stop; goes on from the checkpoint it wrote
-    ├── RankHung                "hang"       a rank waited for another one for too long
     ├── TrainingFailure         "training"
     │   ├── NonFinite           "nonfinite"  a loss or gradient is NaN or infinite
     │   │   └── RateLowered     "rate_lowered"  the same; retried with a lower learning rate
@@ -19,7 +18,8 @@
     └── JobFailed               "job"        a launched process died; category is the process's own
 
 The category travels from a rank's error file to the orchestrator, which decides from it alone
-whether a retry can help; `RETRYABLE` has those for which it can.
+whether a retry can help; `RETRYABLE` has those for which it can. "hang", a rank that waited for
+another one for too long, has no class: it is read off a library's error.
 """
 
 from __future__ import annotations
@@ -97,12 +97,6 @@ class Preempted(RLHFError):
     """The job was told to stop, and did so after a checkpoint: another attempt goes on from it."""
 
     category = "preempted"
-
-
-class RankHung(RLHFError):
-    """A rank waited for another one longer than resources.collective_timeout."""
-
-    category = "hang"
 
 
 class TrainingFailure(RLHFError):

@@ -112,7 +112,7 @@ class Uploader:
                 self._busy = False
                 self._changed.notify_all()
                 if not done:  # a newer one is tried at the same pace
-                    pause = FIRST_PAUSE if self._hurried else pause_after(failures)
+                    pause = pause_after(failures)
                     self._changed.wait_for(lambda: self._closed or self._hurried, pause)
                     if self._hurried:
                         self._changed.wait_for(lambda: self._closed, FIRST_PAUSE)

@@ -16,9 +16,9 @@ PUBLISHED = "rlhf.model.published"
 """The event of a new version of a published name."""
 
 
-def asset_key(store: Store, kind: str, digest: str) -> str:
+def asset_key(store: Store, artifact: Artifact) -> str:
     """The URL under which the artifact's manifest lies."""
-    return f"{store.url.rstrip('/')}/artifacts/{kind}/{digest}"
+    return f"{store.url.rstrip('/')}/artifacts/{artifact.kind}/{artifact.digest}"
 
 
 def made(store: Store, stage: str, artifact: Artifact, metrics: dict[str, Any]) -> None:
@@ -27,13 +27,7 @@ def made(store: Store, stage: str, artifact: Artifact, metrics: dict[str, Any]) 
     _emit(
         event="prefect.asset.materialization.succeeded",
         resource=_asset(store, artifact, stage),
-        related=[
-            {
-                "prefect.resource.id": asset_key(store, parent.kind, parent.digest),
-                "prefect.resource.role": "asset",
-            }
-            for parent in parents
-        ],
+        related=[_related(store, parent) for parent in parents],
         payload={"stage": stage, "metrics": metrics},
     )
 
@@ -48,20 +42,22 @@ def published(store: Store, name: str, artifact: Artifact, run_id: str) -> None:
     _emit(
         event=PUBLISHED,
         resource={"prefect.resource.id": f"rlhf.model.{name}", "prefect.resource.name": name},
-        related=[
-            {
-                "prefect.resource.id": asset_key(store, artifact.kind, artifact.digest),
-                "prefect.resource.role": "asset",
-            }
-        ],
+        related=[_related(store, artifact)],
         payload={"name": name, "artifact": artifact.ref, "run": run_id},
     )
 
 
 def _asset(store: Store, artifact: Artifact, stage: str) -> dict[str, str]:
     return {
-        "prefect.resource.id": asset_key(store, artifact.kind, artifact.digest),
+        "prefect.resource.id": asset_key(store, artifact),
         "prefect.resource.name": f"{artifact.ref} ({stage})",
+    }
+
+
+def _related(store: Store, artifact: Artifact) -> dict[str, str]:
+    return {
+        "prefect.resource.id": asset_key(store, artifact),
+        "prefect.resource.role": "asset",
     }
 
 

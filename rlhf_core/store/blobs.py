@@ -13,7 +13,7 @@ from pathlib import Path
 from rlhf_core.errors import ArtifactCorrupt, ConfigError, StoreError
 from rlhf_core.store.artifact import FileEntry
 from rlhf_core.store.backend import Backend
-from rlhf_core.store.local import file_errors
+from rlhf_core.store.local import file_errors, hash_file
 
 DOWNLOAD_TRIES = 3
 _PART = re.compile(r"\.[0-9a-f]{32}\.part")
@@ -21,12 +21,6 @@ _PART = re.compile(r"\.[0-9a-f]{32}\.part")
 
 def blob_key(sha256: str) -> str:
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

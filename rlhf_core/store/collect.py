@@ -127,9 +127,8 @@ def _survey(backend: Backend, roots: Roots, limits: Limits, now: float) -> Garba
     leases = backend.entries(LEASES)
     leased = [_json(backend, e) for e in leases if not old(e, max(limits.grace, LEASE))]
     stages = {entry.key: entry for entry in backend.entries("stages/")}
-    results = dict(
-        zip(stages, in_parallel(lambda e: _json(backend, e), stages.values(), 8), strict=True)
-    )
+    read_all = in_parallel(lambda e: _json(backend, e), stages.values(), REQUESTS_AT_ONCE)
+    results = dict(zip(stages, read_all, strict=True))
     wanted = set(roots())
     manifests = {
         match[2]: entry

@@ -14,9 +14,9 @@ from typing import Any
 from rlhf_core.errors import ArtifactCorrupt, ConfigError
 from rlhf_core.store.artifact import Artifact, FileEntry, check_path
 from rlhf_core.store.backend import Backend
-from rlhf_core.store.blobs import download_blob, hash_file, remove_parts
+from rlhf_core.store.blobs import download_blob, remove_parts
 from rlhf_core.store.cache import hold, locked, make_room
-from rlhf_core.store.local import file_errors, require_space
+from rlhf_core.store.local import file_errors, hash_file, require_space
 from rlhf_core.store.parallel import FILES_AT_ONCE, in_parallel
 from rlhf_core.store.settings import read_settings, rlhf_home
 

@@ -42,6 +42,12 @@ def file_errors(where: Path) -> Iterator[None]:
         raise StoreError(f"file operation on {place} failed: {error.strerror or error}") from error
 
 
+def hash_file(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def free_bytes(where: Path) -> int:
     """Free bytes of the disk that ``where`` lies on, or will lie on."""
     for folder in (where, *where.absolute().parents):
@@ -117,8 +123,7 @@ class LocalBackend:
                 if (self.root / key).exists():
                     raise
                 return None
-            with open(destination, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return hash_file(destination)
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
         with file_errors(self.root), open(self.root / key, "rb") as file:

@@ -27,7 +27,8 @@ import psutil
 
 from rlhf_core.errors import StoreError
 from rlhf_core.store import Store
-from tests.faults.stage import Place, end, make_inputs, make_job, weight_hashes
+from tests.faults.stage import Place, end, make_inputs, make_job
+from tests.rlhf_core.train.stages import weight_hashes
 
 ALGORITHMS, RANKS, STRATEGIES = ("sft", "reward", "ppo"), (1, 2), ("ddp", "zero2")
 WAYS = ("one rank", "all ranks", "agent", "orchestrator", "everything")
@@ -195,14 +196,11 @@ def main() -> int:
     server = None
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         if options.s3:
-            from tests.rlhf_core.store.seaweed import ACCESS_KEY, SECRET_KEY, SeaweedServer
+            from tests.rlhf_core.store.seaweed import KEYS, SeaweedServer
 
             server = SeaweedServer(Path(temporary) / "seaweed")
             server.start()
-            os.environ |= {
-                "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-                "RLHF_STORE_ENDPOINT": server.endpoint,
-            }  # fmt: skip
+            os.environ |= {**KEYS, "RLHF_STORE_ENDPOINT": server.endpoint}
         try:
             chaos = Chaos(Path(temporary), options.seed, server)
             number = 0

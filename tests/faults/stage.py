@@ -219,11 +219,6 @@ def end(process: subprocess.Popen[str]) -> None:
             process.wait()
 
 
-def weight_hashes(artifact: Artifact) -> dict[str, str]:
-    """sha256 of every weight file."""
-    return {f.path: f.sha256 for f in artifact.files if f.path.endswith(".safetensors")}
-
-
 def largest_difference(
     place: Place, artifact: Artifact, other_place: Place, other: Artifact
 ) -> float:

@@ -14,8 +14,8 @@ from tests.faults.stage import (
     Place,
     largest_difference,
     make_job,
-    weight_hashes,
 )
+from tests.rlhf_core.train.stages import weight_hashes
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.stage import make_job, weight_hashes
+from tests.faults.stage import make_job
+from tests.rlhf_core.train.stages import weight_hashes
 
 pytestmark = pytest.mark.slow
 

@@ -82,12 +82,12 @@ def test_failed_run_is_retried_and_goes_on(system):
 
 def test_killed_ranks_of_a_real_ppo_go_on_from_their_checkpoint(system):
     system.for_real()
-    run = system.submit("seed=108", "ppo.steps=8")
+    run = system.submit("seed=108", "ppo.steps=60")
 
     def training():
         found = system.children(run, "ppo")
         lines = system.logs(found[0]["id"]) if found else []
-        return any(re.search("step [2-7]/8", line) for line in lines)
+        return any(re.search("step ([2-9]|[1-4][0-9])/60", line) for line in lines)
 
     until(training, 300, "the second step of PPO")
     for rank in system.ranks():

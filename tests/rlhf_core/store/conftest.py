@@ -36,6 +36,17 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-aws-credentials"))
 
 
+@pytest.fixture(autouse=True)
+def no_children_left() -> Iterator[None]:
+    """Processes that a failed test has left behind."""
+    import multiprocessing
+
+    yield
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+
+
 @pytest.fixture
 def s3_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A fresh prefix on the S3 server, whose endpoint is set in the environment."""

@@ -4,7 +4,6 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -158,13 +157,3 @@ def test_copy_that_was_pushed_out_is_fetched_again(store: Store, made: list[Arti
         fetch_in_a_child(store, artifact)
     folder = rlhf_home() / "cache" / "artifacts" / made[0].digest
     assert contents(folder) == {"w.bin": store.read_bytes(made[0].digest, "w.bin")}
-
-
-@pytest.fixture(autouse=True)
-def no_children_left() -> Iterator[None]:
-    import multiprocessing
-
-    yield
-    for child in multiprocessing.active_children():
-        child.kill()
-        child.join()

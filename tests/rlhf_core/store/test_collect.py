@@ -4,7 +4,6 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -219,13 +218,3 @@ def test_writers_that_race_the_collector_lose_nothing(store: Store, tmp_path: Pa
         assert writer.exitcode == 0
     assert [path.read_text() for path in broken.iterdir()] == []
     assert deleted > 0
-
-
-@pytest.fixture(autouse=True)
-def no_children_left() -> Iterator[None]:
-    import multiprocessing
-
-    yield
-    for child in multiprocessing.active_children():
-        child.kill()
-        child.join()

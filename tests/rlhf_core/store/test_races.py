@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -146,13 +145,3 @@ def test_store_works_in_a_forked_child(store: Store, folder: Path) -> None:
     digest = store.publish(folder, kind="model").digest
     assert results_of(use_inherited, [(store, digest)] * 2) == [[digest]] * 2
     assert store.verify(digest) == []
-
-
-@pytest.fixture(autouse=True)
-def no_children_left() -> Iterator[None]:
-    import multiprocessing
-
-    yield
-    for child in multiprocessing.active_children():
-        child.kill()
-        child.join()
