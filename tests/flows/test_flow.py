@@ -46,7 +46,9 @@ def newest_flow_run():
 
 def logs_of(flow_run):
     from prefect.client.schemas.filters import LogFilter
+    from prefect.logging.handlers import APILogHandler
 
+    APILogHandler().flush()  # lines are sent in the background, some time after they were said
     found = LogFilter.model_validate({"flow_run_id": {"any_": [str(flow_run.id)]}})
     return [log.message for log in client().read_logs(log_filter=found, limit=200)]
 
