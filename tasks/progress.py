@@ -83,17 +83,20 @@ class Progress:
 
     def _show(self, kind: str, data: float | str, description: str) -> None:
         """Make or update the stage's artifact of a kind."""
-        from prefect.artifacts import Artifact, update_progress_artifact
+        from prefect.artifacts import MarkdownArtifact, ProgressArtifact, update_progress_artifact
         from prefect.client.orchestration import get_client
         from prefect.client.schemas.actions import ArtifactUpdate
 
         try:
             if kind not in self._artifacts:
-                made = Artifact(
-                    type="progress" if kind == "progress" else "markdown",
-                    key=f"{kind}-{self.stage}", data=data, description=description,
-                ).create()  # fmt: skip
-                self._artifacts[kind] = made.id  # type: ignore[union-attr]
+                # The plain Artifact class would write its data as JSON in a string.
+                key = f"{kind}-{self.stage}"
+                new: ProgressArtifact | MarkdownArtifact = (
+                    ProgressArtifact(progress=float(data), key=key, description=description)
+                    if kind == "progress"
+                    else MarkdownArtifact(markdown=str(data), key=key, description=description)
+                )
+                self._artifacts[kind] = new.create().id  # type: ignore[union-attr]
             elif kind == "progress":
                 update_progress_artifact(self._artifacts[kind], float(data), description)
             else:

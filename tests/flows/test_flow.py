@@ -97,6 +97,24 @@ def test_run_is_visible_in_prefect(pipeline, without_torchrun):
     assert artifacts["progress-ppo"].data == 100
 
 
+def test_first_numbers_of_a_stage_are_shown_as_they_are(prefect_server, monkeypatch):
+    """An artifact that is made and never updated again: as with a stage of a few seconds."""
+    from prefect import flow, get_run_logger
+
+    from tasks import progress
+
+    monkeypatch.setattr(progress, "LIVE_SECONDS", 0.0)
+
+    @flow
+    def stage_of_one_step():
+        progress.Progress("short", get_run_logger())({"step": 2, "total": 4, "loss": 0.5})
+
+    stage_of_one_step()
+    data = {a.key: a.data for a in client().read_artifacts()}
+    assert data["progress-short"] == 50.0
+    assert data["live-short"] == "**short**: step 2/4  loss 0.5"
+
+
 def test_lost_rank_and_out_of_memory_are_tried_again(pipeline):
     pipeline.plan(sft=["die", "oom", "ok"])
     summary = pipeline(until="sft")
