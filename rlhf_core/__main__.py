@@ -19,6 +19,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -82,12 +83,23 @@ def classify(error: BaseException) -> str:
     """Category of an error (see rlhf_core.errors)."""
     if isinstance(error, RLHFError):
         return error.category
-    text = str(error)
+    if any(is_memory(e) for e in reasons(error)):
+        return "oom"
+    return "hang" if WAITED.search(str(error)) else "internal"
+
+
+def reasons(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it was raised from: a library may hide a lack of memory in its own."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an allocator found nothing more to give."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-        return "oom"
-    if MEMORY.search(text):
-        return "oom"
-    return "hang" if WAITED.search(text) else "internal"
+        return True
+    return MEMORY.search(str(error)) is not None
 
 
 def describe(error: BaseException, category: str, rank: str, job: Job | None) -> str:

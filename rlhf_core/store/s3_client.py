@@ -131,7 +131,7 @@ class S3Client:
                     return answers["beyond"]
                 if attempt > self.settings.retries or not is_passing(error):
                     raise self._explained(error, doing) from error
-                pause = min(0.4 * 2**attempt, 6.0)
+                pause = min(0.4 * 2**attempt, 3.0)  # eleven seconds in all: a failure is told in 30
                 log.warning(
                     "%s at %s failed (%s), try %d of %d in %.1f s",
                     doing, self.bucket, type(error).__name__,

@@ -34,6 +34,21 @@ def test_category_of_an_error(error, category):
     assert classify(error) == category
 
 
+def test_lack_of_memory_is_seen_behind_the_error_of_a_library():
+    with pytest.raises(RuntimeError) as raised:
+        try:
+            raise MemoryError
+        except MemoryError as error:
+            raise RuntimeError("could not read the table") from error
+    assert classify(raised.value) == "oom"
+    with pytest.raises(RuntimeError) as raised:
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise RuntimeError("something else") from None
+    assert classify(raised.value) == "internal"
+
+
 def test_memory_error_without_a_text_is_described_with_its_peak():
     first, peak = describe(MemoryError(), "oom", "3", JOB).splitlines()
     assert first == "rank 3 ran out of memory: MemoryError"

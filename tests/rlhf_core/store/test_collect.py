@@ -55,6 +55,7 @@ def test_what_is_young_stays(store: Store, folder: Path) -> None:
     artifact = store.publish(folder, kind="model")
     store._backend.write(f"blobs/sha256/ab/{'ab' * 32}", b"of a writer that is not done yet")
     store._backend.write("leases/a.json", b"{}")
+    store.write_record("memory/stage.json", {"micro_batch_size": 2})
     store.scoped("checkpoints/key").publish(folder, kind="checkpoint")
     before = store._backend.keys("")
     assert store.collect(set, NOTHING).entries == []
@@ -89,6 +90,12 @@ def test_abandoned_checkpoints_go_and_those_of_running_stages_stay(
     assert {entry.key.split("/")[1] for entry in found.checkpoints} == {"old"}
     assert store._backend.keys("checkpoints/old/") == []
     assert running.verify(newest.digest) == []
+
+
+def test_old_records_about_memory_go(store: Store) -> None:
+    store.write_record("memory/stage.json", {"micro_batch_size": 2})
+    assert [e.key for e in store.collect(set, EVERYTHING).others] == ["memory/stage.json"]
+    assert store.list_records("memory/") == []
 
 
 def test_uploads_that_killed_writers_left_are_ended_by_age(s3_url: str) -> None:
