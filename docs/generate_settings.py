@@ -18,7 +18,7 @@ from rlhf_core.store.settings import StoreSettings
 PAGE = Path(__file__).with_name("settings.md")
 
 INTRODUCTION = """\
-<!-- Made by docs/generate_settings.py from the docstrings in rlhf_core/jobs.py. Do not edit. -->
+<!-- Made by docs/generate_settings.py from the docstrings in rlhf_core/jobs. Do not edit. -->
 
 # Settings
 

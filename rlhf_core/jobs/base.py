@@ -1,0 +1,141 @@
+"""What every settings class and every job has.
+
+Units: lengths in tokens, learning rates per optimizer step, KL in nats, times in seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+LARGEST = 2**31 - 1  # counts and seconds: what every library below can hold
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+Strategy = Literal["ddp", "zero1", "zero2", "zero2_cpu", "gemini"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Format = Literal[
+    "auto", "alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference", "prompt",
+    "text",
+]  # fmt: skip
+Purpose = Literal["sft", "preference", "prompts", "pretrain"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, strict about names, described by their docstrings."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(),
+        allow_inf_nan=False,  # JSON has neither: what was written down would read as nothing
+    )  # fmt: skip
+
+    @field_validator("*")
+    @classmethod
+    def _whole_characters(cls, value: Any) -> Any:
+        """Texts that could not be written into a job file are refused."""
+        texts = value.items() if isinstance(value, dict) else [value]
+        try:
+            for text in texts:
+                "".join([text] if isinstance(text, str) else _strings(text)).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text holds half a character (a lone surrogate) at position "
+                f"{error.start + 1}; write the whole character"
+            ) from None
+        return value
+
+
+def _strings(value: Any) -> list[str]:
+    return [part for part in value if isinstance(part, str)] if isinstance(value, tuple) else []
+
+
+class Resources(Settings):
+    """Where and how a stage runs. None of it changes what the stage computes or its stage key."""
+
+    ranks: PositiveInt = 1
+    """Training processes (one GPU each, or one share of the CPU cores)."""
+    strategy: Strategy = "ddp"
+    """How model and optimizer are spread over the ranks (ColossalAI Booster plugin)."""
+    micro_batch_size: PositiveInt = 8
+    """Sequences (pairs for the reward model) per rank in one forward and backward pass; the
+    accumulation follows from batch_size / (ranks x micro_batch_size)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the ranks; auto takes the GPUs if there are any."""
+    threads: PositiveInt | None = None
+    """CPU threads per rank; empty: the machine's cores divided by the ranks."""
+    checkpoint_every: PositiveInt = 50
+    """Optimizer steps (rollouts for PPO) between two checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of newest checkpoints that are kept while the stage runs."""
+    collective_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 1800
+    """Seconds after which a rank that waits for another one gives up; the job then ends with every
+    rank's Python stack in its log, and is tried again from its last checkpoint."""
+    stop_seconds: Annotated[int, Field(ge=1, le=27)] = 15
+    """Seconds that ranks have after SIGTERM (a cancelled run, a drained node) to finish their step
+    and store a checkpoint; torchrun kills after 30."""
+    store_patience: Annotated[int, Field(ge=0, le=LARGEST)] = 900
+    """Seconds for which a finished stage waits for a store that is away before it gives up;
+    checkpoints are tried again for as long as training goes on."""
+
+
+class BaseJob(Settings):
+    """A stage that can be run: settings plus inputs by digest.
+
+    `version` is raised whenever the algorithm's code starts to compute something else, so that
+    older results are not reused; `module` is the module whose `run(job, context)` does the work.
+    """
+
+    version: ClassVar[int] = 1
+    module: ClassVar[str]
+    kind: ClassVar[str]  # of the artifact that the job publishes
+    torchrun: ClassVar[bool] = True  # False: one plain process, no process group
+    apart: ClassVar[frozenset[str]] = frozenset({"resources", "trust_remote_code"})  # of the key
+
+    seed: Seed = 0
+    """Seed of every random choice of the stage."""
+    trust_remote_code: bool = False
+    """Run Python code that came with the model, as model.trust_remote_code says."""
+
+    def placement(self) -> Resources:
+        """Where the job runs: one rank if the job has no say in it."""
+        resources = getattr(self, "resources", None)
+        return resources if isinstance(resources, Resources) else Resources()
+
+    def key(self) -> str:
+        """Stage key: sha256 over algorithm, version and all settings but placement and trust.
+
+        `on_nonfinite` counts when it is a factor: the result may then be another one.
+        """
+        settings = self.model_dump(mode="json", exclude=set(self.apart))
+        if settings.get("on_nonfinite") == "fail":
+            del settings["on_nonfinite"]
+        payload = {"version": self.version, "job": settings}
+        text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def cautious(self) -> Self:
+        """The same job, but failing at a non-finite loss: equal to this one up to the first."""
+        if "on_nonfinite" not in type(self).model_fields:
+            return self
+        return self.model_copy(update={"on_nonfinite": "fail"})
+
+    def inputs(self) -> dict[str, str]:
+        """Input name -> artifact digest, for every input that is given."""
+        return {
+            name: value
+            for name, field in type(self).model_fields.items()
+            if (field.json_schema_extra or {}) == {"input": True}
+            and isinstance(value := getattr(self, name), str)
+        }
+
+
+def job_input(**kwargs: Any) -> Any:
+    return Field(json_schema_extra={"input": True}, **kwargs)

@@ -1,0 +1,150 @@
+"""The base model and the data sets."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf_core.jobs.base import (
+    LARGEST,
+    BaseJob,
+    Digest,
+    Format,
+    Fraction,
+    PositiveInt,
+    Purpose,
+    Resources,
+    Settings,
+    job_input,
+)
+
+
+class ModelSettings(Settings):
+    """The base language model."""
+
+    source: str = "builtin:smollm2-135m-instruct"
+    """Hugging Face id, local folder, artifact:DIGEST, builtin:smollm2-135m-instruct, or
+    random:NAME with llama, qwen2, gpt2, opt or bloom (a tiny untrained model for tests)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    chat_template: Literal["auto", "chatml", "llama3", "alpaca", "vicuna", "plain"] = "auto"
+    """auto: the tokenizer's own chat template, else chatml; or one of the built-in ones."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class DataSettings(Settings):
+    """A data set: where it is, how to read it, what to keep."""
+
+    source: str = "builtin:chatterbot"
+    """Hugging Face dataset id, path or s3:// URL of .json, .jsonl, .jsonl.gz, .parquet or .csv
+    files (a folder or a pattern too), or builtin:chatterbot."""
+    format: Format = "auto"
+    """Layout of a row; auto looks at the columns of the first row."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames columns: name that the format expects -> name in the file."""
+    subset: str | None = None
+    """Configuration of a hub dataset, or language of a built-in set (english, chinese)."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    max_samples: PositiveInt | None = None
+    """Rows kept at most, chosen by a seeded shuffle after filtering; empty: all."""
+    max_length: PositiveInt = 512
+    """Longest sequence, prompt and reply together; longer rows are dropped and counted."""
+    max_prompt_length: PositiveInt | None = None
+    """Longest prompt; longer ones are dropped and counted. Empty: max_length."""
+    heldout_fraction: Fraction = 0.1
+    """Share of the prompts that is held out; a prompt is on the same side in every data set."""
+    deduplicate: bool = True
+    """Drop rows whose text occurred before."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that cannot be used does: end with an error, or be counted in the data card."""
+    system: str | None = None
+    """System message put before conversations that have none."""
+
+
+class SampledPreferences(Settings):
+    """Preference pairs made as InstructGPT made them: sampled from the SFT model, then compared."""
+
+    source: Literal["sampled"] = "sampled"
+    """Replies are sampled from the SFT model on the data set `prompts`."""
+    labeller: Literal["vader"] = "vader"
+    """Who compares two replies; vader: the sentiment lexicon (the more positive reply wins)."""
+    max_prompts: PositiveInt = 256
+    """Training prompts at most."""
+    max_heldout_prompts: PositiveInt = 64
+    """Held-out prompts at most; each gives one pair, its best and worst reply."""
+    samples_per_prompt: Annotated[int, Field(ge=2, le=LARGEST)] = 4
+    """Replies sampled for each prompt; all comparisons between a training prompt's replies become
+    pairs, as in InstructGPT."""
+    max_new_tokens: PositiveInt = 64
+    """Longest reply."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Sampling temperature."""
+    min_margin: Annotated[float, Field(ge=0.0)] = 0.05
+    """Pairs whose labeller scores differ by less are dropped and counted."""
+    resources: Resources | None = None
+    """Placement of the label stage; empty: the pipeline's."""
+
+
+class DataConfig(Settings):
+    """The data sets of the pipeline."""
+
+    sft: DataSettings = DataSettings()
+    """Demonstrations for supervised fine-tuning."""
+    preference: SampledPreferences | DataSettings = SampledPreferences()
+    """Pairs for the reward model: a ready data set, or sampled from the SFT model and labelled."""
+    prompts: DataSettings = DataSettings()
+    """Prompts for PPO and for the evaluation."""
+    ptx: DataSettings | None = None
+    """Data mixed into PPO when ppo.ptx_coef is above 0; empty: the SFT data."""
+
+
+class ImportModelJob(ModelSettings, BaseJob):
+    """Brings a base model into the store as safetensors, with tokenizer and chat template."""
+
+    module: ClassVar[str] = "rlhf_core.import_model"
+    kind: ClassVar[str] = "model"
+    torchrun: ClassVar[bool] = False
+    apart: ClassVar[frozenset[str]] = frozenset()  # with and without code are two things
+
+    algorithm: Literal["import_model"] = "import_model"
+    """Job kind."""
+    fingerprint: str = ""
+    """Identity of the source's contents, so that a changed folder is imported again."""
+
+
+class DataJob(DataSettings, BaseJob):
+    """Reads, checks, splits and tokenises one data set."""
+
+    module: ClassVar[str] = "rlhf_core.data.prepare"
+    kind: ClassVar[str] = "dataset"
+    torchrun: ClassVar[bool] = False
+
+    algorithm: Literal["data"] = "data"
+    """Job kind."""
+    purpose: Purpose
+    """What the rows are for."""
+    model: Digest = job_input()
+    """Model whose tokenizer and chat template are used."""
+    fingerprint: str = ""
+    """Identity of the source's contents, so that a changed file is prepared again."""
+
+
+class LabelJob(SampledPreferences, BaseJob):
+    """Samples replies from the SFT model and compares them."""
+
+    module: ClassVar[str] = "rlhf_core.label"
+    kind: ClassVar[str] = "dataset"
+
+    algorithm: Literal["label"] = "label"
+    """Job kind."""
+    model: Digest = job_input()
+    """SFT model."""
+    prompts: Digest = job_input()
+    """Data set of purpose prompts."""
+    resources: Resources = Resources()
+    """Placement."""

@@ -1,0 +1,44 @@
+"""One run of the pipeline."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rlhf_core.jobs.base import Resources, Seed, Settings, Slug
+from rlhf_core.jobs.data import DataConfig, ModelSettings
+from rlhf_core.jobs.launchers import Launcher, LocalLauncher
+from rlhf_core.jobs.online import PPOSettings
+from rlhf_core.jobs.results import EvaluateSettings, PublishSettings
+from rlhf_core.jobs.training import RewardSettings, SFTSettings
+
+
+class PipelineConfig(Settings):
+    """Everything a run of the pipeline depends on. The defaults run on an empty machine."""
+
+    preset: Literal["none", "smoke", "demo", "bloom-560m", "llama-7b"] = "none"
+    """Settings to start from; what is set below to something else than its default lies over
+    them."""
+    name: Slug = "rlhf"
+    """Name of the run, shown in lists."""
+    seed: Seed = 0
+    """Seed of every shuffle, split, initialisation and sample."""
+    store: str | None = None
+    """URL of the artifact store (file:// or s3://); empty: $RLHF_STORE, else .rlhf/store here."""
+    model: ModelSettings = ModelSettings()
+    """Base model."""
+    data: DataConfig = DataConfig()
+    """Data sets."""
+    resources: Resources = Resources()
+    """Placement of every stage that has none of its own."""
+    sft: SFTSettings = SFTSettings()
+    """Supervised fine-tuning."""
+    reward: RewardSettings = RewardSettings()
+    """Reward model."""
+    ppo: PPOSettings = PPOSettings()
+    """Reinforcement learning."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """Evaluation."""
+    publish: PublishSettings = PublishSettings()
+    """Publishing."""
+    launcher: Launcher = LocalLauncher()
+    """How stages are started."""

@@ -1,0 +1,86 @@
+"""Evaluation, gates and publishing."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf_core.jobs.base import (
+    LARGEST,
+    BaseJob,
+    Digest,
+    Fraction,
+    PositiveInt,
+    Resources,
+    Settings,
+    Slug,
+    job_input,
+)
+
+
+class EvaluateSettings(Settings):
+    """Comparison of base, SFT and PPO models on held-out prompts."""
+
+    max_prompts: PositiveInt = 128
+    """Held-out prompts at most."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest reply; empty: ppo.max_new_tokens."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Sampling temperature of the replies."""
+    judge: Literal["none", "vader"] = "none"
+    """Gold judge that training never sees, reported beside the reward model."""
+    samples: PositiveInt = 8
+    """Prompts shown with each model's reply in the report."""
+    resources: Resources | None = None
+    """Placement of this stage; empty: the pipeline's."""
+
+
+class PublishSettings(Settings):
+    """The finished model."""
+
+    name: Slug = "chat-model"
+    """Name under which the model is published and found by `rlhf chat`."""
+    approval: Literal["none", "manual"] = "none"
+    """manual: the run waits before publishing, with the report and a form on its page."""
+    approval_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 604_800
+    """Seconds that it waits for the decision before it fails."""
+
+
+class Gates(Settings):
+    """Bounds that a retrained model must keep before it is published."""
+
+    min_reward_accuracy: Fraction = 0.5
+    """Accuracy of the reward model on held-out pairs, at least."""
+    max_kl: Annotated[float, Field(gt=0.0)] = 50.0
+    """KL of the new model to its SFT model, nats per reply, at most."""
+    min_win_rate: Fraction = 0.5
+    """Share of held-out prompts on which the new model's reply beats the published model's (the
+    SFT model's where none is published), at least; judged by the gold judge where there is one,
+    else by the new reward model."""
+
+
+class EvaluateJob(EvaluateSettings, BaseJob):
+    """Evaluation on held-out data."""
+
+    module: ClassVar[str] = "rlhf_core.evaluate"
+    kind: ClassVar[str] = "evaluation"
+
+    algorithm: Literal["evaluate"] = "evaluate"
+    """Job kind."""
+    max_new_tokens: PositiveInt = 128
+    """Longest reply."""
+    base: Digest = job_input()
+    """Base model."""
+    sft: Digest = job_input()
+    """SFT model."""
+    policy: Digest = job_input()
+    """Aligned model."""
+    reward_model: Digest = job_input()
+    """Reward model."""
+    prompts: Digest = job_input()
+    """Data set of purpose prompts."""
+    sft_data: Digest = job_input()
+    """Data set of purpose sft, for the held-out loss."""
+    resources: Resources = Resources()
+    """Placement."""

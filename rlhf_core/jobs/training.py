@@ -1,0 +1,133 @@
+"""What all training stages share; supervised fine-tuning and the reward model."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlhf_core.jobs.base import (
+    BaseJob,
+    Digest,
+    Fraction,
+    PositiveInt,
+    Precision,
+    Resources,
+    Settings,
+    job_input,
+)
+
+
+class LoRA(Settings):
+    """Low-rank adapters (peft), merged into the weights that are published."""
+
+    rank: PositiveInt = 8
+    """Rank of the update matrices."""
+    alpha: Annotated[float, Field(gt=0.0)] = 16.0
+    """Scale: the update is multiplied by alpha / rank."""
+    targets: tuple[str, ...] | None = None
+    """Names of the linear layers that get an adapter; empty: all linear layers but the head."""
+
+
+class TrainSettings(Settings):
+    """What all training stages share."""
+
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up (cosine and linear end at 0)."""
+    warmup_fraction: Fraction = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW weight decay (not on biases and norms)."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """The gradient's norm is clipped to this."""
+    precision: Precision = "bf16"
+    """fp32, bf16 or fp16 (GPU only) arithmetic; master weights and optimizer are fp32."""
+    on_nonfinite: Literal["fail"] | Annotated[float, Field(gt=0.0, lt=1.0)] = "fail"
+    """What a NaN or infinite loss or gradient does: fail, or go on from the last checkpoint with
+    the learning rate times this factor (twice at most; the result says so)."""
+    lora: LoRA | None = None
+    """Train low-rank adapters instead of the weights."""
+    trainable_layers: PositiveInt | None = None
+    """Train only the top n transformer layers, the last norm and the heads; empty: everything."""
+    resources: Resources | None = None
+    """Placement of this stage; empty: the pipeline's."""
+
+    @model_validator(mode="after")
+    def _one_way_to_freeze(self) -> Self:
+        if self.lora is not None and self.trainable_layers is not None:
+            raise ValueError(
+                "lora and trainable_layers are both set; they exclude each other: clear one"
+            )
+        return self
+
+
+class SFTSettings(TrainSettings):
+    """Supervised fine-tuning: cross-entropy on the assistant's tokens."""
+
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-5
+    """Peak learning rate."""
+    epochs: PositiveInt = 1
+    """Passes over the training rows."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps at most; empty: as many as the epochs need."""
+    batch_size: PositiveInt = 32
+    """Sequences per optimizer step over all ranks and micro-batches."""
+
+
+class RewardSettings(TrainSettings):
+    """Reward model: a scalar head trained on preference pairs."""
+
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-5
+    """Peak learning rate."""
+    epochs: PositiveInt = 1
+    """Passes over the training pairs; more than one overfits quickly."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps at most; empty: as many as the epochs need."""
+    batch_size: PositiveInt = 32
+    """Pairs per optimizer step over all ranks and micro-batches."""
+    loss: Literal["log_sig", "log_exp"] = "log_sig"
+    """-log sigmoid(c - r) or log(1 + exp(r - c)): the same function under its two names."""
+    pooling: Literal["last", "mean"] = "last"
+    """What the head reads: the hidden state of the last token, or the mean over all tokens so far.
+    The mean needs far fewer pairs when replies are short or cut."""
+    head: Literal["random", "probe"] = "random"
+    """Start of the head: random, or a logistic regression on the untrained model's states whose
+    penalty is cross-validated over prompts (LP-FT), which needs far fewer pairs."""
+    normalization_prompts: PositiveInt = 64
+    """Training prompts whose SFT replies set the scores' mean to 0 and deviation to 1."""
+    max_new_tokens: PositiveInt = 64
+    """Longest of those SFT replies when they have to be sampled."""
+
+
+class SFTJob(SFTSettings, BaseJob):
+    """Supervised fine-tuning."""
+
+    module: ClassVar[str] = "rlhf_core.train.sft"
+    kind: ClassVar[str] = "model"
+
+    algorithm: Literal["sft"] = "sft"
+    """Job kind."""
+    model: Digest = job_input()
+    """Base model."""
+    data: Digest = job_input()
+    """Data set of purpose sft."""
+    resources: Resources = Resources()
+    """Placement."""
+
+
+class RewardJob(RewardSettings, BaseJob):
+    """Reward model training."""
+
+    module: ClassVar[str] = "rlhf_core.train.reward"
+    kind: ClassVar[str] = "reward_model"
+
+    algorithm: Literal["reward"] = "reward"
+    """Job kind."""
+    model: Digest = job_input()
+    """SFT model: the reward model starts from its weights."""
+    data: Digest = job_input()
+    """Data set of purpose preference."""
+    resources: Resources = Resources()
+    """Placement."""
