@@ -34,10 +34,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf_core.jobs import PPOSettings, Resources, RewardSettings, SFTSettings
+from rlhf_core.jobs import PPOSettings, Resources, TrainSettings
 from rlhf_core.model_shape import ModelShape, read_shape
 
-Stage = Literal["sft", "reward", "ppo"]
 GIB = 2**30
 
 _CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits at once, see rlhf_core.logprobs
@@ -70,9 +69,9 @@ class MemoryEstimate:
 
 def estimate(
     model_config: Mapping[str, Any],
-    settings: SFTSettings | RewardSettings | PPOSettings,
+    settings: TrainSettings,
     resources: Resources,
-    stage: Stage,
+    stage: str,
     *,
     max_length: int = 512,
     device: Literal["cpu", "cuda"] = "cuda",
@@ -121,9 +120,9 @@ def estimate(
 
 def per_strategy(
     model_config: Mapping[str, Any],
-    settings: SFTSettings | RewardSettings | PPOSettings,
+    settings: TrainSettings,
     resources: Resources,
-    stage: Stage,
+    stage: str,
     *,
     max_length: int = 512,
     device: Literal["cpu", "cuda"] = "cuda",
@@ -142,7 +141,7 @@ def per_strategy(
 @dataclass(frozen=True)
 class _Plan:
     shape: ModelShape
-    settings: SFTSettings | RewardSettings | PPOSettings
+    settings: TrainSettings
     resources: Resources
     device: str
 
@@ -228,9 +227,9 @@ class _Plan:
 
 def ways_to_fit(
     model_config: Mapping[str, Any],
-    settings: SFTSettings | RewardSettings | PPOSettings,
+    settings: TrainSettings,
     resources: Resources,
-    stage: Stage,
+    stage: str,
     available: int,
     *,
     max_length: int = 512,
@@ -238,7 +237,7 @@ def ways_to_fit(
 ) -> list[str]:
     """Settings with which a stage fits into so many bytes per rank, the mildest first."""
 
-    def fits(settings: SFTSettings | RewardSettings | PPOSettings, place: Resources) -> bool:
+    def fits(settings: TrainSettings, place: Resources) -> bool:
         found = estimate(model_config, settings, place, stage, max_length=max_length, device=device)
         return found.total <= available
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rlhf_core.errors import JobFailed, StoreError
 from rlhf_core.jobs import Job, PPOJob, RewardJob, SFTJob
-from rlhf_core.memory import Stage, estimate, ways_to_fit
+from rlhf_core.memory import estimate, ways_to_fit
 from rlhf_core.store import Store
 
 HALVED_AT_MOST = 2
@@ -135,11 +135,11 @@ def _ways(store: Store, job: Job, error: JobFailed) -> list[str]:
 
 def _known(
     store: Store, job: Job, error: JobFailed
-) -> tuple[dict[str, Any], int, Literal["cpu", "cuda"], Stage] | None:
+) -> tuple[dict[str, Any], int, Literal["cpu", "cuda"], str] | None:
     """Model configuration, longest sequence, device and stage; None where they cannot be told."""
     if not isinstance(job, SFTJob | RewardJob | PPOJob):
         return None
-    stage: Stage = job.algorithm
+    stage = job.algorithm
     device: Literal["cpu", "cuda"] = "cuda" if "CUDA" in str(error) else "cpu"
     try:
         config = json.loads(store.read_bytes(job.model, "config.json"))

@@ -38,7 +38,7 @@ from rlhf_core.jobs.data import (
 )
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
 from rlhf_core.jobs.online import PPOJob, PPOSettings
-from rlhf_core.jobs.pipeline import PipelineConfig
+from rlhf_core.jobs.pipeline import PipelineConfig, TrainingStage
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
 from rlhf_core.jobs.training import (
     LoRA,
@@ -55,11 +55,18 @@ __all__ = [
     "Launcher", "LoRA", "LocalLauncher", "ModelSettings", "PPOJob", "PPOSettings",
     "PipelineConfig", "PositiveInt", "Precision", "PublishSettings", "Purpose", "Resources",
     "RewardJob", "RewardSettings", "SFTJob", "SFTSettings", "SampledPreferences", "Seed",
-    "Settings", "Slug", "Strategy", "TrainSettings", "WorkPoolLauncher", "parse_job",
+    "Settings", "Slug", "Strategy", "TrainSettings", "TrainingStage",
+    "WorkPoolLauncher", "job_class", "parse_job",
 ]  # fmt: skip
 
 Job = ImportModelJob | DataJob | SFTJob | LabelJob | RewardJob | PPOJob | EvaluateJob
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
+
+
+def job_class(algorithm: str) -> type[BaseJob]:
+    """The job class of an algorithm."""
+    classes = cast("tuple[type[BaseJob], ...]", get_args(Job))
+    return next(c for c in classes if c.model_fields["algorithm"].default == algorithm)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

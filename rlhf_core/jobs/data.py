@@ -71,8 +71,9 @@ class SampledPreferences(Settings):
 
     source: Literal["sampled"] = "sampled"
     """Replies are sampled from the SFT model on the data set `prompts`."""
-    labeller: Literal["vader"] = "vader"
-    """Who compares two replies; vader: the sentiment lexicon (the more positive reply wins)."""
+    labeller: Literal["vader", "reward_model"] = "vader"
+    """Who compares two replies; vader: the sentiment lexicon (the more positive reply wins);
+    reward_model: the pipeline's reward model."""
     max_prompts: PositiveInt = 256
     """Training prompts at most."""
     max_heldout_prompts: PositiveInt = 64
@@ -99,6 +100,9 @@ class DataConfig(Settings):
     """Pairs for the reward model: a ready data set, or sampled from the SFT model and labelled."""
     prompts: DataSettings = DataSettings()
     """Prompts for PPO and for the evaluation."""
+    rounds: SampledPreferences = SampledPreferences(labeller="reward_model")
+    """Pairs of each round of iterative preference optimisation (rounds above 1): sampled from the
+    newest policy."""
     ptx: DataSettings | None = None
     """Data mixed into PPO when ppo.ptx_coef is above 0; empty: the SFT data."""
 
@@ -135,7 +139,7 @@ class DataJob(DataSettings, BaseJob):
 
 
 class LabelJob(SampledPreferences, BaseJob):
-    """Samples replies from the SFT model and compares them."""
+    """Samples replies from a model and compares them."""
 
     module: ClassVar[str] = "rlhf_core.label"
     kind: ClassVar[str] = "dataset"
@@ -143,8 +147,10 @@ class LabelJob(SampledPreferences, BaseJob):
     algorithm: Literal["label"] = "label"
     """Job kind."""
     model: Digest = job_input()
-    """SFT model."""
+    """Model that is sampled from."""
     prompts: Digest = job_input()
     """Data set of purpose prompts."""
+    reward_model: Digest | None = job_input(default=None)
+    """Reward model, where that is the labeller."""
     resources: Resources = Resources()
     """Placement."""
