@@ -64,6 +64,9 @@ def pipeline(run: Run) -> Iterator[str]:
     """Yields the name of each stage when it is done."""
     given = run.given
     given["base"] = given["start"] = given["model"] = tasks.import_model(run).digest
+    if run.config.reward_model is not None:
+        found = tasks.import_reward(run, run.config.reward_model, given["base"])
+        given["reward_model"] = found.digest
     yield "model"
 
     data = tasks.prepare_data(run, given["base"])

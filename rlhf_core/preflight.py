@@ -12,7 +12,13 @@ from typing import Any
 
 from rlhf_core import recipe
 from rlhf_core.errors import RLHFError
-from rlhf_core.jobs import DataSettings, LocalLauncher, PipelineConfig, SampledPreferences
+from rlhf_core.jobs import (
+    DataSettings,
+    LocalLauncher,
+    ModelSettings,
+    PipelineConfig,
+    SampledPreferences,
+)
 from rlhf_core.machine import Machine, free_disk, this_machine
 from rlhf_core.memory import GIB, ways_to_fit
 from rlhf_core.memory import estimate as estimate_memory
@@ -56,6 +62,12 @@ def check(
         store, found = _check_store(config, store)
         problems += found
     problems += check_model(config.model, store, contact=contact)
+    if config.reward_model is not None:
+        there = ModelSettings(
+            source=config.reward_model, trust_remote_code=config.model.trust_remote_code
+        )
+        found = check_model(there, store, contact=contact, kind="reward_model")
+        problems += [f"reward_model: {text}" for text in found]
     model = model or _config_of(config, store)
     shape = _shape(model)
     wrong = recipe.problems(config)

@@ -23,6 +23,7 @@ from rlhf_core.jobs import (
     DataJob,
     EvaluateJob,
     ImportModelJob,
+    ImportRewardJob,
     Job,
     LabelJob,
     PipelineConfig,
@@ -104,6 +105,23 @@ def import_model(run: Run) -> StageResult:
         fingerprint=model_fingerprint(settings.source, settings.revision),
     )
     return run_one(run, "model", job)
+
+
+@stage("reward-model")
+def import_reward(run: Run, source: str, model: str) -> StageResult:
+    """A reward model that was there before, in the store.
+
+    Args:
+        model: digest of the base model, whose vocabulary it must share.
+    """
+    job = ImportRewardJob(
+        source=source,
+        model=model,
+        seed=run.config.seed,
+        trust_remote_code=run.config.model.trust_remote_code,
+        fingerprint=model_fingerprint(source, None),
+    )
+    return run_one(run, "reward-model", job)
 
 
 @stage("data")

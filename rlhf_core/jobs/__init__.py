@@ -32,6 +32,7 @@ from rlhf_core.jobs.data import (
     DataJob,
     DataSettings,
     ImportModelJob,
+    ImportRewardJob,
     LabelJob,
     ModelSettings,
     SampledPreferences,
@@ -50,16 +51,60 @@ from rlhf_core.jobs.training import (
 )
 
 __all__ = [
-    "JOB", "LARGEST", "BaseJob", "DataConfig", "DataJob", "DataSettings", "Digest", "EvaluateJob",
-    "EvaluateSettings", "Format", "Fraction", "Gates", "ImportModelJob", "Job", "LabelJob",
-    "Launcher", "LoRA", "LocalLauncher", "ModelSettings", "PPOJob", "PPOSettings",
-    "PipelineConfig", "PositiveInt", "Precision", "PublishSettings", "Purpose", "Resources",
-    "RewardJob", "RewardSettings", "SFTJob", "SFTSettings", "SampledPreferences", "Seed",
-    "Settings", "Slug", "Strategy", "TrainSettings", "TrainingStage",
-    "WorkPoolLauncher", "job_class", "parse_job",
-]  # fmt: skip
+    "JOB",
+    "LARGEST",
+    "BaseJob",
+    "DataConfig",
+    "DataJob",
+    "DataSettings",
+    "Digest",
+    "EvaluateJob",
+    "EvaluateSettings",
+    "Format",
+    "Fraction",
+    "Gates",
+    "ImportModelJob",
+    "ImportRewardJob",
+    "Job",
+    "LabelJob",
+    "Launcher",
+    "LoRA",
+    "LocalLauncher",
+    "ModelSettings",
+    "PPOJob",
+    "PPOSettings",
+    "PipelineConfig",
+    "PositiveInt",
+    "Precision",
+    "PublishSettings",
+    "Purpose",
+    "Resources",
+    "RewardJob",
+    "RewardSettings",
+    "SFTJob",
+    "SFTSettings",
+    "SampledPreferences",
+    "Seed",
+    "Settings",
+    "Slug",
+    "Strategy",
+    "TrainSettings",
+    "TrainingStage",
+    "WorkPoolLauncher",
+    "job_class",
+    "parse_job",
+]
 
-Job = ImportModelJob | DataJob | SFTJob | LabelJob | RewardJob | PPOJob | EvaluateJob
+Job = (
+    ImportModelJob
+    | ImportRewardJob
+    | DataJob
+    | SFTJob
+    | LabelJob
+    | RewardJob
+    | PPOJob
+    | EvaluateJob
+)
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
 
 

@@ -121,6 +121,26 @@ class ImportModelJob(ModelSettings, BaseJob):
     """Identity of the source's contents, so that a changed folder is imported again."""
 
 
+class ImportRewardJob(BaseJob):
+    """Brings a reward model that is there already into the store."""
+
+    module: ClassVar[str] = "rlhf_core.import_reward"
+    kind: ClassVar[str] = "reward_model"
+    torchrun: ClassVar[bool] = False
+    apart: ClassVar[frozenset[str]] = frozenset()
+
+    algorithm: Literal["import_reward"] = "import_reward"
+    """Job kind."""
+    source: str
+    """artifact:DIGEST, local folder or Hugging Face id."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    model: Digest = job_input()
+    """Language model whose vocabulary it must share."""
+    fingerprint: str = ""
+    """Identity of the source's contents, so that a changed folder is imported again."""
+
+
 class DataJob(DataSettings, BaseJob):
     """Reads, checks, splits and tokenises one data set."""
 
