@@ -34,7 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf_core.jobs import PPOSettings, Resources, TrainSettings
+from rlhf_core.jobs import Resources, TrainSettings, job_class
 from rlhf_core.model_shape import ModelShape, read_shape
 
 GIB = 2**30
@@ -91,20 +91,25 @@ def estimate(
     critic = plan.states(shape.backbone_parameters)
     sequences = resources.micro_batch_size
     chunk = plan.chunk()
-    if stage == "sft":
-        parts = {**policy, "activations": plan.activations(sequences, max_length), "logits": chunk}
-    elif stage == "reward":
-        # Chosen and rejected go through the model together.
-        parts = {**critic, "activations": plan.activations(2 * sequences, max_length)}
-    else:
-        assert isinstance(settings, PPOSettings), f"stage ppo with {type(settings).__name__}"
-        parts = {name: policy[name] + critic[name] for name in policy}
+    job = job_class(stage)
+    samples = "prompts" in job.roles().values()
+    # Chosen and rejected go through the model together.
+    rows = 2 if {"preference", "unpaired"} & set(job.roles().values()) else 1
+    models = 2 if hasattr(settings, "value_coef") else 1  # with a critic
+    if job.kind == "reward_model":
+        parts = {**critic, "activations": plan.activations(rows * sequences, max_length)}
+    elif samples:
+        parts = {name: policy[name] + (models - 1) * critic[name] for name in policy}
         parts["reference and reward model"] = plan.frozen_models()
-        both = 2 * plan.activations(sequences, max_length)  # policy and critic, then one backward
-        cache = plan.kv_cache(-(-settings.batch_size // resources.ranks), max_length)
-        parts["activations"] = max(both, cache)  # a rollout keeps no activations
+        kept = models * plan.activations(sequences, max_length)  # then one backward
+        replies = settings.batch_size * getattr(settings, "group_size", 1)
+        cache = plan.kv_cache(-(-replies // resources.ranks), max_length)
+        parts["activations"] = max(kept, cache)  # a rollout keeps no activations
         parts["logits"] = chunk
-    trained = plan.trained(shape.parameters) * (2 if stage == "ppo" else 1)
+    else:
+        kept = plan.activations(rows * sequences, max_length)
+        parts = {**policy, "activations": kept, "logits": chunk}
+    trained = plan.trained(shape.parameters) * models
     parts["process"] = _PROCESS[device]
     host = 0
     # A checkpoint gathers weights and Adam states in fp32 in the host's memory of every rank.
@@ -112,7 +117,7 @@ def estimate(
     if device == "cpu":
         parts["checkpoint"] = max(0, copies - parts["activations"])
     else:
-        host = _PROCESS["cpu"] + max(copies, 4 * shape.parameters * (4 if stage == "ppo" else 1))
+        host = _PROCESS["cpu"] + max(copies, 4 * shape.parameters * (2 + models if samples else 1))
         if resources.strategy == "zero2_cpu":
             host += 16 * trained // resources.ranks
     return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host))
