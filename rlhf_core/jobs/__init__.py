@@ -39,6 +39,16 @@ from rlhf_core.jobs.data import (
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
 from rlhf_core.jobs.online import PPOJob, PPOSettings
 from rlhf_core.jobs.pipeline import PipelineConfig
+from rlhf_core.jobs.preference import (
+    DPOJob,
+    DPOSettings,
+    KTOJob,
+    KTOSettings,
+    ORPOJob,
+    ORPOSettings,
+    SimPOJob,
+    SimPOSettings,
+)
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
 from rlhf_core.jobs.training import (
     LoRA,
@@ -50,15 +60,20 @@ from rlhf_core.jobs.training import (
 )
 
 __all__ = [
-    "JOB", "LARGEST", "BaseJob", "DataConfig", "DataJob", "DataSettings", "Digest", "EvaluateJob",
-    "EvaluateSettings", "Format", "Fraction", "Gates", "ImportModelJob", "Job", "LabelJob",
-    "Launcher", "LoRA", "LocalLauncher", "ModelSettings", "PPOJob", "PPOSettings",
-    "PipelineConfig", "PositiveInt", "Precision", "PublishSettings", "Purpose", "Resources",
+    "JOB", "LARGEST", "BaseJob", "DPOJob", "DPOSettings", "DataConfig", "DataJob", "DataSettings",
+    "Digest", "EvaluateJob", "EvaluateSettings", "Format", "Fraction", "Gates", "ImportModelJob",
+    "Job", "KTOJob", "KTOSettings", "LabelJob", "Launcher", "LoRA", "LocalLauncher",
+    "ModelSettings", "ORPOJob", "ORPOSettings", "PPOJob", "PPOSettings", "PipelineConfig",
+    "PositiveInt", "Precision", "PreferenceJob", "PublishSettings", "Purpose", "Resources",
     "RewardJob", "RewardSettings", "SFTJob", "SFTSettings", "SampledPreferences", "Seed",
-    "Settings", "Slug", "Strategy", "TrainSettings", "WorkPoolLauncher", "parse_job",
+    "Settings", "SimPOJob", "SimPOSettings", "Slug", "Strategy", "TrainSettings",
+    "WorkPoolLauncher", "parse_job",
 ]  # fmt: skip
 
-Job = ImportModelJob | DataJob | SFTJob | LabelJob | RewardJob | PPOJob | EvaluateJob
+PreferenceJob = DPOJob | SimPOJob | ORPOJob | KTOJob
+Job = (
+    ImportModelJob | DataJob | SFTJob | LabelJob | RewardJob | PPOJob | EvaluateJob | PreferenceJob
+)
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
 
 
@@ -84,5 +99,5 @@ def parse_job(text: str | bytes) -> Job:
         raise ValueError(f"it holds a JSON {type(data).__name__}; needed is an object")
     for candidate in get_args(Job):
         if candidate.model_fields["algorithm"].default == data.get("algorithm"):
-            return cast(Job, candidate.model_validate(data))  # one class's errors, not seven's
+            return cast(Job, candidate.model_validate(data))  # one class's errors, not all classes'
     return JOB.validate_python(data)
