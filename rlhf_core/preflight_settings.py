@@ -53,6 +53,8 @@ def trained_stages(
     for stage in config.stages:
         settings = recipe.section(config, stage)
         lengths = {"sft": config.data.sft.max_length, "preference": pairs}
+        if config.data.unpaired is not None:
+            lengths["unpaired"] = config.data.unpaired.max_length
         lengths["prompts"] = longest + getattr(settings, "max_new_tokens", 0)
         roles = recipe.roles(config, stage).values()
         yield stage, settings, places[stage], max(lengths[r] for r in roles if r in lengths)

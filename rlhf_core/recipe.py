@@ -129,6 +129,8 @@ def roles(config: PipelineConfig, algorithm: str) -> dict[str, str]:
     settings = section(config, algorithm)
     if not getattr(settings, "ptx_coef", 0.0):
         found = {name: role for name, role in found.items() if role != "ptx"}
+    if config.data.unpaired is None:
+        found = {k: "preference" if role == "unpaired" else role for k, role in found.items()}
     return found
 
 
@@ -142,6 +144,8 @@ def data_sets(config: PipelineConfig) -> Iterator[tuple[Purpose, str, DataSettin
         yield "prompts", "data.prompts", data.prompts
     if "preference" in needed and isinstance(data.preference, DataSettings):
         yield "preference", "data.preference", data.preference
+    if "unpaired" in needed and data.unpaired is not None:
+        yield "unpaired", "data.unpaired", data.unpaired
     if "ptx" in needed and data.ptx is not None:
         yield "pretrain", "data.ptx", data.ptx
 

@@ -26,7 +26,7 @@ def check_source(settings: DataSettings, purpose: Purpose | None = None) -> list
     try:
         if kind_of(settings.source) == "hub" and (problem := hub_answers(settings)):
             return [problem]
-        rows, format = find_format(rows, settings)
+        rows, format = find_format(rows, settings, purpose)
         if purpose is not None:
             check_purpose(format, purpose)
         good, bad = 0, ""

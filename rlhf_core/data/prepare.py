@@ -29,7 +29,7 @@ from rlhf_core.data.sources import fingerprint, kind_of, open_rows
 from rlhf_core.data.tokenizer import load_tokenizer
 from rlhf_core.data.writer import DatasetWriter
 from rlhf_core.errors import DataError
-from rlhf_core.jobs import DataJob, DataSettings, Format
+from rlhf_core.jobs import DataJob, DataSettings, Format, Purpose
 from rlhf_core.remote_code import is_trusted
 from rlhf_core.store import Artifact
 
@@ -84,7 +84,7 @@ def prepare(
     if not tokenizer.chat_template:
         tokenizer.chat_template = templates.resolve_template(tokenizer)
     end = templates.end_of_turn(tokenizer)
-    rows, format = find_format(open_rows(_settings(job)), job)
+    rows, format = find_format(open_rows(_settings(job)), job, job.purpose)
     check_purpose(format, job.purpose)
     card = DataCard(
         purpose=job.purpose,
@@ -107,7 +107,9 @@ def prepare(
         writer.clean()
 
 
-def find_format(rows: Iterator[RawRow], settings: DataSettings) -> tuple[Iterator[RawRow], Format]:
+def find_format(
+    rows: Iterator[RawRow], settings: DataSettings, purpose: Purpose | None = None
+) -> tuple[Iterator[RawRow], Format]:
     """The rows unchanged, and their format: as set, or that of the first row that can be read.
 
     Raises:
@@ -121,7 +123,7 @@ def find_format(rows: Iterator[RawRow], settings: DataSettings) -> tuple[Iterato
         if settings.format != "auto":
             return itertools.chain(looked, rows), settings.format
         try:
-            return itertools.chain(looked, rows), detect(raw.columns(settings.columns))
+            return itertools.chain(looked, rows), detect(raw.columns(settings.columns), purpose)
         except BadRow as bad:
             readable = bad.reason in ("unknown_format", "missing_column", "not_an_object")
             if readable or settings.on_bad_row == "error":

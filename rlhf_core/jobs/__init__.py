@@ -40,6 +40,16 @@ from rlhf_core.jobs.data import (
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
 from rlhf_core.jobs.online import PPOJob, PPOSettings
 from rlhf_core.jobs.pipeline import PipelineConfig, TrainingStage
+from rlhf_core.jobs.preference import (
+    DPOJob,
+    DPOSettings,
+    KTOJob,
+    KTOSettings,
+    ORPOJob,
+    ORPOSettings,
+    SimPOJob,
+    SimPOSettings,
+)
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
 from rlhf_core.jobs.training import (
     LoRA,
@@ -54,6 +64,8 @@ __all__ = [
     "JOB",
     "LARGEST",
     "BaseJob",
+    "DPOJob",
+    "DPOSettings",
     "DataConfig",
     "DataJob",
     "DataSettings",
@@ -66,11 +78,15 @@ __all__ = [
     "ImportModelJob",
     "ImportRewardJob",
     "Job",
+    "KTOJob",
+    "KTOSettings",
     "LabelJob",
     "Launcher",
     "LoRA",
     "LocalLauncher",
     "ModelSettings",
+    "ORPOJob",
+    "ORPOSettings",
     "PPOJob",
     "PPOSettings",
     "PipelineConfig",
@@ -86,6 +102,8 @@ __all__ = [
     "SampledPreferences",
     "Seed",
     "Settings",
+    "SimPOJob",
+    "SimPOSettings",
     "Slug",
     "Strategy",
     "TrainSettings",
@@ -103,6 +121,10 @@ Job = (
     | LabelJob
     | RewardJob
     | PPOJob
+    | DPOJob
+    | KTOJob
+    | ORPOJob
+    | SimPOJob
     | EvaluateJob
 )
 JOB: TypeAdapter[Job] = TypeAdapter(Job)

@@ -22,10 +22,10 @@ Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Strategy = Literal["ddp", "zero1", "zero2", "zero2_cpu", "gemini"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Format = Literal[
-    "auto", "alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference", "prompt",
-    "text",
+    "auto", "alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference", "unpaired",
+    "prompt", "text",
 ]  # fmt: skip
-Purpose = Literal["sft", "preference", "prompts", "pretrain"]
+Purpose = Literal["sft", "preference", "unpaired", "prompts", "pretrain"]
 
 
 class Settings(BaseModel):

@@ -98,6 +98,9 @@ class DataConfig(Settings):
     """Demonstrations for supervised fine-tuning."""
     preference: SampledPreferences | DataSettings = SampledPreferences()
     """Pairs for the reward model: a ready data set, or sampled from the SFT model and labelled."""
+    unpaired: DataSettings | None = None
+    """Single replies with a verdict (format unpaired), for KTO; empty: the pairs, each split into
+    a desirable and an undesirable reply."""
     prompts: DataSettings = DataSettings()
     """Prompts for PPO and for the evaluation."""
     rounds: SampledPreferences = SampledPreferences(labeller="reward_model")

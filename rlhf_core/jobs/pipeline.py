@@ -10,10 +10,11 @@ from rlhf_core.jobs.base import Resources, Seed, Settings, Slug
 from rlhf_core.jobs.data import DataConfig, ModelSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher
 from rlhf_core.jobs.online import PPOSettings
+from rlhf_core.jobs.preference import DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from rlhf_core.jobs.results import EvaluateSettings, PublishSettings
 from rlhf_core.jobs.training import RewardSettings, SFTSettings
 
-TrainingStage = Literal["sft", "reward", "ppo"]
+TrainingStage = Literal["sft", "reward", "dpo", "simpo", "orpo", "kto", "ppo"]
 """Algorithms that train: each has a section of settings of its name, and a job."""
 
 
@@ -48,6 +49,14 @@ class PipelineConfig(Settings):
     """Supervised fine-tuning."""
     reward: RewardSettings = RewardSettings()
     """Reward model."""
+    dpo: DPOSettings = DPOSettings()
+    """Direct preference optimisation, where stages has dpo."""
+    simpo: SimPOSettings = SimPOSettings()
+    """SimPO, where stages has simpo."""
+    orpo: ORPOSettings = ORPOSettings()
+    """ORPO, where stages has orpo."""
+    kto: KTOSettings = KTOSettings()
+    """KTO, where stages has kto."""
     ppo: PPOSettings = PPOSettings()
     """Reinforcement learning."""
     evaluate: EvaluateSettings = EvaluateSettings()

@@ -38,6 +38,10 @@ def data(stages, models):
         "sft": [{"prompt": p, "completion": c} for p, c in rows],
         # What the reward model has to find out: answers with "yes" win.
         "preference": [{"prompt": p, "chosen": f"yes {c}", "rejected": f"no {c}"} for p, c in rows],
+        "unpaired": [
+            {"prompt": p, "completion": f"{'no' if i % 3 else 'yes'} {c}", "label": i % 3 == 0}
+            for i, (p, c) in enumerate(rows)
+        ],
         "prompts": [{"prompt": p} for p, _ in rows],
         "pretrain": [{"text": f"{p}. {c}."} for p, c in rows],
     }
