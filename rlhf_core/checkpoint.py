@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rlhf_core.context import StageContext
 from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, Preempted, StoreError
-from rlhf_core.jobs import PPOJob, RewardJob, SFTJob
+from rlhf_core.jobs import OnlineJob, RewardJob, SFTJob
 from rlhf_core.stopping import stop
 from rlhf_core.store import Artifact, Store
 from rlhf_core.strategy import Strategy
@@ -38,7 +39,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self, context: StageContext, strategy: Strategy, job: SFTJob | RewardJob | PPOJob
+        self, context: StageContext, strategy: Strategy, job: SFTJob | RewardJob | OnlineJob
     ) -> None:
         self.context, self.strategy, self.job = context, strategy, job
         self.rate = 1.0
@@ -191,6 +192,24 @@ class Checkpointer:
             else:
                 return 0
         return 0
+
+    def weights_before(self, step: int) -> tuple[int, dict[str, Tensor]] | None:
+        """The newest sound checkpoint after at most so many steps: its step, and the trained
+        weights by name. Rank 0 only; None when none is kept."""
+        folder = self.context.folder / "before"
+        for store in self._sources():
+            for artifact in newest_first(store):
+                if step_of(artifact) > step:
+                    continue
+                shutil.rmtree(folder, ignore_errors=True)
+                try:
+                    store.fetch(artifact.digest, folder)
+                except (ArtifactNotFound, ArtifactCorrupt) as error:
+                    print(f"WARNING: checkpoint skipped: {error}", flush=True)
+                    continue
+                weights = load_file(folder / "weights.safetensors")
+                return step_of(artifact), weights
+        return None
 
     # ------------------------------------------------------------------ a lower learning rate
 

@@ -37,9 +37,21 @@ from rlhf_core.jobs.data import (
     SampledPreferences,
 )
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
-from rlhf_core.jobs.online import PPOJob, PPOSettings
+from rlhf_core.jobs.online import (
+    GRPOJob,
+    GRPOSettings,
+    OnlineJob,
+    OnlineSettings,
+    PPOJob,
+    PPOSettings,
+    ReinforcePPJob,
+    ReinforcePPSettings,
+    RLOOJob,
+    RLOOSettings,
+)
 from rlhf_core.jobs.pipeline import PipelineConfig
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
+from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.training import (
     LoRA,
     RewardJob,
@@ -51,14 +63,19 @@ from rlhf_core.jobs.training import (
 
 __all__ = [
     "JOB", "LARGEST", "BaseJob", "DataConfig", "DataJob", "DataSettings", "Digest", "EvaluateJob",
-    "EvaluateSettings", "Format", "Fraction", "Gates", "ImportModelJob", "Job", "LabelJob",
-    "Launcher", "LoRA", "LocalLauncher", "ModelSettings", "PPOJob", "PPOSettings",
-    "PipelineConfig", "PositiveInt", "Precision", "PublishSettings", "Purpose", "Resources",
-    "RewardJob", "RewardSettings", "SFTJob", "SFTSettings", "SampledPreferences", "Seed",
-    "Settings", "Slug", "Strategy", "TrainSettings", "WorkPoolLauncher", "parse_job",
+    "EvaluateSettings", "Format", "Fraction", "GRPOJob", "GRPOSettings", "Gates", "ImportModelJob",
+    "Job", "LabelJob", "Launcher", "LoRA", "LocalLauncher", "ModelReward", "ModelSettings",
+    "OnlineJob", "OnlineSettings", "PPOJob", "PPOSettings", "PipelineConfig", "PositiveInt",
+    "Precision", "PublishSettings", "Purpose", "RLOOJob", "RLOOSettings", "ReinforcePPJob",
+    "ReinforcePPSettings", "Resources", "Reward", "RewardJob", "RewardSettings", "SFTJob",
+    "SFTSettings", "SampledPreferences", "Seed", "Settings", "Slug", "Strategy", "TrainSettings",
+    "WorkPoolLauncher", "parse_job",
 ]  # fmt: skip
 
-Job = ImportModelJob | DataJob | SFTJob | LabelJob | RewardJob | PPOJob | EvaluateJob
+Job = (
+    ImportModelJob | DataJob | SFTJob | LabelJob | RewardJob | PPOJob | GRPOJob | RLOOJob
+    | ReinforcePPJob | EvaluateJob
+)  # fmt: skip
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
 
 
