@@ -10,7 +10,7 @@ Bytes per trained parameter, on N ranks; c is 2 for bf16 and fp16, 4 for fp32:
     gemini      c/N       0 (in place)   12/N            embedding and two layers, gathered
 
 A frozen parameter costs 4 bytes under ddp (fp32 weights), c under ZeRO and c/N under Gemini.
-Reference and reward model of PPO are whole on every rank, 4 or c bytes per parameter.
+Reference and reward model of online algorithms are whole on every rank, 4 or c bytes per parameter.
 
 Activations of one layer and one token, kept for the backward pass:
 
@@ -202,6 +202,8 @@ class _Plan:
         """Reference and reward model; with trainable_layers they share the layers below (ddp)."""
         c = 4 if self.resources.strategy == "ddp" else self.width
         both = self.shape.parameters + self.shape.backbone_parameters
+        if self.settings.lora is not None:
+            both -= self.shape.parameters  # the reference is the policy without its adapters
         if self.settings.trainable_layers is not None and c == 4:
             # policy, reference, critic and reward model then hold the lower layers once
             below = self.shape.parameters - self.trained(self.shape.parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import isqrt
+from math import gcd, isqrt
 from typing import Any, Literal
 
 from rlhf_core import recipe
@@ -173,20 +173,24 @@ def check_batches(config: PipelineConfig) -> list[str]:
     problems = []
     for stage, settings, resources, _ in trained_stages(config):
         ranks, micro = resources.ranks, resources.micro_batch_size
-        batch, what = settings.batch_size, f"{stage}.batch_size is {settings.batch_size}"
+        group = getattr(settings, "group_size", 1)
+        batch, what = settings.batch_size * group, f"{stage}.batch_size is {settings.batch_size}"
+        if group > 1:
+            what += f" (times group_size {group}: {batch} replies)"
         minibatches = getattr(settings, "minibatches", 1)
         if minibatches > 1:
             parts = minibatches
             if batch % parts:
                 problems.append(
                     f"{what}, which {parts} minibatches do not divide; nearest are "
-                    f"{_nearest(batch, parts)}"
+                    f"{_nearest(settings.batch_size, parts // gcd(parts, group))}"
                 )
                 continue
             batch //= parts
             what += f", {batch} in each of {parts} minibatches"
         if batch % ranks:
             parts, batch_unit = ranks, ranks * minibatches
+            batch_unit //= gcd(batch_unit, group)
             problems.append(
                 f"{what}, which {parts} ranks do not share evenly; {stage}.batch_size must be a "
                 f"multiple of {batch_unit}: nearest are "
@@ -194,7 +198,8 @@ def check_batches(config: PipelineConfig) -> list[str]:
             )
         elif (share := batch // ranks) > micro and share % micro:
             near = min(_divisors(share), key=lambda m: (abs(m - micro), -m))
-            unit = settings.batch_size // batch * ranks * micro
+            unit = minibatches * ranks * micro
+            unit //= gcd(unit, group)
             problems.append(
                 f"{what}, so {share} for each of {ranks} rank{'s' if ranks > 1 else ''}, which "
                 f"micro_batch_size {micro} does not divide; set micro_batch_size to {near}, or "

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from rlhf_core.jobs import (
     BaseJob,
     DataSettings,
+    OnlineSettings,
     PipelineConfig,
     Purpose,
     SampledPreferences,
@@ -114,6 +115,11 @@ def check_last(config: PipelineConfig, until: str) -> list[str]:
     return [f"until is {until}, but this run has no such stage; its stages are {', '.join(names)}"]
 
 
+def has_reward_model(config: PipelineConfig) -> bool:
+    """Whether the run trains a reward model, or is given one."""
+    return "reward" in config.stages or config.reward_model is not None
+
+
 def section(config: PipelineConfig, algorithm: str) -> TrainSettings:
     """The settings of a stage."""
     settings = getattr(config, algorithm)
@@ -129,6 +135,9 @@ def roles(config: PipelineConfig, algorithm: str) -> dict[str, str]:
     settings = section(config, algorithm)
     if not getattr(settings, "ptx_coef", 0.0):
         found = {name: role for name, role in found.items() if role != "ptx"}
+    if isinstance(settings, OnlineSettings) and not settings.wants_reward_model:
+        critic = getattr(job_class(algorithm), "critic", False) and has_reward_model(config)
+        found = {k: role for k, role in found.items() if role != "reward_model" or critic}
     if config.data.unpaired is None:
         found = {k: "preference" if role == "unpaired" else role for k, role in found.items()}
     return found
@@ -168,7 +177,7 @@ def problems(config: PipelineConfig) -> list[str]:
             f"rounds is {config.rounds}, but stages {list(config.stages)} has nothing to repeat: "
             "add an alignment such as ppo, or set rounds to 1"
         )
-    there = "reward" in config.stages or config.reward_model is not None
+    there = has_reward_model(config)
     if "reward" in config.stages and config.reward_model is not None:
         found.append("reward is among the stages and reward_model is given; leave one out")
     for stage in [*before, *repeated]:

@@ -38,7 +38,18 @@ from rlhf_core.jobs.data import (
     SampledPreferences,
 )
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
-from rlhf_core.jobs.online import PPOJob, PPOSettings
+from rlhf_core.jobs.online import (
+    GRPOJob,
+    GRPOSettings,
+    OnlineJob,
+    OnlineSettings,
+    PPOJob,
+    PPOSettings,
+    ReinforcePPJob,
+    ReinforcePPSettings,
+    RLOOJob,
+    RLOOSettings,
+)
 from rlhf_core.jobs.pipeline import PipelineConfig, TrainingStage
 from rlhf_core.jobs.preference import (
     DPOJob,
@@ -47,10 +58,12 @@ from rlhf_core.jobs.preference import (
     KTOSettings,
     ORPOJob,
     ORPOSettings,
+    PreferenceJob,
     SimPOJob,
     SimPOSettings,
 )
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
+from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.training import (
     LoRA,
     RewardJob,
@@ -74,6 +87,8 @@ __all__ = [
     "EvaluateSettings",
     "Format",
     "Fraction",
+    "GRPOJob",
+    "GRPOSettings",
     "Gates",
     "ImportModelJob",
     "ImportRewardJob",
@@ -84,17 +99,26 @@ __all__ = [
     "Launcher",
     "LoRA",
     "LocalLauncher",
+    "ModelReward",
     "ModelSettings",
     "ORPOJob",
     "ORPOSettings",
+    "OnlineJob",
+    "OnlineSettings",
     "PPOJob",
     "PPOSettings",
     "PipelineConfig",
     "PositiveInt",
     "Precision",
+    "PreferenceJob",
     "PublishSettings",
     "Purpose",
+    "RLOOJob",
+    "RLOOSettings",
+    "ReinforcePPJob",
+    "ReinforcePPSettings",
     "Resources",
+    "Reward",
     "RewardJob",
     "RewardSettings",
     "SFTJob",
@@ -125,6 +149,9 @@ Job = (
     | KTOJob
     | ORPOJob
     | SimPOJob
+    | GRPOJob
+    | RLOOJob
+    | ReinforcePPJob
     | EvaluateJob
 )
 JOB: TypeAdapter[Job] = TypeAdapter(Job)

@@ -9,12 +9,14 @@ from pydantic import Field
 from rlhf_core.jobs.base import Resources, Seed, Settings, Slug
 from rlhf_core.jobs.data import DataConfig, ModelSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher
-from rlhf_core.jobs.online import PPOSettings
+from rlhf_core.jobs.online import GRPOSettings, PPOSettings, ReinforcePPSettings, RLOOSettings
 from rlhf_core.jobs.preference import DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from rlhf_core.jobs.results import EvaluateSettings, PublishSettings
 from rlhf_core.jobs.training import RewardSettings, SFTSettings
 
-TrainingStage = Literal["sft", "reward", "dpo", "simpo", "orpo", "kto", "ppo"]
+TrainingStage = Literal[
+    "sft", "reward", "dpo", "simpo", "orpo", "kto", "ppo", "grpo", "rloo", "reinforce_pp"
+]
 """Algorithms that train: each has a section of settings of its name, and a job."""
 
 
@@ -46,9 +48,9 @@ class PipelineConfig(Settings):
     resources: Resources = Resources()
     """Placement of every stage that has none of its own."""
     sft: SFTSettings = SFTSettings()
-    """Supervised fine-tuning."""
+    """Supervised fine-tuning, where stages has sft."""
     reward: RewardSettings = RewardSettings()
-    """Reward model."""
+    """Reward model, where stages has reward."""
     dpo: DPOSettings = DPOSettings()
     """Direct preference optimisation, where stages has dpo."""
     simpo: SimPOSettings = SimPOSettings()
@@ -58,7 +60,13 @@ class PipelineConfig(Settings):
     kto: KTOSettings = KTOSettings()
     """KTO, where stages has kto."""
     ppo: PPOSettings = PPOSettings()
-    """Reinforcement learning."""
+    """PPO, where stages has ppo."""
+    grpo: GRPOSettings = GRPOSettings()
+    """GRPO, where stages has grpo."""
+    rloo: RLOOSettings = RLOOSettings()
+    """RLOO, where stages has rloo."""
+    reinforce_pp: ReinforcePPSettings = ReinforcePPSettings()
+    """REINFORCE++, where stages has reinforce_pp."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Evaluation."""
     publish: PublishSettings = PublishSettings()

@@ -184,3 +184,7 @@ class KTOJob(KTOSettings, BaseJob):
     """Data set of purpose unpaired, or of purpose preference: each pair is a good and a bad one."""
     resources: Resources = Resources()
     """Placement."""
+
+
+PreferenceJob = DPOJob | SimPOJob | ORPOJob | KTOJob
+"""Any of these."""
