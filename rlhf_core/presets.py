@@ -195,7 +195,11 @@ def build_config(
     """
     settings = dict(preset) if isinstance(preset, Mapping) else load_preset(preset)
     settings = apply_overrides(settings, overrides)
-    if (base := settings.pop("preset", "none")) != "none":
+    seen: list[str] = []
+    while (base := settings.pop("preset", "none")) != "none":
+        if base in seen:
+            raise ConfigError(f"preset {_short(base)} is laid over itself; give it another one.")
+        seen.append(base)
         settings = _lay_over(load_preset(str(base)), settings)
     settings = merge_resources(settings)
     try:

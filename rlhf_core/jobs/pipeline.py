@@ -14,6 +14,12 @@ from rlhf_core.jobs.preference import DPOSettings, KTOSettings, ORPOSettings, Si
 from rlhf_core.jobs.results import EvaluateSettings, PublishSettings
 from rlhf_core.jobs.training import RewardSettings, SFTSettings
 
+Preset = Literal[
+    "none", "smoke", "demo", "dpo", "simpo", "orpo", "kto", "grpo", "rloo", "reinforce_pp",
+    "iterative-dpo", "bloom-560m", "llama-7b",
+]  # fmt: skip
+"""Settings that come with the project, in deployments/presets."""
+
 TrainingStage = Literal[
     "sft", "reward", "dpo", "simpo", "orpo", "kto", "ppo", "grpo", "rloo", "reinforce_pp"
 ]
@@ -23,7 +29,7 @@ TrainingStage = Literal[
 class PipelineConfig(Settings):
     """Everything a run of the pipeline depends on. The defaults run on an empty machine."""
 
-    preset: Literal["none", "smoke", "demo", "bloom-560m", "llama-7b"] = "none"
+    preset: Preset = "none"
     """Settings to start from; what is set below to something else than its default lies over
     them."""
     name: Slug = "rlhf"
