@@ -20,10 +20,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rlhf_core.errors import ConfigError, PreflightError
-from rlhf_core.jobs import PipelineConfig
+from rlhf_core.jobs import PipelineConfig, TrainingStage
 
 # Sections whose `resources` lie over the top-level `resources`.
-STAGE_SECTIONS = (("sft",), ("reward",), ("ppo",), ("evaluate",), ("data", "preference"))
+STAGE_SECTIONS = (
+    *((stage,) for stage in get_args(TrainingStage)),
+    ("evaluate",), ("data", "preference"), ("data", "rounds"),
+)  # fmt: skip
 
 # --------------------------------------------------------------------------- reading
 
@@ -266,7 +269,7 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
                 return None
             here = chosen
             continue
-        names.append(str(part))
+        names.append(_short(str(part), bare=True))
         value = value.get(part) if isinstance(value, Mapping) else None
         field = here.model_fields.get(str(part)) if here else None
         variants = _models(field.annotation) if field else []

@@ -3,29 +3,27 @@
 from tasks.publish import champion, publish
 from tasks.report import render, report
 from tasks.stages import (
+    TRAIN,
     compare,
     evaluate,
     import_model,
+    import_reward,
     label,
-    ppo,
     preflight,
     prepare_data,
-    reward,
-    sft,
 )
 
 __all__ = [
+    "TRAIN",
     "champion",
     "compare",
     "evaluate",
     "import_model",
+    "import_reward",
     "label",
-    "ppo",
     "preflight",
     "prepare_data",
     "publish",
     "render",
     "report",
-    "reward",
-    "sft",
 ]

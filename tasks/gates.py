@@ -45,7 +45,7 @@ def _checks(
 ) -> Iterator[Row]:
     accuracy = (evaluation.get("reward_model") or {}).get("accuracy")
     yield _at_least("min_reward_accuracy", accuracy, gates.min_reward_accuracy)
-    new = (evaluation.get("models") or {}).get("ppo") or {}
+    new = (evaluation.get("models") or {}).get("policy") or {}
     kl = new.get("kl_mean")
     yield "max_kl", kl, f"at most {gates.max_kl:g}", kl is not None and kl <= gates.max_kl
     rates = (comparison or evaluation).get("win_rate") or {}

@@ -32,13 +32,25 @@ from rlhf_core.jobs.data import (
     DataJob,
     DataSettings,
     ImportModelJob,
+    ImportRewardJob,
     LabelJob,
     ModelSettings,
     SampledPreferences,
 )
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
-from rlhf_core.jobs.online import PPOJob, PPOSettings
-from rlhf_core.jobs.pipeline import PipelineConfig
+from rlhf_core.jobs.online import (
+    GRPOJob,
+    GRPOSettings,
+    OnlineJob,
+    OnlineSettings,
+    PPOJob,
+    PPOSettings,
+    ReinforcePPJob,
+    ReinforcePPSettings,
+    RLOOJob,
+    RLOOSettings,
+)
+from rlhf_core.jobs.pipeline import PipelineConfig, TrainingStage
 from rlhf_core.jobs.preference import (
     DPOJob,
     DPOSettings,
@@ -46,10 +58,12 @@ from rlhf_core.jobs.preference import (
     KTOSettings,
     ORPOJob,
     ORPOSettings,
+    PreferenceJob,
     SimPOJob,
     SimPOSettings,
 )
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
+from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.training import (
     LoRA,
     RewardJob,
@@ -60,21 +74,93 @@ from rlhf_core.jobs.training import (
 )
 
 __all__ = [
-    "JOB", "LARGEST", "BaseJob", "DPOJob", "DPOSettings", "DataConfig", "DataJob", "DataSettings",
-    "Digest", "EvaluateJob", "EvaluateSettings", "Format", "Fraction", "Gates", "ImportModelJob",
-    "Job", "KTOJob", "KTOSettings", "LabelJob", "Launcher", "LoRA", "LocalLauncher",
-    "ModelSettings", "ORPOJob", "ORPOSettings", "PPOJob", "PPOSettings", "PipelineConfig",
-    "PositiveInt", "Precision", "PreferenceJob", "PublishSettings", "Purpose", "Resources",
-    "RewardJob", "RewardSettings", "SFTJob", "SFTSettings", "SampledPreferences", "Seed",
-    "Settings", "SimPOJob", "SimPOSettings", "Slug", "Strategy", "TrainSettings",
-    "WorkPoolLauncher", "parse_job",
-]  # fmt: skip
+    "JOB",
+    "LARGEST",
+    "BaseJob",
+    "DPOJob",
+    "DPOSettings",
+    "DataConfig",
+    "DataJob",
+    "DataSettings",
+    "Digest",
+    "EvaluateJob",
+    "EvaluateSettings",
+    "Format",
+    "Fraction",
+    "GRPOJob",
+    "GRPOSettings",
+    "Gates",
+    "ImportModelJob",
+    "ImportRewardJob",
+    "Job",
+    "KTOJob",
+    "KTOSettings",
+    "LabelJob",
+    "Launcher",
+    "LoRA",
+    "LocalLauncher",
+    "ModelReward",
+    "ModelSettings",
+    "ORPOJob",
+    "ORPOSettings",
+    "OnlineJob",
+    "OnlineSettings",
+    "PPOJob",
+    "PPOSettings",
+    "PipelineConfig",
+    "PositiveInt",
+    "Precision",
+    "PreferenceJob",
+    "PublishSettings",
+    "Purpose",
+    "RLOOJob",
+    "RLOOSettings",
+    "ReinforcePPJob",
+    "ReinforcePPSettings",
+    "Resources",
+    "Reward",
+    "RewardJob",
+    "RewardSettings",
+    "SFTJob",
+    "SFTSettings",
+    "SampledPreferences",
+    "Seed",
+    "Settings",
+    "SimPOJob",
+    "SimPOSettings",
+    "Slug",
+    "Strategy",
+    "TrainSettings",
+    "TrainingStage",
+    "WorkPoolLauncher",
+    "job_class",
+    "parse_job",
+]
 
-PreferenceJob = DPOJob | SimPOJob | ORPOJob | KTOJob
 Job = (
-    ImportModelJob | DataJob | SFTJob | LabelJob | RewardJob | PPOJob | EvaluateJob | PreferenceJob
+    ImportModelJob
+    | ImportRewardJob
+    | DataJob
+    | SFTJob
+    | LabelJob
+    | RewardJob
+    | PPOJob
+    | DPOJob
+    | KTOJob
+    | ORPOJob
+    | SimPOJob
+    | GRPOJob
+    | RLOOJob
+    | ReinforcePPJob
+    | EvaluateJob
 )
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
+
+
+def job_class(algorithm: str) -> type[BaseJob]:
+    """The job class of an algorithm."""
+    classes = cast("tuple[type[BaseJob], ...]", get_args(Job))
+    return next(c for c in classes if c.model_fields["algorithm"].default == algorithm)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,5 +185,5 @@ def parse_job(text: str | bytes) -> Job:
         raise ValueError(f"it holds a JSON {type(data).__name__}; needed is an object")
     for candidate in get_args(Job):
         if candidate.model_fields["algorithm"].default == data.get("algorithm"):
-            return cast(Job, candidate.model_validate(data))  # one class's errors, not all classes'
+            return cast(Job, candidate.model_validate(data))  # one class's errors, not seven's
     return JOB.validate_python(data)

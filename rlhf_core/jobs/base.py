@@ -10,6 +10,7 @@ import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.fields import FieldInfo
 
 LARGEST = 2**31 - 1  # counts and seconds: what every library below can hold
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -132,10 +133,26 @@ class BaseJob(Settings):
         return {
             name: value
             for name, field in type(self).model_fields.items()
-            if (field.json_schema_extra or {}) == {"input": True}
-            and isinstance(value := getattr(self, name), str)
+            if "input" in _extra(field) and isinstance(value := getattr(self, name), str)
         }
 
+    @classmethod
+    def roles(cls) -> dict[str, str]:
+        """Field of each input -> what a pipeline gives it, see `job_input`."""
+        fields = cls.model_fields.items()
+        return {name: str(_extra(f)["input"] or name) for name, f in fields if "input" in _extra(f)}
 
-def job_input(**kwargs: Any) -> Any:
-    return Field(json_schema_extra={"input": True}, **kwargs)
+
+def job_input(role: str = "", **kwargs: Any) -> Any:
+    """A field that names an artifact by its digest.
+
+    Args:
+        role: what the pipeline puts there: "model" (the newest language model), "reward_model",
+            "ptx", or a data set by its purpose; empty: the field's name says it.
+    """
+    return Field(json_schema_extra={"input": role}, **kwargs)
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    extra = field.json_schema_extra
+    return extra if isinstance(extra, dict) else {}

@@ -132,7 +132,7 @@ class DPOJob(DPOSettings, BaseJob):
     """Job kind."""
     model: Digest = job_input()
     """SFT model: where the policy starts, and the reference."""
-    data: Digest = job_input()
+    data: Digest = job_input("preference")
     """Data set of purpose preference."""
     resources: Resources = Resources()
     """Placement."""
@@ -148,7 +148,7 @@ class SimPOJob(SimPOSettings, BaseJob):
     """Job kind."""
     model: Digest = job_input()
     """SFT model: where the policy starts."""
-    data: Digest = job_input()
+    data: Digest = job_input("preference")
     """Data set of purpose preference."""
     resources: Resources = Resources()
     """Placement."""
@@ -164,7 +164,7 @@ class ORPOJob(ORPOSettings, BaseJob):
     """Job kind."""
     model: Digest = job_input()
     """Where the policy starts; no fine-tuning is needed before."""
-    data: Digest = job_input()
+    data: Digest = job_input("preference")
     """Data set of purpose preference."""
     resources: Resources = Resources()
     """Placement."""
@@ -180,7 +180,11 @@ class KTOJob(KTOSettings, BaseJob):
     """Job kind."""
     model: Digest = job_input()
     """Where the policy starts, and the reference."""
-    data: Digest = job_input()
+    data: Digest = job_input("unpaired")
     """Data set of purpose unpaired, or of purpose preference: each pair is a good and a bad one."""
     resources: Resources = Resources()
     """Placement."""
+
+
+PreferenceJob = DPOJob | SimPOJob | ORPOJob | KTOJob
+"""Any of these."""

@@ -164,6 +164,12 @@ def test_override_with_broken_yaml_is_refused():
         apply_overrides({}, ["a=[1"])
 
 
+def test_long_name_of_an_unknown_setting_is_cut():
+    with pytest.raises(ConfigError) as raised:
+        build_config({"sft": {"long " * 2000: 1}})
+    assert str(raised.value).count("long") < 20
+
+
 def test_unknown_preset_names_the_closest_and_all():
     with pytest.raises(ConfigError, match=r"Did you mean smoke\?.*bloom-560m, demo"):
         load_preset("smok")

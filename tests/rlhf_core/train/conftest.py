@@ -54,3 +54,14 @@ def data(stages, models):
         )
     artifacts = stages.run(*jobs)
     return {purpose: a.digest for purpose, a in zip(files, artifacts, strict=True)}
+
+
+@pytest.fixture(scope="session")
+def random_reward(stages, models):
+    """Digest of a reward model with a random head: something to optimise, at no cost."""
+    from rlhf_core.models import new_scalar_model, save_scalar_model
+
+    source, folder = stages.store.fetch(models["llama"]), stages.folder / "random-reward"
+    folder.mkdir()
+    save_scalar_model(new_scalar_model(source, 0), folder, source)
+    return stages.store.publish(folder, kind="reward_model").digest

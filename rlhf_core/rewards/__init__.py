@@ -1,0 +1,30 @@
+"""Rewards by rule: numbers for replies that no model gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_core.jobs.rewards import Reward
+
+
+class Rules:
+    """Everything in `rewards` that is not the reward model.
+
+    Attributes:
+        names: one per rule, unique. weights: one per rule.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], seed: int) -> None:
+        self.names: list[str] = []
+        self.weights: list[float] = []
+
+    def score(
+        self,
+        prompts: list[list[dict[str, Any]]],
+        replies: list[str],
+        rows: list[dict[str, Any]],
+        finished: list[bool],
+    ) -> list[list[float]]:
+        """One list per rule, one number per sample, without the weights."""
+        return []
