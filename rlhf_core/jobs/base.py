@@ -64,7 +64,7 @@ class Resources(Settings):
     strategy: Strategy = "ddp"
     """How model and optimizer are spread over the ranks (ColossalAI Booster plugin)."""
     micro_batch_size: PositiveInt = 8
-    """Sequences (pairs for the reward model) per rank in one forward and backward pass; the
+    """Sequences (pairs where the data are pairs) per rank in one forward and backward pass; the
     accumulation follows from batch_size / (ranks x micro_batch_size)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
