@@ -17,7 +17,18 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-from rlhf_core.jobs import BaseJob, DataJob, ImportModelJob, PPOJob, Resources, RewardJob, SFTJob
+from rlhf_core.jobs import (
+    BaseJob,
+    DataJob,
+    GRPOJob,
+    ImportModelJob,
+    PPOJob,
+    ReinforcePPJob,
+    Resources,
+    RewardJob,
+    RLOOJob,
+    SFTJob,
+)
 from rlhf_core.store import Artifact, Store, open_store
 from tests.rlhf_core.torchrun import ROOT
 
@@ -98,10 +109,13 @@ def make_job(
             data=inputs["preference"],
             **({"max_steps": 12, "epochs": 60, "max_new_tokens": 4} | common | settings),
         )
-    steps = {"steps": 5, "ppo_epochs": 2, "max_new_tokens": 6}
-    return PPOJob(
-        reward_model=inputs["reward"], prompts=inputs["prompts"], **(steps | common | settings)
-    )
+    common |= {"steps": 5, "max_new_tokens": 6, "prompts": inputs["prompts"]}
+    common["reward_model"] = inputs["reward"]
+    if algorithm == "ppo":
+        return PPOJob(**({"ppo_epochs": 2} | common | settings))
+    kinds = {"grpo": GRPOJob, "rloo": RLOOJob, "reinforce_pp": ReinforcePPJob}
+    groups = {} if algorithm == "reinforce_pp" else {"batch_size": 4, "group_size": 2}
+    return kinds[algorithm](**({"epochs": 2} | common | groups | settings))
 
 
 class Place:
