@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,13 @@ class Rules:
 
     Attributes:
         names: one per rule, unique. weights: one per rule.
+        troubles: what went wrong -> replies that got a rule's lowest score for it, since the start.
     """
 
     def __init__(self, rewards: Sequence[Reward], seed: int) -> None:
         self.names: list[str] = []
         self.weights: list[float] = []
+        self.troubles: Counter[str] = Counter()
 
     def score(
         self,

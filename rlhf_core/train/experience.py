@@ -6,6 +6,7 @@ B replies of a rollout (global), b rows of a micro-batch, S positions, T respons
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Experience:
     components: dict[str, Tensor]  # name of a reward -> (B,), without its weight
     raw_scores: Tensor  # (B,) weighted sum of the components
     scores: Tensor  # (B,) raw_scores less the penalty for a missing end of turn
+    troubles: dict[str, int]  # what kept a rule from being applied -> replies
     values: Tensor | None = None  # (B,T) of PPO's critic
     advantages: Tensor | None = None  # (B,T) or (B,), as the algorithm makes them of the scores
     returns: Tensor | None = None  # (B,T) for PPO's critic
@@ -138,7 +140,7 @@ def score(
             for place, column in zip(places, columns, strict=True):
                 place[p, :n] = column
             model_scores[p] = raw
-    components = score_by_rules(models, group, rollout, rows)
+    components, troubles = score_by_rules(models, group, rollout, rows)
     if models.reward is not None:
         components = {"model": torch.tensor(model_scores), **components}
     raw_scores = sum(models.weights[name] * x.double() for name, x in components.items()).float()
@@ -153,6 +155,7 @@ def score(
         ref_logprobs=places[1],
         values=places[2] if len(places) > 2 else None,
         components=components,
+        troubles=troubles,
         raw_scores=raw_scores,
         # A reply that was cut is scored as it stands, less the penalty.
         scores=raw_scores - job.missing_eos_penalty * (~finished).float(),
@@ -161,11 +164,12 @@ def score(
 
 def score_by_rules(
     models: Models, group: Group, rollout: dict[str, Any], rows: list[dict[str, Any]]
-) -> dict[str, Tensor]:
-    """Rule -> (B,) numbers, on every rank; each rank scores its share."""
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Rule -> (B,) numbers and what went wrong -> replies, on every rank; each scores its share."""
     rules: Rules = models.rules
     if not rules.names:
-        return {}
+        return {}, {}
+    before = Counter(rules.troubles)
     mine = range(group.rank, len(rows), group.size)
     replies = [rollout["sequences"][i][rollout["prompt_lengths"][i] :] for i in mine]
     by_rule = rules.score(
@@ -175,10 +179,11 @@ def score_by_rules(
         [bool(rollout["finished"][i]) for i in mine],
     )
     by_reply = group.interleave(list(zip(*by_rule, strict=True)))
-    return {
+    components = {
         name: torch.tensor([float(numbers[k]) for numbers in by_reply])
         for k, name in enumerate(rules.names)
     }
+    return components, dict(sum(group.gather(rules.troubles - before), Counter()))
 
 
 def some_samples(tokenizer: Any, experience: Experience) -> list[dict[str, Any]]:
@@ -215,6 +220,7 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
         "score": float(experience.raw_scores.mean()),
         "reward": float(experience.scores.mean()),
         **{f"reward_{name}": float(x.mean()) for name, x in experience.components.items()},
+        **{f"trouble_{name}": float(n) for name, n in experience.troubles.items()},
         "kl": float((k1 * mask).sum() / len(mask)),
         "kl_k3": float((k3 * mask).sum() / len(mask)),
         "length": float(tokens / len(mask)),

@@ -21,12 +21,15 @@ from rlhf_core.jobs import (
     BaseJob,
     DataJob,
     DPOJob,
+    GRPOJob,
     ImportModelJob,
     KTOJob,
     ORPOJob,
     PPOJob,
+    ReinforcePPJob,
     Resources,
     RewardJob,
+    RLOOJob,
     SFTJob,
     SimPOJob,
 )
@@ -114,10 +117,13 @@ def make_job(
     if algorithm in PREFERENCE:  # KTO takes the pairs apart
         given = {"max_steps": 12, "epochs": 60} | common | settings
         return PREFERENCE[algorithm](data=inputs["preference"], **given)
-    steps = {"steps": 5, "ppo_epochs": 2, "max_new_tokens": 6}
-    return PPOJob(
-        reward_model=inputs["reward"], prompts=inputs["prompts"], **(steps | common | settings)
-    )
+    common |= {"steps": 5, "max_new_tokens": 6, "prompts": inputs["prompts"]}
+    common["reward_model"] = inputs["reward"]
+    if algorithm == "ppo":
+        return PPOJob(**({"ppo_epochs": 2} | common | settings))
+    kinds = {"grpo": GRPOJob, "rloo": RLOOJob, "reinforce_pp": ReinforcePPJob}
+    groups = {} if algorithm == "reinforce_pp" else {"batch_size": 4, "group_size": 2}
+    return kinds[algorithm](**({"epochs": 2} | common | groups | settings))
 
 
 class Place:

@@ -60,6 +60,19 @@ def test_killed_preference_stage_ends_in_the_same_bytes(place, base, inputs, tmp
     assert weight_hashes(place.result(job)) == weight_hashes(other.result(job))
 
 
+@pytest.mark.chaos
+@pytest.mark.parametrize("algorithm", ("grpo", "rloo", "reinforce_pp"))
+def test_killed_without_critic_ends_in_the_same_bytes(place, base, inputs, tmp_path, algorithm):
+    job = make_job(inputs, algorithm, PLACEMENT["ppo"])
+    place.run(job, [DEATHS["ppo"]])
+    assert place.store.stage_result(job.key()) is None, "it was to be killed before its end"
+    place.run(job)
+    assert "going on from the checkpoint after step" in place.log()
+    whole = Place(base[0], tmp_path / "whole")
+    whole.run(job)
+    assert weight_hashes(place.result(job)) == weight_hashes(whole.result(job))
+
+
 def test_stopped_then_killed_stage_goes_on_and_so_does_another_number_of_ranks(
     place, inputs, undisturbed, tmp_path
 ):

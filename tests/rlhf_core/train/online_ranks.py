@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -36,12 +37,14 @@ class Letters:
         assert [type(r) for r in rewards] == [LettersReward]
         self.names = ["letters"]
         self.weights = [rewards[0].weight]
+        self.troubles = Counter()
 
     def score(self, prompts, replies, rows, finished):
         assert len(prompts) == len(replies) == len(rows) == len(finished)
         for prompt, row in zip(prompts, rows, strict=True):
             assert prompt == json.loads(row["prompt"])
             assert prompt[-1]["role"] == "user"
+        self.troubles["seen"] += len(replies)
         return [[sum(c.isascii() and c.isalpha() for c in r) / max(1, len(r)) for r in replies]]
 
 

@@ -235,11 +235,12 @@ def test_reference_of_an_adapter_stays_where_it_was(one_rank):
 
 
 def test_rules_alone_need_no_reward_model(one_rank, two_ranks):
-    for name in ("ppo-rule", "rloo-rule"):
-        for line in one_rank[name].metrics:
+    for run in (one_rank["ppo-rule"], one_rank["rloo-rule"], two_ranks["rloo-rule"]):
+        for line in run.metrics:
             assert line["score"] == pytest.approx(0.5 * line["reward_letters"], abs=1e-6)
             assert 0 < line["reward_letters"] < 1
             assert "reward_model" not in line
+            assert line["trouble_seen"] == 16, "of this rollout, from all ranks"
     # Each rank scores its share; all see all.
     assert_same_course(one_rank["rloo-rule"], two_ranks["rloo-rule"])
 
