@@ -38,7 +38,8 @@ def rlhf_retrain(
     force: bool = False,
     jitter: Annotated[int, Field(ge=0, le=86_400)] = 0,
 ) -> State[Any]:
-    """Trains when data, model or settings are new, and publishes what passes the gates.
+    """Trains when data, model or settings are new, and publishes what passes the gates; what does
+    not is kept as a candidate.
 
     Args:
         config: settings of the pipeline.
@@ -76,6 +77,10 @@ def rlhf_retrain(
             verdict = _compare(run, gates)
             if not verdict["failed"]:
                 tasks.publish(run, run.stages["ppo"].digest, run.stages["evaluate"].digest)
+            else:
+                tasks.keep_candidate(
+                    run, run.stages["ppo"].digest, run.stages["evaluate"].digest, verdict["text"]
+                )
             tasks.report(run)
             create_markdown_artifact(
                 verdict["markdown"], key="promotion", description=verdict["text"]

@@ -1,6 +1,6 @@
 """Prefect tasks, one per stage, and the launchers that run their jobs. No torch in here."""
 
-from tasks.publish import champion, publish
+from tasks.publish import champion, keep_candidate, publish
 from tasks.report import render, report
 from tasks.stages import (
     compare,
@@ -19,6 +19,7 @@ __all__ = [
     "compare",
     "evaluate",
     "import_model",
+    "keep_candidate",
     "label",
     "ppo",
     "preflight",
