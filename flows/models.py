@@ -80,7 +80,7 @@ def show_model(
     chosen = model.find(version) if version else model.champion or model.versions[-1]
     line = next(x for x in _described(opened, model) if x["version"] == chosen.number)
     numbers = {v.digest: v.number for v in model.versions}
-    history = [
+    history: list[dict[str, Any]] = [
         {"number": t.number, "time": t.time, "action": t.action, "version": numbers[t.digest],
          "run": t.run, "reason": t.reason}
         for t in model.history

@@ -18,6 +18,7 @@ import tasks
 from flows import schedule
 from flows.rlhf import pipeline
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
+from rlhf_core.errors import GateFailed
 from rlhf_core.jobs import Gates, PipelineConfig
 from rlhf_core.preflight_settings import data_sets
 from rlhf_core.presets import resolve_preset
@@ -71,13 +72,17 @@ def rlhf_retrain(
     with watched():
         tasks.preflight(config)
         with recorded(run):
-            for stage in pipeline(run):
-                if stage == "evaluate":
-                    break
-            verdict = _compare(run, gates)
+            try:
+                for stage in pipeline(run):
+                    if stage == "evaluate":
+                        break
+                verdict = _compare(run, gates)
+            except GateFailed as failed:  # one of the pipeline's own gates
+                text = f"not promoted: {failed}"
+                verdict = {"failed": ["pipeline"], "text": text, "markdown": text}
             if not verdict["failed"]:
                 tasks.publish(run, run.stages["ppo"].digest, run.stages["evaluate"].digest)
-            else:
+            elif "evaluate" in run.stages:
                 tasks.keep_candidate(
                     run, run.stages["ppo"].digest, run.stages["evaluate"].digest, verdict["text"]
                 )
