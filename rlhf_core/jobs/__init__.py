@@ -36,6 +36,7 @@ from rlhf_core.jobs.data import (
     ModelSettings,
     SampledPreferences,
 )
+from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
 from rlhf_core.jobs.online import PPOJob, PPOSettings
 from rlhf_core.jobs.pipeline import PipelineConfig
@@ -50,9 +51,10 @@ from rlhf_core.jobs.training import (
 )
 
 __all__ = [
-    "JOB", "LARGEST", "BaseJob", "DataConfig", "DataJob", "DataSettings", "Digest", "EvaluateJob",
-    "EvaluateSettings", "Format", "Fraction", "Gates", "ImportModelJob", "Job", "LabelJob",
-    "Launcher", "LoRA", "LocalLauncher", "ModelSettings", "PPOJob", "PPOSettings",
+    "JOB", "LARGEST", "BaseJob", "DataConfig", "DataJob", "DataSettings", "Digest",
+    "EndpointJudgeSettings", "EvaluateJob", "EvaluateSettings", "Format", "Fraction", "Gates",
+    "ImportModelJob", "Job", "LabelJob", "Launcher", "LoRA", "LocalLauncher", "ModelSettings",
+    "PPOJob", "PPOSettings",
     "PipelineConfig", "PositiveInt", "Precision", "PublishSettings", "Purpose", "Resources",
     "RewardJob", "RewardSettings", "SFTJob", "SFTSettings", "SampledPreferences", "Seed",
     "Settings", "Slug", "Strategy", "TrainSettings", "WorkPoolLauncher", "parse_job",
