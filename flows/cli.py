@@ -16,6 +16,7 @@ import typer
 
 from flows.collecting import gc
 from flows.listing import StoreUrl, artifacts, open_now, runs
+from flows.models import models
 from rlhf_core.errors import ConfigError, PreflightError, RLHFError
 from rlhf_core.secrets import hide
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 artifacts.command("gc")(gc)
 app.add_typer(artifacts, name="artifacts")
+app.add_typer(models, name="models")
 
 
 @app.callback()
@@ -216,7 +218,7 @@ def chat(
     ] = False,
     store: StoreUrl = None,
 ) -> None:
-    """Talk to a model: the newest published one, or any stage's."""
+    """Talk to a model: the one published last, a name's champion, or any stage's."""
     from flows.lookup import find_model
 
     opened = open_now(store)

@@ -18,6 +18,7 @@ import tasks
 from flows import schedule
 from flows.rlhf import pipeline
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
+from rlhf_core.errors import GateFailed
 from rlhf_core.jobs import Gates, PipelineConfig
 from rlhf_core.presets import resolve_preset
 from rlhf_core.recipe import data_sets
@@ -38,7 +39,8 @@ def rlhf_retrain(
     force: bool = False,
     jitter: Annotated[int, Field(ge=0, le=86_400)] = 0,
 ) -> State[Any]:
-    """Trains when data, model or settings are new, and publishes what passes the gates.
+    """Trains when data, model or settings are new, and publishes what passes the gates; what does
+    not is kept as a candidate.
 
     Args:
         config: settings of the pipeline.
@@ -70,12 +72,20 @@ def rlhf_retrain(
     with watched():
         tasks.preflight(config, "evaluate")
         with recorded(run):
-            for stage in pipeline(run):
-                if stage == "evaluate":
-                    break
-            verdict = _compare(run, gates)
+            try:
+                for stage in pipeline(run):
+                    if stage == "evaluate":
+                        break
+                verdict = _compare(run, gates)
+            except GateFailed as failed:  # one of the pipeline's own gates
+                text = f"not promoted: {failed}"
+                verdict = {"failed": ["pipeline"], "text": text, "markdown": text}
             if not verdict["failed"]:
                 tasks.publish(run, run.given["model"], run.stages["evaluate"].digest)
+            elif "evaluate" in run.stages:
+                tasks.keep_candidate(
+                    run, run.given["model"], run.stages["evaluate"].digest, verdict["text"]
+                )
             tasks.report(run)
             create_markdown_artifact(
                 verdict["markdown"], key="promotion", description=verdict["text"]

@@ -1,6 +1,6 @@
 """Prefect tasks, one per stage, and the launchers that run their jobs. No torch in here."""
 
-from tasks.publish import champion, publish
+from tasks.publish import champion, keep_candidate, publish
 from tasks.report import render, report
 from tasks.stages import (
     TRAIN,
@@ -20,6 +20,7 @@ __all__ = [
     "evaluate",
     "import_model",
     "import_reward",
+    "keep_candidate",
     "label",
     "preflight",
     "prepare_data",

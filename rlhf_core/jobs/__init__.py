@@ -37,6 +37,7 @@ from rlhf_core.jobs.data import (
     ModelSettings,
     SampledPreferences,
 )
+from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
 from rlhf_core.jobs.online import (
     GRPOJob,
@@ -83,6 +84,7 @@ __all__ = [
     "DataJob",
     "DataSettings",
     "Digest",
+    "EndpointJudgeSettings",
     "EvaluateJob",
     "EvaluateSettings",
     "Format",

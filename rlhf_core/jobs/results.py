@@ -32,6 +32,12 @@ class EvaluateSettings(Settings):
     """Gold judge that training never sees, reported beside the reward model."""
     samples: PositiveInt = 8
     """Prompts shown with each model's reply in the report."""
+    min_win_rate: Fraction | None = None
+    """Gate: the run stops before publishing when the finished model's replies beat those of the
+    model it started from on less than this share of the prompts; empty: no gate."""
+    max_length_ratio: Annotated[float, Field(gt=0.0)] | None = None
+    """Gate: the run stops before publishing when its replies are longer than this many times those
+    of the model it started from; empty: no gate."""
     resources: Resources | None = None
     """Placement of this stage; empty: the pipeline's."""
 
@@ -66,6 +72,7 @@ class EvaluateJob(EvaluateSettings, BaseJob):
     version: ClassVar[int] = 2
     module: ClassVar[str] = "rlhf_core.evaluate"
     kind: ClassVar[str] = "evaluation"
+    apart: ClassVar[frozenset[str]] = BaseJob.apart | {"min_win_rate", "max_length_ratio"}
 
     algorithm: Literal["evaluate"] = "evaluate"
     """Job kind."""

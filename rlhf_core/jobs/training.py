@@ -101,6 +101,9 @@ class RewardSettings(TrainSettings):
     """Training prompts whose SFT replies set the scores' mean to 0 and deviation to 1."""
     max_new_tokens: PositiveInt = 64
     """Longest of those SFT replies when they have to be sampled."""
+    min_heldout_accuracy: Fraction | None = None
+    """Gate: the run stops after this stage when the accuracy on held-out pairs is lower; empty: no
+    gate."""
 
 
 class SFTJob(SFTSettings, BaseJob):
@@ -124,6 +127,7 @@ class RewardJob(RewardSettings, BaseJob):
 
     module: ClassVar[str] = "rlhf_core.train.reward"
     kind: ClassVar[str] = "reward_model"
+    apart: ClassVar[frozenset[str]] = BaseJob.apart | {"min_heldout_accuracy"}
 
     algorithm: Literal["reward"] = "reward"
     """Job kind."""
