@@ -21,6 +21,7 @@ from rlhf_core.context import StageContext
 from rlhf_core.data.reading import Rows
 from rlhf_core.data.tokenizer import load_tokenizer
 from rlhf_core.distributed import Group
+from rlhf_core.endpoint_judge import EndpointJudge
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import EvaluateJob
 from rlhf_core.judges import get_judge
@@ -101,7 +102,7 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
     texts = {name: [r.text(tokenizer) for r in replies[name]] for name in replies}
     shown = [prompt_text(r["prompt"]) for r in rows]
     gold = judge_all(job, shown, texts)
-    result = {
+    result: dict[str, Any] = {
         "models": {
             name: {
                 **(spread("reward", scores[name]) if scores else {}),
@@ -124,6 +125,12 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
         result["win_rate"]["gold"] = win_rate(gold["policy"], gold[start])
         gains = [a - b for a, b in zip(gold["policy"], gold[start], strict=True)]
         result["gold_gain"] = {"mean": mean(gains), "se": standard_error(gains)}
+    if job.judge_endpoint is not None:
+        judge = EndpointJudge(job.judge_endpoint)
+        wins = judge.compare(shown, texts["policy"], texts[start])
+        result["win_rate"]["judge"] = win_rate(wins, [0.5] * len(wins))
+        result["judge"] = {"model": job.judge_endpoint.model, **judge.counts}
+        context.log(f"{job.judge_endpoint.model} prefers the policy's reply on {mean(wins):.0%}")
     folder = context.scratch("result")
     (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     write_samples(folder / "samples.jsonl", shown, texts, scores, gold)

@@ -93,7 +93,9 @@ class Evaluation:
     def win_rates(self) -> str:
         """How often the finished model's reply beats the other's."""
         sentences = []
-        for judge, label in (("reward", "the reward model"), ("gold", "the gold judge")):
+        asked = f"the judge {(self.data.get('judge') or {}).get('model', '')}".strip()
+        labels = {"reward": "the reward model", "gold": "the gold judge", "judge": asked}
+        for judge, label in labels.items():
             rate = (self.data.get("win_rate") or {}).get(judge)
             if rate:
                 sentences.append(f"{_interval(rate, 'rate')} of {rate['n']} prompts for {label}")

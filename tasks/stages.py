@@ -18,7 +18,7 @@ from prefect.states import Completed
 
 from rlhf_core import recipe
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
-from rlhf_core.errors import PreflightError
+from rlhf_core.errors import GateFailed, PreflightError
 from rlhf_core.jobs import (
     DataJob,
     EvaluateJob,
@@ -35,8 +35,10 @@ from rlhf_core.jobs import (
 from rlhf_core.preflight import check
 from rlhf_core.preflight_settings import reply_length
 from rlhf_core.source_id import fingerprint as model_fingerprint
+from tasks.evaluation import read_evaluation
 from tasks.events import say
 from tasks.execute import run_jobs, worth_a_retry
+from tasks.gates import check_evaluation, check_reward
 from tasks.run import Run, StageResult
 
 RETRY_DELAYS = [5.0, 30.0]
@@ -172,7 +174,10 @@ def _trains(algorithm: str) -> Callable[..., StageResult]:
         inputs = {name: given[role] for name, role in roles.items() if role in given}
         settings = trained(run, recipe.section(run.config, algorithm), step)
         job = cast(Job, step.job(**settings, **inputs))
-        return run_one(run, step.name, job)
+        result = run_one(run, step.name, job)
+        if algorithm == "reward":
+            keep_gate(check_reward(run.config.reward, result.metrics))
+        return result
 
     return train
 
@@ -184,7 +189,9 @@ TRAIN = {algorithm: _trains(algorithm) for algorithm in get_args(TrainingStage)}
 @stage("evaluate")
 def evaluate(run: Run, given: dict[str, str]) -> StageResult:
     """The base model, the one that the alignment started from, and the finished one."""
-    return run_evaluation(run, "evaluate", given)
+    result = run_evaluation(run, "evaluate", given)
+    keep_gate(check_evaluation(run.config.evaluate, read_evaluation(run.store, result.digest)))
+    return result
 
 
 @stage("compare")
@@ -216,6 +223,16 @@ def run_evaluation(run: Run, name: str, given: dict[str, str]) -> StageResult:
         sft_data=given.get("sft"),
     )
     return run_one(run, name, job)
+
+
+def keep_gate(wrong: str | None) -> None:
+    """End the run where a gate says so.
+
+    Raises:
+        GateFailed: with the number, the bound, and what usually helps.
+    """
+    if wrong is not None:
+        raise GateFailed(wrong)
 
 
 def run_one(run: Run, name: str, job: Job) -> StageResult:

@@ -17,6 +17,7 @@ from rlhf_core.jobs.base import (
     Slug,
     job_input,
 )
+from rlhf_core.jobs.judging import EndpointJudgeSettings
 
 
 class EvaluateSettings(Settings):
@@ -30,6 +31,9 @@ class EvaluateSettings(Settings):
     """Sampling temperature of the replies."""
     judge: Literal["none", "vader"] = "none"
     """Gold judge that training never sees, reported beside the reward model."""
+    judge_endpoint: EndpointJudgeSettings | None = None
+    """A judge behind an OpenAI-compatible endpoint, asked for each prompt whether the finished
+    model's reply or that of the model it started from is better; empty: none."""
     samples: PositiveInt = 8
     """Prompts shown with each model's reply in the report."""
     min_win_rate: Fraction | None = None
