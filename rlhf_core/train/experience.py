@@ -129,8 +129,7 @@ def score(
 
     shape = (len(sequences), max(len(x) for x in rollout["logprobs"]))
     mask = torch.zeros(shape, dtype=torch.bool)
-    rollout_logprobs = torch.zeros(shape)
-    places = [torch.zeros(shape) for _ in tensors]
+    rollout_logprobs, *places = (torch.zeros(shape) for _ in range(1 + len(tensors)))
     model_scores: list[Any] = [None] * shape[0]
     for part in group.gather(found):
         for p, columns, raw in part:
