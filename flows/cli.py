@@ -17,6 +17,8 @@ import typer
 from flows.collecting import gc
 from flows.listing import StoreUrl, artifacts, open_now, runs
 from flows.models import models
+from flows.playground import playground
+from flows.serve import serve
 from rlhf_core.errors import ConfigError, PreflightError, RLHFError
 from rlhf_core.secrets import hide
 
@@ -173,6 +175,8 @@ def presets() -> None:
 
 
 app.command("runs")(runs)
+app.command("playground")(playground)
+app.command("serve")(serve)
 
 
 @app.command()

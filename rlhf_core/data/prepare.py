@@ -31,7 +31,7 @@ from rlhf_core.data.writer import DatasetWriter
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataJob, DataSettings, Format, Purpose
 from rlhf_core.remote_code import is_trusted
-from rlhf_core.store import Artifact
+from rlhf_core.store import Artifact, Store
 
 PIECE_ROWS = 512
 PIECE_BYTES = 2**20
@@ -54,7 +54,7 @@ def run(job: DataJob, context: StageContext) -> Artifact | None:
     source = context.store.fetch(job.model)
     tokenizer = load_tokenizer(source, trust_remote_code=is_trusted(source))
     folder = context.scratch("dataset")
-    card = prepare(job, tokenizer, folder, log=context.log)
+    card = prepare(job, tokenizer, folder, log=context.log, store=context.store)
     context.log(card.summary())
     metadata = {
         "purpose": job.purpose,
@@ -71,12 +71,14 @@ def prepare(
     folder: Path,
     log: Log = lambda message: None,
     workers: int | None = None,
+    store: Store | None = None,
 ) -> DataCard:
-    """Write the data set into a folder, without a store.
+    """Write the data set into a folder, without publishing it.
 
     Args:
         tokenizer: as `load_tokenizer` returns it; without a chat template it gets chatml.
         workers: processes; None: one per core. Their number does not change a byte of the result.
+        store: where votes are; None: the environment's.
     Raises:
         DataError: the source, its format or a row cannot be used, or nothing is left.
         ModelError: the tokenizer's chat template cannot be used.
@@ -84,7 +86,7 @@ def prepare(
     if not tokenizer.chat_template:
         tokenizer.chat_template = templates.resolve_template(tokenizer)
     end = templates.end_of_turn(tokenizer)
-    rows, format = find_format(open_rows(_settings(job)), job, job.purpose)
+    rows, format = find_format(open_rows(_settings(job), store, job.fingerprint), job, job.purpose)
     check_purpose(format, job.purpose)
     card = DataCard(
         purpose=job.purpose,

@@ -39,7 +39,8 @@ class DataSettings(Settings):
 
     source: str = "builtin:chatterbot"
     """Hugging Face dataset id, path or s3:// URL of .json, .jsonl, .jsonl.gz, .parquet or .csv
-    files (a folder or a pattern too), or builtin:chatterbot."""
+    files (a folder or a pattern too), builtin:chatterbot, or playground-votes: the replies that
+    people preferred on the page of `rlhf playground`, kept in the run's store."""
     format: Format = "auto"
     """Layout of a row; auto looks at the columns of the first row."""
     columns: dict[str, str] = Field(default_factory=dict)
