@@ -94,7 +94,7 @@ def estimate(
     job = job_class(stage)
     samples = "prompts" in job.roles().values()
     # Chosen and rejected go through the model together.
-    rows = 2 if {"preference", "unpaired"} & set(job.roles().values()) else 1
+    rows = 2 if "preference" in job.roles().values() else 1
     models = 2 if hasattr(settings, "value_coef") else 1  # with a critic
     if job.kind == "reward_model":
         parts = {**critic, "activations": plan.activations(rows * sequences, max_length)}
