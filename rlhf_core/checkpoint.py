@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_core.context import StageContext
 from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, Preempted, StoreError
-from rlhf_core.jobs import PPOJob, RewardJob, SFTJob
+from rlhf_core.jobs import PPOJob, PretrainJob, RewardJob, SFTJob
 from rlhf_core.stopping import stop
 from rlhf_core.store import Artifact, Store
 from rlhf_core.strategy import Strategy
@@ -38,7 +38,10 @@ class Checkpointer:
     """
 
     def __init__(
-        self, context: StageContext, strategy: Strategy, job: SFTJob | RewardJob | PPOJob
+        self,
+        context: StageContext,
+        strategy: Strategy,
+        job: PretrainJob | SFTJob | RewardJob | PPOJob,
     ) -> None:
         self.context, self.strategy, self.job = context, strategy, job
         self.rate = 1.0

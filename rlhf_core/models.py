@@ -47,16 +47,22 @@ class Policy(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, mask: Tensor, marked: Tensor, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        marked: Tensor,
+        temperature: float = 1.0,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Log-probabilities (B,S) in nats of the marked tokens, 0 elsewhere.
 
         Args:
-            input_ids: (B,S). mask: (B,S) bool, True at real tokens.
+            input_ids: (B,S). mask: (B,S) bool, True at real tokens; None where rows are packed.
             marked: (B,S) bool, True where a log-probability is wanted; never column 0.
             temperature: the logits are divided by it.
+            position_ids: (B,S) of packed rows, see `backbone_hidden`.
         """
-        return response_logprobs(self.model, input_ids, mask, None, marked, temperature)
+        return response_logprobs(self.model, input_ids, mask, position_ids, marked, temperature)
 
 
 class ScalarModel(nn.Module):

@@ -39,6 +39,12 @@ from rlhf_core.jobs.data import (
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
 from rlhf_core.jobs.online import PPOJob, PPOSettings
 from rlhf_core.jobs.pipeline import PipelineConfig
+from rlhf_core.jobs.pretraining import (
+    NewModelJob,
+    NewModelSettings,
+    PretrainJob,
+    PretrainSettings,
+)
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
 from rlhf_core.jobs.training import (
     LoRA,
@@ -52,13 +58,24 @@ from rlhf_core.jobs.training import (
 __all__ = [
     "JOB", "LARGEST", "BaseJob", "DataConfig", "DataJob", "DataSettings", "Digest", "EvaluateJob",
     "EvaluateSettings", "Format", "Fraction", "Gates", "ImportModelJob", "Job", "LabelJob",
-    "Launcher", "LoRA", "LocalLauncher", "ModelSettings", "PPOJob", "PPOSettings",
-    "PipelineConfig", "PositiveInt", "Precision", "PublishSettings", "Purpose", "Resources",
+    "Launcher", "LoRA", "LocalLauncher", "ModelSettings", "NewModelJob", "NewModelSettings",
+    "PPOJob", "PPOSettings", "PipelineConfig", "PositiveInt", "Precision", "PretrainJob",
+    "PretrainSettings", "PublishSettings", "Purpose", "Resources",
     "RewardJob", "RewardSettings", "SFTJob", "SFTSettings", "SampledPreferences", "Seed",
     "Settings", "Slug", "Strategy", "TrainSettings", "WorkPoolLauncher", "parse_job",
 ]  # fmt: skip
 
-Job = ImportModelJob | DataJob | SFTJob | LabelJob | RewardJob | PPOJob | EvaluateJob
+Job = (
+    ImportModelJob
+    | DataJob
+    | NewModelJob
+    | PretrainJob
+    | SFTJob
+    | LabelJob
+    | RewardJob
+    | PPOJob
+    | EvaluateJob
+)
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
 
 
