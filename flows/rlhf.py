@@ -70,9 +70,9 @@ def pipeline(run: Run) -> Iterator[str]:
     yield "model"
 
     data = tasks.prepare_data(run, given["base"])
-    given |= {purpose: result.digest for purpose, result in data.items()}
-    if mixed_in := data.get("pretrain") or data.get("sft"):
-        given["ptx"] = mixed_in.digest
+    given |= {name: result.digest for name, result in data.items()}
+    if "ptx" not in data and "sft" in data:
+        given["ptx"] = data["sft"].digest
     yield "data"
 
     for step in recipe.steps(run.config):

@@ -32,7 +32,9 @@ SHARD = "5GB"
 
 
 @dataclass
-class _Loaded:
+class Loaded:
+    """A model on its way into the store."""
+
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     license: str | None = None
@@ -46,18 +48,17 @@ def run(job: ImportModelJob, context: StageContext) -> Artifact:
         ModelError: the source cannot be reached or used; the text says what to do.
     """
     source = parse_source(job.source)
-    _quiet()
+    quiet()
     context.log(f"importing {job.source}")
     loaded = _load(job, source, context)
     ends = prepare_tokenizer(loaded.tokenizer, job.chat_template, job.source)
     _check_vocabulary(loaded, job.source)
-    _set_generation(loaded, ends)
+    set_generation(loaded, ends)
     folder = context.scratch("model")
     save(loaded.model, loaded.tokenizer, folder)
     context.log(f"imported {loaded.model.num_parameters():,} parameters; publishing")
-    return context.publish(
-        job, folder, metadata=_metadata(job, loaded, ends), parents=loaded.parents
-    )
+    metadata = describe(loaded, ends, job.source, job.revision)
+    return context.publish(job, folder, metadata, parents=loaded.parents)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -74,12 +75,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 # --------------------------------------------------------------------------- loading
 
 
-def _load(job: ImportModelJob, source: Source, context: StageContext) -> _Loaded:
+def _load(job: ImportModelJob, source: Source, context: StageContext) -> Loaded:
     if source.kind == "random":
         from rlhf_core.random_model import make_model, make_tokenizer
 
         tokenizer = make_tokenizer()
-        return _Loaded(make_model(source.value, tokenizer, job.seed), tokenizer)
+        return Loaded(make_model(source.value, tokenizer, job.seed), tokenizer)
     if source.kind == "builtin":
         return _load_gguf(builtin_gguf(source.value))
     if source.kind == "artifact":
@@ -98,7 +99,8 @@ def _load(job: ImportModelJob, source: Source, context: StageContext) -> _Loaded
     return _load_hub(job)
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Keep progress bars and notices of the Hugging Face libraries out of the stage's log."""
     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which comes next
     import logging
 
@@ -111,7 +113,7 @@ def _quiet() -> None:
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 
-def _load_gguf(path: Path) -> _Loaded:
+def _load_gguf(path: Path) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -124,10 +126,10 @@ def _load_gguf(path: Path) -> _Loaded:
     )
     check_loaded(info, str(path))
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return _Loaded(model, tokenizer, license="apache-2.0")
+    return Loaded(model, tokenizer, license="apache-2.0")
 
 
-def _load_folder(job: ImportModelJob, folder: Path) -> _Loaded:
+def _load_folder(job: ImportModelJob, folder: Path) -> Loaded:
     problems = check_weight_files(folder)
     if problems:
         raise ModelError(" ".join(problems))
@@ -137,7 +139,7 @@ def _load_folder(job: ImportModelJob, folder: Path) -> _Loaded:
     return loaded
 
 
-def _load_hub(job: ImportModelJob) -> _Loaded:
+def _load_hub(job: ImportModelJob) -> Loaded:
     from transformers.utils import cached_file
 
     loaded = _from_pretrained(job, job.source)
@@ -153,7 +155,7 @@ def _load_hub(job: ImportModelJob) -> _Loaded:
     return loaded
 
 
-def _from_pretrained(job: ImportModelJob, where: str) -> _Loaded:
+def _from_pretrained(job: ImportModelJob, where: str) -> Loaded:
     """Load weights (safetensors only, in their own dtype) and tokenizer: a folder or the hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -168,7 +170,7 @@ def _from_pretrained(job: ImportModelJob, where: str) -> _Loaded:
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(_advice(job, error)) from error
     check_loaded(info, job.source)
-    return _Loaded(model, tokenizer)
+    return Loaded(model, tokenizer)
 
 
 def _advice(job: ImportModelJob, error: Exception) -> str:
@@ -231,7 +233,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, choice: str, source: s
     return list(dict.fromkeys([end, tokenizer.eos_token_id]))
 
 
-def _check_vocabulary(loaded: _Loaded, source: str) -> None:
+def _check_vocabulary(loaded: Loaded, source: str) -> None:
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     last = max(loaded.tokenizer.get_vocab().values())
     if last >= rows:
@@ -242,7 +244,7 @@ def _check_vocabulary(loaded: _Loaded, source: str) -> None:
         )
 
 
-def _set_generation(loaded: _Loaded, ends: list[int]) -> None:
+def set_generation(loaded: Loaded, ends: list[int]) -> None:
     """Tell `generate` which tokens end a reply: end of turn, and every end the model came with."""
     from transformers import GenerationConfig
 
@@ -260,12 +262,15 @@ def _set_generation(loaded: _Loaded, ends: list[int]) -> None:
     loaded.model.generation_config = generation
 
 
-def _metadata(job: ImportModelJob, loaded: _Loaded, ends: list[int]) -> dict[str, Any]:
+def describe(
+    loaded: Loaded, ends: list[int], source: str, revision: str | None = None
+) -> dict[str, Any]:
+    """Metadata of a model's artifact; `ends` are the ids that end a turn."""
     config = loaded.model.config
     context = getattr(config, "max_position_embeddings", getattr(config, "seq_length", None))
     return {
-        "source": job.source,
-        "revision": job.revision,
+        "source": source,
+        "revision": revision,
         "architecture": type(loaded.model).__name__,
         "parameters": loaded.model.num_parameters(),
         "vocab_size": int(loaded.model.get_input_embeddings().weight.shape[0]),

@@ -340,7 +340,7 @@ def accepted(function: Any, **kwargs: Any) -> dict[str, Any]:
 def backbone_hidden(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
     """Hidden states after the final norm, before the vocabulary head.
@@ -348,25 +348,38 @@ def backbone_hidden(
     Position ids are passed to models that accept them and follow the attention mask where None;
     bloom and older opt derive their own from the mask.
 
+    Rows that hold several documents have no attention mask: position ids that do not count on
+    begin a document, and transformers keeps its attention within it. Not every architecture
+    does; `rlhf_core.packing.separates_documents` finds out.
+
     Args:
         model: a transformers causal LM, unwrapped (call this *inside* the forward of a DDP or
             Gemini wrapper, or gradients are not synchronised).
-        input_ids, attention_mask, position_ids: (B,S).
+        input_ids, attention_mask, position_ids: (B,S). attention_mask: None where rows are packed.
 
     Returns:
         (B,S,d).
     """
     base = backbone(causal_lm(model))
-    attention_mask = attention_mask.long()
-    if position_ids is None:
-        position_ids = position_ids_from_mask(attention_mask)
+    mask, position_ids = _mask_and_positions(attention_mask, position_ids)
     output = base(
         input_ids=input_ids,
-        attention_mask=attention_mask,
+        attention_mask=mask,
         use_cache=False,
         **accepted(base.forward, position_ids=position_ids),
     )
     return cast(Tensor, output[0])
+
+
+def _mask_and_positions(
+    mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """What a model's forward gets; without a mask there must be position ids."""
+    if mask is None:
+        assert position_ids is not None, "packed rows need position ids"
+        return None, position_ids
+    mask = mask.long()
+    return mask, position_ids_from_mask(mask) if position_ids is None else position_ids
 
 
 _head_is_exact: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -435,7 +448,7 @@ def _check_head(lm: Any, head: Head) -> bool:
 def response_logprobs(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     position_ids: Tensor | None,
     response_mask: Tensor,
     temperature: float = ...,
@@ -449,7 +462,7 @@ def response_logprobs(
 def response_logprobs(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     position_ids: Tensor | None,
     response_mask: Tensor,
     temperature: float = ...,
@@ -462,7 +475,7 @@ def response_logprobs(
 def response_logprobs(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     position_ids: Tensor | None,
     response_mask: Tensor,
     temperature: float = 1.0,
@@ -475,6 +488,7 @@ def response_logprobs(
     Args:
         model: a transformers causal LM, unwrapped (see ``backbone_hidden``).
         input_ids, attention_mask: (B,S). position_ids: (B,S), or None to follow the mask.
+            Without a mask rows are packed, see ``backbone_hidden``.
         response_mask: (B,T) bool over the last T columns of ``input_ids``, True where a token's
             log-probability is wanted. T = S is allowed; the very first column has no predictor.
         temperature: of the distribution sampled from; the logits are divided by it.
@@ -539,16 +553,17 @@ def _apply_head(
 
 
 def _full_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
 ) -> Tensor:
     """Logits (B,S,V) from the model's own forward, for heads that ``Head`` cannot describe."""
     lm = causal_lm(model)
-    attention_mask = attention_mask.long()
-    if position_ids is None:
-        position_ids = position_ids_from_mask(attention_mask)
+    mask, position_ids = _mask_and_positions(attention_mask, position_ids)
     output = lm(
         input_ids=input_ids,
-        attention_mask=attention_mask,
+        attention_mask=mask,
         use_cache=False,
         **accepted(lm.forward, position_ids=position_ids),
     )

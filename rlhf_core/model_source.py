@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_core.errors import ModelError, RLHFError
-from rlhf_core.jobs import ModelSettings
+from rlhf_core.jobs import ModelSettings, NewModelSettings
 from rlhf_core.source_id import Source, builtin_gguf, parse_source
 from rlhf_core.store import Store
 from rlhf_core.weights import PICKLES, TOKENIZER_FILES, check_weight_files
@@ -56,6 +56,23 @@ def model_config(settings: ModelSettings, store: Store | None = None) -> dict[st
         return None if path is None else _object((path / "config.json").read_bytes())
     except OSError:
         return None
+
+
+def new_model_sizes(settings: NewModelSettings) -> dict[str, Any]:
+    """The fields of the transformers config; a gated MLP is 8/3 as wide as the model, as LLaMA's
+    (arXiv 2302.13971), a plain one 4 times."""
+    d = settings.hidden_size
+    common = {"tie_word_embeddings": settings.tie_embeddings}
+    if settings.architecture == "gpt2":
+        return common | {
+            "n_embd": d, "n_layer": settings.layers, "n_head": settings.heads,
+            "n_positions": settings.max_length,
+        }  # fmt: skip
+    return common | {
+        "hidden_size": d, "intermediate_size": -(-8 * d // 48) * 16,
+        "num_hidden_layers": settings.layers, "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.heads, "max_position_embeddings": settings.max_length,
+    }  # fmt: skip
 
 
 def _object(text: bytes) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+from rlhf_core.adapters import save_adapter
 from rlhf_core.batching import derive_seed
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.jobs import TrainSettings
@@ -46,16 +47,22 @@ class Policy(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, mask: Tensor, marked: Tensor, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        marked: Tensor,
+        temperature: float = 1.0,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Log-probabilities (B,S) in nats of the marked tokens, 0 elsewhere.
 
         Args:
-            input_ids: (B,S). mask: (B,S) bool, True at real tokens.
+            input_ids: (B,S). mask: (B,S) bool, True at real tokens; None where rows are packed.
             marked: (B,S) bool, True where a log-probability is wanted; never column 0.
             temperature: the logits are divided by it.
+            position_ids: (B,S) of packed rows, see `backbone_hidden`.
         """
-        return response_logprobs(self.model, input_ids, mask, None, marked, temperature)
+        return response_logprobs(self.model, input_ids, mask, position_ids, marked, temperature)
 
 
 class ScalarModel(nn.Module):
@@ -259,12 +266,12 @@ def choose_trainable(model: nn.Module, settings: TrainSettings, seed: int) -> nn
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(derive_seed(seed, 0x10AA))  # peft initialises with the global generator
-        targets = settings.lora.targets
+        targets, alpha = settings.lora.targets, settings.lora.alpha
         return get_peft_model(
             model,  # type: ignore[arg-type]
             LoraConfig(
                 r=settings.lora.rank,
-                lora_alpha=int(settings.lora.alpha),
+                lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
                 target_modules=list(targets) if targets else "all-linear",
                 lora_dropout=0.0,
                 task_type="CAUSAL_LM" if model.get_output_embeddings() is not None else None,
@@ -364,7 +371,11 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 def save_causal_lm(model: nn.Module, folder: Path, source: Path) -> None:
-    """Write a Hugging Face folder: safetensors, config, and the tokenizer files of `source`."""
+    """Write a Hugging Face folder: safetensors, config, and the tokenizer files of `source`.
+
+    LoRA adapters are merged into the weights, and lie beside them as adapters of `source` too.
+    """
+    save_adapter(model, folder, source)
     model = merged(model)
     model.config.use_cache = True  # type: ignore[union-attr]
     model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
@@ -373,6 +384,7 @@ def save_causal_lm(model: nn.Module, folder: Path, source: Path) -> None:
 
 def save_scalar_model(model: ScalarModel, folder: Path, source: Path) -> None:
     """Write a reward model: backbone, head, and the score's mean and deviation."""
+    save_adapter(model.backbone, folder, source)
     backbone = merged(model.backbone)
     backbone.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
     head = {k: v.detach().float().contiguous() for k, v in model.head.state_dict().items()}

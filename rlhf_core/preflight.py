@@ -23,7 +23,7 @@ from rlhf_core.machine import Machine, free_disk, this_machine
 from rlhf_core.memory import GIB, ways_to_fit
 from rlhf_core.memory import estimate as estimate_memory
 from rlhf_core.model_shape import ModelShape, read_shape
-from rlhf_core.model_source import check_model, model_config
+from rlhf_core.model_source import check_model, model_config, new_model_sizes
 from rlhf_core.preflight_settings import (
     check_batches,
     check_data_settings,
@@ -61,7 +61,8 @@ def check(
     if contact:
         store, found = _check_store(config, store)
         problems += found
-    problems += check_model(config.model, store, contact=contact)
+    if config.new_model is None:
+        problems += check_model(config.model, store, contact=contact)
     if config.reward_model is not None:
         there = ModelSettings(
             source=config.reward_model, trust_remote_code=config.model.trust_remote_code
@@ -172,6 +173,10 @@ def _check_packages(config: PipelineConfig) -> list[str]:
 
 
 def _config_of(config: PipelineConfig, store: Store | None) -> dict[str, Any] | None:
+    if config.new_model is not None:
+        new = config.new_model
+        sizes = {"model_type": new.architecture, "vocab_size": new.vocabulary}
+        return sizes | new_model_sizes(new)
     try:
         return model_config(config.model, store)
     except RLHFError:

@@ -52,7 +52,11 @@ def trained_stages(
     places = placements(config)
     for stage in config.stages:
         settings = recipe.section(config, stage)
-        lengths = {"sft": config.data.sft.max_length, "preference": pairs}
+        lengths = {
+            "pretrain": getattr(settings, "length", 0),
+            "sft": config.data.sft.max_length,
+            "preference": pairs,
+        }
         if config.data.unpaired is not None:
             lengths["unpaired"] = config.data.unpaired.max_length
         lengths["prompts"] = longest + getattr(settings, "max_new_tokens", 0)

@@ -73,9 +73,6 @@ def _lines() -> list[str]:
 
 def make_model(architecture: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """A model of `architecture` (llama, qwen2, gpt2, opt, bloom) with seeded fp32 weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     llama: dict[str, Any] = {
         "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
@@ -91,13 +88,27 @@ def make_model(architecture: str, tokenizer: PreTrainedTokenizerBase, seed: int)
         },
         "bloom": {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "seq_length": CONTEXT},
     }  # fmt: skip
+    return initialise(architecture, tokenizer, sizes[architecture], seed)
+
+
+def initialise(
+    architecture: str, tokenizer: PreTrainedTokenizerBase, sizes: dict[str, Any], seed: int
+) -> PreTrainedModel:
+    """Seeded fp32 weights for a tokenizer's vocabulary; the global generator is left alone.
+
+    Args:
+        sizes: fields of the architecture's transformers config.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.for_model(
         architecture,
         vocab_size=len(tokenizer),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **sizes[architecture],
+        **sizes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

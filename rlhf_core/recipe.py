@@ -144,9 +144,14 @@ def roles(config: PipelineConfig, algorithm: str) -> dict[str, str]:
 
 
 def data_sets(config: PipelineConfig) -> Iterator[tuple[Purpose, str, DataSettings]]:
-    """The data sets that are read: purpose, setting name, settings."""
+    """The data sets that are read: purpose, setting name, settings.
+
+    The last part of the setting's name is also the role of the data set in the jobs.
+    """
     data = config.data
     needed = {role for s in steps(config) for role in roles(config, s.algorithm).values()}
+    if data.pretrain is not None and "pretrain" in needed:
+        yield "pretrain", "data.pretrain", data.pretrain
     if "sft" in needed or ("ptx" in needed and data.ptx is None):
         yield "sft", "data.sft", data.sft
     if "prompts" in needed or makes_a_model(config):
@@ -186,6 +191,13 @@ def problems(config: PipelineConfig) -> list[str]:
                 f"{stage} needs a reward model: put reward before {stage} in stages, or give one "
                 "that is there already as reward_model"
             )
+    if "pretrain" in config.stages and config.data.pretrain is None:
+        found.append(
+            "stages has pretrain, but data.pretrain is empty; give it a source of plain text, such "
+            "as {source: texts/*.jsonl, format: text}"
+        )
+    if config.new_model is not None and config.data.pretrain is None:
+        found.append("new_model needs text for its tokenizer; give it as data.pretrain")
     found += _labelling(config, there)
     return found
 

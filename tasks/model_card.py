@@ -31,6 +31,10 @@ reply = model.generate(**inputs, max_new_tokens={tokens}, do_sample=True)
 print(tokenizer.decode(reply[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
 
+ADAPTER = """\
+The folder `adapter` holds what the last stage changed as a LoRA adapter (peft), for servers that
+keep one base and many adapters; its `adapter_config.json` names the model that it belongs to."""
+
 
 def model_card(run: Run, name: str, policy: str, evaluation: str) -> str:
     """Markdown with a Hugging Face header."""
@@ -53,6 +57,7 @@ def model_card(run: Run, name: str, policy: str, evaluation: str) -> str:
         f"# {name}",
         f"`{source}`, trained in these steps: {_steps(run)}.",
         USE.format(tokens=reply_length(run.config)),
+        *([ADAPTER] if any(f.path.startswith("adapter/") for f in store.get(policy).files) else []),
         "## Evaluation",
         evaluation_of(run, evaluation).markdown(),
         "## Lineage",

@@ -26,6 +26,7 @@ from rlhf_core.jobs import (
     ImportRewardJob,
     Job,
     LabelJob,
+    NewModelJob,
     PipelineConfig,
     Resources,
     SampledPreferences,
@@ -99,7 +100,17 @@ def preflight(config: PipelineConfig, until: str = "publish") -> None:
 
 @stage("model")
 def import_model(run: Run) -> StageResult:
-    """The base model, in the store."""
+    """The base model, in the store: imported, or made from nothing."""
+    if run.config.new_model is not None:
+        text = run.config.data.pretrain
+        assert text is not None, "checked by the preflight"
+        new = NewModelJob(
+            **values(run.config.new_model),
+            seed=run.config.seed,
+            text=text,
+            fingerprint=data_fingerprint(text),
+        )
+        return run_one(run, "model", new)
     settings = run.config.model
     job = ImportModelJob(
         **values(settings),
@@ -128,13 +139,13 @@ def import_reward(run: Run, source: str, model: str) -> StageResult:
 
 @stage("data")
 def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
-    """The data sets, by purpose; prepared in one process, which saves the imports.
+    """The data sets by their names in the settings, prepared in one process: imports take long.
 
     Args:
         model: digest of the base model, whose tokenizer is used.
     """
     jobs = {
-        purpose: DataJob(
+        setting.rpartition(".")[2]: DataJob(
             **values(settings),
             seed=run.config.seed,
             purpose=purpose,
@@ -142,9 +153,9 @@ def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
             trust_remote_code=run.config.model.trust_remote_code,
             fingerprint=data_fingerprint(settings),
         )
-        for purpose, _, settings in recipe.data_sets(run.config)
+        for purpose, setting, settings in recipe.data_sets(run.config)
     }
-    named = {f"data-{purpose}": job for purpose, job in jobs.items()}
+    named = {f"data-{name}": job for name, job in jobs.items()}
     results = run_jobs(run, "data", named, get_run_logger())
     return dict(zip(map(str, jobs), results, strict=True))
 

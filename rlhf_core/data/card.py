@@ -27,12 +27,13 @@ class SplitCard:
 
 @dataclass
 class DataCard:
-    """Accounts for every row: read = kept + dropped + bad (`check` holds it to that).
+    """Accounts for every row: read + cut = kept + dropped + bad (`check` holds it to that).
 
     Attributes:
         settings: what the data set was asked to be.
         format: layout of the rows, as set or as found.
         read: rows found in the source.
+        cut: further rows that documents gave which are too long for one (purpose pretrain).
         kept: rows in the data set, both sides together.
         dropped: reason -> rows that were left out by a setting.
         bad: reason -> rows that could not be used (only with on_bad_row: skip).
@@ -49,6 +50,7 @@ class DataCard:
     settings: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     read: int = 0
+    cut: int = 0
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
@@ -61,20 +63,26 @@ class DataCard:
     def check(self) -> None:
         """Hold the card to its account; only a bug can break it."""
         rest = sum(self.dropped.values()) + sum(self.bad.values())
-        assert self.read == self.kept + rest, (
-            f"{self.read} rows read, {self.kept} kept, dropped {self.dropped}, bad {self.bad}"
+        assert self.read + self.cut == self.kept + rest, (
+            f"{self.read} rows read, {self.cut} more by cutting, {self.kept} kept, dropped "
+            f"{self.dropped}, bad {self.bad}"
         )
 
     def summary(self) -> str:
         """One line."""
-        parts = [f"{self.read:,} rows read", f"{self.kept:,} kept"]
+        parts = [f"{self.read:,} rows read"]
+        parts += [f"{self.cut:,} more by cutting long ones"] if self.cut else []
+        parts.append(f"{self.kept:,} kept")
         parts += [f"{count:,} {reason}" for reason, count in {**self.dropped, **self.bad}.items()]
         sides = ", ".join(f"{name} {side.rows:,}" for name, side in self.splits.items())
         return f"{', '.join(parts)} ({sides})"
 
     def save(self, folder: Path) -> None:
         """Write card.json and card.md."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False, sort_keys=True)
+        values = asdict(self)
+        if not self.cut:  # nearly always: such cards are what they were before there was cutting
+            del values["cut"]
+        text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
         (folder / "card.json").write_text(text + "\n", encoding="utf-8")
         (folder / "card.md").write_text(self.markdown(), encoding="utf-8")
 
@@ -111,6 +119,7 @@ class DataCard:
             "| rows | count |",
             "| --- | ---: |",
             f"| read | {self.read:,} |",
+            *([f"| more by cutting long ones | {self.cut:,} |"] if self.cut else []),
             *(f"| kept, {name} | {side.rows:,} |" for name, side in self.splits.items()),
             *(f"| dropped: {reason} | {n:,} |" for reason, n in sorted(self.dropped.items())),
             *(f"| bad: {reason} | {n:,} |" for reason, n in sorted(self.bad.items())),

@@ -39,6 +39,7 @@ class Piece:
     Attributes:
         rows: record batch with the schema's and the extra columns; None without rows.
         read: rows that went in.
+        cut: further rows that long documents gave.
         dropped, notes: name -> rows.
         bad: (file, row, reason, message) of the rows that cannot be used, in order; only the first
             one when bad rows end the stage.
@@ -46,6 +47,7 @@ class Piece:
 
     rows: Any = None
     read: int = 0
+    cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     bad: list[tuple[str, int, str, str]] = field(default_factory=list)
@@ -238,11 +240,16 @@ def _tokenise(
             continue
         row |= text.columns
         row["row"] = raw.number
-        row["_text"] = _text_hash(plan.purpose, text)
-        file = raw.file.rpartition("/")[2]  # the same order wherever the folder lies
-        row["_priority"] = _hash(f"{plan.seed}\0{file}\0{raw.number}\0{row['_text']}")
         row["_prompt"] = prompt_hash(text.prompt)
-        rows.append(row)
+        whole = _text_hash(plan.purpose, text)
+        file = raw.file.rpartition("/")[2]  # the same order wherever the folder lies
+        pieces = _cut(row, plan.settings.max_length) if plan.purpose == "pretrain" else [row]
+        for number, part in enumerate(pieces):
+            # A later piece is a duplicate where the whole document is one.
+            part["_text"] = _hash(f"{whole}\0{number}") if number else whole
+            part["_priority"] = _hash(f"{plan.seed}\0{file}\0{raw.number}\0{part['_text']}")
+        piece.cut += len(pieces) - 1
+        rows += pieces
     piece.bad.sort(key=lambda bad: (bad[0], bad[1]))
     if rows:
         kind = schema(plan.purpose)
@@ -268,7 +275,7 @@ def _row(
     if settings.max_prompt_length and prompt > settings.max_prompt_length:
         piece.dropped["prompt_too_long"] += 1
         return None
-    if longest > settings.max_length:
+    if longest > settings.max_length and plan.purpose != "pretrain":  # which is cut
         piece.dropped["too_long"] += 1
         return None
     if plan.purpose == "prompts":
@@ -281,6 +288,20 @@ def _row(
     if not any(marks[1:]):  # the first token has nothing before it to be predicted from
         raise BadRow("nothing_to_train", "the row has no token that a loss could be computed on")
     return {"input_ids": all_ids, "trainable": marks}
+
+
+def _cut(row: dict[str, Any], length: int) -> list[dict[str, Any]]:
+    """A document in pieces of `length` tokens at most.
+
+    Each piece begins with the last token of the one before, which is not trained on again but
+    predicts the next one: so every trained token is trained on in exactly one piece.
+    """
+    ids, marks = row["input_ids"], row["trainable"]
+    return [
+        row | {"input_ids": ids[i : i + length], "trainable": [i == 0 and marks[0],
+               *marks[i + 1 : i + length]]}
+        for i in range(0, max(1, len(ids) - 1), length - 1)
+    ]  # fmt: skip
 
 
 def _plain_ends(tokenizer: Any) -> tuple[int, int]:

@@ -95,6 +95,11 @@ def prepare(
         settings=_settings(job).model_dump(mode="json") | {"seed": job.seed},
         tokenizer={"tokens": len(tokenizer), "end_of_turn": end[0], "end_of_turn_id": end[1]},
     )
+    if job.purpose == "pretrain" and job.max_length < 2:
+        raise DataError(
+            f"{job.source}: max_length is {job.max_length}, but a piece of text holds a token and "
+            "the one that it predicts; set it to 2 or more."
+        )
     plan = Plan(_settings(job), format, job.purpose, job.seed)
     work = functools.partial(encode_piece, plan, tokenizer)
     writer = DatasetWriter(folder, job.purpose)
@@ -180,6 +185,7 @@ def _kept(
     try:
         for piece in pieces:
             card.read += piece.read
+            card.cut += piece.cut
             dropped.update(piece.dropped)
             notes.update(piece.notes)
             for file, row, reason, message in piece.bad:

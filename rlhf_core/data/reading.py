@@ -84,14 +84,36 @@ class Rows:
             DataError: there is no such column of lists.
         """
         import numpy as np
-        import pyarrow as pa
         import pyarrow.compute as pc
 
+        parts = [pc.list_value_length(values) for values in self._lists(column)]
+        none = [np.zeros(0, dtype=np.int64)]
+        return np.concatenate(
+            none + [p.to_numpy(zero_copy_only=False).astype(np.int64) for p in parts]
+        )
+
+    def at_ends(self, column: str) -> tuple[Any, Any]:
+        """First and last element of a list column's values, none of them empty: numpy, (N,) each.
+
+        Raises:
+            DataError: there is no such column of lists.
+        """
+        import numpy as np
+
+        first, last = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        for values in self._lists(column):
+            offsets, flat = values.offsets.to_numpy(), values.values  # of the batch's whole buffer
+            first.append(flat.take(offsets[:-1]).to_numpy(zero_copy_only=False).astype(np.int64))
+            last.append(flat.take(offsets[1:] - 1).to_numpy(zero_copy_only=False).astype(np.int64))
+        return np.concatenate(first), np.concatenate(last)
+
+    def _lists(self, column: str) -> list[Any]:
+        import pyarrow as pa
+
         if not self._batches:
-            return np.zeros(0, dtype=np.int64)
+            return []
         kind = self._batches[0].schema
         if column not in kind.names or not pa.types.is_list(kind.field(column).type):
             lists = [field.name for field in kind if pa.types.is_list(field.type)]
             raise DataError(f"There is no list column {column!r}; there are {', '.join(lists)}.")
-        parts = [pc.list_value_length(batch.column(column)) for batch in self._batches]
-        return np.concatenate([p.to_numpy(zero_copy_only=False) for p in parts]).astype(np.int64)
+        return [batch.column(column) for batch in self._batches]

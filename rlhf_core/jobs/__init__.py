@@ -63,6 +63,7 @@ from rlhf_core.jobs.preference import (
     SimPOJob,
     SimPOSettings,
 )
+from rlhf_core.jobs.pretraining import NewModelJob, NewModelSettings, PretrainJob, PretrainSettings
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
 from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.training import (
@@ -103,6 +104,8 @@ __all__ = [
     "LocalLauncher",
     "ModelReward",
     "ModelSettings",
+    "NewModelJob",
+    "NewModelSettings",
     "ORPOJob",
     "ORPOSettings",
     "OnlineJob",
@@ -113,6 +116,8 @@ __all__ = [
     "PositiveInt",
     "Precision",
     "PreferenceJob",
+    "PretrainJob",
+    "PretrainSettings",
     "PublishSettings",
     "Purpose",
     "RLOOJob",
@@ -154,6 +159,8 @@ Job = (
     | GRPOJob
     | RLOOJob
     | ReinforcePPJob
+    | NewModelJob
+    | PretrainJob
     | EvaluateJob
 )
 JOB: TypeAdapter[Job] = TypeAdapter(Job)

@@ -110,6 +110,10 @@ class BaseJob(Settings):
         resources = getattr(self, "resources", None)
         return resources if isinstance(resources, Resources) else Resources()
 
+    def current_version(self) -> int:
+        """The version that counts in the key; a job may have another for some settings only."""
+        return self.version
+
     def key(self) -> str:
         """Stage key: sha256 over algorithm, version and all settings but placement and trust.
 
@@ -118,7 +122,7 @@ class BaseJob(Settings):
         settings = self.model_dump(mode="json", exclude=set(self.apart))
         if settings.get("on_nonfinite") == "fail":
             del settings["on_nonfinite"]
-        payload = {"version": self.version, "job": settings}
+        payload = {"version": self.current_version(), "job": settings}
         text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -54,7 +54,8 @@ class DataSettings(Settings):
     max_samples: PositiveInt | None = None
     """Rows kept at most, chosen by a seeded shuffle after filtering; empty: all."""
     max_length: PositiveInt = 512
-    """Longest sequence, prompt and reply together; longer rows are dropped and counted."""
+    """Longest sequence, prompt and reply together; longer rows are dropped and counted, but for
+    pretraining they are cut into pieces."""
     max_prompt_length: PositiveInt | None = None
     """Longest prompt; longer ones are dropped and counted. Empty: max_length."""
     heldout_fraction: Fraction = 0.1
@@ -95,6 +96,8 @@ class SampledPreferences(Settings):
 class DataConfig(Settings):
     """The data sets of the pipeline."""
 
+    pretrain: DataSettings | None = None
+    """Plain text for pretraining; needed where stages has pretrain."""
     sft: DataSettings = DataSettings()
     """Demonstrations for supervised fine-tuning."""
     preference: SampledPreferences | DataSettings = SampledPreferences()
@@ -160,6 +163,10 @@ class DataJob(DataSettings, BaseJob):
     """Model whose tokenizer and chat template are used."""
     fingerprint: str = ""
     """Identity of the source's contents, so that a changed file is prepared again."""
+
+    def current_version(self) -> int:
+        """Long documents are cut instead of dropped since version 2; other purposes stayed."""
+        return 2 if self.purpose == "pretrain" else self.version
 
 
 class LabelJob(SampledPreferences, BaseJob):

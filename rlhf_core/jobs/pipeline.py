@@ -11,18 +11,20 @@ from rlhf_core.jobs.data import DataConfig, ModelSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher
 from rlhf_core.jobs.online import GRPOSettings, PPOSettings, ReinforcePPSettings, RLOOSettings
 from rlhf_core.jobs.preference import DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
+from rlhf_core.jobs.pretraining import NewModelSettings, PretrainSettings
 from rlhf_core.jobs.results import EvaluateSettings, PublishSettings
 from rlhf_core.jobs.training import RewardSettings, SFTSettings
 
 Preset = Literal[
     "none", "smoke", "demo", "dpo", "simpo", "orpo", "kto", "grpo", "rloo", "reinforce_pp",
-    "iterative-dpo", "bloom-560m", "llama-7b",
+    "iterative-dpo", "pretrain", "bloom-560m", "llama-7b",
 ]  # fmt: skip
 """Settings that come with the project, in deployments/presets."""
 
 TrainingStage = Literal[
-    "sft", "reward", "dpo", "simpo", "orpo", "kto", "ppo", "grpo", "rloo", "reinforce_pp"
-]
+    "pretrain", "sft", "reward", "dpo", "simpo", "orpo", "kto", "ppo", "grpo", "rloo",
+    "reinforce_pp",
+]  # fmt: skip
 """Algorithms that train: each has a section of settings of its name, and a job."""
 
 
@@ -46,6 +48,9 @@ class PipelineConfig(Settings):
     several rounds, preference pairs are sampled anew in each, as data.rounds says."""
     model: ModelSettings = ModelSettings()
     """Base model."""
+    new_model: NewModelSettings | None = None
+    """Make the base model from nothing, with a tokenizer of the text in data.pretrain, instead of
+    importing one; model then counts for nothing but its trust_remote_code."""
     reward_model: str | None = None
     """Reward model that is there already, when reward is not among the stages: artifact:DIGEST,
     local folder, or Hugging Face id."""
@@ -53,6 +58,8 @@ class PipelineConfig(Settings):
     """Data sets."""
     resources: Resources = Resources()
     """Placement of every stage that has none of its own."""
+    pretrain: PretrainSettings = PretrainSettings()
+    """Pretraining on plain text, where stages has pretrain."""
     sft: SFTSettings = SFTSettings()
     """Supervised fine-tuning, where stages has sft."""
     reward: RewardSettings = RewardSettings()

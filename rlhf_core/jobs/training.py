@@ -19,7 +19,7 @@ from rlhf_core.jobs.base import (
 
 
 class LoRA(Settings):
-    """Low-rank adapters (peft), merged into the weights that are published."""
+    """Low-rank adapters (peft), merged into the weights that are published and kept beside them."""
 
     rank: PositiveInt = 8
     """Rank of the update matrices."""

@@ -41,6 +41,8 @@ def leaves(value, path=()):
 
 def at(config, path):
     for key in path:
+        if config is None:  # a section that is empty by default
+            return None
         config = getattr(config, key) if isinstance(config, BaseModel) else config[key]
     return config
 

@@ -1,5 +1,7 @@
 """SFT, reward model and PPO as real jobs on real ranks."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,9 @@ def one_rank(stages, models, data, reward):
         "sft-micro-1": sft_job(models, data, seed=0, resources=resources(micro_batch_size=1)),
         "sft-checkpointing": sft_job(models, data, resources=ckpt),
         "sft-lora": sft_job(models, data, lora=lora, max_steps=12, learning_rate=1e-2),
+        "sft-lora-gpt2": sft_job(
+            models, data, model=models["gpt2"], lora=lora, max_steps=3, learning_rate=1e-2
+        ),
         "sft-top": sft_job(models, data, trainable_layers=1, max_steps=12, learning_rate=1e-2),
         "reward-lora": reward_job(models, data, lora=lora, max_steps=3),
         "reward-top": reward_job(models, data, trainable_layers=1, max_steps=3),
@@ -82,6 +87,10 @@ def two_ranks(stages, models, data, reward):
         jobs[f"sft-{kind}"] = sft_job(models, data, **update)
         jobs[f"ppo-{kind}"] = ppo_job(models, data, reward.digest, **update)
     jobs["reward"] = reward_job(models, data, weight_decay=1e-12)
+    jobs["sft-lora"] = sft_job(
+        models, data, lora=LoRA(rank=2, alpha=8), max_steps=12, learning_rate=1e-2,
+        weight_decay=1e-12, resources=resources(strategy="zero2"),
+    )  # fmt: skip
     return dict(zip(jobs, stages.run(*jobs.values(), ranks=2), strict=True))
 
 
@@ -131,6 +140,31 @@ def test_two_ranks_sample_and_train_ppo_as_one_does(stages, one_rank, two_ranks,
 def test_adapters_and_top_layers_learn(stages, one_rank, variant):
     run = losses(stages, one_rank[variant])
     assert run[-1] < run[0] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "variant", "base"),
+    [("one_rank", "sft-lora", "llama"), ("one_rank", "sft-lora-gpt2", "gpt2"),
+     ("two_ranks", "sft-lora", "llama")],
+)  # fmt: skip
+def test_adapter_on_the_plain_base_is_the_merged_model(
+    stages, models, request, ranks, variant, base
+):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = stages.store.fetch(request.getfixturevalue(ranks)[variant].digest)
+    ids = torch.arange(40, 60).view(2, 10)
+    model = AutoModelForCausalLM.from_pretrained(stages.store.fetch(models[base])).eval()
+    with torch.no_grad():
+        before = model(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+        adapted = PeftModel.from_pretrained(model, folder / "adapter").eval()(ids).logits
+    torch.testing.assert_close(adapted, merged, atol=1e-5, rtol=1e-5)
+    assert (merged - before).abs().max() > 1e-2
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"artifact:{models[base]}"
 
 
 def test_top_layers_leave_the_lower_ones_untouched(stages, models, one_rank):
