@@ -34,10 +34,9 @@ def serve(
     """Serve a model to any OpenAI client: the newest published one, or any stage's."""
     from typing import cast, get_args
 
-    from rlhf_core.serving import Engine, main
-
     from flows.access import password_for
     from flows.lookup import find_model
+    from rlhf_core.serving import Engine, main
 
     if engine not in get_args(Engine):
         raise typer.BadParameter(f"{engine}: choose one of {', '.join(get_args(Engine))}")
