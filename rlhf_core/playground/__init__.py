@@ -4,8 +4,9 @@ votes       preference rows in the store; read as the data set `playground-votes
 catalogue   what can be chosen
 pool        models in memory, and which of them go first
 asking      one question to several models at once
+conversation, render   what was said, and how it is shown
 texts       what the page says, in English and Chinese
-page        the page (Gradio)
+page        what the page does (Gradio); layout: where things stand; serving: the server
 
-Only `pool`, `asking` and `page` import torch or Gradio.
+Only `page` and `layout` import Gradio, and only functions that compute import torch.
 """

@@ -1,7 +1,7 @@
 """The page: replies of several models side by side, their scores, and votes on them.
 
-`Page` holds what the page does; `build` lays it out. Nothing is asked of other machines: analytics,
-update checks and web fonts are off.
+Nothing is asked of other machines: analytics, update checks and web fonts are off. Where things
+stand: layout.
 """
 
 from __future__ import annotations
@@ -21,23 +21,9 @@ from rlhf_core.playground.asking import Asker, describe
 from rlhf_core.playground.catalogue import RunChoices
 from rlhf_core.playground.conversation import Conversation
 from rlhf_core.playground.render import COLUMNS, bubbles
-from rlhf_core.playground.texts import EXAMPLES, LANGUAGES, language_of, say
+from rlhf_core.playground.texts import language_of, say
 from rlhf_core.playground.votes import count_votes, save_vote
 from rlhf_core.replies import Sampling
-
-FONTS = [
-    "system-ui",
-    "Noto Sans",
-    "Noto Sans CJK SC",
-    "PingFang SC",
-    "Microsoft YaHei",
-    "sans-serif",
-]
-CSS = """
-footer, .pane button[aria-label="Clear"], .pane .top-panel { display: none !important }
-.score { opacity: .75; font-size: .85em }
-.low { align-items: flex-end }
-"""
 
 Updates = dict[Any, Any]
 
@@ -214,106 +200,3 @@ class Page:
                 visible=len(talk.choices) > 1,
             )
         return updates
-
-
-def build(page: Page) -> gr.Blocks:
-    """Lay the page out, in English until a browser says what it wants."""
-    c = page.c
-
-    def text(key: str) -> str:
-        return say("en", key, most=COLUMNS)
-
-    with gr.Blocks(title="rlhf playground", analytics_enabled=False, fill_width=True) as blocks:
-        c["runs"] = gr.State([])
-        c["talk"] = gr.State(Conversation())
-        with gr.Row(equal_height=True):
-            with gr.Column(scale=5):
-                c["title"] = gr.Markdown(f"# {text('title')}")
-                c["intro"] = gr.Markdown(text("intro"))
-            languages = [(name, code) for code, name in LANGUAGES.items()]
-            c["language"] = gr.Radio(languages, value="en", label=text("language"), scale=1)
-        with gr.Row(elem_classes="low"):
-            c["run"] = gr.Dropdown([], label=text("run"), scale=2)
-            c["models"] = gr.Dropdown(
-                [], label=text("models"), multiselect=True, max_choices=COLUMNS, scale=4,
-                elem_id="models",
-            )  # fmt: skip
-            c["refresh"] = gr.Button(text("refresh"), scale=0, min_width=170)
-        _settings(c, text)
-        with gr.Row():
-            for i in range(COLUMNS):
-                with gr.Column(visible=i < 2, min_width=280, elem_classes="pane") as column:
-                    page.names.append(gr.Markdown("", elem_id=f"name-{i}"))
-                    page.chats.append(
-                        gr.Chatbot(
-                            show_label=False, height=380, elem_id=f"chat-{i}", buttons=["copy"]
-                        )
-                    )
-                    page.buttons.append(gr.Button(text("best"), elem_id=f"vote-{i}"))
-                page.columns.append(column)
-        c["status"] = gr.Markdown("", elem_id="status")
-        with gr.Row(elem_classes="low"):
-            c["message"] = gr.Textbox(
-                "", label=text("message"), lines=1, max_lines=6, scale=8, elem_id="message",
-                autofocus=True,
-            )  # fmt: skip
-            c["ask"] = gr.Button(
-                text("ask"), variant="primary", elem_id="ask", scale=0, min_width=110
-            )
-            c["stop"] = gr.Button(text("stop"), elem_id="stop", scale=0, min_width=90)
-            c["new"] = gr.Button(text("new"), elem_id="new", scale=0, min_width=130)
-        c["examples"] = gr.Dataset(
-            components=[c["message"]], samples=[[e] for e in EXAMPLES], label=text("examples")
-        )
-        _connect(page, blocks)
-    return blocks
-
-
-def _settings(c: dict[str, Any], text: Callable[[str], str]) -> None:
-    with gr.Accordion(text("settings"), open=False) as c["settings"]:
-        with gr.Row():
-            c["length"] = gr.Slider(8, 2048, 256, step=8, label=text("length"), elem_id="length")
-            c["temperature"] = gr.Slider(
-                0, 2, 0.7, step=0.05, label=text("temperature"), elem_id="temperature"
-            )
-            c["top_p"] = gr.Slider(0.05, 1, 1, step=0.05, label=text("top_p"), elem_id="top-p")
-        with gr.Row(equal_height=True):
-            c["system"] = gr.Textbox("", label=text("system"), scale=3)
-            c["common"] = gr.Checkbox(True, label=text("common"), scale=2)
-
-
-def _connect(page: Page, blocks: gr.Blocks) -> None:
-    """Which component calls what. Nothing of it is offered as an API."""
-    c = page.c
-    everything = [*c.values(), *page.chats, *page.buttons, *page.columns, *page.names]
-    hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    whole: dict[str, Any] = {"outputs": everything, **hidden}
-    language, runs, run, talk = c["language"], c["runs"], c["run"], c["talk"]
-    sampling = [c["length"], c["temperature"], c["top_p"]]
-
-    blocks.load(page.open, None, **whole)
-    blocks.unload(page.leave)
-    language.input(page.relabel, [language, talk], **whole)
-    c["refresh"].click(page.look, [language], **whole)
-    run.input(page.choose_run, [language, runs, run], **whole)
-    c["models"].input(page.choose_models, [language, runs, run, c["models"]], **whole)
-    c["new"].click(page.fresh, [language, talk], **whole)
-    question = [language, runs, run, talk, c["message"], *sampling, c["system"], c["common"]]
-    gr.on(
-        [c["ask"].click, c["message"].submit], page.ask, question,
-        concurrency_limit=1, trigger_mode="once", **whole,
-    )  # fmt: skip
-    c["stop"].click(page.stop, None, None, **hidden)
-    c["examples"].click(lambda sample: sample[0], c["examples"], c["message"], **hidden)
-    for i, button in enumerate(page.buttons):
-        button.click(_voter(page, i), [language, run, talk, *sampling], **whole)
-
-
-def _voter(page: Page, place: int) -> Callable[..., Updates]:
-    def vote(
-        language: str, run: str, talk: Conversation, length: float, temperature: float,
-        top_p: float, request: gr.Request,
-    ) -> Updates:  # fmt: skip
-        return page.vote(place, language, run, talk, length, temperature, top_p, request)
-
-    return vote

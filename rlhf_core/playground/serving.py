@@ -45,7 +45,8 @@ def main(
         raise ConfigError(
             f"The page needs Gradio ({error}): pip install 'rlhf-pipeline[playground]'"
         ) from error
-    from rlhf_core.playground.page import CSS, FONTS, Page, build
+    from rlhf_core.playground.layout import CSS, FONTS, build
+    from rlhf_core.playground.page import Page
 
     limit = default_limit() if memory_gb is None else int(memory_gb * 1e9)
     page = Page(Asker(store, ModelPool(limit), trust_remote_code), catalogue)

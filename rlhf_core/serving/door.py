@@ -3,6 +3,7 @@ and takes no notice of `max_completion_tokens`, today's name for the longest rep
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -22,11 +23,13 @@ class Door:
     """An ASGI application in front of another.
 
     Args:
+        name: of the one model.
         key: that clients have to send as `Authorization: Bearer KEY`; None: nobody is asked.
     """
 
-    def __init__(self, app: App, key: str | None) -> None:
+    def __init__(self, app: App, name: str, key: str | None) -> None:
         self.app = app
+        self.name = name
         self.key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,12 +44,23 @@ class Door:
         elif scope["method"] != "POST":
             await self.app({**scope, "path": path}, receive, send)
         else:
-            body = await read_body(receive)
-            if body is None:
-                await refuse(send, 413, f"The request has more than {LARGEST_BODY} bytes.")
-                return
-            scope, receive = _replayed(scope, path, modern(body), receive)
-            await self.app(scope, receive, send)
+            await self._post(scope, path, receive, send)
+
+    async def _post(self, scope: Scope, path: str, receive: Receive, send: Send) -> None:
+        body = await read_body(receive)
+        if body is None:
+            await refuse(send, 413, f"The request has more than {LARGEST_BODY} bytes.")
+            return
+        with contextlib.suppress(ValueError):  # the server says what is wrong with it
+            request = json.loads(body)
+            if isinstance(request, dict):
+                if (wanted := request.get("model")) not in (None, self.name):
+                    text = f"There is no model {str(wanted)[:100]!r} here; there is {self.name}."
+                    await refuse(send, 404, text)
+                    return
+                body = json.dumps(modern(request)).encode()
+        scope, receive = _replayed(scope, path, body, receive)
+        await self.app(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
         if self.key is None:
@@ -55,18 +69,12 @@ class Door:
         return hmac.compare_digest(given, f"Bearer {self.key}".encode())
 
 
-def modern(body: bytes) -> bytes:
+def modern(request: dict[str, Any]) -> dict[str, Any]:
     """A request in the words that transformers' server understands."""
-    try:
-        request = json.loads(body)
-    except ValueError:
-        return body  # the server says what is wrong with it
-    if not isinstance(request, dict):
-        return body
     longest = request.pop("max_completion_tokens", None)
     if longest is not None and request.get("max_tokens") is None:
         request["max_tokens"] = longest
-    return json.dumps(request).encode()
+    return request
 
 
 async def read_body(receive: Receive) -> bytes | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -40,7 +41,7 @@ class OneModel(ModelManager):
 
     def __init__(self, name: str, talker: Talker) -> None:
         super().__init__(device=talker.device)
-        self.force_model = name  # a request for another model is refused
+        self.force_model = name  # for requests that name none
         self._talker = talker
         self._since = int(time.time())
 
@@ -73,7 +74,7 @@ def application(name: str, talker: Talker, key: str | None) -> Door:
         transcription_handler=TranscriptionHandler(manager, state),
         generation_state=state,
     )
-    return Door(served, key)
+    return Door(served, name, key)
 
 
 def sample_by_default(config: Any) -> None:
@@ -95,6 +96,11 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # A reply that is cut off by the end is no error of the server's.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -41,29 +41,38 @@ async def echo(scope, receive, send):
 
 @pytest.mark.parametrize("path", ["/load_model", "/reset", "/docs", "/v1/audio/transcriptions"])
 def test_paths_that_load_or_drop_models_are_closed(path):
-    status, answer = ask(Door(echo, None), path, {})
+    status, answer = ask(Door(echo, "bot", None), path, {})
     assert status == 404 and path in answer["error"]["message"]
 
 
 def test_key_is_asked_for():
-    door = Door(echo, "right-key")
+    door = Door(echo, "bot", "right-key")
     assert ask(door, "/v1/models")[0] == 401
     assert ask(door, "/v1/models", key="wrong-key")[0] == 401
     assert ask(door, "/v1/models", key="right-key")[0] == 200
     assert ask(door, "/health")[0] == 200
-    assert ask(Door(echo, None), "/v1/models")[0] == 200
+    assert ask(Door(echo, "bot", None), "/v1/models")[0] == 200
 
 
 def test_newer_name_of_the_longest_reply_is_understood():
     path = "/v1/chat/completions"
-    assert ask(Door(echo, None), path, {"max_completion_tokens": 5})[1] == {"max_tokens": 5}
+    assert ask(Door(echo, "bot", None), path, {"max_completion_tokens": 5})[1] == {"max_tokens": 5}
     both = {"max_completion_tokens": 5, "max_tokens": 3}
-    assert ask(Door(echo, None), path, both)[1] == {"max_tokens": 3}
+    assert ask(Door(echo, "bot", None), path, both)[1] == {"max_tokens": 3}
+
+
+def test_only_the_one_model_is_there():
+    path, door = "/v1/chat/completions", Door(echo, "bot", None)
+    status, answer = ask(door, path, {"model": "gpt2"})
+    assert status == 404
+    assert answer["error"]["message"] == "There is no model 'gpt2' here; there is bot."
+    assert ask(door, path, {"model": "bot"}) == (200, {"model": "bot"})
+    assert ask(door, path, ["not", "an", "object"])[0] == 200  # the server's to refuse
 
 
 def test_request_that_is_too_large_is_refused():
     body = {"messages": "x" * LARGEST_BODY}
-    assert ask(Door(echo, None), "/v1/chat/completions", body)[0] == 413
+    assert ask(Door(echo, "bot", None), "/v1/chat/completions", body)[0] == 413
 
 
 def test_vllm_gets_folder_name_and_address_but_no_key():
