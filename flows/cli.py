@@ -17,13 +17,13 @@ import typer
 from flows.collecting import gc
 from flows.listing import StoreUrl, artifacts, open_now, runs
 from flows.models import models
+from flows.playground import playground
+from flows.serve import serve
 from rlhf_core.errors import ConfigError, PreflightError, RLHFError
 from rlhf_core.secrets import hide
 
 if TYPE_CHECKING:
     from rlhf_core.jobs import PipelineConfig
-
-STAGES = ("model", "data", "sft", "label", "reward", "ppo", "evaluate", "publish")
 
 app = typer.Typer(
     name="rlhf",
@@ -83,7 +83,7 @@ def run(
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="model, data, sft, label, reward, ppo, evaluate.")],
+    name: Annotated[str, typer.Argument(help="model, data, sft, label, reward, ppo, evaluate ...")],
     preset: Preset = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -91,11 +91,15 @@ def stage(
     verbose: Verbose = False,
 ) -> None:
     """Run one stage, and those before it that the store has no result of yet."""
-    if name not in STAGES:
-        close = difflib.get_close_matches(name, STAGES, 1)
+    from rlhf_core.recipe import stage_names, steps
+
+    settings = _settings(preset, config, overrides, store)
+    names = stage_names(settings)
+    if name not in {*names, *(step.algorithm for step in steps(settings))}:
+        close = difflib.get_close_matches(name, names, 1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"There is no stage {name!r}.{hint} Stages: {', '.join(STAGES)}.")
-    _run(_settings(preset, config, overrides, store), name, verbose)
+        raise ConfigError(f"There is no stage {name!r}.{hint} Stages: {', '.join(names)}.")
+    _run(settings, name, verbose)
 
 
 @app.command()
@@ -171,6 +175,8 @@ def presets() -> None:
 
 
 app.command("runs")(runs)
+app.command("playground")(playground)
+app.command("serve")(serve)
 
 
 @app.command()
@@ -202,7 +208,7 @@ def notify(
 @app.command()
 def chat(
     model: Annotated[
-        str | None, typer.Argument(help="Published name, stage (sft, ppo) or digest.")
+        str | None, typer.Argument(help="Published name, stage (sft, ppo, dpo) or digest.")
     ] = None,
     once: Annotated[
         str | None, typer.Option("--once", help="Answer this one message and end.")

@@ -56,13 +56,13 @@ def find_model(store: Store, wanted: str | None) -> Artifact:
                 f"{artifact.ref} is a {artifact.kind}, not a model one can talk to."
             )
         return artifact
-    stages = ("model", "sft", "ppo")
+    stages = sorted({name for run in read_runs(store) for name in _models_of(run)})
     close = difflib.get_close_matches(wanted, [*names, *stages], 1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise ArtifactNotFound(
         f"There is no model {wanted!r} in {store.url}.{hint} Published: "
-        f"{', '.join(names) or 'none'}; stages of runs: {', '.join(stages)}; or a digest from "
-        "`rlhf artifacts list`."
+        f"{', '.join(names) or 'none'}; stages of runs: {', '.join(stages) or 'none'}; "
+        "or a digest from `rlhf artifacts list`."
     )
 
 
@@ -80,6 +80,11 @@ def _champion(store: Store, name: str | None) -> Artifact:
     raise ArtifactNotFound(
         f"No model is published in {store.url} yet; `rlhf run --preset demo` makes one."
     )
+
+
+def _models_of(run: dict[str, Any]) -> list[str]:
+    stages = run.get("stages") or {}
+    return [name for name, stage in stages.items() if stage.get("kind") in MODEL_KINDS]
 
 
 def find_any(store: Store, wanted: str) -> Artifact:

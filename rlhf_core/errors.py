@@ -14,7 +14,7 @@
     ├── TrainingFailure         "training"
     │   ├── NonFinite           "nonfinite"  a loss or gradient is NaN or infinite
     │   │   └── RateLowered     "rate_lowered"  the same; retried with a lower learning rate
-    │   └── PolicyCollapse      "collapse"   KL or length left its bounds
+    │   └── PolicyCollapse      "collapse"   KL, repetition or the like left its bound
     ├── GateFailed              "gate"       a result misses a bound that the settings declare
     ├── JudgeError              "judge"      a judge's endpoint refuses, fails or cannot be read
     └── JobFailed               "job"        a launched process died; category is the process's own
@@ -121,7 +121,7 @@ class RateLowered(NonFinite):
 
 
 class PolicyCollapse(TrainingFailure):
-    """KL or response length left the bounds that the job sets."""
+    """KL, repetition, entropy or unfinished replies left the bounds that the job sets."""
 
     category = "collapse"
 

@@ -3,30 +3,28 @@
 from tasks.publish import champion, keep_candidate, publish
 from tasks.report import render, report
 from tasks.stages import (
+    TRAIN,
     compare,
     evaluate,
     import_model,
+    import_reward,
     label,
-    ppo,
     preflight,
     prepare_data,
-    reward,
-    sft,
 )
 
 __all__ = [
+    "TRAIN",
     "champion",
     "compare",
     "evaluate",
     "import_model",
+    "import_reward",
     "keep_candidate",
     "label",
-    "ppo",
     "preflight",
     "prepare_data",
     "publish",
     "render",
     "report",
-    "reward",
-    "sft",
 ]

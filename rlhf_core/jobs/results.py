@@ -17,10 +17,11 @@ from rlhf_core.jobs.base import (
     Slug,
     job_input,
 )
+from rlhf_core.jobs.judging import EndpointJudgeSettings
 
 
 class EvaluateSettings(Settings):
-    """Comparison of base, SFT and PPO models on held-out prompts."""
+    """Comparison of the base, SFT and finished models on held-out prompts."""
 
     max_prompts: PositiveInt = 128
     """Held-out prompts at most."""
@@ -30,6 +31,9 @@ class EvaluateSettings(Settings):
     """Sampling temperature of the replies."""
     judge: Literal["none", "vader"] = "none"
     """Gold judge that training never sees, reported beside the reward model."""
+    judge_endpoint: EndpointJudgeSettings | None = None
+    """A judge behind an OpenAI-compatible endpoint, asked for each prompt whether the finished
+    model's reply or that of the model it started from is better; empty: none."""
     samples: PositiveInt = 8
     """Prompts shown with each model's reply in the report."""
     min_win_rate: Fraction | None = None
@@ -69,6 +73,7 @@ class Gates(Settings):
 class EvaluateJob(EvaluateSettings, BaseJob):
     """Evaluation on held-out data."""
 
+    version: ClassVar[int] = 2
     module: ClassVar[str] = "rlhf_core.evaluate"
     kind: ClassVar[str] = "evaluation"
     apart: ClassVar[frozenset[str]] = BaseJob.apart | {"min_win_rate", "max_length_ratio"}
@@ -79,15 +84,15 @@ class EvaluateJob(EvaluateSettings, BaseJob):
     """Longest reply."""
     base: Digest = job_input()
     """Base model."""
-    sft: Digest = job_input()
-    """SFT model."""
-    policy: Digest = job_input()
-    """Aligned model."""
-    reward_model: Digest = job_input()
-    """Reward model."""
+    sft: Digest | None = job_input(default=None)
+    """Model that the alignment started from, and the reference of the KL; empty: base."""
+    policy: Digest = job_input("model")
+    """The finished model."""
+    reward_model: Digest | None = job_input(default=None)
+    """Reward model, where there is one."""
     prompts: Digest = job_input()
     """Data set of purpose prompts."""
-    sft_data: Digest = job_input()
+    sft_data: Digest | None = job_input("sft", default=None)
     """Data set of purpose sft, for the held-out loss."""
     resources: Resources = Resources()
     """Placement."""

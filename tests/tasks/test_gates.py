@@ -8,7 +8,7 @@ from tasks.gates import check_evaluation, check_reward, judge
 
 GOOD = {
     "reward_model": {"accuracy": 0.7},
-    "models": {"ppo": {"kl_mean": 6.0}},
+    "models": {"policy": {"kl_mean": 6.0}},
     "win_rate": {"reward": {"rate": 0.9}, "gold": {"rate": 0.6}},
 }
 

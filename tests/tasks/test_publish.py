@@ -38,7 +38,7 @@ def made(run):
     job = {"algorithm": "ppo", "kl_coef": 0.05}
     metadata = {"job": job, "metrics": {"kl": 3.5}}
     policy = add(run, "ppo", "model", files, [base.digest, data.digest], metadata)
-    numbers = b'{"models": {"ppo": {"gold_mean": 0.5, "gold_se": 0.1, "n": 8}}}'
+    numbers = b'{"models": {"policy": {"gold_mean": 0.5, "gold_se": 0.1, "n": 8}}}'
     evaluation = add(run, "evaluate", "evaluation", {"evaluation.json": numbers}, [policy.digest])
     return policy.digest, evaluation.digest
 
