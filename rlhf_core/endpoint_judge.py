@@ -64,9 +64,9 @@ class EndpointJudge:
         triples = list(zip(prompts, left, right, strict=True))
         asked = [i for i, (_, a, b) in enumerate(triples) if a != b]
         questions = [
-            (prompt, *(replies if not swapped else replies[::-1]))
-            for prompt, *replies in (triples[i] for i in asked)
-            for swapped in (False, True)
+            (prompt, *replies)
+            for prompt, a, b in (triples[i] for i in asked)
+            for replies in ((a, b), (b, a))
         ]
         verdicts = self._ask_all(questions)
         self._check_clear(verdicts)
