@@ -23,6 +23,7 @@ from rlhf_core.jobs import Gates, PipelineConfig
 from rlhf_core.presets import resolve_preset
 from rlhf_core.recipe import data_sets
 from rlhf_core.source_id import fingerprint as model_fingerprint
+from rlhf_core.store import Store
 from tasks.evaluation import read_evaluation
 from tasks.events import say, without_tracebacks
 from tasks.gates import judge
@@ -62,7 +63,7 @@ def rlhf_retrain(
     run = Run(
         config, new_run_id(flow_run, runtime.flow_run.scheduled_start_time), flow_run=flow_run
     )
-    state = _source_state(config)
+    state = _source_state(config, run.store)
     path = f"retrain/{config.publish.name}.json"
     last = run.store.read_record(path) or {}
     if last.get("state") == state and not force:
@@ -100,12 +101,14 @@ def rlhf_retrain(
     return Completed(name=name, message=verdict["text"], data=run.summary())
 
 
-def _source_state(config: PipelineConfig) -> str:
+def _source_state(config: PipelineConfig, store: Store) -> str:
     """A digest of the settings and of everything that they read."""
     parts = {
         "config": config.model_dump(mode="json", exclude={"resources", "launcher", "name"}),
         "model": model_fingerprint(config.model.source, config.model.revision),
-        "data": {name: data_fingerprint(settings) for _, name, settings in data_sets(config)},
+        "data": {
+            name: data_fingerprint(settings, store) for _, name, settings in data_sets(config)
+        },
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

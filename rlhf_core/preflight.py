@@ -77,7 +77,7 @@ def check(
         return problems
     problems += check_data_settings(config)
     if contact:
-        problems += _check_data_sources(config)
+        problems += _check_data_sources(config, store)
     if contact and here:
         problems += _check_packages(config)
     if here:
@@ -119,13 +119,13 @@ def _check_store(config: PipelineConfig, store: Store | None) -> tuple[Store | N
     return opened, []
 
 
-def _check_data_sources(config: PipelineConfig) -> list[str]:
+def _check_data_sources(config: PipelineConfig, store: Store | None) -> list[str]:
     from rlhf_core.data.check import check_source
 
     problems = []
     for purpose, name, settings in recipe.data_sets(config):
         try:
-            found = _unreachable(settings) or check_source(settings, purpose)
+            found = _unreachable(settings) or check_source(settings, purpose, store)
         except RLHFError as error:
             found = [str(error)]
         problems += [f"{name}: {text}" for text in found]

@@ -151,7 +151,7 @@ def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
             purpose=purpose,
             model=model,
             trust_remote_code=run.config.model.trust_remote_code,
-            fingerprint=data_fingerprint(settings),
+            fingerprint=data_fingerprint(settings, run.store),
         )
         for purpose, setting, settings in recipe.data_sets(run.config)
     }
