@@ -13,9 +13,12 @@ from prefect.states import Completed
 import tasks
 from flows import approval
 from rlhf_core import recipe
+from rlhf_core.errors import GateFailed
 from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.presets import resolve_preset
+from tasks.evaluation import read_evaluation
 from tasks.events import say, without_tracebacks
+from tasks.gates import check_evaluation
 from tasks.run import Run, new_run_id, recorded
 from tasks.watch import watched
 
@@ -88,12 +91,18 @@ def pipeline(run: Run) -> Iterator[str]:
     if not recipe.makes_a_model(run.config):
         return
     evaluation = tasks.evaluate(run, given)
+    numbers = read_evaluation(run.store, evaluation.digest)
+    if wrong := check_evaluation(run.config.evaluate, numbers):
+        tasks.keep_candidate(run, given["model"], evaluation.digest, wrong)
+        raise GateFailed(wrong)
     yield "evaluate"
 
     if run.config.publish.approval == "manual":
         decision = approval.ask(run.config, tasks.render(run, has_curves=False))
         run.decision = decision.model_dump()
         if decision.decision == "reject":
+            reason = f"rejected: {decision.reason or 'no reason given'}"
+            tasks.keep_candidate(run, given["model"], evaluation.digest, reason)
             return
     tasks.publish(run, given["model"], evaluation.digest)
     yield "publish"

@@ -14,6 +14,7 @@ from rlhf_core import recipe
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import (
     DataSettings,
+    EndpointJudgeSettings,
     LocalLauncher,
     ModelSettings,
     PipelineConfig,
@@ -80,6 +81,8 @@ def check(
         problems += _check_data_sources(config, store)
     if contact and here:
         problems += _check_packages(config)
+    if contact and here and config.evaluate.judge_endpoint is not None:
+        problems += _check_judge(config.evaluate.judge_endpoint)
     if here:
         problems += check_placements(config, machine)
     problems += check_batches(config)
@@ -154,6 +157,16 @@ def _unreachable(settings: DataSettings) -> list[str]:
             f"reached ({type(error).__name__}: {error}); check the network and HF_ENDPOINT, or "
             "give a local file"
         ]
+    return []
+
+
+def _check_judge(settings: EndpointJudgeSettings) -> list[str]:
+    from rlhf_core.endpoint_judge import read_key
+
+    try:
+        read_key(settings)
+    except RLHFError as error:
+        return [f"evaluate.judge_endpoint: {error}"]
     return []
 
 

@@ -36,10 +36,9 @@ from rlhf_core.jobs import (
 from rlhf_core.preflight import check
 from rlhf_core.preflight_settings import reply_length
 from rlhf_core.source_id import fingerprint as model_fingerprint
-from tasks.evaluation import read_evaluation
 from tasks.events import say
 from tasks.execute import run_jobs, worth_a_retry
-from tasks.gates import check_evaluation, check_reward
+from tasks.gates import check_reward
 from tasks.run import Run, StageResult
 
 RETRY_DELAYS = [5.0, 30.0]
@@ -186,8 +185,9 @@ def _trains(algorithm: str) -> Callable[..., StageResult]:
         settings = trained(run, recipe.section(run.config, algorithm), step)
         job = cast(Job, step.job(**settings, **inputs))
         result = run_one(run, step.name, job)
-        if algorithm == "reward":
-            keep_gate(check_reward(run.config.reward, result.metrics))
+        wrong = check_reward(run.config.reward, result.metrics) if algorithm == "reward" else None
+        if wrong is not None:
+            raise GateFailed(wrong)
         return result
 
     return train
@@ -200,9 +200,7 @@ TRAIN = {algorithm: _trains(algorithm) for algorithm in get_args(TrainingStage)}
 @stage("evaluate")
 def evaluate(run: Run, given: dict[str, str]) -> StageResult:
     """The base model, the one that the alignment started from, and the finished one."""
-    result = run_evaluation(run, "evaluate", given)
-    keep_gate(check_evaluation(run.config.evaluate, read_evaluation(run.store, result.digest)))
-    return result
+    return run_evaluation(run, "evaluate", given)
 
 
 @stage("compare")
@@ -234,16 +232,6 @@ def run_evaluation(run: Run, name: str, given: dict[str, str]) -> StageResult:
         sft_data=given.get("sft"),
     )
     return run_one(run, name, job)
-
-
-def keep_gate(wrong: str | None) -> None:
-    """End the run where a gate says so.
-
-    Raises:
-        GateFailed: with the number, the bound, and what usually helps.
-    """
-    if wrong is not None:
-        raise GateFailed(wrong)
 
 
 def run_one(run: Run, name: str, job: Job) -> StageResult:

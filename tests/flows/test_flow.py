@@ -8,7 +8,7 @@ import tasks
 from rlhf_core.errors import GateFailed, JobFailed, PreflightError
 from rlhf_core.jobs import BaseJob
 from rlhf_core.presets import build_config
-from rlhf_core.store import open_store
+from rlhf_core.store import open_store, registry
 
 pytestmark = pytest.mark.slow
 STAGES = ["model", "data-sft", "data-prompts", "sft", "label", "reward", "ppo", "evaluate",
@@ -179,9 +179,11 @@ def test_failed_gate_ends_the_run_and_another_bound_goes_on(pipeline, without_to
     [path] = pipeline.store.list_records("runs/")
     record = pipeline.store.read_record(path)
     assert (record["state"], record["category"]) == ("failed", "gate")
-    assert "publish" not in record["stages"]
+    assert "publish" not in record["stages"] and "candidate" in record["stages"]
+    assert [v.state for v in registry.read_model(pipeline.store, "smoke").versions] == ["candidate"]
     again = pipeline("evaluate.min_win_rate=0.7")
-    assert reused(again) == STAGES[:-1]
+    assert reused(again) == STAGES  # the candidate is what is published
+    assert [v.state for v in registry.read_model(pipeline.store, "smoke").versions] == ["champion"]
 
 
 def test_last_stage_that_the_run_does_not_have_is_refused(pipeline):
