@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_core.data import templates
+from rlhf_core.data.carried import carried, carried_values
 from rlhf_core.data.formats import SERVES, Example, normalise
 from rlhf_core.data.row import BadRow, Message, RawRow
 from rlhf_core.data.schema import dump_messages, schema
@@ -30,6 +31,10 @@ class Plan:
     format: Format
     purpose: Purpose
     seed: int
+
+    def carried(self) -> tuple[str, ...]:
+        """Columns beside those of the purpose."""
+        return carried(self.settings) if self.purpose == "prompts" else ()
 
 
 @dataclass
@@ -95,7 +100,9 @@ def encode_piece(plan: Plan, tokenizer: Any, raws: Sequence[RawRow]) -> Piece:
             if plan.purpose == "preference" and example.chosen == example.rejected:
                 piece.dropped["identical_replies"] += 1
                 continue
-            texts.append((raw, _write_out(plan, tokenizer, example, piece.notes)))
+            text = _write_out(plan, tokenizer, example, piece.notes)
+            text.columns |= carried_values(row, plan.carried())
+            texts.append((raw, text))
         except BadRow as bad:
             piece.bad.append((raw.file, raw.number, bad.reason, bad.message))
             if plan.settings.on_bad_row == "error":
@@ -228,7 +235,7 @@ def _tokenise(
         rows.append(row)
     piece.bad.sort(key=lambda bad: (bad[0], bad[1]))
     if rows:
-        kind = schema(plan.purpose)
+        kind = schema(plan.purpose, plan.carried())
         for name in EXTRA:
             kind = kind.append(pa.field(name, pa.uint64()))
         piece.rows = pa.RecordBatch.from_pylist(rows, schema=kind)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.data import builtin
+from rlhf_core.data import builtin, reasoning
 from rlhf_core.data.readers import READABLE, read_file, reader_of
 from rlhf_core.data.row import RawRow
 from rlhf_core.errors import DataError, StoreUnavailable
@@ -43,13 +43,15 @@ class SourceFile:
 
 
 def kind_of(source: str) -> str:
-    """builtin, s3, local or hub. What exists on disk or looks like a file is local.
+    """builtin, reasoning, s3, local or hub. What exists on disk or looks like a file is local.
 
     Raises:
         DataError: none of these.
     """
     if source.startswith("builtin:"):
         return "builtin"
+    if reasoning.is_reasoning(source):
+        return "reasoning"
     if source.startswith("s3://"):
         return "s3"
     if scheme := re.match(r"([A-Za-z][\w+.-]*)://", source):
@@ -200,6 +202,8 @@ def open_rows(settings: DataSettings) -> Iterator[RawRow]:
     kind = kind_of(settings.source)
     if kind == "builtin":
         yield from builtin.rows(settings.source.removeprefix("builtin:"), settings.subset)
+    elif kind == "reasoning":
+        yield from reasoning.rows(settings.source)
     elif kind == "hub":
         yield from _hub_rows(settings)
     else:
@@ -248,8 +252,8 @@ def fingerprint(settings: DataSettings) -> str:
     """Identity of a source's contents: the same text as long as nothing in it changes.
 
     Local files: names and sha256 of their contents. S3: names, sizes and etags. Hub: the commit
-    that the revision names, or the revision when the hub cannot be asked. Built-in: the version of
-    the package.
+    that the revision names, or the revision when the hub cannot be asked. Built-in, and
+    reasoning-gym: the version of the package.
 
     Raises:
         DataError, StoreUnavailable: as `find_files`.
@@ -257,6 +261,8 @@ def fingerprint(settings: DataSettings) -> str:
     kind = kind_of(settings.source)
     if kind == "builtin":
         return f"{settings.source}@{builtin.version(settings.source.removeprefix('builtin:'))}"
+    if kind == "reasoning":
+        return f"{settings.source}@{reasoning.version()}"
     if kind == "hub":
         return f"hub:{settings.source}@{_hub_commit(settings)}"
     total = hashlib.sha256()
