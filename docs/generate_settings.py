@@ -87,8 +87,10 @@ def _paths(schema: dict[str, Any], models: dict[str, Any]) -> dict[str, list[str
 
 
 def _references(field: dict[str, Any]) -> list[str]:
-    options = [field, *field.get("anyOf", [])]
-    return [str(o["$ref"]).rsplit("/", 1)[-1] for o in options if "$ref" in o]
+    if "$ref" in field:
+        return [str(field["$ref"]).rsplit("/", 1)[-1]]
+    options = [*field.get("anyOf", []), *filter(None, [field.get("items")])]
+    return [name for option in options for name in _references(option)]
 
 
 def _table(model: dict[str, Any]) -> str:
@@ -110,6 +112,8 @@ def _value(field: dict[str, Any]) -> str:
         return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
+    if _references(field):
+        return f"list of {_value(field['items'])}"
     words = {"integer": "integer", "number": "number", "string": "text", "boolean": "true, false"}
     kind = {"array": "list of texts", "object": "mapping"} | words
     return " ".join([kind[field["type"]], *_bounds(field)])
@@ -126,7 +130,7 @@ def _bounds(field: dict[str, Any]) -> list[str]:
 
 def _default(field: dict[str, Any]) -> str:
     value = field.get("default")
-    if value is None or isinstance(value, dict):
+    if value in (None, "") or isinstance(value, dict):
         return ""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"`{text}`"
