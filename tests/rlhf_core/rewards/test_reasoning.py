@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.jobs import DataSettings
 from rlhf_core.jobs.rewards import ReasoningGymReward
 from rlhf_core.rewards import Rules
-from rlhf_core.rewards.reasoning import Verifier, installed
+from rlhf_core.rewards.reasoning import Verifier
 from tests.rlhf_core.data.helpers import prepared
 
 
@@ -129,9 +130,15 @@ def test_package_that_is_missing_is_named_with_the_command(monkeypatch):
     monkeypatch.setattr("rlhf_core.rewards.reasoning.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "rlhf-pipeline\[reasoning\]"'):
         Rules([ReasoningGymReward()], seed=0)
-    if not installed():
-        with pytest.raises(DataError, match=r'pip install "rlhf-pipeline\[reasoning\]"'):
-            rows("reasoning-gym:leg_counting")
+
+
+def test_source_whose_package_is_missing_is_refused_with_the_command(monkeypatch):
+    def gone(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", gone)
+    with pytest.raises(DataError, match=r'pip install "rlhf-pipeline\[reasoning\]"'):
+        rows("reasoning-gym:leg_counting")
 
 
 @pytest.mark.parametrize("task", ["leg_counting", "basic_arithmetic", "countdown", "word_sorting"])
