@@ -87,10 +87,9 @@ def _paths(schema: dict[str, Any], models: dict[str, Any]) -> dict[str, list[str
 
 
 def _references(field: dict[str, Any]) -> list[str]:
-    if "$ref" in field:
-        return [str(field["$ref"]).rsplit("/", 1)[-1]]
-    options = [*field.get("anyOf", []), *filter(None, [field.get("items")])]
-    return [name for option in options for name in _references(option)]
+    items = field.get("items", {})
+    options = [field, *field.get("anyOf", []), items, *items.get("anyOf", [])]
+    return [str(o["$ref"]).rsplit("/", 1)[-1] for o in options if "$ref" in o]
 
 
 def _table(model: dict[str, Any]) -> str:
@@ -112,8 +111,8 @@ def _value(field: dict[str, Any]) -> str:
         return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
-    if _references(field):
-        return f"list of {_value(field['items'])}"
+    if items := [name for name in _references(field) if field.get("type") == "array"]:
+        return "list of " + " or ".join(f"[{name}](#{name.lower()})" for name in items)
     words = {"integer": "integer", "number": "number", "string": "text", "boolean": "true, false"}
     kind = {"array": "list of texts", "object": "mapping"} | words
     return " ".join([kind[field["type"]], *_bounds(field)])
