@@ -7,9 +7,9 @@ docs/rewards.md has the table.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from rlhf_core.jobs.base import LARGEST, PositiveInt, Settings
 
@@ -72,16 +72,22 @@ class MustEndReward(WeightedReward):
     end_of_turn: bool = True
     """The reply must have ended with its end-of-turn token, so must not have been cut."""
 
-    @model_validator(mode="after")
-    def _something_to_look_for(self) -> Self:
-        if any(not text.strip() for text in self.endings):
+    @field_validator("endings")
+    @classmethod
+    def _no_empty_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not text.strip() for text in value):
             raise ValueError("endings holds an empty text, with which every reply ends; remove it")
-        if not self.endings and not self.end_of_turn:
+        return value
+
+    @field_validator("end_of_turn")
+    @classmethod
+    def _something_to_look_for(cls, value: bool, info: ValidationInfo) -> bool:
+        if not value and not info.data.get("endings", True):
             raise ValueError(
                 "endings is empty and end_of_turn is false, so that every reply would get 1; give "
                 "endings, or set end_of_turn"
             )
-        return self
+        return value
 
 
 class ForbiddenWordsReward(WeightedReward):
