@@ -129,7 +129,7 @@ def _bounds(field: dict[str, Any]) -> list[str]:
 
 def _default(field: dict[str, Any]) -> str:
     value = field.get("default")
-    if value is None or isinstance(value, dict):
+    if value in (None, "") or isinstance(value, dict):
         return ""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"`{text}`"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_core.data import templates
+from rlhf_core.data.carried import carried, carried_values
 from rlhf_core.data.formats import SERVES, Example, normalise
 from rlhf_core.data.row import BadRow, Message, RawRow
 from rlhf_core.data.schema import dump_messages, schema
@@ -30,6 +31,10 @@ class Plan:
     format: Format
     purpose: Purpose
     seed: int
+
+    def carried(self) -> tuple[str, ...]:
+        """Columns beside those of the purpose."""
+        return carried(self.settings) if self.purpose == "prompts" else ()
 
 
 @dataclass
@@ -100,7 +105,9 @@ def encode_piece(plan: Plan, tokenizer: Any, raws: Sequence[RawRow]) -> Piece:
             if plan.purpose in ("sft", "pretrain") and example.label is False:
                 piece.dropped["undesirable"] += 1  # a reply that was not good is no example
                 continue
-            texts.append((raw, _write_out(plan, tokenizer, example, piece.notes)))
+            text = _write_out(plan, tokenizer, example, piece.notes)
+            text.columns |= carried_values(row, plan.carried())
+            texts.append((raw, text))
         except BadRow as bad:
             piece.bad.append((raw.file, raw.number, bad.reason, bad.message))
             if plan.settings.on_bad_row == "error":
@@ -252,7 +259,7 @@ def _tokenise(
         rows += pieces
     piece.bad.sort(key=lambda bad: (bad[0], bad[1]))
     if rows:
-        kind = schema(plan.purpose)
+        kind = schema(plan.purpose, plan.carried())
         for name in EXTRA:
             kind = kind.append(pa.field(name, pa.uint64()))
         piece.rows = pa.RecordBatch.from_pylist(rows, schema=kind)

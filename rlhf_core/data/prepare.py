@@ -102,7 +102,7 @@ def prepare(
         )
     plan = Plan(_settings(job), format, job.purpose, job.seed)
     work = functools.partial(encode_piece, plan, tokenizer)
-    writer = DatasetWriter(folder, job.purpose)
+    writer = DatasetWriter(folder, job.purpose, plan.carried())
     try:
         shuffle = Shuffle(writer.work, "_priority")
         for batch in _kept(ordered_map(work, _pieces(rows), workers), card, writer.work, job, log):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.data.card import DataCard
+from rlhf_core.data.carried import CARRIED
 from rlhf_core.data.schema import SPLITS
 from rlhf_core.errors import DataError
 
@@ -59,19 +60,22 @@ class Rows:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row as plain Python values."""
+        """A row as plain Python values; prompts always have `answer` and `extra`, "" if none."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         index %= len(self)
         number = bisect.bisect_right(self._ends, index)
         batch = self._batches[number]
         at = index - (self._ends[number] - batch.num_rows)
-        row: dict[str, Any] = batch.slice(at, 1).to_pylist()[0]
-        return row
+        return self._whole(batch.slice(at, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._batches:
-            yield from batch.to_pylist()
+            yield from map(self._whole, batch.to_pylist())
+
+    def _whole(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row; prompts get an empty text for what their data set does not carry."""
+        return {**dict.fromkeys(CARRIED, ""), **row} if self.purpose == "prompts" else row
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows at some positions, in that order."""

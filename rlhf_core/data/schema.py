@@ -6,7 +6,8 @@
     unpaired       prompt_ids, completion_ids (with the end-of-turn token), prompt (JSON messages),
                    completion, label (was it good?), row
     prompts        prompt_ids, prompt (JSON messages), reference (the data set's own reply or null),
-                   row
+                   row; and, where the settings name them (carried.py), answer (text) and extra
+                   (JSON text), both "" where a row has none
 
 `row` is the number of the row in its source file. Files are Arrow IPC files named
 train-00000.arrow, heldout-00000.arrow and so on.
@@ -26,8 +27,12 @@ SPLITS = ("train", "heldout")
 
 
 @cache
-def schema(purpose: Purpose) -> Any:
-    """The pyarrow schema; its metadata names the purpose."""
+def schema(purpose: Purpose, carried: tuple[str, ...] = ()) -> Any:
+    """The pyarrow schema; its metadata names the purpose.
+
+    Args:
+        carried: columns of texts that stand before the last one.
+    """
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
@@ -46,7 +51,7 @@ def schema(purpose: Purpose) -> Any:
     fields["pretrain"] = fields["sft"]
     if purpose not in fields:
         raise DataError(f"There is no purpose {purpose!r}; there are {', '.join(fields)}.")
-    columns = [*fields[purpose], ("row", pa.int64())]
+    columns = [*fields[purpose], *((name, pa.string()) for name in carried), ("row", pa.int64())]
     return pa.schema(columns, metadata={"rlhf_purpose": purpose})
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.data import builtin
+from rlhf_core.data import builtin, reasoning
 from rlhf_core.data.hub import hub_commit, hub_rows
 from rlhf_core.data.readers import READABLE, read_file, reader_of
 from rlhf_core.data.row import RawRow
@@ -45,13 +45,15 @@ class SourceFile:
 
 
 def kind_of(source: str) -> str:
-    """builtin, votes, s3, local or hub. What exists on disk or looks like a file is local.
+    """builtin, reasoning, votes, s3, local or hub; what exists or looks like a file is local.
 
     Raises:
         DataError: none of these.
     """
     if source.startswith("builtin:"):
         return "builtin"
+    if reasoning.is_reasoning(source):
+        return "reasoning"
     if source == votes.SOURCE:
         return "votes"
     if source.startswith("s3://"):
@@ -210,6 +212,8 @@ def open_rows(
     kind = kind_of(settings.source)
     if kind == "builtin":
         yield from builtin.rows(settings.source.removeprefix("builtin:"), settings.subset)
+    elif kind == "reasoning":
+        yield from reasoning.rows(settings.source)
     elif kind == "votes":
         yield from votes.vote_rows(store or open_store(), known)
     elif kind == "hub":
@@ -231,8 +235,9 @@ def fingerprint(settings: DataSettings, store: Store | None = None) -> str:
     """Identity of a source's contents: the same text as long as nothing in it changes.
 
     Local files: names and sha256 of their contents. S3: names, sizes and etags. Hub: the commit
-    that the revision names, or the revision when the hub cannot be asked. Built-in: the version of
-    the package. Votes: those that there are in the store (None: the environment's).
+    that the revision names, or the revision when the hub cannot be asked. Built-in, and
+    reasoning-gym: the version of the package. Votes: those that there are in the store (None: the
+    environment's).
 
     Raises:
         DataError, StoreUnavailable: as `find_files`; or there are no votes.
@@ -240,6 +245,8 @@ def fingerprint(settings: DataSettings, store: Store | None = None) -> str:
     kind = kind_of(settings.source)
     if kind == "builtin":
         return f"{settings.source}@{builtin.version(settings.source.removeprefix('builtin:'))}"
+    if kind == "reasoning":
+        return f"{settings.source}@{reasoning.version()}"
     if kind == "votes":
         return votes.votes_fingerprint(store or open_store())
     if kind == "hub":

@@ -23,8 +23,11 @@ FILE_BYTES = 256 * 2**20  # a new file begins after this much
 class SplitWriter:
     """One side of a data set. Batches of any size go in; batches of BATCH_ROWS reach the files."""
 
-    def __init__(self, folder: Path, name: str, purpose: Purpose, work: Path) -> None:
+    def __init__(
+        self, folder: Path, name: str, purpose: Purpose, work: Path, carried: tuple[str, ...] = ()
+    ) -> None:
         self.folder, self.name, self.purpose = folder, name, purpose
+        self.schema = schema(purpose, carried)
         self.card = SplitCard()
         self.files: list[dict[str, Any]] = []
         self._lengths: Counter[int] = Counter()
@@ -69,7 +72,7 @@ class SplitWriter:
     def _write(self, part: Any) -> None:
         import pyarrow as pa
 
-        kind = schema(self.purpose)
+        kind = self.schema
         if self._file is None:
             name = f"{self.name}-{len(self.files):05d}.arrow"
             self.files.append({"name": name, "rows": 0})
@@ -97,7 +100,7 @@ class SplitWriter:
         if not self.files:
             name = f"{self.name}-00000.arrow"
             self.files.append({"name": name, "rows": 0})
-            self._file = pa.ipc.new_file(str(self.folder / name), schema(self.purpose))
+            self._file = pa.ipc.new_file(str(self.folder / name), self.schema)
         if self._file is not None:
             self._end_file()
         for entry in self.files:
@@ -112,13 +115,15 @@ class SplitWriter:
 class DatasetWriter:
     """A data set folder: `write` batches of either side, then `finish` with the card."""
 
-    def __init__(self, folder: Path, purpose: Purpose) -> None:
+    def __init__(self, folder: Path, purpose: Purpose, carried: tuple[str, ...] = ()) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.work = self.folder / ".work"
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        self.splits = {name: SplitWriter(self.folder, name, purpose, self.work) for name in SPLITS}
+        self.splits = {
+            name: SplitWriter(self.folder, name, purpose, self.work, carried) for name in SPLITS
+        }
 
     def write(self, side: str, batch: Any, prompt_hashes: Iterable[int]) -> None:
         self.splits[side].write(batch, prompt_hashes)
@@ -150,6 +155,7 @@ def write_dataset(
     purpose: Purpose,
     splits: Mapping[str, Iterable[Mapping[str, Any]]],
     card: DataCard | Mapping[str, Any],
+    carried: tuple[str, ...] = (),
 ) -> DataCard:
     """Write rows that are tokenised already, such as sampled preference pairs, as a data set.
 
@@ -158,6 +164,7 @@ def write_dataset(
             once, a thousand rows in memory at a time. What is missing is written empty.
         card: a DataCard, or a mapping with its `source` and perhaps `dropped`; numbers under
             `counts` become the card's notes. `read` may stay 0: then it is kept + dropped + bad.
+        carried: columns that prompts have beside the usual ones (carried.py).
     Returns:
         The completed card, which is in the folder too.
     Raises:
@@ -167,11 +174,11 @@ def write_dataset(
 
     if unknown := set(splits) - set(SPLITS):
         raise DataError(f"There is no split {sorted(unknown)}; there are {', '.join(SPLITS)}.")
-    kind = schema(purpose)
+    kind = schema(purpose, carried)
     if not isinstance(card, DataCard):
         given = {name: value for name, value in card.items() if name not in ("counts", "purpose")}
         card = DataCard(purpose=purpose, notes=dict(card.get("counts", {})), **given)
-    writer = DatasetWriter(folder, purpose)
+    writer = DatasetWriter(folder, purpose, carried)
     try:
         for side, rows in splits.items():
             for start, part in _parts(rows):

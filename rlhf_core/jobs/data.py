@@ -39,12 +39,14 @@ class DataSettings(Settings):
 
     source: str = "builtin:chatterbot"
     """Hugging Face dataset id, path or s3:// URL of .json, .jsonl, .jsonl.gz, .parquet or .csv
-    files (a folder or a pattern too), builtin:chatterbot, or playground-votes: the replies that
-    people preferred on the page of `rlhf playground`, kept in the run's store."""
+    files (a folder or a pattern too), builtin:chatterbot, reasoning-gym:TASK?size=500&seed=0, or
+    playground-votes: the replies that people preferred on the page of `rlhf playground`, kept in
+    the run's store."""
     format: Format = "auto"
     """Layout of a row; auto looks at the columns of the first row."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Renames columns: name that the format expects -> name in the file."""
+    """Renames columns: name that the format expects -> name in the file. Prompts can have two more,
+    for rewards: answer (text or number) and extra (JSON); they are kept only if named here."""
     subset: str | None = None
     """Configuration of a hub dataset, or language of a built-in set (english, chinese)."""
     split: str = "train"

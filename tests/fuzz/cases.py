@@ -27,6 +27,7 @@ PLAN = {
     "paths": 200,
     "weight headers": 350,
     "model folders": 200,
+    "rewards": 400,
 }
 FACTOR = float(os.environ.get("RLHF_FUZZ", "1"))
 SEED = int(os.environ.get("RLHF_FUZZ_SEED", "0"))

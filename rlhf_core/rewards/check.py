@@ -1,0 +1,102 @@
+"""What can be wrong with rewards before anything is started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from rlhf_core.jobs import DataSettings
+from rlhf_core.jobs.rewards import (
+    AnswerReward,
+    PythonReward,
+    ReasoningGymReward,
+    Reward,
+    SentimentReward,
+)
+from rlhf_core.rewards.reasoning import INSTALL, child_environment, installed
+
+IMPORT_SECONDS = 120.0
+
+_IMPORT = """
+import sys
+from rlhf_core.errors import ConfigError
+from rlhf_core.rewards.function import load_function
+try:
+    load_function(sys.argv[1])
+except ConfigError as error:
+    sys.exit(f"PROBLEM {error}")
+"""
+
+
+def check_rewards(rewards: Sequence[Reward], prompts: DataSettings | None = None) -> list[str]:
+    """Problems of a configuration's rewards, one text each; no text: none found.
+
+    What pydantic sees by itself (a pattern that is none, an empty list of words) is not repeated.
+    A function of the user's is imported in another process, so that nothing of it stays here.
+
+    Args:
+        prompts: settings of the prompts; with them it is checked that they have answers where a
+            rule needs some.
+    """
+    problems = []
+    if not rewards:
+        problems.append(
+            "rewards is empty, so that every reply would be worth the same; give at least one, "
+            "such as {type: model}"
+        )
+    elif not any(reward.weight for reward in rewards):
+        problems.append("every reward has the weight 0; needed is one that counts")
+    for number, reward in enumerate(rewards):
+        place = f"rewards.{number} ({reward.type})"
+        match reward:
+            case PythonReward():
+                if problem := _importable(reward.function):
+                    problems.append(f"{place}: {problem}")
+            case ReasoningGymReward() if not installed():
+                problems.append(f"{place}: the package reasoning-gym is not installed; {INSTALL}")
+            case SentimentReward() if find_spec("vaderSentiment") is None:
+                problems.append(
+                    f"{place}: the package vaderSentiment is not installed; run: pip install "
+                    "vaderSentiment"
+                )
+        if prompts is not None and (problem := _answers(reward, prompts)):
+            problems.append(f"{place}: {problem}")
+    return problems
+
+
+def _answers(reward: Reward, prompts: DataSettings) -> str:
+    from rlhf_core.data.carried import carried
+    from rlhf_core.data.reasoning import is_reasoning
+
+    columns = carried(prompts)
+    match reward:
+        case AnswerReward(without_answer=None) if "answer" not in columns:
+            return (
+                f"the prompts ({prompts.source}) have no answers; name the column that has them "
+                "with data.prompts.columns: {answer: <its name>}"
+            )
+        case ReasoningGymReward(without_answer=None):
+            if not is_reasoning(prompts.source) and "extra" not in columns:
+                return (
+                    f"the prompts ({prompts.source}) are none of reasoning-gym's; set "
+                    "data.prompts.source to reasoning-gym:TASK"
+                )
+    return ""
+
+
+def _importable(path: str) -> str:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _IMPORT, path],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=IMPORT_SECONDS,
+            check=False, env=child_environment(),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"importing {path} takes more than {IMPORT_SECONDS:g} s; make its module lighter"
+    if done.returncode == 0:
+        return ""
+    said = done.stderr.strip()
+    _, marked, problem = said.rpartition("PROBLEM ")
+    return problem if marked else f"importing {path} ended with {said[-300:]!r}"

@@ -1,0 +1,166 @@
+"""A user's own reward function: found, called with a time limit, and held to its contract."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from rlhf_core.errors import ConfigError, TrainingFailure
+from rlhf_core.jobs.rewards import PythonReward
+
+LONGEST = 300  # characters of a value in a message
+
+
+class _Raised(Exception):
+    """What the user's function raised, apart from what is raised here."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names.
+
+    Raises:
+        ConfigError: the module cannot be imported, or has no such function.
+    """
+    module, _, name = path.partition(":")
+    try:
+        home = importlib.import_module(module)
+    except Exception as error:  # a module may raise anything while it is imported
+        raise ConfigError(
+            f"Reward {path}: the module {module} cannot be imported ({type(error).__name__}: "
+            f"{error}); install it where the stage runs, or put its folder on PYTHONPATH."
+        ) from error
+    try:
+        found = attrgetter(name)(home)
+    except AttributeError as error:
+        raise ConfigError(f"Reward {path}: {error}; correct the function's name.") from error
+    if not callable(found):
+        raise ConfigError(
+            f"Reward {path} is a {type(found).__name__}; needed is a function that takes prompts, "
+            "replies, rows and finished."
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def own_function(rule: PythonReward) -> Callable[..., list[float]]:
+    """The user's function; what it returns is checked.
+
+    The call runs in a thread of its own, because signals reach only the main thread, which here
+    waits. Python cannot end a thread: after a time-out it goes on until the process ends, which the
+    error brings about. Code that keeps Python's interpreter lock (a regular expression of `re` that
+    never ends) is not interrupted; the ranks' own time limits are what is left then.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    function = load_function(rule.function)
+
+    def call(**batch: list[Any]) -> list[float]:
+        started = time.monotonic()
+        try:
+            result = _in_time(function, batch, rule.time_limit)
+        except TimeoutError:
+            raise TrainingFailure(
+                f"Reward {rule.function} took more than {rule.time_limit:g} s for "
+                f"{len(batch['replies'])} samples; make it faster, or raise its time_limit."
+            ) from None
+        except _Raised as raised:
+            error = raised.error
+            left = rule.time_limit - (time.monotonic() - started)
+            which = _culprit(function, batch, left)
+            raise TrainingFailure(
+                f"Reward {rule.function} raised {type(error).__name__}: {str(error)[:LONGEST]} "
+                f"({which}); {_line(error)}."
+            ) from error
+        return _checked(rule.function, result, batch["replies"])
+
+    return call
+
+
+def _in_time(function: Callable[..., Any], batch: dict[str, list[Any]], seconds: float) -> Any:
+    """function(**batch).
+
+    Raises:
+        TimeoutError: it took too long.
+        _Raised: it raised something itself.
+    """
+    box: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            box["result"] = function(**{name: list(part) for name, part in batch.items()})
+        except BaseException as error:  # SystemExit too would be lost with the thread
+            box["error"] = error
+
+    thread = threading.Thread(target=work, name="reward", daemon=True)
+    thread.start()
+    thread.join(min(seconds, threading.TIMEOUT_MAX))
+    if thread.is_alive():
+        raise TimeoutError
+    if "error" in box:
+        raise _Raised(box["error"])
+    return box["result"]
+
+
+def _culprit(function: Callable[..., Any], batch: dict[str, list[Any]], seconds: float) -> str:
+    """Which sample it was: each is tried alone, for as long as the time limit lasts."""
+    count = len(batch["replies"])
+    end = time.monotonic() + seconds
+    for index in range(count):
+        one = {name: part[index : index + 1] for name, part in batch.items()}
+        if (left := end - time.monotonic()) <= 0:
+            return f"sample {index} of {count} or a later one"
+        try:
+            _in_time(function, one, left)
+        except TimeoutError:
+            return f"sample {index} of {count} or a later one"
+        except _Raised:
+            reply = batch["replies"][index]
+            row = batch["rows"][index].get("row", "?")
+            return f"sample {index} of {count}, prompt row {row}, reply {reply[:80]!r}"
+    return f"no single one of the {count} samples: each alone passes"
+
+
+def _line(error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"at {last.filename}, line {last.lineno}: {last.line}"
+
+
+def _checked(path: str, result: Any, replies: list[str]) -> list[float]:
+    """The result as floats.
+
+    Raises:
+        TrainingFailure: it is not one finite number per sample.
+    """
+    needed = f"needed is one finite number for each of the {len(replies)} samples"
+    try:
+        values = result.tolist() if hasattr(result, "tolist") else list(result)
+        assert isinstance(values, list)
+    except (TypeError, AssertionError):
+        raise TrainingFailure(
+            f"Reward {path} returned a {type(result).__name__}; {needed}, in a list."
+        ) from None
+    if len(values) != len(replies):
+        raise TrainingFailure(f"Reward {path} returned {len(values)} values; {needed}.")
+    numbers = []
+    for index, value in enumerate(values):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if isinstance(value, str | bytes) or not math.isfinite(number):
+            raise TrainingFailure(
+                f"Reward {path} returned {repr(value)[:LONGEST]} for sample {index} of "
+                f"{len(replies)} (reply {replies[index][:80]!r}); {needed}."
+            )
+        numbers.append(number)
+    return numbers

@@ -1,0 +1,15 @@
+"""Repetition inside a reply."""
+
+from __future__ import annotations
+
+from rlhf_core.rewards.text import words
+
+
+def repetition_score(text: str, n: int) -> float:
+    """Different n-grams of words / all of them, in (0, 1]; 1 for a text of fewer than n words.
+
+    Upper and lower case are the same.
+    """
+    found = words(text.casefold())
+    grams = [tuple(found[start : start + n]) for start in range(len(found) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0

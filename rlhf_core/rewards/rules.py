@@ -1,0 +1,179 @@
+"""All rules of a configuration, applied to a batch of replies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_core.errors import DataError
+from rlhf_core.jobs.rewards import (
+    AnswerReward,
+    ForbiddenWordsReward,
+    LanguageReward,
+    LengthReward,
+    ModelReward,
+    MustEndReward,
+    PythonReward,
+    ReasoningGymReward,
+    RegexReward,
+    RepetitionReward,
+    Reward,
+    SentimentReward,
+)
+from rlhf_core.rewards.answer import exact_match, last_number, numeric_match
+from rlhf_core.rewards.forbidden import forbidden_score
+from rlhf_core.rewards.function import own_function
+from rlhf_core.rewards.length import length_score
+from rlhf_core.rewards.patterns import compiled, extract, matches
+from rlhf_core.rewards.reasoning import reasoning_score
+from rlhf_core.rewards.repetition import repetition_score
+from rlhf_core.rewards.sentiment import sentiment_score
+from rlhf_core.rewards.text import script_share
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a rule sees of N samples; see `Rules.score`."""
+
+    prompts: list[list[dict[str, str]]]
+    replies: list[str]
+    rows: list[dict[str, Any]]
+    finished: list[bool]
+
+
+Scorer = Callable[[Batch], list[float]]
+
+
+class Rules:
+    """Everything in `rewards` that is not the reward model.
+
+    Args:
+        rewards: in the order of the configuration.
+        seed: of rules that draw; none of today's does, but for what reasoning-gym's task objects
+            are made with.
+    Attributes:
+        names: one per rule, for metrics: its type, with -2, -3 where it is there again.
+        weights: one per rule; scores are returned without them.
+        troubles: name -> replies that got a rule's lowest score because the rule could not be
+            applied: regex_timeout, verifier_timeout, verifier_error. Counted since the start.
+    Raises:
+        ConfigError: a package or function that a rule needs is not there.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], seed: int) -> None:
+        rules = [reward for reward in rewards if not isinstance(reward, ModelReward)]
+        seen: Counter[str] = Counter()
+        self.names: list[str] = []
+        for rule in rules:
+            seen[rule.type] += 1
+            again = seen[rule.type]
+            self.names.append(rule.type if again == 1 else f"{rule.type}-{again}")
+        self.weights = [rule.weight for rule in rules]
+        self.troubles: Counter[str] = Counter()
+        self._scorers = [_scorer(rule, seed, self.troubles) for rule in rules]
+
+    def score(
+        self,
+        prompts: list[list[dict[str, str]]],
+        replies: list[str],
+        rows: list[dict[str, Any]],
+        finished: list[bool],
+    ) -> list[list[float]]:
+        """One list per rule, with one finite number per sample.
+
+        Args:
+            prompts: messages {"role", "content"} of N samples.
+            replies: texts without special tokens.
+            rows: of the prompts data set; `answer` and `extra` may be missing or empty.
+            finished: the reply ended with its end-of-turn token.
+        Raises:
+            DataError: a row lacks what a rule needs.
+            TrainingFailure: a function of the user's failed, took too long, or gave something else
+                than one finite number per sample.
+        """
+        count = len(replies)
+        assert len(prompts) == len(rows) == len(finished) == count
+        batch = Batch(prompts, replies, rows, finished)
+        scores = [scorer(batch) for scorer in self._scorers]
+        assert all(len(of_rule) == count for of_rule in scores)
+        return scores
+
+
+def _scorer(rule: Reward, seed: int, troubles: Counter[str]) -> Scorer:
+    match rule:
+        case LengthReward():
+            return _each(lambda text: length_score(text, rule.target, rule.width, rule.unit))
+        case RegexReward():
+            pattern = compiled(rule.pattern, rule.ignore_case)
+            return _each(lambda text: float(matches(pattern, text, rule.mode, troubles)))
+        case MustEndReward():
+            return lambda batch: _ends(rule, batch)
+        case ForbiddenWordsReward():
+            return _each(forbidden_score(rule.words))
+        case RepetitionReward():
+            return _each(lambda text: repetition_score(text, rule.n))
+        case LanguageReward():
+            return _each(lambda text: script_share(text, rule.language))
+        case AnswerReward():
+            return _answers(rule, troubles)
+        case SentimentReward():
+            return _each(sentiment_score())
+        case ReasoningGymReward():
+            verify = reasoning_score(rule, seed, troubles)
+            return lambda batch: verify(batch.replies, batch.rows)
+        case PythonReward():
+            call = own_function(rule)
+            return lambda batch: call(
+                prompts=batch.prompts, replies=batch.replies, rows=batch.rows,
+                finished=batch.finished,
+            )  # fmt: skip
+    raise AssertionError(rule)
+
+
+def _each(score: Callable[[str], float]) -> Scorer:
+    return lambda batch: [score(reply) for reply in batch.replies]
+
+
+def _ends(rule: MustEndReward, batch: Batch) -> list[float]:
+    return [
+        float(
+            (finished or not rule.end_of_turn)
+            and (not rule.endings or reply.rstrip().endswith(rule.endings))
+        )
+        for reply, finished in zip(batch.replies, batch.finished, strict=True)
+    ]
+
+
+def _answers(rule: AnswerReward, troubles: Counter[str]) -> Scorer:
+    pattern = compiled(rule.pattern) if rule.pattern is not None else None
+
+    def one(reply: str, row: dict[str, Any]) -> float:
+        answer = row.get("answer") or ""
+        if pattern is not None:
+            inside = extract(pattern, answer, troubles)
+            answer = answer if inside is None else inside
+        missing = not answer.strip() or (rule.match == "numeric" and last_number(answer) is None)
+        if missing and rule.without_answer is None:
+            raise DataError(_no_answer(rule, row))
+        if missing:
+            return float(rule.without_answer or 0.0)
+        given = reply if pattern is None else extract(pattern, reply, troubles)
+        if given is None:
+            return 0.0
+        if rule.match == "numeric":
+            return float(numeric_match(given, answer, rule.tolerance))
+        return float(exact_match(given, answer))
+
+    return lambda batch: [one(*pair) for pair in zip(batch.replies, batch.rows, strict=True)]
+
+
+def _no_answer(rule: AnswerReward, row: dict[str, Any]) -> str:
+    found = str(row.get("answer") or "")
+    needed = "a number" if rule.match == "numeric" else "a text"
+    return (
+        f"The reward answer needs {needed} in column 'answer' of each prompt; row "
+        f"{row.get('row', '?')} has {found[:60]!r}. Fill it in, name the column that has it "
+        "(data.prompts.columns: {answer: ...}), or set the reward's without_answer."
+    )

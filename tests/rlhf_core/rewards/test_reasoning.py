@@ -1,0 +1,153 @@
+"""reasoning-gym's tasks: prompts made from them, and replies scored by their verifiers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from rlhf_core.data import reasoning
+from rlhf_core.data.check import check_source
+from rlhf_core.data.sources import fingerprint, kind_of, open_rows
+from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.jobs import DataSettings
+from rlhf_core.jobs.rewards import ReasoningGymReward
+from rlhf_core.rewards import Rules
+from rlhf_core.rewards.reasoning import Verifier
+from tests.rlhf_core.data.helpers import prepared
+
+
+def rows(source: str) -> list[dict]:
+    return [raw.data for raw in open_rows(DataSettings(source=source))]
+
+
+def row_of(data: dict) -> dict:
+    return {"row": 3, "extra": json.dumps(data["extra"])}
+
+
+def test_source_gives_questions_with_answers_and_entries(gym):
+    source = "reasoning-gym:say?size=2&seed=7"
+    first, second = rows(source)
+    assert (first["prompt"], first["answer"]) == ("Say 700.", "700")
+    assert second["extra"] == {
+        "reasoning_gym": {
+            "task": "say",
+            "options": {},
+            "entry": {"question": "Say 701.", "answer": "701", "metadata": {"pair": [1, 2]}},
+        }
+    }
+    assert kind_of(source) == "reasoning"
+    assert fingerprint(DataSettings(source=source)) == f"{source}@9.9"
+    assert len(rows("reasoning-gym:say")) == reasoning.SIZE
+    assert rows("reasoning-gym:say?size=1&fixed=5")[0]["extra"]["reasoning_gym"]["options"] == {
+        "fixed": 5
+    }
+
+
+def test_source_becomes_a_data_set_that_the_reward_reads(gym, tmp_path):
+    source = "reasoning-gym:say?size=3"
+    assert check_source(DataSettings(source=source), "prompts") == []
+    out = prepared(tmp_path / "prompts", source, "prompts", max_length=512)
+    assert [(row["answer"], row["reference"]) for row in out] == [(str(n),) * 2 for n in range(3)]
+    rules = Rules([ReasoningGymReward()], seed=0)
+    replies = ["<answer> 0 </answer>", "<answer>2</answer>", "2"]
+    assert rules.score([[]] * 3, replies, out, [True] * 3) == [[1.0, 0.05, 0.0]]
+    assert len(prepared(tmp_path / "sft", source, "sft", max_length=512)) == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("say?size=0", "size is '0'; needed is a whole number from 1"),
+        ("say?seed=x", "seed is 'x'; needed is a whole number from 0"),
+        ("say?size", "write reasoning-gym:TASK\\?size=500&seed=0"),
+        ("sing", "has no task 'sing'; there are say, tuples"),
+        ("say?fixed=-1", "fixed must be positive; correct the options"),
+        ("say?colour=1", "unexpected keyword argument 'colour'; correct the options"),
+        ("tuples", "row 1: the task's verifier gives its own answer 1, and 0 once the entry"),
+    ],
+)
+def test_source_that_cannot_be_made_is_refused(gym, source, message):
+    with pytest.raises(DataError, match=message):
+        rows(f"reasoning-gym:{source}")
+
+
+def test_verifier_that_hangs_or_dies_gives_0_and_is_counted(gym):
+    [data] = rows("reasoning-gym:say?size=1&fixed=5")
+    rules = Rules([ReasoningGymReward(pattern=None, time_limit=5.0)], seed=0)
+    replies = ["5", "hang", "5", "die", "raise", "two", "5", "你好 😀", ""]
+    row = row_of(data)
+    started = time.monotonic()
+    [scores] = rules.score([[]] * 9, replies, [row] * 9, [True] * 9)
+    assert time.monotonic() - started < 60
+    assert scores == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.05, 0.05]
+    assert rules.troubles == {"verifier_timeout": 1, "verifier_error": 3}
+
+
+def test_prompt_of_another_source_is_an_error_or_a_set_score(gym):
+    for extra in ("", "[", "5", '{"reasoning_gym": 5}'):
+        with pytest.raises(DataError, match="row 3 is none"):
+            Rules([ReasoningGymReward()], 0).score([[]], ["5"], [{"row": 3, "extra": extra}], [1])
+    kinder = Rules([ReasoningGymReward(without_answer=0.5)], 0)
+    assert kinder.score([[]], ["5"], [{}], [True]) == [[0.5]]
+
+
+def test_task_that_is_not_there_any_more_is_a_config_error(gym):
+    verifier = Verifier(0)
+    with pytest.raises(ConfigError, match="task sing: Dataset 'sing' not registered"):
+        verifier.score({"task": "sing", "options": {}, "entry": {}, "answer": "5"}, 30)
+    verifier.close()
+
+
+def test_verifier_ends_with_its_parent(gym, tmp_path):
+    code = (
+        "import os, signal\n"
+        "from rlhf_core.rewards.reasoning import Verifier\n"
+        "v = Verifier(0)\n"
+        "e = {'answer': '5', 'metadata': {}}\n"
+        "r = {'task': 'say', 'options': {}, 'entry': e, 'answer': '5'}\n"
+        "assert v.score(r, 30) == (1.0, '')\n"
+        "print(v._process.pid, flush=True)\n"
+        "v.score({**r, 'answer': 'hang'}, 600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running()
+
+
+def test_package_that_is_missing_is_named_with_the_command(monkeypatch):
+    monkeypatch.setattr("rlhf_core.rewards.reasoning.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'pip install "rlhf-pipeline\[reasoning\]"'):
+        Rules([ReasoningGymReward()], seed=0)
+
+
+def test_source_whose_package_is_missing_is_refused_with_the_command(monkeypatch):
+    def gone(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", gone)
+    with pytest.raises(DataError, match=r'pip install "rlhf-pipeline\[reasoning\]"'):
+        rows("reasoning-gym:leg_counting")
+
+
+@pytest.mark.parametrize("task", ["leg_counting", "basic_arithmetic", "countdown", "word_sorting"])
+def test_real_task_scores_its_own_answers(task):
+    pytest.importorskip("reasoning_gym")
+    made = rows(f"reasoning-gym:{task}?size=4&seed=1")
+    rules = Rules([ReasoningGymReward()], seed=0)
+    replies = [f"Let me see. <answer>{data['answer']}</answer>" for data in made]
+    given = [row_of(data) for data in made]
+    assert rules.score([[]] * 4, replies, given, [True] * 4) == [[1.0] * 4]
+    [wrong] = rules.score([[]] * 4, ["<answer>no</answer>"] * 4, given, [True] * 4)
+    assert all(score < 0.5 for score in wrong)
