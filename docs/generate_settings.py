@@ -87,7 +87,8 @@ def _paths(schema: dict[str, Any], models: dict[str, Any]) -> dict[str, list[str
 
 
 def _references(field: dict[str, Any]) -> list[str]:
-    options = [field, *field.get("anyOf", [])]
+    items = field.get("items", {})
+    options = [field, *field.get("anyOf", []), items, *items.get("anyOf", [])]
     return [str(o["$ref"]).rsplit("/", 1)[-1] for o in options if "$ref" in o]
 
 
@@ -110,6 +111,8 @@ def _value(field: dict[str, Any]) -> str:
         return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
+    if items := [name for name in _references(field) if field.get("type") == "array"]:
+        return "list of " + " or ".join(f"[{name}](#{name.lower()})" for name in items)
     words = {"integer": "integer", "number": "number", "string": "text", "boolean": "true, false"}
     kind = {"array": "list of texts", "object": "mapping"} | words
     return " ".join([kind[field["type"]], *_bounds(field)])

@@ -16,13 +16,14 @@ import typer
 
 from flows.collecting import gc
 from flows.listing import StoreUrl, artifacts, open_now, runs
+from flows.models import models
+from flows.playground import playground
+from flows.serve import serve
 from rlhf_core.errors import ConfigError, PreflightError, RLHFError
 from rlhf_core.secrets import hide
 
 if TYPE_CHECKING:
     from rlhf_core.jobs import PipelineConfig
-
-STAGES = ("model", "data", "sft", "label", "reward", "ppo", "evaluate", "publish")
 
 app = typer.Typer(
     name="rlhf",
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 artifacts.command("gc")(gc)
 app.add_typer(artifacts, name="artifacts")
+app.add_typer(models, name="models")
 
 
 @app.callback()
@@ -81,7 +83,7 @@ def run(
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="model, data, sft, label, reward, ppo, evaluate.")],
+    name: Annotated[str, typer.Argument(help="model, data, sft, label, reward, ppo, evaluate ...")],
     preset: Preset = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -89,11 +91,15 @@ def stage(
     verbose: Verbose = False,
 ) -> None:
     """Run one stage, and those before it that the store has no result of yet."""
-    if name not in STAGES:
-        close = difflib.get_close_matches(name, STAGES, 1)
+    from rlhf_core.recipe import stage_names, steps
+
+    settings = _settings(preset, config, overrides, store)
+    names = stage_names(settings)
+    if name not in {*names, *(step.algorithm for step in steps(settings))}:
+        close = difflib.get_close_matches(name, names, 1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"There is no stage {name!r}.{hint} Stages: {', '.join(STAGES)}.")
-    _run(_settings(preset, config, overrides, store), name, verbose)
+        raise ConfigError(f"There is no stage {name!r}.{hint} Stages: {', '.join(names)}.")
+    _run(settings, name, verbose)
 
 
 @app.command()
@@ -169,6 +175,8 @@ def presets() -> None:
 
 
 app.command("runs")(runs)
+app.command("playground")(playground)
+app.command("serve")(serve)
 
 
 @app.command()
@@ -200,7 +208,7 @@ def notify(
 @app.command()
 def chat(
     model: Annotated[
-        str | None, typer.Argument(help="Published name, stage (sft, ppo) or digest.")
+        str | None, typer.Argument(help="Published name, stage (sft, ppo, dpo) or digest.")
     ] = None,
     once: Annotated[
         str | None, typer.Option("--once", help="Answer this one message and end.")
@@ -214,7 +222,7 @@ def chat(
     ] = False,
     store: StoreUrl = None,
 ) -> None:
-    """Talk to a model: the newest published one, or any stage's."""
+    """Talk to a model: the one published last, a name's champion, or any stage's."""
     from flows.lookup import find_model
 
     opened = open_now(store)

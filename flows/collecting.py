@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rlhf_core.store import Store
     from rlhf_core.store.collect import Garbage
 
+KEPT_ARCHIVED = 3
 FINISHED = ("completed", "failed", "cancelled", "died")
 SHOWN = 30
 _DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
@@ -31,15 +32,19 @@ def gc(
         float,
         typer.Option(min=0, help="Nothing younger goes; longer than any upload takes."),
     ] = 24,
+    keep_archived: Annotated[
+        int, typer.Option(min=0, help="So many archived versions of each model stay.")
+    ] = KEPT_ARCHIVED,
     store: StoreUrl = None,
 ) -> None:
     """Delete what nothing needs any more: first look, then add --yes.
 
-    Kept are: every published version; what a run that was active within --keep-days, is running or
-    waits for an approval has used or made; every artifact and checkpoint of those days; and all
-    that those were made from. The rest goes: artifacts with the files that no other one shares,
-    stage results, checkpoints, and what killed writers left. Runs, their records and models may be
-    made and published meanwhile. Records of runs are not deleted.
+    Kept are: each model's champion, candidates and last archived versions; what a run that was
+    active within --keep-days, is running or waits for an approval has used or made; every artifact
+    and checkpoint of those days; and all that those were made from. The rest goes: artifacts with
+    the files that no other one shares, stage results, checkpoints, and what killed writers left.
+    Runs, their records and models may be made and published meanwhile. Records of runs and the
+    history of models are not deleted.
     """
     from rlhf_core.store.collect import Limits
 
@@ -48,17 +53,19 @@ def gc(
     limits = Limits(keep=max(keep_days * 86_400, grace), grace=grace)
 
     def roots() -> set[str]:
-        return set(needed(opened, timedelta(seconds=limits.keep)))
+        return set(needed(opened, timedelta(seconds=limits.keep), keep_archived))
 
     found = (opened.collect if yes else opened.find_garbage)(roots, limits)
     _show(found, yes)
 
 
-def needed(store: Store, young: timedelta) -> Iterator[str]:
-    """Digests that published models and runs name."""
+def needed(store: Store, young: timedelta, archived: int) -> Iterator[str]:
+    """Digests of models (so many archived versions of each), and those that runs name."""
     from flows.lookup import read_runs
+    from rlhf_core.store.registry import kept_digests
 
-    for prefix in ("models/", "retrain/", "watched/"):
+    yield from kept_digests(store, archived)
+    for prefix in ("retrain/", "watched/"):
         for path in store.list_records(prefix):
             yield from _digests(store, store.read_record(path) or {})
     now = datetime.now(UTC)

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from rlhf_core.errors import ArtifactNotFound
-from rlhf_core.store import Artifact, Store
+from rlhf_core.store import Artifact, Store, registry
 
 MODEL_KINDS = ("model", "published")
 DIGEST = re.compile(r"([a-z0-9._-]+/)?[0-9a-f]{6,64}")
@@ -35,21 +35,16 @@ def _alive(run: dict[str, Any]) -> bool:
     return isinstance(pid, int) and (pid == os.getpid() or psutil.pid_exists(pid))
 
 
-def published_names(store: Store) -> list[str]:
-    """Names of the published models, sorted."""
-    return sorted({path.split("/")[1] for path in store.list_records("models/")})
-
-
 def find_model(store: Store, wanted: str | None) -> Artifact:
-    """The newest published model, or the one that a name, a stage of the newest run that has it,
-    or a digest stands for.
+    """The model that was published last, or the one that a name (its champion), a stage of the
+    newest run that has it, or a digest stands for.
 
     Raises:
         ArtifactNotFound: nothing answers to it.
     """
-    names = published_names(store)
+    names = registry.model_names(store)
     if wanted is None or wanted in names:
-        return _newest_published(store, wanted)
+        return _champion(store, wanted)
     for run in read_runs(store):
         stage = (run.get("stages") or {}).get(wanted)
         if stage is not None and stage.get("kind") in MODEL_KINDS:
@@ -61,27 +56,35 @@ def find_model(store: Store, wanted: str | None) -> Artifact:
                 f"{artifact.ref} is a {artifact.kind}, not a model one can talk to."
             )
         return artifact
-    stages = ("model", "sft", "ppo")
+    stages = sorted({name for run in read_runs(store) for name in _models_of(run)})
     close = difflib.get_close_matches(wanted, [*names, *stages], 1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise ArtifactNotFound(
         f"There is no model {wanted!r} in {store.url}.{hint} Published: "
-        f"{', '.join(names) or 'none'}; stages of runs: {', '.join(stages)}; or a digest from "
-        "`rlhf artifacts list`."
+        f"{', '.join(names) or 'none'}; stages of runs: {', '.join(stages) or 'none'}; "
+        "or a digest from `rlhf artifacts list`."
     )
 
 
-def _newest_published(store: Store, name: str | None) -> Artifact:
-    paths = store.list_records(f"models/{name}/" if name else "models/")
-    if not paths:
+def _champion(store: Store, name: str | None) -> Artifact:
+    """The champion of a name; without one, the one that became it last."""
+    digest = registry.champion(store, name) if name else registry.newest_champion(store)
+    if digest is not None:
+        return store.get(digest)
+    names = [name] if name else registry.model_names(store)
+    if names:
         raise ArtifactNotFound(
-            f"No model is published in {store.url} yet; `rlhf run --preset demo` makes one."
+            f"{' and '.join(names)} in {store.url} has candidates but no champion: look with "
+            f"`rlhf models list`, then `rlhf models promote {names[0]} VERSION`."
         )
-    newest = max(paths, key=lambda path: path.rsplit("/", 1)[1])
-    record = store.read_record(newest)
-    if record is None:
-        raise ArtifactNotFound(f"The record {newest} has gone from {store.url}; try again.")
-    return store.get(record["digest"])
+    raise ArtifactNotFound(
+        f"No model is published in {store.url} yet; `rlhf run --preset demo` makes one."
+    )
+
+
+def _models_of(run: dict[str, Any]) -> list[str]:
+    stages = run.get("stages") or {}
+    return [name for name, stage in stages.items() if stage.get("kind") in MODEL_KINDS]
 
 
 def find_any(store: Store, wanted: str) -> Artifact:
@@ -90,16 +93,17 @@ def find_any(store: Store, wanted: str) -> Artifact:
     Raises:
         ArtifactNotFound: nothing answers to it.
     """
-    if wanted in published_names(store):
-        return _newest_published(store, wanted)
+    names = registry.model_names(store)
+    if wanted in names:
+        return _champion(store, wanted)
     for run in read_runs(store):
         stage = (run.get("stages") or {}).get(wanted)
         if stage is not None:
             return store.get(stage["digest"])
     if not DIGEST.fullmatch(wanted):
-        names = ", ".join(published_names(store)) or "none"
         raise ArtifactNotFound(
             f"There is no artifact {wanted!r} in {store.url}; needed is a digest from `rlhf "
-            f"artifacts list`, a stage such as ppo, or a published name ({names})."
+            f"artifacts list`, a stage such as ppo, or a published name "
+            f"({', '.join(names) or 'none'})."
         )
     return store.get(wanted)

@@ -18,9 +18,10 @@ import tasks
 from flows import schedule
 from flows.rlhf import pipeline
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
+from rlhf_core.errors import GateFailed
 from rlhf_core.jobs import Gates, PipelineConfig
-from rlhf_core.preflight_settings import data_sets
 from rlhf_core.presets import resolve_preset
+from rlhf_core.recipe import data_sets
 from rlhf_core.source_id import fingerprint as model_fingerprint
 from tasks.evaluation import read_evaluation
 from tasks.events import say, without_tracebacks
@@ -38,7 +39,8 @@ def rlhf_retrain(
     force: bool = False,
     jitter: Annotated[int, Field(ge=0, le=86_400)] = 0,
 ) -> State[Any]:
-    """Trains when data, model or settings are new, and publishes what passes the gates.
+    """Trains when data, model or settings are new, and publishes what passes the gates; what does
+    not is kept as a candidate.
 
     Args:
         config: settings of the pipeline.
@@ -68,14 +70,22 @@ def rlhf_retrain(
         say(log, "note", "retrain", text)
         return Completed(name="NothingNew", message=text)
     with watched():
-        tasks.preflight(config)
+        tasks.preflight(config, "evaluate")
         with recorded(run):
-            for stage in pipeline(run):
-                if stage == "evaluate":
-                    break
-            verdict = _compare(run, gates)
+            try:
+                for stage in pipeline(run):
+                    if stage == "evaluate":
+                        break
+                verdict = _compare(run, gates)
+            except GateFailed as failed:  # one of the pipeline's own gates
+                text = f"not promoted: {failed}"
+                verdict = {"failed": ["pipeline"], "text": text, "markdown": text}
             if not verdict["failed"]:
-                tasks.publish(run, run.stages["ppo"].digest, run.stages["evaluate"].digest)
+                tasks.publish(run, run.given["model"], run.stages["evaluate"].digest)
+            elif "evaluate" in run.stages:
+                tasks.keep_candidate(
+                    run, run.given["model"], run.stages["evaluate"].digest, verdict["text"]
+                )
             tasks.report(run)
             create_markdown_artifact(
                 verdict["markdown"], key="promotion", description=verdict["text"]
@@ -102,11 +112,10 @@ def _source_state(config: PipelineConfig) -> str:
 
 def _compare(run: Run, gates: Gates) -> dict[str, Any]:
     """The challenger against the gates, and against the champion where there is one."""
-    challenger = run.stages["ppo"]
     evaluation = read_evaluation(run.store, run.stages["evaluate"].digest)
     champion = tasks.champion(run)
     comparison = None
-    if champion is not None and champion != challenger.digest:
-        result = tasks.compare(run, champion)
+    if champion is not None and champion != run.given["model"]:
+        result = tasks.compare(run, run.given, champion)
         comparison = read_evaluation(run.store, result.digest)
     return judge(gates, evaluation, comparison)

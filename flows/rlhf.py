@@ -12,13 +12,14 @@ from prefect.states import Completed
 
 import tasks
 from flows import approval
-from rlhf_core.jobs import PipelineConfig
+from rlhf_core import recipe
+from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.presets import resolve_preset
 from tasks.events import say, without_tracebacks
 from tasks.run import Run, new_run_id, recorded
 from tasks.watch import watched
 
-Stage = Literal["model", "data", "sft", "label", "reward", "ppo", "evaluate", "publish"]
+Stage = Literal["model", "data", "label", TrainingStage, "evaluate", "publish"]
 
 without_tracebacks()
 
@@ -28,7 +29,7 @@ def rlhf_pipeline(
     config: PipelineConfig = PipelineConfig(),  # noqa: B008 (frozen)
     until: Stage = "publish",
 ) -> dict[str, Any] | State[dict[str, Any]]:
-    """Data, supervised fine-tuning, reward model, PPO, evaluation and publishing.
+    """Data, the training stages of the configuration, evaluation and publishing.
 
     A stage whose result is in the store already is reused, whoever made it.
 
@@ -47,7 +48,7 @@ def rlhf_pipeline(
     )  # fmt: skip
     approval.check(config)
     with watched():
-        tasks.preflight(config)
+        tasks.preflight(config, until)
         with recorded(run):
             for stage in pipeline(run):
                 if stage == until:
@@ -59,31 +60,34 @@ def rlhf_pipeline(
     return run.summary()
 
 
-def pipeline(run: Run) -> Iterator[Stage]:
+def pipeline(run: Run) -> Iterator[str]:
     """Yields the name of each stage when it is done."""
-    model = tasks.import_model(run)
+    given = run.given
+    given["base"] = given["start"] = given["model"] = tasks.import_model(run).digest
+    if run.config.reward_model is not None:
+        found = tasks.import_reward(run, run.config.reward_model, given["base"])
+        given["reward_model"] = found.digest
     yield "model"
 
-    data = tasks.prepare_data(run, model.digest)
+    data = tasks.prepare_data(run, given["base"])
+    given |= {purpose: result.digest for purpose, result in data.items()}
+    if mixed_in := data.get("pretrain") or data.get("sft"):
+        given["ptx"] = mixed_in.digest
     yield "data"
 
-    sft = tasks.sft(run, model.digest, data["sft"].digest)
-    yield "sft"
+    for step in recipe.steps(run.config):
+        if step.algorithm == "label":
+            given["preference"] = tasks.label(run, step, given).digest
+        else:
+            result = tasks.TRAIN[step.algorithm](run, step, given)
+            given[result.kind] = result.digest
+            if step.algorithm in recipe.PREPARING and result.kind == "model":
+                given["start"] = result.digest
+        yield step.algorithm if step.round + 1 >= run.config.rounds else step.name
 
-    prompts = data["prompts"].digest
-    pairs = data.get("preference") or tasks.label(run, sft.digest, prompts)
-    yield "label"
-
-    reward = tasks.reward(run, sft.digest, pairs.digest)
-    yield "reward"
-
-    mixed_in = data.get("pretrain", data["sft"]).digest
-    policy = tasks.ppo(run, sft.digest, reward.digest, prompts, mixed_in)
-    yield "ppo"
-
-    evaluation = tasks.evaluate(
-        run, model.digest, sft.digest, policy.digest, reward.digest, prompts, data["sft"].digest
-    )
+    if not recipe.makes_a_model(run.config):
+        return
+    evaluation = tasks.evaluate(run, given)
     yield "evaluate"
 
     if run.config.publish.approval == "manual":
@@ -91,5 +95,5 @@ def pipeline(run: Run) -> Iterator[Stage]:
         run.decision = decision.model_dump()
         if decision.decision == "reject":
             return
-    tasks.publish(run, policy.digest, evaluation.digest)
+    tasks.publish(run, given["model"], evaluation.digest)
     yield "publish"

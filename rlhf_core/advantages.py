@@ -83,6 +83,22 @@ def gae(
 
 
 @torch.no_grad()
+def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """What a token still earns: sum over itself and the later real tokens of gamma^k rewards.
+
+    With ``token_rewards`` this is REINFORCE++'s advantage before whitening (arXiv 2501.03262): the
+    score less kl_coef times the KL from here on.
+
+    Args:
+        rewards: (B,T). mask: (B,T) bool.
+
+    Returns:
+        (B,T), 0 in padded places.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+@torch.no_grad()
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
     """(count, sum, sum of squares) of the real places, as one fp64 tensor (3,).
 
@@ -157,12 +173,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def group_advantages(
-    scores: Tensor, group_size: int, kind: Literal["grpo", "rloo"] = "grpo"
+    scores: Tensor, group_size: int, kind: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
 ) -> Tensor:
     """Advantages from the other answers to the same prompt, without a critic.
 
     ``grpo``: (s - group mean) / (group std + 1e-4), unbiased std (arXiv 2402.03300).
-    ``rloo``: s - mean of the *other* answers of the group (leave-one-out).
+    ``dr_grpo``: s - group mean (arXiv 2503.20783).
+    ``rloo``: s - mean of the *other* answers of the group (leave-one-out, arXiv 2402.14740).
 
     Args:
         scores: (B,); each run of ``group_size`` neighbours answers one prompt.
@@ -184,7 +201,9 @@ def group_advantages(
     centred = groups - groups.mean(dim=1, keepdim=True)
     if kind == "grpo":
         return (centred / (groups.std(dim=1, keepdim=True) + _GRPO_EPS)).reshape(-1)
+    if kind == "dr_grpo":
+        return centred.reshape(-1)
     if kind == "rloo":
         # s - (sum - s) / (n - 1) = (s - mean) n / (n - 1)
         return (centred * group_size / (group_size - 1)).reshape(-1)
-    raise ValueError(f"found kind {kind!r}, needed 'grpo' or 'rloo'")
+    raise ValueError(f"found kind {kind!r}, needed 'grpo', 'dr_grpo' or 'rloo'")

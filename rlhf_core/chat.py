@@ -6,15 +6,14 @@ nothing but replies.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rlhf_core.errors import ConfigError, DataError, ModelError, OutOfMemory
-from rlhf_core.remote_code import allow, is_trusted
-from rlhf_core.weights import check_weight_files
+from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.remote_code import allow
+from rlhf_core.replies import Sampling, fit_context, generate_reply, load_talker
 
 if TYPE_CHECKING:
     from rlhf_core.data.row import Message
@@ -129,39 +128,14 @@ class Chat:
     def __init__(
         self, folder: Path, system: str | None, max_new_tokens: int, temperature: float, seed: int
     ) -> None:
-        folder = Path(folder)
-        _check(folder)
-        os.environ.setdefault("TQDM_DISABLE", "1")
+        self.talker = load_talker(folder)
         import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as hf_logging
 
-        from rlhf_core.data.templates import end_of_turn
-        from rlhf_core.data.tokenizer import load_tokenizer
-
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-        trust = is_trusted(folder)
-        self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-        end_of_turn(self.tokenizer)  # raises when there is no usable chat template
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", use_safetensors=True, trust_remote_code=trust
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{folder} cannot be loaded as a chat model: {error}") from error
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: Any = model.eval().to(self.device)
-        config = model.config.get_text_config()
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.tokenizer = self.talker.tokenizer
         self.system = system
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
+        self.sampling = Sampling(max_new_tokens, temperature)
         self.history: list[Message] = []
-        self.description = (
-            f"{type(model).__name__}, {model.num_parameters() / 1e6:,.0f} M parameters, on the "
-            f"{'GPU' if self.device == 'cuda' else 'CPU'}"
-        )
+        self.description = self.talker.description
         torch.manual_seed(seed)
 
     def reset(self) -> None:
@@ -189,80 +163,24 @@ class Chat:
 
     def _prompt(self) -> list[int]:
         """Token ids of the conversation; its oldest turns are dropped where it is too long."""
-        from rlhf_core.data.templates import prompt_ids
-
-        first: list[Message] = []
-        if self.system:
-            first = [{"role": "system", "content": self.system}]
-        dropped = 0
-        while True:
-            ids = prompt_ids(self.tokenizer, [*first, *self.history])
-            # At least a short reply has to fit.
-            room = None if self.context is None else self.context - len(ids)
-            if room is None or room >= min(self.max_new_tokens, 16):
-                break
-            if len(self.history) == 1:
-                raise DataError(
-                    f"The message has {len(ids)} tokens with its chat template, the model's "
-                    f"context {self.context}, of which a reply needs some; shorten it."
-                )
-            self.history = self.history[2:]
-            dropped += 1
+        context, longest = self.talker.context, self.sampling.max_new_tokens
+        ids, dropped = fit_context(self.tokenizer, context, self.system, self.history, longest)
         if dropped:
+            self.history = self.history[2 * dropped :]
             turns = "turn" if dropped == 1 else f"{dropped} turns"
-            _note(f"(The oldest {turns} no longer fit the context of {self.context} tokens.)")
+            _note(f"(The oldest {turns} no longer fit the context of {context} tokens.)")
         return ids
 
     def _generate(self, ids: list[int]) -> str:
-        import torch
-        from transformers import TextStreamer
-
         pieces: list[str] = []
 
-        class Printer(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                pieces.append(text)
-                print(text, end="", flush=True)
+        def emit(text: str) -> None:
+            pieces.append(text)
+            print(text, end="", flush=True)
 
-        room = self.max_new_tokens
-        if self.context is not None:
-            room = min(room, self.context - len(ids))
-        inputs = torch.tensor([ids], device=self.device)  # (1,P)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            sampling = {
-                "do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0,
-            }  # fmt: skip
         try:
-            with torch.no_grad():
-                self.model.generate(
-                    inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=room,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    streamer=Printer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-                    use_cache=True,
-                    **sampling,
-                )
+            generate_reply(self.talker, ids, self.sampling, emit)
         except KeyboardInterrupt:
             _note("\n(stopped)")
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"Not enough memory for a reply of {room} tokens after {len(ids)}: lower "
-                "max_new_tokens or start anew with /reset."
-            ) from error
         print(flush=True)
         return "".join(pieces).strip()
-
-
-def _check(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ModelError(f"There is no folder {folder}; needed is one with a chat model.")
-    if (folder / "reward_head.safetensors").exists():
-        raise ModelError(
-            f"{folder} is a reward model, which gives scores and cannot talk; take the model of "
-            "the stage sft or ppo, or a published one."
-        )
-    problems = check_weight_files(folder)
-    if problems:
-        raise ModelError("This is not a model that can talk: " + "; ".join(problems))

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rlhf_core.context import StageContext
 from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, Preempted, StoreError
-from rlhf_core.jobs import PPOJob, PretrainJob, RewardJob, SFTJob
+from rlhf_core.jobs import BaseJob
 from rlhf_core.stopping import stop
 from rlhf_core.store import Artifact, Store
 from rlhf_core.strategy import Strategy
@@ -37,18 +38,13 @@ class Checkpointer:
         rate: factor on the learning rate, below 1 after a non-finite loss (see `on_nonfinite`).
     """
 
-    def __init__(
-        self,
-        context: StageContext,
-        strategy: Strategy,
-        job: PretrainJob | SFTJob | RewardJob | PPOJob,
-    ) -> None:
+    def __init__(self, context: StageContext, strategy: Strategy, job: BaseJob) -> None:
         self.context, self.strategy, self.job = context, strategy, job
         self.rate = 1.0
         self._store = context.store.scoped(f"checkpoints/{context.key}")
         self._uploads = Uploader(self._publish)
         self._saved = 0  # step of the newest checkpoint of this process
-        stop.seconds = job.resources.stop_seconds
+        stop.seconds = job.placement().stop_seconds
         stop.uploading = lambda: not self._uploads.wait(0)
         stop.phase = "training"
 
@@ -67,7 +63,7 @@ class Checkpointer:
         """
         if step == total:
             return
-        if step % self.job.resources.checkpoint_every == 0:
+        if step % self.job.placement().checkpoint_every == 0:
             self.save(step, counters or {})
         self.stop_if_asked(step, counters)
 
@@ -113,7 +109,7 @@ class Checkpointer:
 
     def _publish(self, folder: Path, step: int) -> None:
         self._store.publish(folder, kind=KIND, metadata={"step": step})
-        for old in newest_first(self._store)[self.job.resources.keep_checkpoints :]:
+        for old in newest_first(self._store)[self.job.placement().keep_checkpoints :]:
             self._store.delete(old.digest, blobs=True)
 
     def settle(self, seconds: float) -> int | None:
@@ -194,6 +190,24 @@ class Checkpointer:
             else:
                 return 0
         return 0
+
+    def weights_before(self, step: int) -> tuple[int, dict[str, Tensor]] | None:
+        """The newest sound checkpoint after at most so many steps: its step, and the trained
+        weights by name. Rank 0 only; None when none is kept."""
+        folder = self.context.folder / "before"
+        for store in self._sources():
+            for artifact in newest_first(store):
+                if step_of(artifact) > step:
+                    continue
+                shutil.rmtree(folder, ignore_errors=True)
+                try:
+                    store.fetch(artifact.digest, folder)
+                except (ArtifactNotFound, ArtifactCorrupt) as error:
+                    print(f"WARNING: checkpoint skipped: {error}", flush=True)
+                    continue
+                weights = load_file(folder / "weights.safetensors")
+                return step_of(artifact), weights
+        return None
 
     # ------------------------------------------------------------------ a lower learning rate
 

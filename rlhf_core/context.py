@@ -168,8 +168,11 @@ class StageContext:
         metadata: Mapping[str, Any] | None = None,
         parents: Sequence[str] | None = None,
         kind: str | None = None,
+        bind: bool = True,
     ) -> Artifact:
         """Publish the stage's result and bind it to the stage key. Call on rank 0 only.
+
+        Without ``bind`` it is an artifact that nobody takes for the stage's result.
 
         The job itself and metrics.jsonl travel with the artifact, so that it can be repeated and
         its curves drawn later.
@@ -195,6 +198,6 @@ class StageContext:
             artifact = self.store.publish(
                 folder, kind=kind or job.kind, metadata=described, parents=made_of
             )
-            return self.store.commit_stage(self.key, artifact)
+            return self.store.commit_stage(self.key, artifact) if bind else artifact
 
         return patiently(send, "the result", self.patience)

@@ -14,7 +14,9 @@
     ├── TrainingFailure         "training"
     │   ├── NonFinite           "nonfinite"  a loss or gradient is NaN or infinite
     │   │   └── RateLowered     "rate_lowered"  the same; retried with a lower learning rate
-    │   └── PolicyCollapse      "collapse"   KL or length left its bounds
+    │   └── PolicyCollapse      "collapse"   KL, repetition or the like left its bound
+    ├── GateFailed              "gate"       a result misses a bound that the settings declare
+    ├── JudgeError              "judge"      a judge's endpoint refuses, fails or cannot be read
     └── JobFailed               "job"        a launched process died; category is the process's own
 
 The category travels from a rank's error file to the orchestrator, which decides from it alone
@@ -119,9 +121,23 @@ class RateLowered(NonFinite):
 
 
 class PolicyCollapse(TrainingFailure):
-    """KL or response length left the bounds that the job sets."""
+    """KL, repetition, entropy or unfinished replies left the bounds that the job sets."""
 
     category = "collapse"
+
+
+class GateFailed(RLHFError):
+    """A stage's result misses a bound that the settings declare. What was made stays in the store;
+    another attempt would give the same."""
+
+    category = "gate"
+
+
+class JudgeError(RLHFError):
+    """The endpoint of a judge refused, failed more often than is tried again, or gave answers that
+    cannot be read."""
+
+    category = "judge"
 
 
 class JobFailed(RLHFError):

@@ -1,7 +1,8 @@
-"""Base, SFT and aligned model on held-out data: the same prompts, the same seeds.
+"""Base, SFT and finished model on held-out data: the same prompts, the same seeds.
 
 Writes evaluation.json (numbers) and samples.jsonl (every prompt with each model's reply). KL is
-that of a model's own replies to the SFT model, in nats per reply.
+that of a model's own replies to the reference, in nats per reply: the model that the alignment
+started from, else the base model. Without a reward model there are no rewards in it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,17 @@ from rlhf_core.context import StageContext
 from rlhf_core.data.reading import Rows
 from rlhf_core.data.tokenizer import load_tokenizer
 from rlhf_core.distributed import Group
+from rlhf_core.endpoint_judge import EndpointJudge
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import EvaluateJob
 from rlhf_core.judges import get_judge
-from rlhf_core.models import Policy, load_causal_lm, load_scalar_model, share_frozen
+from rlhf_core.models import (
+    Policy,
+    ScalarModel,
+    load_causal_lm,
+    load_scalar_model,
+    share_frozen,
+)
 from rlhf_core.remote_code import is_trusted
 from rlhf_core.sampling import Reply, fast_inference, sample_replies
 from rlhf_core.store import Artifact
@@ -42,75 +50,95 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
             "The prompt data set holds no held-out prompts to evaluate on: raise "
             "data.prompts.heldout_fraction or give it more prompts."
         )
-    sft_rows = Rows(store.fetch(job.sft_data), "heldout", purpose="sft")
+    sft_rows = None
+    if job.sft_data is not None:
+        sft_rows = Rows(store.fetch(job.sft_data), "heldout", purpose="sft")
     rows = prompts.take(list(range(min(job.max_prompts, len(prompts)))))
     prompt_ids = [r["prompt_ids"] for r in rows]
-    folders = {name: store.fetch(getattr(job, field)) for name, field in MODELS.items()}
+    digests = {name: getattr(job, name) for name in MODELS}
+    folders = {name: store.fetch(digest) for name, digest in digests.items() if digest}
+    start = "sft" if "sft" in folders else "base"
     micro = job.resources.micro_batch_size
 
-    reference = Policy(load_causal_lm(folders["sft"])).requires_grad_(False).to(group.device)
-    reward = load_scalar_model(store.fetch(job.reward_model)).requires_grad_(False)
-    reward.to(group.device)
+    reference = Policy(load_causal_lm(folders[start])).requires_grad_(False).to(group.device)
+    reward = None
+    if job.reward_model is not None:
+        reward = load_scalar_model(store.fetch(job.reward_model)).requires_grad_(False)
+        reward.to(group.device)
     replies: dict[str, list[Reply]] = {}
     scores: dict[str, list[float]] = {}
     kl: dict[str, list[float]] = {}
     heldout: dict[str, Any] = {}
     for stream, (name, folder) in enumerate(folders.items()):
         model = reference
-        if name != "sft":
+        if name != start:
             model = Policy(load_causal_lm(folder)).requires_grad_(False).to(group.device)
-            share_frozen(reference, model, reward)
+            share_frozen(reference, model, *([reward] if reward is not None else []))
         replies[name] = sample_replies(
             model.model, folder, prompt_ids, group, seed=job.seed, stream=stream,
             max_new_tokens=job.max_new_tokens, temperature=job.temperature,
         )  # fmt: skip
         sequences = [([*p, *r.ids], len(p)) for p, r in zip(prompt_ids, replies[name], strict=True)]
         with fast_inference(group):
-            scores[name], kl[name] = score_replies(
+            rewards, kl[name] = score_replies(
                 sequences, model, reference, reward, group, micro, job.temperature
             )
-        with fast_inference(group):
-            loss = heldout_loss(model, sft_rows, group, micro, None)
+        if reward is not None:
+            scores[name] = rewards
+        loss = {}
+        if sft_rows is not None:
+            with fast_inference(group):
+                loss = heldout_loss(model, sft_rows, group, micro, None)
         if loss:
             heldout[name] = {
                 "loss": loss["heldout_loss"], "perplexity": loss["heldout_perplexity"]
             }  # fmt: skip
-        context.log(f"{name}: mean reward {sum(scores[name]) / len(rows):.3f}")
+        if reward is not None:
+            context.log(f"{name}: mean reward {mean(scores[name]):.3f}")
     if not context.main:
         return None
 
-    tokenizer = load_tokenizer(folders["sft"], is_trusted(folders["sft"]))
+    tokenizer = load_tokenizer(folders["policy"], is_trusted(folders["policy"]))
     texts = {name: [r.text(tokenizer) for r in replies[name]] for name in replies}
     shown = [prompt_text(r["prompt"]) for r in rows]
     gold = judge_all(job, shown, texts)
-    result = {
+    result: dict[str, Any] = {
         "models": {
             name: {
-                **spread("reward", scores[name]),
+                **(spread("reward", scores[name]) if scores else {}),
                 **(spread("gold", gold[name]) if gold else {}),
                 **spread("kl", kl[name]),
                 "length_mean": mean([len(r.ids) for r in replies[name]]),
                 "finished": mean([r.finished for r in replies[name]]),
                 "n": len(rows),
             }
-            for name in MODELS
+            for name in folders
         },
-        "win_rate": {"reward": win_rate(scores["ppo"], scores["sft"])},
+        "win_rate": {"reward": win_rate(scores["policy"], scores[start])} if scores else {},
         "heldout": heldout,
-        "reward_model": store.get(job.reward_model).metadata.get("metrics", {}).get("heldout", {}),
+        "reward_model": {},
     }
+    if job.reward_model is not None:
+        trained = store.get(job.reward_model).metadata.get("metrics", {})
+        result["reward_model"] = trained.get("heldout", {})
     if gold:
-        result["win_rate"]["gold"] = win_rate(gold["ppo"], gold["sft"])
-        gains = [a - b for a, b in zip(gold["ppo"], gold["sft"], strict=True)]
+        result["win_rate"]["gold"] = win_rate(gold["policy"], gold[start])
+        gains = [a - b for a, b in zip(gold["policy"], gold[start], strict=True)]
         result["gold_gain"] = {"mean": mean(gains), "se": standard_error(gains)}
+    if job.judge_endpoint is not None:
+        judge = EndpointJudge(job.judge_endpoint)
+        wins = judge.compare(shown, texts["policy"], texts[start])
+        result["win_rate"]["judge"] = win_rate(wins, [0.5] * len(wins))
+        result["judge"] = {"model": job.judge_endpoint.model, **judge.counts}
+        context.log(f"{job.judge_endpoint.model} prefers the policy's reply on {mean(wins):.0%}")
     folder = context.scratch("result")
     (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     write_samples(folder / "samples.jsonl", shown, texts, scores, gold)
     return context.publish(job, folder, {"metrics": result})
 
 
-MODELS = {"base": "base", "sft": "sft", "ppo": "policy"}
-"""Name in the report -> field of the job."""
+MODELS = ("base", "sft", "policy")
+"""Names in the report, and fields of the job."""
 
 
 @torch.no_grad()
@@ -118,12 +146,15 @@ def score_replies(
     sequences: Sequences,
     policy: Policy,
     reference: Policy,
-    reward: Any,
+    reward: ScalarModel | None,
     group: Group,
     micro: int,
     temperature: float,
 ) -> tuple[list[float], list[float]]:
-    """Reward and KL to the reference (k1, nats) of every sequence, in order, on every rank."""
+    """Reward and KL to the reference (k1, nats) of every sequence, in order, on every rank.
+
+    Without a reward model the first list is of zeros.
+    """
     found: list[tuple[int, float, float]] = []
     for positions in split_batch([len(s) for s, _ in sequences], group.rank, group.size, micro):
         input_ids, mask = pad_right([sequences[p][0] for p in positions])
@@ -131,8 +162,9 @@ def score_replies(
         for i, p in enumerate(positions):
             marked[i, : sequences[p][1]] = False
         input_ids, mask, marked = (x.to(group.device) for x in (input_ids, mask, marked))
-        scores = reward(input_ids, mask)
-        kl = torch.zeros(len(positions))
+        scores = kl = torch.zeros(len(positions))
+        if reward is not None:
+            scores = reward(input_ids, mask)
         if policy is not reference:
             gap = policy(input_ids, mask, marked, temperature) - reference(
                 input_ids, mask, marked, temperature
@@ -176,7 +208,8 @@ def write_samples(
         for i, prompt in enumerate(prompts):
             line: dict[str, Any] = {"prompt": prompt}
             line |= {name: texts[name][i] for name in texts}
-            line["reward"] = {name: round(scores[name][i], 4) for name in scores}
+            if scores:
+                line["reward"] = {name: round(scores[name][i], 4) for name in scores}
             if gold:
                 line["gold"] = {name: round(gold[name][i], 4) for name in gold}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,16 +1,16 @@
-"""Preference pairs: several SFT replies to a prompt, compared by a labeller (InstructGPT, step 2).
+"""Preference pairs: several replies to a prompt, compared by a labeller (InstructGPT, step 2).
 
-The labeller stands in for the person. Every two replies to a training prompt that it can tell apart
-by `min_margin` become a pair. A held-out prompt gives one pair, its best and worst reply, so that
-held-out pairs are independent and an interval on their number means what it says. What is too close
-is counted.
+The labeller (a lexicon, or a reward model) stands in for the person. Every two replies to a
+training prompt that it can tell apart by `min_margin` become a pair. A held-out prompt gives one
+pair, its best and worst reply, so that held-out pairs are independent and an interval on their
+number means what it says. What is too close is counted.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rlhf_core.context import StageContext
@@ -21,9 +21,9 @@ from rlhf_core.distributed import Group
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import LabelJob
 from rlhf_core.judges import get_judge
-from rlhf_core.models import load_causal_lm
+from rlhf_core.models import load_causal_lm, load_scalar_model
 from rlhf_core.remote_code import is_trusted
-from rlhf_core.sampling import Reply, sample_replies
+from rlhf_core.sampling import Reply, fast_inference, sample_replies, score_sequences
 from rlhf_core.store import Artifact
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ def run(job: LabelJob, context: StageContext) -> Artifact | None:
     prompts = context.store.fetch(job.prompts)
     tokenizer = load_tokenizer(source, is_trusted(source))
     model = load_causal_lm(source).requires_grad_(False).to(group.device)
-    judge = get_judge(job.labeller)
+    labeller = make_labeller(job, context, group, tokenizer)
 
     pairs: dict[str, list[Row]] = {}
     counts: dict[str, int] = {}
@@ -44,18 +44,18 @@ def run(job: LabelJob, context: StageContext) -> Artifact | None:
     for stream, (split, rows) in enumerate(rows_of.items()):
         wanted = job.max_prompts if split == "train" else job.max_heldout_prompts
         items = rows.take(list(range(min(wanted, len(rows)))))
-        repeated = [r["prompt_ids"] for r in items for _ in range(job.samples_per_prompt)]
+        n = job.samples_per_prompt
+        repeated = [r["prompt_ids"] for r in items for _ in range(n)]
         replies = sample_replies(
             model, source, repeated, group, seed=job.seed, stream=stream,
             max_new_tokens=job.max_new_tokens, temperature=job.temperature,
         )  # fmt: skip
+        all_scores = labeller(repeated, [r for r in items for _ in range(n)], replies)
         if not context.main:
             continue
         pairs[split] = []
         for i, item in enumerate(items):
-            candidates = replies[i * job.samples_per_prompt :][: job.samples_per_prompt]
-            prompt = json.loads(item["prompt"])[-1]["content"]
-            scores = [judge(prompt, r.text(tokenizer)) for r in candidates]
+            candidates, scores = replies[i * n :][:n], all_scores[i * n :][:n]
             kept, too_close = compare(scores, job.min_margin, best_worst=split == "heldout")
             pairs[split] += [pair(item, candidates[b], candidates[w], tokenizer) for b, w in kept]
             counts[f"{split}_too_close"] = counts.get(f"{split}_too_close", 0) + too_close
@@ -68,11 +68,41 @@ def run(job: LabelJob, context: StageContext) -> Artifact | None:
         raise DataError(
             f"The labeller {job.labeller} could not tell the replies of any of "
             f"{counts['train_prompts']} prompts apart by {job.min_margin}: lower "
-            "data.preference.min_margin, raise samples_per_prompt or max_new_tokens."
+            "min_margin, raise samples_per_prompt or max_new_tokens (of data.preference, or of "
+            "data.rounds where there are rounds)."
         )
     folder = context.scratch("result")
     write_pairs(folder, pairs, counts, job)
     return context.publish(job, folder, {"sampled_from": job.model, "metrics": counts})
+
+
+Labeller = Callable[[list[list[int]], list[Row], list[Reply]], list[float]]
+"""Scores of replies, on every rank, from their prompts' token ids, their rows and themselves."""
+
+
+def make_labeller(job: LabelJob, context: StageContext, group: Group, tokenizer: Any) -> Labeller:
+    """Who stands in for the person."""
+    if job.labeller == "reward_model":
+        assert job.reward_model is not None
+        reward = load_scalar_model(context.store.fetch(job.reward_model)).requires_grad_(False)
+        reward.to(group.device)
+        micro = job.resources.micro_batch_size
+
+        def score(
+            prompt_ids: list[list[int]], rows: list[Row], replies: list[Reply]
+        ) -> list[float]:
+            whole = [[*p, *r.ids] for p, r in zip(prompt_ids, replies, strict=True)]
+            with fast_inference(group):
+                return score_sequences(reward, whole, group, micro)
+
+        return score
+    judge = get_judge(job.labeller)
+
+    def read(prompt_ids: list[list[int]], rows: list[Row], replies: list[Reply]) -> list[float]:
+        prompts = [json.loads(row["prompt"])[-1]["content"] for row in rows]
+        return [judge(p, r.text(tokenizer)) for p, r in zip(prompts, replies, strict=True)]
+
+    return read
 
 
 def compare(

@@ -10,7 +10,7 @@ Bytes per trained parameter, on N ranks; c is 2 for bf16 and fp16, 4 for fp32:
     gemini      c/N       0 (in place)   12/N            embedding and two layers, gathered
 
 A frozen parameter costs 4 bytes under ddp (fp32 weights), c under ZeRO and c/N under Gemini.
-Reference and reward model of PPO are whole on every rank, 4 or c bytes per parameter.
+Reference and reward model of online algorithms are whole on every rank, 4 or c bytes per parameter.
 
 Activations of one layer and one token, kept for the backward pass:
 
@@ -34,10 +34,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf_core.jobs import PPOSettings, Resources, RewardSettings, SFTSettings
+from rlhf_core.jobs import Resources, TrainSettings, job_class
 from rlhf_core.model_shape import ModelShape, read_shape
 
-Stage = Literal["sft", "reward", "ppo"]
 GIB = 2**30
 
 _CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits at once, see rlhf_core.logprobs
@@ -70,9 +69,9 @@ class MemoryEstimate:
 
 def estimate(
     model_config: Mapping[str, Any],
-    settings: SFTSettings | RewardSettings | PPOSettings,
+    settings: TrainSettings,
     resources: Resources,
-    stage: Stage,
+    stage: str,
     *,
     max_length: int = 512,
     device: Literal["cpu", "cuda"] = "cuda",
@@ -92,20 +91,25 @@ def estimate(
     critic = plan.states(shape.backbone_parameters)
     sequences = resources.micro_batch_size
     chunk = plan.chunk()
-    if stage == "sft":
-        parts = {**policy, "activations": plan.activations(sequences, max_length), "logits": chunk}
-    elif stage == "reward":
-        # Chosen and rejected go through the model together.
-        parts = {**critic, "activations": plan.activations(2 * sequences, max_length)}
-    else:
-        assert isinstance(settings, PPOSettings), f"stage ppo with {type(settings).__name__}"
-        parts = {name: policy[name] + critic[name] for name in policy}
+    job = job_class(stage)
+    samples = "prompts" in job.roles().values()
+    # Chosen and rejected go through the model together.
+    rows = 2 if "preference" in job.roles().values() else 1
+    models = 2 if hasattr(settings, "value_coef") else 1  # with a critic
+    if job.kind == "reward_model":
+        parts = {**critic, "activations": plan.activations(rows * sequences, max_length)}
+    elif samples:
+        parts = {name: policy[name] + (models - 1) * critic[name] for name in policy}
         parts["reference and reward model"] = plan.frozen_models()
-        both = 2 * plan.activations(sequences, max_length)  # policy and critic, then one backward
-        cache = plan.kv_cache(-(-settings.batch_size // resources.ranks), max_length)
-        parts["activations"] = max(both, cache)  # a rollout keeps no activations
+        kept = models * plan.activations(sequences, max_length)  # then one backward
+        replies = settings.batch_size * getattr(settings, "group_size", 1)
+        cache = plan.kv_cache(-(-replies // resources.ranks), max_length)
+        parts["activations"] = max(kept, cache)  # a rollout keeps no activations
         parts["logits"] = chunk
-    trained = plan.trained(shape.parameters) * (2 if stage == "ppo" else 1)
+    else:
+        kept = plan.activations(rows * sequences, max_length)
+        parts = {**policy, "activations": kept, "logits": chunk}
+    trained = plan.trained(shape.parameters) * models
     parts["process"] = _PROCESS[device]
     host = 0
     # A checkpoint gathers weights and Adam states in fp32 in the host's memory of every rank.
@@ -113,7 +117,7 @@ def estimate(
     if device == "cpu":
         parts["checkpoint"] = max(0, copies - parts["activations"])
     else:
-        host = _PROCESS["cpu"] + max(copies, 4 * shape.parameters * (4 if stage == "ppo" else 1))
+        host = _PROCESS["cpu"] + max(copies, 4 * shape.parameters * (2 + models if samples else 1))
         if resources.strategy == "zero2_cpu":
             host += 16 * trained // resources.ranks
     return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host))
@@ -121,9 +125,9 @@ def estimate(
 
 def per_strategy(
     model_config: Mapping[str, Any],
-    settings: SFTSettings | RewardSettings | PPOSettings,
+    settings: TrainSettings,
     resources: Resources,
-    stage: Stage,
+    stage: str,
     *,
     max_length: int = 512,
     device: Literal["cpu", "cuda"] = "cuda",
@@ -142,7 +146,7 @@ def per_strategy(
 @dataclass(frozen=True)
 class _Plan:
     shape: ModelShape
-    settings: SFTSettings | RewardSettings | PPOSettings
+    settings: TrainSettings
     resources: Resources
     device: str
 
@@ -198,6 +202,8 @@ class _Plan:
         """Reference and reward model; with trainable_layers they share the layers below (ddp)."""
         c = 4 if self.resources.strategy == "ddp" else self.width
         both = self.shape.parameters + self.shape.backbone_parameters
+        if self.settings.lora is not None:
+            both -= self.shape.parameters  # the reference is the policy without its adapters
         if self.settings.trainable_layers is not None and c == 4:
             # policy, reference, critic and reward model then hold the lower layers once
             below = self.shape.parameters - self.trained(self.shape.parameters)
@@ -228,9 +234,9 @@ class _Plan:
 
 def ways_to_fit(
     model_config: Mapping[str, Any],
-    settings: SFTSettings | RewardSettings | PPOSettings,
+    settings: TrainSettings,
     resources: Resources,
-    stage: Stage,
+    stage: str,
     available: int,
     *,
     max_length: int = 512,
@@ -238,7 +244,7 @@ def ways_to_fit(
 ) -> list[str]:
     """Settings with which a stage fits into so many bytes per rank, the mildest first."""
 
-    def fits(settings: SFTSettings | RewardSettings | PPOSettings, place: Resources) -> bool:
+    def fits(settings: TrainSettings, place: Resources) -> bool:
         found = estimate(model_config, settings, place, stage, max_length=max_length, device=device)
         return found.total <= available
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_core.errors import ModelError, RLHFError
 from rlhf_core.jobs import ModelSettings
@@ -75,18 +75,25 @@ def cached_snapshot(settings: ModelSettings) -> Path | None:
 
 
 def check_model(
-    settings: ModelSettings, store: Store | None = None, *, contact: bool = True
+    settings: ModelSettings,
+    store: Store | None = None,
+    *,
+    contact: bool = True,
+    kind: Literal["model", "reward_model"] = "model",
 ) -> list[str]:
     """Problems of the model source, one text each.
 
     Args:
         store: where an `artifact:` source is looked up.
+        kind: of the artifact that is needed; a reward model is never random or built in.
         contact: False neither looks at files nor asks store or hub: only the settings count.
     """
     try:
         source = parse_source(settings.source)
     except ModelError as error:
         return [str(error)]
+    if kind == "reward_model" and source.kind in ("random", "builtin"):
+        return [f"{settings.source} is no reward model; needed is a folder, id or artifact of one"]
     problems = []
     if settings.revision is not None and source.kind != "hub":
         problems.append(
@@ -99,10 +106,11 @@ def check_model(
         if source.kind == "builtin":
             builtin_gguf(source.value)
         elif source.kind == "artifact" and store is not None:
-            problems += _check_artifact(source, store)
+            problems += _check_artifact(source, store, kind)
         elif source.kind == "folder":
-            problems += check_weight_files(source.folder)
-            problems += _check_folder(settings, source.folder) if not problems else []
+            problems += check_weight_files(source.folder, speaks=kind == "model")
+            if not problems and kind == "model":
+                problems += _check_folder(settings, source.folder)
         elif source.kind == "hub":
             problems += _check_hub(settings)
     except RLHFError as error:
@@ -110,13 +118,13 @@ def check_model(
     return problems
 
 
-def _check_artifact(source: Source, store: Store) -> list[str]:
+def _check_artifact(source: Source, store: Store, kind: str) -> list[str]:
     artifact = store.get(source.value)
-    if artifact.kind == "model":
+    if artifact.kind == kind:
         return []
     return [
-        f"model.source is {artifact.ref}, of kind {artifact.kind!r}; needed is a 'model': see "
-        "`rlhf artifacts list --kind model`"
+        f"artifact:{source.value} is {artifact.ref}, of kind {artifact.kind!r}; needed is a "
+        f"{kind!r}: see `rlhf artifacts list --kind {kind}`"
     ]
 
 

@@ -10,8 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rlhf_core import recipe
 from rlhf_core.errors import RLHFError
-from rlhf_core.jobs import DataSettings, LocalLauncher, PipelineConfig, SampledPreferences
+from rlhf_core.jobs import (
+    DataSettings,
+    LocalLauncher,
+    ModelSettings,
+    PipelineConfig,
+    SampledPreferences,
+)
 from rlhf_core.machine import Machine, free_disk, this_machine
 from rlhf_core.memory import GIB, ways_to_fit
 from rlhf_core.memory import estimate as estimate_memory
@@ -23,7 +30,6 @@ from rlhf_core.preflight_settings import (
     check_lengths,
     check_placements,
     check_training,
-    data_sets,
     device_of,
     placements,
     trained_stages,
@@ -56,8 +62,18 @@ def check(
         store, found = _check_store(config, store)
         problems += found
     problems += check_model(config.model, store, contact=contact)
+    if config.reward_model is not None:
+        there = ModelSettings(
+            source=config.reward_model, trust_remote_code=config.model.trust_remote_code
+        )
+        found = check_model(there, store, contact=contact, kind="reward_model")
+        problems += [f"reward_model: {text}" for text in found]
     model = model or _config_of(config, store)
     shape = _shape(model)
+    wrong = recipe.problems(config)
+    problems += wrong
+    if wrong and not config.stages:
+        return problems
     problems += check_data_settings(config)
     if contact:
         problems += _check_data_sources(config)
@@ -106,7 +122,7 @@ def _check_data_sources(config: PipelineConfig) -> list[str]:
     from rlhf_core.data.check import check_source
 
     problems = []
-    for purpose, name, settings in data_sets(config):
+    for purpose, name, settings in recipe.data_sets(config):
         try:
             found = _unreachable(settings) or check_source(settings, purpose)
         except RLHFError as error:
@@ -142,9 +158,12 @@ def _unreachable(settings: DataSettings) -> list[str]:
 
 def _check_packages(config: PipelineConfig) -> list[str]:
     needed = {"gguf": config.model.source.startswith("builtin:")}
-    sampled = isinstance(config.data.preference, SampledPreferences)
-    needed["vaderSentiment"] = sampled or config.evaluate.judge == "vader"
-    needed["peft"] = any(s.lora for s in (config.sft, config.reward, config.ppo))
+    data = config.data
+    labelled = {step.name == "label" for step in recipe.steps(config) if step.algorithm == "label"}
+    labellers = {data.preference if first else data.rounds for first in labelled}
+    vader = any(isinstance(s, SampledPreferences) and s.labeller == "vader" for s in labellers)
+    needed["vaderSentiment"] = vader or config.evaluate.judge == "vader"
+    needed["peft"] = any(recipe.section(config, stage).lora for stage in config.stages)
     return [
         f"the package {name} is not installed, and the settings need it; run: pip install {name}"
         for name, wanted in needed.items()

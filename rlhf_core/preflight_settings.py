@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import isqrt
+from math import gcd, isqrt
 from typing import Any, Literal
 
+from rlhf_core import recipe
 from rlhf_core.jobs import (
     BaseJob,
-    DataSettings,
     PipelineConfig,
-    PPOSettings,
-    Purpose,
     Resources,
-    RewardSettings,
     SampledPreferences,
-    SFTSettings,
     TrainSettings,
 )
 from rlhf_core.machine import Machine
-from rlhf_core.memory import Stage
 from rlhf_core.model_shape import ModelShape
 
 # --------------------------------------------------------------------------- the pipeline's parts
@@ -27,23 +22,25 @@ from rlhf_core.model_shape import ModelShape
 
 def placements(config: PipelineConfig) -> dict[str, Resources]:
     """Setting name of each stage that runs on ranks -> where it runs."""
-    sections: dict[str, Any] = {
-        "sft": config.sft,
-        "data.preference": config.data.preference,
-        "reward": config.reward,
-        "ppo": config.ppo,
-        "evaluate": config.evaluate,
-    }
+    sections: dict[str, Any] = {}
+    for step in recipe.steps(config):
+        if step.algorithm != "label":
+            sections[step.algorithm] = recipe.section(config, step.algorithm)
+        elif step.name == "label":
+            sections["data.preference"] = config.data.preference
+        else:
+            sections["data.rounds"] = config.data.rounds
+    if recipe.makes_a_model(config):
+        sections["evaluate"] = config.evaluate
     return {
         name: getattr(settings, "resources", None) or config.resources
         for name, settings in sections.items()
-        if not isinstance(settings, DataSettings)
     }
 
 
 def trained_stages(
     config: PipelineConfig,
-) -> Iterator[tuple[Stage, SFTSettings | RewardSettings | PPOSettings, Resources, int]]:
+) -> Iterator[tuple[str, TrainSettings, Resources, int]]:
     """The stages that train: name, settings, placement, and the longest sequence in tokens."""
     preference, prompts = config.data.preference, config.data.prompts
     longest = prompts.max_prompt_length or prompts.max_length
@@ -53,20 +50,28 @@ def trained_stages(
         else preference.max_length
     )
     places = placements(config)
-    yield "sft", config.sft, places["sft"], config.data.sft.max_length
-    yield "reward", config.reward, places["reward"], pairs
-    yield "ppo", config.ppo, places["ppo"], longest + config.ppo.max_new_tokens
+    for stage in config.stages:
+        settings = recipe.section(config, stage)
+        lengths = {"sft": config.data.sft.max_length, "preference": pairs}
+        if config.data.unpaired is not None:
+            lengths["unpaired"] = config.data.unpaired.max_length
+        lengths["prompts"] = longest + getattr(settings, "max_new_tokens", 0)
+        roles = recipe.roles(config, stage).values()
+        yield stage, settings, places[stage], max(lengths[r] for r in roles if r in lengths)
 
 
-def data_sets(config: PipelineConfig) -> Iterator[tuple[Purpose, str, DataSettings]]:
-    """The data sets that are read: purpose, setting name, settings."""
-    data = config.data
-    yield "sft", "data.sft", data.sft
-    yield "prompts", "data.prompts", data.prompts
-    if isinstance(data.preference, DataSettings):
-        yield "preference", "data.preference", data.preference
-    if data.ptx is not None and config.ppo.ptx_coef > 0:
-        yield "pretrain", "data.ptx", data.ptx
+def reply_length(config: PipelineConfig) -> int:
+    """Longest reply in the evaluation: its own setting, else that of the last sampling stage."""
+    own = [getattr(recipe.section(config, s), "max_new_tokens", None) for s in config.stages]
+    found = [n for n in own if n is not None]
+    return config.evaluate.max_new_tokens or (found[-1] if found else config.ppo.max_new_tokens)
+
+
+def _section_at(config: PipelineConfig, path: str) -> Any:
+    section: Any = config
+    for part in path.split("."):
+        section = getattr(section, part)
+    return section
 
 
 def device_of(resources: Resources, machine: Machine) -> Literal["cpu", "cuda"]:
@@ -81,7 +86,7 @@ def device_of(resources: Resources, machine: Machine) -> Literal["cpu", "cuda"]:
 def check_data_settings(config: PipelineConfig) -> list[str]:
     """Shares, lengths and data that would not be used."""
     problems = []
-    for purpose, name, settings in data_sets(config):
+    for purpose, name, settings in recipe.data_sets(config):
         share = settings.heldout_fraction
         if share >= 1.0:
             problems.append(
@@ -100,10 +105,14 @@ def check_data_settings(config: PipelineConfig) -> list[str]:
                 f"({settings.max_length}), which counts prompt and reply; lower it or raise "
                 "max_length"
             )
-    if config.data.ptx is not None and config.ppo.ptx_coef == 0:
+    mixing = [s for s in config.stages if hasattr(recipe.section(config, s), "ptx_coef")]
+    if config.data.ptx is not None and not any(
+        "ptx" in recipe.roles(config, stage).values() for stage in mixing
+    ):
+        setting = f"{mixing[0] if mixing else 'ppo'}.ptx_coef"
         problems.append(
-            "data.ptx is given but ppo.ptx_coef is 0, so that it would not be used; set "
-            "ppo.ptx_coef (27.8 in InstructGPT) or clear data.ptx"
+            f"data.ptx is given but {setting} is 0, so that it would not be used; set {setting} "
+            "(27.8 in InstructGPT) or clear data.ptx"
         )
     if config.evaluate.samples > config.evaluate.max_prompts:
         problems.append(
@@ -116,9 +125,8 @@ def check_data_settings(config: PipelineConfig) -> list[str]:
 def check_placements(config: PipelineConfig, machine: Machine) -> list[str]:
     """GPUs that are not there, and strategies that need them; stages placed alike in one text."""
     alike: dict[str, list[str]] = {}
-    trained = {"sft", "reward", "ppo"}
     for name, resources in placements(config).items():
-        for text in _judge(resources, machine, name in trained):
+        for text in _judge(resources, machine, name in config.stages):
             alike.setdefault(text, []).append(name)
     return [
         text.format("resources" if len(names) > 1 else f"{names[0]}.resources", ", ".join(names))
@@ -165,21 +173,24 @@ def check_batches(config: PipelineConfig) -> list[str]:
     problems = []
     for stage, settings, resources, _ in trained_stages(config):
         ranks, micro = resources.ranks, resources.micro_batch_size
-        batch, what = settings.batch_size, f"{stage}.batch_size is {settings.batch_size}"
-        if isinstance(settings, PPOSettings) and settings.minibatches > 1:
-            parts = settings.minibatches
+        group = getattr(settings, "group_size", 1)
+        batch, what = settings.batch_size * group, f"{stage}.batch_size is {settings.batch_size}"
+        if group > 1:
+            what += f" (times group_size {group}: {batch} replies)"
+        minibatches = getattr(settings, "minibatches", 1)
+        if minibatches > 1:
+            parts = minibatches
             if batch % parts:
                 problems.append(
                     f"{what}, which {parts} minibatches do not divide; nearest are "
-                    f"{_nearest(batch, parts)}"
+                    f"{_nearest(settings.batch_size, parts // gcd(parts, group))}"
                 )
                 continue
             batch //= parts
             what += f", {batch} in each of {parts} minibatches"
         if batch % ranks:
-            parts = batch_unit = ranks
-            if isinstance(settings, PPOSettings):
-                batch_unit = ranks * settings.minibatches
+            parts, batch_unit = ranks, ranks * minibatches
+            batch_unit //= gcd(batch_unit, group)
             problems.append(
                 f"{what}, which {parts} ranks do not share evenly; {stage}.batch_size must be a "
                 f"multiple of {batch_unit}: nearest are "
@@ -187,7 +198,8 @@ def check_batches(config: PipelineConfig) -> list[str]:
             )
         elif (share := batch // ranks) > micro and share % micro:
             near = min(_divisors(share), key=lambda m: (abs(m - micro), -m))
-            unit = settings.batch_size // batch * ranks * micro
+            unit = minibatches * ranks * micro
+            unit //= gcd(unit, group)
             problems.append(
                 f"{what}, so {share} for each of {ranks} rank{'s' if ranks > 1 else ''}, which "
                 f"micro_batch_size {micro} does not divide; set micro_batch_size to {near}, or "
@@ -243,7 +255,7 @@ def check_lengths(config: PipelineConfig, shape: ModelShape | None) -> list[str]
         return []
     problems = []
     context, model = shape.context, config.model.source
-    for _, name, settings in data_sets(config):
+    for _, name, settings in recipe.data_sets(config):
         if settings.max_length > context:
             problems.append(
                 f"{name}.max_length is {settings.max_length}, but {model} has a context of "
@@ -251,11 +263,15 @@ def check_lengths(config: PipelineConfig, shape: ModelShape | None) -> list[str]
             )
     prompts = config.data.prompts
     longest = prompts.max_prompt_length or prompts.max_length
-    replies = {"ppo": config.ppo.max_new_tokens, "reward": config.reward.max_new_tokens}
-    replies["evaluate"] = config.evaluate.max_new_tokens or config.ppo.max_new_tokens
-    if isinstance(config.data.preference, SampledPreferences):
-        replies["data.preference"] = config.data.preference.max_new_tokens
+    replies = {
+        name: getattr(_section_at(config, name), "max_new_tokens", None)
+        for name in placements(config)
+    }
+    if "evaluate" in replies:
+        replies["evaluate"] = reply_length(config)
     for name, new in replies.items():
+        if new is None:
+            continue
         if new >= context:
             problems.append(
                 f"{name}.max_new_tokens is {new}, but {model} has a context of {context} tokens "

@@ -20,10 +20,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rlhf_core.errors import ConfigError, PreflightError
-from rlhf_core.jobs import PipelineConfig
+from rlhf_core.jobs import PipelineConfig, TrainingStage
 
 # Sections whose `resources` lie over the top-level `resources`.
-STAGE_SECTIONS = (("sft",), ("reward",), ("ppo",), ("evaluate",), ("data", "preference"))
+STAGE_SECTIONS = (
+    *((stage,) for stage in get_args(TrainingStage)),
+    ("evaluate",), ("data", "preference"), ("data", "rounds"),
+)  # fmt: skip
 
 # --------------------------------------------------------------------------- reading
 
@@ -192,7 +195,11 @@ def build_config(
     """
     settings = dict(preset) if isinstance(preset, Mapping) else load_preset(preset)
     settings = apply_overrides(settings, overrides)
-    if (base := settings.pop("preset", "none")) != "none":
+    seen: list[str] = []
+    while (base := settings.pop("preset", "none")) != "none":
+        if base in seen:
+            raise ConfigError(f"preset {_short(base)} is laid over itself; give it another one.")
+        seen.append(base)
         settings = _lay_over(load_preset(str(base)), settings)
     settings = merge_resources(settings)
     try:
@@ -266,7 +273,7 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
                 return None
             here = chosen
             continue
-        names.append(str(part))
+        names.append(_short(str(part), bare=True))
         value = value.get(part) if isinstance(value, Mapping) else None
         field = here.model_fields.get(str(part)) if here else None
         variants = _models(field.annotation) if field else []

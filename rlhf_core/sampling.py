@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_core.batching import pad_right, split_batch
 from rlhf_core.distributed import Group
 from rlhf_core.models import stop_tokens
 from rlhf_core.rollout import generate, make_row_seeds
@@ -80,4 +81,25 @@ def sample_replies(
     result: list[Any] = [None] * len(prompt_ids)
     for position, reply in zip(order, group.interleave(replies), strict=True):
         result[position] = reply
+    return result
+
+
+@torch.no_grad()
+def score_sequences(
+    module: nn.Module, sequences: Sequence[Sequence[int]], group: Group, micro: int
+) -> list[float]:
+    """Scores of sequences by a `ScalarModel`, in their order, computed by all ranks together.
+
+    Args:
+        micro: sequences in one pass on one rank.
+    """
+    found: list[tuple[int, float]] = []
+    for positions in split_batch([len(s) for s in sequences], group.rank, group.size, micro):
+        input_ids, mask = pad_right([sequences[p] for p in positions])
+        scores = module(input_ids.to(group.device), mask.to(group.device))
+        found += zip(positions, scores.tolist(), strict=True)
+    result = [0.0] * len(sequences)
+    for part in group.gather(found):
+        for position, score in part:
+            result[position] = score
     return result

@@ -12,7 +12,9 @@ import re
 HIDDEN = "***"
 SHORTEST = 8  # characters; a shorter value would blot out ordinary words
 _NAMES = re.compile(
-    r"SECRET|TOKEN|PASSW|API_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH_STRING|DATABASE_CONNECTION_URL", re.I
+    r"SECRET|TOKEN|PASSW|API_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH_STRING|DATABASE_CONNECTION_URL"
+    r"|_KEY$",
+    re.I,
 )
 _IN_URL = re.compile(r"(\w://)[^\s/@:]+:[^\s/@]+@")
 _HARMLESS = re.compile(r"^TOKENIZERS_|_FILE$|_PATH$", re.I)

@@ -1,31 +1,30 @@
 """Prefect tasks, one per stage, and the launchers that run their jobs. No torch in here."""
 
-from tasks.publish import champion, publish
+from tasks.publish import champion, keep_candidate, publish
 from tasks.report import render, report
 from tasks.stages import (
+    TRAIN,
     compare,
     evaluate,
     import_model,
+    import_reward,
     label,
-    ppo,
     preflight,
     prepare_data,
-    reward,
-    sft,
 )
 
 __all__ = [
+    "TRAIN",
     "champion",
     "compare",
     "evaluate",
     "import_model",
+    "import_reward",
+    "keep_candidate",
     "label",
-    "ppo",
     "preflight",
     "prepare_data",
     "publish",
     "render",
     "report",
-    "reward",
-    "sft",
 ]

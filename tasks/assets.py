@@ -9,11 +9,12 @@ from typing import Any
 
 from prefect import runtime
 from prefect.events import emit_event
+from prefect.settings import PREFECT_API_URL
 
 from rlhf_core.store import Artifact, Store
 
 PUBLISHED = "rlhf.model.published"
-"""The event of a new version of a published name."""
+"""The event of a new champion of a published name."""
 
 
 def asset_key(store: Store, artifact: Artifact) -> str:
@@ -38,7 +39,7 @@ def reused(store: Store, stage: str, artifact: Artifact) -> None:
 
 
 def published(store: Store, name: str, artifact: Artifact, run_id: str) -> None:
-    """An artifact is the newest model of a name now."""
+    """An artifact is the champion of a name now."""
     _emit(
         event=PUBLISHED,
         resource={"prefect.resource.id": f"rlhf.model.{name}", "prefect.resource.name": name},
@@ -62,5 +63,6 @@ def _related(store: Store, artifact: Artifact) -> dict[str, str]:
 
 
 def _emit(**event: Any) -> None:
-    if runtime.flow_run.id:  # without a flow run Prefect would start a server to send it to
+    # Without either Prefect would start a server to send it to.
+    if runtime.flow_run.id or PREFECT_API_URL.value():
         emit_event(**event)

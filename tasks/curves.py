@@ -6,20 +6,16 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_core.recipe import label_of
+
 Lines = Sequence[Mapping[str, Any]]
 
-# stage -> (metric, title, also drawn in the same panel)
-PANELS: tuple[tuple[str, str, str], ...] = (
-    ("sft", "loss", "SFT: loss (nats a token)"),
-    ("reward", "loss", "reward model: loss"),
-    ("reward", "accuracy", "reward model: accuracy in training"),
-    ("ppo", "score", "PPO: score of the reward model"),
-    ("ppo", "gold", "PPO: gold score"),
-    ("ppo", "kl", "PPO: KL to SFT (nats a reply)"),
-    ("ppo", "length", "PPO: length (tokens)"),
-    ("ppo", "entropy", "PPO: entropy (nats a token)"),
-    ("ppo", "value_loss", "PPO: value loss"),
-)
+# metric -> title; a stage whose policy is sampled has another set than the others
+TRAINED = {"loss": "loss", "accuracy": "accuracy in training"}
+ONLINE = {
+    "score": "score", "gold": "gold score", "kl": "KL to the reference (nats a reply)",
+    "length": "length (tokens)", "entropy": "entropy (nats a token)", "value_loss": "value loss",
+}  # fmt: skip
 BLUE, GREY = "#2563eb", "#9ca3af"
 
 
@@ -30,14 +26,15 @@ def draw(metrics: Mapping[str, Lines], width: int = 3) -> bytes | None:
         metrics: stage -> lines of its metrics.jsonl.
     """
     panels = []
-    for stage, name, title in PANELS:
-        points = [
-            (line["step"], line[name])
-            for line in metrics.get(stage, ())
-            if isinstance(line.get(name), int | float)
-        ]
-        if points:
-            panels.append((title, points))
+    for stage, lines in metrics.items():
+        for name, title in (ONLINE if any("kl" in line for line in lines) else TRAINED).items():
+            points = [
+                (line["step"], line[name])
+                for line in lines
+                if isinstance(line.get(name), int | float)
+            ]
+            if points:
+                panels.append((f"{label_of(stage)}: {title}", points))
     if not panels:
         return None
     import matplotlib

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_core import recipe
 from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.store import Store
+from tasks.run import Run
 
-MODELS = ("base", "sft", "ppo")
-NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
+MODELS = ("base", "sft", "policy")
 
 
 def read_evaluation(store: Store, digest: str) -> dict[str, Any]:
@@ -32,11 +33,27 @@ def read_samples(store: Store, digest: str) -> list[dict[str, Any]]:
         return []
 
 
+def evaluation_of(run: Run, digest: str) -> Evaluation:
+    """An evaluation of the run, with the names of its models."""
+    return Evaluation(read_evaluation(run.store, digest), recipe.policy_label(run.config))
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """evaluation.json (its schema is that of rlhf_core/evaluate.py)."""
 
     data: Mapping[str, Any]
+    policy: str = "PPO"
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What people call the models."""
+        return {"base": "base", "sft": "SFT", "policy": self.policy}
+
+    @property
+    def start(self) -> str:
+        """The model that the finished one is compared with."""
+        return "sft" if "sft" in (self.data.get("models") or {}) else "base"
 
     def markdown(self) -> str:
         """Everything that is there, in tables and sentences."""
@@ -44,7 +61,7 @@ class Evaluation:
         return "\n\n".join(part for part in parts if part) or "No evaluation was made."
 
     def models(self) -> str:
-        """Base, SFT and PPO models side by side."""
+        """Base, SFT and finished models side by side."""
         models = self.data.get("models") or {}
         heldout = self.data.get("heldout") or {}
         columns = [m for m in MODELS if m in models or m in heldout]
@@ -53,7 +70,10 @@ class Evaluation:
         rows = [
             ("reward", [_pm(models.get(m), "reward") for m in columns]),
             ("gold score", [_pm(models.get(m), "gold") for m in columns]),
-            ("KL to SFT (nats a reply)", [_pm(models.get(m), "kl") for m in columns]),
+            (
+                f"KL to {self.names[self.start]} (nats a reply)",
+                [_pm(models.get(m), "kl") for m in columns],
+            ),
             ("length (tokens)", [_number(models.get(m), "length_mean", "{:.1f}") for m in columns]),
             ("finished replies", [_percent(models.get(m), "finished") for m in columns]),
             ("held-out loss", [_number(heldout.get(m), "loss", "{:.3f}") for m in columns]),
@@ -61,7 +81,7 @@ class Evaluation:
         ]
         counts = {models[m]["n"] for m in columns if "n" in (models.get(m) or {})}
         on = f" ({', '.join(map(str, sorted(counts)))} held-out prompts)" if counts else ""
-        head = [f"| mean ± standard error{on} |" + "".join(f" {NAMES[m]} |" for m in columns)]
+        head = [f"| mean ± standard error{on} |" + "".join(f" {self.names[m]} |" for m in columns)]
         head.append("| --- |" + " ---: |" * len(columns))
         body = [
             f"| {label} |" + "".join(f" {cell or '–'} |" for cell in cells)
@@ -71,24 +91,28 @@ class Evaluation:
         return "\n".join(head + body)
 
     def win_rates(self) -> str:
-        """How often the PPO model's reply beats the SFT model's."""
+        """How often the finished model's reply beats the other's."""
         sentences = []
-        for judge, label in (("reward", "the reward model"), ("gold", "the gold judge")):
+        asked = f"the judge {(self.data.get('judge') or {}).get('model', '')}".strip()
+        labels = {"reward": "the reward model", "gold": "the gold judge", "judge": asked}
+        for judge, label in labels.items():
             rate = (self.data.get("win_rate") or {}).get(judge)
             if rate:
                 sentences.append(f"{_interval(rate, 'rate')} of {rate['n']} prompts for {label}")
-        return "PPO's reply beats SFT's on " + ", on ".join(sentences) + "." if sentences else ""
+        other = self.names[self.start]
+        start = f"{self.policy}'s reply beats {other}'s on "
+        return start + ", on ".join(sentences) + "." if sentences else ""
 
     def verdict(self) -> str:
-        """One sentence: does the judge that PPO never saw agree with the reward model?"""
+        """One sentence: does the judge that training never saw agree with the reward model?"""
         models = self.data.get("models") or {}
-        proxy = _gain(models, "reward")
+        proxy = _gain(models, "reward", self.start)
         paired = self.data.get("gold_gain")
-        gold = (paired["mean"], paired["se"]) if paired else _gain(models, "gold")
+        gold = (paired["mean"], paired["se"]) if paired else _gain(models, "gold", self.start)
         if proxy is None:
-            return ""
+            return self._gold_alone(gold)
         up = proxy[0] > 2 * proxy[1]
-        text = f"Reward, PPO over SFT: {_signed(proxy)}"
+        text = f"Reward, {self.policy} over {self.names[self.start]}: {_signed(proxy)}"
         if gold is None:
             return (
                 f"{text}. No gold judge was asked, so whether the replies became better or only "
@@ -97,8 +121,8 @@ class Evaluation:
         text += f"; gold score: {_signed(gold)}"
         if gold[0] > 2 * gold[1]:
             end = (
-                "the judge that PPO never saw agrees: the policy became better, not only "
-                "better at pleasing the reward model."
+                f"the judge that {self.policy} never saw agrees: the policy became better, not "
+                "only better at pleasing the reward model."
                 if up
                 else "the gold score rose, the reward did not by more than two standard errors."
             )
@@ -116,6 +140,15 @@ class Evaluation:
         else:
             end = "neither rose by more than two standard errors: nothing was shown to be learned."
         return f"{text}: {end}"
+
+    def _gold_alone(self, gold: tuple[float, float] | None) -> str:
+        """The same where no reward model was there."""
+        if gold is None:
+            return ""
+        text = f"Gold score, {self.policy} over {self.names[self.start]}: {_signed(gold)}"
+        if abs(gold[0]) <= 2 * gold[1]:
+            return f"{text}: it did not move by more than two standard errors."
+        return f"{text}: " + ("the replies became better." if gold[0] > 0 else "**it fell.**")
 
     def reward_model(self) -> str:
         """Held-out accuracy beside what a trivial judge reaches."""
@@ -137,9 +170,9 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def _gain(models: Mapping[str, Any], name: str) -> tuple[float, float] | None:
-    """PPO minus SFT and its standard error, as if unpaired (which overstates the error)."""
-    sft, ppo = models.get("sft") or {}, models.get("ppo") or {}
+def _gain(models: Mapping[str, Any], name: str, start: str) -> tuple[float, float] | None:
+    """Finished minus first model and standard error, as if unpaired (which overstates it)."""
+    sft, ppo = models.get(start) or {}, models.get("policy") or {}
     keys = (f"{name}_mean", f"{name}_se")
     if any(not isinstance(row.get(key), int | float) for row in (sft, ppo) for key in keys):
         return None

@@ -64,9 +64,10 @@ def headline(metrics: dict[str, Any]) -> str:
         interval = f" ({heldout['low']:.2f} to {heldout['high']:.2f})" if "low" in heldout else ""
         shown.append(f"held-out accuracy {heldout['accuracy']:.2f}{interval}")
     models = metrics.get("models")  # of an evaluation
-    if isinstance(models, dict) and {"sft", "ppo"} <= set(models):
+    if isinstance(models, dict) and "policy" in models:
+        start = "sft" if "sft" in models else "base"
         for name in ("reward", "gold"):
-            pair = [models[model].get(f"{name}_mean") for model in ("sft", "ppo")]
+            pair = [(models.get(m) or {}).get(f"{name}_mean") for m in (start, "policy")]
             if None not in pair:
                 shown.append(f"{name} {pair[0]:.3f} → {pair[1]:.3f}")
     for name, label in HEADLINES:

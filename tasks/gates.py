@@ -1,11 +1,106 @@
-"""Gates: bounds that a new model must keep before it is published."""
+"""Gates: bounds that a result must keep before the run goes on, or before a model is published.
+
+The settings of a stage hold its gates (`check_...`: a failed one ends the run); a retraining has
+some of its own (`judge`: a failed one leaves a candidate). All bounds are on the point estimate,
+which does not move with the number of held-out rows as the end of an interval does; the interval is
+shown beside it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rlhf_core.jobs import Gates
+from rlhf_core.jobs import EvaluateSettings, Gates, RewardSettings
+
+
+def check_reward(settings: RewardSettings, metrics: Mapping[str, Any]) -> str | None:
+    """What is wrong with a reward model; None when it passes.
+
+    Args:
+        metrics: those of its artifact.
+    """
+    bound = settings.min_heldout_accuracy
+    if bound is None:
+        return None
+    found = metrics.get("heldout") or {}
+    accuracy = found.get("accuracy")
+    if accuracy is None:
+        return (
+            f"reward.min_heldout_accuracy is {bound:g}, but no accuracy was measured: the "
+            "preference data has no held-out pairs. Raise data.preference.heldout_fraction (or "
+            "max_heldout_prompts, where pairs are sampled), or clear the gate."
+        )
+    if accuracy >= bound:
+        return None
+    baselines = found.get("baselines") or {}
+    trivial = [row["accuracy"] for row in baselines.values() if "accuracy" in (row or {})]
+    beside = f"; a trivial judge reaches {max(trivial):.3g}" if trivial else ""
+    return (
+        f"The reward model's accuracy on {found.get('n', '?')} held-out pairs is {accuracy:.3g}"
+        f"{_interval(found)}, needed is at least {bound:g} (reward.min_heldout_accuracy){beside}. "
+        "What usually helps: more pairs, or clearer ones (data.preference.min_margin); with few "
+        "pairs reward.head=probe and reward.pooling=mean; a larger learning rate where the "
+        "training accuracy is low too. What was made stays in the store: with a lower bound the "
+        "run goes on from it."
+    )
+
+
+def check_evaluation(settings: EvaluateSettings, evaluation: Mapping[str, Any]) -> str | None:
+    """What is wrong with a finished model, one sentence for each gate; None when it passes.
+
+    Args:
+        evaluation: evaluation.json.
+    """
+    found = [_win_rate(settings.min_win_rate, evaluation)]
+    found += [_length(settings.max_length_ratio, evaluation)]
+    wrong = [text for text in found if text]
+    if not wrong:
+        return None
+    return " ".join([*wrong, "The model stays in the store; with other bounds the run goes on."])
+
+
+def _win_rate(bound: float | None, evaluation: Mapping[str, Any]) -> str | None:
+    if bound is None:
+        return None
+    judged_by, rate = _judged(evaluation)
+    value = rate.get("rate")
+    if value is None:
+        return (
+            f"evaluate.min_win_rate is {bound:g}, but no win rate was measured: set evaluate.judge "
+            "or train a reward model, or clear the gate."
+        )
+    if value >= bound:
+        return None
+    return (
+        f"The model's replies win on {value:.3g} of {rate.get('n', '?')} prompts"
+        f"{_interval(rate)} as judged by {judged_by}, needed is at least {bound:g} "
+        "(evaluate.min_win_rate). What usually helps: more steps, a lower ppo.kl_coef, a reward "
+        "model of higher accuracy; where the reward rose and another judge disagrees, fewer steps "
+        "or a higher ppo.kl_coef. More evaluate.max_prompts make the number surer."
+    )
+
+
+def _length(bound: float | None, evaluation: Mapping[str, Any]) -> str | None:
+    if bound is None:
+        return None
+    models = evaluation.get("models") or {}
+    before = (models.get("sft") or models.get("base") or {}).get("length_mean")
+    after = _policy(models).get("length_mean")
+    if before is None or after is None:
+        return (
+            f"evaluate.max_length_ratio is {bound:g}, but no lengths were measured; clear the gate."
+        )
+    if after <= bound * before:
+        return None
+    ratio = f"{after / before:.3g} times" if before else "not to be compared with"
+    return (
+        f"The model's replies have {after:.4g} tokens, {ratio} the {before:.4g} of the model it "
+        f"started from; needed is at most {bound:g} times (evaluate.max_length_ratio). To grow "
+        "is the commonest way to please a reward model. What usually helps: pairs in which the "
+        "longer reply is not the better one by rule (see the baseline of the reward model's "
+        "accuracy), a higher ppo.kl_coef or ppo.missing_eos_penalty, fewer steps."
+    )
 
 
 def judge(
@@ -45,13 +140,30 @@ def _checks(
 ) -> Iterator[Row]:
     accuracy = (evaluation.get("reward_model") or {}).get("accuracy")
     yield _at_least("min_reward_accuracy", accuracy, gates.min_reward_accuracy)
-    new = (evaluation.get("models") or {}).get("ppo") or {}
+    new = _policy(evaluation.get("models") or {})
     kl = new.get("kl_mean")
     yield "max_kl", kl, f"at most {gates.max_kl:g}", kl is not None and kl <= gates.max_kl
-    rates = (comparison or evaluation).get("win_rate") or {}
-    judged_by = "gold" if "gold" in rates else "reward"
-    rate = (rates.get(judged_by) or {}).get("rate")
-    yield _at_least(f"min_win_rate ({judged_by})", rate, gates.min_win_rate)
+    judged_by, rate = _judged(comparison or evaluation)
+    yield _at_least(f"min_win_rate ({judged_by})", rate.get("rate"), gates.min_win_rate)
+
+
+def _judged(evaluation: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Who judged, and the win rate: a judge that training never saw comes before the reward
+    model."""
+    rates = evaluation.get("win_rate") or {}
+    judged_by = next((name for name in rates if name != "reward"), "reward")
+    return judged_by, rates.get(judged_by) or {}
+
+
+def _policy(models: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The finished model; older evaluations called it ppo."""
+    return models.get("policy") or models.get("ppo") or {}
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    if "low" not in found or "high" not in found:
+        return ""
+    return f" (95 % interval {found['low']:.3g} to {found['high']:.3g})"
 
 
 def _at_least(name: str, found: float | None, bound: float) -> Row:

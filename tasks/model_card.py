@@ -10,13 +10,12 @@ from typing import Any
 
 import yaml
 
+from rlhf_core import recipe
 from rlhf_core.errors import StoreError
+from rlhf_core.preflight_settings import reply_length
 from rlhf_core.store import Artifact, Store
-from tasks.evaluation import Evaluation, read_evaluation
+from tasks.evaluation import evaluation_of
 from tasks.run import Run
-
-ORDER = ("model", "data-sft", "data-prompts", "data-preference", "data-pretrain", "sft", "label",
-         "reward", "ppo", "evaluate")  # fmt: skip
 
 USE = """\
 ```python
@@ -40,13 +39,14 @@ keep one base and many adapters; its `adapter_config.json` names the model that 
 def model_card(run: Run, name: str, policy: str, evaluation: str) -> str:
     """Markdown with a Hugging Face header."""
     store = run.store
-    stages = {s: store.get(run.stages[s].digest) for s in ORDER if s in run.stages}
+    stages = {name: store.get(result.digest) for name, result in run.stages.items()}
+    stages.pop("compare", None)  # whether it is there depends on what was published before
     base = stages.get("model")
     source = run.config.model.source
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["rlhf", "ppo", "conversational"],
+        "tags": ["rlhf", *(s for s in run.config.stages if s != "reward"), "conversational"],
     }
     if base and base.metadata.get("license"):
         front["license"] = str(base.metadata["license"]).lower()
@@ -55,12 +55,11 @@ def model_card(run: Run, name: str, policy: str, evaluation: str) -> str:
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False).strip() + "\n---",
         f"# {name}",
-        f"`{source}`, aligned in three steps: supervised fine-tuning, a reward model, and PPO "
-        "against that reward model.",
-        USE.format(tokens=run.config.ppo.max_new_tokens),
+        f"`{source}`, trained in these steps: {_steps(run)}.",
+        USE.format(tokens=reply_length(run.config)),
         *([ADAPTER] if any(f.path.startswith("adapter/") for f in store.get(policy).files) else []),
         "## Evaluation",
-        Evaluation(read_evaluation(store, evaluation)).markdown(),
+        evaluation_of(run, evaluation).markdown(),
         "## Lineage",
         _lineage(stages),
         "## Data",
@@ -69,6 +68,12 @@ def model_card(run: Run, name: str, policy: str, evaluation: str) -> str:
         *(_settings(s, a) for s, a in stages.items() if "job" in a.metadata),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _steps(run: Run) -> str:
+    labels = [recipe.label_of(stage) for stage in run.config.stages]
+    again = f" (in {run.config.rounds} rounds)" if run.config.rounds > 1 else ""
+    return ", ".join(labels) + again
 
 
 def _lineage(stages: dict[str, Artifact]) -> str:

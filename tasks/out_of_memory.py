@@ -10,8 +10,8 @@ import json
 from typing import Any, Literal
 
 from rlhf_core.errors import JobFailed, StoreError
-from rlhf_core.jobs import Job, PPOJob, RewardJob, SFTJob
-from rlhf_core.memory import Stage, estimate, ways_to_fit
+from rlhf_core.jobs import Job, TrainSettings
+from rlhf_core.memory import estimate, ways_to_fit
 from rlhf_core.store import Store
 
 HALVED_AT_MOST = 2
@@ -104,7 +104,7 @@ def _with_micro_batch(job: Job, size: int) -> Job:
 def _estimate(store: Store, job: Job, error: JobFailed) -> str:
     """The estimate in one line; empty for stages that have none."""
     known = _known(store, job, error)
-    if known is None or not isinstance(job, SFTJob | RewardJob | PPOJob):
+    if known is None or not isinstance(job, TrainSettings):
         return ""
     config, length, device, stage = known
     found = estimate(config, job, job.placement(), stage, max_length=length, device=device)
@@ -117,7 +117,7 @@ def _ways(store: Store, job: Job, error: JobFailed) -> list[str]:
         return ["fewer rows (max_samples), or run the stage on a machine with more memory"]
     prefix = job.algorithm if job.algorithm != "label" else "data.preference"
     known, found = _known(store, job, error), []
-    if known is not None and isinstance(job, SFTJob | RewardJob | PPOJob):
+    if known is not None and isinstance(job, TrainSettings):
         config, length, device, stage = known
         place = job.placement()
         now = estimate(config, job, place, stage, max_length=length, device=device).total
@@ -135,19 +135,20 @@ def _ways(store: Store, job: Job, error: JobFailed) -> list[str]:
 
 def _known(
     store: Store, job: Job, error: JobFailed
-) -> tuple[dict[str, Any], int, Literal["cpu", "cuda"], Stage] | None:
+) -> tuple[dict[str, Any], int, Literal["cpu", "cuda"], str] | None:
     """Model configuration, longest sequence, device and stage; None where they cannot be told."""
-    if not isinstance(job, SFTJob | RewardJob | PPOJob):
+    if not isinstance(job, TrainSettings):
         return None
-    stage: Stage = job.algorithm
+    stage = job.algorithm
     device: Literal["cpu", "cuda"] = "cuda" if "CUDA" in str(error) else "cpu"
     try:
-        config = json.loads(store.read_bytes(job.model, "config.json"))
-        data = job.prompts if isinstance(job, PPOJob) else job.data
-        made_by = store.get(data).metadata.get("job", {})
+        config = json.loads(store.read_bytes(job.inputs()["model"], "config.json"))
+        prompts = getattr(job, "prompts", None)
+        made_by = store.get(str(prompts or getattr(job, "data", ""))).metadata.get("job", {})
         length = int(made_by.get("max_length") or 512)
-        if isinstance(job, PPOJob):
-            length = int(made_by.get("max_prompt_length") or length) + job.max_new_tokens
+        if prompts is not None:
+            length = int(made_by.get("max_prompt_length") or length)
+            length += getattr(job, "max_new_tokens", 0)
         estimate(config, job, job.placement(), stage, max_length=length, device=device)
     except (StoreError, ValueError, KeyError, TypeError):
         return None  # advice must not hide the failure

@@ -1,5 +1,7 @@
 """Publishing: the aligned model with its model card, as an artifact and as a plain folder.
 
+A version is champion of its name, or a candidate that somebody may promote (store/registry.py).
+
 Nothing is copied in the store: the artifact takes over the aligned model's files by content.
 """
 
@@ -7,17 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from prefect.logging import get_run_logger
 
 from rlhf_core.errors import ModelError
-from rlhf_core.store import Artifact, FileEntry, Store, rlhf_home
+from rlhf_core.store import Artifact, FileEntry, registry
+from rlhf_core.store.plain import materialise, published_folder
 from tasks import assets
 from tasks.events import say, seconds
 from tasks.model_card import model_card
@@ -37,23 +36,58 @@ def publish(run: Run, policy: str, evaluation: str) -> StageResult:
         evaluation: digest of its evaluation.
     """
     began = time.monotonic()
-    log = get_run_logger()
     name = run.config.publish.name
     key = publish_key(name, policy, evaluation)
+    artifact, reused = published_artifact(run, "publish", key, policy, evaluation)
+    if registry.promote(run.store, name, artifact.digest, run=run.id) is not None:
+        assets.published(run.store, name, artifact, run.id)
+    newest = registry.champion(run.store, name)  # another run's, where that was promoted since
+    shown = run.store.get(newest) if newest else artifact
+    run.model_folder = materialise(run.store, shown, published_folder(name))
+    return _done(run, "publish", key, artifact, reused, began, f"as {name}")
+
+
+@stage("candidate")
+def keep_candidate(run: Run, policy: str, evaluation: str, reason: str) -> StageResult:
+    """The aligned model as a candidate of the name `publish.name`; what is published stays.
+
+    Args:
+        policy, evaluation: as for `publish`.
+        reason: why it was not published, for whoever may promote it.
+    """
+    began = time.monotonic()
+    name = run.config.publish.name
+    key = publish_key(name, policy, evaluation)
+    artifact, reused = published_artifact(run, "candidate", key, policy, evaluation)
+    registry.add_candidate(run.store, name, artifact.digest, run=run.id, reason=reason)
+    what = f"as a candidate of {name}: {reason}"
+    return _done(run, "candidate", key, artifact, reused, began, what)
+
+
+def published_artifact(
+    run: Run, stage: str, key: str, policy: str, evaluation: str
+) -> tuple[Artifact, bool]:
+    """The artifact, and whether it was there already."""
     artifact = run.store.stage_result(key)
-    reused = artifact is not None
-    if artifact is None:
-        artifact = run.store.commit_stage(key, make_artifact(run, name, policy, evaluation))
-        assets.made(run.store, "publish", artifact, {})
-    record_model(run.store, name, artifact, run.id)
-    run.model_folder = materialise(run.store, artifact, rlhf_home() / "published" / name)
+    if artifact is not None:
+        return artifact, True
+    artifact = make_artifact(run, run.config.publish.name, policy, evaluation)
+    artifact = run.store.commit_stage(key, artifact)
+    assets.made(run.store, stage, artifact, {})
+    return artifact, False
+
+
+def _done(
+    run: Run, stage: str, key: str, artifact: Artifact, reused: bool, began: float, what: str
+) -> StageResult:
+    """The stage's result, in the log and in the run."""
     result = StageResult(
-        stage="publish", digest=artifact.digest, kind=artifact.kind, key=key,
+        stage=stage, digest=artifact.digest, kind=artifact.kind, key=key,
         reused=reused, seconds=elapsed(began),
     )  # fmt: skip
     how = "reused" if reused else f"done in {seconds(result.seconds)}"
     say(
-        log, "done", "publish", f"{how}, {artifact.ref} as {name}",
+        get_run_logger(), "done", stage, f"{how}, {artifact.ref} {what}",
         reused=reused, seconds=result.seconds, ref=artifact.ref, metrics={},
     )  # fmt: skip
     return run.add(result)
@@ -89,48 +123,10 @@ def make_artifact(run: Run, name: str, policy: str, evaluation: str) -> Artifact
     )
 
 
-def record_model(store: Store, name: str, artifact: Artifact, run_id: str) -> None:
-    """Make an artifact the newest model of that name, unless it is that already."""
-    newest = newest_record(store, name)
-    if newest is not None and newest.get("digest") == artifact.digest:
-        return
-    stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z"
-    store.write_record(
-        f"models/{name}/{stamp}-{artifact.digest[:12]}.json",
-        {"name": name, "digest": artifact.digest, "run": run_id, "time": stamp},
-    )
-    assets.published(store, name, artifact, run_id)
-
-
-def newest_record(store: Store, name: str) -> dict[str, Any] | None:
-    """The record of the newest model of that name."""
-    records = store.list_records(f"models/{name}/")
-    return store.read_record(records[-1]) if records else None
-
-
 def champion(run: Run) -> str | None:
     """Digest of the policy that is published under the run's name now."""
-    newest = newest_record(run.store, run.config.publish.name)
-    if newest is None:
+    published = registry.champion(run.store, run.config.publish.name)
+    if published is None:
         return None
-    policy = run.store.get(newest["digest"]).metadata.get("policy")
+    policy = run.store.get(published).metadata.get("policy")
     return str(policy) if policy else None
-
-
-def materialise(store: Store, artifact: Artifact, folder: Path) -> Path:
-    """The artifact's files in a plain folder; one that was there is replaced in one step."""
-    mark = folder.parent / f".{folder.name}.digest"
-    if folder.is_dir() and mark.is_file() and mark.read_text() == artifact.digest:
-        return folder
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    store.fetch(artifact.digest, fresh)
-    mark.unlink(missing_ok=True)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    mark.write_text(artifact.digest)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder

@@ -17,7 +17,7 @@ from prefect.logging import get_run_logger
 from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.store import Store
 from tasks.curves import draw
-from tasks.evaluation import NAMES, Evaluation, read_evaluation, read_samples
+from tasks.evaluation import evaluation_of, read_samples
 from tasks.events import headline, in_one_cell, say, seconds
 from tasks.run import Run
 
@@ -54,14 +54,17 @@ def render(run: Run, has_curves: bool) -> str:
         parts += ["## Curves", f"![training curves]({CURVES})"]
     if "evaluate" in run.stages:
         digest = run.stages["evaluate"].digest
-        evaluation = Evaluation(read_evaluation(run.store, digest))
+        evaluation = evaluation_of(run, digest)
         parts += ["## Evaluation", *filter(None, [evaluation.models(), evaluation.win_rates()])]
         parts += [text for text in [evaluation.verdict()] if text]
         if text := evaluation.reward_model():
             parts += ["## Reward model", text]
         samples = read_samples(run.store, digest)[: run.config.evaluate.samples]
         if samples:
-            parts += ["## Replies before and after", *map(_sample, samples)]
+            parts += [
+                "## Replies before and after",
+                *(_sample(s, evaluation.names) for s in samples),
+            ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,10 +107,10 @@ def _dropped(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
 
 
-def _sample(sample: dict[str, Any]) -> str:
+def _sample(sample: dict[str, Any], names: dict[str, str]) -> str:
     rows = [f"> {in_one_cell(sample.get('prompt', ''))}", "", "| | reply | reward | gold |"]
     rows.append("| --- | --- | ---: | ---: |")
-    for name, label in NAMES.items():
+    for name, label in names.items():
         if name in sample:
             scores = [(sample.get(judge) or {}).get(name) for judge in ("reward", "gold")]
             cells = " | ".join("" if s is None else f"{s:.2f}" for s in scores)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
@@ -16,28 +16,29 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
+from rlhf_core import recipe
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
-from rlhf_core.errors import PreflightError
+from rlhf_core.errors import GateFailed, PreflightError
 from rlhf_core.jobs import (
     DataJob,
-    DataSettings,
     EvaluateJob,
     ImportModelJob,
+    ImportRewardJob,
     Job,
     LabelJob,
     PipelineConfig,
-    PPOJob,
-    Purpose,
     Resources,
-    RewardJob,
     SampledPreferences,
     Settings,
-    SFTJob,
+    TrainingStage,
 )
 from rlhf_core.preflight import check
+from rlhf_core.preflight_settings import reply_length
 from rlhf_core.source_id import fingerprint as model_fingerprint
+from tasks.evaluation import read_evaluation
 from tasks.events import say
 from tasks.execute import run_jobs, worth_a_retry
+from tasks.gates import check_evaluation, check_reward
 from tasks.run import Run, StageResult
 
 RETRY_DELAYS = [5.0, 30.0]
@@ -88,9 +89,9 @@ def _showing_reuse(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @stage("preflight")
-def preflight(config: PipelineConfig) -> None:
+def preflight(config: PipelineConfig, until: str = "publish") -> None:
     """Everything that can be known before anything starts, in one list."""
-    problems = check(config)
+    problems = check(config) + recipe.check_last(config, until)
     if problems:
         raise PreflightError(problems)
     say(get_run_logger(), "note", "preflight", "passed")
@@ -108,6 +109,23 @@ def import_model(run: Run) -> StageResult:
     return run_one(run, "model", job)
 
 
+@stage("reward-model")
+def import_reward(run: Run, source: str, model: str) -> StageResult:
+    """A reward model that was there before, in the store.
+
+    Args:
+        model: digest of the base model, whose vocabulary it must share.
+    """
+    job = ImportRewardJob(
+        source=source,
+        model=model,
+        seed=run.config.seed,
+        trust_remote_code=run.config.model.trust_remote_code,
+        fingerprint=model_fingerprint(source, None),
+    )
+    return run_one(run, "reward-model", job)
+
+
 @stage("data")
 def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
     """The data sets, by purpose; prepared in one process, which saves the imports.
@@ -115,14 +133,8 @@ def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
     Args:
         model: digest of the base model, whose tokenizer is used.
     """
-    data = run.config.data
-    wanted: dict[Purpose, DataSettings] = {"sft": data.sft, "prompts": data.prompts}
-    if isinstance(data.preference, DataSettings):
-        wanted["preference"] = data.preference
-    if data.ptx is not None and run.config.ppo.ptx_coef > 0:
-        wanted["pretrain"] = data.ptx
     jobs = {
-        f"data-{purpose}": DataJob(
+        purpose: DataJob(
             **values(settings),
             seed=run.config.seed,
             purpose=purpose,
@@ -130,80 +142,97 @@ def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
             trust_remote_code=run.config.model.trust_remote_code,
             fingerprint=data_fingerprint(settings),
         )
-        for purpose, settings in wanted.items()
+        for purpose, _, settings in recipe.data_sets(run.config)
     }
-    results = run_jobs(run, "data", jobs, get_run_logger())
-    return dict(zip(map(str, wanted), results, strict=True))
-
-
-@stage("sft")
-def sft(run: Run, model: str, data: str) -> StageResult:
-    """Supervised fine-tuning of the base model."""
-    settings = run.config.sft
-    job = SFTJob(**trained(run, settings), model=model, data=data)
-    return run_one(run, "sft", job)
+    named = {f"data-{purpose}": job for purpose, job in jobs.items()}
+    results = run_jobs(run, "data", named, get_run_logger())
+    return dict(zip(map(str, jobs), results, strict=True))
 
 
 @stage("label")
-def label(run: Run, model: str, prompts: str) -> StageResult:
-    """Preference pairs: replies of the SFT model, compared by the labeller."""
-    settings = run.config.data.preference
+def label(run: Run, step: recipe.Step, given: dict[str, str]) -> StageResult:
+    """Preference pairs: replies of the newest model, compared by the labeller."""
+    data = run.config.data
+    settings = data.preference if step.name == "label" else data.rounds
     assert isinstance(settings, SampledPreferences)
-    job = LabelJob(**trained(run, settings), model=model, prompts=prompts)
-    return run_one(run, "label", job)
+    inputs = {name: given[role] for name, role in LabelJob.roles().items() if role in given}
+    if settings.labeller != "reward_model":
+        inputs.pop("reward_model", None)
+    job = LabelJob(**trained(run, settings, step), **inputs)
+    return run_one(run, step.name, job)
 
 
-@stage("reward")
-def reward(run: Run, model: str, data: str) -> StageResult:
-    """The reward model, trained from the SFT model."""
-    job = RewardJob(**trained(run, run.config.reward), model=model, data=data)
-    return run_one(run, "reward", job)
+def _trains(algorithm: str) -> Callable[..., StageResult]:
+    @stage(algorithm)
+    def train(run: Run, step: recipe.Step, given: dict[str, str]) -> StageResult:
+        """A training stage.
+
+        Args:
+            given: role of an input (see `job_input`) -> digest of what there is.
+        """
+        roles = recipe.roles(run.config, algorithm)
+        inputs = {name: given[role] for name, role in roles.items() if role in given}
+        settings = trained(run, recipe.section(run.config, algorithm), step)
+        job = cast(Job, step.job(**settings, **inputs))
+        result = run_one(run, step.name, job)
+        if algorithm == "reward":
+            keep_gate(check_reward(run.config.reward, result.metrics))
+        return result
+
+    return train
 
 
-@stage("ppo")
-def ppo(run: Run, model: str, reward_model: str, prompts: str, ptx: str | None) -> StageResult:
-    """The aligned model."""
-    settings = run.config.ppo
-    job = PPOJob(
-        **trained(run, settings),
-        model=model,
-        reward_model=reward_model,
-        prompts=prompts,
-        ptx=ptx if settings.ptx_coef > 0 else None,
-    )
-    return run_one(run, "ppo", job)
+TRAIN = {algorithm: _trains(algorithm) for algorithm in get_args(TrainingStage)}
+"""The task of each training stage."""
 
 
 @stage("evaluate")
-def evaluate(
-    run: Run, base: str, sft: str, policy: str, reward_model: str, prompts: str, sft_data: str
-) -> StageResult:
-    """Base, SFT and aligned model on held-out prompts."""
-    return run_evaluation(
-        run, "evaluate", base=base, sft=sft, policy=policy, reward_model=reward_model,
-        prompts=prompts, sft_data=sft_data,
-    )  # fmt: skip
+def evaluate(run: Run, given: dict[str, str]) -> StageResult:
+    """The base model, the one that the alignment started from, and the finished one."""
+    result = run_evaluation(run, "evaluate", given)
+    keep_gate(check_evaluation(run.config.evaluate, read_evaluation(run.store, result.digest)))
+    return result
 
 
 @stage("compare")
-def compare(run: Run, champion: str) -> StageResult:
-    """The aligned model against a published one on the same held-out prompts.
+def compare(run: Run, given: dict[str, str], champion: str) -> StageResult:
+    """The finished model against a published one on the same held-out prompts.
 
     Args:
         champion: digest of the published model's policy; it stands where SFT stands otherwise.
     """
-    done = {name: result.digest for name, result in run.stages.items()}
-    return run_evaluation(
-        run, "compare", base=done["model"], sft=champion, policy=done["ppo"],
-        reward_model=done["reward"], prompts=done["data-prompts"], sft_data=done["data-sft"],
-    )  # fmt: skip
+    return run_evaluation(run, "compare", {**given, "start": champion})
 
 
-def run_evaluation(run: Run, name: str, **inputs: str) -> StageResult:
-    """The result of an evaluation of three models, given by their digests."""
+def run_evaluation(run: Run, name: str, given: dict[str, str]) -> StageResult:
+    """The result of an evaluation of three models.
+
+    Args:
+        given: digests by role; "base", "model" and "start", which the alignment started from.
+    """
     settings = trained(run, run.config.evaluate)
-    settings["max_new_tokens"] = settings["max_new_tokens"] or run.config.ppo.max_new_tokens
-    return run_one(run, name, EvaluateJob(**settings, **inputs))
+    settings["max_new_tokens"] = reply_length(run.config)
+    start = given.get("start")
+    job = EvaluateJob(
+        **settings,
+        base=given["base"],
+        sft=start if start not in (given["base"], given["model"]) else None,
+        policy=given["model"],
+        reward_model=given.get("reward_model"),
+        prompts=given["prompts"],
+        sft_data=given.get("sft"),
+    )
+    return run_one(run, name, job)
+
+
+def keep_gate(wrong: str | None) -> None:
+    """End the run where a gate says so.
+
+    Raises:
+        GateFailed: with the number, the bound, and what usually helps.
+    """
+    if wrong is not None:
+        raise GateFailed(wrong)
 
 
 def run_one(run: Run, name: str, job: Job) -> StageResult:
@@ -217,13 +246,13 @@ def values(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names}
 
 
-def trained(run: Run, settings: Settings) -> dict[str, Any]:
+def trained(run: Run, settings: Settings, step: recipe.Step | None = None) -> dict[str, Any]:
     """The fields of a stage that runs on ranks: settings, seed, and the placement that holds."""
     own: Resources | None = getattr(settings, "resources", None)
     resources = own or run.config.resources
     return {
         **values(settings),
-        "seed": run.config.seed,
+        "seed": run.config.seed + (step.round if step else 0),  # each round has its own order
         "resources": resources,
         "trust_remote_code": run.config.model.trust_remote_code,
     }

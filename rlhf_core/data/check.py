@@ -6,27 +6,32 @@ import itertools
 
 from rlhf_core.data.encode import check_purpose
 from rlhf_core.data.formats import normalise
+from rlhf_core.data.hub import hub_answers
 from rlhf_core.data.row import SKIP_HINT, BadRow
-from rlhf_core.data.sources import hub_answers, kind_of, open_rows
+from rlhf_core.data.sources import kind_of, open_rows
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import DataSettings, Purpose
+from rlhf_core.store import Store
 
 LOOKED_AT = 100
 
 
-def check_source(settings: DataSettings, purpose: Purpose | None = None) -> list[str]:
+def check_source(
+    settings: DataSettings, purpose: Purpose | None = None, store: Store | None = None
+) -> list[str]:
     """Problems of a data source, found by reading its first 100 rows; no text: none found.
 
     Args:
         purpose: what the rows are for; None checks only that they can be read.
+        store: where votes are; None: the environment's.
     """
     from rlhf_core.data.prepare import find_format
 
-    rows = open_rows(settings)
+    rows = open_rows(settings, store)
     try:
         if kind_of(settings.source) == "hub" and (problem := hub_answers(settings)):
             return [problem]
-        rows, format = find_format(rows, settings)
+        rows, format = find_format(rows, settings, purpose)
         if purpose is not None:
             check_purpose(format, purpose)
         good, bad = 0, ""

@@ -60,7 +60,7 @@ class _Text:
     segments: list[templates.Segment]
     columns: dict[str, Any]
     prompt: str
-    replies: tuple[str, str] | None = None
+    replies: tuple[str, ...] = ()
     ends: tuple[int, int] | None = None  # bos and eos ids of plain text, -1 for none
 
 
@@ -97,6 +97,9 @@ def encode_piece(plan: Plan, tokenizer: Any, raws: Sequence[RawRow]) -> Piece:
             if plan.purpose == "preference" and example.chosen == example.rejected:
                 piece.dropped["identical_replies"] += 1
                 continue
+            if plan.purpose in ("sft", "pretrain") and example.label is False:
+                piece.dropped["undesirable"] += 1  # a reply that was not good is no example
+                continue
             texts.append((raw, _write_out(plan, tokenizer, example, piece.notes)))
         except BadRow as bad:
             piece.bad.append((raw.file, raw.number, bad.reason, bad.message))
@@ -124,14 +127,22 @@ def _write_out(plan: Plan, tokenizer: Any, example: Example, notes: Counter[str]
     messages = example.messages
     if plan.settings.system and all(m["role"] != "system" for m in messages):
         messages = [{"role": "system", "content": plan.settings.system}, *messages]
-    replies = [reply for reply in (example.chosen, example.rejected) if reply is not None]
+    given = (example.chosen, example.rejected, example.completion)
+    replies = [reply for reply in given if reply is not None]
     _refuse_special(tokenizer, [*(m["content"] for m in messages), *replies])
     prompt = first_prompt(messages)
     try:
         if purpose == "preference":
-            return _pair(tokenizer, messages, replies, prompt)
+            columns = {"chosen": example.chosen, "rejected": example.rejected}
+            return _replies(tokenizer, messages, replies, prompt, columns)
+        if purpose == "unpaired":
+            columns = {"completion": example.completion, "label": example.label}
+            return _replies(tokenizer, messages, replies, prompt, columns)
         if purpose == "prompts":
-            return _prompt(tokenizer, messages, replies, prompt)
+            text = _prompt(tokenizer, messages, replies, prompt)
+            if example.label is False:
+                text.columns["reference"] = None
+            return text
         if replies:
             messages = [*messages, {"role": "assistant", "content": replies[0]}]
         return _conversation(tokenizer, messages, prompt, purpose, notes)
@@ -176,16 +187,22 @@ def _prompt(tokenizer: Any, messages: list[Message], replies: Sequence[str], pro
     return _Text(templates.render_prompt(tokenizer, messages), columns, prompt)
 
 
-def _pair(tokenizer: Any, messages: list[Message], replies: Sequence[str], prompt: str) -> _Text:
-    assert len(replies) == 2, replies
+def _replies(
+    tokenizer: Any,
+    messages: list[Message],
+    replies: Sequence[str],
+    prompt: str,
+    columns: dict[str, Any],
+) -> _Text:
+    """One prompt with a reply or two, each tokenised on its own; `columns` hold their texts."""
     before = templates.render_prompt(tokenizer, messages)
     endings = []
     for reply in replies:
         segments = templates.render(tokenizer, [*messages, {"role": "assistant", "content": reply}])
         assert segments[:-1] == before or _joined(segments[:-1]) == _joined(before), messages
         endings.append(segments[-1].text)
-    columns = {"prompt": dump_messages(messages), "chosen": replies[0], "rejected": replies[1]}
-    return _Text(before, columns, prompt, replies=(endings[0], endings[1]))
+    columns = {"prompt": dump_messages(messages), **columns}
+    return _Text(before, columns, prompt, replies=tuple(endings))
 
 
 def _joined(segments: Sequence[templates.Segment]) -> str:
@@ -202,7 +219,7 @@ def _tokenise(
 
     wanted: dict[str, int] = {}
     for _, text in texts:
-        for part in (*(s.text for s in text.segments), *(text.replies or ())):
+        for part in (*(s.text for s in text.segments), *text.replies):
             wanted.setdefault(part, len(wanted))
     ids = templates.encode_segments(tokenizer, list(wanted))
     ends = _plain_ends(tokenizer) if any(text.ends for _, text in texts) else (-1, -1)
@@ -213,7 +230,7 @@ def _tokenise(
         if text.ends is not None:
             parts = [([t for t in ends[:1] if t >= 0], False), *parts,
                      ([t for t in ends[1:] if t >= 0], True)]  # fmt: skip
-        replies = [ids[wanted[reply]] for reply in text.replies or ()]
+        replies = [ids[wanted[reply]] for reply in text.replies]
         try:
             row = _row(plan, parts, replies, piece)
         except BadRow as bad:
@@ -253,7 +270,7 @@ def _row(
             break
         prompt += len(ids)
     longest = len(all_ids) + max((len(reply) for reply in replies), default=0)
-    if plan.purpose in ("preference", "prompts"):
+    if plan.purpose in ("preference", "unpaired", "prompts"):
         prompt = len(all_ids)
     if settings.max_prompt_length and prompt > settings.max_prompt_length:
         piece.dropped["prompt_too_long"] += 1
@@ -265,6 +282,8 @@ def _row(
         return {"prompt_ids": all_ids}
     if plan.purpose == "preference":
         return {"prompt_ids": all_ids, "chosen_ids": replies[0], "rejected_ids": replies[1]}
+    if plan.purpose == "unpaired":
+        return {"prompt_ids": all_ids, "completion_ids": replies[0]}
     marks = [marked for ids, marked in parts for _ in ids]
     if not any(marks[1:]):  # the first token has nothing before it to be predicted from
         raise BadRow("nothing_to_train", "the row has no token that a loss could be computed on")
@@ -299,8 +318,13 @@ def _hash(text: str) -> int:
 
 
 def _text_hash(purpose: Purpose, text: _Text) -> int:
-    """What two rows must have in common to be duplicates: for prompts the prompt, else all."""
+    """What two rows must have in common to be duplicates: for prompts the prompt, else all.
+
+    Two labels of one reply are two rows: which of them was wrong nobody can say here.
+    """
     parts = [segment.text for segment in text.segments]
     if purpose != "prompts":
-        parts += text.replies or ()
+        parts += text.replies
+    if purpose == "unpaired":
+        parts.append(str(text.columns["label"]))
     return _hash(json.dumps(parts))

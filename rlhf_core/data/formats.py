@@ -6,6 +6,7 @@ sharegpt           conversations: [{"from": "human|gpt|system", "value": ...}, .
 prompt_completion  prompt, completion (texts or messages)
 hh                 chosen, rejected: transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:"
 preference         prompt, chosen, rejected (texts or messages)
+unpaired           prompt, completion (texts or messages), label: was the reply good? (see labels)
 prompt             prompt (text or messages)
 text               text
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_core.data.labels import is_label, read_label
 from rlhf_core.data.row import BadRow, Message, names, short
 from rlhf_core.jobs import Format, Purpose
 
@@ -25,6 +27,7 @@ SERVES: dict[str, tuple[Purpose, ...]] = {
     "prompt_completion": ("sft", "prompts", "pretrain"),
     "hh": ("preference", "sft", "prompts", "pretrain"),
     "preference": ("preference", "sft", "prompts", "pretrain"),
+    "unpaired": ("unpaired", "sft", "prompts", "pretrain"),
     "prompt": ("prompts",),
     "text": ("pretrain", "sft", "prompts"),
 }
@@ -39,22 +42,29 @@ _MARKS = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
 
 @dataclass(slots=True)
 class Example:
-    """A row in one shape: either `text`, or messages with at most one of the replies below.
+    """A row in one shape: either `text`, or messages with what is below of replies to them.
 
     Attributes:
-        messages: a conversation, or the messages before a pair of replies.
+        messages: a conversation, or the messages before a pair of replies or a labelled one.
         chosen, rejected: texts of a pair of replies.
         text: plain text; the messages are empty then.
+        completion, label: text of a labelled reply, and whether it was good.
     """
 
     messages: list[Message]
     chosen: str | None = None
     rejected: str | None = None
     text: str | None = None
+    completion: str | None = None
+    label: bool | None = None
 
 
-def detect(row: dict[str, Any]) -> Format:
+def detect(row: dict[str, Any], purpose: Purpose | None = None) -> Format:
     """The format that a row's columns belong to.
+
+    Args:
+        purpose: what the rows are for. A column `label` may be anything, a category say; it makes
+            a row unpaired when it holds such a label, or when unpaired rows are wanted.
 
     Raises:
         BadRow: none of the formats.
@@ -72,7 +82,8 @@ def detect(row: dict[str, Any]) -> Format:
     if "instruction" in has:
         return "alpaca"
     if {"prompt", "completion"} <= has:
-        return "prompt_completion"
+        labelled = "label" in has and (purpose == "unpaired" or is_label(row["label"]))
+        return "unpaired" if labelled else "prompt_completion"
     if "prompt" in has:
         return "prompt"
     if "text" in has:
@@ -81,7 +92,8 @@ def detect(row: dict[str, Any]) -> Format:
         "unknown_format",
         f"no format has the columns {names(row)}. Known are alpaca (instruction, input, output), "
         "messages, sharegpt (conversations), prompt_completion (prompt, completion), hh (chosen, "
-        "rejected), preference (prompt, chosen, rejected), prompt and text; rename columns with "
+        "rejected), preference (prompt, chosen, rejected), unpaired (prompt, completion, label), "
+        "prompt and text; rename columns with "
         'the setting columns, for example {"prompt": "question", "completion": "answer"}',
     )
 
@@ -99,6 +111,8 @@ def normalise(row: dict[str, Any], format: Format, purpose: Purpose) -> Example:
                      _transcript(_text(row, "rejected"), "rejected"))  # fmt: skip
     if format == "preference":
         return _preference(row)
+    if format == "unpaired":
+        return _unpaired(row)
     if format == "prompt":
         return _conversation(_prompt(row))
     if format == "prompt_completion":
@@ -259,6 +273,16 @@ def _preference(row: dict[str, Any]) -> Example:
         chosen = chosen if chosen[: len(prompt)] == prompt else prompt + chosen
         rejected = rejected if rejected[: len(prompt)] == prompt else prompt + rejected
     return _pair(chosen, rejected)
+
+
+def _unpaired(row: dict[str, Any]) -> Example:
+    label = read_label(_column(row, "label"))
+    messages = _prompt(row) + _reply(row, "completion")
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("nothing_to_train", "column 'completion' does not end with a reply")
+    example = _conversation(messages[:-1])
+    example.completion, example.label = messages[-1]["content"], label
+    return example
 
 
 def _pair(chosen: list[Message], rejected: list[Message]) -> Example:

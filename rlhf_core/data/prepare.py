@@ -29,9 +29,9 @@ from rlhf_core.data.sources import fingerprint, kind_of, open_rows
 from rlhf_core.data.tokenizer import load_tokenizer
 from rlhf_core.data.writer import DatasetWriter
 from rlhf_core.errors import DataError
-from rlhf_core.jobs import DataJob, DataSettings, Format
+from rlhf_core.jobs import DataJob, DataSettings, Format, Purpose
 from rlhf_core.remote_code import is_trusted
-from rlhf_core.store import Artifact
+from rlhf_core.store import Artifact, Store
 
 PIECE_ROWS = 512
 PIECE_BYTES = 2**20
@@ -54,7 +54,7 @@ def run(job: DataJob, context: StageContext) -> Artifact | None:
     source = context.store.fetch(job.model)
     tokenizer = load_tokenizer(source, trust_remote_code=is_trusted(source))
     folder = context.scratch("dataset")
-    card = prepare(job, tokenizer, folder, log=context.log)
+    card = prepare(job, tokenizer, folder, log=context.log, store=context.store)
     context.log(card.summary())
     metadata = {
         "purpose": job.purpose,
@@ -71,12 +71,14 @@ def prepare(
     folder: Path,
     log: Log = lambda message: None,
     workers: int | None = None,
+    store: Store | None = None,
 ) -> DataCard:
-    """Write the data set into a folder, without a store.
+    """Write the data set into a folder, without publishing it.
 
     Args:
         tokenizer: as `load_tokenizer` returns it; without a chat template it gets chatml.
         workers: processes; None: one per core. Their number does not change a byte of the result.
+        store: where votes are; None: the environment's.
     Raises:
         DataError: the source, its format or a row cannot be used, or nothing is left.
         ModelError: the tokenizer's chat template cannot be used.
@@ -84,7 +86,7 @@ def prepare(
     if not tokenizer.chat_template:
         tokenizer.chat_template = templates.resolve_template(tokenizer)
     end = templates.end_of_turn(tokenizer)
-    rows, format = find_format(open_rows(_settings(job)), job)
+    rows, format = find_format(open_rows(_settings(job), store, job.fingerprint), job, job.purpose)
     check_purpose(format, job.purpose)
     card = DataCard(
         purpose=job.purpose,
@@ -112,7 +114,9 @@ def prepare(
         writer.clean()
 
 
-def find_format(rows: Iterator[RawRow], settings: DataSettings) -> tuple[Iterator[RawRow], Format]:
+def find_format(
+    rows: Iterator[RawRow], settings: DataSettings, purpose: Purpose | None = None
+) -> tuple[Iterator[RawRow], Format]:
     """The rows unchanged, and their format: as set, or that of the first row that can be read.
 
     Raises:
@@ -126,7 +130,7 @@ def find_format(rows: Iterator[RawRow], settings: DataSettings) -> tuple[Iterato
         if settings.format != "auto":
             return itertools.chain(looked, rows), settings.format
         try:
-            return itertools.chain(looked, rows), detect(raw.columns(settings.columns))
+            return itertools.chain(looked, rows), detect(raw.columns(settings.columns), purpose)
         except BadRow as bad:
             readable = bad.reason in ("unknown_format", "missing_column", "not_an_object")
             if readable or settings.on_bad_row == "error":

@@ -3,6 +3,8 @@
     sft, pretrain  input_ids, trainable (same length), prompt (text of the user's first turn), row
     preference     prompt_ids, chosen_ids, rejected_ids, prompt (JSON messages), chosen, rejected,
                    row; the two replies' ids end with the end-of-turn token
+    unpaired       prompt_ids, completion_ids (with the end-of-turn token), prompt (JSON messages),
+                   completion, label (was it good?), row
     prompts        prompt_ids, prompt (JSON messages), reference (the data set's own reply or null),
                    row
 
@@ -35,6 +37,10 @@ def schema(purpose: Purpose) -> Any:
             ("prompt_ids", ids), ("chosen_ids", ids), ("rejected_ids", ids),
             ("prompt", pa.string()), ("chosen", pa.string()), ("rejected", pa.string()),
         ],
+        "unpaired": [
+            ("prompt_ids", ids), ("completion_ids", ids),
+            ("prompt", pa.string()), ("completion", pa.string()), ("label", pa.bool_()),
+        ],
         "prompts": [("prompt_ids", ids), ("prompt", pa.string()), ("reference", pa.string())],
     }  # fmt: skip
     fields["pretrain"] = fields["sft"]
@@ -54,19 +60,22 @@ def sequence_lengths(purpose: Purpose, batch: Any) -> Any:
 
     if purpose == "preference":
         return length("prompt_ids") + np.maximum(length("chosen_ids"), length("rejected_ids"))
+    if purpose == "unpaired":
+        return length("prompt_ids") + length("completion_ids")
     return length("prompt_ids" if purpose == "prompts" else "input_ids")
 
 
 def trainable_tokens(purpose: Purpose, batch: Any) -> int:
-    """Tokens that a loss is computed on: marked ones, or those of both replies of a pair."""
+    """Tokens that a loss is computed on: marked ones, or those of one or both replies."""
     import pyarrow.compute as pc
 
     if purpose == "prompts":
         return 0
-    if purpose == "preference":
+    replies = {"preference": ("chosen_ids", "rejected_ids"), "unpaired": ("completion_ids",)}
+    if purpose in replies:
         return sum(
             pc.sum(pc.list_value_length(batch.column(name))).as_py() or 0
-            for name in ("chosen_ids", "rejected_ids")
+            for name in replies[purpose]
         )
     return pc.sum(pc.list_flatten(batch.column("trainable"))).as_py() or 0
 

@@ -1,4 +1,4 @@
-"""Where rows come from: local files, s3:// URLs, the Hugging Face hub, built-in sets.
+"""Where rows come from: files, s3:// URLs, the Hugging Face hub, built-in sets, people's votes.
 
 Nothing here imports torch or transformers, so that the orchestrator can ask for fingerprints.
 """
@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.data import builtin
+from rlhf_core.data.hub import hub_commit, hub_rows
 from rlhf_core.data.readers import READABLE, read_file, reader_of
 from rlhf_core.data.row import RawRow
 from rlhf_core.errors import DataError, StoreUnavailable
 from rlhf_core.jobs import DataSettings
+from rlhf_core.playground import votes
+from rlhf_core.store import Store, open_store
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,15 @@ class SourceFile:
 
 
 def kind_of(source: str) -> str:
-    """builtin, s3, local or hub. What exists on disk or looks like a file is local.
+    """builtin, votes, s3, local or hub. What exists on disk or looks like a file is local.
 
     Raises:
         DataError: none of these.
     """
     if source.startswith("builtin:"):
         return "builtin"
+    if source == votes.SOURCE:
+        return "votes"
     if source.startswith("s3://"):
         return "s3"
     if scheme := re.match(r"([A-Za-z][\w+.-]*)://", source):
@@ -190,8 +194,14 @@ def _s3_error(source: str, error: Exception) -> Exception:
     )
 
 
-def open_rows(settings: DataSettings) -> Iterator[RawRow]:
+def open_rows(
+    settings: DataSettings, store: Store | None = None, known: str = ""
+) -> Iterator[RawRow]:
     """All rows of the source, in order, a bounded part in memory at a time.
+
+    Args:
+        store: where votes are; None: the environment's.
+        known: fingerprint of the votes to read, without those that came later; empty: all.
 
     Raises:
         DataError: the source does not exist or is damaged beyond single rows.
@@ -200,8 +210,10 @@ def open_rows(settings: DataSettings) -> Iterator[RawRow]:
     kind = kind_of(settings.source)
     if kind == "builtin":
         yield from builtin.rows(settings.source.removeprefix("builtin:"), settings.subset)
+    elif kind == "votes":
+        yield from votes.vote_rows(store or open_store(), known)
     elif kind == "hub":
-        yield from _hub_rows(settings)
+        yield from hub_rows(settings)
     else:
         for file in find_files(settings.source):
             with file.open() as stream:
@@ -215,50 +227,23 @@ def open_rows(settings: DataSettings) -> Iterator[RawRow]:
                     ) from error
 
 
-def _hub_rows(settings: DataSettings) -> Iterator[RawRow]:
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError
-
-    name = f"hub:{settings.source}/{settings.split}"
-    try:
-        stream = datasets.load_dataset(
-            settings.source,
-            settings.subset,
-            split=settings.split,
-            revision=settings.revision,
-            streaming=True,
-        )
-        for number, row in enumerate(stream, 1):
-            yield RawRow(name, number, row)
-    except DatasetNotFoundError as error:
-        raise DataError(
-            f"{settings.source}: no such data set on the Hugging Face hub, and no such local file "
-            f"({error}); check the id, or set HF_TOKEN if it is private or gated."
-        ) from error
-    except ValueError as error:  # unknown subset or split; the text lists what there is
-        raise DataError(f"{settings.source}: {error}; check subset, split and revision.") from error
-    except (OSError, ConnectionError) as error:
-        raise StoreUnavailable(
-            f"{settings.source}: the Hugging Face hub cannot be reached ({error}); check the "
-            "network and HF_ENDPOINT, or give a local path."
-        ) from error
-
-
-def fingerprint(settings: DataSettings) -> str:
+def fingerprint(settings: DataSettings, store: Store | None = None) -> str:
     """Identity of a source's contents: the same text as long as nothing in it changes.
 
     Local files: names and sha256 of their contents. S3: names, sizes and etags. Hub: the commit
     that the revision names, or the revision when the hub cannot be asked. Built-in: the version of
-    the package.
+    the package. Votes: those that there are in the store (None: the environment's).
 
     Raises:
-        DataError, StoreUnavailable: as `find_files`.
+        DataError, StoreUnavailable: as `find_files`; or there are no votes.
     """
     kind = kind_of(settings.source)
     if kind == "builtin":
         return f"{settings.source}@{builtin.version(settings.source.removeprefix('builtin:'))}"
+    if kind == "votes":
+        return votes.votes_fingerprint(store or open_store())
     if kind == "hub":
-        return f"hub:{settings.source}@{_hub_commit(settings)}"
+        return f"hub:{settings.source}@{hub_commit(settings)}"
     total = hashlib.sha256()
     for file in find_files(settings.source):
         name = file.name if len(file.name) < len(file.path) else os.path.basename(file.path)
@@ -270,34 +255,3 @@ def fingerprint(settings: DataSettings) -> str:
             identity = f"{info.get('size')} {info.get('ETag')}"
         total.update(f"{name}\0{identity}\n".encode("utf-8", "surrogateescape"))
     return f"{kind}:{total.hexdigest()}"
-
-
-def hub_answers(settings: DataSettings) -> str:
-    """Why the hub cannot be asked for a data set, within seconds; empty when it can.
-
-    Reading itself repeats its requests for half a minute before it gives up.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().dataset_info(settings.source, revision=settings.revision, timeout=_HUB_SECONDS)
-    except Exception as error:
-        if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError"):
-            return (
-                f"{settings.source}: the Hugging Face hub cannot be reached ({error}), and there "
-                "is no such local file; check the network and HF_ENDPOINT, or give a local path."
-            )
-    return ""
-
-
-def _hub_commit(settings: DataSettings) -> str:
-    revision = settings.revision or "main"
-    if re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
-    from huggingface_hub import HfApi
-
-    try:
-        info = HfApi().dataset_info(settings.source, revision=revision, timeout=_HUB_SECONDS)
-        return info.sha or revision
-    except Exception:  # offline, gated or unknown: check_source says so
-        return revision

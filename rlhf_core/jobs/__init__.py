@@ -32,13 +32,37 @@ from rlhf_core.jobs.data import (
     DataJob,
     DataSettings,
     ImportModelJob,
+    ImportRewardJob,
     LabelJob,
     ModelSettings,
     SampledPreferences,
 )
+from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
-from rlhf_core.jobs.online import PPOJob, PPOSettings
-from rlhf_core.jobs.pipeline import PipelineConfig
+from rlhf_core.jobs.online import (
+    GRPOJob,
+    GRPOSettings,
+    OnlineJob,
+    OnlineSettings,
+    PPOJob,
+    PPOSettings,
+    ReinforcePPJob,
+    ReinforcePPSettings,
+    RLOOJob,
+    RLOOSettings,
+)
+from rlhf_core.jobs.pipeline import PipelineConfig, TrainingStage
+from rlhf_core.jobs.preference import (
+    DPOJob,
+    DPOSettings,
+    KTOJob,
+    KTOSettings,
+    ORPOJob,
+    ORPOSettings,
+    PreferenceJob,
+    SimPOJob,
+    SimPOSettings,
+)
 from rlhf_core.jobs.pretraining import (
     NewModelJob,
     NewModelSettings,
@@ -46,6 +70,7 @@ from rlhf_core.jobs.pretraining import (
     PretrainSettings,
 )
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
+from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.training import (
     LoRA,
     RewardJob,
@@ -56,17 +81,77 @@ from rlhf_core.jobs.training import (
 )
 
 __all__ = [
-    "JOB", "LARGEST", "BaseJob", "DataConfig", "DataJob", "DataSettings", "Digest", "EvaluateJob",
-    "EvaluateSettings", "Format", "Fraction", "Gates", "ImportModelJob", "Job", "LabelJob",
-    "Launcher", "LoRA", "LocalLauncher", "ModelSettings", "NewModelJob", "NewModelSettings",
-    "PPOJob", "PPOSettings", "PipelineConfig", "PositiveInt", "Precision", "PretrainJob",
-    "PretrainSettings", "PublishSettings", "Purpose", "Resources",
-    "RewardJob", "RewardSettings", "SFTJob", "SFTSettings", "SampledPreferences", "Seed",
-    "Settings", "Slug", "Strategy", "TrainSettings", "WorkPoolLauncher", "parse_job",
-]  # fmt: skip
+    "JOB",
+    "LARGEST",
+    "BaseJob",
+    "DPOJob",
+    "DPOSettings",
+    "DataConfig",
+    "DataJob",
+    "DataSettings",
+    "Digest",
+    "EndpointJudgeSettings",
+    "EvaluateJob",
+    "EvaluateSettings",
+    "Format",
+    "Fraction",
+    "GRPOJob",
+    "GRPOSettings",
+    "Gates",
+    "ImportModelJob",
+    "ImportRewardJob",
+    "Job",
+    "KTOJob",
+    "KTOSettings",
+    "LabelJob",
+    "Launcher",
+    "LoRA",
+    "LocalLauncher",
+    "ModelReward",
+    "ModelSettings",
+    "NewModelJob",
+    "NewModelSettings",
+    "ORPOJob",
+    "ORPOSettings",
+    "OnlineJob",
+    "OnlineSettings",
+    "PPOJob",
+    "PPOSettings",
+    "PipelineConfig",
+    "PositiveInt",
+    "Precision",
+    "PreferenceJob",
+    "PretrainJob",
+    "PretrainSettings",
+    "PublishSettings",
+    "Purpose",
+    "RLOOJob",
+    "RLOOSettings",
+    "ReinforcePPJob",
+    "ReinforcePPSettings",
+    "Resources",
+    "Reward",
+    "RewardJob",
+    "RewardSettings",
+    "SFTJob",
+    "SFTSettings",
+    "SampledPreferences",
+    "Seed",
+    "Settings",
+    "SimPOJob",
+    "SimPOSettings",
+    "Slug",
+    "Strategy",
+    "TrainSettings",
+    "TrainingStage",
+    "WorkPoolLauncher",
+    "job_class",
+    "parse_job",
+]
 
 Job = (
     ImportModelJob
+    | ImportRewardJob
     | DataJob
     | NewModelJob
     | PretrainJob
@@ -74,9 +159,22 @@ Job = (
     | LabelJob
     | RewardJob
     | PPOJob
+    | DPOJob
+    | KTOJob
+    | ORPOJob
+    | SimPOJob
+    | GRPOJob
+    | RLOOJob
+    | ReinforcePPJob
     | EvaluateJob
 )
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
+
+
+def job_class(algorithm: str) -> type[BaseJob]:
+    """The job class of an algorithm."""
+    classes = cast("tuple[type[BaseJob], ...]", get_args(Job))
+    return next(c for c in classes if c.model_fields["algorithm"].default == algorithm)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

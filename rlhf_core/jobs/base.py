@@ -10,6 +10,7 @@ import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.fields import FieldInfo
 
 LARGEST = 2**31 - 1  # counts and seconds: what every library below can hold
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -21,10 +22,10 @@ Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Strategy = Literal["ddp", "zero1", "zero2", "zero2_cpu", "gemini"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Format = Literal[
-    "auto", "alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference", "prompt",
-    "text",
+    "auto", "alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference", "unpaired",
+    "prompt", "text",
 ]  # fmt: skip
-Purpose = Literal["sft", "preference", "prompts", "pretrain"]
+Purpose = Literal["sft", "preference", "unpaired", "prompts", "pretrain"]
 
 
 class Settings(BaseModel):
@@ -63,7 +64,7 @@ class Resources(Settings):
     strategy: Strategy = "ddp"
     """How model and optimizer are spread over the ranks (ColossalAI Booster plugin)."""
     micro_batch_size: PositiveInt = 8
-    """Sequences (pairs for the reward model) per rank in one forward and backward pass; the
+    """Sequences (pairs where the data are pairs) per rank in one forward and backward pass; the
     accumulation follows from batch_size / (ranks x micro_batch_size)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -136,10 +137,26 @@ class BaseJob(Settings):
         return {
             name: value
             for name, field in type(self).model_fields.items()
-            if (field.json_schema_extra or {}) == {"input": True}
-            and isinstance(value := getattr(self, name), str)
+            if "input" in _extra(field) and isinstance(value := getattr(self, name), str)
         }
 
+    @classmethod
+    def roles(cls) -> dict[str, str]:
+        """Field of each input -> what a pipeline gives it, see `job_input`."""
+        fields = cls.model_fields.items()
+        return {name: str(_extra(f)["input"] or name) for name, f in fields if "input" in _extra(f)}
 
-def job_input(**kwargs: Any) -> Any:
-    return Field(json_schema_extra={"input": True}, **kwargs)
+
+def job_input(role: str = "", **kwargs: Any) -> Any:
+    """A field that names an artifact by its digest.
+
+    Args:
+        role: what the pipeline puts there: "model" (the newest language model), "reward_model",
+            "ptx", or a data set by its purpose; empty: the field's name says it.
+    """
+    return Field(json_schema_extra={"input": role}, **kwargs)
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    extra = field.json_schema_extra
+    return extra if isinstance(extra, dict) else {}

@@ -39,7 +39,8 @@ class DataSettings(Settings):
 
     source: str = "builtin:chatterbot"
     """Hugging Face dataset id, path or s3:// URL of .json, .jsonl, .jsonl.gz, .parquet or .csv
-    files (a folder or a pattern too), or builtin:chatterbot."""
+    files (a folder or a pattern too), builtin:chatterbot, or playground-votes: the replies that
+    people preferred on the page of `rlhf playground`, kept in the run's store."""
     format: Format = "auto"
     """Layout of a row; auto looks at the columns of the first row."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -72,8 +73,9 @@ class SampledPreferences(Settings):
 
     source: Literal["sampled"] = "sampled"
     """Replies are sampled from the SFT model on the data set `prompts`."""
-    labeller: Literal["vader"] = "vader"
-    """Who compares two replies; vader: the sentiment lexicon (the more positive reply wins)."""
+    labeller: Literal["vader", "reward_model"] = "vader"
+    """Who compares two replies; vader: the sentiment lexicon (the more positive reply wins);
+    reward_model: the pipeline's reward model."""
     max_prompts: PositiveInt = 256
     """Training prompts at most."""
     max_heldout_prompts: PositiveInt = 64
@@ -98,8 +100,14 @@ class DataConfig(Settings):
     """Demonstrations for supervised fine-tuning."""
     preference: SampledPreferences | DataSettings = SampledPreferences()
     """Pairs for the reward model: a ready data set, or sampled from the SFT model and labelled."""
+    unpaired: DataSettings | None = None
+    """Single replies with a verdict (format unpaired), for KTO; empty: the pairs, each split into
+    a desirable and an undesirable reply."""
     prompts: DataSettings = DataSettings()
     """Prompts for PPO and for the evaluation."""
+    rounds: SampledPreferences = SampledPreferences(labeller="reward_model")
+    """Pairs of each round of iterative preference optimisation (rounds above 1): sampled from the
+    newest policy."""
     ptx: DataSettings | None = None
     """Data mixed into PPO when ppo.ptx_coef is above 0; empty: the SFT data."""
 
@@ -114,6 +122,26 @@ class ImportModelJob(ModelSettings, BaseJob):
 
     algorithm: Literal["import_model"] = "import_model"
     """Job kind."""
+    fingerprint: str = ""
+    """Identity of the source's contents, so that a changed folder is imported again."""
+
+
+class ImportRewardJob(BaseJob):
+    """Brings a reward model that is there already into the store."""
+
+    module: ClassVar[str] = "rlhf_core.import_reward"
+    kind: ClassVar[str] = "reward_model"
+    torchrun: ClassVar[bool] = False
+    apart: ClassVar[frozenset[str]] = frozenset()
+
+    algorithm: Literal["import_reward"] = "import_reward"
+    """Job kind."""
+    source: str
+    """artifact:DIGEST, local folder or Hugging Face id."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    model: Digest = job_input()
+    """Language model whose vocabulary it must share."""
     fingerprint: str = ""
     """Identity of the source's contents, so that a changed folder is imported again."""
 
@@ -140,7 +168,7 @@ class DataJob(DataSettings, BaseJob):
 
 
 class LabelJob(SampledPreferences, BaseJob):
-    """Samples replies from the SFT model and compares them."""
+    """Samples replies from a model and compares them."""
 
     module: ClassVar[str] = "rlhf_core.label"
     kind: ClassVar[str] = "dataset"
@@ -148,8 +176,10 @@ class LabelJob(SampledPreferences, BaseJob):
     algorithm: Literal["label"] = "label"
     """Job kind."""
     model: Digest = job_input()
-    """SFT model."""
+    """Model that is sampled from."""
     prompts: Digest = job_input()
     """Data set of purpose prompts."""
+    reward_model: Digest | None = job_input(default=None)
+    """Reward model, where that is the labeller."""
     resources: Resources = Resources()
     """Placement."""

@@ -2,39 +2,121 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.jobs.base import BaseJob, Digest, Fraction, PositiveInt, Resources, job_input
+from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.training import TrainSettings
 
+GroupSize = Annotated[int, Field(ge=2, le=1024)]
 
-class PPOSettings(TrainSettings):
-    """Proximal policy optimisation against the reward model."""
+
+class OnlineSettings(TrainSettings):
+    """What all algorithms share that sample, score and update."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
     """Peak learning rate of the policy."""
-    critic_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Peak learning rate of the critic; empty: the policy's times 5."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     """Course of the learning rate after the warm-up (cosine and linear end at 0)."""
     steps: PositiveInt = 100
     """Rollouts."""
     batch_size: PositiveInt = 64
     """Prompts per rollout over all ranks; one reply each."""
-    ppo_epochs: PositiveInt = 4
-    """Passes over each rollout."""
     minibatches: PositiveInt = 1
     """Optimizer steps per pass."""
     max_new_tokens: PositiveInt = 128
     """Longest reply."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature; log-probabilities are taken at it."""
+    rewards: tuple[Reward, ...] = (ModelReward(),)
+    """What is optimised: a weighted sum of the reward model's score and of rules."""
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.05
     """Weight of the per-token KL penalty to the SFT model."""
     clip_range: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Bound of the probability ratio's deviation from 1."""
+    missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
+    """Taken off the score of a reply that was cut at max_new_tokens."""
+    ptx_coef: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the language-modelling loss mixed in (PPO-ptx); 0 switches it off."""
+    collapse_window: PositiveInt = 5
+    """Rollouts over whose mean the bounds below are judged; fewer where there are fewer steps."""
+    max_kl: Annotated[float, Field(gt=0.0)] = 100.0
+    """The stage fails when the KL to the SFT model (nats per reply, mean) exceeds this."""
+    max_repetition: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.9
+    """The stage fails when this share of the 4-grams of a reply (mean) were in it before; a reply
+    of less than 14 tokens cannot reach 0.9. Empty: no bound."""
+    min_entropy: Annotated[float, Field(gt=0.0)] | None = None
+    """The stage fails when the entropy (nats per token, mean) falls below this: replies no longer
+    differ, so that nothing more is learned. Empty: no bound."""
+    max_unfinished: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """The stage fails when more than this share of replies ends without an end-of-turn token.
+    Empty: no bound, for replies that are cut on purpose."""
+
+    @field_validator("rewards")
+    @classmethod
+    def _some_rewards(cls, rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
+        models = sum(isinstance(r, ModelReward) for r in rewards)
+        if not rewards:
+            raise ValueError("rewards is empty, so that there is nothing to learn; give it one")
+        if models > 1:
+            raise ValueError(
+                f'rewards has {models} entries of type "model", but there is one reward model; '
+                "keep one and give it the sum of the weights"
+            )
+        return rewards
+
+    @property
+    def replies(self) -> int:
+        """Replies per rollout over all ranks."""
+        return self.batch_size
+
+    @property
+    def wants_reward_model(self) -> bool:
+        """Whether the reward model's score is one of the rewards."""
+        return any(isinstance(r, ModelReward) for r in self.rewards)
+
+
+class OnlineJob(OnlineSettings, BaseJob):
+    """Inputs of an online algorithm."""
+
+    kind: ClassVar[str] = "model"
+    critic: ClassVar[bool] = False  # which can start from a reward model that scores nothing
+
+    model: Digest = job_input()
+    """SFT model: start of the policy, and the reference."""
+    reward_model: Digest | None = job_input(default=None)
+    """Reward model; empty when all rewards are rules."""
+    prompts: Digest = job_input()
+    """Data set of purpose prompts."""
+    ptx: Digest | None = job_input(default=None)
+    """Data set of purpose sft or pretrain that is mixed in when ptx_coef is above 0."""
+    resources: Resources = Resources()
+    """Placement."""
+
+    @model_validator(mode="after")
+    def _rewards_have_their_model(self) -> Self:
+        if self.wants_reward_model and self.reward_model is None:
+            raise ValueError(
+                'rewards has an entry of type "model" but reward_model is empty; give a reward '
+                "model, or leave only rules in rewards"
+            )
+        if self.reward_model is not None and not (self.wants_reward_model or self.critic):
+            raise ValueError(
+                'reward_model is given but rewards has no entry of type "model", so that it would '
+                "not be used; add one, or clear reward_model"
+            )
+        return self
+
+
+class PPOSettings(OnlineSettings):
+    """Proximal policy optimisation against the reward model."""
+
+    critic_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Peak learning rate of the critic; empty: the policy's times 5."""
+    ppo_epochs: PositiveInt = 4
+    """Passes over each rollout."""
     value_clip_range: Annotated[float, Field(gt=0.0)] = 0.2
     """Bound of the value's change from the rollout's value."""
     value_coef: Annotated[float, Field(ge=0.0)] = 0.1
@@ -43,29 +125,97 @@ class PPOSettings(TrainSettings):
     """Discount per token."""
     gae_lambda: Fraction = 0.95
     """GAE's lambda."""
-    missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
-    """Taken off the score of a reply that was cut at max_new_tokens."""
-    ptx_coef: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the language-modelling loss mixed in (PPO-ptx); 0 switches it off."""
-    max_kl: Annotated[float, Field(gt=0.0)] = 100.0
-    """The stage fails when the KL to the SFT model (nats per reply, mean) exceeds this."""
 
 
-class PPOJob(PPOSettings, BaseJob):
+class PPOJob(PPOSettings, OnlineJob):
     """PPO."""
 
     module: ClassVar[str] = "rlhf_core.train.ppo"
-    kind: ClassVar[str] = "model"
+    critic: ClassVar[bool] = True
 
     algorithm: Literal["ppo"] = "ppo"
     """Job kind."""
-    model: Digest = job_input()
-    """SFT model: start of the policy, and the reference."""
-    reward_model: Digest = job_input()
-    """Reward model, and start of the critic."""
-    prompts: Digest = job_input()
-    """Data set of purpose prompts."""
-    ptx: Digest | None = job_input(default=None)
-    """Data set of purpose sft or pretrain that is mixed in when ptx_coef is above 0."""
+    reward_model: Digest | None = job_input(default=None)
+    """Reward model, and start of the critic; empty when all rewards are rules: the critic then
+    starts from the SFT model."""
+    resources: Resources = Resources()
+    """Placement."""
+
+
+class GroupSettings(OnlineSettings):
+    """What algorithms share that compare several replies to one prompt."""
+
+    batch_size: PositiveInt = 16
+    """Prompts per rollout over all ranks; group_size replies each."""
+    group_size: GroupSize = 8
+    """Replies to each prompt, which are compared with each other."""
+    epochs: PositiveInt = 1
+    """Passes over each rollout."""
+
+    @property
+    def replies(self) -> int:
+        return self.batch_size * self.group_size
+
+
+class GRPOSettings(GroupSettings):
+    """Group relative policy optimisation: a group's mean and deviation instead of a critic."""
+
+    kl_coef: Annotated[float, Field(ge=0.0)] = 0.04
+    """Weight of the KL to the SFT model, which is a term of the loss."""
+    scale_rewards: bool = True
+    """Divide by the deviation of a group's scores; false (Dr. GRPO): prompts on which replies
+    hardly differ count for less."""
+    average: Literal["reply", "token"] = "reply"
+    """reply: mean over each reply's tokens, then over replies, as in the paper; bad replies then
+    tend to grow. token: mean over all tokens of the rollout (Dr. GRPO, DAPO)."""
+
+
+class GRPOJob(GRPOSettings, OnlineJob):
+    """GRPO."""
+
+    module: ClassVar[str] = "rlhf_core.train.grpo"
+
+    algorithm: Literal["grpo"] = "grpo"
+    """Job kind."""
+    resources: Resources = Resources()
+    """Placement."""
+
+
+class RLOOSettings(GroupSettings):
+    """REINFORCE leave-one-out: the baseline of a reply is the mean of the others in its group."""
+
+    group_size: GroupSize = 4
+    """Replies to each prompt, which are compared with each other."""
+
+
+class RLOOJob(RLOOSettings, OnlineJob):
+    """RLOO."""
+
+    module: ClassVar[str] = "rlhf_core.train.rloo"
+
+    algorithm: Literal["rloo"] = "rloo"
+    """Job kind."""
+    resources: Resources = Resources()
+    """Placement."""
+
+
+class ReinforcePPSettings(OnlineSettings):
+    """REINFORCE++: per-token rewards whitened over the global batch, one reply to each prompt."""
+
+    kl_coef: Annotated[float, Field(ge=0.0)] = 0.01
+    """Weight of the per-token KL penalty to the SFT model."""
+    epochs: PositiveInt = 1
+    """Passes over each rollout."""
+    gamma: Fraction = 1.0
+    """Discount per token."""
+
+
+class ReinforcePPJob(ReinforcePPSettings, OnlineJob):
+    """REINFORCE++."""
+
+    module: ClassVar[str] = "rlhf_core.train.reinforce_pp"
+
+    algorithm: Literal["reinforce_pp"] = "reinforce_pp"
+    """Job kind."""
     resources: Resources = Resources()
     """Placement."""

@@ -96,7 +96,7 @@ class PretrainJob(PretrainSettings, BaseJob):
     """Job kind."""
     model: Digest = job_input()
     """Model to go on from: an imported or a new one."""
-    data: Digest = job_input()
+    data: Digest = job_input("pretrain")
     """Data set of purpose pretrain."""
     resources: Resources = Resources()
     """Placement."""

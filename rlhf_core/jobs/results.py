@@ -17,10 +17,11 @@ from rlhf_core.jobs.base import (
     Slug,
     job_input,
 )
+from rlhf_core.jobs.judging import EndpointJudgeSettings
 
 
 class EvaluateSettings(Settings):
-    """Comparison of base, SFT and PPO models on held-out prompts."""
+    """Comparison of the base, SFT and finished models on held-out prompts."""
 
     max_prompts: PositiveInt = 128
     """Held-out prompts at most."""
@@ -30,8 +31,17 @@ class EvaluateSettings(Settings):
     """Sampling temperature of the replies."""
     judge: Literal["none", "vader"] = "none"
     """Gold judge that training never sees, reported beside the reward model."""
+    judge_endpoint: EndpointJudgeSettings | None = None
+    """A judge behind an OpenAI-compatible endpoint, asked for each prompt whether the finished
+    model's reply or that of the model it started from is better; empty: none."""
     samples: PositiveInt = 8
     """Prompts shown with each model's reply in the report."""
+    min_win_rate: Fraction | None = None
+    """Gate: the run stops before publishing when the finished model's replies beat those of the
+    model it started from on less than this share of the prompts; empty: no gate."""
+    max_length_ratio: Annotated[float, Field(gt=0.0)] | None = None
+    """Gate: the run stops before publishing when its replies are longer than this many times those
+    of the model it started from; empty: no gate."""
     resources: Resources | None = None
     """Placement of this stage; empty: the pipeline's."""
 
@@ -63,8 +73,10 @@ class Gates(Settings):
 class EvaluateJob(EvaluateSettings, BaseJob):
     """Evaluation on held-out data."""
 
+    version: ClassVar[int] = 2
     module: ClassVar[str] = "rlhf_core.evaluate"
     kind: ClassVar[str] = "evaluation"
+    apart: ClassVar[frozenset[str]] = BaseJob.apart | {"min_win_rate", "max_length_ratio"}
 
     algorithm: Literal["evaluate"] = "evaluate"
     """Job kind."""
@@ -72,15 +84,15 @@ class EvaluateJob(EvaluateSettings, BaseJob):
     """Longest reply."""
     base: Digest = job_input()
     """Base model."""
-    sft: Digest = job_input()
-    """SFT model."""
-    policy: Digest = job_input()
-    """Aligned model."""
-    reward_model: Digest = job_input()
-    """Reward model."""
+    sft: Digest | None = job_input(default=None)
+    """Model that the alignment started from, and the reference of the KL; empty: base."""
+    policy: Digest = job_input("model")
+    """The finished model."""
+    reward_model: Digest | None = job_input(default=None)
+    """Reward model, where there is one."""
     prompts: Digest = job_input()
     """Data set of purpose prompts."""
-    sft_data: Digest = job_input()
+    sft_data: Digest | None = job_input("sft", default=None)
     """Data set of purpose sft, for the held-out loss."""
     resources: Resources = Resources()
     """Placement."""

@@ -38,6 +38,8 @@ class TrainSettings(Settings):
     """Course of the learning rate after the warm-up (cosine and linear end at 0)."""
     warmup_fraction: Fraction = 0.03
     """Share of the steps in which the learning rate rises from 0."""
+    batch_size: PositiveInt = 32
+    """Rows per optimizer step over all ranks and micro-batches."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW weight decay (not on biases and norms)."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
@@ -99,6 +101,9 @@ class RewardSettings(TrainSettings):
     """Training prompts whose SFT replies set the scores' mean to 0 and deviation to 1."""
     max_new_tokens: PositiveInt = 64
     """Longest of those SFT replies when they have to be sampled."""
+    min_heldout_accuracy: Fraction | None = None
+    """Gate: the run stops after this stage when the accuracy on held-out pairs is lower; empty: no
+    gate."""
 
 
 class SFTJob(SFTSettings, BaseJob):
@@ -111,7 +116,7 @@ class SFTJob(SFTSettings, BaseJob):
     """Job kind."""
     model: Digest = job_input()
     """Base model."""
-    data: Digest = job_input()
+    data: Digest = job_input("sft")
     """Data set of purpose sft."""
     resources: Resources = Resources()
     """Placement."""
@@ -122,12 +127,13 @@ class RewardJob(RewardSettings, BaseJob):
 
     module: ClassVar[str] = "rlhf_core.train.reward"
     kind: ClassVar[str] = "reward_model"
+    apart: ClassVar[frozenset[str]] = BaseJob.apart | {"min_heldout_accuracy"}
 
     algorithm: Literal["reward"] = "reward"
     """Job kind."""
     model: Digest = job_input()
     """SFT model: the reward model starts from its weights."""
-    data: Digest = job_input()
+    data: Digest = job_input("preference")
     """Data set of purpose preference."""
     resources: Resources = Resources()
     """Placement."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.errors import StoreError
+from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, StoreError
 from rlhf_core.store.artifact import (
     Artifact,
     FileEntry,
@@ -68,6 +69,20 @@ def publish(
         time.monotonic() - began,
     )  # fmt: skip
     return published
+
+
+@contextmanager
+def holding(backend: Backend, artifact: Artifact) -> Iterator[Artifact]:
+    """See Store.holding."""
+    with claim(backend, artifact):
+        if backend.size(manifest_key(artifact.kind, artifact.digest)) is None:
+            raise ArtifactNotFound(f"artifact {artifact.ref} is not in {backend.url} any more")
+        if missing := incomplete(backend, artifact):
+            raise ArtifactCorrupt(
+                f"{artifact.ref} in {backend.url} has lost files: {'; '.join(missing)}; "
+                "`rlhf artifacts verify` tells more"
+            )
+        yield artifact
 
 
 def incomplete(backend: Backend, artifact: Artifact) -> list[str]:

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from rlhf_core.store.blobs import (
 from rlhf_core.store.collect import Garbage, Limits, Roots, collect, find_garbage
 from rlhf_core.store.folders import fetch_cached, fetch_to, walk
 from rlhf_core.store.parallel import FILES_AT_ONCE, REQUESTS_AT_ONCE, in_parallel
-from rlhf_core.store.publishing import publish
+from rlhf_core.store.publishing import holding, publish
 from rlhf_core.store.refs import find_refs, manifest_key, resolve
 
 log = logging.getLogger("rlhf_core.store")
@@ -212,6 +213,11 @@ class Store:
                 if source.entry == entry:
                     upload_blob(self._backend, source, force=True)
         return self.verify(f"{artifact.kind}/{artifact.digest}")
+
+    def holding(self, ref: str) -> AbstractContextManager[Artifact]:
+        """The artifact, whole, and out of a collector's reach until the block ends: for a record
+        that is to name it. Raises ArtifactNotFound, or ArtifactCorrupt when files are missing."""
+        return holding(self._backend, self.get(ref))
 
     def delete(self, digest: str, *, blobs: bool = False) -> None:
         """Remove an artifact, and with ``blobs`` those of its blobs that no other artifact in this

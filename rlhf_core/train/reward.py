@@ -34,6 +34,7 @@ from rlhf_core.nonfinite import failure
 from rlhf_core.probe import fit_probe
 from rlhf_core.remote_code import is_trusted
 from rlhf_core.rollout import generate, make_row_seeds
+from rlhf_core.sampling import score_sequences
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
 from rlhf_core.train.sft import enable_checkpointing
@@ -204,23 +205,13 @@ def probe_head(
     context.log(f"probe on {len(rows)} pairs: cross-validated accuracy {accuracy:.3f} (l2 {l2:g})")
 
 
-@torch.no_grad()
 def score_all(
     module: ScalarModel, sequences: Sequence[Sequence[int]], strategy: Strategy, micro: int
 ) -> Tensor:
     """Scores (n,) fp64 of sequences, in their order, computed by all ranks together."""
-    group = strategy.group
-    found: list[tuple[int, float]] = []
-    for positions in split_batch([len(s) for s in sequences], group.rank, group.size, micro):
-        input_ids, mask = pad_right([sequences[p] for p in positions])
-        with strategy.autocast():
-            scores = module(input_ids.to(group.device), mask.to(group.device))
-        found += zip(positions, scores.tolist(), strict=True)
-    result = torch.zeros(len(sequences), dtype=torch.float64)
-    for part in group.gather(found):
-        for position, score in part:
-            result[position] = score
-    return result
+    with strategy.autocast():
+        scores = score_sequences(module, sequences, strategy.group, micro)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def heldout_margins(module: ScalarModel, rows: Rows, strategy: Strategy, micro: int) -> list[float]:

@@ -25,6 +25,7 @@ STATE_NAMES = {
     "nonfinite": "NonFiniteLoss",
     "rate_lowered": "LearningRateLowered",
     "collapse": "PolicyCollapsed",
+    "judge": "JudgeFailed",
     "lost": "ProcessLost",
     "hang": "ProcessHung",
     "preempted": "Preempted",

@@ -1,10 +1,10 @@
 """Kills at random points: `python -m tests.faults.chaos [KILLS] [--seed SEED] [--s3]` (make chaos).
 
-Each round runs a small stage (SFT, reward model or PPO; one or two ranks; ddp or zero2) and kills
-it with SIGKILL at random moments in a random way: one rank, all ranks, the torchrun agent, the
-orchestrator, or everything at once. It is started again until it ends. Then its weights must have
-the sha256 of an undisturbed run's, every artifact that was there before must still be there, and
-everything that the store serves must have the bytes that its manifest names.
+Each round runs a small stage (SFT, reward model, PPO, DPO or KTO; one or two ranks; ddp or zero2)
+and kills it with SIGKILL at random moments in a random way: one rank, all ranks, the torchrun
+agent, the orchestrator, or everything at once. It is started again until it ends. Then its weights
+must have the sha256 of an undisturbed run's, every artifact that was there before must still be
+there, and everything that the store serves must have the bytes that its manifest names.
 
 Exit code 1 if anything is unequal, lost or wrong.
 """
@@ -30,10 +30,12 @@ from rlhf_core.store import Store
 from tests.faults.stage import Place, end, make_inputs, make_job
 from tests.rlhf_core.train.stages import weight_hashes
 
-ALGORITHMS, RANKS, STRATEGIES = ("sft", "reward", "ppo"), (1, 2), ("ddp", "zero2")
+ALGORITHMS = ("sft", "reward", "ppo", "dpo", "kto")
+RANKS, STRATEGIES = (1, 2), ("ddp", "zero2")
 WAYS = ("one rank", "all ranks", "agent", "orchestrator", "everything")
 LONGER: dict[str, dict[str, Any]] = {  # so that there is something to be killed in
     "sft": {"max_steps": 60}, "reward": {"max_steps": 60}, "ppo": {"steps": 15},
+    "dpo": {"max_steps": 60}, "kto": {"max_steps": 60},
 }  # fmt: skip
 MORE_KILLS = 0.3  # chance that a run which was started again is killed once more
 

@@ -17,7 +17,22 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-from rlhf_core.jobs import BaseJob, DataJob, ImportModelJob, PPOJob, Resources, RewardJob, SFTJob
+from rlhf_core.jobs import (
+    BaseJob,
+    DataJob,
+    DPOJob,
+    GRPOJob,
+    ImportModelJob,
+    KTOJob,
+    ORPOJob,
+    PPOJob,
+    ReinforcePPJob,
+    Resources,
+    RewardJob,
+    RLOOJob,
+    SFTJob,
+    SimPOJob,
+)
 from rlhf_core.store import Artifact, Store, open_store
 from tests.rlhf_core.torchrun import ROOT
 
@@ -29,6 +44,7 @@ PLACEMENT: dict[str, dict[str, Any]] = {
     "ppo": {"ranks": 2, "strategy": "ddp"},
     "reward": {"ranks": 1, "strategy": "zero2"},
 }
+PREFERENCE: dict[str, Any] = {"dpo": DPOJob, "simpo": SimPOJob, "orpo": ORPOJob, "kto": KTOJob}
 
 
 def make_inputs(folder: Path) -> dict[str, str]:
@@ -98,10 +114,16 @@ def make_job(
             data=inputs["preference"],
             **({"max_steps": 12, "epochs": 60, "max_new_tokens": 4} | common | settings),
         )
-    steps = {"steps": 5, "ppo_epochs": 2, "max_new_tokens": 6}
-    return PPOJob(
-        reward_model=inputs["reward"], prompts=inputs["prompts"], **(steps | common | settings)
-    )
+    if algorithm in PREFERENCE:  # KTO takes the pairs apart
+        given = {"max_steps": 12, "epochs": 60} | common | settings
+        return PREFERENCE[algorithm](data=inputs["preference"], **given)
+    common |= {"steps": 5, "max_new_tokens": 6, "prompts": inputs["prompts"]}
+    common["reward_model"] = inputs["reward"]
+    if algorithm == "ppo":
+        return PPOJob(**({"ppo_epochs": 2} | common | settings))
+    kinds = {"grpo": GRPOJob, "rloo": RLOOJob, "reinforce_pp": ReinforcePPJob}
+    groups = {} if algorithm == "reinforce_pp" else {"batch_size": 4, "group_size": 2}
+    return kinds[algorithm](**({"epochs": 2} | common | groups | settings))
 
 
 class Place:

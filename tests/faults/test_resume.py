@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.stage import (
     PLACEMENT,
+    PREFERENCE,
     Place,
     largest_difference,
     make_job,
@@ -43,6 +44,33 @@ def test_killed_and_resumed_ends_in_the_same_bytes(place, inputs, undisturbed, a
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == list(range(1, len(steps) + 1)), "the curve has neither gap nor repetition"
     assert place.checkpoints(job) == [], "a finished stage leaves no checkpoint behind"
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("algorithm", PREFERENCE)
+def test_killed_preference_stage_ends_in_the_same_bytes(place, base, inputs, tmp_path, algorithm):
+    """What it was held to before, the untrained model's numbers, it is held to afterwards."""
+    job = make_job(inputs, algorithm, {"ranks": 2, "strategy": "ddp"})
+    other = Place(base[0], tmp_path / "undisturbed")
+    other.run(job)
+    place.run(job, [killed("rank", 7, rank=1)])
+    assert place.store.stage_result(job.key()) is None, "it was to be killed before its end"
+    place.run(job)
+    assert "going on from the checkpoint after step" in place.log()
+    assert weight_hashes(place.result(job)) == weight_hashes(other.result(job))
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("algorithm", ("grpo", "rloo", "reinforce_pp"))
+def test_killed_without_critic_ends_in_the_same_bytes(place, base, inputs, tmp_path, algorithm):
+    job = make_job(inputs, algorithm, PLACEMENT["ppo"])
+    place.run(job, [DEATHS["ppo"]])
+    assert place.store.stage_result(job.key()) is None, "it was to be killed before its end"
+    place.run(job)
+    assert "going on from the checkpoint after step" in place.log()
+    whole = Place(base[0], tmp_path / "whole")
+    whole.run(job)
+    assert weight_hashes(place.result(job)) == weight_hashes(whole.result(job))
 
 
 def test_stopped_then_killed_stage_goes_on_and_so_does_another_number_of_ranks(

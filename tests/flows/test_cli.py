@@ -33,6 +33,7 @@ def fails(rlhf, *arguments, code=1):
         (["artifacts", "pull", "ppo", "out"], "There is no artifact 'ppo'"),
         (["chat"], "No model is published"),
         (["chat", "nobody"], "There is no model 'nobody'"),
+        (["models", "promote", "nobody", "1"], "There is no model 'nobody'"),
         (["job", "none.json"], "Cannot read the job file none.json"),
     ],
 )

@@ -85,7 +85,10 @@ def test_failed_state_is_not_logged_twice():
             {"heldout": {"accuracy": 0.7, "low": 0.6, "high": 0.8}},
             "held-out accuracy 0.70 (0.60 to 0.80)",
         ),
-        ({"models": {"sft": {"gold_mean": 0.1}, "ppo": {"gold_mean": 0.4}}}, "gold 0.100 → 0.400"),
+        (
+            {"models": {"sft": {"gold_mean": 0.1}, "policy": {"gold_mean": 0.4}}},
+            "gold 0.100 → 0.400",
+        ),
         ({}, ""),
     ],
 )  # fmt: skip

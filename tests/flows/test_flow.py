@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import tasks
-from rlhf_core.errors import JobFailed, PreflightError
+from rlhf_core.errors import GateFailed, JobFailed, PreflightError
 from rlhf_core.jobs import BaseJob
 from rlhf_core.presets import build_config
 from rlhf_core.store import open_store
@@ -20,7 +20,7 @@ def pipeline(prefect_server, stub, tmp_path, monkeypatch):
     """Runs the flow on a store of its own; returns its summary and the store."""
     from flows.rlhf import rlhf_pipeline
 
-    monkeypatch.setattr(tasks.sft, "retry_delay_seconds", [0.0, 0.0])
+    monkeypatch.setattr(tasks.TRAIN["sft"], "retry_delay_seconds", [0.0, 0.0])
     url = str(tmp_path / "store")
 
     def run(*overrides, until="publish"):
@@ -112,7 +112,8 @@ def test_first_numbers_of_a_stage_are_shown_as_they_are(prefect_server, monkeypa
     stage_of_one_step()
     data = {a.key: a.data for a in client().read_artifacts()}
     assert data["progress-short"] == 50.0
-    assert data["live-short"] == "**short**: step 2/4  loss 0.5"
+    text = "**short**: step 2/4  loss 0.5\n\n![curves so far](data:"
+    assert data["live-short"].startswith(text)
 
 
 def test_lost_rank_and_out_of_memory_are_tried_again(pipeline):
@@ -152,3 +153,37 @@ def test_preflight_problems_stop_the_run_before_anything(pipeline, tmp_path):
     with pytest.raises(PreflightError, match=r"none\.jsonl"):
         pipeline("data.sft={source: none.jsonl}")
     assert not (tmp_path / "home/runs").exists()
+
+
+def test_rounds_go_on_from_the_newest_policy(pipeline, without_torchrun):
+    rounds = ["stages=[sft, dpo]", "rounds=2", "data.rounds.labeller=vader"]
+    done = pipeline(*rounds)["stages"]
+    assert list(done) == ["model", "data-sft", "data-prompts", "sft", "label-1", "dpo-1",
+                          "label-2", "dpo-2", "evaluate", "publish"]  # fmt: skip
+    digest = {name: result["digest"] for name, result in done.items()}
+
+    def parents(name):
+        return list(pipeline.store.get(digest[name]).parents)
+
+    assert parents("label-1") == [digest["sft"], digest["data-prompts"]]
+    assert parents("dpo-1") == [digest["sft"], digest["label-1"]]
+    assert parents("label-2") == [digest["dpo-1"], digest["data-prompts"]]
+    assert parents("dpo-2") == [digest["dpo-1"], digest["label-2"]]
+    assert {digest["model"], digest["sft"], digest["dpo-2"]} <= set(parents("evaluate"))
+    assert digest["dpo-2"] in parents("publish")
+
+
+def test_failed_gate_ends_the_run_and_another_bound_goes_on(pipeline, without_torchrun):
+    with pytest.raises(GateFailed, match=r"win on 0.74 of 128 prompts.*evaluate.min_win_rate"):
+        pipeline("evaluate.min_win_rate=0.9")
+    [path] = pipeline.store.list_records("runs/")
+    record = pipeline.store.read_record(path)
+    assert (record["state"], record["category"]) == ("failed", "gate")
+    assert "publish" not in record["stages"]
+    again = pipeline("evaluate.min_win_rate=0.7")
+    assert reused(again) == STAGES[:-1]
+
+
+def test_last_stage_that_the_run_does_not_have_is_refused(pipeline):
+    with pytest.raises(PreflightError, match="until is ppo, but this run has no such stage"):
+        pipeline("stages=[sft]", until="ppo")

@@ -40,7 +40,7 @@ def sound(kind: Any, field: FieldInfo | None = None) -> st.SearchStrategy[Any]:
     if origin is dict:
         return st.dictionaries(slugs, slugs, max_size=2)
     assert origin is tuple, kind
-    return st.lists(slugs, max_size=2)
+    return st.lists(sound(get_args(kind)[0]), max_size=3)
 
 
 def settings_of(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:

@@ -51,6 +51,13 @@ SOUND: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         {"chosen": st.one_of(text, messages), "rejected": st.one_of(text, messages)},
         optional={"prompt": st.one_of(text, messages)},
     ),
+    "unpaired": st.fixed_dictionaries(
+        {
+            "prompt": st.one_of(text, messages),
+            "completion": st.one_of(text, messages),
+            "label": st.sampled_from([True, False, 1, 0, 1.0, "true", "False", "0"]),
+        }
+    ),
     "prompt": st.fixed_dictionaries({"prompt": st.one_of(text, messages)}),
     "text": st.fixed_dictionaries({"text": text}),
 }

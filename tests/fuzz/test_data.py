@@ -43,7 +43,7 @@ def test_a_row_is_understood_or_refused_with_a_reason() -> None:
         row, format, purpose = case
         try:
             columns = RawRow("a.jsonl", 1, row).columns({})
-            detect(columns)
+            detect(columns, purpose)  # type: ignore[arg-type]
             example = normalise(columns, format, purpose)  # type: ignore[arg-type]
         except BadRow as bad:
             assert bad.reason and bad.message
@@ -51,7 +51,8 @@ def test_a_row_is_understood_or_refused_with_a_reason() -> None:
             bad.message.encode()  # can be printed and written to the card
             return
         assert isinstance(example, Example)
-        said = [m["content"] for m in example.messages] + [example.text, example.chosen]
+        said = [m["content"] for m in example.messages]
+        said += [example.text, example.chosen, example.completion]
         assert all(text.encode() and text.strip() for text in said if text is not None)
 
     try_cases("rows", one_row(), check)

@@ -35,7 +35,10 @@ def test_machine_counts_where_the_group_does_not(tmp_path):
 
 
 def test_peak_of_a_process_grows_with_what_it_holds():
-    code = "import sys; x = bytearray(b'x') * int(sys.argv[1]); print(len(x)); sys.stdin.read()"
+    code = """import sys
+x = bytearray(b"x") * int(sys.argv[1])
+print(len(x), flush=True)
+sys.stdin.read()"""
     peaks = []
     for size in (2**20, 2**26):
         with subprocess.Popen(

@@ -188,10 +188,47 @@ def test_dpo_loss_matches_hand_value() -> None:
     assert metrics["rejected_reward"].item() == pytest.approx(-0.05)
 
 
+def test_dpo_label_smoothing_matches_hand_value() -> None:
+    args = [torch.tensor([x]) for x in (-12.0, -15.0, -13.0, -14.5)]
+    loss, metrics = losses.dpo_loss(*args, beta=0.1, label_smoothing=0.2)
+    # the margin is 0.15: 0.8 softplus(-0.15) + 0.2 softplus(0.15) = 0.620957 + 0.2 * 0.15
+    assert loss.item() == pytest.approx(0.650957, abs=1e-6)
+    assert metrics["margin"].item() == pytest.approx(0.15)
+
+
+def test_dpo_label_smoothing_stops_at_the_margin_of_its_share() -> None:
+    """The smoothed loss is least where sigmoid(margin) = 1 - e."""
+    best = math.log(0.8 / 0.2)
+    for margin, sign in ((best - 0.1, -1), (best + 0.1, 1)):
+        chosen = torch.tensor([margin / 0.1], requires_grad=True)
+        loss, _ = losses.dpo_loss(chosen, *torch.zeros(3, 1), beta=0.1, label_smoothing=0.2)
+        loss.backward()
+        assert chosen.grad is not None and chosen.grad.item() * sign > 0
+
+
+def test_ipo_loss_matches_hand_value() -> None:
+    args = [torch.tensor([x]) for x in (-12.0, -15.0, -13.0, -14.5)]
+    loss, metrics = losses.ipo_loss(*args, beta=0.1)
+    # h = (-12 + 13) - (-15 + 14.5) = 1.5 nats, aimed at 1 / 0.2 = 5
+    assert loss.item() == pytest.approx(3.5**2)
+    assert metrics["margin"].item() == pytest.approx(0.15)
+    assert metrics["chosen_reward"].item() == pytest.approx(0.1)
+
+
+def test_ipo_loss_aims_at_a_margin_and_not_beyond() -> None:
+    zero = torch.zeros(1)
+    for chosen_logp, sign in ((4.9, -1), (5.1, 1)):
+        chosen = torch.tensor([chosen_logp], requires_grad=True)
+        losses.ipo_loss(chosen, zero, zero, zero, beta=0.1)[0].backward()
+        assert chosen.grad is not None and chosen.grad.item() * sign > 0
+
+
 def test_simpo_loss_matches_hand_value() -> None:
     loss, metrics = losses.simpo_loss(torch.tensor([-1.2]), torch.tensor([-1.5]), 2.0, 1.0)
     assert loss.item() == pytest.approx(0.913015, abs=1e-6)
     assert metrics["margin"].item() == pytest.approx(0.6)
+    assert metrics["chosen_reward"].item() == pytest.approx(-2.4)
+    assert metrics["rejected_reward"].item() == pytest.approx(-3.0)
 
 
 def test_orpo_odds_loss_matches_hand_value() -> None:
@@ -292,6 +329,20 @@ def test_pair_losses_sum_to_the_global_mean() -> None:
             losses.dpo_loss(a, b, c, d, 0.1),
             [
                 losses.dpo_loss(*x, 0.1, denominator=6)
+                for x in zip(a.split(2), b.split(2), c.split(2), d.split(2), strict=True)
+            ],
+        ),
+        (
+            losses.dpo_loss(a, b, c, d, 0.1, 0.3),
+            [
+                losses.dpo_loss(*x, 0.1, 0.3, denominator=6)
+                for x in zip(a.split(2), b.split(2), c.split(2), d.split(2), strict=True)
+            ],
+        ),
+        (
+            losses.ipo_loss(a, b, c, d, 0.1),
+            [
+                losses.ipo_loss(*x, 0.1, denominator=6)
                 for x in zip(a.split(2), b.split(2), c.split(2), d.split(2), strict=True)
             ],
         ),

@@ -23,7 +23,7 @@ def problems(overrides, preset="smoke"):
 
 
 def test_preset_names_are_those_of_the_files():
-    assert preset_names() == ["bloom-560m", "demo", "llama-7b", "smoke"]
+    assert {"bloom-560m", "demo", "llama-7b", "smoke", "dpo", "grpo"} <= set(preset_names())
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -48,8 +48,11 @@ def at(config, path):
 @pytest.mark.parametrize("name", preset_names())
 def test_preset_holds_only_differences_from_defaults(name):
     config = build_config(name)
+    below = build_config(load_preset(name).get("preset", {}))
     for path, _ in leaves(load_preset(name)):
-        default = PipelineConfig()
+        if path == ("preset",):
+            continue
+        default = below
         if path[:2] == ("data", "preference") and isinstance(config.data.preference, DataSettings):
             default = default.model_copy(
                 update={"data": default.data.model_copy(update={"preference": DataSettings()})}
@@ -162,6 +165,12 @@ def test_override_through_a_value_is_refused():
 def test_override_with_broken_yaml_is_refused():
     with pytest.raises(ConfigError, match="is not YAML"):
         apply_overrides({}, ["a=[1"])
+
+
+def test_long_name_of_an_unknown_setting_is_cut():
+    with pytest.raises(ConfigError) as raised:
+        build_config({"sft": {"long " * 2000: 1}})
+    assert str(raised.value).count("long") < 20
 
 
 def test_unknown_preset_names_the_closest_and_all():

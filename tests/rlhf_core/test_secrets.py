@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel, SecretStr
 
-from rlhf_core.jobs import Job, PipelineConfig
+from rlhf_core.jobs import EndpointJudgeSettings, Job, PipelineConfig
 from rlhf_core.secrets import hide
 from rlhf_core.store.settings import StoreSettings
 
@@ -20,7 +20,7 @@ from rlhf_core.store.settings import StoreSettings
 @pytest.mark.parametrize(
     "name",
     ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "PREFECT_API_KEY",
-     "PREFECT_SERVER_API_AUTH_STRING", "DB_PASSWORD", "OPENAI_APIKEY"],
+     "PREFECT_SERVER_API_AUTH_STRING", "DB_PASSWORD", "OPENAI_APIKEY", "JUDGE_KEY"],
 )  # fmt: skip
 def test_secret_of_the_environment_is_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "marked-0123456789")
@@ -30,7 +30,8 @@ def test_secret_of_the_environment_is_hidden(name: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("name", "value"),
     [("TOKENIZERS_PARALLELISM", "disabled"), ("HF_TOKEN", "short"), ("RLHF_STORE", "file:///x/y"),
-     ("AWS_SHARED_CREDENTIALS_FILE", "/home/me/.aws"), ("HF_TOKEN_PATH", "/home/me/token")],
+     ("AWS_SHARED_CREDENTIALS_FILE", "/home/me/.aws"), ("HF_TOKEN_PATH", "/home/me/token"),
+     ("KEYBOARD", "generic-105"), ("AWS_ACCESS_KEY_ID", "AKIA-is-a-name")],
 )  # fmt: skip
 def test_other_values_stay(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
@@ -61,10 +62,10 @@ def fields(model: type[BaseModel], seen: set[type]) -> Iterator[tuple[str, objec
 
 def test_no_setting_holds_a_secret_in_the_open() -> None:
     seen: set[type] = set()
-    for model in (PipelineConfig, StoreSettings, *get_args(Job)):
+    for model in (PipelineConfig, StoreSettings, EndpointJudgeSettings, *get_args(Job)):
         for name, kind in fields(model, seen):
             secret = any(word in name for word in ("secret", "token", "password", "key", "auth"))
-            allowed = name in ("max_new_tokens",) or kind is SecretStr
+            allowed = name in ("max_new_tokens", "key_variable") or kind is SecretStr
             assert allowed or not secret, f"{model.__name__}.{name}"
 
 

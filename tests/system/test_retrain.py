@@ -72,15 +72,22 @@ def test_trains_then_finds_nothing_new_then_trains_again(system, data):
     assert trained[0]["state_name"] == "Promoted"
 
 
-def test_model_that_misses_a_gate_is_not_published(system, data):
+def test_model_that_misses_a_gate_becomes_a_candidate(system, data):
     system.plan()
     _, config = data
-    before = system.rlhf("artifacts", "list", "--kind", "published")
+
+    def champion():
+        return json.loads(system.rlhf("models", "show", "retrained", "--json"))["digest"]
+
+    before = champion()
     run = start(system, {**config, "seed": 302}, gates={"max_kl": 0.001})
     found = system.wait(run, "COMPLETED")
     assert found["state_name"] == "Rejected"
     assert "max_kl" in found["state"]["message"]
-    assert system.rlhf("artifacts", "list", "--kind", "published") == before
+    assert champion() == before
+    lines = system.rlhf("models", "list", "retrained", "--json").splitlines()
+    newest = json.loads(lines[-1])
+    assert newest["state"] == "candidate" and "max_kl" in newest["reason"]
 
 
 def test_second_retraining_at_the_same_time_is_refused_or_waits_as_deployed(system, data):

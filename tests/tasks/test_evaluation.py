@@ -17,7 +17,7 @@ def evaluation(reward=(0.0, 1.0), gold=None):
 
     golds = gold or (None, None)
     return Evaluation(
-        {"models": {m: row(reward[i], golds[i]) for i, m in enumerate(("sft", "ppo"))}}
+        {"models": {m: row(reward[i], golds[i]) for i, m in enumerate(("sft", "policy"))}}
     )
 
 

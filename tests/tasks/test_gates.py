@@ -1,11 +1,14 @@
 """Gates on hand-made evaluations."""
 
-from rlhf_core.jobs import Gates
-from tasks.gates import judge
+import pytest
+
+from rlhf_core.errors import RETRYABLE, GateFailed
+from rlhf_core.jobs import EvaluateJob, EvaluateSettings, Gates, RewardJob, RewardSettings
+from tasks.gates import check_evaluation, check_reward, judge
 
 GOOD = {
     "reward_model": {"accuracy": 0.7},
-    "models": {"ppo": {"kl_mean": 6.0}},
+    "models": {"policy": {"kl_mean": 6.0}},
     "win_rate": {"reward": {"rate": 0.9}, "gold": {"rate": 0.6}},
 }
 
@@ -42,3 +45,82 @@ def test_what_was_not_measured_does_not_pass():
     verdict = judge(Gates(), {}, None)
     assert len(verdict["failed"]) == 3
     assert "min_reward_accuracy is not measured" in verdict["text"]
+
+
+# --------------------------------------------------------------------------- gates of a stage
+
+HELDOUT = {
+    "n": 40, "accuracy": 0.575, "low": 0.42, "high": 0.72,
+    "baselines": {"length": {"accuracy": 0.6}, "bag_of_words": {"accuracy": 0.5}},
+}  # fmt: skip
+NUMBERS = {
+    "models": {"base": {"length_mean": 5.0}, "sft": {"length_mean": 20.0},
+               "policy": {"length_mean": 30.0}},
+    "win_rate": {"reward": {"rate": 0.9, "n": 64},
+                 "gold": {"rate": 0.45, "n": 64, "low": 0.33, "high": 0.57}},
+}  # fmt: skip
+
+
+def test_reward_model_is_held_to_its_accuracy():
+    assert check_reward(RewardSettings(), {"heldout": HELDOUT}) is None
+    assert check_reward(RewardSettings(min_heldout_accuracy=0.575), {"heldout": HELDOUT}) is None
+    # The interval reaches over the bound; the number does not.
+    text = check_reward(RewardSettings(min_heldout_accuracy=0.6), {"heldout": HELDOUT})
+    assert text.startswith(
+        "The reward model's accuracy on 40 held-out pairs is 0.575 (95 % interval 0.42 to 0.72), "
+        "needed is at least 0.6 (reward.min_heldout_accuracy); a trivial judge reaches 0.6."
+    )
+    assert "What usually helps" in text
+    for nothing in ({}, {"heldout": {}}):
+        text = check_reward(RewardSettings(min_heldout_accuracy=0.6), nothing)
+        assert "no accuracy was measured" in text and "heldout_fraction" in text
+
+
+def test_finished_model_is_held_to_its_win_rate():
+    assert check_evaluation(EvaluateSettings(), NUMBERS) is None
+    assert check_evaluation(EvaluateSettings(min_win_rate=0.45), NUMBERS) is None
+    text = check_evaluation(EvaluateSettings(min_win_rate=0.5), NUMBERS)
+    assert "win on 0.45 of 64 prompts (95 % interval 0.33 to 0.57) as judged by gold, " in text
+    assert "at least 0.5 (evaluate.min_win_rate)" in text
+    without = {"win_rate": {"reward": {"rate": 0.4}}}
+    assert "as judged by reward" in check_evaluation(EvaluateSettings(min_win_rate=0.5), without)
+    assert "no win rate was measured" in check_evaluation(EvaluateSettings(min_win_rate=0.5), {})
+
+
+def test_finished_model_is_held_to_its_length():
+    assert check_evaluation(EvaluateSettings(max_length_ratio=1.5), NUMBERS) is None
+    text = check_evaluation(EvaluateSettings(max_length_ratio=1.4), NUMBERS)
+    assert "have 30 tokens, 1.5 times the 20 of the model it started from" in text
+    assert "at most 1.4 times (evaluate.max_length_ratio)" in text
+    models = {"base": {"length_mean": 5.0}, "policy": {"length_mean": 30.0}}
+    text = check_evaluation(EvaluateSettings(max_length_ratio=5.0), {"models": models})
+    assert "6 times the 5" in text
+    assert "no lengths" in check_evaluation(EvaluateSettings(max_length_ratio=5.0), {})
+
+
+def test_all_failed_gates_are_told_at_once():
+    text = check_evaluation(EvaluateSettings(min_win_rate=0.5, max_length_ratio=1.0), NUMBERS)
+    assert "evaluate.min_win_rate" in text and "evaluate.max_length_ratio" in text
+
+
+def test_gate_that_failed_is_not_tried_again():
+    assert GateFailed("x").category == "gate" and "gate" not in RETRYABLE
+
+
+DIGEST = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("job", "gates"),
+    [
+        (RewardJob(model=DIGEST, data=DIGEST), {"min_heldout_accuracy": 0.7}),
+        (
+            EvaluateJob(base=DIGEST, sft=DIGEST, policy=DIGEST, reward_model=DIGEST,
+                        prompts=DIGEST, sft_data=DIGEST),
+            {"min_win_rate": 0.5, "max_length_ratio": 2.0},
+        ),
+    ],
+)  # fmt: skip
+def test_gates_do_not_change_what_a_stage_is(job, gates):
+    assert job.model_copy(update=gates).key() == job.key()
+    assert job.model_copy(update={"seed": 1}).key() != job.key()

@@ -6,8 +6,9 @@ import yaml
 from rlhf_core.errors import ModelError
 from rlhf_core.jobs import PipelineConfig
 from rlhf_core.presets import build_config
+from rlhf_core.store import registry
 from tasks.model_card import model_card
-from tasks.publish import make_artifact, materialise, publish_key, record_model
+from tasks.publish import champion, make_artifact, materialise, publish_key
 from tasks.run import Run, StageResult
 
 
@@ -37,7 +38,7 @@ def made(run):
     job = {"algorithm": "ppo", "kl_coef": 0.05}
     metadata = {"job": job, "metrics": {"kl": 3.5}}
     policy = add(run, "ppo", "model", files, [base.digest, data.digest], metadata)
-    numbers = b'{"models": {"ppo": {"gold_mean": 0.5, "gold_se": 0.1, "n": 8}}}'
+    numbers = b'{"models": {"policy": {"gold_mean": 0.5, "gold_se": 0.1, "n": 8}}}'
     evaluation = add(run, "evaluate", "evaluation", {"evaluation.json": numbers}, [policy.digest])
     return policy.digest, evaluation.digest
 
@@ -77,13 +78,13 @@ def test_key_depends_on_everything_that_is_published():
     assert len(keys) == 3
 
 
-def test_newest_model_of_a_name_is_recorded_once(run, made):
+def test_champion_is_the_policy_behind_what_is_published(run, made):
+    assert champion(run) is None
     artifact = make_artifact(run, "smoke", *made)
-    other = add(run, "sft", "published", {"config.json": b"other"})
-    for published in (artifact, artifact, other, artifact):
-        record_model(run.store, "smoke", published, run.id)
-    records = [run.store.read_record(path) for path in run.store.list_records("models/smoke/")]
-    assert [r["digest"] for r in records] == [artifact.digest, other.digest, artifact.digest]
+    registry.add_candidate(run.store, "smoke", artifact.digest)
+    assert champion(run) is None
+    registry.promote(run.store, "smoke", artifact.digest)
+    assert champion(run) == made[0]
 
 
 def test_plain_folder_is_replaced_by_a_newer_model(run, made, tmp_path):

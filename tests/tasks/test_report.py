@@ -67,7 +67,7 @@ def test_curves_are_a_png_of_what_is_there(run):
     lines = read_metrics(run.store, run.stages["sft"].digest)
     assert [line["loss"] for line in lines] == [2.5, 1.5]
     assert draw({"sft": lines}).startswith(b"\x89PNG")
-    assert draw({"sft": [], "data": [{"step": 1, "loss": 1.0}]}) is None
+    assert draw({"sft": [], "data": [{"step": 1, "rows": 9}]}) is None
 
 
 def test_artifact_without_metrics_has_no_curve(run):

@@ -98,6 +98,39 @@ def test_bad_pair_is_refused(tmp_path, row, text):
     assert text in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        *((row, f"'label' holds {found}; needed is true or false")
+          for row, found in (({"label": None}, "nothing (null)"), ({"label": 3}, "3"),
+                             ({"label": 0.5}, "0.5"), ({"label": "good"}, "'good'"),
+                             ({"label": ""}, "''"), ({"label": [True]}, "[True]"))),
+        ({}, "there is no column 'label'"),
+        ({"label": True, "completion": ""}, "column 'completion' is empty"),
+        ({"label": True, "completion": 3}, "'completion' holds a int; needed is text"),
+        ({"label": True, "completion": [{"role": "user", "content": "a"}]},
+         "'completion' does not end with a reply"),
+        ({"label": True, "prompt": None}, "column 'prompt' is null"),
+    ],
+)  # fmt: skip
+def test_bad_label_or_reply_is_refused(tmp_path, row, text):
+    good = {"prompt": "a", "completion": "b", "label": True}
+    bad = {"prompt": "c", "completion": "d", **row}
+    source = jsonl(tmp_path / "a.jsonl", [good, bad])
+    with pytest.raises(DataError) as error:
+        prepared(tmp_path / "out", source, "unpaired")
+    assert f"{source}, row 2: " in str(error.value)
+    assert text in str(error.value)
+    assert any(text in problem for problem in check_source(DataSettings(source=source), "unpaired"))
+
+
+def test_bad_label_in_the_first_row_is_named_too(tmp_path):
+    row = {"prompt": "a", "completion": "b", "label": "good"}
+    source = jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(DataError, match=r"row 1: column 'label' holds 'good'"):
+        prepared(tmp_path / "out", source, "unpaired")
+
+
 def test_every_row_is_accounted_for(tmp_path):
     long = talk(("user", "long"), ("assistant", "word " * 400))
     rows = [GOOD, GOOD, long, b"{", talk(("user", "q")), talk(("user", "c"), ("assistant", "d"))]

@@ -136,6 +136,77 @@ def test_single_text_pair(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("value", "label"),
+    [(True, True), (False, False), (1, True), (0.0, False), ("True", True), ("false", False),
+     (" 1", True), ("0", False)],
+)  # fmt: skip
+def test_labelled_reply(tmp_path, value, label):
+    row = {"prompt": "Hi", "completion": "Go away", "label": value}
+    [out] = prepared(tmp_path / "out", jsonl(tmp_path / "a.jsonl", [row]), "unpaired")
+    tokenizer = byte_tokenizer()
+    assert json.loads(out["prompt"]) == [{"role": "user", "content": "Hi"}]
+    assert (out["completion"], out["label"]) == ("Go away", label)
+    before = chatml(("user", "Hi")) + "<|im_start|>assistant\n"
+    assert tokenizer.decode(out["prompt_ids"]) == before
+    assert tokenizer.decode(out["completion_ids"]) == "Go away" + END
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": HH_PROMPT, "completion": "Fine."},
+        {"prompt": HH_PROMPT, "completion": [{"role": "assistant", "content": "Fine."}]},
+        {"prompt": HH_PROMPT[:1],
+         "completion": [*HH_PROMPT[1:], {"role": "assistant", "content": "Fine."}]},
+    ],
+)  # fmt: skip
+def test_labelled_reply_to_a_conversation(tmp_path, row):
+    source = jsonl(tmp_path / "a.jsonl", [row | {"label": True}])
+    [out] = prepared(tmp_path / "out", source, "unpaired")
+    assert json.loads(out["prompt"]) == HH_PROMPT
+    assert (out["completion"], out["label"]) == ("Fine.", True)
+
+
+def test_labelled_replies_serve_other_purposes(tmp_path):
+    """Demonstrations are the good ones only; prompts are all, with the good reply as reference."""
+    rows = [
+        {"prompt": HH_PROMPT, "completion": "Fine.", "label": True},
+        {"prompt": [{"role": "user", "content": "Bye"}, *HH_PROMPT[1:]], "completion": "No.",
+         "label": False},
+    ]  # fmt: skip
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    [out] = prepared(tmp_path / "sft", source, "sft")
+    assert trained_text(byte_tokenizer(), out).endswith("Fine." + END)
+    card = DataCard.load(tmp_path / "sft")
+    assert (card.format, card.dropped) == ("unpaired", {"undesirable": 1})
+    good, bad = prepared(tmp_path / "prompts", source, "prompts")
+    assert (good["reference"], bad["reference"]) == ("Fine.", None)
+    assert [len(json.loads(row["prompt"])) for row in (good, bad)] == [3, 3]
+
+
+def test_two_labels_of_one_reply_are_two_rows(tmp_path):
+    row = {"prompt": "Hi", "completion": "Yo", "label": True}
+    source = jsonl(tmp_path / "a.jsonl", [row, row | {"label": False}, row | {"label": 1}])
+    out = prepared(tmp_path / "out", source, "unpaired")
+    assert [r["label"] for r in out] == [True, False]
+    assert DataCard.load(tmp_path / "out").dropped == {"duplicate": 1}
+
+
+def test_card_counts_the_tokens_of_labelled_replies(tmp_path):
+    rows = [{"prompt": "Hi", "completion": "Yo", "label": i % 2} for i in range(2)]
+    out = prepared(tmp_path / "out", jsonl(tmp_path / "a.jsonl", rows), "unpaired")
+    side = DataCard.load(tmp_path / "out").splits["train"]
+    assert side.trainable_tokens == sum(len(r["completion_ids"]) for r in out)
+    assert side.tokens == side.trainable_tokens + sum(len(r["prompt_ids"]) for r in out)
+
+
+def test_a_column_label_with_something_else_leaves_demonstrations_as_they_were(tmp_path):
+    rows = [{"prompt": "1+1?", "completion": "2", "label": "maths"}]
+    assert len(prepared(tmp_path / "out", jsonl(tmp_path / "a.jsonl", rows))) == 1
+    assert DataCard.load(tmp_path / "out").format == "prompt_completion"
+
+
+@pytest.mark.parametrize(
     ("row", "prompt", "reference"),
     [
         ({"prompt": "Hi"}, [("user", "Hi")], None),
@@ -191,6 +262,7 @@ def test_turns_after_the_last_reply_are_counted(tmp_path):
     ("row", "purpose", "words"),
     [
         ({"prompt": "Hi"}, "sft", ["prompt serves prompts, not sft", "alpaca, messages"]),
+        ({"prompt": "a", "completion": "b"}, "unpaired", ["not unpaired", "the formats unpaired"]),
         ({"text": "Hi"}, "preference", ["text serves", "one of the formats hh, preference"]),
         ({"instruction": "a", "output": "b"}, "preference", ["alpaca serves sft"]),
     ],

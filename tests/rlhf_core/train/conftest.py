@@ -38,6 +38,10 @@ def data(stages, models):
         "sft": [{"prompt": p, "completion": c} for p, c in rows],
         # What the reward model has to find out: answers with "yes" win.
         "preference": [{"prompt": p, "chosen": f"yes {c}", "rejected": f"no {c}"} for p, c in rows],
+        "unpaired": [
+            {"prompt": p, "completion": f"{'no' if i % 3 else 'yes'} {c}", "label": i % 3 == 0}
+            for i, (p, c) in enumerate(rows)
+        ],
         "prompts": [{"prompt": p} for p, _ in rows],
         "pretrain": [{"text": f"{p}. {c}."} for p, c in rows],
     }
@@ -50,3 +54,14 @@ def data(stages, models):
         )
     artifacts = stages.run(*jobs)
     return {purpose: a.digest for purpose, a in zip(files, artifacts, strict=True)}
+
+
+@pytest.fixture(scope="session")
+def random_reward(stages, models):
+    """Digest of a reward model with a random head: something to optimise, at no cost."""
+    from rlhf_core.models import new_scalar_model, save_scalar_model
+
+    source, folder = stages.store.fetch(models["llama"]), stages.folder / "random-reward"
+    folder.mkdir()
+    save_scalar_model(new_scalar_model(source, 0), folder, source)
+    return stages.store.publish(folder, kind="reward_model").digest

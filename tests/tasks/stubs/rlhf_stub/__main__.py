@@ -31,7 +31,7 @@ def behaviour(algorithm: str, folder: Path) -> str:
     return plan[min(number, len(plan)) - 1]
 
 
-def act(what: str, rank: int) -> None:
+def act(what: str, rank: int, folder: Path) -> None:
     if what in ERRORS:
         raise ERRORS[what](f"stub ran into {what}")
     if what == "leak":  # as a library does that logs its settings
@@ -44,9 +44,13 @@ def act(what: str, rank: int) -> None:
     if what == "die":
         time.sleep(60)
     if what == "lost_peer":  # the secondary failure comes a little before the reason
-        time.sleep(0.05 * (1 - rank))
+        mark = folder / "rank-0-is-there"
         if rank == 1:
+            while not mark.exists():
+                time.sleep(0.001)
             raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
+        mark.touch()
+        time.sleep(0.05)
         raise DataError("row 7 has no text")
     if what == "silent_kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -66,7 +70,7 @@ def act(what: str, rank: int) -> None:
 def run(path: Path) -> None:
     job = parse_job(path.read_bytes())
     context = StageContext.from_environment(open_store(), job, path.parent)
-    act(behaviour(job.algorithm, path.parent), context.rank)
+    act(behaviour(job.algorithm, path.parent), context.rank, path.parent)
     if not context.main:
         return
     folder = context.scratch("result")

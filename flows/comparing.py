@@ -1,0 +1,107 @@
+"""Two versions of a model side by side: settings, numbers, what each was made from, size."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rlhf_core.errors import StoreError
+from rlhf_core.store import Artifact, Store
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+NOT_COMPARED = {"resources", "algorithm", "trust_remote_code"}  # none changes what comes out
+
+
+def evaluated(store: Store, artifact: Artifact) -> dict[str, Any]:
+    """The numbers of a published model's evaluation; {} where they are gone."""
+    digest = artifact.metadata.get("evaluation")
+    try:
+        found = store.get(f"evaluation/{digest}").metadata.get("metrics") if digest else None
+    except (StoreError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def headline(metrics: dict[str, Any]) -> dict[str, float]:
+    """The few numbers of an evaluation that one looks at first, by their names in tables."""
+    found: dict[str, float] = {}
+    for judge, rate in (metrics.get("win_rate") or {}).items():
+        if isinstance(rate, dict) and isinstance(rate.get("rate"), int | float):
+            found[f"win rate ({judge})"] = float(rate["rate"])
+    models = metrics.get("models") or {}
+    policy = models.get("policy") or models.get("ppo") or {}
+    for key, label in (("kl_mean", "KL"), ("length_mean", "length")):
+        if isinstance(policy.get(key), int | float):
+            found[label] = float(policy[key])
+    accuracy = (metrics.get("reward_model") or {}).get("accuracy")
+    if isinstance(accuracy, int | float):
+        found["reward accuracy"] = float(accuracy)
+    return found
+
+
+def difference(store: Store, left: Artifact, right: Artifact) -> dict[str, Any]:
+    """What differs between two published models.
+
+    Returns:
+        settings, metrics: name -> [left, right], of those that differ; lineage: stage -> [left,
+        right] as kind/digest, of all; size: bytes of both.
+    """
+    made = [_stages(store, artifact) for artifact in (left, right)]
+    jobs = [
+        {
+            f"{name}.{key}": value
+            for name, artifact in stages.items()
+            for key, value in flat(artifact.metadata.get("job") or {}).items()
+            if key.split(".")[0] not in NOT_COMPARED and not _names_artifact(value)
+        }
+        for stages in made
+    ]
+    numbers = [
+        {k: v for k, v in flat(evaluated(store, artifact)).items() if isinstance(v, int | float)}
+        for artifact in (left, right)
+    ]
+    refs = [{name: artifact.ref for name, artifact in stages.items()} for stages in made]
+    return {
+        "settings": _unequal(*jobs),
+        "metrics": _unequal(*numbers),
+        "lineage": _pairs(*refs),
+        "size": [left.size, right.size],
+    }
+
+
+def flat(value: dict[str, Any]) -> dict[str, Any]:
+    """Nested names joined by points."""
+    found: dict[str, Any] = {}
+    for key, part in value.items():
+        if isinstance(part, dict) and part:
+            found |= {f"{key}.{inner}": each for inner, each in flat(part).items()}
+        else:
+            found[str(key)] = part
+    return found
+
+
+def _names_artifact(value: Any) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def _stages(store: Store, artifact: Artifact) -> dict[str, Artifact]:
+    """What it was made from, by stage, oldest first; a stage's repetitions are numbered."""
+    found: dict[str, Artifact] = {}
+    known = [a for a in store.lineage(artifact.digest).values() if a is not None]
+    for each in sorted(known, key=lambda a: (a.created, a.digest)):
+        job = each.metadata.get("job") or {}
+        name = str(job.get("algorithm") or each.kind)
+        if job.get("purpose"):
+            name = f"{name} {job['purpose']}"
+        count = sum(other == name or other.startswith(f"{name} #") for other in found)
+        found[f"{name} #{count + 1}" if count else name] = each
+    return found
+
+
+def _pairs(left: dict[str, Any], right: dict[str, Any]) -> dict[str, list[Any]]:
+    names = [*left, *(name for name in right if name not in left)]
+    return {name: [left.get(name), right.get(name)] for name in names}
+
+
+def _unequal(left: dict[str, Any], right: dict[str, Any]) -> dict[str, list[Any]]:
+    return {name: pair for name, pair in _pairs(left, right).items() if pair[0] != pair[1]}

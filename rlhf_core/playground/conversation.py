@@ -1,0 +1,109 @@
+"""What was said on the page so far: one history per model, and what a vote makes of the last turn.
+
+Two replies are a preference pair only if they answer the same conversation. So by default all
+models go on from one reply, that which was voted for (else the first model's); with `common` off
+each goes on from its own, and votes are possible for as long as the conversations are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.playground.asking import Growing
+from rlhf_core.playground.catalogue import Choice
+from rlhf_core.playground.votes import Candidate, Vote
+
+if TYPE_CHECKING:
+    from rlhf_core.data.row import Message
+
+
+@dataclass
+class Conversation:
+    """The state of one browser's page.
+
+    Attributes:
+        choices: the models, from left to right.
+        histories: of each model: user and assistant in turn.
+        scores: of each model, of each assistant's message; None: no score.
+        last: the newest replies; empty while there is no turn to vote on.
+        best: the model that was voted for in the newest turn.
+        system: the newest turn's system message.
+    """
+
+    choices: list[Choice] = field(default_factory=list)
+    histories: list[list[Message]] = field(default_factory=list)
+    scores: list[list[float | None]] = field(default_factory=list)
+    last: list[Growing] = field(default_factory=list)
+    best: int | None = None
+    system: str | None = None
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice]) -> Conversation:
+        return cls(list(choices), [[] for _ in choices], [[] for _ in choices])
+
+    def begin(self, text: str, common: bool, system: str | None) -> list[list[Message]]:
+        """A new message of the user's; what each model is to answer."""
+        source = self._source()
+        if common and source is not None:
+            self.histories = [list(self.histories[source]) for _ in self.choices]
+            self.scores = [list(self.scores[source]) for _ in self.choices]
+        self.last, self.best, self.system = [], None, system
+        return [[*history, {"role": "user", "content": text}] for history in self.histories]
+
+    def _source(self) -> int | None:
+        """The model whose reply all go on from."""
+        if self.best is not None:
+            return self.best
+        answered = (i for i, reply in enumerate(self.last) if reply.state == "done")
+        said = (i for i, history in enumerate(self.histories) if history)
+        return next(answered, next(said, None))
+
+    def finish(self, asked: Sequence[Sequence[Message]], replies: Sequence[Growing]) -> None:
+        """The replies to `begin`'s conversations; a model that failed has not heard the message."""
+        self.last = list(replies)
+        for i, reply in enumerate(replies):
+            if reply.state == "done":
+                answer: Message = {"role": "assistant", "content": reply.text.strip()}
+                self.histories[i] = [*asked[i], answer]
+                self.scores[i].append(reply.score)
+
+    def obstacle(self) -> str:
+        """Why there is nothing to vote on: "nothing", "voted", "failed", "apart", "identical",
+        "empty"; or "" if there is."""
+        if self.best is not None:
+            return "voted"
+        if len(self.last) < 2:
+            return "nothing"
+        done = [i for i, reply in enumerate(self.last) if reply.state == "done"]
+        if len(done) < 2:
+            return "failed"
+        if any(self.histories[i][:-1] != self.histories[done[0]][:-1] for i in done):
+            return "apart"
+        texts = [self.last[i].text.strip() for i in done]
+        if sum(map(bool, texts)) < 2:
+            return "empty"
+        return "identical" if len(set(texts)) == 1 else ""
+
+    def vote(self, best: int, details: dict[str, Any]) -> list[Vote]:
+        """That one reply is better than each of the others. To be called without an obstacle.
+
+        Pairs that nothing can be learned from (an empty or an equal reply) are left out.
+        """
+        prompt = self.histories[best][:-1]
+        if self.system:
+            prompt = [{"role": "system", "content": self.system}, *prompt]
+        pairs = [
+            Vote(prompt, self._candidate(best), self._candidate(i), details)
+            for i, reply in enumerate(self.last)
+            if i != best and reply.state == "done"
+        ]
+        votes = [vote for vote in pairs if not vote.problem()]
+        if votes:
+            self.best = best
+        return votes
+
+    def _candidate(self, i: int) -> Candidate:
+        reply, choice = self.last[i], self.choices[i]
+        return Candidate(reply.text.strip(), choice.name, choice.digest, reply.score)

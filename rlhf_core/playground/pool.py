@@ -1,0 +1,140 @@
+"""Models in memory: each is loaded once, and the least recently used go when another needs room.
+
+A model that is being used is never taken away. Where two models of one question do not fit together
+the second waits until the first is done: replies then come one after the other instead of at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import OutOfMemory
+from rlhf_core.host_memory import amount
+from rlhf_core.machine import this_machine
+from rlhf_core.weights import read_tensors
+
+log = logging.getLogger("rlhf_core.playground")
+
+
+@dataclass
+class _Slot:
+    """A model in memory, or on its way there."""
+
+    size: int
+    users: int = 0
+    model: Any = None
+    ready: bool = False
+
+
+@dataclass
+class ModelPool:
+    """Models by the digest of their artifact. Safe to use from threads.
+
+    Attributes:
+        limit: bytes that all models together may take.
+    """
+
+    limit: int
+    _slots: OrderedDict[str, _Slot] = field(default_factory=OrderedDict)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    # transformers changes globals (default device, initialisation) while it loads.
+    _loading: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def use(self, digest: str, folder: Path, load: Callable[[Path], Any]) -> Iterator[Any]:
+        """A model, which stays in memory for as long as the block lasts.
+
+        Args:
+            folder: its files.
+            load: called with the folder when the model is not in memory.
+
+        Raises:
+            OutOfMemory: it alone is larger than the limit.
+            RLHFError: what `load` raises; the next use tries again.
+        """
+        slot = self._take(digest, weight_bytes(folder))
+        try:
+            if not slot.ready:  # this thread's own to fill: others wait in _take
+                with self._loading:
+                    slot.model = load(folder)
+                with self._changed:
+                    slot.ready = True
+                    self._changed.notify_all()
+            yield slot.model
+        finally:
+            with self._changed:
+                slot.users -= 1
+                if not slot.ready:
+                    self._slots.pop(digest, None)
+                self._changed.notify_all()
+
+    def loaded(self) -> list[str]:
+        """Digests of the models in memory, the least recently used first."""
+        with self._changed:
+            return [digest for digest, slot in self._slots.items() if slot.ready]
+
+    def _take(self, digest: str, size: int) -> _Slot:
+        """The slot of a model, with this thread as a user; new ones have room, but no model yet."""
+        if size > self.limit:
+            raise OutOfMemory(
+                f"The model needs {amount(size)}, the page may use {amount(self.limit)} in all: "
+                "start it again with a larger --memory-gb, or choose a smaller model."
+            )
+        with self._changed:
+            while True:
+                slot = self._slots.get(digest)
+                if slot is not None and slot.ready:
+                    break
+                if slot is None and self._make_room(size):
+                    slot = self._slots[digest] = _Slot(size)
+                    break
+                self._changed.wait()
+            slot.users += 1
+            self._slots.move_to_end(digest)
+            return slot
+
+    def _make_room(self, size: int) -> bool:
+        """Let unused models go, the least recently used first; False: the rest is in use."""
+        for digest, slot in list(self._slots.items()):
+            if self._total() + size <= self.limit:
+                break
+            if slot.users == 0:
+                log.info("%s leaves the memory (%s)", digest[:12], amount(slot.size))
+                del self._slots[digest]
+                slot.model = None
+                _release()
+        return self._total() + size <= self.limit
+
+    def _total(self) -> int:
+        return sum(slot.size for slot in self._slots.values())
+
+
+def _release() -> None:
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a model's tensors as they lie in its files."""
+    return sum(tensor.size for tensor in read_tensors(folder).values())
+
+
+def default_limit() -> int:
+    """Four fifths of the GPU's free memory, or half of the machine's available memory."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0] * 0.8)
+    return int(min(psutil.virtual_memory().available, this_machine().ram) * 0.5)

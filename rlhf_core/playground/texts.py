@@ -1,0 +1,89 @@
+"""What the page says, in the languages it speaks."""
+
+from __future__ import annotations
+
+LANGUAGES = {"en": "English", "zh": "中文"}
+
+TEXTS = {
+    "title": ("Compare models", "模型对比"),
+    "intro": (
+        "Ask two or more models the same question and vote for the better reply. Votes are kept in "
+        "the store; a run learns from them with `data.preference.source: playground-votes`.",
+        "向两个或多个模型提出同一个问题，并为更好的回答投票。投票保存在存储库中，"
+        "设置 `data.preference.source: playground-votes` 后，下一次训练即可使用。",
+    ),
+    "language": ("Language", "语言"),
+    "run": ("Run", "训练任务"),
+    "models": ("Models, from left to right (at most {most})", "模型，从左到右（最多 {most} 个）"),
+    "refresh": ("Look for new models", "刷新模型列表"),
+    "settings": ("Settings", "设置"),
+    "length": ("Longest reply (tokens)", "回答最大长度（词元）"),
+    "temperature": ("Temperature (0: likeliest token)", "温度（0：总取最可能的词元）"),
+    "top_p": ("Top-p", "Top-p（核采样）"),
+    "system": ("System message", "系统消息"),
+    "common": (
+        "All models go on from the better reply (else each from its own)",
+        "所有模型都从更好的回答继续对话（否则各自继续）",
+    ),
+    "message": ("Your message", "你的消息"),
+    "ask": ("Send", "发送"),
+    "stop": ("Stop", "停止"),
+    "new": ("New conversation", "新对话"),
+    "examples": ("Examples", "示例"),
+    "left": ("← Left is better", "← 左边更好"),
+    "right": ("Right is better →", "右边更好 →"),
+    "best": ("↑ This one is best", "↑ 这个最好"),
+    "waiting": ("*loading the model …*", "*正在加载模型……*"),
+    "talking": ("*…*", "*……*"),
+    "no_text": ("*(empty reply)*", "*（空回答）*"),
+    "score": ("Reward {score:+.3f}", "奖励分 {score:+.3f}"),
+    "no_score": ("No score: {error}", "没有评分：{error}"),
+    "dropped": (
+        "The oldest {count} turns no longer fit the model's context.",
+        "最早的 {count} 轮对话已超出模型的上下文长度。",
+    ),
+    "failed": ("⚠ This model cannot answer: {error}", "⚠ 该模型无法回答：{error}"),
+    "saved": (
+        "Thank you: {name} was better. Preference rows in the store: {count}.",
+        "谢谢，已记录：{name} 更好。存储库中现有 {count} 条偏好数据。",
+    ),
+    "not_saved": ("⚠ The vote was not saved: {error}", "⚠ 投票未能保存：{error}"),
+    "store": ("⚠ The store cannot be read: {error}", "⚠ 无法读取存储库：{error}"),
+    "no_models": (
+        "There is no model in this store yet; `rlhf run --preset demo` makes some.",
+        "存储库中还没有模型；运行 `rlhf run --preset demo` 即可训练。",
+    ),
+    "pick": ("Pick at least one model.", "请至少选择一个模型。"),
+    "obstacle_failed": (
+        "No vote: fewer than two models have answered.",
+        "无法投票：回答成功的模型不足两个。",
+    ),
+    "obstacle_apart": (
+        "No vote: the models had different conversations, so their replies are no pair. Start a "
+        "new conversation, or let all go on from the better reply.",
+        "无法投票：各模型的对话内容已不同，回答不能配对。请开始新对话，"
+        "或让所有模型从更好的回答继续。",
+    ),
+    "obstacle_identical": ("No vote: the replies are the same.", "无法投票：回答完全相同。"),
+    "obstacle_empty": ("No vote: a reply is empty.", "无法投票：有回答为空。"),
+}  # fmt: skip
+
+EXAMPLES = [
+    "How are you today?",
+    "Tell me something nice about rainy days.",
+    "Explain in two sentences why the sky is blue.",
+    "你好！你会做什么？",
+    "用一句话鼓励正在学习编程的人。",
+]
+
+
+def say(language: str, key: str, **values: object) -> str:
+    """A text in a language; English where it is not known."""
+    english, chinese = TEXTS[key]
+    return (chinese if language == "zh" else english).format(**values)
+
+
+def language_of(accepted: str) -> str:
+    """The language for a browser's Accept-Language header."""
+    first = accepted.split(",")[0].strip().lower()
+    return "zh" if first.startswith("zh") else "en"

@@ -1,0 +1,207 @@
+"""What a configuration's list of stages amounts to: the steps, and the data they need. No torch.
+
+    stages [sft, reward, ppo]          sft, label, reward, ppo
+    stages [sft, dpo]                  sft, label, dpo
+    stages [sft, reward, dpo], 2 rounds  sft, label, reward, label-1, dpo-1, label-2, dpo-2
+
+"label" stands there only where preference pairs are sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rlhf_core.jobs import (
+    BaseJob,
+    DataSettings,
+    OnlineSettings,
+    PipelineConfig,
+    Purpose,
+    SampledPreferences,
+    TrainSettings,
+    job_class,
+)
+
+PREPARING = ("pretrain", "sft", "reward")
+"""Stages before the alignment: rounds do not repeat them."""
+
+LABELS = {"reward": "reward model", "simpo": "SimPO", "reinforce_pp": "REINFORCE++",
+          "pretrain": "pretraining"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage that runs on ranks.
+
+    Attributes:
+        name: in the run's record: the algorithm, and the round where there are several.
+        algorithm: "label", or one of the configuration's stages.
+        round: from 0; 0 too where nothing is repeated.
+    """
+
+    name: str
+    algorithm: str
+    round: int = 0
+
+    @property
+    def job(self) -> type[BaseJob]:
+        return job_class(self.algorithm)
+
+
+def steps(config: PipelineConfig) -> list[Step]:
+    """All steps in their order."""
+    result: list[Step] = []
+    before, repeated = split(config)
+    sampled = isinstance(config.data.preference, SampledPreferences)
+    for algorithm in before:
+        if sampled and "preference" in roles(config, algorithm).values() and not _labelled(result):
+            result.append(Step("label", "label"))
+        result.append(Step(algorithm, algorithm))
+    for number in range(config.rounds):
+        suffix = f"-{number + 1}" if config.rounds > 1 else ""
+        for algorithm in repeated:
+            if "preference" in roles(config, algorithm).values():
+                anew = config.rounds > 1 and not _labelled(result, number)
+                if anew or (config.rounds == 1 and sampled and not _labelled(result)):
+                    result.append(Step(f"label{suffix}", "label", number))
+            result.append(Step(f"{algorithm}{suffix}", algorithm, number))
+    return result
+
+
+def _labelled(before: list[Step], number: int | None = None) -> bool:
+    suffix = "" if number is None else f"-{number + 1}"
+    return any(step.name == f"label{suffix}" for step in before)
+
+
+def split(config: PipelineConfig) -> tuple[list[str], list[str]]:
+    """The stages that run once, and those of each round."""
+    first = next((i for i, s in enumerate(config.stages) if s not in PREPARING), None)
+    if first is None:
+        return list(config.stages), []
+    return list(config.stages[:first]), list(config.stages[first:])
+
+
+def policy_label(config: PipelineConfig) -> str:
+    """What people call the run's finished model: by the last stage that made one."""
+    made = [stage for stage in config.stages if stage != "reward"]
+    return label_of(made[-1]) if made else "base"
+
+
+def label_of(stage: str) -> str:
+    """What people call a stage's model, "ppo-2" too."""
+    algorithm, _, number = stage.partition("-")
+    label = LABELS.get(algorithm, algorithm.upper())
+    return f"{label}, round {number}" if number else label
+
+
+def makes_a_model(config: PipelineConfig) -> bool:
+    """Whether there is a new language model to evaluate and publish in the end."""
+    return any(stage != "reward" for stage in config.stages)
+
+
+def stage_names(config: PipelineConfig) -> list[str]:
+    """Everything that `until` may name, in order."""
+    last = ["evaluate", "publish"] if makes_a_model(config) else []
+    return ["model", "data", *(step.name for step in steps(config)), *last]
+
+
+def check_last(config: PipelineConfig, until: str) -> list[str]:
+    """Whether a run has the stage that is to be its last."""
+    names = stage_names(config)
+    known = {*names, *(step.algorithm for step in steps(config))}
+    if until in known or until == "publish":
+        return []
+    return [f"until is {until}, but this run has no such stage; its stages are {', '.join(names)}"]
+
+
+def has_reward_model(config: PipelineConfig) -> bool:
+    """Whether the run trains a reward model, or is given one."""
+    return "reward" in config.stages or config.reward_model is not None
+
+
+def section(config: PipelineConfig, algorithm: str) -> TrainSettings:
+    """The settings of a stage."""
+    settings = getattr(config, algorithm)
+    assert isinstance(settings, TrainSettings)
+    return settings
+
+
+def roles(config: PipelineConfig, algorithm: str) -> dict[str, str]:
+    """Field of each input that the stage will be given -> its role, see `job_input`."""
+    found = job_class(algorithm).roles()
+    if algorithm == "label":
+        return found
+    settings = section(config, algorithm)
+    if not getattr(settings, "ptx_coef", 0.0):
+        found = {name: role for name, role in found.items() if role != "ptx"}
+    if isinstance(settings, OnlineSettings) and not settings.wants_reward_model:
+        critic = getattr(job_class(algorithm), "critic", False) and has_reward_model(config)
+        found = {k: role for k, role in found.items() if role != "reward_model" or critic}
+    if config.data.unpaired is None:
+        found = {k: "preference" if role == "unpaired" else role for k, role in found.items()}
+    return found
+
+
+def data_sets(config: PipelineConfig) -> Iterator[tuple[Purpose, str, DataSettings]]:
+    """The data sets that are read: purpose, setting name, settings."""
+    data = config.data
+    needed = {role for s in steps(config) for role in roles(config, s.algorithm).values()}
+    if "sft" in needed or ("ptx" in needed and data.ptx is None):
+        yield "sft", "data.sft", data.sft
+    if "prompts" in needed or makes_a_model(config):
+        yield "prompts", "data.prompts", data.prompts
+    if "preference" in needed and isinstance(data.preference, DataSettings):
+        yield "preference", "data.preference", data.preference
+    if "unpaired" in needed and data.unpaired is not None:
+        yield "unpaired", "data.unpaired", data.unpaired
+    if "ptx" in needed and data.ptx is not None:
+        yield "pretrain", "data.ptx", data.ptx
+
+
+def problems(config: PipelineConfig) -> list[str]:
+    """Stages that cannot follow each other, one text each."""
+    found = []
+    before, repeated = split(config)
+    if not config.stages:
+        found.append("stages is empty; needed is at least one, such as [sft, reward, ppo]")
+    twice = sorted({s for s in config.stages if config.stages.count(s) > 1})
+    found += [f"stages has {stage} twice; use rounds to repeat the alignment" for stage in twice]
+    found += [
+        f"stages has {late} after {repeated[0]}; put it before: it prepares what comes after it"
+        for late in repeated
+        if late in PREPARING
+    ]
+    if config.rounds > 1 and not repeated:
+        found.append(
+            f"rounds is {config.rounds}, but stages {list(config.stages)} has nothing to repeat: "
+            "add an alignment such as ppo, or set rounds to 1"
+        )
+    there = has_reward_model(config)
+    if "reward" in config.stages and config.reward_model is not None:
+        found.append("reward is among the stages and reward_model is given; leave one out")
+    for stage in [*before, *repeated]:
+        if "reward_model" in roles(config, stage).values() and not there:
+            found.append(
+                f"{stage} needs a reward model: put reward before {stage} in stages, or give one "
+                "that is there already as reward_model"
+            )
+    found += _labelling(config, there)
+    return found
+
+
+def _labelling(config: PipelineConfig, there: bool) -> list[str]:
+    found, algorithms = [], [step for step in steps(config) if step.algorithm == "label"]
+    for step in algorithms:
+        settings, name = config.data.rounds, "data.rounds"
+        if step.name == "label":
+            assert isinstance(config.data.preference, SampledPreferences)
+            settings, name = config.data.preference, "data.preference"
+        early = step.name == "label" and config.reward_model is None and "reward" in config.stages
+        if settings.labeller == "reward_model" and (early or not there):
+            found.append(
+                f"{name}.labeller is reward_model, but there is none "
+                f"{'yet when the pairs for training it are made' if early else 'in this run'}; "
+                "give one as reward_model, or use another labeller"
+            )
+    return list(dict.fromkeys(found))

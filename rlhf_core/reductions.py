@@ -1,0 +1,98 @@
+"""What losses are made of: checked shapes, sums and means under a mask, and their denominators.
+
+The conventions are those of `losses`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Metrics = dict[str, Tensor]
+Denominator = float | Tensor | None
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in fp32, or unchanged where it is fp64 already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_same_shape(**tensors: Tensor) -> None:
+    """Refuses tensors that would broadcast against each other: that is always a bug here.
+
+    Raises:
+        ValueError: shapes differ, or ``mask`` is not bool.
+    """
+    if len({t.shape for t in tensors.values()}) > 1:
+        found = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+        raise ValueError(f"these must have one shape, found {found}")
+    mask = tensors.get("mask")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool (True = real token), found {mask.dtype}")
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum of x (B,T) over the True places of mask (B,T), a scalar."""
+    return torch.where(mask, x, torch.zeros_like(x)).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor, denominator: Denominator = None) -> Tensor:
+    """Sum of x (B,T) over mask (B,T), divided by the denominator (None: the number of True).
+
+    Raises:
+        ValueError: no denominator was given and no place of the mask is True.
+    """
+    check_same_shape(x=x, mask=mask)
+    return masked_sum(x, mask) / token_count(mask, denominator)
+
+
+def token_count(mask: Tensor, denominator: Denominator) -> float | Tensor:
+    if denominator is not None:
+        return denominator
+    count = mask.sum()
+    if count == 0:
+        raise ValueError(
+            f"the mask {tuple(mask.shape)} holds no real token, at least one is needed; "
+            "pass the global batch's count as denominator if this micro-batch may be empty"
+        )
+    return count
+
+
+def row_count(x: Tensor, denominator: Denominator) -> float | Tensor:
+    if denominator is not None:
+        return denominator
+    if x.shape[0] == 0:
+        raise ValueError("found a batch of 0 rows, at least one is needed")
+    return float(x.shape[0])
+
+
+def sequence_logps(logprobs: Tensor, mask: Tensor, *, mean: bool = False) -> Tensor:
+    """Log-probability of each whole response: the sum, or mean, of its tokens' (nats).
+
+    Args:
+        logprobs: (B,T). mask: (B,T) bool.
+        mean: divide by each row's number of real tokens (SimPO, ORPO).
+
+    Returns:
+        (B,).
+
+    Raises:
+        ValueError: with ``mean``, a row has no real token (the row is named).
+    """
+    check_same_shape(logprobs=logprobs, mask=mask)
+    logprobs = upcast(logprobs)
+    total = torch.where(mask, logprobs, torch.zeros_like(logprobs)).sum(dim=1)  # (B,)
+    if not mean:
+        return total
+    lengths = mask.sum(dim=1)  # (B,)
+    if bool((lengths == 0).any()):
+        row = int((lengths == 0).nonzero()[0])
+        raise ValueError(f"row {row} has no real token, at least one is needed for its mean")
+    return total / lengths
+
+
+def pair_metrics(margin: Tensor, count: float | Tensor) -> Metrics:
+    """Accuracy (a tie counts half) and mean of the margins (B,)."""
+    margin = margin.detach()
+    accuracy = ((margin > 0).float() + 0.5 * (margin == 0).float()).sum() / count
+    return {"accuracy": accuracy, "margin": margin.sum() / count}

@@ -1,0 +1,106 @@
+"""What stands before transformers' server, which has no key, loads any model of the hub on request,
+and takes no notice of `max_completion_tokens`, today's name for the longest reply."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN = {"/health"}
+PATHS = {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses"}
+LARGEST_BODY = 16 * 2**20  # bytes
+
+
+class Door:
+    """An ASGI application in front of another.
+
+    Args:
+        key: that clients have to send as `Authorization: Bearer KEY`; None: nobody is asked.
+    """
+
+    def __init__(self, app: App, key: str | None) -> None:
+        self.app = app
+        self.key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"].rstrip("/")
+        if path not in PATHS | OPEN:
+            await refuse(send, 404, f"There is no {path}; there are {', '.join(sorted(PATHS))}.")
+        elif path in PATHS and not self._knows(scope):
+            await refuse(send, 401, "The API key is wrong or missing.")
+        elif scope["method"] != "POST":
+            await self.app({**scope, "path": path}, receive, send)
+        else:
+            body = await read_body(receive)
+            if body is None:
+                await refuse(send, 413, f"The request has more than {LARGEST_BODY} bytes.")
+                return
+            scope, receive = _replayed(scope, path, modern(body), receive)
+            await self.app(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        if self.key is None:
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, f"Bearer {self.key}".encode())
+
+
+def modern(body: bytes) -> bytes:
+    """A request in the words that transformers' server understands."""
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return body  # the server says what is wrong with it
+    if not isinstance(request, dict):
+        return body
+    longest = request.pop("max_completion_tokens", None)
+    if longest is not None and request.get("max_tokens") is None:
+        request["max_tokens"] = longest
+    return json.dumps(request).encode()
+
+
+async def read_body(receive: Receive) -> bytes | None:
+    """A request's body; None when it is too large."""
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return body
+        body += message.get("body", b"")
+        if len(body) > LARGEST_BODY:
+            return None
+        if not message.get("more_body"):
+            return body
+
+
+def _replayed(scope: Scope, path: str, body: bytes, receive: Receive) -> tuple[Scope, Receive]:
+    headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+    headers.append((b"content-length", str(len(body)).encode()))
+    told = False
+
+    async def again() -> MutableMapping[str, Any]:
+        nonlocal told
+        if told:
+            return await receive()  # a disconnection
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return {**scope, "path": path, "headers": headers}, again
+
+
+async def refuse(send: Send, status: int, text: str) -> None:
+    """An error in OpenAI's form."""
+    body = json.dumps({"error": {"message": text, "type": "invalid_request_error"}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

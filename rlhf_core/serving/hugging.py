@@ -1,0 +1,138 @@
+"""transformers' own server (`transformers serve`) with one model, which is in memory already.
+
+As it comes it would call the model by its folder, list only what is in the hub's cache, and load
+other models on request; `OneModel` is its model manager with those three things changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a request must not load anything from elsewhere
+
+import uvicorn
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.transcription import TranscriptionHandler
+from transformers.cli.serving.utils import GenerationState
+
+from rlhf_core.errors import ConfigError
+from rlhf_core.replies import Sampling, Talker, load_talker
+from rlhf_core.serving.door import Door
+
+LAST_REPLIES = 5  # seconds for running replies once the server is to end
+
+
+class OneModel(ModelManager):
+    """Knows one model, by its published name."""
+
+    def __init__(self, name: str, talker: Talker) -> None:
+        super().__init__(device=talker.device)
+        self.force_model = name  # a request for another model is refused
+        self._talker = talker
+        self._since = int(time.time())
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        return model_id
+
+    def load_model_and_processor(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return self._talker.model, self._talker.tokenizer
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [
+            {"id": self.force_model, "object": "model", "created": self._since, "owned_by": "rlhf"}
+        ]
+
+    def shutdown(self) -> None:
+        """The model stays until the process ends."""
+
+
+def application(name: str, talker: Talker, key: str | None) -> Door:
+    """The whole server as an ASGI application."""
+    sample_by_default(talker.model.generation_config)
+    manager = OneModel(name, talker)
+    state = GenerationState(continuous_batching=False, compile=False)
+    served = build_server(
+        manager,
+        ChatCompletionHandler(manager, state),
+        completion_handler=CompletionHandler(manager, state),
+        response_handler=ResponseHandler(manager, state),
+        transcription_handler=TranscriptionHandler(manager, state),
+        generation_state=state,
+    )
+    return Door(served, key)
+
+
+def sample_by_default(config: Any) -> None:
+    """Make a request's temperature count: the server never switches sampling on, only off.
+
+    A model whose files say how to sample keeps that; others get the defaults of `rlhf chat`.
+    """
+    if not config.do_sample:
+        config.update(**Sampling().options())
+
+
+class _Server(uvicorn.Server):
+    """Says when it answers, and ends without raising the signal once more."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle_exit)
+        yield
+
+
+def serve(
+    folder: Path,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    key: str | None,
+    tell: Callable[[str], None],
+) -> None:
+    """Serve until Ctrl-C or SIGTERM. See `engine.main`."""
+    with _listening(host, port) as listener:  # before the model is loaded, which takes a while
+        app = application(name, load_talker(folder), key)
+        config = uvicorn.Config(
+            app, log_level="warning", lifespan="on", timeout_graceful_shutdown=LAST_REPLIES
+        )
+        shown = f"[{host}]" if ":" in host else host
+        server = _Server(config, lambda: tell(f"http://{shown}:{listener.getsockname()[1]}"))
+        asyncio.run(server.serve(sockets=[listener]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A reply that nobody waits for may still be computed in a thread; it would be awaited.
+    os._exit(0)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"Port {port} of {host} cannot be used ({error.strerror or error}); choose another "
+            "with --port."
+        ) from error

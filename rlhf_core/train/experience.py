@@ -1,0 +1,244 @@
+"""What online algorithms learn from: replies to the prompts of a step, and what they are worth.
+
+B replies of a rollout (global), b rows of a micro-batch, S positions, T response positions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.distributed import Group
+from rlhf_core.jobs import OnlineJob
+from rlhf_core.losses import kl_estimate
+from rlhf_core.models import stop_tokens
+from rlhf_core.rewards import Rules
+from rlhf_core.rollout import generate, make_row_seeds
+from rlhf_core.strategy import Strategy
+from rlhf_core.train.online import Models, collate_responses, micro_batches
+
+SHOWN = 4  # replies of each rollout that are kept for people to look at
+GRAM = 4  # tokens of the pieces that `repetition` counts
+
+
+@dataclass
+class Experience:
+    """One rollout of the whole global batch, on every rank, on the CPU."""
+
+    sequences: list[list[int]]  # B x (prompt + response)
+    prompt_lengths: list[int]  # B
+    finished: Tensor  # (B,) bool
+    mask: Tensor  # (B,T) bool, real response tokens
+    rollout_logprobs: Tensor  # (B,T)
+    old_logprobs: Tensor  # (B,T)
+    ref_logprobs: Tensor  # (B,T)
+    components: dict[str, Tensor]  # name of a reward -> (B,), without its weight
+    raw_scores: Tensor  # (B,) weighted sum of the components
+    scores: Tensor  # (B,) raw_scores less the penalty for a missing end of turn
+    troubles: dict[str, int]  # what kept a rule from being applied -> replies
+    values: Tensor | None = None  # (B,T) of PPO's critic
+    advantages: Tensor | None = None  # (B,T) or (B,), as the algorithm makes them of the scores
+    returns: Tensor | None = None  # (B,T) for PPO's critic
+
+
+def roll_out(
+    job: OnlineJob,
+    strategy: Strategy,
+    policy: nn.Module,
+    source: Path,
+    prompt_ids: list[list[int]],
+    step: int,
+) -> dict[str, Any]:
+    """Sample one reply to every prompt of the global batch, each rank its share.
+
+    Args:
+        policy: the causal LM. source: its files.
+        prompt_ids: a prompt that stands there more than once gets as many different replies.
+
+    Returns:
+        On every rank, in the order of the prompts: sequences, prompt_lengths, finished, logprobs.
+    """
+    group = strategy.group
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    mine = order[group.rank :: group.size]
+    with strategy.autocast():
+        rollout = generate(
+            policy,
+            [prompt_ids[i] for i in mine],
+            max_new_tokens=job.max_new_tokens,
+            temperature=job.temperature,
+            eos_ids=stop_tokens(source),
+            pad_id=0,
+            row_seeds=make_row_seeds(job.seed, step, mine),
+        )
+    results = []
+    for i in range(len(mine)):
+        real = rollout.response_mask[i]
+        results.append(
+            (
+                rollout.response_ids[i][real].tolist(),
+                rollout.logprobs[i][real].tolist(),
+                bool(rollout.finished[i]),
+            )
+        )
+    replies: list[Any] = [None] * len(prompt_ids)
+    for position, reply in zip(order, group.interleave(results), strict=True):
+        replies[position] = reply
+    return {
+        "sequences": [[*p, *r[0]] for p, r in zip(prompt_ids, replies, strict=True)],
+        "prompt_lengths": [len(p) for p in prompt_ids],
+        "logprobs": [r[1] for r in replies],
+        "finished": torch.tensor([r[2] for r in replies]),
+    }
+
+
+@torch.no_grad()
+def score(
+    job: OnlineJob,
+    strategy: Strategy,
+    models: Models,
+    rollout: dict[str, Any],
+    rows: list[dict[str, Any]],
+    minibatches: list[list[int]],
+) -> Experience:
+    """Log-probabilities, values and rewards of a rollout.
+
+    Args:
+        rollout: of `roll_out`. rows: of the prompt data set, one for each reply.
+        minibatches: rows that are trained on together, and so scored together.
+    """
+    sequences, prompt_lengths = rollout["sequences"], rollout["prompt_lengths"]
+    group, found = strategy.group, []
+    for positions in micro_batches(job, strategy, sequences, minibatches):
+        batch = collate_responses(sequences, prompt_lengths, positions, group.device)
+        marked = batch[2]
+        with strategy.autocast():
+            old, values, _ = models.trained(*batch, job.temperature)
+            ref = models.reference(*batch, job.temperature)
+            scores = models.reward(batch[0], batch[1]) if models.reward is not None else None
+        tensors = [old, ref] if values is None else [old, ref, values]
+        for i, p in enumerate(positions):
+            columns = [x[i][marked[i]].float().cpu() for x in tensors]
+            found.append((p, columns, None if scores is None else float(scores[i])))
+
+    shape = (len(sequences), max(len(x) for x in rollout["logprobs"]))
+    mask = torch.zeros(shape, dtype=torch.bool)
+    rollout_logprobs, *places = (torch.zeros(shape) for _ in range(1 + len(tensors)))
+    model_scores: list[Any] = [None] * shape[0]
+    for part in group.gather(found):
+        for p, columns, raw in part:
+            n = len(columns[0])
+            mask[p, :n] = True
+            rollout_logprobs[p, :n] = torch.tensor(rollout["logprobs"][p])
+            for place, column in zip(places, columns, strict=True):
+                place[p, :n] = column
+            model_scores[p] = raw
+    components, troubles = score_by_rules(models, group, rollout, rows)
+    if models.reward is not None:
+        components = {"model": torch.tensor(model_scores), **components}
+    raw_scores = sum(models.weights[name] * x.double() for name, x in components.items()).float()
+    finished = rollout["finished"]
+    return Experience(
+        sequences=sequences,
+        prompt_lengths=prompt_lengths,
+        finished=finished,
+        mask=mask,
+        rollout_logprobs=rollout_logprobs,
+        old_logprobs=places[0],
+        ref_logprobs=places[1],
+        values=places[2] if len(places) > 2 else None,
+        components=components,
+        troubles=troubles,
+        raw_scores=raw_scores,
+        # A reply that was cut is scored as it stands, less the penalty.
+        scores=raw_scores - job.missing_eos_penalty * (~finished).float(),
+    )
+
+
+def score_by_rules(
+    models: Models, group: Group, rollout: dict[str, Any], rows: list[dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Rule -> (B,) numbers and what went wrong -> replies, on every rank; each scores its share."""
+    rules: Rules = models.rules
+    if not rules.names:
+        return {}, {}
+    before = Counter(rules.troubles)
+    mine = range(group.rank, len(rows), group.size)
+    replies = [rollout["sequences"][i][rollout["prompt_lengths"][i] :] for i in mine]
+    by_rule = rules.score(
+        [json.loads(rows[i]["prompt"]) for i in mine],
+        [models.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies],
+        [rows[i] for i in mine],
+        [bool(rollout["finished"][i]) for i in mine],
+    )
+    by_reply = group.interleave(list(zip(*by_rule, strict=True)))
+    components = {
+        name: torch.tensor([float(numbers[k]) for numbers in by_reply])
+        for k, name in enumerate(rules.names)
+    }
+    return components, dict(sum(group.gather(rules.troubles - before), Counter()))
+
+
+def some_samples(tokenizer: Any, experience: Experience) -> list[dict[str, Any]]:
+    """The first replies of a rollout as text."""
+    found = []
+    for row in range(min(SHOWN, len(experience.sequences))):
+        ids, start = experience.sequences[row], experience.prompt_lengths[row]
+        prompt, reply = (
+            tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:])
+        )
+        score = round(float(experience.raw_scores[row]), 4)
+        found.append({"prompt": prompt, "reply": reply, "score": score})
+    return found
+
+
+def inspect(experience: Experience) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """A rollout for a person: rows of token ids, and tensors with one row for each."""
+    rows = [
+        {"input_ids": sequence, "prompt_length": length}
+        for sequence, length in zip(experience.sequences, experience.prompt_lengths, strict=True)
+    ]
+    whole = vars(experience) | {f"reward_{k}": v for k, v in experience.components.items()}
+    return rows, {name: value for name, value in whole.items() if isinstance(value, Tensor)}
+
+
+def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
+    """Metrics of a rollout. KL in nats per reply, entropy in nats per token, length in tokens."""
+    mask = experience.mask
+    k1 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k1")
+    k3 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k3")
+    tokens = mask.sum()
+    gap = (experience.rollout_logprobs - experience.old_logprobs).abs()
+    return {
+        "score": float(experience.raw_scores.mean()),
+        "reward": float(experience.scores.mean()),
+        **{f"reward_{name}": float(x.mean()) for name, x in experience.components.items()},
+        **{f"trouble_{name}": float(n) for name, n in experience.troubles.items()},
+        "kl": float((k1 * mask).sum() / len(mask)),
+        "kl_k3": float((k3 * mask).sum() / len(mask)),
+        "length": float(tokens / len(mask)),
+        "at_limit": float((mask.sum(dim=1) >= job.max_new_tokens).float().mean()),
+        "finished": float(experience.finished.float().mean()),
+        "repetition": repetition(experience),
+        "entropy": float(-(experience.old_logprobs * mask).sum() / tokens),
+        "rollout_logprob_gap": float((gap * mask).sum() / tokens),
+    }
+
+
+def repetition(experience: Experience) -> float:
+    """Share of a reply's 4-grams of token ids that stood in it before, mean over the replies.
+
+    0 for a reply of less than four tokens; a loop of p tokens in a reply of n has 1 - p / (n - 3).
+    """
+    shares = []
+    for sequence, start in zip(experience.sequences, experience.prompt_lengths, strict=True):
+        reply = sequence[start:]
+        grams = list(zip(*(reply[i:] for i in range(GRAM)), strict=False))
+        shares.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares)

@@ -1,0 +1,197 @@
+"""RLOO (arXiv 2402.14740): REINFORCE on whole replies, each measured against its siblings.
+
+A reply is one action; its reward is its score less kl_coef times its KL to the reference, its
+baseline the mean reward of the other replies to the prompt. Deviation from the paper: the ratio of
+a reply is clipped as in PPO, which in the first update of a rollout (the only one by default)
+changes nothing.
+
+B replies of a rollout (global), b rows of a micro-batch, S positions, T response positions.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from rlhf_core.advantages import group_advantages, token_rewards
+from rlhf_core.batching import batch_rows, learning_rate_scale
+from rlhf_core.checkpoint import Checkpointer
+from rlhf_core.context import StageContext
+from rlhf_core.data.reading import Rows
+from rlhf_core.errors import NonFinite
+from rlhf_core.jobs import RLOOJob
+from rlhf_core.losses import kl_estimate, masked_sum, sft_loss
+from rlhf_core.models import adamw
+from rlhf_core.nonfinite import failure
+from rlhf_core.online_losses import rloo_loss
+from rlhf_core.store import Artifact
+from rlhf_core.strategy import Strategy
+from rlhf_core.train.collapse import stop_if_collapsed
+from rlhf_core.train.experience import (
+    Experience,
+    inspect,
+    roll_out,
+    score,
+    some_samples,
+    summarise,
+)
+from rlhf_core.train.online import (
+    Actor,
+    Batch,
+    aligned,
+    assert_ratio_is_one,
+    collate_responses,
+    load_models,
+    load_policy,
+    load_ptx,
+    log_ratio_gap,
+    mean_over_updates,
+    micro_batches,
+    passes,
+    ptx_batches,
+    publish_policy,
+    save_policy,
+    split_minibatches,
+)
+
+
+def run(job: RLOOJob, context: StageContext) -> Artifact | None:
+    """Roll out, score, update; publish the policy. Rank 0 returns the artifact."""
+    strategy = Strategy(job.resources, job.precision, job.max_grad_norm)
+    source = context.store.fetch(job.model)
+    prompts = Rows(context.store.fetch(job.prompts), "train", purpose="prompts")
+    ptx = load_ptx(job, context)
+
+    policy = load_policy(job, source, strategy.device)
+    actor = Actor(policy)
+    models = load_models(job, strategy, source, actor, context)
+    strategy.prepare(actor, adamw(actor, job, {"": job.learning_rate}))
+    checkpointer = Checkpointer(context, strategy, job)
+    start, _ = checkpointer.restore()
+
+    for step in range(start, job.steps):
+        began = time.perf_counter()
+        scale = learning_rate_scale(step, job.steps, job.warmup_fraction, job.schedule)
+        scale *= checkpointer.rate
+        strategy.set_learning_rate(scale)
+        # 1. Sample group_size replies to each prompt; a group's replies are neighbours.
+        rows = prompts.take(batch_rows(len(prompts), job.batch_size, step, job.seed))
+        rows = [row for row in rows for _ in range(job.group_size)]
+        prompt_ids = [r["prompt_ids"] for r in rows]
+        rollout = roll_out(job, strategy, policy.model, source, prompt_ids, step)
+        rollout_seconds = time.perf_counter() - began
+        checkpointer.stop_if_asked(step)
+        # 2. Score them: policy, reference, reward model, rules.
+        minibatches = split_minibatches(job.replies, job.minibatches)
+        experience = score(job, strategy, models, rollout, rows, minibatches)
+        # 3. Advantages: the KL is part of a reply's reward.
+        rewards = token_rewards(
+            experience.scores, experience.old_logprobs, experience.ref_logprobs,
+            experience.mask, job.kl_coef,
+        ).sum(dim=1)  # (B,)  # fmt: skip
+        experience.advantages = group_advantages(rewards, job.group_size, "rloo")  # (B,)
+        checkpointer.stop_if_asked(step)
+        # 4. Clipped updates.
+        try:
+            update = optimise(job, strategy, experience, minibatches, ptx, step)
+        except NonFinite as error:
+            raise failure(error, checkpointer, step + 1, *inspect(experience)) from error
+        # 5. Report, check, save.
+        metrics = summarise(job, experience) | update
+        # A group of equal scores teaches nothing.
+        groups = experience.scores.view(-1, job.group_size)
+        metrics["flat_groups"] = float((groups.amax(1) == groups.amin(1)).float().mean())
+        metrics["learning_rate"] = job.learning_rate * scale
+        metrics["rollout_seconds"] = rollout_seconds
+        metrics["tokens_per_second"] = float(experience.mask.sum()) / (time.perf_counter() - began)
+        context.log_metrics(step + 1, job.steps, metrics)
+        if context.main:
+            context.log_samples(step + 1, some_samples(models.tokenizer, experience))
+        stop_if_collapsed(
+            job, checkpointer, lambda w, folder: save_policy(actor, w, folder, source)
+        )
+        checkpointer.after_step(step + 1, job.steps)
+
+    return publish_policy(job, context, strategy, checkpointer, actor, source)
+
+
+def optimise(
+    job: RLOOJob,
+    strategy: Strategy,
+    experience: Experience,
+    minibatches: list[list[int]],
+    ptx: Rows | None,
+    step: int,
+) -> dict[str, float]:
+    """Passes over the rollout, one optimizer step per minibatch.
+
+    Returns:
+        Means over all updates of losses, clip fraction and the gradient norm.
+    """
+    history: list[dict[str, float]] = []
+    for epoch, index, number in passes(job.seed, step, job.epochs, job.minibatches):
+        rows = minibatches[index]
+        tokens = float(experience.mask[rows].sum())
+        micro = micro_batches(job, strategy, experience.sequences, [rows])
+        extra = ptx_batches(job, strategy, ptx, len(rows), number, len(micro))
+        sums = torch.zeros(len(UPDATE_METRICS), dtype=torch.float64)
+        gap = 0.0
+        for i, positions in enumerate(micro):
+            batch = collate_responses(
+                experience.sequences, experience.prompt_lengths, positions, strategy.device
+            )
+            with strategy.micro_batch(last=i == len(micro) - 1):
+                loss, shares, log_ratio = micro_loss(
+                    job, strategy, experience, positions, batch, float(len(rows)), tokens, extra[i]
+                )
+                strategy.backward(loss)
+            sums += shares
+            gap = max(gap, log_ratio)
+        if epoch == 0 and index == 0:
+            assert_ratio_is_one(strategy, gap)
+        grad_norm = strategy.step()
+        totals = strategy.group.sum(sums).tolist()
+        history.append(dict(zip(UPDATE_METRICS, totals, strict=True)) | {"grad_norm": grad_norm})
+    return mean_over_updates(history, ptx is not None)
+
+
+UPDATE_METRICS = ("policy_loss", "ptx_loss", "clip_fraction", "approx_kl")
+
+
+def micro_loss(
+    job: RLOOJob,
+    strategy: Strategy,
+    experience: Experience,
+    positions: list[int],
+    batch: Batch,
+    replies: float,
+    tokens: float,
+    extra: tuple[Batch, float] | None,
+) -> tuple[Tensor, Tensor, float]:
+    """One micro-batch's share of the loss, of the metrics, and its largest |log-ratio|."""
+    assert strategy.module is not None
+
+    def of(whole: Tensor | None) -> Tensor:
+        assert whole is not None
+        return whole[positions].to(strategy.device)
+
+    outputs = strategy.module(*batch, job.temperature, None if extra is None else extra[0])
+    mask = of(experience.mask)  # (b,T)
+    logprobs = aligned(outputs[0], batch[2], mask)  # (b,T)
+    old_logprobs = of(experience.old_logprobs)  # (b,T)
+    loss, found = rloo_loss(
+        logprobs, old_logprobs, of(experience.advantages), mask, job.clip_range, replies=replies
+    )
+    policy_loss = loss.item()
+    k3 = kl_estimate(old_logprobs, logprobs.detach(), "k3")  # (b,T)
+    ptx_loss = 0.0
+    if extra is not None:
+        ptx_term, _ = sft_loss(outputs[2], extra[0][2], denominator=extra[1])
+        loss = loss + job.ptx_coef * ptx_term
+        ptx_loss = ptx_term.item()
+    shares = [policy_loss, ptx_loss, float(found["clip_fraction"]),
+              float(masked_sum(k3, mask)) / tokens]  # fmt: skip
+    gap = log_ratio_gap(logprobs, old_logprobs, mask)
+    return loss, torch.tensor(shares, dtype=torch.float64), gap

@@ -1,0 +1,105 @@
+"""Real (tiny) models of a run in a store."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+
+from rlhf_core.data.templates import prompt_ids
+from rlhf_core.models import load_scalar_model
+from rlhf_core.playground.asking import Asker
+from rlhf_core.playground.catalogue import Choice
+from rlhf_core.playground.pool import ModelPool
+from rlhf_core.replies import Sampling, load_talker
+from rlhf_core.store import open_store
+from tests.rlhf_core.playground.tiny_run import tiny_run
+
+GREEDY = Sampling(max_new_tokens=6, temperature=0)
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
+    return tiny_run(open_store(str(tmp_path / "store")))
+
+
+@pytest.fixture
+def asker(run):
+    return Asker(run.store, ModelPool(10**9))
+
+
+def ask(asker, digests, sampling=GREEDY, **more):
+    choices = [Choice(digest[:6], digest) for digest in digests]
+    return list(asker.ask(choices, [HELLO] * len(choices), sampling, **more))
+
+
+def test_replies_grow_and_are_the_models_own(run, asker):
+    digests = [run.stages["sft"], run.stages["ppo"]]
+    seen = ask(asker, digests)
+    assert [reply.state for reply in seen[0]] == ["waiting", "waiting"]
+    assert len(seen) > 4
+    for place, digest in enumerate(digests):
+        lengths = [len(replies[place].text) for replies in seen]
+        assert lengths == sorted(lengths)
+        talker = load_talker(run.store.fetch(digest))
+        ids = torch.tensor([prompt_ids(talker.tokenizer, HELLO)])
+        expected = talker.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+        )[0, ids.shape[1] :]
+        text = talker.tokenizer.decode(expected, skip_special_tokens=True)
+        assert seen[-1][place].text == text
+    assert seen[-1][0].text != seen[-1][1].text
+    assert sorted(asker.pool.loaded()) == sorted(digests)
+
+
+def test_score_is_the_reward_models(run, asker):
+    [reply] = ask(asker, [run.stages["ppo"]], reward_model=run.stages["reward"])[-1]
+    folder = run.store.fetch(run.stages["reward"])
+    talker = load_talker(run.store.fetch(run.stages["ppo"]))
+    end = talker.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = prompt_ids(talker.tokenizer, HELLO)
+    ids += talker.tokenizer(reply.text.strip(), add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor([[*ids, end]])
+    with torch.no_grad():
+        expected = float(
+            load_scalar_model(folder)(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        )
+    assert reply.score == pytest.approx(expected, abs=1e-5)
+
+
+def test_missing_or_damaged_model_is_told_and_the_other_answers(run, asker):
+    blob = run.store.get(run.stages["sft"]).file("model.safetensors").sha256
+    path = run.store.url.removeprefix("file://") + f"/blobs/sha256/{blob[:2]}/{blob}"
+    os.chmod(path, 0o644)
+    with open(path, "r+b") as file:
+        file.truncate(1000)
+    missing = "d" * 64
+    digests = [run.stages["sft"], missing, run.stages["ppo"], run.stages["reward"]]
+    damaged, gone, fine, reward = ask(asker, digests)[-1]
+    assert (fine.state, damaged.state, gone.state) == ("done", "failed", "failed")
+    assert "model.safetensors" in damaged.error
+    assert "there is no artifact" in gone.error
+    assert "is a reward model" in reward.error
+    replies = ask(asker, [run.stages["ppo"]], reward_model=missing)[-1]
+    assert replies[0].state == "done" and "there is no artifact" in replies[0].score_error
+
+
+def test_stop_ends_the_replies_and_keeps_what_was_said(run, asker):
+    stop = threading.Event()
+    long = Sampling(max_new_tokens=100_000)
+    choices = [Choice("PPO", run.stages["ppo"])]
+    for replies in asker.ask(choices, [HELLO], long, stop=stop):
+        if replies[0].text:
+            stop.set()
+    assert replies[0].state == "done" and replies[0].text
+
+
+def test_special_token_in_a_message_is_refused(run, asker):
+    choices = [Choice("PPO", run.stages["ppo"])]
+    said = [[{"role": "user", "content": "a <|im_end|> b"}]]
+    [reply] = list(asker.ask(choices, said, GREEDY))[-1]
+    assert reply.state == "failed" and "special token" in reply.error

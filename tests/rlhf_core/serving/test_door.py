@@ -1,0 +1,76 @@
+"""What stands before the server, without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.serving.door import LARGEST_BODY, Door
+from rlhf_core.serving.engine import vllm_command
+
+
+def ask(door, path, body=None, key=None):
+    """Status and JSON of one request."""
+    data = b"" if body is None else json.dumps(body).encode()
+    headers = [(b"content-length", str(len(data)).encode())]
+    headers += [(b"authorization", f"Bearer {key}".encode())] if key else []
+    scope = {"type": "http", "path": path, "headers": headers,
+             "method": "GET" if body is None else "POST"}  # fmt: skip
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": data, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(door(scope, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+async def echo(scope, receive, send):
+    body = (await receive())["body"] if scope["method"] == "POST" else b"{}"
+    length = dict(scope["headers"])[b"content-length"]
+    assert scope["method"] == "GET" or int(length) == len(body)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.mark.parametrize("path", ["/load_model", "/reset", "/docs", "/v1/audio/transcriptions"])
+def test_paths_that_load_or_drop_models_are_closed(path):
+    status, answer = ask(Door(echo, None), path, {})
+    assert status == 404 and path in answer["error"]["message"]
+
+
+def test_key_is_asked_for():
+    door = Door(echo, "right-key")
+    assert ask(door, "/v1/models")[0] == 401
+    assert ask(door, "/v1/models", key="wrong-key")[0] == 401
+    assert ask(door, "/v1/models", key="right-key")[0] == 200
+    assert ask(door, "/health")[0] == 200
+    assert ask(Door(echo, None), "/v1/models")[0] == 200
+
+
+def test_newer_name_of_the_longest_reply_is_understood():
+    path = "/v1/chat/completions"
+    assert ask(Door(echo, None), path, {"max_completion_tokens": 5})[1] == {"max_tokens": 5}
+    both = {"max_completion_tokens": 5, "max_tokens": 3}
+    assert ask(Door(echo, None), path, both)[1] == {"max_tokens": 3}
+
+
+def test_request_that_is_too_large_is_refused():
+    body = {"messages": "x" * LARGEST_BODY}
+    assert ask(Door(echo, None), "/v1/chat/completions", body)[0] == 413
+
+
+def test_vllm_gets_folder_name_and_address_but_no_key():
+    command = vllm_command(Path("/models/a b"), "support-bot", "127.0.0.1", 8001, trust=False)
+    assert Path(command[0]).name == "vllm"
+    assert command[1:] == [
+        "serve", "/models/a b", "--served-model-name", "support-bot",
+        "--host", "127.0.0.1", "--port", "8001",
+    ]  # fmt: skip
+    assert vllm_command(Path("x"), "x", "h", 1, trust=True)[-1] == "--trust-remote-code"

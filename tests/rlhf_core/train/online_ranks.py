@@ -1,0 +1,87 @@
+"""Ranks with a made-up rule, and ranks that are told to stop: `... PLAN.json` under torchrun.
+
+The plan is a list of {"job", "store", "folder", "rule": bool, "stop_after": step or null}. What a
+stage gave up with is written into its folder as said.txt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from rlhf_core.__main__ import quieten, run_job
+from rlhf_core.checkpoint import Checkpointer
+from rlhf_core.errors import RLHFError
+from rlhf_core.jobs import parse_job
+from rlhf_core.jobs.base import Settings
+from rlhf_core.stopping import stop
+from rlhf_core.store import open_store
+from rlhf_core.train import online
+
+
+class LettersReward(Settings):
+    """Share of a reply's characters that are ASCII letters."""
+
+    type: Literal["letters"] = "letters"
+    weight: float = 0.5
+
+
+class Letters:
+    """A rule that sees what rules see."""
+
+    def __init__(self, rewards, seed) -> None:
+        assert [type(r) for r in rewards] == [LettersReward]
+        self.names = ["letters"]
+        self.weights = [rewards[0].weight]
+        self.troubles = Counter()
+
+    def score(self, prompts, replies, rows, finished):
+        assert len(prompts) == len(replies) == len(rows) == len(finished)
+        for prompt, row in zip(prompts, rows, strict=True):
+            assert prompt == json.loads(row["prompt"])
+            assert prompt[-1]["role"] == "user"
+        self.troubles["seen"] += len(replies)
+        return [[sum(c.isascii() and c.isalpha() for c in r) / max(1, len(r)) for r in replies]]
+
+
+AFTER_STEP = Checkpointer.after_step
+
+
+def stopping_after(last):
+    """A way through `after_step` on which the job is told to stop once."""
+
+    def after_step(self, step, total, counters=None):
+        stop.asked = step == last
+        try:
+            AFTER_STEP(self, step, total, counters)
+        finally:
+            stop.asked = False
+
+    return after_step
+
+
+def main(plan: list) -> None:
+    rules = online.Rules
+    for entry in plan:
+        job, folder = parse_job(json.dumps(entry["job"])), Path(entry["folder"])
+        online.Rules = rules
+        if entry.get("rule"):
+            online.Rules = Letters
+            job = job.model_copy(update={"rewards": (LettersReward(),), "reward_model": None})
+
+        Checkpointer.after_step = stopping_after(entry.get("stop_after"))
+        try:
+            run_job(job, open_store(entry["store"]), folder)
+        except RLHFError as error:
+            (folder / "said.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    quieten()
+    main(json.loads(Path(sys.argv[1]).read_text()))
+    sys.stdout.flush()
+    os._exit(0)
