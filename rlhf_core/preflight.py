@@ -81,6 +81,8 @@ def check(
         problems += _check_data_sources(config, store)
     if contact and here:
         problems += _check_packages(config)
+    if contact and here:
+        problems += _check_rewards(config)
     if contact and here and config.evaluate.judge_endpoint is not None:
         problems += _check_judge(config.evaluate.judge_endpoint)
     if here:
@@ -158,6 +160,17 @@ def _unreachable(settings: DataSettings) -> list[str]:
             "give a local file"
         ]
     return []
+
+
+def _check_rewards(config: PipelineConfig) -> list[str]:
+    """What rules need: their packages, functions and patterns."""
+    from rlhf_core.rewards import check_rewards
+
+    problems = []
+    for stage in config.stages:
+        rewards = getattr(recipe.section(config, stage), "rewards", ())
+        problems += [f"{stage}.{text}" for text in check_rewards(rewards, config.data.prompts)]
+    return problems
 
 
 def _check_judge(settings: EndpointJudgeSettings) -> list[str]:

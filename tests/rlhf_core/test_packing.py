@@ -6,6 +6,7 @@ import torch
 
 from rlhf_core.data.reading import Rows
 from rlhf_core.data.writer import write_dataset
+from rlhf_core.errors import ConfigError
 from rlhf_core.logprobs import response_logprobs
 from rlhf_core.packing import (
     Packing,
@@ -14,6 +15,7 @@ from rlhf_core.packing import (
     separates_documents,
     steps_per_epoch,
 )
+from rlhf_core.train.pretrain import check_length
 from tests.rlhf_core.test_models import tiny
 
 E = 1  # end of text
@@ -116,3 +118,12 @@ def test_models_that_read_across_documents_are_found_out(tmp_path, architecture)
         logits = model(input_ids=ids).logits.log_softmax(dim=-1)
     expected = logits[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
     torch.testing.assert_close(got[0, 1:], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sequences_longer_than_the_model_reads_are_refused(name):
+    model = tiny(name)
+    longest = model.config.max_position_embeddings
+    check_length(model, longest)
+    with pytest.raises(ConfigError, match=rf"model reads {longest:,} tokens at most"):
+        check_length(model, longest + 1)
