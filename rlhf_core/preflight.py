@@ -17,6 +17,7 @@ from rlhf_core.jobs import (
     EndpointJudgeSettings,
     LocalLauncher,
     ModelSettings,
+    OnlineSettings,
     PipelineConfig,
     SampledPreferences,
 )
@@ -168,8 +169,11 @@ def _check_rewards(config: PipelineConfig) -> list[str]:
 
     problems = []
     for stage in config.stages:
-        rewards = getattr(recipe.section(config, stage), "rewards", ())
-        problems += [f"{stage}.{text}" for text in check_rewards(rewards, config.data.prompts)]
+        settings = recipe.section(config, stage)
+        if not isinstance(settings, OnlineSettings):
+            continue
+        found = check_rewards(settings.rewards, config.data.prompts)
+        problems += [f"{stage}.{text}" for text in found]
     return problems
 
 

@@ -266,8 +266,15 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
     parts = list(item["loc"])
     last = str(parts[-1]) if parts else ""
     variants: list[type[BaseModel]] = []
+    tags: list[str] = []
     for part in parts:
+        if isinstance(part, int):  # a place in a list, whose entries are of the field's variants
+            names.append(str(part))
+            inside = isinstance(value, list | tuple) and part < len(value)
+            value = value[part] if inside else None
+            continue
         if variants and (chosen := _variant(variants, value)) and len(variants) > 1:
+            tags = _tags(variants)
             variants = []
             if part != chosen.__name__:
                 return None
@@ -289,6 +296,10 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
         return f"{path} is missing."
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "a section with settings"
+    if kind == "tuple_type":
+        message = "a list"
+    if kind == "literal_error" and last == "type" and tags:
+        message = f"one of {', '.join(tags)}"
     if kind == "string_pattern_mismatch":
         message = f"a text like {message.rpartition(' pattern ')[2]}"
     needed = message.removeprefix("Input should be ").removeprefix("a valid ").split(", unable")[0]
@@ -316,7 +327,7 @@ def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> st
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    if get_origin(annotation) in (Union, UnionType):
+    if get_origin(annotation) in (Union, UnionType, tuple):
         return [m for part in get_args(annotation) for m in _models(part)]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
@@ -335,6 +346,12 @@ def _variant(variants: list[type[BaseModel]], value: Any) -> type[BaseModel]:
         rest = [m for m in variants if m not in literal] or variants
         return max(rest, key=lambda m: len(set(value) & set(m.model_fields)))
     return variants[0]
+
+
+def _tags(variants: list[type[BaseModel]]) -> list[str]:
+    """The `type` of each variant, where all have one."""
+    fields = [model.model_fields.get("type") for model in variants]
+    return [str(get_args(field.annotation)[0]) for field in fields if field is not None]
 
 
 def _tagged(model: type[BaseModel], value: Mapping[str, Any]) -> bool:

@@ -169,6 +169,21 @@ def test_override_with_broken_yaml_is_refused():
         apply_overrides({}, ["a=[1"])
 
 
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ([{"type": "nothing"}], "grpo.rewards.0.type: found 'nothing', needed is one of model, le"),
+        ([{"type": "model"}, {"type": "length", "targett": 3}],
+         "grpo.rewards.1.targett is not a setting; did you mean grpo.rewards.1.target?"),
+        (3, "grpo.rewards: found 3, needed is a list."),
+    ],
+)  # fmt: skip
+def test_entry_of_a_list_is_named_by_its_place(rewards, said):
+    with pytest.raises(PreflightError) as raised:
+        build_config({"grpo": {"rewards": rewards}})
+    assert said in str(raised.value)
+
+
 def test_long_name_of_an_unknown_setting_is_cut():
     with pytest.raises(ConfigError) as raised:
         build_config({"sft": {"long " * 2000: 1}})
