@@ -265,6 +265,11 @@ def check_lengths(config: PipelineConfig, shape: ModelShape | None) -> list[str]
                 f"{name}.max_length is {settings.max_length}, but {model} has a context of "
                 f"{context} tokens; set at most {context}"
             )
+    if "pretrain" in config.stages and config.pretrain.length > context:
+        problems.append(
+            f"pretrain.length is {config.pretrain.length}, but {model} has a context of {context} "
+            f"tokens; set at most {context}"
+        )
     prompts = config.data.prompts
     longest = prompts.max_prompt_length or prompts.max_length
     replies = {

@@ -145,7 +145,7 @@ def _known(
         config = json.loads(store.read_bytes(job.inputs()["model"], "config.json"))
         prompts = getattr(job, "prompts", None)
         made_by = store.get(str(prompts or getattr(job, "data", ""))).metadata.get("job", {})
-        length = int(made_by.get("max_length") or 512)
+        length = int(getattr(job, "length", None) or made_by.get("max_length") or 512)
         if prompts is not None:
             length = int(made_by.get("max_prompt_length") or length)
             length += getattr(job, "max_new_tokens", 0)

@@ -20,8 +20,14 @@ def names(**settings):
         ({"stages": ("reward",)}, ["label", "reward"]),
         ({"stages": ("ppo",)}, ["ppo"]),
         ({"rounds": 2}, ["sft", "label", "reward", "ppo-1", "ppo-2"]),
+        ({"stages": ("sft", "dpo")}, ["sft", "label", "dpo"]),
+        ({"stages": ("sft", "dpo"), "data": READY}, ["sft", "dpo"]),
+        ({"stages": ("sft", "reward", "dpo"), "rounds": 2},
+         ["sft", "label", "reward", "label-1", "dpo-1", "label-2", "dpo-2"]),
+        ({"stages": ("sft", "reward", "dpo", "ppo")}, ["sft", "label", "reward", "dpo", "ppo"]),
+        ({"stages": ("pretrain", "sft")}, ["pretrain", "sft"]),
     ],
-)
+)  # fmt: skip
 def test_steps_follow_the_list(settings, expected):
     assert names(**settings) == expected
 
@@ -36,6 +42,11 @@ def test_only_the_data_that_a_stage_needs_is_prepared():
     assert sets(stages=("reward",)) == ["data.prompts"]  # which the pairs are sampled on
     assert sets(stages=("ppo",)) == ["data.prompts"]
     assert sets(stages=("ppo",), ppo={"ptx_coef": 1.0}) == ["data.sft", "data.prompts"]
+    rules = {"rewards": [{"type": "must_end", "endings": ["."]}]}
+    assert sets(stages=("grpo",), grpo=rules) == ["data.prompts"]
+    assert sets(stages=("kto",), data=READY) == ["data.prompts", "data.preference"]
+    unpaired = {"unpaired": DataSettings(source="votes.jsonl", format="unpaired")}
+    assert sets(stages=("kto",), data=unpaired) == ["data.prompts", "data.unpaired"]
     mixed = {"ptx": DataSettings(source="text.jsonl", format="text")}
     assert sets(stages=("ppo",), ppo={"ptx_coef": 1.0}, data=mixed) == ["data.prompts", "data.ptx"]
 
@@ -52,6 +63,11 @@ def test_only_the_data_that_a_stage_needs_is_prepared():
          ["reward is among the stages and reward_model is given; leave one out"]),
         ({"stages": ("ppo", "reward")},
          ["stages has reward after ppo; put it before: it prepares what comes after it"]),
+        ({"stages": ("sft", "grpo"),
+          "grpo": {"rewards": [{"type": "must_end", "endings": ["."]}]}}, []),
+        ({"stages": ("pretrain", "sft")},
+         ["stages has pretrain, but data.pretrain is empty; give it a source of plain text, such "
+          "as {source: texts/*.jsonl, format: text}"]),
         ({"stages": ("sft",), "rounds": 2},
          ["rounds is 2, but stages ['sft'] has nothing to repeat: add an alignment such as ppo, "
           "or set rounds to 1"]),
