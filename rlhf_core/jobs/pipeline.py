@@ -17,7 +17,7 @@ from rlhf_core.jobs.training import RewardSettings, SFTSettings
 
 Preset = Literal[
     "none", "smoke", "demo", "dpo", "simpo", "orpo", "kto", "grpo", "rloo", "reinforce_pp",
-    "iterative-dpo", "pretrain", "bloom-560m", "llama-7b",
+    "iterative-dpo", "grpo-rules", "pretrain", "bloom-560m", "llama-7b",
 ]  # fmt: skip
 """Settings that come with the project, in deployments/presets."""
 
