@@ -7,6 +7,7 @@ from typing import Any
 from prefect import flow, runtime
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
+from prefect.logging.handlers import APILogHandler
 from prefect.states import Completed, Failed
 from prefect.utilities.urls import url_for
 
@@ -57,5 +58,8 @@ def rlhf_job(
         except RLHFError as error:
             category = error.category
             log.error("%s", error)
+            APILogHandler().flush()
             return Failed(name=state_name(category), message=str(error))
+    # What the ranks said is at the server before the state that ends the parent's reading.
+    APILogHandler().flush()
     return Completed(message=", ".join(f"{o.kind}/{o.artifact[:12]}" for o in outcomes))

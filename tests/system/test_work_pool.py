@@ -159,7 +159,7 @@ def test_two_pipelines_train_what_they_share_once(system):
 
 
 def test_ten_pipelines_on_two_slots_never_run_more_than_two_jobs(system):
-    system.plan(sft=["wait:4"])
+    system.plan(sft=["wait:4"], ppo=["wait:6"])
     runs = [system.submit("seed=107", f"ppo.kl_coef={0.1 + i / 100}") for i in range(10)]
     most = 0
     while any(system.run(run)["state_type"] not in ("COMPLETED", "FAILED") for run in runs):
