@@ -49,8 +49,11 @@ up: $(STAMP)  ## start a whole system here: Prefect and S3 servers, workers, dep
 down: $(STAMP)  ## end what `make up` started
 	@$(BIN)/rlhf down
 
+# Two files at a time: half of what the tests do is to wait for servers and processes.
+WORKERS ?= 2
 test: $(STAMP)  ## all tests
-	@$(BIN)/python -m pytest -q -m "not demo and not system and not images and not chaos"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15 \
+	  -m "not demo and not system and not images and not chaos"
 
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
