@@ -18,6 +18,8 @@ from rlhf_core.store import open_store
 def place(tmp_path_factory):
     """A store with a tiny llama; and a function that imports a reward model for it."""
     folder = tmp_path_factory.mktemp("import-reward")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RLHF_HOME", str(folder / "home"))
     store = open_store(str(folder / "store"))
 
     def context(key):
@@ -33,7 +35,8 @@ def place(tmp_path_factory):
         )
 
     bring.store, bring.base, bring.folder = store, store.fetch(base.digest), folder
-    return bring
+    yield bring
+    patch.undo()
 
 
 @pytest.fixture(scope="module")
