@@ -71,13 +71,14 @@ def outcome(folder: Path, source: Path, tokenizer: Any, purpose: str, **settings
 
 
 def account(card: DataCard, folder: Path) -> None:
-    """Every row that was read is in the data set, or in the card with a reason; none is twice."""
+    """Every row that was read is in the data set, or in the card with a reason; none is twice, but
+    for the pieces of a long document."""
     kept = [row["row"] for side in ("train", "heldout") for row in Rows(folder, side)]
     bad = [entry["row"] for entry in card.bad_rows]
     assert card.kept == len(kept)
-    assert card.read == len(kept) + sum(card.dropped.values()) + sum(card.bad.values())
+    assert card.read + card.cut == len(kept) + sum(card.dropped.values()) + sum(card.bad.values())
     assert len(bad) == sum(card.bad.values())
-    assert len({*kept, *bad}) == len(kept) + len(bad)
+    assert len({*kept, *bad}) == len(kept) - card.cut + len(bad)
     assert not (folder / ".work").exists()
 
 
