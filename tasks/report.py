@@ -108,13 +108,18 @@ def _dropped(metrics: dict[str, Any]) -> str:
 
 
 def _sample(sample: dict[str, Any], names: dict[str, str]) -> str:
-    rows = [f"> {in_one_cell(sample.get('prompt', ''))}", "", "| | reply | reward | gold |"]
-    rows.append("| --- | --- | ---: | ---: |")
+    judges = [judge for judge in ("reward", "gold") if sample.get(judge)]
+    rows = [
+        f"> {in_one_cell(sample.get('prompt', ''))}",
+        "",
+        f"| | {' | '.join(['reply', *judges])} |",
+    ]
+    rows.append("| --- | --- |" + " ---: |" * len(judges))
     for name, label in names.items():
         if name in sample:
-            scores = [(sample.get(judge) or {}).get(name) for judge in ("reward", "gold")]
-            cells = " | ".join("" if s is None else f"{s:.2f}" for s in scores)
-            rows.append(f"| {label} | {in_one_cell(sample[name])} | {cells} |")
+            scores = [sample[judge].get(name) for judge in judges]
+            cells = ["" if score is None else f"{score:.2f}" for score in scores]
+            rows.append(f"| {' | '.join([label, in_one_cell(sample[name]), *cells])} |")
     return "\n".join(rows)
 
 
