@@ -58,7 +58,9 @@ def open_form(system, page):
     deployment = system.get("/deployments/name/rlhf-pipeline/rlhf")["id"]
     page.goto(f"{system.url}/deployments/deployment/{deployment}/run")
     field(page, "Preset (Optional)").wait_for()
-    page.wait_for_timeout(1500)  # the form fills itself with the defaults
+    seed = field(page, "Seed (Optional)").locator("input")  # the form fills itself with defaults
+    until(lambda: seed.input_value() == "0", 60, "the form's default")
+    page.wait_for_timeout(1500)
 
 
 def runs(system):
@@ -96,7 +98,7 @@ def test_smoke_run_from_the_form_to_the_report(system, page):
     choose(page, "Preset", "smoke")
     page.get_by_role("button", name="Submit").click()
     run = until(lambda: next((r for r in runs(system) if r["parameters"]["config"].get(
-        "preset") == "smoke"), None), 30)["id"]  # fmt: skip
+        "preset") == "smoke"), None), 90)["id"]  # fmt: skip
     page.goto(f"{system.url}/runs/flow-run/{run}")
     page.get_by_text("Running").first.wait_for(timeout=60_000)
     system.wait(run, "COMPLETED", seconds=280)
