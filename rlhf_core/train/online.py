@@ -5,21 +5,19 @@ b rows of a micro-batch, S positions, T response positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batching import batch_rows, derive_seed, pad_right, split_batch
+from rlhf_core.batching import pad_right, split_batch
 from rlhf_core.checkpoint import Checkpointer
 from rlhf_core.context import StageContext
 from rlhf_core.data.reading import Rows
 from rlhf_core.data.tokenizer import load_tokenizer
-from rlhf_core.errors import TrainingFailure
 from rlhf_core.jobs import ModelReward, OnlineJob
 from rlhf_core.models import (
     ActorCritic,
@@ -36,7 +34,7 @@ from rlhf_core.remote_code import is_trusted
 from rlhf_core.rewards import Rules
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import HALF, Strategy
-from rlhf_core.train.sft import collate, enable_checkpointing, trained_tokens
+from rlhf_core.train.sft import enable_checkpointing
 
 Batch = tuple[Tensor, Tensor, Tensor]  # input_ids (b,S), mask (b,S) bool, marked (b,S) bool
 
@@ -151,21 +149,6 @@ def split_minibatches(replies: int, minibatches: int) -> list[list[int]]:
     return [list(range(i, replies, minibatches)) for i in range(minibatches)]
 
 
-def passes(seed: int, step: int, epochs: int, minibatches: int) -> Iterator[tuple[int, int, int]]:
-    """The updates of a rollout: the first pass in order, later ones shuffled.
-
-    Yields:
-        Epoch and minibatch, and the number of the update since the stage began.
-    """
-    for epoch in range(epochs):
-        order = range(minibatches)
-        if epoch > 0:
-            generator = np.random.default_rng(derive_seed(seed, step, epoch))
-            order = generator.permutation(minibatches).tolist()
-        for index in order:
-            yield epoch, index, (step * epochs + epoch) * minibatches + index
-
-
 def micro_batches(
     job: OnlineJob, strategy: Strategy, sequences: Sequence[list[int]], minibatches: list[list[int]]
 ) -> list[list[int]]:
@@ -180,26 +163,6 @@ def micro_batches(
     return result
 
 
-def ptx_batches(
-    job: OnlineJob, strategy: Strategy, ptx: Rows | None, count: int, number: int, micro: int
-) -> list[tuple[Batch, float] | None]:
-    """As many language-modelling rows as the minibatch has replies, cut alike, with their count.
-
-    Args:
-        count: rows. number: of the update, see `passes`. micro: micro-batches of this rank.
-    """
-    if ptx is None:
-        return [None] * micro
-    rows = ptx.take(batch_rows(len(ptx), count, number, derive_seed(job.seed, 0x907)))
-    tokens = float(sum(trained_tokens(r) for r in rows))
-    parts = split_batch(
-        [len(r["input_ids"]) for r in rows],
-        strategy.rank, strategy.world_size, job.resources.micro_batch_size,
-    )  # fmt: skip
-    assert len(parts) == micro, f"{len(parts)} ptx micro-batches for {micro}"
-    return [(collate([rows[p] for p in part], strategy.device), tokens) for part in parts]
-
-
 def collate_responses(
     sequences: Sequence[list[int]],
     prompt_lengths: Sequence[int],
@@ -212,41 +175,6 @@ def collate_responses(
     for i, p in enumerate(positions):
         marked[i, : prompt_lengths[p]] = False
     return input_ids.to(device), mask.to(device), marked.to(device)
-
-
-def aligned(flat: Tensor, marked: Tensor, mask: Tensor) -> Tensor:
-    """(b,S) at the marked places -> fp32 (b,T) at the mask's, with its gradient."""
-    zeros = torch.zeros(mask.shape, device=flat.device)
-    return zeros.masked_scatter(mask, flat.float()[marked])
-
-
-def log_ratio_gap(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> float:
-    """Largest |log-ratio| of a real token."""
-    return float(((logprobs.detach() - old_logprobs).abs() * mask).max())
-
-
-def assert_ratio_is_one(strategy: Strategy, gap: float) -> None:
-    """Before the first update of a rollout, training must see the log-probabilities it scored.
-
-    Raises:
-        TrainingFailure: a log-ratio is off by more than rounding.
-    """
-    bound = 1e-3 if strategy.precision == "fp32" else 0.05
-    if gap > bound:
-        raise TrainingFailure(
-            f"Before the first update the log-probability of a token differs by {gap:.4f} between "
-            f"scoring and training (bound {bound}): the model is not deterministic. Switch off "
-            "dropout and custom kernels, or use precision fp32."
-        )
-
-
-def mean_over_updates(history: Sequence[dict[str, float]], ptx: bool) -> dict[str, float]:
-    """Means over a rollout's updates; approx_kl is the last one's, which is the farthest."""
-    mean = {k: float(np.mean([h[k] for h in history])) for k in history[0]}
-    mean["approx_kl"] = history[-1]["approx_kl"]
-    if not ptx:
-        del mean["ptx_loss"]
-    return mean
 
 
 # --------------------------------------------------------------------------------------- the end

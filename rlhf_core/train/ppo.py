@@ -14,6 +14,7 @@ B prompts of a rollout (global), b rows of a micro-batch, S positions, T respons
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from rlhf_core.context import StageContext
 from rlhf_core.data.reading import Rows
 from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import PPOJob
-from rlhf_core.losses import ppo_policy_loss, ppo_value_loss, sft_loss
+from rlhf_core.losses import Metrics, ppo_policy_loss, ppo_value_loss
 from rlhf_core.models import (
     ActorCritic,
     ScalarModel,
@@ -55,23 +56,15 @@ from rlhf_core.train.experience import (
     summarise,
 )
 from rlhf_core.train.online import (
-    Batch,
-    aligned,
-    assert_ratio_is_one,
-    collate_responses,
     load_models,
     load_policy,
     load_ptx,
-    log_ratio_gap,
-    mean_over_updates,
-    micro_batches,
-    passes,
-    ptx_batches,
     publish_policy,
     save_policy,
     split_minibatches,
 )
 from rlhf_core.train.sft import enable_checkpointing
+from rlhf_core.train.updates import Part, optimise
 
 
 def run(job: PPOJob, context: StageContext) -> Artifact | None:
@@ -111,7 +104,16 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
         checkpointer.stop_if_asked(step)
         # 4. Several epochs of clipped updates.
         try:
-            update = optimise(job, strategy, experience, minibatches, ptx, step)
+            update = optimise(
+                job,
+                strategy,
+                experience,
+                minibatches,
+                ptx,
+                step,
+                job.ppo_epochs,
+                partial(loss, job),
+            )  # fmt: skip
         except NonFinite as error:
             raise failure(error, checkpointer, step + 1, *inspect(experience)) from error
         # 5. Report, check, save.
@@ -159,88 +161,21 @@ def add_advantages(job: PPOJob, experience: Experience) -> None:
     experience.advantages = masked_whiten(advantages, mask, stats=stats)
 
 
-def optimise(
-    job: PPOJob,
-    strategy: Strategy,
-    experience: Experience,
-    minibatches: list[list[int]],
-    ptx: Rows | None,
-    step: int,
-) -> dict[str, float]:
-    """ppo_epochs passes over the rollout, one optimizer step per minibatch.
-
-    Returns:
-        Means over all updates of losses, clip fractions and the gradient norm.
-    """
-    history: list[dict[str, float]] = []
-    for epoch, index, number in passes(job.seed, step, job.ppo_epochs, job.minibatches):
-        rows = minibatches[index]
-        tokens = float(experience.mask[rows].sum())
-        micro = micro_batches(job, strategy, experience.sequences, [rows])
-        extra = ptx_batches(job, strategy, ptx, len(rows), number, len(micro))
-        sums = torch.zeros(len(UPDATE_METRICS), dtype=torch.float64)
-        gap = 0.0
-        for i, positions in enumerate(micro):
-            batch = collate_responses(
-                experience.sequences, experience.prompt_lengths, positions, strategy.device
-            )
-            with strategy.micro_batch(last=i == len(micro) - 1):
-                loss, shares, log_ratio = micro_loss(
-                    job, strategy, experience, positions, batch, tokens, extra[i]
-                )
-                strategy.backward(loss)
-            sums += shares
-            gap = max(gap, log_ratio)
-        if epoch == 0 and index == 0:
-            assert_ratio_is_one(strategy, gap)
-        grad_norm = strategy.step()
-        totals = strategy.group.sum(sums).tolist()
-        history.append(dict(zip(UPDATE_METRICS, totals, strict=True)) | {"grad_norm": grad_norm})
-    return mean_over_updates(history, ptx is not None)
-
-
-UPDATE_METRICS = (
-    "policy_loss", "value_loss", "ptx_loss", "clip_fraction", "value_clip_fraction", "approx_kl",
-)  # fmt: skip
-
-
-def micro_loss(
-    job: PPOJob,
-    strategy: Strategy,
-    experience: Experience,
-    positions: list[int],
-    batch: Batch,
-    tokens: float,
-    extra: tuple[Batch, float] | None,
-) -> tuple[Tensor, Tensor, float]:
-    """One micro-batch's share of the loss, of the metrics, and its largest |log-ratio|."""
-    assert strategy.module is not None
-
-    def of(whole: Tensor | None) -> Tensor:
-        assert whole is not None
-        return whole[positions].to(strategy.device)
-
-    outputs = strategy.module(*batch, job.temperature, None if extra is None else extra[0])
-    mask = of(experience.mask)  # (b,T)
-    logprobs = aligned(outputs[0], batch[2], mask)  # (b,T)
-    values = aligned(outputs[1], batch[2], mask)  # (b,T)
+def loss(job: PPOJob, part: Part) -> tuple[Tensor, Metrics]:
+    """The clipped surrogate and the critic's clipped error; see `optimise`."""
+    now = part.experience
     policy_loss, policy = ppo_policy_loss(
-        logprobs, of(experience.old_logprobs), of(experience.advantages), mask,
-        job.clip_range, denominator=tokens,
+        part.logprobs, part.of(now.old_logprobs), part.of(now.advantages), part.mask,
+        job.clip_range, denominator=part.tokens,
     )  # fmt: skip
+    assert part.values is not None
     value_loss, value = ppo_value_loss(
-        values, of(experience.values), of(experience.returns), mask,
-        job.value_clip_range, denominator=tokens,
+        part.values, part.of(now.values), part.of(now.returns), part.mask,
+        job.value_clip_range, denominator=part.tokens,
     )  # fmt: skip
-    loss = policy_loss + job.value_coef * value_loss
-    ptx_loss = 0.0
-    if extra is not None:
-        ptx_term, _ = sft_loss(outputs[2], extra[0][2], denominator=extra[1])
-        loss = loss + job.ptx_coef * ptx_term
-        ptx_loss = ptx_term.item()
-    shares = [
-        policy_loss.item(), value_loss.item(), ptx_loss, float(policy["clip_fraction"]),
-        float(value["clip_fraction"]), float(policy["approx_kl"]),
-    ]  # fmt: skip
-    gap = log_ratio_gap(logprobs, of(experience.old_logprobs), mask)
-    return loss, torch.tensor(shares, dtype=torch.float64), gap
+    metrics = {
+        "policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(),
+        "clip_fraction": policy["clip_fraction"], "value_clip_fraction": value["clip_fraction"],
+        "approx_kl": policy["approx_kl"],
+    }  # fmt: skip
+    return policy_loss + job.value_coef * value_loss, metrics

@@ -9,8 +9,8 @@ B replies of a rollout (global), b rows of a micro-batch, S positions, T respons
 from __future__ import annotations
 
 import time
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from rlhf_core.advantages import masked_whiten, returns_to_go, token_rewards
@@ -20,14 +20,13 @@ from rlhf_core.context import StageContext
 from rlhf_core.data.reading import Rows
 from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import ReinforcePPJob
-from rlhf_core.losses import ppo_policy_loss, sft_loss
+from rlhf_core.losses import Metrics, ppo_policy_loss
 from rlhf_core.models import adamw
 from rlhf_core.nonfinite import failure
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
 from rlhf_core.train.collapse import stop_if_collapsed
 from rlhf_core.train.experience import (
-    Experience,
     inspect,
     roll_out,
     score,
@@ -36,22 +35,14 @@ from rlhf_core.train.experience import (
 )
 from rlhf_core.train.online import (
     Actor,
-    Batch,
-    aligned,
-    assert_ratio_is_one,
-    collate_responses,
     load_models,
     load_policy,
     load_ptx,
-    log_ratio_gap,
-    mean_over_updates,
-    micro_batches,
-    passes,
-    ptx_batches,
     publish_policy,
     save_policy,
     split_minibatches,
 )
+from rlhf_core.train.updates import Part, optimise
 
 
 def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
@@ -92,7 +83,9 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
         checkpointer.stop_if_asked(step)
         # 4. Clipped updates.
         try:
-            update = optimise(job, strategy, experience, minibatches, ptx, step)
+            update = optimise(
+                job, strategy, experience, minibatches, ptx, step, job.epochs, partial(loss, job)
+            )
         except NonFinite as error:
             raise failure(error, checkpointer, step + 1, *inspect(experience)) from error
         # 5. Report, check, save.
@@ -111,79 +104,12 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
     return publish_policy(job, context, strategy, checkpointer, actor, source)
 
 
-def optimise(
-    job: ReinforcePPJob,
-    strategy: Strategy,
-    experience: Experience,
-    minibatches: list[list[int]],
-    ptx: Rows | None,
-    step: int,
-) -> dict[str, float]:
-    """Passes over the rollout, one optimizer step per minibatch.
-
-    Returns:
-        Means over all updates of losses, clip fraction and the gradient norm.
-    """
-    history: list[dict[str, float]] = []
-    for epoch, index, number in passes(job.seed, step, job.epochs, job.minibatches):
-        rows = minibatches[index]
-        tokens = float(experience.mask[rows].sum())
-        micro = micro_batches(job, strategy, experience.sequences, [rows])
-        extra = ptx_batches(job, strategy, ptx, len(rows), number, len(micro))
-        sums = torch.zeros(len(UPDATE_METRICS), dtype=torch.float64)
-        gap = 0.0
-        for i, positions in enumerate(micro):
-            batch = collate_responses(
-                experience.sequences, experience.prompt_lengths, positions, strategy.device
-            )
-            with strategy.micro_batch(last=i == len(micro) - 1):
-                loss, shares, log_ratio = micro_loss(
-                    job, strategy, experience, positions, batch, tokens, extra[i]
-                )
-                strategy.backward(loss)
-            sums += shares
-            gap = max(gap, log_ratio)
-        if epoch == 0 and index == 0:
-            assert_ratio_is_one(strategy, gap)
-        grad_norm = strategy.step()
-        totals = strategy.group.sum(sums).tolist()
-        history.append(dict(zip(UPDATE_METRICS, totals, strict=True)) | {"grad_norm": grad_norm})
-    return mean_over_updates(history, ptx is not None)
-
-
-UPDATE_METRICS = ("policy_loss", "ptx_loss", "clip_fraction", "approx_kl")
-
-
-def micro_loss(
-    job: ReinforcePPJob,
-    strategy: Strategy,
-    experience: Experience,
-    positions: list[int],
-    batch: Batch,
-    tokens: float,
-    extra: tuple[Batch, float] | None,
-) -> tuple[Tensor, Tensor, float]:
-    """One micro-batch's share of the loss, of the metrics, and its largest |log-ratio|."""
-    assert strategy.module is not None
-
-    def of(whole: Tensor | None) -> Tensor:
-        assert whole is not None
-        return whole[positions].to(strategy.device)
-
-    outputs = strategy.module(*batch, job.temperature, None if extra is None else extra[0])
-    mask = of(experience.mask)  # (b,T)
-    logprobs = aligned(outputs[0], batch[2], mask)  # (b,T)
-    old_logprobs = of(experience.old_logprobs)  # (b,T)
-    loss, found = ppo_policy_loss(
-        logprobs, old_logprobs, of(experience.advantages), mask,
-        job.clip_range, denominator=tokens,
+def loss(job: ReinforcePPJob, part: Part) -> tuple[Tensor, Metrics]:
+    """PPO's clipped surrogate; see `optimise`."""
+    now = part.experience
+    found, metrics = ppo_policy_loss(
+        part.logprobs, part.of(now.old_logprobs), part.of(now.advantages), part.mask,
+        job.clip_range, denominator=part.tokens,
     )  # fmt: skip
-    policy_loss = loss.item()
-    ptx_loss = 0.0
-    if extra is not None:
-        ptx_term, _ = sft_loss(outputs[2], extra[0][2], denominator=extra[1])
-        loss = loss + job.ptx_coef * ptx_term
-        ptx_loss = ptx_term.item()
-    shares = [policy_loss, ptx_loss, float(found["clip_fraction"]), float(found["approx_kl"])]
-    gap = log_ratio_gap(logprobs, old_logprobs, mask)
-    return loss, torch.tensor(shares, dtype=torch.float64), gap
+    kept = {name: metrics[name] for name in ("clip_fraction", "approx_kl")}
+    return found, {"policy_loss": found.detach(), **kept}

@@ -11,7 +11,8 @@ from rlhf_core.jobs import GRPOJob, LoRA, ModelReward, PPOJob
 from rlhf_core.models import Policy, choose_trainable, load_causal_lm
 from rlhf_core.train.collapse import judge
 from rlhf_core.train.experience import repetition
-from rlhf_core.train.online import AdapterOff, passes, split_minibatches
+from rlhf_core.train.online import AdapterOff, split_minibatches
+from rlhf_core.train.updates import passes
 from tests.rlhf_core.tiny_models import copy_of
 
 DIGESTS = {"model": "a" * 64, "prompts": "b" * 64, "reward_model": "c" * 64}
