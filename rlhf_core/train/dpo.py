@@ -14,9 +14,11 @@ from rlhf_core.data.reading import Rows
 from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import DPOJob
 from rlhf_core.losses import Metrics, dpo_loss, ipo_loss, sequence_logps
+from rlhf_core.models import load_causal_lm
 from rlhf_core.nonfinite import failure
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
+from rlhf_core.train.policy import prepare_policy
 from rlhf_core.train.preference import (
     PAIR_METRICS,
     by_pair,
@@ -25,8 +27,7 @@ from rlhf_core.train.preference import (
     pair_logps,
     pair_replies,
     pair_tokens,
-    prepare_policy,
-    publish_policy,
+    publish_results,
     reference_pairs,
 )
 from rlhf_core.train.reward import pair_length
@@ -41,7 +42,7 @@ def run(job: DPOJob, context: StageContext) -> Artifact | None:
     train = Rows(data, "train", purpose="preference")
     heldout = Rows(data, "heldout", purpose="preference")
 
-    module = prepare_policy(job, source, strategy)
+    module = prepare_policy(job, load_causal_lm(source), strategy)
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     # The reference is this very model, asked once before its weights change.
     reference, heldout_reference = reference_pairs(
@@ -98,7 +99,7 @@ def run(job: DPOJob, context: StageContext) -> Artifact | None:
             module, heldout, range(len(heldout)), strategy, resources.micro_batch_size
         )
         results |= heldout_metrics(pair_loss(job, logps, heldout_reference, len(heldout)))
-    return publish_policy(job, context, strategy, checkpointer, module, source, results)
+    return publish_results(job, context, strategy, checkpointer, module, source, results)
 
 
 def pair_loss(job: DPOJob, logps: Tensor, ref: Tensor, pairs: int) -> tuple[Tensor, Metrics]:

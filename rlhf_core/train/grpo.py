@@ -25,7 +25,7 @@ from rlhf_core.data.reading import Rows
 from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import GRPOJob
 from rlhf_core.losses import Metrics
-from rlhf_core.models import adamw
+from rlhf_core.models import adamw, load_causal_lm
 from rlhf_core.nonfinite import failure
 from rlhf_core.online_losses import grpo_loss
 from rlhf_core.store import Artifact
@@ -41,12 +41,11 @@ from rlhf_core.train.experience import (
 from rlhf_core.train.online import (
     Actor,
     load_models,
-    load_policy,
     load_ptx,
-    publish_policy,
-    save_policy,
+    publish_last,
     split_minibatches,
 )
+from rlhf_core.train.policy import new_policy, save_policy
 from rlhf_core.train.updates import Part, optimise
 
 
@@ -57,7 +56,7 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
     prompts = Rows(context.store.fetch(job.prompts), "train", purpose="prompts")
     ptx = load_ptx(job, context)
 
-    policy = load_policy(job, source, strategy.device)
+    policy = new_policy(job, load_causal_lm(source)).to(strategy.device)
     actor = Actor(policy)
     models = load_models(job, strategy, source, actor, context)
     strategy.prepare(actor, adamw(actor, job, {"": job.learning_rate}))
@@ -106,7 +105,7 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
         )
         checkpointer.after_step(step + 1, job.steps)
 
-    return publish_policy(job, context, strategy, checkpointer, actor, source)
+    return publish_last(job, context, strategy, checkpointer, actor, source)
 
 
 def loss(job: GRPOJob, part: Part) -> tuple[Tensor, Metrics]:

@@ -24,17 +24,17 @@ from rlhf_core.data.reading import Rows
 from rlhf_core.errors import DataError, NonFinite
 from rlhf_core.jobs import KTOJob
 from rlhf_core.losses import Metrics, kto_loss, sequence_logps
-from rlhf_core.models import Policy
+from rlhf_core.models import Policy, load_causal_lm
 from rlhf_core.nonfinite import failure
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
+from rlhf_core.train.policy import prepare_policy
 from rlhf_core.train.preference import (
     Reply,
     collate_replies,
     heldout_metrics,
     pair_response_lengths,
-    prepare_policy,
-    publish_policy,
+    publish_results,
     response_logps,
 )
 
@@ -55,7 +55,7 @@ def run(job: KTOJob, context: StageContext) -> Artifact | None:
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     asked = look_ahead(train, job, total)
 
-    module = prepare_policy(job, source, strategy)
+    module = prepare_policy(job, load_causal_lm(source), strategy)
     # The reference is this very model, asked once before its weights change.
     began = time.perf_counter()
     reference = reply_logps(module, train, asked, strategy, job)
@@ -129,7 +129,7 @@ def run(job: KTOJob, context: StageContext) -> Artifact | None:
         )
         judged = reply_loss(job, logps, ref, heldout_rows, kl, len(heldout))
         results |= heldout_metrics(judged) | {"heldout_kl": kl}
-    return publish_policy(job, context, strategy, checkpointer, module, source, results)
+    return publish_results(job, context, strategy, checkpointer, module, source, results)
 
 
 # --------------------------------------------------------------------------------------- data

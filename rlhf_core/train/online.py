@@ -23,18 +23,15 @@ from rlhf_core.models import (
     ActorCritic,
     Policy,
     ScalarModel,
-    choose_trainable,
-    export,
     load_causal_lm,
     load_scalar_model,
-    save_causal_lm,
     share_frozen,
 )
 from rlhf_core.remote_code import is_trusted
 from rlhf_core.rewards import Rules
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import HALF, Strategy
-from rlhf_core.train.sft import enable_checkpointing
+from rlhf_core.train.policy import publish_policy
 
 Batch = tuple[Tensor, Tensor, Tensor]  # input_ids (b,S), mask (b,S) bool, marked (b,S) bool
 
@@ -86,14 +83,6 @@ class Models:
 
 
 # ------------------------------------------------------------------------------------- loading
-
-
-def load_policy(job: OnlineJob, source: Path, device: torch.device) -> Policy:
-    """The model that learns, with its adapters where it has any."""
-    policy = Policy(choose_trainable(load_causal_lm(source), job, job.seed))
-    if job.resources.gradient_checkpointing:
-        enable_checkpointing(policy.model)
-    return policy.to(device)
 
 
 def load_models(
@@ -180,13 +169,7 @@ def collate_responses(
 # --------------------------------------------------------------------------------------- the end
 
 
-def save_policy(trained: nn.Module, weights: dict[str, Tensor], folder: Path, source: Path) -> None:
-    """Write the policy with the given (master) weights as a Hugging Face folder. Rank 0, once."""
-    whole = export(trained, weights)
-    save_causal_lm(whole.policy.model, folder, source)  # type: ignore[union-attr,arg-type]
-
-
-def publish_policy(
+def publish_last(
     job: OnlineJob,
     context: StageContext,
     strategy: Strategy,
@@ -194,14 +177,8 @@ def publish_policy(
     trained: nn.Module,
     source: Path,
 ) -> Artifact | None:
-    """The stage's result. Every rank calls; rank 0 returns the artifact."""
-    weights = strategy.weights(keep=context.main)
-    if not context.main:
-        return None
-    folder = context.scratch("result")
-    save_policy(trained, weights, folder, source)
-    last = context.read_metrics()[-1]
+    """`publish_policy` with the metrics of the last rollout. Every rank calls."""
+    last = context.read_metrics()[-1] if context.main else {}
     kept = {k: v for k, v in last.items() if k not in ("step", "total", "time")}
-    artifact = context.publish(job, folder, {"metrics": {"steps": job.steps, **kept}})
-    checkpointer.finish()
-    return artifact
+    result = {"metrics": {"steps": job.steps, **kept}}
+    return publish_policy(job, context, strategy, checkpointer, trained, source, result)

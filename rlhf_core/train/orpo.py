@@ -19,9 +19,11 @@ from rlhf_core.data.reading import Rows
 from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import ORPOJob
 from rlhf_core.losses import Metrics, orpo_odds_loss, sequence_logps
+from rlhf_core.models import load_causal_lm
 from rlhf_core.nonfinite import failure
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
+from rlhf_core.train.policy import prepare_policy
 from rlhf_core.train.preference import (
     PAIR_METRICS,
     by_pair,
@@ -31,8 +33,7 @@ from rlhf_core.train.preference import (
     pair_replies,
     pair_response_lengths,
     pair_tokens,
-    prepare_policy,
-    publish_policy,
+    publish_results,
 )
 from rlhf_core.train.reward import pair_length
 
@@ -48,7 +49,7 @@ def run(job: ORPOJob, context: StageContext) -> Artifact | None:
     train = Rows(data, "train", purpose="preference")
     heldout = Rows(data, "heldout", purpose="preference")
 
-    module = prepare_policy(job, source, strategy)
+    module = prepare_policy(job, load_causal_lm(source), strategy)
     checkpointer = Checkpointer(context, strategy, job)
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     start, _ = checkpointer.restore()
@@ -102,7 +103,7 @@ def run(job: ORPOJob, context: StageContext) -> Artifact | None:
         lengths = pair_response_lengths(heldout)  # (n,2)
         loss, metrics = orpo_loss(job, logps, lengths, len(heldout), int(lengths[:, 0].sum()))
         results |= heldout_metrics((loss, metrics)) | {"heldout_nll": float(metrics["nll"])}
-    return publish_policy(job, context, strategy, checkpointer, module, source, results)
+    return publish_results(job, context, strategy, checkpointer, module, source, results)
 
 
 def orpo_loss(

@@ -40,6 +40,7 @@ from rlhf_core.models import (
     ScalarModel,
     adamw,
     choose_trainable,
+    load_causal_lm,
     load_scalar_model,
     new_scalar_model,
 )
@@ -57,13 +58,11 @@ from rlhf_core.train.experience import (
 )
 from rlhf_core.train.online import (
     load_models,
-    load_policy,
     load_ptx,
-    publish_policy,
-    save_policy,
+    publish_last,
     split_minibatches,
 )
-from rlhf_core.train.sft import enable_checkpointing
+from rlhf_core.train.policy import enable_checkpointing, new_policy, save_policy
 from rlhf_core.train.updates import Part, optimise
 
 
@@ -74,7 +73,7 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
     prompts = Rows(context.store.fetch(job.prompts), "train", purpose="prompts")
     ptx = load_ptx(job, context)
 
-    policy = load_policy(job, source, strategy.device)
+    policy = new_policy(job, load_causal_lm(source)).to(strategy.device)
     actor_critic = ActorCritic(policy, load_critic(job, source, strategy.device, context))
     models = load_models(job, strategy, source, actor_critic, context)
     rates = {
@@ -132,7 +131,7 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
         )
         checkpointer.after_step(step + 1, job.steps)
 
-    return publish_policy(job, context, strategy, checkpointer, actor_critic, source)
+    return publish_last(job, context, strategy, checkpointer, actor_critic, source)
 
 
 def load_critic(

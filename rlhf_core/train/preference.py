@@ -21,29 +21,13 @@ from rlhf_core.context import StageContext
 from rlhf_core.data.reading import Rows
 from rlhf_core.jobs import PreferenceJob
 from rlhf_core.losses import Metrics, sequence_logps
-from rlhf_core.models import (
-    Policy,
-    adamw,
-    choose_trainable,
-    export,
-    load_causal_lm,
-    save_causal_lm,
-)
+from rlhf_core.models import Policy
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
-from rlhf_core.train.sft import enable_checkpointing
+from rlhf_core.train.policy import publish_policy
 
 Reply = tuple[list[int], list[int]]  # prompt ids, response ids
 PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
-
-
-def prepare_policy(job: PreferenceJob, source: Path, strategy: Strategy) -> Policy:
-    """The model that is trained, spread over the ranks; still the source's numbers."""
-    module = Policy(choose_trainable(load_causal_lm(source), job, job.seed))
-    if job.resources.gradient_checkpointing:
-        enable_checkpointing(module.model)
-    strategy.prepare(module, adamw(module, job, {"": job.learning_rate}))
-    return module
 
 
 # ------------------------------------------------------------------------------------ batches
@@ -181,7 +165,7 @@ def heldout_metrics(found: tuple[Tensor, Metrics]) -> dict[str, float]:
     }
 
 
-def publish_policy(
+def publish_results(
     job: PreferenceJob,
     context: StageContext,
     strategy: Strategy,
@@ -190,14 +174,7 @@ def publish_policy(
     source: Path,
     metrics: Mapping[str, Any],
 ) -> Artifact | None:
-    """Save the model as a Hugging Face folder and publish it. Every rank calls; rank 0 returns
-    the artifact."""
+    """`publish_policy` with the numbers told before. Every rank calls."""
     context.log("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    weights = strategy.weights(keep=context.main)
-    if not context.main:
-        return None
-    folder = context.scratch("result")
-    save_causal_lm(export(module, weights).model, folder, source)  # type: ignore[arg-type]
-    artifact = context.publish(job, folder, {"metrics": dict(metrics)})
-    checkpointer.finish()
-    return artifact
+    result = {"metrics": dict(metrics)}
+    return publish_policy(job, context, strategy, checkpointer, module, source, result)

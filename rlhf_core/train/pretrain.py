@@ -12,7 +12,6 @@ instead of being dropped, and its loss is the mean over its own tokens.
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,7 @@ from rlhf_core.data.tokenizer import load_tokenizer
 from rlhf_core.errors import ConfigError, NonFinite
 from rlhf_core.jobs import PretrainJob
 from rlhf_core.losses import sft_loss
-from rlhf_core.models import (
-    Policy,
-    adamw,
-    choose_trainable,
-    export,
-    load_causal_lm,
-    save_causal_lm,
-)
+from rlhf_core.models import Policy, load_causal_lm
 from rlhf_core.nonfinite import failure
 from rlhf_core.packing import (
     Packed,
@@ -47,7 +39,8 @@ from rlhf_core.packing import (
 from rlhf_core.remote_code import is_trusted
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
-from rlhf_core.train.sft import enable_checkpointing
+from rlhf_core.train.policy import prepare_policy, publish_policy
+from rlhf_core.train.sft import loss_per_token
 
 
 def run(job: PretrainJob, context: StageContext) -> Artifact | None:
@@ -66,10 +59,7 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
     separate = separates_documents(model)
     if not separate:
         context.log(f"{type(model).__name__} reads packed documents as one text")
-    module = Policy(choose_trainable(model, job, job.seed))
-    if resources.gradient_checkpointing:
-        enable_checkpointing(module.model)
-    strategy.prepare(module, adamw(module, job, {"": job.learning_rate}))
+    module = prepare_policy(job, model, strategy)
     checkpointer = Checkpointer(context, strategy, job)
     total = steps_per_epoch(len(train), job.batch_size) * job.epochs
     total = total if job.max_steps is None else min(total, job.max_steps)
@@ -123,20 +113,11 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
 
     metrics = heldout_loss(module, heldout, strategy, resources.micro_batch_size, separate)
     context.log("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    weights = strategy.weights(keep=context.main)
-    if not context.main:
-        return None
-    folder = context.scratch("result")
-    save_causal_lm(export(module, weights).model, folder, source)  # type: ignore[arg-type]
-    artifact = context.publish(
-        job, folder,
-        {
-            "metrics": {"steps": total, "sequences": len(train), **metrics},
-            "documents_separated": separate,
-        },
-    )  # fmt: skip
-    checkpointer.finish()
-    return artifact
+    result = {
+        "metrics": {"steps": total, "sequences": len(train), **metrics},
+        "documents_separated": separate,
+    }
+    return publish_policy(job, context, strategy, checkpointer, module, source, result)
 
 
 def packings(job: PretrainJob, source: Path, data: Path) -> tuple[Packing, Packing]:
@@ -179,6 +160,4 @@ def heldout_loss(
         with strategy.autocast():
             logprobs = module(input_ids, mask, marked, position_ids=positions)
         sums += torch.tensor([-logprobs.double().sum().item(), marked.sum().item()])
-    total = group.sum(sums)
-    loss = float(total[0] / total[1])
-    return {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700.0))}
+    return loss_per_token(group.sum(sums))

@@ -37,7 +37,7 @@ from rlhf_core.rollout import generate, make_row_seeds
 from rlhf_core.sampling import score_sequences
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
-from rlhf_core.train.sft import enable_checkpointing
+from rlhf_core.train.policy import enable_checkpointing
 
 
 def run(job: RewardJob, context: StageContext) -> Artifact | None:

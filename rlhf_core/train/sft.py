@@ -19,17 +19,11 @@ from rlhf_core.distributed import Group
 from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import SFTJob
 from rlhf_core.losses import sft_loss
-from rlhf_core.models import (
-    Policy,
-    adamw,
-    choose_trainable,
-    export,
-    load_causal_lm,
-    save_causal_lm,
-)
+from rlhf_core.models import Policy, load_causal_lm
 from rlhf_core.nonfinite import failure
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
+from rlhf_core.train.policy import prepare_policy, publish_policy
 
 
 def run(job: SFTJob, context: StageContext) -> Artifact | None:
@@ -41,10 +35,7 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
     train = Rows(data, "train", purpose="sft")
     heldout = Rows(data, "heldout", purpose="sft")
 
-    module = Policy(choose_trainable(load_causal_lm(source), job, job.seed))
-    if resources.gradient_checkpointing:
-        enable_checkpointing(module.model)
-    strategy.prepare(module, adamw(module, job, {"": job.learning_rate}))
+    module = prepare_policy(job, load_causal_lm(source), strategy)
     checkpointer = Checkpointer(context, strategy, job)
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     start, _ = checkpointer.restore()
@@ -90,14 +81,8 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
 
     metrics = heldout_loss(module, heldout, strategy.group, resources.micro_batch_size, strategy)
     context.log("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    weights = strategy.weights(keep=context.main)
-    if not context.main:
-        return None
-    folder = context.scratch("result")
-    save_causal_lm(export(module, weights).model, folder, source)  # type: ignore[arg-type]
-    artifact = context.publish(job, folder, {"metrics": {"steps": total, **metrics}})
-    checkpointer.finish()
-    return artifact
+    result = {"metrics": {"steps": total, **metrics}}
+    return publish_policy(job, context, strategy, checkpointer, module, source, result)
 
 
 def trained_tokens(row: dict[str, Any]) -> int:
@@ -127,12 +112,10 @@ def heldout_loss(
         with strategy.autocast() if strategy else contextlib.nullcontext():
             logprobs = module(*batch)
         sums += torch.tensor([-logprobs.double().sum().item(), batch[2].sum().item()])
-    total = group.sum(sums)
+    return loss_per_token(group.sum(sums))
+
+
+def loss_per_token(total: Tensor) -> dict[str, float]:
+    """Held-out loss and perplexity from the sums (2,) of losses and of tokens."""
     loss = float(total[0] / total[1])
     return {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700.0))}
-
-
-def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()  # transformers checkpoints in training mode only; dropout is already off

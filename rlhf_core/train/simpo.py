@@ -13,9 +13,11 @@ from rlhf_core.data.reading import Rows
 from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import SimPOJob
 from rlhf_core.losses import sequence_logps, simpo_loss
+from rlhf_core.models import load_causal_lm
 from rlhf_core.nonfinite import failure
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
+from rlhf_core.train.policy import prepare_policy
 from rlhf_core.train.preference import (
     PAIR_METRICS,
     by_pair,
@@ -25,8 +27,7 @@ from rlhf_core.train.preference import (
     pair_replies,
     pair_response_lengths,
     pair_tokens,
-    prepare_policy,
-    publish_policy,
+    publish_results,
 )
 from rlhf_core.train.reward import pair_length
 
@@ -40,7 +41,7 @@ def run(job: SimPOJob, context: StageContext) -> Artifact | None:
     train = Rows(data, "train", purpose="preference")
     heldout = Rows(data, "heldout", purpose="preference")
 
-    module = prepare_policy(job, source, strategy)
+    module = prepare_policy(job, load_causal_lm(source), strategy)
     checkpointer = Checkpointer(context, strategy, job)
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     start, _ = checkpointer.restore()
@@ -93,4 +94,4 @@ def run(job: SimPOJob, context: StageContext) -> Artifact | None:
         logps = pair_logps(module, heldout, everything, strategy, micro_size)  # (n,2)
         means = logps / pair_response_lengths(heldout)  # (n,2)
         results |= heldout_metrics(simpo_loss(*means.unbind(1), job.beta, job.gamma))
-    return publish_policy(job, context, strategy, checkpointer, module, source, results)
+    return publish_results(job, context, strategy, checkpointer, module, source, results)
