@@ -94,3 +94,12 @@ def learning_rate_scale(step: int, total: int, warmup_fraction: float, schedule:
     if schedule == "linear":
         return 1.0 - progress
     return 0.5 * (1.0 + float(np.cos(np.pi * progress)))
+
+
+def mark_from(
+    sequences: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids (B,S), mask (B,S) bool, and marked (B,S) bool: True from each row's start on."""
+    input_ids, mask = pad_right(sequences)
+    marked = mask & (torch.arange(input_ids.shape[1]) >= torch.tensor(starts).unsqueeze(1))
+    return input_ids.to(device), mask.to(device), marked.to(device)

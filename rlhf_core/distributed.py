@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,12 @@ class Group:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
+
+    def in_order(self, mine: Iterable[tuple[int, Any]]) -> list[Any]:
+        """Undo `split_batch`: the values that all ranks found, each with its position in the whole
+        list, in the order of the positions."""
+        found = {position: value for part in self.gather(list(mine)) for position, value in part}
+        return [found[position] for position in range(len(found))]
 
     def interleave(self, mine: Sequence[Any]) -> list[Any]:
         """Undo `rows[rank::size]`: every rank's values, in the order of the whole list."""

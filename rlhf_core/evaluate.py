@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rlhf_core.baselines import wilson_interval
-from rlhf_core.batching import pad_right, split_batch
+from rlhf_core.batching import mark_from, split_batch
 from rlhf_core.context import StageContext
 from rlhf_core.data.reading import Rows
 from rlhf_core.data.tokenizer import load_tokenizer
@@ -155,13 +155,12 @@ def score_replies(
 
     Without a reward model the first list is of zeros.
     """
-    found: list[tuple[int, float, float]] = []
+    found: list[tuple[int, tuple[float, float]]] = []
     for positions in split_batch([len(s) for s, _ in sequences], group.rank, group.size, micro):
-        input_ids, mask = pad_right([sequences[p][0] for p in positions])
-        marked = mask.clone()
-        for i, p in enumerate(positions):
-            marked[i, : sequences[p][1]] = False
-        input_ids, mask, marked = (x.to(group.device) for x in (input_ids, mask, marked))
+        input_ids, mask, marked = mark_from(
+            [sequences[p][0] for p in positions], [sequences[p][1] for p in positions],
+            group.device,
+        )  # fmt: skip
         scores = kl = torch.zeros(len(positions))
         if reward is not None:
             scores = reward(input_ids, mask)
@@ -170,9 +169,10 @@ def score_replies(
                 input_ids, mask, marked, temperature
             )
             kl = gap.sum(dim=1)
-        found += zip(positions, scores.tolist(), kl.tolist(), strict=True)
-    merged = sorted(item for part in group.gather(found) for item in part)
-    return [s for _, s, _ in merged], [k for _, _, k in merged]
+        pairs = zip(scores.tolist(), kl.tolist(), strict=True)
+        found += zip(positions, pairs, strict=True)
+    merged = group.in_order(found)
+    return [score for score, _ in merged], [kl for _, kl in merged]
 
 
 def judge_all(

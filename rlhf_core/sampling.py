@@ -98,8 +98,4 @@ def score_sequences(
         input_ids, mask = pad_right([sequences[p] for p in positions])
         scores = module(input_ids.to(group.device), mask.to(group.device))
         found += zip(positions, scores.tolist(), strict=True)
-    result = [0.0] * len(sequences)
-    for part in group.gather(found):
-        for position, score in part:
-            result[position] = score
-    return result
+    return group.in_order(found)

@@ -125,20 +125,19 @@ def score(
         tensors = [old, ref] if values is None else [old, ref, values]
         for i, p in enumerate(positions):
             columns = [x[i][marked[i]].float().cpu() for x in tensors]
-            found.append((p, columns, None if scores is None else float(scores[i])))
+            found.append((p, (columns, None if scores is None else float(scores[i]))))
 
     shape = (len(sequences), max(len(x) for x in rollout["logprobs"]))
     mask = torch.zeros(shape, dtype=torch.bool)
     rollout_logprobs, *places = (torch.zeros(shape) for _ in range(1 + len(tensors)))
-    model_scores: list[Any] = [None] * shape[0]
-    for part in group.gather(found):
-        for p, columns, raw in part:
-            n = len(columns[0])
-            mask[p, :n] = True
-            rollout_logprobs[p, :n] = torch.tensor(rollout["logprobs"][p])
-            for place, column in zip(places, columns, strict=True):
-                place[p, :n] = column
-            model_scores[p] = raw
+    model_scores: list[Any] = []
+    for p, (columns, raw) in enumerate(group.in_order(found)):
+        n = len(columns[0])
+        mask[p, :n] = True
+        rollout_logprobs[p, :n] = torch.tensor(rollout["logprobs"][p])
+        for place, column in zip(places, columns, strict=True):
+            place[p, :n] = column
+        model_scores.append(raw)
     components, troubles = score_by_rules(models, group, rollout, rows)
     if models.reward is not None:
         components = {"model": torch.tensor(model_scores), **components}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batching import pad_right, split_batch
+from rlhf_core.batching import mark_from, split_batch
 from rlhf_core.checkpoint import Checkpointer
 from rlhf_core.context import StageContext
 from rlhf_core.data.reading import Rows
@@ -159,11 +159,9 @@ def collate_responses(
     device: torch.device,
 ) -> Batch:
     """The rows at some positions; marked is True at response tokens."""
-    input_ids, mask = pad_right([sequences[p] for p in positions])
-    marked = mask.clone()
-    for i, p in enumerate(positions):
-        marked[i, : prompt_lengths[p]] = False
-    return input_ids.to(device), mask.to(device), marked.to(device)
+    return mark_from(
+        [sequences[p] for p in positions], [prompt_lengths[p] for p in positions], device
+    )
 
 
 # --------------------------------------------------------------------------------------- the end

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.batching import batch_rows, pad_right, split_batch
+from rlhf_core.batching import batch_rows, mark_from, split_batch
 from rlhf_core.checkpoint import Checkpointer
 from rlhf_core.context import StageContext
 from rlhf_core.data.reading import Rows
@@ -37,10 +37,8 @@ def collate_replies(
     replies: Sequence[Reply], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """input_ids (B,S), mask (B,S) bool and marked (B,S) bool, True at the responses' tokens."""
-    input_ids, mask = pad_right([[*prompt, *response] for prompt, response in replies])
-    starts = torch.tensor([len(prompt) for prompt, _ in replies])  # (B,)
-    marked = mask & (torch.arange(input_ids.shape[1]) >= starts.unsqueeze(1))
-    return input_ids.to(device), mask.to(device), marked.to(device)
+    whole = [[*prompt, *response] for prompt, response in replies]
+    return mark_from(whole, [len(prompt) for prompt, _ in replies], device)
 
 
 def pair_replies(rows: Sequence[Mapping[str, Any]]) -> list[Reply]:
@@ -98,11 +96,7 @@ def response_logps(
         with strategy.autocast():
             logps = sequence_logps(module(*batch), batch[2])  # (b,)
         found += zip(numbers, logps.tolist(), strict=True)
-    result = torch.zeros(len(lengths), dtype=torch.float64)
-    for part in group.gather(found):
-        for number, logp in part:
-            result[number] = logp
-    return result
+    return torch.tensor(group.in_order(found), dtype=torch.float64)
 
 
 def pair_logps(

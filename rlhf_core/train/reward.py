@@ -193,11 +193,7 @@ def probe_head(
         found += [
             (p, torch.stack(pair)) for p, *pair in zip(positions, chosen, rejected, strict=True)
         ]
-    features: list[Any] = [None] * len(rows)
-    for part in group.gather(found):
-        for position, pair in part:
-            features[position] = pair
-    pairs = torch.stack(features)  # (n,2,d)
+    pairs = torch.stack(group.in_order(found))  # (n,2,d)
     with torch.enable_grad():
         weight, l2, accuracy = fit_probe(pairs[:, 0], pairs[:, 1], [r["prompt"] for r in rows])
     module.head.weight.copy_(weight.unsqueeze(0))

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rlhf_core.batching import batch_rows
 from rlhf_core.data.reading import Rows
 from rlhf_core.data.writer import write_dataset
+from rlhf_core.distributed import Group
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DPOJob, DPOSettings, KTOJob, KTOSettings, ORPOJob
 from rlhf_core.models import Policy
@@ -29,8 +30,17 @@ from rlhf_core.train.preference import (
 
 CPU = torch.device("cpu")
 DIGESTS = {"model": "0" * 64, "data": "1" * 64}
+
+
+class One(Group):
+    """The group of one process, without a process group."""
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.device = 0, 1, CPU
+
+
 ALONE = SimpleNamespace(
-    group=SimpleNamespace(rank=0, size=1, gather=lambda value: [value]),
+    group=One(),
     device=CPU,
     autocast=contextlib.nullcontext,
 )
