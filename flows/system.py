@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,12 +261,14 @@ class Supervisor:
         return server.client_environment
 
     def _start(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
-        from tasks.launchers.processes import ProcessTree, die_with_parent
+        from rlhf_core.child import die_with_parent
+        from tasks.launchers.processes import ProcessTree
 
         with (folder() / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 command, env={**os.environ, **environment}, cwd=folder(),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),
             )  # fmt: skip
         self.parts[name] = (command, dict(environment), ProcessTree(process))
 

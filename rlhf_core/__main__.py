@@ -7,7 +7,6 @@ Exit code 0: every job's artifact is in the store. 1: error-<rank>.json says why
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import faulthandler
 import importlib
@@ -15,7 +14,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 import traceback
 import warnings
@@ -24,6 +22,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from rlhf_core.child import die_with_parent
 from rlhf_core.context import StageContext
 from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.host_memory import amount, peak_memory
@@ -130,13 +129,6 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this rank when torchrun (or whoever started it) is gone."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def first_to_go() -> None:
     """If memory runs out, the kernel is to end a rank, not the orchestrator or a server."""
     with contextlib.suppress(OSError):
@@ -145,7 +137,7 @@ def first_to_go() -> None:
 
 def main(arguments: list[str]) -> int:
     """Entry point; returns the exit code."""
-    die_with_parent()
+    die_with_parent()  # torchrun, or whoever started this rank
     first_to_go()
     faulthandler.enable()  # NCCL's watchdog, say, ends a process by SIGABRT
     stop.install()

@@ -22,9 +22,7 @@ from rlhf_core.models import ScalarModel, load_scalar_model, save_scalar_model
 from rlhf_core.remote_code import is_trusted
 from rlhf_core.source_id import parse_source
 from rlhf_core.store import Artifact
-from rlhf_core.weights import check_loaded, check_weight_files
-
-OURS = "reward_head.safetensors"
+from rlhf_core.weights import REWARD_HEAD, check_loaded, check_weight_files
 
 
 def run(job: ImportRewardJob, context: StageContext) -> Artifact:
@@ -54,7 +52,7 @@ def run(job: ImportRewardJob, context: StageContext) -> Artifact:
     if isinstance(place, Path) and (problems := check_weight_files(place, speaks=False)):
         raise ModelError(" ".join(problems))
     check_vocabulary(job, place, base)
-    ours = isinstance(place, Path) and (place / OURS).exists()
+    ours = isinstance(place, Path) and (place / REWARD_HEAD).exists()
     model = load_scalar_model(place) if ours else load_classifier(job, place)  # type: ignore[arg-type]
     folder = context.scratch("reward")
     save_scalar_model(model, folder, base)

@@ -29,9 +29,9 @@ from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.jobs import TrainSettings
 from rlhf_core.logprobs import backbone_hidden, response_logprobs
 from rlhf_core.remote_code import is_trusted
+from rlhf_core.weights import REWARD_HEAD
 
-_WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", "reward_head.safetensors")
-_HEAD = "reward_head.safetensors"
+_WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", REWARD_HEAD)
 _SCALE = "reward.json"
 _PREFIXES = ("policy", "critic", "model", "backbone", "base_model", "transformer", "decoder")
 
@@ -205,13 +205,13 @@ def load_scalar_model(folder: Path, dtype: torch.dtype = torch.float32) -> Scala
     Raises:
         ModelError: the folder is not a reward model, or its weights do not fit.
     """
-    if not (folder / _HEAD).exists():
+    if not (folder / REWARD_HEAD).exists():
         raise ModelError(
-            f"{folder} has no {_HEAD}: it is not a reward model of this project. Use the artifact "
-            "of a reward stage."
+            f"{folder} has no {REWARD_HEAD}: it is not a reward model of this project. Use the "
+            "artifact of a reward stage."
         )
     backbone = _load(AutoModel, folder, dtype)
-    head = load_file(folder / _HEAD)
+    head = load_file(folder / REWARD_HEAD)
     model = ScalarModel(backbone, head["weight"].shape[1])
     model.head.load_state_dict(head)
     scale = json.loads((folder / _SCALE).read_text())
@@ -388,7 +388,7 @@ def save_scalar_model(model: ScalarModel, folder: Path, source: Path) -> None:
     backbone = merged(model.backbone)
     backbone.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
     head = {k: v.detach().float().contiguous() for k, v in model.head.state_dict().items()}
-    save_file(head, folder / _HEAD)
+    save_file(head, folder / REWARD_HEAD)
     scale = {"mean": model.mean, "std": model.std, "pooling": model.pooling}
     (folder / _SCALE).write_text(json.dumps(scale) + "\n")
     copy_companions(source, folder)

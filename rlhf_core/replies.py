@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import DataError, ModelError, OutOfMemory
 from rlhf_core.remote_code import is_trusted
-from rlhf_core.weights import check_weight_files
+from rlhf_core.weights import REWARD_HEAD, check_weight_files
 
 if TYPE_CHECKING:
     from rlhf_core.data.row import Message
@@ -100,7 +100,7 @@ def load_talker(folder: Path) -> Talker:
 def _check(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"There is no folder {folder}; needed is one with a chat model.")
-    if (folder / "reward_head.safetensors").exists():
+    if (folder / REWARD_HEAD).exists():
         raise ModelError(
             f"{folder} is a reward model, which gives scores and cannot talk; take the model of "
             "the stage sft or ppo, or a published one."

@@ -19,12 +19,13 @@ from rlhf_core.safetensors_header import HeaderProblem, TensorInfo, read_header
 from rlhf_core.source_id import fingerprint, parse_source
 
 __all__ = [
-    "PICKLES", "TOKENIZER_FILES", "check_loaded", "check_weight_files", "fingerprint",
-    "parse_source", "read_tensors",
+    "PICKLES", "REWARD_HEAD", "TOKENIZER_FILES", "check_loaded", "check_weight_files",
+    "fingerprint", "parse_source", "read_tensors",
 ]  # fmt: skip
 
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+REWARD_HEAD = "reward_head.safetensors"  # beside the backbone of this project's reward models
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from rlhf_core.data.reasoning import is_reasoning
-from rlhf_core.data.row import BadRow
+from rlhf_core.data.row import BadRow, whole_text
 from rlhf_core.jobs import DataSettings
 
 CARRIED = ("answer", "extra")
@@ -49,7 +49,7 @@ def answer_text(value: Any) -> str:
             f"column 'answer' holds a {type(value).__name__}; needed is a text or a number. What "
             "else a reward needs goes into column 'extra'",
         )
-    return _whole(value, "answer")
+    return whole_text(value, "column 'answer'")
 
 
 def extra_text(value: Any) -> str:
@@ -59,7 +59,7 @@ def extra_text(value: Any) -> str:
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             json.loads(value)
-            return _whole(value, "extra")
+            return whole_text(value, "column 'extra'")
         except (ValueError, RecursionError):
             pass  # a text like any other
     try:
@@ -68,15 +68,4 @@ def extra_text(value: Any) -> str:
         raise BadRow(
             "wrong_type", f"column 'extra' cannot be written as JSON ({error}); change the value"
         ) from None
-    return _whole(text, "extra")
-
-
-def _whole(text: str, name: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            "invalid_utf8",
-            f"column {name!r} holds half a character (a lone surrogate) at {error.start + 1}",
-        ) from None
-    return text
+    return whole_text(text, "column 'extra'")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_core.data.labels import is_label, read_label
-from rlhf_core.data.row import BadRow, Message, names, short
+from rlhf_core.data.row import BadRow, Message, names, short, whole_text
 from rlhf_core.jobs import Format, Purpose
 
 SERVES: dict[str, tuple[Purpose, ...]] = {
@@ -166,15 +166,7 @@ def _wrong_type(name: str, value: Any, needed: str) -> BadRow:
 def _checked(value: str, name: str) -> str:
     if not value.strip():
         raise BadRow("no_text", f"{name} is empty")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRow(
-                "invalid_utf8",
-                f"{name} holds half a character (a lone surrogate) at position {error.start + 1}",
-            ) from None
-    return value
+    return whole_text(value, name)
 
 
 def _text(row: dict[str, Any], name: str) -> str:

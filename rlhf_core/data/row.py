@@ -140,3 +140,20 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise BadRow("double_key", f"the key {short(twice)} is there twice in one object")
     return value
+
+
+def whole_text(value: str, name: str) -> str:
+    """The text, if it can be written as UTF-8.
+
+    Raises:
+        BadRow: it holds half a character.
+    """
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow(
+                "invalid_utf8",
+                f"{name} holds half a character (a lone surrogate) at position {error.start + 1}",
+            ) from None
+    return value

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from rlhf_core.child import python_path
 from rlhf_core.jobs import DataSettings
 from rlhf_core.jobs.rewards import (
     AnswerReward,
@@ -15,7 +17,7 @@ from rlhf_core.jobs.rewards import (
     Reward,
     SentimentReward,
 )
-from rlhf_core.rewards.reasoning import INSTALL, child_environment, installed
+from rlhf_core.rewards.reasoning import INSTALL, installed
 
 IMPORT_SECONDS = 120.0
 
@@ -91,7 +93,7 @@ def _importable(path: str) -> str:
         done = subprocess.run(
             [sys.executable, "-c", _IMPORT, path],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=IMPORT_SECONDS,
-            check=False, env=child_environment(),
+            check=False, env={**os.environ, "PYTHONPATH": python_path()},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"importing {path} takes more than {IMPORT_SECONDS:g} s; make its module lighter"

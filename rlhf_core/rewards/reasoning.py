@@ -18,10 +18,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import rlhf_core
+from rlhf_core.child import python_path
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.jobs.rewards import ReasoningGymReward
 from rlhf_core.rewards.patterns import compiled, extract
@@ -32,13 +31,6 @@ START_SECONDS = 120.0  # for importing the package, on a busy machine
 
 def installed() -> bool:
     return find_spec("reasoning_gym") is not None
-
-
-def child_environment() -> dict[str, str]:
-    """This process's environment, in which a child finds this very rlhf_core."""
-    source = str(Path(rlhf_core.__file__).resolve().parents[1])
-    paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def reasoning_score(
@@ -126,7 +118,7 @@ class Verifier:
             [sys.executable, "-m", "rlhf_core.rewards.verifier", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=child_environment(),
+            env={**os.environ, "PYTHONPATH": python_path()},
         )
         atexit.register(self.close)
         self._rest = b""

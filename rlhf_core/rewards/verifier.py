@@ -5,20 +5,18 @@ Lines of JSON: {task, options, entry, answer, seed} in, {score} or {score, error
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+from rlhf_core.child import die_with_parent
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a busy child sees no closed pipe
+    die_with_parent()  # a busy child sees no closed pipe
     if os.getppid() != int(sys.argv[1]):
         return
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

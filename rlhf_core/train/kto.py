@@ -30,6 +30,7 @@ from rlhf_core.store import Artifact
 from rlhf_core.strategy import Strategy
 from rlhf_core.train.policy import prepare_policy
 from rlhf_core.train.preference import (
+    PAIR_METRICS,
     Reply,
     collate_replies,
     heldout_metrics,
@@ -88,7 +89,7 @@ def run(job: KTOJob, context: StageContext) -> Artifact | None:
             [len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows],
             strategy.rank, strategy.world_size, resources.micro_batch_size,
         )  # fmt: skip
-        sums = torch.zeros(1 + len(METRICS), dtype=torch.float64)
+        sums = torch.zeros(1 + len(PAIR_METRICS), dtype=torch.float64)
         try:
             for i, positions in enumerate(micro):
                 mine = [rows[p] for p in positions]
@@ -98,7 +99,7 @@ def run(job: KTOJob, context: StageContext) -> Artifact | None:
                     logps = sequence_logps(strategy.module(*batch), batch[2])  # (b,)
                     loss, metrics = reply_loss(job, logps, ref, mine, kl, len(rows))
                     strategy.backward(loss)
-                sums += torch.tensor([loss.item(), *(float(metrics[k]) for k in METRICS)])
+                sums += torch.tensor([loss.item(), *(float(metrics[k]) for k in PAIR_METRICS)])
             # 4. Update.
             grad_norm = strategy.step()
         except NonFinite as error:
@@ -208,8 +209,6 @@ def look_ahead(train: LabelledReplies, job: KTOJob, total: int) -> list[Ask]:
 
 # ----------------------------------------------------------------------------- what is learned
 
-METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")  # sums of the two rewards
-
 
 def reply_logps(
     module: Policy, replies: LabelledReplies, asked: Sequence[Ask], strategy: Strategy, job: KTOJob
@@ -259,9 +258,9 @@ def reply_loss(
 
 
 def reported(found: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Loss and METRICS of the global batch; the rewards are means over the rows of their kind, and
-    one is left out where there is none."""
-    metrics = dict(zip(("loss", *METRICS), found, strict=True))
+    """Loss and PAIR_METRICS of the global batch; the rewards are means over the rows of their
+    kind, and one is left out where there is none."""
+    metrics = dict(zip(("loss", *PAIR_METRICS), found, strict=True))
     good = sum(bool(row["label"]) for row in rows)
     for name, number in (("chosen_reward", good), ("rejected_reward", len(rows) - good)):
         total = metrics.pop(name)

@@ -114,7 +114,7 @@ def load_models(
         saved += share_frozen(trained, *frozen)
     if saved:
         context.log(f"frozen layers shared between the models: {saved / 2**20:.0f} MiB saved")
-    rules = Rules([r for r in job.rewards if not isinstance(r, ModelReward)], job.seed)
+    rules = Rules(job.rewards, job.seed)
     weights = dict(zip(rules.names, rules.weights, strict=True))
     weights["model"] = sum(r.weight for r in job.rewards if isinstance(r, ModelReward))
     # Rank 0 shows replies to people; rules read them on every rank.

@@ -7,22 +7,24 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-import rlhf_core
+from rlhf_core.child import die_with_parent, python_path
 from rlhf_core.jobs import Job
 from rlhf_core.secrets import hide
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.devices import reserved
 from tasks.launchers.failures import DeadRank, diagnose
-from tasks.launchers.processes import ProcessTree, die_with_parent
+from tasks.launchers.processes import ProcessTree
 from tasks.launchers.usage import Memory, table
 
 MODULE = "rlhf_core"  # run as `python -m MODULE FOLDER/job.json`; tests put a stand-in here
@@ -83,7 +85,7 @@ class LocalTorchrun:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=die_with_parent,
+            preexec_fn=partial(die_with_parent, signal.SIGTERM),
         )
         tree, memory = ProcessTree(process), Memory()
         reader = _Reader(process, launch.log, on_line)
@@ -169,14 +171,12 @@ def environment(jobs: list[Job], store: str, devices: Sequence[str] = ()) -> dic
         "PYTHONWARNINGS": "ignore",
         "GLOO_SOCKET_IFNAME": "lo",  # one machine: no look-up of a host name that may not resolve
     }
-    source = str(Path(rlhf_core.__file__).resolve().parents[1])
-    paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {
         **quiet,
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": python_path(),
         "RLHF_STORE": store,
         **({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
     }

@@ -4,20 +4,10 @@ process group do not reach them: what counts is who descends from whom."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import signal
 import subprocess
 import time
 
 import psutil
-
-PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork
-
-
-def die_with_parent() -> None:
-    """In a child between fork and exec: get SIGTERM when the parent's thread ends, however."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class ProcessTree:
