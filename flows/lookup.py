@@ -45,7 +45,8 @@ def find_model(store: Store, wanted: str | None) -> Artifact:
     names = registry.model_names(store)
     if wanted is None or wanted in names:
         return _champion(store, wanted)
-    for run in read_runs(store):
+    records = read_runs(store)
+    for run in records:
         stage = (run.get("stages") or {}).get(wanted)
         if stage is not None and stage.get("kind") in MODEL_KINDS:
             return store.get(stage["digest"])
@@ -56,7 +57,7 @@ def find_model(store: Store, wanted: str | None) -> Artifact:
                 f"{artifact.ref} is a {artifact.kind}, not a model one can talk to."
             )
         return artifact
-    stages = sorted({name for run in read_runs(store) for name in _models_of(run)})
+    stages = sorted({name for run in records for name in _models_of(run)})
     close = difflib.get_close_matches(wanted, [*names, *stages], 1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise ArtifactNotFound(

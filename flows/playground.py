@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PASSWORD = "RLHF_PLAYGROUND_PASSWORD"
 RUNS_SHOWN = 50
-NAMES = {"model": "base", "pretrain": "pretrained", "sft": "SFT"}
+FIRST = ["model", "pretrain", "sft"]  # in the order in which they run; others come after them
 
 
 def playground(
@@ -84,7 +84,7 @@ def _results(record: dict[str, Any], kind: str) -> dict[str, str]:
 
     def place(stage: str) -> tuple[int, int, str]:
         algorithm, _, number = stage.partition("-")
-        early = [*NAMES].index(algorithm) if algorithm in NAMES else len(NAMES)
+        early = FIRST.index(algorithm) if algorithm in FIRST else len(FIRST)
         return early, int(number) if number.isdigit() else 0, algorithm
 
     stages = record.get("stages") or {}
@@ -97,14 +97,14 @@ def _results(record: dict[str, Any], kind: str) -> dict[str, str]:
 
 
 def _name(stage: str) -> str:
-    """model -> base, ppo -> PPO, dpo-2 -> DPO 2."""
-    algorithm, _, number = stage.partition("-")
-    return f"{NAMES.get(algorithm, algorithm.upper())} {number}".strip()
+    """What people call a stage's model."""
+    from rlhf_core.recipe import label_of
+
+    return "base" if stage == "model" else label_of(stage)
 
 
 def _published(store: Store) -> tuple[Any, ...]:
     """The champion of each published name."""
-    from flows.lookup import find_model
     from rlhf_core.errors import StoreError, StoreUnavailable
     from rlhf_core.playground.catalogue import PUBLISHED, Choice
     from rlhf_core.store import registry
@@ -112,7 +112,8 @@ def _published(store: Store) -> tuple[Any, ...]:
     found = []
     for name in registry.model_names(store):
         try:
-            found.append(Choice(f"{PUBLISHED}{name}", find_model(store, name).digest))
+            if digest := registry.champion(store, name):
+                found.append(Choice(f"{PUBLISHED}{name}", store.get(digest).digest))
         except StoreUnavailable:
             raise
         except StoreError:

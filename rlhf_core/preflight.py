@@ -19,7 +19,6 @@ from rlhf_core.jobs import (
     ModelSettings,
     OnlineSettings,
     PipelineConfig,
-    SampledPreferences,
 )
 from rlhf_core.machine import Machine, free_disk, this_machine
 from rlhf_core.memory import GIB, ways_to_fit
@@ -189,10 +188,8 @@ def _check_judge(settings: EndpointJudgeSettings) -> list[str]:
 
 def _check_packages(config: PipelineConfig) -> list[str]:
     needed = {"gguf": config.model.source.startswith("builtin:")}
-    data = config.data
-    labelled = {step.name == "label" for step in recipe.steps(config) if step.algorithm == "label"}
-    labellers = {data.preference if first else data.rounds for first in labelled}
-    vader = any(isinstance(s, SampledPreferences) and s.labeller == "vader" for s in labellers)
+    labels = (step for step in recipe.steps(config) if step.algorithm == "label")
+    vader = any(recipe.label_settings(config, step)[1].labeller == "vader" for step in labels)
     needed["vaderSentiment"] = vader or config.evaluate.judge == "vader"
     needed["peft"] = any(recipe.section(config, stage).lora for stage in config.stages)
     return [

@@ -24,12 +24,11 @@ def placements(config: PipelineConfig) -> dict[str, Resources]:
     """Setting name of each stage that runs on ranks -> where it runs."""
     sections: dict[str, Any] = {}
     for step in recipe.steps(config):
-        if step.algorithm != "label":
-            sections[step.algorithm] = recipe.section(config, step.algorithm)
-        elif step.name == "label":
-            sections["data.preference"] = config.data.preference
+        if step.algorithm == "label":
+            name, labelling = recipe.label_settings(config, step)
+            sections[name] = labelling
         else:
-            sections["data.rounds"] = config.data.rounds
+            sections[step.algorithm] = recipe.section(config, step.algorithm)
     if recipe.makes_a_model(config):
         sections["evaluate"] = config.evaluate
     return {

@@ -84,7 +84,7 @@ def split(config: PipelineConfig) -> tuple[list[str], list[str]]:
 
 def policy_label(config: PipelineConfig) -> str:
     """What people call the run's finished model: by the last stage that made one."""
-    made = [stage for stage in config.stages if stage != "reward"]
+    made = model_stages(config)
     return label_of(made[-1]) if made else "base"
 
 
@@ -95,9 +95,14 @@ def label_of(stage: str) -> str:
     return f"{label}, round {number}" if number else label
 
 
+def model_stages(config: PipelineConfig) -> list[str]:
+    """The stages that make a language model."""
+    return [stage for stage in config.stages if job_class(stage).kind == "model"]
+
+
 def makes_a_model(config: PipelineConfig) -> bool:
     """Whether there is a new language model to evaluate and publish in the end."""
-    return any(stage != "reward" for stage in config.stages)
+    return bool(model_stages(config))
 
 
 def stage_names(config: PipelineConfig) -> list[str]:
@@ -118,6 +123,14 @@ def check_last(config: PipelineConfig, until: str) -> list[str]:
 def has_reward_model(config: PipelineConfig) -> bool:
     """Whether the run trains a reward model, or is given one."""
     return "reward" in config.stages or config.reward_model is not None
+
+
+def label_settings(config: PipelineConfig, step: Step) -> tuple[str, SampledPreferences]:
+    """Name and value of the setting that a label step goes by."""
+    if step.name != "label":
+        return "data.rounds", config.data.rounds
+    assert isinstance(config.data.preference, SampledPreferences)
+    return "data.preference", config.data.preference
 
 
 def section(config: PipelineConfig, algorithm: str) -> TrainSettings:
@@ -203,12 +216,11 @@ def problems(config: PipelineConfig) -> list[str]:
 
 
 def _labelling(config: PipelineConfig, there: bool) -> list[str]:
-    found, algorithms = [], [step for step in steps(config) if step.algorithm == "label"]
-    for step in algorithms:
-        settings, name = config.data.rounds, "data.rounds"
-        if step.name == "label":
-            assert isinstance(config.data.preference, SampledPreferences)
-            settings, name = config.data.preference, "data.preference"
+    found = []
+    for step in steps(config):
+        if step.algorithm != "label":
+            continue
+        name, settings = label_settings(config, step)
         early = step.name == "label" and config.reward_model is None and "reward" in config.stages
         if settings.labeller == "reward_model" and (early or not there):
             found.append(

@@ -46,7 +46,7 @@ def model_card(run: Run, name: str, policy: str, evaluation: str) -> str:
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["rlhf", *(s for s in run.config.stages if s != "reward"), "conversational"],
+        "tags": ["rlhf", *recipe.model_stages(run.config), "conversational"],
     }
     if base and base.metadata.get("license"):
         front["license"] = str(base.metadata["license"]).lower()

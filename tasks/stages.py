@@ -29,7 +29,6 @@ from rlhf_core.jobs import (
     NewModelJob,
     PipelineConfig,
     Resources,
-    SampledPreferences,
     Settings,
     TrainingStage,
 )
@@ -162,9 +161,7 @@ def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
 @stage("label")
 def label(run: Run, step: recipe.Step, given: dict[str, str]) -> StageResult:
     """Preference pairs: replies of the newest model, compared by the labeller."""
-    data = run.config.data
-    settings = data.preference if step.name == "label" else data.rounds
-    assert isinstance(settings, SampledPreferences)
+    _, settings = recipe.label_settings(run.config, step)
     inputs = {name: given[role] for name, role in LabelJob.roles().items() if role in given}
     if settings.labeller != "reward_model":
         inputs.pop("reward_model", None)
