@@ -2,7 +2,8 @@
 
 The vocabulary head is a fifth to a quarter of a training step and most of its memory. So logits
 are computed only at the positions that predict a token which a loss reads, a chunk of positions
-at a time, and computed again in the backward pass instead of being kept.
+at a time. Where there are many, they are computed again in the backward pass instead of being kept;
+where the head is frozen, what the backward pass needs of them is computed at once.
 
 N positions, d hidden size, V vocabulary, B sequences, S positions of a sequence, T of them at its
 end the response. Log-probabilities are in nats, of logits divided by the temperature.
@@ -27,6 +28,9 @@ from rlhf_core.losses import upcast
 # only leave the cache; on a GPU a weight read from memory must serve many rows.
 _CHUNK_LOGITS = {"cpu": 2**24, "other": 2**27}
 _CHUNK_ROWS = {"cpu": (64, 256), "other": (64, 8192)}
+# Logits up to this many are kept for the backward pass (128 and 256 MiB) instead of being computed
+# again, which costs a third of the head's time.
+_KEPT_LOGITS = {"cpu": 2**25, "other": 2**26}
 
 
 class Head(NamedTuple):
@@ -57,7 +61,11 @@ def _finish(logits: Tensor, scale: float, softcap: float | None, temperature: fl
 
 # ------------------------------------------------------------------------- chunked log-softmax
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-softmax at the targets; keeps only a log-sum-exp per row for the backward pass."""
+    """Log-softmax at the targets.
+
+    For the backward pass it keeps the logits if they are few; else, where only the hidden states
+    have gradients, d logprob / d hidden (N,d); else no more than a log-sum-exp per row.
+    """
 
     @staticmethod
     def forward(
@@ -75,6 +83,13 @@ class _TokenLogprobs(torch.autograd.Function):
         norms = torch.empty(count, dtype=exact, device=hidden.device)  # (N,)
         logprobs = torch.empty_like(norms)  # (N,)
         entropies = torch.empty_like(norms) if options.entropy else norms.new_zeros(0)
+        need_h, *need_head = ctx.needs_input_grad[:3]
+        slope = None
+        if need_h and not any(need_head) and not options.entropy and options.softcap is None:
+            slope = torch.empty_like(hidden)  # (N,d)
+        keep = any(ctx.needs_input_grad[:3]) and slope is None
+        keep = keep and count * weight.shape[0] <= _KEPT_LOGITS[_kind(hidden)]
+        ctx.kept = []
         start = 0
         with torch.autocast(hidden.device.type, enabled=False):
             w, b = _cast(weight, bias, options.dtype)
@@ -88,15 +103,25 @@ class _TokenLogprobs(torch.autograd.Function):
                 if options.entropy:
                     p = torch.exp(logits - norm.unsqueeze(1))
                     entropies[rows] = norm - p.mul_(logits).sum(dim=1)
+                if slope is not None:
+                    grad = logits.sub_(norm.unsqueeze(1)).exp_().neg_()  # (n,V)
+                    grad.scatter_add_(1, y.unsqueeze(1), torch.ones_like(norm).unsqueeze(1))
+                    slope[rows] = (grad.to(options.dtype) @ w) * options.factor
+                elif keep:
+                    ctx.kept.append(logits)
         ctx.options = options
-        ctx.save_for_backward(hidden, weight, bias, targets, norms, entropies)
+        ctx.save_for_backward(hidden, weight, bias, targets, norms, entropies, slope)
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, targets, norms, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, norms, entropies, slope = ctx.saved_tensors
         options: _Options = ctx.options
+        if slope is not None:
+            return slope * grad_logprobs.unsqueeze(1).to(slope.dtype), None, None, None, None
+        kept = iter(ctx.kept)
+        ctx.kept = []  # they are changed in place below: a second backward pass computes them anew
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_w = torch.zeros_like(weight, dtype=norms.dtype) if need_w else None
@@ -107,7 +132,9 @@ class _TokenLogprobs(torch.autograd.Function):
             for h, y in _chunks(hidden, targets, chunk=options.chunk):
                 rows = slice(start, start + h.shape[0])
                 start = rows.stop
-                logits = options.logits(h, w, b)  # (n,V)
+                logits = next(kept, None)  # (n,V)
+                if logits is None:
+                    logits = options.logits(h, w, b)
                 g = grad_logprobs[rows].unsqueeze(1)  # (n,1)
                 tanh = None
                 if options.softcap is not None:
@@ -122,11 +149,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 else:
                     grad = logp.exp_().mul_(-g)
                 grad.scatter_add_(1, y.unsqueeze(1), g.to(grad.dtype))
-                factor = options.scale / options.temperature
                 if tanh is not None:
                     grad.mul_(1 - tanh.square_())
-                if factor != 1.0:
-                    grad.mul_(factor)
+                if options.factor != 1.0:
+                    grad.mul_(options.factor)
                 if grad_b is not None:
                     grad_b += grad.sum(dim=0)
                 grad = grad.to(options.dtype)
@@ -155,9 +181,18 @@ class _Options(NamedTuple):
     softcap: float | None
     entropy: bool
 
+    @property
+    def factor(self) -> float:
+        """d logits / d (weight h), but for a soft cap."""
+        return self.scale / self.temperature
+
     def logits(self, h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         logits = upcast(F.linear(h.to(self.dtype), w, b))
         return _finish(logits, self.scale, self.softcap, self.temperature)
+
+
+def _kind(tensor: Tensor) -> str:
+    return "cpu" if tensor.device.type == "cpu" else "other"
 
 
 def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -247,7 +282,7 @@ def token_logprobs(
         nothing = upcast((hidden.sum() + 0 * weight[:1].sum()).expand(0))
         return (nothing, nothing) if entropy else nothing
     if chunk is None:
-        device = "cpu" if hidden.device.type == "cpu" else "other"
+        device = _kind(hidden)
         least, most = _CHUNK_ROWS[device]
         chunk = min(max(_CHUNK_LOGITS[device] // weight.shape[0], least), most)
     dtype = _product_dtype(hidden, weight)

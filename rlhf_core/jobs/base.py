@@ -64,8 +64,9 @@ class Resources(Settings):
     strategy: Strategy = "ddp"
     """How model and optimizer are spread over the ranks (ColossalAI Booster plugin)."""
     micro_batch_size: PositiveInt = 8
-    """Sequences (pairs where the data are pairs) per rank in one forward and backward pass; the
-    accumulation follows from batch_size / (ranks x micro_batch_size)."""
+    """Sequences (pairs where the data are pairs) of a batch's greatest length per rank in one
+    forward and backward pass; of shorter ones it takes up to as many as have as many tokens. The
+    number of passes per step follows."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

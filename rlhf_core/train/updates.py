@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_core.batching import batch_rows, derive_seed, split_batch
+from rlhf_core.batching import batch_rows, derive_seed, split_evenly
 from rlhf_core.data.reading import Rows
 from rlhf_core.errors import TrainingFailure
 from rlhf_core.jobs import OnlineJob
@@ -144,7 +144,8 @@ def passes(seed: int, step: int, epochs: int, minibatches: int) -> Iterator[tupl
 def ptx_batches(
     job: OnlineJob, strategy: Strategy, ptx: Rows | None, count: int, number: int, micro: int
 ) -> list[tuple[Batch, float] | None]:
-    """As many language-modelling rows as the minibatch has replies, cut alike, with their count.
+    """As many language-modelling rows as the minibatch has replies, in as many
+    parts, with their count.
 
     Args:
         count: rows. number: of the update, see `passes`. micro: micro-batches of this rank.
@@ -153,11 +154,8 @@ def ptx_batches(
         return [None] * micro
     rows = ptx.take(batch_rows(len(ptx), count, number, derive_seed(job.seed, 0x907)))
     tokens = float(sum(trained_tokens(r) for r in rows))
-    parts = split_batch(
-        [len(r["input_ids"]) for r in rows],
-        strategy.rank, strategy.world_size, job.resources.micro_batch_size,
-    )  # fmt: skip
-    assert len(parts) == micro, f"{len(parts)} ptx micro-batches for {micro}"
+    lengths = [len(r["input_ids"]) for r in rows]
+    parts = split_evenly(lengths, strategy.rank, strategy.world_size, micro)
     return [(collate([rows[p] for p in part], strategy.device), tokens) for part in parts]
 
 

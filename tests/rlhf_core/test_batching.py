@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from rlhf_core.batching import (
+    _cuts,
     batch_rows,
     derive_seed,
     learning_rate_scale,
     pad_right,
+    pass_cost,
     split_batch,
+    split_evenly,
     steps_in,
 )
 
@@ -51,8 +54,35 @@ def test_micro_batches_cover_the_batch_evenly(world_size, micro):
     flat = sorted(p for rank in parts for batch in rank for p in batch)
     assert flat == list(range(24))
     assert len({len(rank) for rank in parts}) == 1, "every rank takes part in every exchange"
-    assert all(len(batch) <= micro for rank in parts for batch in rank)
+    for batch in (b for rank in parts for b in rank):
+        assert len(batch) * max(lengths[p] for p in batch) <= micro * max(lengths)
     assert max(lengths[p] for p in parts[0][0]) == max(lengths), "the longest row comes first"
+
+
+def test_cuts_are_the_cheapest_of_all():
+    widths = sorted(np.random.default_rng(1).integers(1, 400, size=10).tolist(), reverse=True)
+
+    def cost(cuts):
+        return sum((stop - start) * widths[start] + pass_cost() for start, stop in cuts)
+
+    def ways(start):  # every way to cut what is left, by brute force
+        if start == len(widths):
+            yield []
+        for stop in range(start + 1, len(widths) + 1):
+            if (stop - start) * widths[start] <= 3 * widths[0]:
+                yield from ([(start, stop), *rest] for rest in ways(stop))
+
+    found = _cuts(widths, 3, pass_cost())
+    assert cost(found) == min(map(cost, ways(0)))
+    assert [start for start, _ in found[1:]] == [stop for _, stop in found[:-1]]
+
+
+def test_a_given_number_of_parts_is_even():
+    lengths = [5, 9, 1, 7, 3, 8, 2, 6, 4, 10]
+    ranks = [split_evenly(lengths, r, 2, 3) for r in range(2)]
+    assert [[len(part) for part in rank] for rank in ranks] == [[1, 2, 2], [1, 2, 2]]
+    assert sorted(p for rank in ranks for part in rank for p in part) == list(range(10))
+    assert ranks[0][0] == [9], "the longest row comes first"
 
 
 def test_pad_right_masks_by_length_not_by_value():

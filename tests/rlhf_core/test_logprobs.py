@@ -126,14 +126,22 @@ def tensors(dtype: torch.dtype, rows: int = 23) -> tuple[Tensor, Tensor, Tensor,
     return hidden, weight, bias, torch.randint(0, V, (rows,), generator=generator)
 
 
+@pytest.mark.parametrize("kept", [0, 2**20])
 @pytest.mark.parametrize("chunk", [1, 5, 23, 1000, None])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
     ("temperature", "scale", "softcap"), [(1.0, 1.0, None), (0.7, 0.3, None), (1.3, 2.0, 5.0)]
 )
 def test_token_logprobs_and_gradients_equal_log_softmax(
-    chunk: int | None, with_bias: bool, temperature: float, scale: float, softcap: float | None
+    kept: int,
+    chunk: int | None,
+    with_bias: bool,
+    temperature: float,
+    scale: float,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(lp._KEPT_LOGITS, "cpu", kept)  # 0: everything is computed again
     hidden, weight, bias, targets = tensors(torch.float64)
     leaves = [
         x.requires_grad_() for x in ([hidden, weight, bias] if with_bias else [hidden, weight])
@@ -162,6 +170,33 @@ def test_token_logprobs_and_gradients_equal_log_softmax(
 
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(grads, want_grads)
+
+
+@pytest.mark.parametrize(("temperature", "scale", "softcap"), [(0.7, 0.3, None), (1.3, 2.0, 5.0)])
+def test_a_frozen_head_gives_the_hidden_states_the_same_gradient(
+    temperature: float, scale: float, softcap: float | None
+) -> None:
+    hidden, weight, bias, targets = tensors(torch.float64)
+    hidden.requires_grad_()
+    options = {"bias": bias, "temperature": temperature, "scale": scale, "softcap": softcap}
+    got = lp.token_logprobs(hidden, weight, targets, chunk=5, **options)
+    logits = (hidden @ weight.t() + bias) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    want = torch.log_softmax(logits / temperature, -1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.square().sum(), hidden),
+        torch.autograd.grad(want.square().sum(), hidden),
+    )
+
+
+def test_a_second_backward_pass_computes_what_the_first_one_used_up() -> None:
+    hidden, weight, _, targets = tensors(torch.float64)
+    weight.requires_grad_()
+    loss = lp.token_logprobs(hidden, weight, targets, chunk=4).square().sum()
+    first = torch.autograd.grad(loss, weight, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, weight), first)
 
 
 def test_token_logprobs_without_entropy_has_the_same_gradient() -> None:
