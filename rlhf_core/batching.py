@@ -102,9 +102,7 @@ def _cuts(widths: Sequence[int], rows: int, cost: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(reversed(cuts)))
 
 
-def split_evenly(
-    lengths: Sequence[int], rank: int, world_size: int, parts: int
-) -> list[list[int]]:
+def split_evenly(lengths: Sequence[int], rank: int, world_size: int, parts: int) -> list[list[int]]:
     """The same, in a given number of micro-batches whose rows differ by one at most.
 
     Args:

@@ -372,8 +372,16 @@ def accepted(function: Any, **kwargs: Any) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k in names}
 
 
+class BareBackbone:
+    """Makes a backbone without a vocabulary head look like a causal LM to `backbone_hidden`."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        inner = getattr(backbone, "get_base_model", None)
+        self.base_model = inner() if callable(inner) else backbone
+
+
 def backbone_hidden(
-    model: nn.Module,
+    model: nn.Module | BareBackbone,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
@@ -390,7 +398,8 @@ def backbone_hidden(
     Args:
         model: a transformers causal LM, unwrapped (call this *inside* the forward of a DDP or
             Gemini wrapper, or gradients are not synchronised).
-        input_ids, attention_mask, position_ids: (B,S). attention_mask: None where rows are packed.
+        input_ids, attention_mask, position_ids: (B,S). attention_mask: None where rows are packed;
+            (B,1,S,S) bool says itself which position sees which, see `rlhf_core.pairs`.
 
     Returns:
         (B,S,d).
@@ -413,6 +422,9 @@ def _mask_and_positions(
     if mask is None:
         assert position_ids is not None, "packed rows need position ids"
         return None, position_ids
+    if mask.dim() == 4:
+        assert position_ids is not None, "a mask of pairs of positions needs position ids"
+        return mask, position_ids
     mask = mask.long()
     return mask, position_ids_from_mask(mask) if position_ids is None else position_ids
 

@@ -27,7 +27,8 @@ from rlhf_core.adapters import save_adapter
 from rlhf_core.batching import derive_seed
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.jobs import TrainSettings
-from rlhf_core.logprobs import backbone_hidden, response_logprobs
+from rlhf_core.logprobs import BareBackbone, backbone_hidden, response_logprobs
+from rlhf_core.pairs import block_mask, ends_of
 from rlhf_core.remote_code import is_trusted
 from rlhf_core.weights import REWARD_HEAD
 
@@ -87,7 +88,7 @@ class ScalarModel(nn.Module):
 
     def states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """What the head reads at every position, (B,S,d)."""
-        hidden = backbone_hidden(_AsBase(self.backbone), input_ids, mask)  # (B,S,d)
+        hidden = backbone_hidden(BareBackbone(self.backbone), input_ids, mask)  # (B,S,d)
         if self.pooling == "mean":  # of all tokens so far: each position sees only its past
             real = mask.unsqueeze(-1).to(hidden.dtype)  # (B,S,1)
             hidden = (hidden * real).cumsum(dim=1) / real.cumsum(dim=1).clamp(min=1.0)
@@ -99,23 +100,38 @@ class ScalarModel(nn.Module):
         raw = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()  # (B,S)
         return (raw - self.mean) / self.std
 
-    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Scores (B,) fp32: the number at each row's last real token."""
+    def forward(self, input_ids: Tensor, mask: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Scores (B,) fp32: the number at each row's last real token.
+
+        Args:
+            mask: (B,S) bool; position ids where segments are given.
+            segments: (B,S) of pairs that share a row, see `rlhf_core.pairs`; the scores are then
+                (2B,), those of the chosen replies first.
+        """
+        if segments is not None:
+            return self._of_pairs(input_ids, mask, segments)
         values = self.per_token(input_ids, mask)  # (B,S)
         return values.gather(1, last_real(mask).unsqueeze(1)).squeeze(1)
+
+    def _of_pairs(self, input_ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
+        hidden = backbone_hidden(
+            BareBackbone(self.backbone), input_ids, block_mask(segments), positions
+        )  # (B,S,d)
+        pooled = []
+        for reply in (1, 2):
+            if self.pooling == "mean":
+                own = ((segments == 0) | (segments == reply)).unsqueeze(-1).to(hidden.dtype)
+                pooled.append((hidden * own).sum(dim=1) / own.sum(dim=1))  # (B,d)
+            else:
+                rows = torch.arange(len(hidden), device=hidden.device)
+                pooled.append(hidden[rows, ends_of(segments, reply)])  # (B,d)
+        raw = self.head(torch.cat(pooled).to(self.head.weight.dtype)).squeeze(-1).float()  # (2B,)
+        return (raw - self.mean) / self.std
 
 
 def last_real(mask: Tensor) -> Tensor:
     """Position (B,) of each row's last real token, whichever side is padded."""
     return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
-
-
-class _AsBase:
-    """Makes a bare backbone look like a causal LM to `backbone_hidden`."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        inner = getattr(backbone, "get_base_model", None)
-        self.base_model = inner() if callable(inner) else backbone
 
 
 class ActorCritic(nn.Module):

@@ -132,9 +132,7 @@ def replay(values: dict[str, Any], prompts: list[list[int]], algorithm: str) -> 
     }
 
 
-def replies_of(
-    values: dict[str, Any], prompts: list[list[int]], algorithm: str
-) -> list[list[int]]:
+def replies_of(values: dict[str, Any], prompts: list[list[int]], algorithm: str) -> list[list[int]]:
     """A reply for each prompt, a different one each time that it comes."""
     replies = values["full_replies" if algorithm == "ppo" else "replies"]
     seen: dict[int, int] = {}

@@ -94,9 +94,17 @@ def write_tiny(folder: Path) -> None:
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=8192, hidden_size=256, intermediate_size=688, num_hidden_layers=8,
-            num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048,
-            eos_token_id=END, pad_token_id=PAD, bos_token_id=None, tie_word_embeddings=False,
+            vocab_size=8192,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            eos_token_id=END,
+            pad_token_id=PAD,
+            bos_token_id=None,
+            tie_word_embeddings=False,
         )  # fmt: skip
     )
     make_talkative(model)

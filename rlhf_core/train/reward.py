@@ -31,6 +31,7 @@ from rlhf_core.models import (
     stop_tokens,
 )
 from rlhf_core.nonfinite import failure
+from rlhf_core.pairs import LONGEST, collate_shared, shared_length, takes_block_masks
 from rlhf_core.probe import fit_probe
 from rlhf_core.remote_code import is_trusted
 from rlhf_core.rollout import generate, make_row_seeds
@@ -71,15 +72,17 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
         scale = learning_rate_scale(step, total, job.warmup_fraction, job.schedule)
         scale *= checkpointer.rate
         strategy.set_learning_rate(scale)
-        # 2. Chosen and rejected of a pair go through the model in one pass.
+        # 2. Chosen and rejected of a pair go through the model in one pass, where it can in one row.
+        shared = in_one_row(job, module, rows)
         micro = split_batch(
-            [pair_length(r) for r in rows],
+            [shared_length(r) if shared else pair_length(r) for r in rows],
             strategy.rank, strategy.world_size, resources.micro_batch_size,
         )  # fmt: skip
         sums = torch.zeros(3, dtype=torch.float64)  # loss, accuracy, margin
         try:
             for i, positions in enumerate(micro):
-                batch = collate_pairs([rows[p] for p in positions], strategy.device)
+                together = collate_shared if shared else collate_pairs
+                batch = together([rows[p] for p in positions], strategy.device)
                 with strategy.micro_batch(last=i == len(micro) - 1):
                     chosen, rejected = strategy.module(*batch).chunk(2)  # (b,), (b,)
                     loss, metrics = pairwise_loss(
@@ -128,6 +131,13 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
 
 
 METRICS = ("accuracy", "margin")
+
+
+def in_one_row(job: RewardJob, module: ScalarModel, rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether the pairs of a batch share rows, so that their prompts are computed once."""
+    if max(shared_length(r) for r in rows) > LONGEST or not all(r["prompt_ids"] for r in rows):
+        return False
+    return job.resources.strategy != "gemini" and takes_block_masks(module.backbone)
 
 
 def pair_length(row: dict[str, Any]) -> int:
