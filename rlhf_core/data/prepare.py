@@ -163,7 +163,7 @@ def _pieces(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
     size = 0
     for raw in rows:
         piece.append(raw)
-        size += len(raw.data) if isinstance(raw.data, bytes) else 0
+        size += len(raw.data) if isinstance(raw.data, bytes | str) else 0
         if len(piece) >= PIECE_ROWS or size >= PIECE_BYTES:
             yield piece
             piece, size = [], 0

@@ -19,6 +19,7 @@ from rlhf_core.data import builtin, reasoning
 from rlhf_core.data.hub import hub_commit, hub_rows
 from rlhf_core.data.readers import READABLE, read_file, reader_of
 from rlhf_core.data.row import RawRow
+from rlhf_core.data.text_files import read_text
 from rlhf_core.errors import DataError, StoreUnavailable
 from rlhf_core.jobs import DataSettings
 from rlhf_core.playground import votes
@@ -99,25 +100,40 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def find_files(source: str) -> list[SourceFile]:
+def find_files(settings: DataSettings) -> list[SourceFile]:
     """The data files of a local or s3 source, sorted by name.
 
     Raises:
         DataError: there is none, or a single one has an unknown ending.
     """
-    found = _s3_files(source) if kind_of(source) == "s3" else _local_files(source)
+    source = settings.source
+    texts = settings.format == "text" or reader_of(source) is read_text
+    found = (_s3_files if kind_of(source) == "s3" else _local_files)(source, texts)
     if not found:
         raise DataError(
-            f"{source}: no data file there; readable are {READABLE}. Check the path "
-            f"(relative paths start at {os.getcwd()})."
+            f"{source}: no data file there; readable are {READABLE}, of which the last two in a "
+            "folder only with format: text (or name them: texts/*.txt). Check the path (relative "
+            f"paths start at {os.getcwd()})."
         )
     for file in found:
         if reader_of(file.name) is None:
             raise DataError(f"{file.name}: the ending is not known; readable are {READABLE}.")
+        if not _is_data(file.name, texts):
+            raise DataError(
+                f"{file.name}: a plain text among what {source} matches; set format: text to read "
+                "it as one, or narrow the pattern."
+            )
     return found
 
 
-def _local_files(source: str) -> list[SourceFile]:
+def _is_data(name: str, texts: bool) -> bool:
+    """Whether a file is read that nobody named. A text is where texts are asked for: else it is
+    about the data, as a README.md."""
+    reader = reader_of(name)
+    return reader is not None and (texts or reader is not read_text)
+
+
+def _local_files(source: str, texts: bool) -> list[SourceFile]:
     path = _path(source)
     if not _exists(path) and not glob.has_magic(str(path)):
         raise DataError(
@@ -128,7 +144,7 @@ def _local_files(source: str) -> list[SourceFile]:
     if path.is_file():
         return [SourceFile(source, str(path))]
     if path.is_dir():
-        inside = (p for p in sorted(path.rglob("*")) if p.is_file() and reader_of(p.name))
+        inside = (p for p in sorted(path.rglob("*")) if p.is_file() and _is_data(p.name, texts))
         return [
             SourceFile(p.relative_to(path).as_posix(), str(p))
             for p in inside
@@ -163,7 +179,7 @@ def s3_filesystem() -> Any:
     return fs
 
 
-def _s3_files(source: str) -> list[SourceFile]:
+def _s3_files(source: str, texts: bool) -> list[SourceFile]:
     fs = s3_filesystem()
     path = source.removeprefix("s3://").rstrip("/")
     try:
@@ -172,7 +188,7 @@ def _s3_files(source: str) -> list[SourceFile]:
         elif fs.isfile(path):
             matches = [path]
         elif fs.isdir(path):
-            matches = sorted(match for match in fs.find(path) if reader_of(match))
+            matches = sorted(match for match in fs.find(path) if _is_data(match, texts))
         else:
             raise DataError(
                 f"{source}: there is no such object or prefix; check bucket, key and "
@@ -219,7 +235,7 @@ def open_rows(
     elif kind == "hub":
         yield from hub_rows(settings)
     else:
-        for file in find_files(settings.source):
+        for file in find_files(settings):
             with file.open() as stream:
                 try:
                     yield from read_file(stream, file.name)
@@ -252,7 +268,7 @@ def fingerprint(settings: DataSettings, store: Store | None = None) -> str:
     if kind == "hub":
         return f"hub:{settings.source}@{hub_commit(settings)}"
     total = hashlib.sha256()
-    for file in find_files(settings.source):
+    for file in find_files(settings):
         name = file.name if len(file.name) < len(file.path) else os.path.basename(file.path)
         if file.remote is None:
             with file.open() as stream:
