@@ -78,7 +78,7 @@ def prepare(
     Args:
         tokenizer: as `load_tokenizer` returns it; without a chat template it gets chatml.
         workers: processes; None: one per core. Their number does not change a byte of the result.
-        store: where votes are; None: the environment's.
+        store: where votes and thumbs are; None: the environment's.
     Raises:
         DataError: the source, its format or a row cannot be used, or nothing is left.
         ModelError: the tokenizer's chat template cannot be used.

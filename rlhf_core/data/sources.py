@@ -1,4 +1,4 @@
-"""Where rows come from: files, s3:// URLs, the Hugging Face hub, built-in sets, people's votes.
+"""Where rows come from: files, s3:// URLs, the Hugging Face hub, built-in sets, people's verdicts.
 
 Nothing here imports torch or transformers, so that the orchestrator can ask for fingerprints.
 """
@@ -22,9 +22,11 @@ from rlhf_core.data.row import RawRow
 from rlhf_core.data.text_files import read_text
 from rlhf_core.errors import DataError, StoreUnavailable
 from rlhf_core.jobs import DataSettings
-from rlhf_core.playground import votes
+from rlhf_core.playground.thumbs import THUMBS
+from rlhf_core.playground.votes import VOTES
 from rlhf_core.store import Store, open_store
 
+_VERDICTS = {kind.source: kind for kind in (VOTES, THUMBS)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -46,7 +48,7 @@ class SourceFile:
 
 
 def kind_of(source: str) -> str:
-    """builtin, reasoning, votes, s3, local or hub; what exists or looks like a file is local.
+    """builtin, reasoning, verdicts, s3, local or hub; what exists or looks like a file is local.
 
     Raises:
         DataError: none of these.
@@ -55,8 +57,8 @@ def kind_of(source: str) -> str:
         return "builtin"
     if reasoning.is_reasoning(source):
         return "reasoning"
-    if source == votes.SOURCE:
-        return "votes"
+    if source in _VERDICTS:
+        return "verdicts"
     if source.startswith("s3://"):
         return "s3"
     if scheme := re.match(r"([A-Za-z][\w+.-]*)://", source):
@@ -218,8 +220,8 @@ def open_rows(
     """All rows of the source, in order, a bounded part in memory at a time.
 
     Args:
-        store: where votes are; None: the environment's.
-        known: fingerprint of the votes to read, without those that came later; empty: all.
+        store: where votes and thumbs are; None: the environment's.
+        known: fingerprint of those to read, without what came later; empty: all.
 
     Raises:
         DataError: the source does not exist or is damaged beyond single rows.
@@ -230,8 +232,8 @@ def open_rows(
         yield from builtin.rows(settings.source.removeprefix("builtin:"), settings.subset)
     elif kind == "reasoning":
         yield from reasoning.rows(settings.source)
-    elif kind == "votes":
-        yield from votes.vote_rows(store or open_store(), known)
+    elif kind == "verdicts":
+        yield from _VERDICTS[settings.source].rows(store or open_store(), known)
     elif kind == "hub":
         yield from hub_rows(settings)
     else:
@@ -252,19 +254,19 @@ def fingerprint(settings: DataSettings, store: Store | None = None) -> str:
 
     Local files: names and sha256 of their contents. S3: names, sizes and etags. Hub: the commit
     that the revision names, or the revision when the hub cannot be asked. Built-in, and
-    reasoning-gym: the version of the package. Votes: those that there are in the store (None: the
-    environment's).
+    reasoning-gym: the version of the package. Votes and thumbs: those that there are in the store
+    (None: the environment's).
 
     Raises:
-        DataError, StoreUnavailable: as `find_files`; or there are no votes.
+        DataError, StoreUnavailable: as `find_files`; or there are no votes or thumbs.
     """
     kind = kind_of(settings.source)
     if kind == "builtin":
         return f"{settings.source}@{builtin.version(settings.source.removeprefix('builtin:'))}"
     if kind == "reasoning":
         return f"{settings.source}@{reasoning.version()}"
-    if kind == "votes":
-        return votes.votes_fingerprint(store or open_store())
+    if kind == "verdicts":
+        return _VERDICTS[settings.source].fingerprint(store or open_store())
     if kind == "hub":
         return f"hub:{settings.source}@{hub_commit(settings)}"
     total = hashlib.sha256()
