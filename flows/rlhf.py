@@ -13,7 +13,7 @@ from prefect.states import Completed
 import tasks
 from flows import approval
 from rlhf_core import recipe
-from rlhf_core.errors import GateFailed
+from rlhf_core.errors import GateFailed, JobFailed
 from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.presets import resolve_preset
 from tasks.evaluation import read_evaluation
@@ -82,7 +82,12 @@ def pipeline(run: Run) -> Iterator[str]:
         if step.algorithm == "label":
             given["preference"] = tasks.label(run, step, given).digest
         else:
-            result = tasks.TRAIN[step.algorithm](run, step, given)
+            try:
+                result = tasks.TRAIN[step.algorithm](run, step, given)
+            except JobFailed as failed:
+                if failed.candidate:
+                    raise tasks.keep_collapsed(run, failed) from None
+                raise
             given[result.kind] = result.digest
             if step.algorithm in recipe.PREPARING and result.kind == "model":
                 given["start"] = result.digest

@@ -24,17 +24,18 @@ without_tracebacks()
 
 @flow(name="rlhf-watch-data", flow_run_name="watch {source}", persist_result=False)
 def rlhf_watch_data(source: str, store: str | None = None) -> State[None]:
-    """Sends the event rlhf.data.new when files were added, changed or removed.
+    """Sends the event rlhf.data.new when files, votes or thumbs were added, changed or removed.
 
     Args:
-        source: path, pattern or s3:// prefix, as in a data section's source.
+        source: path, pattern or s3:// prefix, playground-votes or playground-thumbs, as in a data
+            section's source.
         store: URL of the artifact store, which remembers what was seen; empty: RLHF_STORE.
     """
     opened = open_store(store)
     name = hashlib.sha256(source.encode()).hexdigest()[:16]
     path = f"watched/{name}.json"
     seen = (opened.read_record(path) or {}).get("fingerprint")
-    found = fingerprint(DataSettings(source=source))
+    found = fingerprint(DataSettings(source=source), opened)
     if found == seen:
         return Completed(name="NothingNew", message=f"{source} is as it was")
     record = {"source": source, "fingerprint": found, "time": now()}

@@ -207,7 +207,7 @@ def problems(config: PipelineConfig) -> list[str]:
     if "pretrain" in config.stages and config.data.pretrain is None:
         found.append(
             "stages has pretrain, but data.pretrain is empty; give it a source of plain text, such "
-            "as {source: texts/*.jsonl, format: text}"
+            "as {source: texts/*.txt, format: text}"
         )
     if config.new_model is not None and config.data.pretrain is None:
         found.append("new_model needs text for its tokenizer; give it as data.pretrain")

@@ -1,6 +1,6 @@
 """Prefect tasks, one per stage, and the launchers that run their jobs. No torch in here."""
 
-from tasks.publish import champion, keep_candidate, publish
+from tasks.publish import champion, keep_candidate, keep_collapsed, publish
 from tasks.report import render, report
 from tasks.stages import (
     TRAIN,
@@ -21,6 +21,7 @@ __all__ = [
     "import_model",
     "import_reward",
     "keep_candidate",
+    "keep_collapsed",
     "label",
     "preflight",
     "prepare_data",

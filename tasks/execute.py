@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.errors import RETRYABLE, JobFailed
+from rlhf_core import candidates
+from rlhf_core.errors import RETRYABLE, JobFailed, StoreError
 from rlhf_core.jobs import Job
 from rlhf_core.store import Artifact
 from tasks import assets, out_of_memory
@@ -58,6 +59,8 @@ def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str
     try:
         outcomes = launcher_for(run.config.launcher).run(launch, Lines(stage, log), progress)
     except JobFailed as error:
+        if error.category == "collapse":
+            raise _with_candidate(run, jobs, error) from None
         if error.category != "oom":
             raise
         for job in jobs.values():
@@ -66,6 +69,16 @@ def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str
     for job in jobs.values():
         out_of_memory.forget(run.store, job)
     return {name: run.store.get(o.artifact) for name, o in zip(jobs, outcomes, strict=True)}
+
+
+def _with_candidate(run: Run, jobs: Mapping[str, Job], error: JobFailed) -> JobFailed:
+    """The failure with the model that the job left, whichever machine it ran on."""
+    [job] = jobs.values()  # a training stage
+    try:
+        left = candidates.noted(run.store, job.key())
+    except StoreError:  # must not hide the reason
+        left = None
+    return JobFailed(str(error), error.category, left.digest if left else "")
 
 
 def _note(

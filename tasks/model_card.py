@@ -36,11 +36,21 @@ The folder `adapter` holds what the last stage changed as a LoRA adapter (peft),
 keep one base and many adapters; its `adapter_config.json` names the model that it belongs to."""
 
 
-def model_card(run: Run, name: str, policy: str, evaluation: str) -> str:
-    """Markdown with a Hugging Face header."""
+def model_card(run: Run, name: str, policy: str, evaluation: str | None) -> str:
+    """Markdown with a Hugging Face header.
+
+    Args:
+        evaluation: None: the policy is what was left of a stage that failed, and was not evaluated.
+    """
     store = run.store
+    model = store.get(policy)
     stages = {name: store.get(result.digest) for name, result in run.stages.items()}
     stages.pop("compare", None)  # whether it is there depends on what was published before
+    if evaluation is None:
+        stages |= {str(model.metadata.get("algorithm")): model}
+        judged = f"Not evaluated: {model.metadata.get('reason')}."
+    else:
+        judged = evaluation_of(run, evaluation).markdown()
     base = stages.get("model")
     source = run.config.model.source
     front: dict[str, Any] = {
@@ -57,9 +67,9 @@ def model_card(run: Run, name: str, policy: str, evaluation: str) -> str:
         f"# {name}",
         f"`{source}`, trained in these steps: {_steps(run)}.",
         USE.format(tokens=reply_length(run.config)),
-        *([ADAPTER] if any(f.path.startswith("adapter/") for f in store.get(policy).files) else []),
+        *([ADAPTER] if any(f.path.startswith("adapter/") for f in model.files) else []),
         "## Evaluation",
-        evaluation_of(run, evaluation).markdown(),
+        judged,
         "## Lineage",
         _lineage(stages),
         "## Data",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prefect.logging import get_run_logger
 
-from rlhf_core.errors import ModelError
+from rlhf_core.errors import JobFailed, ModelError, RLHFError
 from rlhf_core.store import Artifact, FileEntry, registry
 from rlhf_core.store.plain import materialise, published_folder
 from tasks import assets
@@ -48,11 +48,11 @@ def publish(run: Run, policy: str, evaluation: str) -> StageResult:
 
 
 @stage("candidate")
-def keep_candidate(run: Run, policy: str, evaluation: str, reason: str) -> StageResult:
+def keep_candidate(run: Run, policy: str, evaluation: str | None, reason: str) -> StageResult:
     """The aligned model as a candidate of the name `publish.name`; what is published stays.
 
     Args:
-        policy, evaluation: as for `publish`.
+        policy, evaluation: as for `publish`; None: it was not evaluated.
         reason: why it was not published, for whoever may promote it.
     """
     began = time.monotonic()
@@ -64,8 +64,31 @@ def keep_candidate(run: Run, policy: str, evaluation: str, reason: str) -> Stage
     return _done(run, "candidate", key, artifact, reused, began, what)
 
 
+def keep_collapsed(run: Run, failed: JobFailed) -> JobFailed:
+    """Keep the last good policy of a collapsed one as a candidate.
+
+    Args:
+        failed: has a `candidate`.
+
+    Returns:
+        The same failure with what can be done with it.
+    """
+    name = run.config.publish.name
+    try:
+        reason = str(run.store.get(failed.candidate).metadata.get("reason") or "collapsed")
+        kept = keep_candidate(run, failed.candidate, None, reason)
+        number = registry.read_model(run.store, name).find(kept.digest).number
+        text = (
+            f"It is kept as version {number} of {name}, a candidate: `rlhf models show {name} "
+            f"{number}` describes it, `rlhf chat {kept.digest[:12]}` talks to it."
+        )
+    except RLHFError as error:  # must not hide the reason
+        text = f"It could not be kept as a candidate of {name}: {error}"
+    return JobFailed(f"{failed}\n{text}", failed.category, failed.candidate)
+
+
 def published_artifact(
-    run: Run, stage: str, key: str, policy: str, evaluation: str
+    run: Run, stage: str, key: str, policy: str, evaluation: str | None
 ) -> tuple[Artifact, bool]:
     """The artifact, and whether it was there already."""
     artifact = run.store.stage_result(key)
@@ -93,13 +116,13 @@ def _done(
     return run.add(result)
 
 
-def publish_key(name: str, policy: str, evaluation: str) -> str:
+def publish_key(name: str, policy: str, evaluation: str | None) -> str:
     """Stage key of a published model."""
     parts = ["publish", VERSION, name, policy, evaluation]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def make_artifact(run: Run, name: str, policy: str, evaluation: str) -> Artifact:
+def make_artifact(run: Run, name: str, policy: str, evaluation: str | None) -> Artifact:
     """Publish the model's own files with a model card beside them.
 
     Raises:
@@ -115,11 +138,12 @@ def make_artifact(run: Run, name: str, policy: str, evaluation: str) -> Artifact
             f"{', '.join(sorted(files)[:8])}; it cannot be published as a model."
         )
     files["README.md"] = model_card(run, name, policy, evaluation).encode()
+    judged = {} if evaluation is None else {"evaluation": evaluation}
     return run.store.publish_derived(
         kind="published",
         files=files,
-        metadata={"name": name, "policy": policy, "evaluation": evaluation},
-        parents=[policy, evaluation],
+        metadata={"name": name, "policy": policy, **judged},
+        parents=[policy, *judged.values()],
     )
 
 

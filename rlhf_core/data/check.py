@@ -23,7 +23,7 @@ def check_source(
 
     Args:
         purpose: what the rows are for; None checks only that they can be read.
-        store: where votes are; None: the environment's.
+        store: where votes and thumbs are; None: the environment's.
     """
     from rlhf_core.data.prepare import find_format
 

@@ -78,7 +78,7 @@ def prepare(
     Args:
         tokenizer: as `load_tokenizer` returns it; without a chat template it gets chatml.
         workers: processes; None: one per core. Their number does not change a byte of the result.
-        store: where votes are; None: the environment's.
+        store: where votes and thumbs are; None: the environment's.
     Raises:
         DataError: the source, its format or a row cannot be used, or nothing is left.
         ModelError: the tokenizer's chat template cannot be used.
@@ -163,7 +163,7 @@ def _pieces(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
     size = 0
     for raw in rows:
         piece.append(raw)
-        size += len(raw.data) if isinstance(raw.data, bytes) else 0
+        size += len(raw.data) if isinstance(raw.data, bytes | str) else 0
         if len(piece) >= PIECE_ROWS or size >= PIECE_BYTES:
             yield piece
             piece, size = [], 0

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from rlhf_core.data.row import BadRow, RawRow, json_problem
+from rlhf_core.data.text_files import read_text
 from rlhf_core.errors import DataError
+from rlhf_core.weights import LFS_MAGIC
 
 PIECE = 2**20
 LONGEST = 64 * 2**20  # bytes of one row
@@ -234,8 +236,10 @@ ENDINGS: dict[str, Reader] = {
     ".json": read_json,
     ".csv": read_csv,
     ".parquet": read_parquet,
+    ".txt": read_text,
+    ".md": read_text,
 }
-READABLE = ".json, .jsonl, .jsonl.gz, .parquet and .csv"
+READABLE = ".json, .jsonl, .jsonl.gz, .parquet, .csv, .txt and .md"
 
 
 def reader_of(name: str) -> Reader | None:
@@ -244,15 +248,20 @@ def reader_of(name: str) -> Reader | None:
     return next((read for ending, read in ENDINGS.items() if plain.endswith(ending)), None)
 
 
-def read_file(stream: IO[bytes], name: str) -> Iterator[RawRow]:
+def read_file(stream: io.BufferedReader, name: str) -> Iterator[RawRow]:
     """The rows of an open file; .gz is unpacked on the way.
 
     Raises:
-        DataError: unknown ending, or the file is damaged beyond single rows.
+        DataError: unknown ending, a git-lfs pointer, or the file is damaged beyond single rows.
     """
     reader = reader_of(name)
     if reader is None:
         raise DataError(f"{name}: the ending is not known; readable are {READABLE}.")
+    if stream.peek(len(LFS_MAGIC)).startswith(LFS_MAGIC):
+        raise DataError(
+            f"{name} is a git-lfs pointer; needed is the file that it stands for: run `git lfs "
+            "install && git lfs pull` where it was cloned."
+        )
     number = 0
     try:
         plain: IO[bytes] = stream

@@ -1,4 +1,4 @@
-"""Where rows come from: files, s3:// URLs, the Hugging Face hub, built-in sets, people's votes.
+"""Where rows come from: files, s3:// URLs, the Hugging Face hub, built-in sets, people's verdicts.
 
 Nothing here imports torch or transformers, so that the orchestrator can ask for fingerprints.
 """
@@ -19,11 +19,14 @@ from rlhf_core.data import builtin, reasoning
 from rlhf_core.data.hub import hub_commit, hub_rows
 from rlhf_core.data.readers import READABLE, read_file, reader_of
 from rlhf_core.data.row import RawRow
+from rlhf_core.data.text_files import read_text
 from rlhf_core.errors import DataError, StoreUnavailable
 from rlhf_core.jobs import DataSettings
-from rlhf_core.playground import votes
+from rlhf_core.playground.thumbs import THUMBS
+from rlhf_core.playground.votes import VOTES
 from rlhf_core.store import Store, open_store
 
+_VERDICTS = {kind.source: kind for kind in (VOTES, THUMBS)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -45,7 +48,7 @@ class SourceFile:
 
 
 def kind_of(source: str) -> str:
-    """builtin, reasoning, votes, s3, local or hub; what exists or looks like a file is local.
+    """builtin, reasoning, verdicts, s3, local or hub; what exists or looks like a file is local.
 
     Raises:
         DataError: none of these.
@@ -54,8 +57,8 @@ def kind_of(source: str) -> str:
         return "builtin"
     if reasoning.is_reasoning(source):
         return "reasoning"
-    if source == votes.SOURCE:
-        return "votes"
+    if source in _VERDICTS:
+        return "verdicts"
     if source.startswith("s3://"):
         return "s3"
     if scheme := re.match(r"([A-Za-z][\w+.-]*)://", source):
@@ -99,25 +102,40 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def find_files(source: str) -> list[SourceFile]:
+def find_files(settings: DataSettings) -> list[SourceFile]:
     """The data files of a local or s3 source, sorted by name.
 
     Raises:
         DataError: there is none, or a single one has an unknown ending.
     """
-    found = _s3_files(source) if kind_of(source) == "s3" else _local_files(source)
+    source = settings.source
+    texts = settings.format == "text" or reader_of(source) is read_text
+    found = (_s3_files if kind_of(source) == "s3" else _local_files)(source, texts)
     if not found:
         raise DataError(
-            f"{source}: no data file there; readable are {READABLE}. Check the path "
-            f"(relative paths start at {os.getcwd()})."
+            f"{source}: no data file there; readable are {READABLE}, of which the last two in a "
+            "folder only with format: text (or name them: texts/*.txt). Check the path (relative "
+            f"paths start at {os.getcwd()})."
         )
     for file in found:
         if reader_of(file.name) is None:
             raise DataError(f"{file.name}: the ending is not known; readable are {READABLE}.")
+        if not _is_data(file.name, texts):
+            raise DataError(
+                f"{file.name}: a plain text among what {source} matches; set format: text to read "
+                "it as one, or narrow the pattern."
+            )
     return found
 
 
-def _local_files(source: str) -> list[SourceFile]:
+def _is_data(name: str, texts: bool) -> bool:
+    """Whether a file is read that nobody named. A text is where texts are asked for: else it is
+    about the data, as a README.md."""
+    reader = reader_of(name)
+    return reader is not None and (texts or reader is not read_text)
+
+
+def _local_files(source: str, texts: bool) -> list[SourceFile]:
     path = _path(source)
     if not _exists(path) and not glob.has_magic(str(path)):
         raise DataError(
@@ -128,7 +146,7 @@ def _local_files(source: str) -> list[SourceFile]:
     if path.is_file():
         return [SourceFile(source, str(path))]
     if path.is_dir():
-        inside = (p for p in sorted(path.rglob("*")) if p.is_file() and reader_of(p.name))
+        inside = (p for p in sorted(path.rglob("*")) if p.is_file() and _is_data(p.name, texts))
         return [
             SourceFile(p.relative_to(path).as_posix(), str(p))
             for p in inside
@@ -163,7 +181,7 @@ def s3_filesystem() -> Any:
     return fs
 
 
-def _s3_files(source: str) -> list[SourceFile]:
+def _s3_files(source: str, texts: bool) -> list[SourceFile]:
     fs = s3_filesystem()
     path = source.removeprefix("s3://").rstrip("/")
     try:
@@ -172,7 +190,7 @@ def _s3_files(source: str) -> list[SourceFile]:
         elif fs.isfile(path):
             matches = [path]
         elif fs.isdir(path):
-            matches = sorted(match for match in fs.find(path) if reader_of(match))
+            matches = sorted(match for match in fs.find(path) if _is_data(match, texts))
         else:
             raise DataError(
                 f"{source}: there is no such object or prefix; check bucket, key and "
@@ -202,8 +220,8 @@ def open_rows(
     """All rows of the source, in order, a bounded part in memory at a time.
 
     Args:
-        store: where votes are; None: the environment's.
-        known: fingerprint of the votes to read, without those that came later; empty: all.
+        store: where votes and thumbs are; None: the environment's.
+        known: fingerprint of those to read, without what came later; empty: all.
 
     Raises:
         DataError: the source does not exist or is damaged beyond single rows.
@@ -214,12 +232,12 @@ def open_rows(
         yield from builtin.rows(settings.source.removeprefix("builtin:"), settings.subset)
     elif kind == "reasoning":
         yield from reasoning.rows(settings.source)
-    elif kind == "votes":
-        yield from votes.vote_rows(store or open_store(), known)
+    elif kind == "verdicts":
+        yield from _VERDICTS[settings.source].rows(store or open_store(), known)
     elif kind == "hub":
         yield from hub_rows(settings)
     else:
-        for file in find_files(settings.source):
+        for file in find_files(settings):
             with file.open() as stream:
                 try:
                     yield from read_file(stream, file.name)
@@ -236,23 +254,23 @@ def fingerprint(settings: DataSettings, store: Store | None = None) -> str:
 
     Local files: names and sha256 of their contents. S3: names, sizes and etags. Hub: the commit
     that the revision names, or the revision when the hub cannot be asked. Built-in, and
-    reasoning-gym: the version of the package. Votes: those that there are in the store (None: the
-    environment's).
+    reasoning-gym: the version of the package. Votes and thumbs: those that there are in the store
+    (None: the environment's).
 
     Raises:
-        DataError, StoreUnavailable: as `find_files`; or there are no votes.
+        DataError, StoreUnavailable: as `find_files`; or there are no votes or thumbs.
     """
     kind = kind_of(settings.source)
     if kind == "builtin":
         return f"{settings.source}@{builtin.version(settings.source.removeprefix('builtin:'))}"
     if kind == "reasoning":
         return f"{settings.source}@{reasoning.version()}"
-    if kind == "votes":
-        return votes.votes_fingerprint(store or open_store())
+    if kind == "verdicts":
+        return _VERDICTS[settings.source].fingerprint(store or open_store())
     if kind == "hub":
         return f"hub:{settings.source}@{hub_commit(settings)}"
     total = hashlib.sha256()
-    for file in find_files(settings.source):
+    for file in find_files(settings):
         name = file.name if len(file.name) < len(file.path) else os.path.basename(file.path)
         if file.remote is None:
             with file.open() as stream:

@@ -38,10 +38,11 @@ class DataSettings(Settings):
     """A data set: where it is, how to read it, what to keep."""
 
     source: str = "builtin:chatterbot"
-    """Hugging Face dataset id, path or s3:// URL of .json, .jsonl, .jsonl.gz, .parquet or .csv
-    files (a folder or a pattern too), builtin:chatterbot, reasoning-gym:TASK?size=500&seed=0, or
-    playground-votes: the replies that people preferred on the page of `rlhf playground`, kept in
-    the run's store."""
+    """Hugging Face dataset id, path or s3:// URL of .json, .jsonl, .jsonl.gz, .parquet, .csv, .txt
+    or .md files (a folder or a pattern too), builtin:chatterbot,
+    reasoning-gym:TASK?size=500&seed=0, or what people said on the page of `rlhf playground`, kept
+    in the run's store: playground-votes, the replies that they preferred, or playground-thumbs,
+    single replies and whether they were good."""
     format: Format = "auto"
     """Layout of a row; auto looks at the columns of the first row."""
     columns: dict[str, str] = Field(default_factory=dict)

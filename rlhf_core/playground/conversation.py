@@ -1,8 +1,9 @@
-"""What was said on the page so far: one history per model, and what a vote makes of the last turn.
+"""What was said on the page so far: one history per model, and what people say of the last turn.
 
 Two replies are a preference pair only if they answer the same conversation. So by default all
 models go on from one reply, that which was voted for (else the first model's); with `common` off
 each goes on from its own, and votes are possible for as long as the conversations are the same.
+A thumb is about one reply alone, so it is always possible.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.playground.asking import Growing
 from rlhf_core.playground.catalogue import Choice
-from rlhf_core.playground.votes import Candidate, Vote
+from rlhf_core.playground.thumbs import Thumb
+from rlhf_core.playground.verdicts import Candidate
+from rlhf_core.playground.votes import Vote
 
 if TYPE_CHECKING:
     from rlhf_core.data.row import Message
@@ -29,6 +32,7 @@ class Conversation:
         scores: of each model, of each assistant's message; None: no score.
         last: the newest replies; empty while there is no turn to vote on.
         best: the model that was voted for in the newest turn.
+        thumbs: of the newest replies: place of the model -> up (True) or down.
         system: the newest turn's system message.
     """
 
@@ -37,6 +41,7 @@ class Conversation:
     scores: list[list[float | None]] = field(default_factory=list)
     last: list[Growing] = field(default_factory=list)
     best: int | None = None
+    thumbs: dict[int, bool] = field(default_factory=dict)
     system: str | None = None
 
     @classmethod
@@ -49,7 +54,7 @@ class Conversation:
         if common and source is not None:
             self.histories = [list(self.histories[source]) for _ in self.choices]
             self.scores = [list(self.scores[source]) for _ in self.choices]
-        self.last, self.best, self.system = [], None, system
+        self.last, self.best, self.thumbs, self.system = [], None, {}, system
         return [[*history, {"role": "user", "content": text}] for history in self.histories]
 
     def _source(self) -> int | None:
@@ -91,9 +96,7 @@ class Conversation:
 
         Pairs that nothing can be learned from (an empty or an equal reply) are left out.
         """
-        prompt = self.histories[best][:-1]
-        if self.system:
-            prompt = [{"role": "system", "content": self.system}, *prompt]
+        prompt = self._prompt(best)
         pairs = [
             Vote(prompt, self._candidate(best), self._candidate(i), details)
             for i, reply in enumerate(self.last)
@@ -103,6 +106,22 @@ class Conversation:
         if votes:
             self.best = best
         return votes
+
+    def can_judge(self, i: int) -> bool:
+        """Whether a model's newest reply can have a thumb, and has none yet."""
+        if i >= len(self.last) or i in self.thumbs:
+            return False
+        return self.last[i].state == "done" and bool(self.last[i].text.strip())
+
+    def thumb(self, i: int, good: bool, details: dict[str, Any]) -> Thumb:
+        """That a model's newest reply is good or bad. To be called where `can_judge` is true."""
+        self.thumbs[i] = good
+        return Thumb(self._prompt(i), self._candidate(i), good, details)
+
+    def _prompt(self, i: int) -> list[Message]:
+        """What a model's newest reply answers."""
+        first: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        return [*first, *self.histories[i][:-1]]
 
     def _candidate(self, i: int) -> Candidate:
         reply, choice = self.last[i], self.choices[i]

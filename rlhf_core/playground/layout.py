@@ -16,6 +16,7 @@ FONTS = [
     "Noto Sans CJK SC",
     "PingFang SC",
     "Microsoft YaHei",
+    "Noto Color Emoji",
     "sans-serif",
 ]
 CSS = """
@@ -59,6 +60,12 @@ def build(page: Page) -> gr.Blocks:
                         )
                     )
                     page.buttons.append(gr.Button(text("best"), elem_id=f"vote-{i}"))
+                    with gr.Row():
+                        up, down = (
+                            gr.Button(text(key), elem_id=f"{key}-{i}", size="sm", min_width=60)
+                            for key in ("up", "down")
+                        )
+                    page.thumbs.append((up, down))
                 page.columns.append(column)
         c["status"] = gr.Markdown("", elem_id="status")
         with gr.Row(elem_classes="low"):
@@ -94,7 +101,8 @@ def _settings(c: dict[str, Any], text: Callable[[str], str]) -> None:
 def _connect(page: Page, blocks: gr.Blocks) -> None:
     """Which component calls what. Nothing of it is offered as an API."""
     c = page.c
-    everything = [*c.values(), *page.chats, *page.buttons, *page.columns, *page.names]
+    thumbs = [button for pair in page.thumbs for button in pair]
+    everything = [*c.values(), *page.chats, *page.buttons, *thumbs, *page.columns, *page.names]
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     whole: dict[str, Any] = {"outputs": everything, **hidden}
     language, runs, run, talk = c["language"], c["runs"], c["run"], c["talk"]
@@ -115,14 +123,19 @@ def _connect(page: Page, blocks: gr.Blocks) -> None:
     c["stop"].click(page.stop, None, None, **hidden)
     c["examples"].click(lambda sample: sample[0], c["examples"], c["message"], **hidden)
     for i, button in enumerate(page.buttons):
-        button.click(_voter(page, i), [language, run, talk, *sampling], **whole)
+        button.click(_of(page.vote, i), [language, run, talk, *sampling], **whole)
+    for i, buttons in enumerate(page.thumbs):
+        for button, good in zip(buttons, (True, False), strict=True):
+            button.click(_of(page.thumb, i, good), [language, run, talk, *sampling], **whole)
 
 
-def _voter(page: Page, place: int) -> Callable[..., Updates]:
-    def vote(
+def _of(act: Callable[..., Updates], *place: int | bool) -> Callable[..., Updates]:
+    """What a button does; Gradio finds the request by its annotation."""
+
+    def clicked(
         language: str, run: str, talk: Conversation, length: float, temperature: float,
         top_p: float, request: gr.Request,
     ) -> Updates:  # fmt: skip
-        return page.vote(place, language, run, talk, length, temperature, top_p, request)
+        return act(*place, language, run, talk, length, temperature, top_p, request)
 
-    return vote
+    return clicked

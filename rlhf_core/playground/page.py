@@ -1,4 +1,4 @@
-"""The page: replies of several models side by side, their scores, and votes on them.
+"""The page: replies of several models side by side, their scores, votes and thumbs on them.
 
 Nothing is asked of other machines: analytics, update checks and web fonts are off. Where things
 stand: layout.
@@ -22,7 +22,8 @@ from rlhf_core.playground.catalogue import RunChoices
 from rlhf_core.playground.conversation import Conversation
 from rlhf_core.playground.render import COLUMNS, bubbles
 from rlhf_core.playground.texts import language_of, say
-from rlhf_core.playground.votes import count_votes, save_vote
+from rlhf_core.playground.thumbs import THUMBS, save_thumb
+from rlhf_core.playground.votes import VOTES, save_vote
 from rlhf_core.replies import Sampling
 
 Updates = dict[Any, Any]
@@ -53,6 +54,7 @@ class Page:
         self.c: dict[str, Any] = {}
         self.chats: list[Any] = []
         self.buttons: list[Any] = []
+        self.thumbs: list[tuple[Any, Any]] = []  # up and down
         self.columns: list[Any] = []
         self.names: list[Any] = []
 
@@ -103,7 +105,7 @@ class Page:
             updates[self.columns[i]] = gr.update(visible=there)
             updates[self.names[i]] = f"### {talk.choices[i].name}" if there else ""
             updates[self.chats[i]] = []
-        return {**updates, **self._voting(language, talk)}
+        return {**updates, **self._verdicts(language, talk)}
 
     def relabel(self, language: str, talk: Conversation) -> Updates:
         """All fixed texts in a language."""
@@ -116,7 +118,7 @@ class Page:
                     for key in ("ask", "stop", "new", "refresh", "intro")}  # fmt: skip
         updates[self.c["title"]] = f"# {say(language, 'title')}"
         updates[self.c["models"]] = gr.update(label=say(language, "models", most=COLUMNS))
-        return {**updates, **self._voting(language, talk)}
+        return {**updates, **self._verdicts(language, talk)}
 
     def ask(
         self, language: str, runs: list[RunChoices], chosen: str, talk: Conversation, message: str,
@@ -132,7 +134,7 @@ class Page:
         run = next(run for run in runs if run.id == chosen)
         asked = talk.begin(message.strip(), common, (system or "").strip() or None)
         stop = self.stops[str(request.session_hash)] = threading.Event()
-        begin = {self.c["message"]: "", self.c["status"]: "", **self._voting(language, talk)}
+        begin = {self.c["message"]: "", self.c["status"]: "", **self._verdicts(language, talk)}
         growing = self.asker.ask(
             talk.choices, asked, Sampling(int(length), temperature, top_p),
             system=talk.system, reward_model=run.reward_model, stop=stop,
@@ -146,7 +148,7 @@ class Page:
         obstacle = talk.obstacle()
         status = "" if obstacle in ("", "nothing") else say(language, f"obstacle_{obstacle}")
         yield {
-            self.c["talk"]: talk, self.c["status"]: status, **self._voting(language, talk)
+            self.c["talk"]: talk, self.c["status"]: status, **self._verdicts(language, talk)
         }  # fmt: skip
 
     def stop(self, request: gr.Request) -> None:
@@ -165,17 +167,13 @@ class Page:
     ) -> Updates:  # fmt: skip
         """One reply is better than the others."""
         if talk.obstacle():
-            return self._voting(language, talk)
-        details = {
-            "run": chosen,
-            "by": request.username,
-            "sampling": {"max_new_tokens": length, "temperature": temperature, "top_p": top_p},
-        }
+            return self._verdicts(language, talk)
+        details = _details(chosen, length, temperature, top_p, request)
         try:
             votes = talk.vote(place, details)
             for vote in votes:
                 save_vote(self.asker.store, vote)
-            name, count = talk.choices[place].name, count_votes(self.asker.store)
+            name, count = talk.choices[place].name, VOTES.count(self.asker.store)
             status = say(language, "saved", name=name, count=count)
         except RLHFError as error:
             talk.best = None
@@ -183,10 +181,31 @@ class Page:
         if not votes:
             status = say(language, "obstacle_empty")
         return {
-            self.c["talk"]: talk, self.c["status"]: status, **self._voting(language, talk)
+            self.c["talk"]: talk, self.c["status"]: status, **self._verdicts(language, talk)
         }  # fmt: skip
 
-    def _voting(self, language: str, talk: Conversation) -> Updates:
+    def thumb(
+        self, place: int, good: bool, language: str, chosen: str, talk: Conversation,
+        length: float, temperature: float, top_p: float, request: gr.Request,
+    ) -> Updates:  # fmt: skip
+        """One reply is good, or bad."""
+        if not talk.can_judge(place):
+            return self._verdicts(language, talk)
+        details = _details(chosen, length, temperature, top_p, request)
+        try:
+            save_thumb(self.asker.store, talk.thumb(place, good, details))
+            status = say(
+                language, "thumb_saved", verdict=say(language, "good" if good else "bad"),
+                name=talk.choices[place].name, count=THUMBS.count(self.asker.store),
+            )  # fmt: skip
+        except RLHFError as error:
+            talk.thumbs.pop(place)
+            status = say(language, "thumb_not_saved", error=describe(error))
+        return {
+            self.c["talk"]: talk, self.c["status"]: status, **self._verdicts(language, talk)
+        }  # fmt: skip
+
+    def _verdicts(self, language: str, talk: Conversation) -> Updates:
         """The buttons below the replies."""
         two = len(talk.choices) == 2
         updates = {}
@@ -199,4 +218,22 @@ class Page:
                 variant="primary" if talk.best == i else "secondary",
                 visible=len(talk.choices) > 1,
             )
+        for i, buttons in enumerate(self.thumbs):
+            for button, good in zip(buttons, (True, False), strict=True):
+                updates[button] = gr.update(
+                    value=say(language, "up" if good else "down"),
+                    interactive=talk.can_judge(i),
+                    variant="primary" if talk.thumbs.get(i) is good else "secondary",
+                )
         return updates
+
+
+def _details(
+    run: str, length: float, temperature: float, top_p: float, request: gr.Request
+) -> dict[str, Any]:
+    """What is kept with a vote or a thumb."""
+    return {
+        "run": run,
+        "by": request.username,
+        "sampling": {"max_new_tokens": length, "temperature": temperature, "top_p": top_p},
+    }

@@ -7,10 +7,13 @@ LANGUAGES = {"en": "English", "zh": "中文"}
 TEXTS = {
     "title": ("Compare models", "模型对比"),
     "intro": (
-        "Ask two or more models the same question and vote for the better reply. Votes are kept in "
-        "the store; a run learns from them with `data.preference.source: playground-votes`.",
-        "向两个或多个模型提出同一个问题，并为更好的回答投票。投票保存在存储库中，"
-        "设置 `data.preference.source: playground-votes` 后，下一次训练即可使用。",
+        "Ask two or more models the same question and vote for the better reply, or judge each "
+        "reply on its own. Both are kept in the store; a run learns from votes with "
+        "`data.preference.source: playground-votes`, from thumbs with `data.unpaired.source: "
+        "playground-thumbs`.",
+        "向两个或多个模型提出同一个问题，为更好的回答投票，或单独评价每个回答。"
+        "投票和评价都保存在存储库中；设置 `data.preference.source: playground-votes`（投票）或 "
+        "`data.unpaired.source: playground-thumbs`（评价）后，下一次训练即可使用。",
     ),
     "language": ("Language", "语言"),
     "run": ("Run", "训练任务"),
@@ -33,6 +36,8 @@ TEXTS = {
     "left": ("← Left is better", "← 左边更好"),
     "right": ("Right is better →", "右边更好 →"),
     "best": ("↑ This one is best", "↑ 这个最好"),
+    "up": ("👍 Good", "👍 好"),
+    "down": ("👎 Bad", "👎 不好"),
     "waiting": ("*loading the model …*", "*正在加载模型……*"),
     "talking": ("*…*", "*……*"),
     "no_text": ("*(empty reply)*", "*（空回答）*"),
@@ -48,6 +53,13 @@ TEXTS = {
         "谢谢，已记录：{name} 更好。存储库中现有 {count} 条偏好数据。",
     ),
     "not_saved": ("⚠ The vote was not saved: {error}", "⚠ 投票未能保存：{error}"),
+    "thumb_saved": (
+        "Thank you: a {verdict} reply of {name}. Judged replies in the store: {count}.",
+        "谢谢，已记录：{name} 的回答{verdict}。存储库中现有 {count} 条单独评价。",
+    ),
+    "good": ("good", "好"),
+    "bad": ("bad", "不好"),
+    "thumb_not_saved": ("⚠ The thumb was not saved: {error}", "⚠ 评价未能保存：{error}"),
     "store": ("⚠ The store cannot be read: {error}", "⚠ 无法读取存储库：{error}"),
     "no_models": (
         "There is no model in this store yet; `rlhf run --preset demo` makes some.",

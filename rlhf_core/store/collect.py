@@ -49,7 +49,8 @@ class Garbage:
         artifacts: ``kind/digest[:12]`` and when it was made, as far as its manifest can be read.
         manifests, blobs, checkpoints: keys and their bytes; checkpoints are all keys below
             `checkpoints/`.
-        others: stage records without an artifact, old leases, probes and records of `memory/`.
+        others: stage records without an artifact, old leases, probes and records of `memory/` and
+            `candidates/`.
         notes: why something that might go stays.
         kept: how many artifacts stay.
     """
@@ -161,6 +162,8 @@ def _survey(backend: Backend, roots: Roots, limits: Limits, now: float) -> Garba
     garbage.others += [e for e in leases if old(e, max(limits.grace, LEASE))]
     # A stage that once ran out of memory and was not run again since: it would begin as configured.
     garbage.others += [e for e in backend.entries("memory/") if old(e, limits.keep)]
+    # What a stage left that failed; by now it is a version of a model, or nobody asked for it.
+    garbage.others += [e for e in backend.entries("candidates/") if old(e, limits.keep)]
     litter = [*backend.entries("probes/"), *backend.entries("gc/")]
     garbage.others += [e for e in litter if e.key != FLAG and old(e, limits.grace)]
 

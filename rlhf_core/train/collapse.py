@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf_core import candidates
 from rlhf_core.checkpoint import Checkpointer
 from rlhf_core.errors import PolicyCollapse, StoreError
 from rlhf_core.jobs import OnlineJob
@@ -27,6 +28,11 @@ class Bound:
     highest: bool
     means: str
     helps: str
+
+    @property
+    def side(self) -> str:
+        """On which side of it a policy has collapsed."""
+        return "above" if self.highest else "below"
 
 
 BOUNDS = (
@@ -86,7 +92,7 @@ def stop_if_collapsed(job: OnlineJob, checkpointer: Checkpointer, save: Save) ->
 
     Raises:
         PolicyCollapse: the last rollouts are past a bound. The newest checkpoint from before them
-            is then an artifact of its own, which no stage key leads to.
+            is then an artifact of its own, which is not the stage's result (see `candidates`).
     """
     context, group = checkpointer.context, checkpointer.strategy.group
     found = group.broadcast(judge(job, context.read_metrics()) if context.main else None)
@@ -95,10 +101,9 @@ def stop_if_collapsed(job: OnlineJob, checkpointer: Checkpointer, save: Save) ->
     # The other ranks wait here: one that left early would end this one.
     candidate = group.broadcast(publish_candidate(job, checkpointer, found, save))
     bound = next(b for b in BOUNDS if b.setting == found["setting"])
-    side = "above" if bound.highest else "below"
     raise PolicyCollapse(
         f"{job.algorithm} step {found['step']}: the {bound.what} is {found['value']:.4g}, mean of "
-        f"the last {found['window']} rollouts, {side} {job.algorithm}.{bound.setting} "
+        f"the last {found['window']} rollouts, {bound.side} {job.algorithm}.{bound.setting} "
         f"{found['bound']:g}: {bound.means}. {bound.helps.format(job.algorithm)}, and run again: "
         f"the stage then starts anew, those before it are reused. {candidate}"
     )
@@ -111,6 +116,7 @@ def publish_candidate(
     context = checkpointer.context
     if not context.main:
         return ""
+    bound = next(b for b in BOUNDS if b.setting == found["setting"])
     # Judged are the rollouts of steps (before, step]; this policy had sampled none of them but the
     # first.
     before = found["step"] - found["window"]
@@ -118,6 +124,7 @@ def publish_candidate(
         checkpointer.settle(min(UPLOAD_SECONDS, job.resources.collective_timeout / 2))
         good = checkpointer.weights_before(before)
         if good is None:
+            candidates.note(context.store, context.key, None)
             return (
                 f"No checkpoint from before these rollouts (step {max(before, 0)} or earlier) is "
                 f"kept; {job.algorithm}.resources.checkpoint_every is "
@@ -125,15 +132,22 @@ def publish_candidate(
                 f"{job.resources.keep_checkpoints}."
             )
         step, weights = good
-        folder = context.scratch("candidate")
-        save(weights, folder)
-        artifact = context.publish(
-            job, folder, {"candidate": True, "collapsed": found, "metrics": {"steps": step}},
-            bind=False,
-        )  # fmt: skip
+        artifact = candidates.noted(context.store, context.key)
+        if artifact is None or artifact.metadata["metrics"]["steps"] != step:
+            folder = context.scratch("candidate")
+            save(weights, folder)
+            reason = (
+                f"collapsed at step {found['step']}: {found['metric']} {found['value']:.4g} "
+                f"{bound.side} {bound.setting} {found['bound']:g}; weights of step {step}"
+            )
+            metadata = {
+                "candidate": True, "reason": reason, "collapsed": found, "metrics": {"steps": step}
+            }  # fmt: skip
+            artifact = context.publish(job, folder, metadata, bind=False)
+            candidates.note(context.store, context.key, artifact)
     except StoreError as error:  # must not hide the reason
         return f"The last good policy could not be published: {error}"
     return (
-        f"The policy after step {step}, the newest checkpoint from before these rollouts, is "
-        f"published as the candidate {artifact.ref} (`rlhf artifacts pull`)."
+        f"The policy after step {step}, the newest checkpoint from before these rollouts, is in "
+        f"the store as {artifact.ref}."
     )

@@ -113,6 +113,8 @@ def test_a_damaged_file_ends_in_a_data_error_or_an_account(tmp_path: Path, token
     @st.composite
     def spoilt_files(draw: st.DrawFn) -> tuple[str, bytes]:
         name, content, _, _ = draw(files())
+        if draw(st.integers(0, 4)) == 0:
+            name, content = draw(st.sampled_from(["a.txt", "a.md"])), draw(st.text()).encode()
         return name, draw(damaged(content))
 
     def check(case: tuple[str, bytes]) -> None:

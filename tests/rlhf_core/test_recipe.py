@@ -67,7 +67,7 @@ def test_only_the_data_that_a_stage_needs_is_prepared():
           "grpo": {"rewards": [{"type": "must_end", "endings": ["."]}]}}, []),
         ({"stages": ("pretrain", "sft")},
          ["stages has pretrain, but data.pretrain is empty; give it a source of plain text, such "
-          "as {source: texts/*.jsonl, format: text}"]),
+          "as {source: texts/*.txt, format: text}"]),
         ({"stages": ("sft",), "rounds": 2},
          ["rounds is 2, but stages ['sft'] has nothing to repeat: add an alignment such as ppo, "
           "or set rounds to 1"]),

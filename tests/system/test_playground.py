@@ -172,6 +172,48 @@ def test_two_models_are_asked_scored_and_voted_on(playground, visit, tmp_path, m
     assert found == {(v["chosen"], v["rejected"]) for v in (vote, newest)}
 
 
+def thumbs(playground):
+    return [playground.store.read_record(p) for p in playground.store.list_records("thumbs/")]
+
+
+def test_single_replies_are_judged_beside_a_vote(playground, visit, tmp_path, monkeypatch):
+    page = visit()
+    shorten(page)
+    assert page.locator("#up-0").is_disabled() and page.locator("#down-1").is_disabled()
+    ask(page, "What is rain?")
+    before = len(votes(playground))
+    assert page.locator("#up-0").inner_text() == "👍 Good"
+    page.locator("#up-1").click()
+    page.locator("#status", has_text="a good reply of PPO").wait_for()
+    assert page.locator("#up-1").is_disabled() and page.locator("#down-1").is_disabled()
+    page.locator("#down-0").click()
+    page.locator("#status", has_text="a bad reply of SFT. Judged replies in").wait_for()
+    page.locator("#vote-1").click()
+    page.locator("#status", has_text="PPO was better").wait_for()
+    assert len(votes(playground)) == before + 1
+
+    up, down = thumbs(playground)
+    assert [(t["label"], t["model"]["name"]) for t in (up, down)] == [(True, "PPO"), (False, "SFT")]
+    assert up["prompt"] == down["prompt"] == [{"role": "user", "content": "What is rain?"}]
+    assert up["completion"].split()[0] in page.locator("#chat-1").inner_text()
+    assert up["model"]["digest"] == playground.run.stages["ppo"]
+    assert up["sampling"]["max_new_tokens"] == 16
+
+    ask(page, "And snow?")  # both can be judged anew, and go on from the reply that was voted for
+    page.locator("#down-1").click()
+    page.locator("#status", has_text="in the store: 3").wait_for()
+    said = [m["content"] for m in thumbs(playground)[-1]["prompt"]]
+    assert said == ["What is rain?", up["completion"], "And snow?"]
+
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
+    settings = {"source": "playground-thumbs", "max_length": 2048, "heldout_fraction": 0.0}
+    job = DataJob(purpose="unpaired", model=playground.run.stages["model"], **settings)
+    context = StageContext(store=playground.store, key=job.key(), folder=tmp_path / "job")
+    rows = Rows(playground.store.fetch(prepare(job, context).digest), "train", "unpaired")
+    found = {(row["completion"], row["label"]) for row in rows}
+    assert found == {(t["completion"], t["label"]) for t in thumbs(playground)}
+
+
 def test_page_speaks_chinese_to_a_chinese_browser_and_changes_when_asked(visit):
     page = visit("zh-CN")
     assert page.locator("h1").inner_text() == "模型对比"
@@ -180,6 +222,9 @@ def test_page_speaks_chinese_to_a_chinese_browser_and_changes_when_asked(visit):
     ask(page, "你好吗？")
     assert "奖励分" in page.locator("#chat-0").inner_text()
     assert page.locator("#vote-0").inner_text() == "← 左边更好"
+    assert page.locator("#down-1").inner_text() == "👎 不好"
+    page.locator("#down-1").click()
+    page.locator("#status", has_text="已记录：PPO 的回答不好").wait_for()
     page.get_by_text("English", exact=True).click()
     page.locator("h1", has_text="Compare models").wait_for()
     assert page.locator("#vote-1").inner_text() == "Right is better →"

@@ -1,5 +1,6 @@
 """Pipelines on workers: retry, cancel, shared work, lost workers. Most stages are stand-ins."""
 
+import json
 import re
 import subprocess
 import sys
@@ -47,6 +48,20 @@ def test_data_error_is_not_retried_and_names_its_reason(system):
     [child] = system.children(run, "sft")
     assert child["state_name"] == "DataError"
     assert "Traceback" not in "\n".join(system.logs(run) + system.logs(child["id"]))
+
+
+def test_what_is_left_of_a_collapsed_policy_is_a_candidate_wherever_its_ranks_were(system):
+    system.plan(ppo=["collapse_late"])
+    run = system.submit("seed=120", "publish.name=collapsed")
+    failed = system.wait(run, "FAILED")
+    [child] = system.children(run, "ppo")
+    assert child["state_name"] == "PolicyCollapsed"
+    assert "stub ran into collapse" in failed["state"]["message"]
+    assert "version 1 of collapsed, a candidate" in failed["state"]["message"]
+    [line] = system.rlhf("models", "list", "collapsed", "--json").splitlines()
+    version = json.loads(line)
+    assert (version["state"], version["reason"]) == ("candidate", "collapsed at step 9")
+    assert f"rlhf chat {version['digest'][:12]}" in failed["state"]["message"]
 
 
 def test_lost_process_is_retried_a_bounded_number_of_times(system):

@@ -73,9 +73,26 @@ def test_card_names_lineage_data_settings_and_results(run, made):
     assert str(run.folder) not in card
 
 
+def test_what_is_left_of_a_failed_stage_has_a_card_without_an_evaluation(run, made):
+    del run.stages["ppo"], run.stages["evaluate"]
+    left = run.store.publish_derived(
+        kind="model", files={"config.json": b"{}", "model.safetensors": b"left"},
+        parents=[run.stages["model"].digest],
+        metadata={"algorithm": "ppo", "job": {"kl_coef": 0.05}, "reason": "collapsed at step 9"},
+    )  # fmt: skip
+    artifact = make_artifact(run, "smoke", left.digest, None)
+    assert artifact.parents == (left.digest,)
+    assert artifact.metadata == {"name": "smoke", "policy": left.digest}
+    card = run.store.read_bytes(artifact.digest, "README.md").decode()
+    assert "Not evaluated: collapsed at step 9." in card
+    assert f"| ppo | `model/{left.digest}` | model |" in card
+    registry.promote(run.store, "smoke", artifact.digest)
+    assert champion(run) == left.digest
+
+
 def test_key_depends_on_everything_that_is_published():
-    keys = {publish_key(*x) for x in [("a", "p", "e"), ("b", "p", "e"), ("a", "q", "e")]}
-    assert len(keys) == 3
+    given = [("a", "p", "e"), ("b", "p", "e"), ("a", "q", "e"), ("a", "p", None)]
+    assert len({publish_key(*x) for x in given}) == 4
 
 
 def test_champion_is_the_policy_behind_what_is_published(run, made):

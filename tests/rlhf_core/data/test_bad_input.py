@@ -14,6 +14,7 @@ from rlhf_core.jobs import DataSettings
 from .helpers import byte_tokenizer, job, jsonl, prepared
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
 
 
 def talk(*turns):
@@ -182,7 +183,7 @@ def test_missing_source_says_what_is_needed(tmp_path, source, words):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", b"hello", ["ending is not known", ".jsonl.gz, .parquet and .csv"]),
+        ("a.tsv", b"hello", ["ending is not known", ".jsonl.gz, .parquet, .csv, .txt and .md"]),
         ("a.jsonl", b"", ["is empty", "no rows"]),
         ("a.json", b"[]", ["is empty", "no rows"]),
         ("a.json", b'[{"prompt": "a"}, {"prompt": ', ["row 2: malformed JSON", ".jsonl"]),
@@ -192,6 +193,15 @@ def test_missing_source_says_what_is_needed(tmp_path, source, words):
         ("a.csv", b'prompt\n"open', ["row 1: not CSV"]),
         ("a.csv", b'prompt,x\na\n', ["row 1: the row has 1 fields, the header has 2"]),
         ("a.parquet", b"version https://git-lfs", ["not readable as Parquet", "git-lfs"]),
+        ("a.parquet", POINTER, ["is a git-lfs pointer", "git lfs pull"]),
+        ("a.jsonl.gz", POINTER, ["is a git-lfs pointer", "git lfs pull"]),
+        ("a.txt", POINTER, ["is a git-lfs pointer", "git lfs pull"]),
+        ("a.txt", b"", ["row 1: the file is empty", "give it text or remove it"]),
+        ("a.md", b"\xef\xbb\xbf \n\n", ["row 1: the file is empty"]),
+        ("a.txt", b"Hi\ncaf\xe9\n", ["row 1: line 2 of the file holds a byte (0xe9)", "iconv -f"]),
+        ("a.txt", "Hi".encode("utf-16"), ["line 1 of the file holds a byte (0xff)"]),
+        ("a.txt", "a\nb".encode("utf-16-le"), ["line 1 of the file holds a zero byte", "UTF-16"]),
+        ("a.txt.gz", b"no gzip", ["gzip data is damaged", "after row 0"]),
         ("a.jsonl.gz", b"no gzip", ["gzip data is damaged", "after row 0"]),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9000)[:-30], ["damaged or cut short"]),
         ("a.jsonl", b'{"question": "a"}\n', ["no format has the columns 'question'", "alpaca"]),

@@ -78,6 +78,36 @@ def test_obstacles_to_a_vote(replies, obstacle):
     assert Conversation().obstacle() == "nothing"
 
 
+def test_each_reply_has_one_thumb_and_answers_its_own_conversation():
+    talk = Conversation.of(CHOICES)
+    turn(talk, "Hi", ["one", " ", None], common=False)
+    assert [talk.can_judge(i) for i in range(4)] == [True, False, False, False]
+    thumb = talk.thumb(0, False, {"run": "r"})
+    assert (thumb.good, thumb.reply.text, thumb.reply.model) == (False, "one", "SFT")
+    assert thumb.prompt == [{"role": "user", "content": "Hi"}] and thumb.details == {"run": "r"}
+    assert not talk.can_judge(0)
+    turn(talk, "More", ["three", "four", "five"], common=False, system="Be kind")
+    assert talk.thumbs == {} and talk.obstacle() == "apart"
+    assert [talk.can_judge(i) for i in range(3)] == [True, True, True]
+    assert said(talk.thumb(0, True, {}).prompt) == ["Be kind", "Hi", "one", "More"]
+    assert said(talk.thumb(2, True, {}).prompt) == ["Be kind", "More"]
+
+
+def test_a_thumb_is_possible_beside_a_vote_and_with_one_model():
+    talk = Conversation.of(CHOICES[:2])
+    turn(talk, "Hi", ["same", "same"])
+    assert talk.obstacle() == "identical" and talk.can_judge(1)
+    talk.thumb(1, True, {})
+    assert talk.can_judge(0)
+    talk = Conversation.of(CHOICES[:1])
+    turn(talk, "Hi", ["one"])
+    assert talk.obstacle() == "nothing" and talk.can_judge(0)
+    talk = Conversation.of(CHOICES[:2])
+    turn(talk, "Hi", ["one", "two"])
+    talk.vote(1, {})
+    assert talk.can_judge(0) and talk.can_judge(1)
+
+
 def test_scores_stand_under_each_reply_of_each_turn():
     talk = Conversation.of(CHOICES[:2])
     turn(talk, "Hi", ["one", "two"], common=False)

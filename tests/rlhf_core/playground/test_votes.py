@@ -10,7 +10,9 @@ from rlhf_core.data.prepare import run
 from rlhf_core.data.reading import Rows
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataJob, DataSettings
-from rlhf_core.playground.votes import Candidate, Vote, count_votes, save_vote
+from rlhf_core.playground.verdicts import Candidate
+from rlhf_core.playground.votes import VOTES as KEPT
+from rlhf_core.playground.votes import Vote, save_vote
 from rlhf_core.store import open_store
 from tests.rlhf_core.data.helpers import byte_tokenizer
 
@@ -52,14 +54,14 @@ def test_vote_keeps_what_was_seen(store):
     assert record["models"]["chosen"] == {"name": "PPO", "digest": "a" * 64, "score": 0.5}
     assert record["models"]["rejected"]["score"] is None
     assert record["run"] == "r1"
-    assert count_votes(store) == 1
+    assert KEPT.count(store) == 1
 
 
 @pytest.mark.parametrize(("chosen", "word"), [(" ", "empty"), ("No. ", "identical")])
 def test_vote_that_teaches_nothing_is_refused(store, chosen, word):
     with pytest.raises(DataError, match=word):
         save_vote(store, vote(chosen=chosen))
-    assert count_votes(store) == 0
+    assert KEPT.count(store) == 0
 
 
 def test_new_vote_changes_the_fingerprint_and_no_vote_is_an_error(store):

@@ -92,10 +92,12 @@ def test_abandoned_checkpoints_go_and_those_of_running_stages_stay(
     assert running.verify(newest.digest) == []
 
 
-def test_old_records_about_memory_go(store: Store) -> None:
-    store.write_record("memory/stage.json", {"micro_batch_size": 2})
-    assert [e.key for e in store.collect(set, EVERYTHING).others] == ["memory/stage.json"]
-    assert store.list_records("memory/") == []
+@pytest.mark.parametrize("folder", ["memory", "candidates"])
+def test_old_records_about_a_failed_stage_go(store: Store, folder: str) -> None:
+    store.write_record(f"{folder}/stage.json", {"micro_batch_size": 2})
+    assert store.collect(set, NOTHING).others == []
+    assert [e.key for e in store.collect(set, EVERYTHING).others] == [f"{folder}/stage.json"]
+    assert store.list_records(f"{folder}/") == []
 
 
 def test_uploads_that_killed_writers_left_are_ended_by_age(s3_url: str) -> None:

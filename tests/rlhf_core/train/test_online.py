@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from rlhf_core.candidates import noted
 from rlhf_core.jobs import (
     GRPOJob,
     LoRA,
@@ -258,7 +259,9 @@ def test_collapse_publishes_the_last_good_policy_as_a_candidate(one_rank, two_ra
     assert run.artifact is None, "a retry must not take it for the result"
 
     [candidate] = [a for a in store.list("model") if a.metadata.get("candidate")]
-    assert candidate.ref in said
+    assert candidate.ref in said and noted(store, job.key()) == candidate
+    reason = f"collapsed at step {at}: kl {means[-1]:.4g} above max_kl {job.max_kl:g}; weights of"
+    assert candidate.metadata["reason"] == f"{reason} step {at - 2}"
     assert candidate.metadata["collapsed"]["value"] == pytest.approx(means[-1])
     assert candidate.metadata["metrics"]["steps"] == at - 2
     checkpoints = store.scoped(f"checkpoints/{job.key()}")
@@ -274,3 +277,4 @@ def test_collapse_before_the_first_checkpoint_has_no_candidate(one_rank):
     assert "No checkpoint from before these rollouts" in run.said
     assert "checkpoint_every is 1000" in run.said
     assert not [a for a in run.store.list("model") if a.metadata.get("candidate")]
+    assert noted(run.store, run.job.key()) is None

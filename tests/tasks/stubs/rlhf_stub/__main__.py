@@ -12,13 +12,24 @@ import sys
 import time
 from pathlib import Path
 
+from rlhf_core import candidates
 from rlhf_core.context import StageContext
-from rlhf_core.errors import ConfigError, DataError, OutOfMemory, RLHFError, StoreUnavailable
+from rlhf_core.errors import (
+    ConfigError,
+    DataError,
+    OutOfMemory,
+    PolicyCollapse,
+    RLHFError,
+    StoreUnavailable,
+)
 from rlhf_core.jobs import parse_job
 from rlhf_core.secrets import hide
 from rlhf_core.store import open_store
 
-ERRORS = {"oom": OutOfMemory, "data": DataError, "store": StoreUnavailable, "config": ConfigError}
+ERRORS = {
+    "oom": OutOfMemory, "data": DataError, "store": StoreUnavailable, "config": ConfigError,
+    "collapse": PolicyCollapse,
+}  # fmt: skip
 
 
 def behaviour(algorithm: str, folder: Path) -> str:
@@ -70,7 +81,16 @@ def act(what: str, rank: int, folder: Path) -> None:
 def run(path: Path) -> None:
     job = parse_job(path.read_bytes())
     context = StageContext.from_environment(open_store(), job, path.parent)
-    act(behaviour(job.algorithm, path.parent), context.rank, path.parent)
+    planned = behaviour(job.algorithm, path.parent)
+    if planned == "collapse_late" and context.main:  # with a good checkpoint from before
+        folder = context.scratch("candidate")
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"good")
+        metadata = {"reason": "collapsed at step 9", "metrics": {"steps": 7}}
+        left = context.publish(job, folder, metadata, bind=False)
+        candidates.note(context.store, context.key, left)
+        planned = "collapse"
+    act(planned, context.rank, path.parent)
     if not context.main:
         return
     folder = context.scratch("result")
