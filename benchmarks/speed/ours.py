@@ -1,4 +1,6 @@
-"""One measurement of our side, in a process of its own: `python -m benchmarks.speed.ours ROW FOLDER`.
+"""One measurement of our side, in a process of its own.
+
+    python -m benchmarks.speed.ours ROW FOLDER
 
 Runs the stage that a pipeline runs, from its job, in one process, and prints one line of JSON.
 With --given the rollouts take the workload's replies instead of sampling their own, so that both
@@ -152,7 +154,7 @@ def make_job(arguments: argparse.Namespace, values: dict[str, Any]) -> Any:
     sizes, digests = values["sizes"], values["digests"]
     common: dict[str, Any] = {
         "model": digests["model"],
-        "learning_rate": workload.LEARNING_RATE,
+        "learning_rate": workload.rate(arguments.row, arguments.given),
         "schedule": "constant",
         "warmup_fraction": 0.0,
         "precision": arguments.precision or sizes.precision,
@@ -181,8 +183,8 @@ def make_job(arguments: argparse.Namespace, values: dict[str, Any]) -> Any:
                        batch_size=sizes.prompts // sizes.group)  # fmt: skip
     assert arguments.row == "ppo"
     return PPOJob(**common, **online, reward_model=digests["scorer"], batch_size=sizes.prompts,
-                  ppo_epochs=workload.EPOCHS, minibatches=1,
-                  critic_learning_rate=workload.LEARNING_RATE)  # fmt: skip
+                  ppo_epochs=1 if arguments.given else workload.EPOCHS, minibatches=1,
+                  critic_learning_rate=common["learning_rate"])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ class Side:
         return {
             "output_dir": self.scratch, "per_device_train_batch_size": micro,
             "gradient_accumulation_steps": batch // micro, "max_steps": steps,
-            "learning_rate": workload.LEARNING_RATE, "lr_scheduler_type": "constant",
+            "learning_rate": workload.rate(self.row, self.given),
+            "lr_scheduler_type": "constant",
             "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
             "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-5,
             "bf16": self.precision == "bf16", "use_cpu": True, "gradient_checkpointing": False,
@@ -264,11 +265,17 @@ def ppo(side: Side) -> dict[str, Any]:
         return found
 
     ppo_trainer.batch_generation = generation
+    # In the order of the data set; and the data set is longer than what is used: at the end of a
+    # loader accelerate takes an optimizer step after every micro-batch.
+    loader = ppo_trainer.DataLoader
+    ppo_trainer.DataLoader = lambda *a, **k: loader(*a, **{**k, "shuffle": False})
+    rows = [{"input_ids": p} for p in values["prompts"]] * (sizes.rollouts + 2)
     policy = side.causal()
     trainer = PPOTrainer(
         args=PPOConfig(
             **common, total_episodes=sizes.prompts * (sizes.rollouts + 1),
-            num_ppo_epochs=workload.EPOCHS, num_mini_batches=1, response_length=sizes.reply_length,
+            num_ppo_epochs=1 if side.given else workload.EPOCHS, num_mini_batches=1,
+            response_length=sizes.reply_length,
             local_rollout_forward_batch_size=sizes.prompts, temperature=1.0, stop_token="eos",
             missing_eos_penalty=None, kl_coef=0.04, cliprange=0.2, vf_coef=0.1,
             cliprange_value=0.2, gamma=1.0, lam=0.95, num_sample_generations=0,
@@ -276,7 +283,7 @@ def ppo(side: Side) -> dict[str, Any]:
         ),
         processing_class=tokenizer, model=policy, ref_model=side.causal(),
         reward_model=side.scorer(), value_model=side.scorer(),
-        train_dataset=Dataset.from_list([{"input_ids": p} for p in values["prompts"]]),
+        train_dataset=Dataset.from_list(rows),
         callbacks=[side.callback()],
     )  # fmt: skip
     trainer.train()

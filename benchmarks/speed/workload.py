@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.flops import shape_of
+
 END, PAD = 0, 1  # ids of the tiny model's special tokens
 
 
@@ -47,6 +49,15 @@ SIZES = {
 EPOCHS = 2  # of PPO over a rollout
 SEED = 0
 LEARNING_RATE = 1e-4
+ROLLOUT_RATE = 1e-6  # so small that the spread of the replies' lengths stays as it is
+
+
+def rate(row: str, given: bool) -> float:
+    """Learning rate of a row. GRPO's first loss is 0; given replies, its updates are to show.
+
+    PPO's second pass would show them too, but there the peer does not clip the gradient.
+    """
+    return ROLLOUT_RATE if row == "ppo" or (row == "grpo" and not given) else LEARNING_RATE
 
 
 def make(name: str, folder: Path, source: Path | None = None) -> None:
@@ -67,6 +78,7 @@ def make(name: str, folder: Path, source: Path | None = None) -> None:
         write_bench_copy(source, folder / "model")
     write_scorers(folder)
     values = write_data(folder, sizes)
+    values["shape"] = shape_of(folder / "model")
     (folder / "workload.json").write_text(json.dumps({"sizes": asdict(sizes), **values}))
 
 
@@ -77,6 +89,23 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------- models
+
+
+def smollm2(folder: Path) -> Path:
+    """SmolLM2-135M out of its PyPI package, imported as a pipeline does it; its folder."""
+    from rlhf_core.context import StageContext
+    from rlhf_core.import_model import run
+    from rlhf_core.jobs import ImportModelJob
+    from rlhf_core.store import open_store
+
+    store = open_store(f"file://{folder / 'store'}")
+    job = ImportModelJob(source="builtin:smollm2-135m-instruct", chat_template="chatml")
+    found = store.stage_result(job.key())
+    if found is None:
+        (folder / "work").mkdir(parents=True, exist_ok=True)
+        found = run(job, StageContext(store=store, key=job.key(), folder=folder / "work"))
+    assert found is not None
+    return store.fetch(found.digest)
 
 
 def write_tiny(folder: Path) -> None:
@@ -105,7 +134,7 @@ def write_tiny(folder: Path) -> None:
             pad_token_id=PAD,
             bos_token_id=None,
             tie_word_embeddings=False,
-        )  # fmt: skip
+        )
     )
     make_talkative(model)
     model.save_pretrained(folder)
@@ -230,8 +259,8 @@ def publish(store: Any, folder: Path, purpose: Any, rows: list[dict[str, Any]]) 
     empty = {"prompt": "", "chosen": "", "rejected": "", "reference": None}
     if purpose == "prompts":
         empty["prompt"] = json.dumps([{"role": "user", "content": ""}])
-    whole = [{**{k: empty.get(k) for k in kind.names}, **row, "row": i}
-             for i, row in enumerate(rows)]  # fmt: skip
+    blank = {name: empty.get(name) for name in kind.names}
+    whole = [{**blank, **row, "row": i} for i, row in enumerate(rows)]
     target = folder / f"data-{purpose}"
     target.mkdir()
     name = "train-00000.arrow"

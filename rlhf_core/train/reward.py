@@ -72,7 +72,7 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
         scale = learning_rate_scale(step, total, job.warmup_fraction, job.schedule)
         scale *= checkpointer.rate
         strategy.set_learning_rate(scale)
-        # 2. Chosen and rejected of a pair go through the model in one pass, where it can in one row.
+        # 2. Both replies of a pair go through the model in one pass, and in one row if it can.
         shared = in_one_row(job, module, rows)
         micro = split_batch(
             [shared_length(r) if shared else pair_length(r) for r in rows],
