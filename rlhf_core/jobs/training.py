@@ -52,7 +52,8 @@ class TrainSettings(Settings):
     lora: LoRA | None = None
     """Train low-rank adapters instead of the weights."""
     trainable_layers: PositiveInt | None = None
-    """Train only the top n transformer layers, the last norm and the heads; empty: everything."""
+    """Train only the top n transformer layers, the last norm and the heads; empty: everything. In
+    online RL the layers below run once for policy, reference, critic and reward model."""
     resources: Resources | None = None
     """Placement of this stage; empty: the pipeline's."""
 

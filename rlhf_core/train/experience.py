@@ -22,6 +22,7 @@ from rlhf_core.rewards import Rules
 from rlhf_core.rollout import generate, make_row_seeds
 from rlhf_core.strategy import Strategy
 from rlhf_core.train.online import Models, collate_responses, micro_batches
+from rlhf_core.trunk import States
 
 SHOWN = 4  # replies of each rollout that are kept for people to look at
 GRAM = 4  # tokens of the pieces that `repetition` counts
@@ -42,6 +43,7 @@ class Experience:
     raw_scores: Tensor  # (B,) weighted sum of the components
     scores: Tensor  # (B,) raw_scores less the penalty for a missing end of turn
     troubles: dict[str, int]  # what kept a rule from being applied -> replies
+    states: States  # hidden states of this rank's micro-batches, where layers are shared
     values: Tensor | None = None  # (B,T) of PPO's critic
     advantages: Tensor | None = None  # (B,T) or (B,), as the algorithm makes them of the scores
     returns: Tensor | None = None  # (B,T) for PPO's critic
@@ -114,11 +116,11 @@ def score(
         minibatches: rows that are trained on together, and so scored together.
     """
     sequences, prompt_lengths = rollout["sequences"], rollout["prompt_lengths"]
-    group, found = strategy.group, []
+    group, found, states = strategy.group, [], States(models.trunk)
     for positions in micro_batches(job, strategy, sequences, minibatches):
         batch = collate_responses(sequences, prompt_lengths, positions, group.device)
         marked = batch[2]
-        with strategy.autocast():
+        with strategy.autocast(), states.of(positions, batch[0], batch[1]):
             old, values, _ = models.trained(*batch, job.temperature)
             ref = models.reference(*batch, job.temperature)
             scores = models.reward(batch[0], batch[1]) if models.reward is not None else None
@@ -154,6 +156,7 @@ def score(
         values=places[2] if len(places) > 2 else None,
         components=components,
         troubles=troubles,
+        states=states,
         raw_scores=raw_scores,
         # A reply that was cut is scored as it stands, less the penalty.
         scores=raw_scores - job.missing_eos_penalty * (~finished).float(),

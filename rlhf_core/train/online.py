@@ -32,6 +32,7 @@ from rlhf_core.rewards import Rules
 from rlhf_core.store import Artifact
 from rlhf_core.strategy import HALF, Strategy
 from rlhf_core.train.policy import publish_policy
+from rlhf_core.trunk import Trunk, find_trunk
 
 Batch = tuple[Tensor, Tensor, Tensor]  # input_ids (b,S), mask (b,S) bool, marked (b,S) bool
 
@@ -80,6 +81,7 @@ class Models:
     rules: Rules
     weights: dict[str, float]  # of each reward, by name
     tokenizer: Any  # None on ranks that decode nothing
+    trunk: Trunk | None = None  # of all of them, see `share_trunk`
 
 
 # ------------------------------------------------------------------------------------- loading
@@ -121,6 +123,24 @@ def load_models(
     reads = context.main or bool(rules.names)
     tokenizer = load_tokenizer(source, is_trusted(source)) if reads else None
     return Models(trained, reference, reward, rules, weights, tokenizer)
+
+
+def share_trunk(job: OnlineJob, strategy: Strategy, models: Models, context: StageContext) -> None:
+    """Let the models run the layers once that they have in common. After `strategy.prepare`.
+
+    Not with text that is mixed in, which goes through the policy alone and in the same pass.
+    """
+    if job.trainable_layers is None or strategy.kind == "gemini" or job.ptx_coef > 0:
+        return
+    assert isinstance(models.reference, Policy)  # adapters and trainable layers exclude each other
+    whole: list[nn.Module] = [models.trained.policy.model, models.reference.model]
+    if isinstance(models.trained, ActorCritic):
+        whole.append(models.trained.critic.backbone)
+    if models.reward is not None:
+        whole.append(models.reward.backbone)
+    models.trunk = find_trunk(whole)
+    if models.trunk is not None:
+        context.log(f"the lower {models.trunk.depth} layers run once for all {len(whole)} models")
 
 
 def load_ptx(job: OnlineJob, context: StageContext) -> Rows | None:

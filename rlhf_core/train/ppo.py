@@ -60,6 +60,7 @@ from rlhf_core.train.online import (
     load_models,
     load_ptx,
     publish_last,
+    share_trunk,
     split_minibatches,
 )
 from rlhf_core.train.policy import enable_checkpointing, new_policy, save_policy
@@ -81,6 +82,7 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
         "critic.": job.critic_learning_rate or 5 * job.learning_rate,
     }
     strategy.prepare(actor_critic, adamw(actor_critic, job, rates))
+    share_trunk(job, strategy, models, context)
     checkpointer = Checkpointer(context, strategy, job)
     start, _ = checkpointer.restore()
 

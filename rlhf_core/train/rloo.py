@@ -41,6 +41,7 @@ from rlhf_core.train.online import (
     load_models,
     load_ptx,
     publish_last,
+    share_trunk,
     split_minibatches,
 )
 from rlhf_core.train.policy import new_policy, save_policy
@@ -58,6 +59,7 @@ def run(job: RLOOJob, context: StageContext) -> Artifact | None:
     actor = Actor(policy)
     models = load_models(job, strategy, source, actor, context)
     strategy.prepare(actor, adamw(actor, job, {"": job.learning_rate}))
+    share_trunk(job, strategy, models, context)
     checkpointer = Checkpointer(context, strategy, job)
     start, _ = checkpointer.restore()
 
