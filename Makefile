@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo check lint fast lock docs clean fuzz chaos demo-s3 bench-store
+.PHONY: help setup demo smoke up down test test-system test-images test-demo check lint fast lock docs clean fuzz chaos demo-s3 bench bench-store
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,21 @@ demo-s3: $(STAMP)  ## the demo with its artifacts on an S3 server that is starte
 
 bench-store: $(STAMP)  ## throughput of the S3 store beside boto3's (two minutes)
 	@$(BIN)/python benchmarks/store_throughput.py
+
+# The peer's environment sees the packages of $(VENV), and has TRL beside them.
+BENCH := .venv-bench
+$(BENCH)/.installed: $(STAMP) requirements/bench.txt requirements/bench-ppo.txt
+	@$(PYTHON) -m venv $(BENCH)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  $$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	@$(BENCH)/bin/python -m pip install -q --no-deps -r requirements/bench.txt
+	@$(BENCH)/bin/python -m pip install -q --no-deps --upgrade --target $(BENCH)/ppo -r requirements/bench-ppo.txt
+	@touch $@
+
+REPEATS ?= 5
+bench: $(BENCH)/.installed  ## speed of training beside TRL's (two hours; REPEATS=5)
+	@$(BIN)/python -m benchmarks.speed --repeats $(REPEATS)
+	@$(BIN)/python -m benchmarks.speed.costs --repeats $(REPEATS)
 
 smoke: $(STAMP)  ## the whole pipeline on a tiny model (about a minute)
 	@$(BIN)/rlhf run --preset smoke
@@ -93,4 +108,4 @@ docs: $(STAMP)  ## regenerate docs/settings.md from the field descriptions
 	@$(BIN)/python docs/generate_settings.py
 
 clean:  ## remove the environment and everything that runs wrote here
-	rm -rf $(VENV) .rlhf build dist ./*.egg-info
+	rm -rf $(VENV) $(BENCH) .rlhf build dist ./*.egg-info

@@ -40,11 +40,18 @@ class Sizes:
     reply_length: int
     group: int  # GRPO's replies to a prompt; it has prompts / group prompts
     rollouts: int  # measured; one more before them is not
+    vocabulary: int = 8192  # of the tiny model
+    shortest: float = 0.1  # shortest row, as a share of the limit
 
 
 SIZES = {
     "tiny": Sizes("tiny", "fp32", 32, 8, 256, 4, 32, 64, 64, 4, 3),
     "smollm2": Sizes("smollm2", "fp32", 16, 8, 256, 2, 16, 48, 24, 4, 1),
+    # every row as long as the limit: nothing is padded on either side
+    "smollm2-256": Sizes("smollm2", "fp32", 8, 4, 256, 2, 4, 48, 24, 4, 1, shortest=1.0),
+    "smollm2-256-bf16": Sizes("smollm2", "bf16", 8, 4, 256, 2, 4, 48, 24, 4, 1, shortest=1.0),
+    "tiny-50k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, vocabulary=50_000),
+    "tiny-250k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, vocabulary=250_000),
 }
 EPOCHS = 2  # of PPO over a rollout
 SEED = 0
@@ -71,8 +78,8 @@ def make(name: str, folder: Path, source: Path | None = None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     sizes = SIZES[name]
-    if name == "tiny":
-        write_tiny(folder / "model")
+    if sizes.model == "tiny":
+        write_tiny(folder / "model", sizes.vocabulary)
     else:
         assert source is not None
         write_bench_copy(source, folder / "model")
@@ -108,13 +115,13 @@ def smollm2(folder: Path) -> Path:
     return store.fetch(found.digest)
 
 
-def write_tiny(folder: Path) -> None:
-    """A random llama of 10.5 M parameters with a vocabulary of 8,192 made-up words."""
+def write_tiny(folder: Path, vocabulary: int) -> None:
+    """A random llama of 6.3 M parameters and its vocabulary of made-up words (8,192: 10.5 M)."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = {"<end>": END, "<pad>": PAD} | {f"w{i}": i for i in range(2, 8192)}
+    words = {"<end>": END, "<pad>": PAD} | {f"w{i}": i for i in range(2, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -123,7 +130,7 @@ def write_tiny(folder: Path) -> None:
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=8192,
+            vocab_size=vocabulary,
             hidden_size=256,
             intermediate_size=688,
             num_hidden_layers=8,
@@ -215,7 +222,7 @@ def write_data(folder: Path, sizes: Sizes) -> dict[str, Any]:
     }
 
     def some(limit: int) -> list[int]:
-        count = chance.randint(max(2, limit // 10), limit)
+        count = chance.randint(max(2, int(limit * sizes.shortest)), limit)
         return [chance.randrange(100, vocabulary) for _ in range(count)]
 
     def order(rows: int, batch: int, steps: int) -> list[int]:

@@ -1,0 +1,205 @@
+"""What comes on top of training, and how it grows: start-up, the pipeline's own cost, samples,
+sequence length, ranks, vocabulary.
+
+    python -m benchmarks.speed.costs [--parts startup,pipeline,samples,length,ranks,vocabulary]
+
+Results are added to costs.json in the benchmark's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed import workload
+from benchmarks.speed.__main__ import ROOT, make, run
+
+PARTS = ("startup", "pipeline", "samples", "length", "ranks", "vocabulary")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=ROOT / ".rlhf" / "bench")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "costs.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for part in arguments.parts.split(","):
+        results[part] = globals()[part](arguments)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{part}: {json.dumps(results[part])}", flush=True)
+
+
+def tiny(arguments: argparse.Namespace, name: str = "tiny") -> tuple[Path, dict[str, Any]]:
+    folder = arguments.out / name
+    make(name, folder, arguments.out)
+    return folder, workload.load(folder)
+
+
+def sft_job(values: dict[str, Any], **settings: Any) -> Any:
+    """An SFT stage on the tiny model, one thread a core."""
+    from rlhf_core.jobs import Resources, SFTJob
+
+    ranks = settings.pop("ranks", 1)
+    return SFTJob(
+        model=values["digests"]["model"], data=values["digests"]["sft"],
+        learning_rate=workload.LEARNING_RATE, precision="fp32", schedule="constant",
+        batch_size=values["sizes"].batch, epochs=10**6,
+        resources=Resources(micro_batch_size=values["sizes"].micro, ranks=ranks, device="cpu",
+                            checkpoint_every=10**6),
+        **settings,
+    )  # fmt: skip
+
+
+def launch(job: Any, store: Path, wait_for: int) -> list[float]:
+    """Run a job under torchrun; seconds from its launch to the end of each step, up to one."""
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        (folder / "job.json").write_text(job.model_dump_json())
+        environment = {**os.environ, "RLHF_STORE": f"file://{store}", "RLHF_HOME": work,
+                       "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
+        began = time.time()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+             str(job.resources.ranks), "-m", "rlhf_core", str(folder / "job.json")],
+            env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            while True:
+                path = folder / "metrics.jsonl"
+                lines = path.read_text().splitlines() if path.exists() else []
+                if len(lines) >= wait_for or process.poll() is not None:
+                    break
+                time.sleep(0.05)
+        finally:
+            process.terminate()
+            process.wait()
+        if len(lines) < wait_for:
+            raise SystemExit(f"the stage ended after {len(lines)} of {wait_for} steps")
+        return [json.loads(line)["time"] - began for line in lines]
+
+
+def startup(arguments: argparse.Namespace) -> dict[str, Any]:
+    """From launching torchrun to the end of the first step, beside importing the libraries."""
+    folder, values = tiny(arguments)
+    job = sft_job(values, max_steps=1000).model_copy(update={"batch_size": 1})
+    ours, bare = [], []
+    for number in range(arguments.repeats + 1):
+        first = launch(job, folder / "store", 1)[0]
+        began = time.time()
+        subprocess.run([sys.executable, "-c", "import torch, transformers"], check=True)
+        if number:
+            bare.append(time.time() - began)
+            ours.append(first)
+    return {"first_step": statistics.median(ours), "import": statistics.median(bare),
+            "ratio": statistics.median(ours) / statistics.median(bare)}  # fmt: skip
+
+
+def pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`rlhf run --preset smoke` beside its stages started by hand one after another."""
+    whole, by_hand = [], []
+    for number in range(min(arguments.repeats, 3) + 1):
+        with tempfile.TemporaryDirectory() as work:
+            home = Path(work)
+            environment = {**os.environ, "RLHF_HOME": work, "OMP_WAIT_POLICY": "PASSIVE"}
+            environment.pop("RLHF_STORE", None)
+            began = time.time()
+            subprocess.run(
+                [str(Path(sys.executable).parent / "rlhf"), "run", "--preset", "smoke"],
+                check=True, cwd=work, env=environment, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            together = time.time() - began
+            apart = stages_by_hand(home, environment)
+        if number:
+            whole.append(together)
+            by_hand.append(apart)
+    return {"pipeline": statistics.median(whole), "by_hand": statistics.median(by_hand),
+            "cost": statistics.median(a - b for a, b in zip(whole, by_hand, strict=True))}  # fmt: skip
+
+
+def stages_by_hand(home: Path, environment: dict[str, str]) -> float:
+    """The jobs of the run that is in this home, again, in a store that knows no stage."""
+    (run_folder,) = (home / "runs").iterdir()
+    for name in ("stages", "refs"):
+        shutil.rmtree(home / "store" / name, ignore_errors=True)
+    jobs = sorted(run_folder.rglob("job.json"), key=lambda p: p.stat().st_mtime)
+    environment = {**environment, "RLHF_STORE": f"file://{home / 'store'}"}
+    began = time.time()
+    for number, path in enumerate(jobs):
+        job = json.loads(path.read_text())
+        folder = home / "again" / str(number)
+        folder.mkdir(parents=True)
+        shutil.copy(path, folder / "job.json")
+        ranks = (job.get("resources") or {}).get("ranks", 1)
+        subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+             str(ranks), "-m", "rlhf_core", str(folder / "job.json")],
+            check=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+    return time.time() - began
+
+
+def samples(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds for 4, 16 and 64 steps of the same number of samples."""
+    folder, values = tiny(arguments)
+    marks = launch(sft_job(values, max_steps=65), folder / "store", 65)
+    found = {f"x{n // 4}": marks[n] - marks[0] for n in (4, 16, 64)}
+    return {**found, "x4 over linear": found["x4"] / (4 * found["x1"]),
+            "x16 over linear": found["x16"] / (16 * found["x1"])}  # fmt: skip
+
+
+def length(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second and memory by sequence length, at the same number of tokens a step."""
+    found = {}
+    for limit in (64, 256, 1024):
+        name = f"tiny-length-{limit}"
+        batch = 8192 // limit
+        workload.SIZES[name] = workload.Sizes(
+            "tiny", "fp32", batch, max(1, batch // 4), limit, 2, 4, 64, 64, 4, 1, shortest=1.0
+        )
+        folder = arguments.out / name
+        workload.make(name, folder)
+        results = [run("sft", "ours", folder, os.cpu_count() or 1) for _ in range(3)]
+        found[str(limit)] = {"rate": statistics.median(r["rate"] for r in results),
+                             "rss": max(r["rss"] for r in results)}  # fmt: skip
+    return found
+
+
+def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds a step on one rank with two threads, and on two ranks with one each."""
+    folder, values = tiny(arguments)
+    found: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(arguments.repeats):
+        for count, seconds in found.items():
+            marks = launch(sft_job(values, max_steps=9, ranks=count), folder / "store", 9)
+            seconds.append((marks[-1] - marks[0]) / 8)
+    one, two = (statistics.median(found[n]) for n in (1, 2))
+    return {"1 rank": one, "2 ranks": two, "ratio": one / two}
+
+
+def vocabulary(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of an SFT step by vocabulary, on both sides."""
+    found = {}
+    for name in ("tiny-50k", "tiny-250k"):
+        folder, _ = tiny(arguments, name)
+        sides = {s: run("sft", s, folder, os.cpu_count() or 1) for s in ("ours", "theirs")}
+        found[name] = {s: r["rss"] for s, r in sides.items()}
+        found[name]["ratio"] = sides["ours"]["rss"] / sides["theirs"]["rss"]
+    return found
+
+
+if __name__ == "__main__":
+    main()
