@@ -18,6 +18,7 @@ import random
 import traceback
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 import torch
 
@@ -40,7 +41,7 @@ BOOTSTRAPS = 1000  # resamples for the standard error of a metric that is no mea
 # What the code and the templates of a task raise; a lack of memory or a lost rank is none of them.
 TASK_FAULTS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
-    TypeError, ValueError,
+    TypeError, ValueError, jinja2.TemplateError,
 )  # fmt: skip
 
 
