@@ -134,7 +134,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 @pytest.fixture(scope="module")
 def by_two(measured: Measured) -> dict[str, dict[str, Any]]:
     """What two ranks find: the same job under another key, and one with one example of each."""
-    measured.run(2, all=measured.job(limit=12), first=measured.job(limit=1))
+    measured.run(
+        2,
+        all=measured.job(limit=12),
+        first=measured.job(limit=1),
+        group=measured.job(tasks=("own_group",), limit=2),
+    )
     return measured.made
 
 
@@ -207,6 +212,11 @@ def test_a_task_may_have_fewer_examples_than_there_are_ranks(by_two: dict[str, A
     assert by_two["first"]["models"]["base"]["own_choice"]["acc,none"]["stderr"] is None
 
 
+def test_group_without_a_number_of_its_own_is_shown_by_its_tasks(by_two: dict[str, Any]) -> None:
+    assert by_two["group"]["shown"] == ["own_choice", "own_words"]
+    assert by_two["group"]["tasks"]["own_words"]["n"] == 2
+
+
 # --------------------------------------------------------------------------- what is refused
 
 
@@ -258,13 +268,12 @@ def test_task_that_fails_on_its_data_is_one_message(measured: Measured) -> None:
     from rlhf_core.context import StageContext
     from rlhf_core.harness.stage import run
 
+    target = "{{answer if answer < 2 else no.such}}"  # the first rows have one
     (measured.own / "wrong.yaml").write_text(
-        "task: wrong\ninclude: choice.yaml\ndoc_to_target: '{{answer if answer < 2 else no.such}}'\n"
+        f"task: wrong\ninclude: choice.yaml\ndoc_to_target: '{target}'\n"
     )
     job = measured.job(tasks=("wrong",))
     folder = measured.stages.write(job)
     context = StageContext(store=measured.stages.store, key=job.key(), folder=folder)
-    with pytest.raises(
-        DataError, match=r"while it measured the base model with wrong \(UndefinedError in "
-    ):
+    with pytest.raises(DataError, match=r"measured the base model with wrong \(UndefinedError in "):
         run(job, context)

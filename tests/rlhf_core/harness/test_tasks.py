@@ -13,6 +13,7 @@ from rlhf_core.harness.tasks import check_tasks, fingerprint
 from rlhf_core.jobs import LmEvalJob, LmEvalSettings, PipelineConfig, Resources
 from rlhf_core.preflight import check
 from rlhf_core.presets import build_config
+from rlhf_core.store import open_store
 from tests.rlhf_core.harness.own_tasks import write_tasks
 
 JOB = {"base": "a" * 64, "policy": "b" * 64}
@@ -48,6 +49,19 @@ def test_missing_package_is_found_before_anything_is_trained(
     )
     elsewhere = build_config(config.model_dump(), ["launcher={type: work_pool}"])
     assert not [p for p in check(elsewhere) if "lm-eval" in p]
+
+
+def test_worker_without_the_package_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf_core.context import StageContext
+    from rlhf_core.harness import stage
+
+    monkeypatch.setattr(stage, "installed", lambda: False)
+    job = LmEvalJob(tasks=("arc_easy",), **JOB)
+    context = StageContext(open_store(str(tmp_path / "store")), job.key(), tmp_path)
+    with pytest.raises(ConfigError, match=r"where the stage runs; run: pip install 'rlhf-pip"):
+        stage.run(job, context)
 
 
 def test_folder_of_tasks_must_be_there_for_a_stage_that_runs_elsewhere_too(
