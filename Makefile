@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PRESET ?= demo
 PINS   := requirements/torch.txt requirements/lock.txt
+EXTRAS := .venv-extras
 
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo check lint fast lock docs clean fuzz chaos demo-s3 bench bench-store
+.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras check lint fast lock docs clean fuzz chaos demo-s3 bench bench-store
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -68,7 +69,7 @@ down: $(STAMP)  ## end what `make up` started
 WORKERS ?= 2
 test: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15 \
-	  -m "not demo and not system and not images and not chaos"
+	  -m "not demo and not system and not images and not chaos and not extras"
 
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
@@ -76,13 +77,26 @@ test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minutes, 3 GB)
 	@$(BIN)/python -m pytest -q -m images
 
+# A second environment that sees all of the first and has only the extras of its own: nothing of
+# them gets into .venv.
+$(EXTRAS)/.installed: $(STAMP) requirements/extras.txt
+	@rm -rf $(EXTRAS)
+	@$(BIN)/python -m venv --without-pip $(EXTRAS)
+	@$(BIN)/python requirements/beside.py $(EXTRAS)
+	@echo "installing lm-eval and reasoning-gym (about a minute; one package needs a C compiler)"
+	@$(EXTRAS)/bin/python -m pip install -q --no-deps --no-build-isolation -r requirements/extras.txt
+	@touch $@
+
+test-extras: $(EXTRAS)/.installed  ## the tests that need lm-eval and reasoning-gym
+	@$(EXTRAS)/bin/python -m pytest -q -m extras
+
 N ?= 20
 chaos: $(STAMP)  ## kill training N times at random points; nothing may be lost or differ (N=20)
 	@$(BIN)/python -m pytest -q -m chaos
 	@$(BIN)/python -m tests.faults.chaos $(N)
 
 fast: $(STAMP)  ## the tests that need no server and no ranks
-	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images"
+	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images and not extras"
 
 FUZZ ?= 20
 SEED ?= $(shell date +%s)
@@ -108,4 +122,4 @@ docs: $(STAMP)  ## regenerate docs/settings.md from the field descriptions
 	@$(BIN)/python docs/generate_settings.py
 
 clean:  ## remove the environment and everything that runs wrote here
-	rm -rf $(VENV) $(BENCH) .rlhf build dist ./*.egg-info
+	rm -rf $(VENV) $(BENCH) $(EXTRAS) .rlhf build dist ./*.egg-info

@@ -13,10 +13,18 @@ NOT_COMPARED = {"resources", "algorithm", "trust_remote_code"}  # none changes w
 
 
 def evaluated(store: Store, artifact: Artifact) -> dict[str, Any]:
-    """The numbers of a published model's evaluation; {} where they are gone."""
-    digest = artifact.metadata.get("evaluation")
+    """The numbers of a published model's evaluation and benchmarks; {} where they are gone."""
+    found = _metrics(store, "evaluation", artifact.metadata.get("evaluation"))
+    benchmarks = _metrics(store, "benchmarks", artifact.metadata.get("lm_eval"))
+    if benchmarks:
+        found = {**found, "lm_eval": (benchmarks.get("models") or {}).get("policy") or {}}
+    return found
+
+
+def _metrics(store: Store, kind: str, digest: Any) -> dict[str, Any]:
+    """The numbers in an artifact's metadata; {} where there are none."""
     try:
-        found = store.get(f"evaluation/{digest}").metadata.get("metrics") if digest else None
+        found = store.get(f"{kind}/{digest}").metadata.get("metrics") if digest else None
     except (StoreError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

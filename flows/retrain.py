@@ -21,7 +21,7 @@ from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
 from rlhf_core.errors import GateFailed
 from rlhf_core.jobs import Gates, PipelineConfig
 from rlhf_core.presets import resolve_preset
-from rlhf_core.recipe import data_sets
+from rlhf_core.recipe import data_sets, measurements
 from rlhf_core.source_id import fingerprint as model_fingerprint
 from rlhf_core.store import Store
 from tasks.evaluation import read_evaluation
@@ -71,11 +71,12 @@ def rlhf_retrain(
         say(log, "note", "retrain", text)
         return Completed(name="NothingNew", message=text)
     with watched():
-        tasks.preflight(config, "evaluate")
+        measured = measurements(config)[-1]
+        tasks.preflight(config, measured)
         with recorded(run):
             try:
                 for stage in pipeline(run):
-                    if stage == "evaluate":
+                    if stage == measured:
                         break
                 verdict = _compare(run, gates)
             except GateFailed as failed:  # one of the pipeline's own gates

@@ -22,7 +22,7 @@ from tasks.gates import check_evaluation
 from tasks.run import Run, new_run_id, recorded
 from tasks.watch import watched
 
-Stage = Literal["model", "data", "label", TrainingStage, "evaluate", "publish"]
+Stage = Literal["model", "data", "label", TrainingStage, "evaluate", "lm_eval", "publish"]
 
 without_tracebacks()
 
@@ -101,6 +101,10 @@ def pipeline(run: Run) -> Iterator[str]:
         tasks.keep_candidate(run, given["model"], evaluation.digest, wrong)
         raise GateFailed(wrong)
     yield "evaluate"
+
+    if run.config.lm_eval is not None:
+        tasks.benchmark(run, given)
+        yield "lm_eval"
 
     if run.config.publish.approval == "manual":
         decision = approval.ask(run.config, tasks.render(run, has_curves=False))

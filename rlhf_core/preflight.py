@@ -15,6 +15,7 @@ from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import (
     DataSettings,
     EndpointJudgeSettings,
+    LmEvalSettings,
     LocalLauncher,
     ModelSettings,
     OnlineSettings,
@@ -85,6 +86,8 @@ def check(
         problems += _check_rewards(config)
     if contact and here and config.evaluate.judge_endpoint is not None:
         problems += _check_judge(config.evaluate.judge_endpoint)
+    if contact and config.lm_eval is not None:
+        problems += _check_lm_eval(config.lm_eval, here)
     if here:
         problems += check_placements(config, machine)
     problems += check_batches(config)
@@ -183,6 +186,19 @@ def _check_judge(settings: EndpointJudgeSettings) -> list[str]:
         read_key(settings)
     except RLHFError as error:
         return [f"evaluate.judge_endpoint: {error}"]
+    return []
+
+
+def _check_lm_eval(settings: LmEvalSettings, here: bool) -> list[str]:
+    """The harness and its tasks; of a stage that runs elsewhere, what its identity is made of."""
+    from rlhf_core.harness.tasks import check_tasks, task_folder
+
+    if here:
+        return check_tasks(settings)
+    try:
+        task_folder(settings.include_path)
+    except RLHFError as error:
+        return [str(error)]
     return []
 
 

@@ -30,7 +30,7 @@ def placements(config: PipelineConfig) -> dict[str, Resources]:
         else:
             sections[step.algorithm] = recipe.section(config, step.algorithm)
     if recipe.makes_a_model(config):
-        sections["evaluate"] = config.evaluate
+        sections |= {name: getattr(config, name) for name in recipe.measurements(config)}
     return {
         name: getattr(settings, "resources", None) or config.resources
         for name, settings in sections.items()

@@ -25,7 +25,7 @@ from rlhf_core.jobs import PipelineConfig, TrainingStage
 # Sections whose `resources` lie over the top-level `resources`.
 STAGE_SECTIONS = (
     *((stage,) for stage in get_args(TrainingStage)),
-    ("evaluate",), ("data", "preference"), ("data", "rounds"),
+    ("evaluate",), ("lm_eval",), ("data", "preference"), ("data", "rounds"),
 )  # fmt: skip
 
 # --------------------------------------------------------------------------- reading

@@ -107,8 +107,13 @@ def makes_a_model(config: PipelineConfig) -> bool:
 
 def stage_names(config: PipelineConfig) -> list[str]:
     """Everything that `until` may name, in order."""
-    last = ["evaluate", "publish"] if makes_a_model(config) else []
+    last = [*measurements(config), "publish"] if makes_a_model(config) else []
     return ["model", "data", *(step.name for step in steps(config)), *last]
+
+
+def measurements(config: PipelineConfig) -> list[str]:
+    """The stages between the newest model and its publishing, in order."""
+    return ["evaluate"] if config.lm_eval is None else ["evaluate", "lm_eval"]
 
 
 def check_last(config: PipelineConfig, until: str) -> list[str]:
@@ -208,6 +213,11 @@ def problems(config: PipelineConfig) -> list[str]:
         found.append(
             "stages has pretrain, but data.pretrain is empty; give it a source of plain text, such "
             "as {source: texts/*.txt, format: text}"
+        )
+    if config.lm_eval is not None and config.stages and not makes_a_model(config):
+        found.append(
+            f"lm_eval is set, but stages {list(config.stages)} make no language model that it "
+            "could measure; clear lm_eval"
         )
     if config.new_model is not None and config.data.pretrain is None:
         found.append("new_model needs text for its tokenizer; give it as data.pretrain")

@@ -4,6 +4,7 @@ from tasks.publish import champion, keep_candidate, keep_collapsed, publish
 from tasks.report import render, report
 from tasks.stages import (
     TRAIN,
+    benchmark,
     compare,
     evaluate,
     import_model,
@@ -15,6 +16,7 @@ from tasks.stages import (
 
 __all__ = [
     "TRAIN",
+    "benchmark",
     "champion",
     "compare",
     "evaluate",

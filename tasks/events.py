@@ -70,12 +70,25 @@ def headline(metrics: dict[str, Any]) -> str:
             pair = [(models.get(m) or {}).get(f"{name}_mean") for m in (start, "policy")]
             if None not in pair:
                 shown.append(f"{name} {pair[0]:.3f} → {pair[1]:.3f}")
+    shown += _benchmarks(metrics)
     for name, label in HEADLINES:
         value = metrics.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             number = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
             shown.append(f"{number} {label}" if label == "tokens/s" else f"{label} {number}")
     return "  ".join(shown)
+
+
+def _benchmarks(metrics: dict[str, Any]) -> list[str]:
+    """The first metric of a few tasks, of base and finished model."""
+    models, found = metrics.get("models") or {}, []
+    for task in (metrics.get("shown") or [])[:3]:
+        before, after = ((models.get(name) or {}).get(task) or {} for name in ("base", "policy"))
+        key = next(iter(after), "")
+        pair = [(row.get(key) or {}).get("value") for row in (before, after)]
+        if None not in pair:
+            found.append(f"{task} {key.partition(',')[0]} {pair[0]:.3g} → {pair[1]:.3g}")
+    return found
 
 
 def in_one_cell(text: object, limit: int = 400) -> str:

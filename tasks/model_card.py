@@ -14,6 +14,7 @@ from rlhf_core import recipe
 from rlhf_core.errors import StoreError
 from rlhf_core.preflight_settings import reply_length
 from rlhf_core.store import Artifact, Store
+from tasks.benchmarks import benchmarks_of
 from tasks.evaluation import evaluation_of
 from tasks.run import Run
 
@@ -70,6 +71,7 @@ def model_card(run: Run, name: str, policy: str, evaluation: str | None) -> str:
         *([ADAPTER] if any(f.path.startswith("adapter/") for f in model.files) else []),
         "## Evaluation",
         judged,
+        *(["## Benchmarks", text] if (text := benchmarks_of(run)) else []),
         "## Lineage",
         _lineage(stages),
         "## Data",

@@ -18,6 +18,7 @@ from rlhf_core.errors import JobFailed, ModelError, RLHFError
 from rlhf_core.store import Artifact, FileEntry, registry
 from rlhf_core.store.plain import materialise, published_folder
 from tasks import assets
+from tasks.benchmarks import STAGE, measured
 from tasks.events import say, seconds
 from tasks.model_card import model_card
 from tasks.run import Run, StageResult, elapsed
@@ -37,7 +38,7 @@ def publish(run: Run, policy: str, evaluation: str) -> StageResult:
     """
     began = time.monotonic()
     name = run.config.publish.name
-    key = publish_key(name, policy, evaluation)
+    key = publish_key(name, policy, evaluation, measured(run))
     artifact, reused = published_artifact(run, "publish", key, policy, evaluation)
     if registry.promote(run.store, name, artifact.digest, run=run.id) is not None:
         assets.published(run.store, name, artifact, run.id)
@@ -57,7 +58,7 @@ def keep_candidate(run: Run, policy: str, evaluation: str | None, reason: str) -
     """
     began = time.monotonic()
     name = run.config.publish.name
-    key = publish_key(name, policy, evaluation)
+    key = publish_key(name, policy, evaluation, measured(run))
     artifact, reused = published_artifact(run, "candidate", key, policy, evaluation)
     registry.add_candidate(run.store, name, artifact.digest, run=run.id, reason=reason)
     what = f"as a candidate of {name}: {reason}"
@@ -116,9 +117,12 @@ def _done(
     return run.add(result)
 
 
-def publish_key(name: str, policy: str, evaluation: str | None) -> str:
-    """Stage key of a published model."""
+def publish_key(
+    name: str, policy: str, evaluation: str | None, benchmarks: str | None = None
+) -> str:
+    """Stage key of a published model: its card shows evaluation and benchmarks."""
     parts = ["publish", VERSION, name, policy, evaluation]
+    parts += [benchmarks] if benchmarks else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -137,13 +141,15 @@ def make_artifact(run: Run, name: str, policy: str, evaluation: str | None) -> A
             f"artifact {source.ref} holds no config.json with .safetensors files but "
             f"{', '.join(sorted(files)[:8])}; it cannot be published as a model."
         )
+    digest = measured(run)
+    benchmarks = {STAGE: digest} if digest else {}
     files["README.md"] = model_card(run, name, policy, evaluation).encode()
     judged = {} if evaluation is None else {"evaluation": evaluation}
     return run.store.publish_derived(
         kind="published",
         files=files,
-        metadata={"name": name, "policy": policy, **judged},
-        parents=[policy, *judged.values()],
+        metadata={"name": name, "policy": policy, **judged, **benchmarks},
+        parents=[policy, *judged.values(), *benchmarks.values()],
     )
 
 

@@ -16,6 +16,7 @@ from prefect.logging import get_run_logger
 
 from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.store import Store
+from tasks.benchmarks import benchmarks_of
 from tasks.curves import draw
 from tasks.evaluation import evaluation_of, read_samples
 from tasks.events import headline, in_one_cell, say, seconds
@@ -65,6 +66,8 @@ def render(run: Run, has_curves: bool) -> str:
                 "## Replies before and after",
                 *(_sample(s, evaluation.names) for s in samples),
             ]
+    if benchmarks := benchmarks_of(run):
+        parts += ["## Benchmarks", benchmarks]
     return "\n\n".join(parts) + "\n"
 
 

@@ -19,6 +19,7 @@ from prefect.states import Completed
 from rlhf_core import recipe
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
 from rlhf_core.errors import GateFailed, PreflightError
+from rlhf_core.harness.tasks import fingerprint as tasks_fingerprint
 from rlhf_core.jobs import (
     DataJob,
     EvaluateJob,
@@ -26,6 +27,7 @@ from rlhf_core.jobs import (
     ImportRewardJob,
     Job,
     LabelJob,
+    LmEvalJob,
     NewModelJob,
     PipelineConfig,
     Resources,
@@ -198,6 +200,19 @@ TRAIN = {algorithm: _trains(algorithm) for algorithm in get_args(TrainingStage)}
 def evaluate(run: Run, given: dict[str, str]) -> StageResult:
     """The base model, the one that the alignment started from, and the finished one."""
     return run_evaluation(run, "evaluate", given)
+
+
+@stage("lm_eval")
+def benchmark(run: Run, given: dict[str, str]) -> StageResult:
+    """The base model and the finished one on standard benchmarks."""
+    settings = run.config.lm_eval
+    assert settings is not None, "no stage of a run without these settings"
+    job = LmEvalJob(
+        **trained(run, settings),
+        fingerprint=tasks_fingerprint(settings.include_path),
+        **{name: given[role] for name, role in LmEvalJob.roles().items()},
+    )
+    return run_one(run, "lm_eval", job)
 
 
 @stage("compare")

@@ -93,6 +93,39 @@ def test_lock_and_torch_satisfy_the_projects_own_metadata() -> None:
     assert not wrong
 
 
+def test_extras_are_pinned_beside_the_lock_and_within_the_projects_ranges() -> None:
+    pins = read_requirements("extras.txt")
+    exact = re.compile(r"==[^*,<>=~!]+")
+    assert [name for name, r in pins.items() if not exact.fullmatch(str(r.specifier))] == []
+    assert set(pins) & set(locked()) == set()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for text in [*extras["lm-eval"], *extras["reasoning"]]:
+        wanted = Requirement(text)
+        assert wanted.specifier.contains(str(pins[canonical(wanted.name)].specifier)[2:]), text
+
+
+@pytest.mark.extras
+def test_extras_with_the_lock_are_all_that_they_need() -> None:
+    pytest.importorskip("lm_eval", reason="needs the extras; run: make test-extras")
+    pins = {name: str(r.specifier) for name, r in read_requirements("extras.txt").items()}
+    assert {name: f"=={metadata.version(name)}" for name in pins} == pins
+    wrong = []
+    for name in pins:
+        for text in metadata.requires(name) or []:
+            needed = Requirement(text)
+            if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+                continue
+            try:
+                found = metadata.version(needed.name)
+            except metadata.PackageNotFoundError:
+                found = "not installed"
+            if found == "not installed" or not needed.specifier.contains(found, prereleases=True):
+                wrong.append(f"{name} needs {needed}, found {found}")
+    assert not wrong
+
+
 def test_every_locked_package_is_installed_at_its_version() -> None:
     wrong = {}
     for name, version in locked().items():

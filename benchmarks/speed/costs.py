@@ -125,8 +125,11 @@ def pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
         if number:
             whole.append(together)
             by_hand.append(apart)
-    return {"pipeline": statistics.median(whole), "by_hand": statistics.median(by_hand),
-            "cost": statistics.median(a - b for a, b in zip(whole, by_hand, strict=True))}  # fmt: skip
+    return {
+        "pipeline": statistics.median(whole),
+        "by_hand": statistics.median(by_hand),
+        "cost": statistics.median(a - b for a, b in zip(whole, by_hand, strict=True)),
+    }
 
 
 def stages_by_hand(home: Path, environment: dict[str, str]) -> float:

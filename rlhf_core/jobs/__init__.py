@@ -37,6 +37,7 @@ from rlhf_core.jobs.data import (
     ModelSettings,
     SampledPreferences,
 )
+from rlhf_core.jobs.harness import LmEvalJob, LmEvalSettings
 from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
 from rlhf_core.jobs.online import (
@@ -100,6 +101,8 @@ __all__ = [
     "KTOSettings",
     "LabelJob",
     "Launcher",
+    "LmEvalJob",
+    "LmEvalSettings",
     "LoRA",
     "LocalLauncher",
     "ModelReward",
@@ -162,6 +165,7 @@ Job = (
     | NewModelJob
     | PretrainJob
     | EvaluateJob
+    | LmEvalJob
 )
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rlhf_core.jobs.base import Resources, Seed, Settings, Slug
 from rlhf_core.jobs.data import DataConfig, ModelSettings
+from rlhf_core.jobs.harness import LmEvalSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher
 from rlhf_core.jobs.online import GRPOSettings, PPOSettings, ReinforcePPSettings, RLOOSettings
 from rlhf_core.jobs.preference import DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
@@ -82,6 +83,8 @@ class PipelineConfig(Settings):
     """REINFORCE++, where stages has reinforce_pp."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Evaluation."""
+    lm_eval: LmEvalSettings | None = None
+    """Standard benchmarks after the evaluation, by the package lm-eval; empty: not run."""
     publish: PublishSettings = PublishSettings()
     """Publishing."""
     launcher: Launcher = LocalLauncher()

@@ -9,6 +9,7 @@ from rlhf_core.errors import GateFailed, JobFailed, PreflightError
 from rlhf_core.jobs import BaseJob
 from rlhf_core.presets import build_config
 from rlhf_core.store import open_store, registry
+from tests.rlhf_core.harness.own_tasks import write_tasks
 
 pytestmark = pytest.mark.slow
 STAGES = ["model", "data-sft", "data-prompts", "sft", "label", "reward", "ppo", "evaluate",
@@ -171,6 +172,32 @@ def test_rounds_go_on_from_the_newest_policy(pipeline, without_torchrun):
     assert parents("dpo-2") == [digest["dpo-1"], digest["label-2"]]
     assert {digest["model"], digest["sft"], digest["dpo-2"]} <= set(parents("evaluate"))
     assert digest["dpo-2"] in parents("publish")
+
+
+def test_benchmarks_come_before_publishing_and_count_in_what_is_published(
+    pipeline, tmp_path, monkeypatch, without_torchrun
+):
+    plain = pipeline()["stages"]["publish"]["digest"]
+    monkeypatch.setattr("rlhf_core.harness.tasks.check_tasks", lambda settings: [])
+    own = write_tasks(tmp_path / "own")
+    asked = [f"lm_eval={{tasks: [own_choice], include_path: {own}}}"]
+    summary = pipeline(*asked)
+    done = summary["stages"]
+    assert list(done) == [*STAGES[:-1], "lm_eval", "publish"]
+    assert reused(summary) == STAGES[:-1]
+    assert done["publish"]["digest"] != plain
+    made = pipeline.store.get(done["lm_eval"]["digest"])
+    assert list(made.parents) == [done["model"]["digest"], done["ppo"]["digest"]]
+    assert "| own\\_choice | acc |" in Path(summary["report"]).read_text()
+    assert "| own\\_choice | acc |" in (tmp_path / "home/published/smoke/README.md").read_text()
+
+    again = pipeline(*asked, "lm_eval.resources.ranks=1")
+    assert reused(again) == list(done)
+    with (own / "data/choice.jsonl").open("a") as file:
+        file.write("\n")
+    changed = pipeline(*asked, until="lm_eval")
+    assert list(changed["stages"]) == list(done)[:-1]
+    assert "lm_eval" not in reused(changed)
 
 
 def test_failed_gate_ends_the_run_and_another_bound_goes_on(pipeline, without_torchrun):

@@ -71,6 +71,9 @@ def test_only_the_data_that_a_stage_needs_is_prepared():
         ({"stages": ("sft",), "rounds": 2},
          ["rounds is 2, but stages ['sft'] has nothing to repeat: add an alignment such as ppo, "
           "or set rounds to 1"]),
+        ({"stages": ("reward",), "lm_eval": {"tasks": ["piqa"]}},
+         ["lm_eval is set, but stages ['reward'] make no language model that it could measure; "
+          "clear lm_eval"]),
         ({"data": DataConfig(preference=SampledPreferences(labeller="reward_model"))},
          ["data.preference.labeller is reward_model, but there is none yet when the pairs for "
           "training it are made; give one as reward_model, or use another labeller"]),
@@ -89,6 +92,10 @@ def test_last_stage_must_be_one_of_the_run():
     ]
     assert recipe.check_last(PipelineConfig(rounds=2), "ppo-1") == []
     assert recipe.stage_names(PipelineConfig(stages=("reward",)))[-1] == "reward"
+    measured = PipelineConfig(lm_eval={"tasks": ["piqa"]})
+    assert recipe.stage_names(measured)[-3:] == ["evaluate", "lm_eval", "publish"]
+    assert recipe.check_last(measured, "lm_eval") == []
+    assert "has no such stage" in recipe.check_last(config, "lm_eval")[0]
 
 
 def test_finished_model_is_named_after_the_last_stage_that_made_one():

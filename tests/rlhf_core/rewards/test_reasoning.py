@@ -141,9 +141,10 @@ def test_source_whose_package_is_missing_is_refused_with_the_command(monkeypatch
         rows("reasoning-gym:leg_counting")
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("task", ["leg_counting", "basic_arithmetic", "countdown", "word_sorting"])
 def test_real_task_scores_its_own_answers(task):
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym; run: make test-extras")
     made = rows(f"reasoning-gym:{task}?size=4&seed=1")
     rules = Rules([ReasoningGymReward()], seed=0)
     replies = [f"Let me see. <answer>{data['answer']}</answer>" for data in made]
