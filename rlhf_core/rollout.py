@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.kv_cache import new_cache
 from rlhf_core.logprobs import (
     accepted,
     backbone,
@@ -213,13 +214,6 @@ def _uniforms(
     return uniforms
 
 
-def _new_cache(config: Any) -> Any:
-    from transformers import DynamicCache
-
-    # from transformers 4.54 on, the config tells sliding-window layers from others
-    return DynamicCache(**accepted(DynamicCache.__init__, config=config))
-
-
 class _Decoder:
     """The loop over steps of one batch; holds what all batches share."""
 
@@ -252,7 +246,7 @@ class _Decoder:
         inputs, attention = inputs.to(device), attention.to(device)
         alive = torch.tensor(rows, device=device)  # (b,) row of the result
         positions = position_ids_from_mask(attention)  # (b,P+T)
-        cache = _new_cache(self.lm.config)
+        cache = new_cache(self.lm.config, width + steps)
         done = 0  # tokens of the rows that the cache holds
         for step in range(steps):
             seen = width + step
