@@ -9,7 +9,8 @@ B prompts, T = max_new_tokens response positions, V vocabulary, b rows still bei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,7 +172,7 @@ def generate(
     order = sorted(range(count), key=lambda i: len(prompt_ids[i]), reverse=True)
     stop = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     try:
-        with torch.no_grad(), eval_mode(model):
+        with torch.no_grad(), eval_mode(model), _cached_casts(model, device):
             decoder = _Decoder(model, temperature, stop)
             for start in range(0, count, batch_size):
                 rows = order[start : start + batch_size]
@@ -183,6 +184,25 @@ def generate(
         # gradient, and a training step in the same autocast block must not meet them
         torch.clear_autocast_cache()
     return result
+
+
+@contextlib.contextmanager
+def _cached_casts(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let autocast keep its half-precision copies of frozen weights from step to step.
+
+    It keeps those of weights that require a gradient; the others it would cast again with every
+    token, which took a tenth of the time for a batch of 32.
+    """
+    frozen = []
+    if torch.is_autocast_enabled(device.type):
+        frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    try:
+        for param in frozen:
+            param.requires_grad_(True)
+        yield
+    finally:
+        for param in frozen:
+            param.requires_grad_(False)
 
 
 def _check(

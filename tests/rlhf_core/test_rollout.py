@@ -279,6 +279,27 @@ def test_autocast_decodes_and_leaves_no_gradientless_weights_behind() -> None:
     assert gap.max() < 0.1
 
 
+def test_frozen_weights_are_cast_once_and_stay_frozen() -> None:
+    model = flat_model().requires_grad_(False)
+    prompts = [[5, 6, 7], [8, 9]]
+    shape = tuple(model.get_input_embeddings().weight.shape)
+
+    def casts_of_the_head(steps: int) -> int:
+        with torch.profiler.profile(record_shapes=True) as profile, torch.autocast("cpu"):
+            sample(model, prompts, max_new_tokens=steps, eos_ids=NEVER)
+        return sum(
+            e.count
+            for e in profile.key_averages(group_by_input_shape=True)
+            if e.key == "aten::_to_copy" and e.input_shapes and tuple(e.input_shapes[0]) == shape
+        )
+
+    assert casts_of_the_head(2) == casts_of_the_head(6) > 0
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="row_seeds"), torch.autocast("cpu"):
+        sample(model, prompts, max_new_tokens=2, row_seeds=[1])
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_results_can_enter_a_graph() -> None:
     got = sample(flat_model(), PROMPTS)
     x = torch.zeros_like(got.logprobs, requires_grad=True)
