@@ -18,13 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.logprobs import (
-    accepted,
-    backbone,
-    causal_lm,
-    lm_head,
-    position_ids_from_mask,
-)
+from rlhf_core.logprobs import BareBackbone, backbone_hidden, lm_head
 from rlhf_core.models import transformer_layers
 
 
@@ -197,15 +191,8 @@ def _changes_nothing(trunk: Trunk, models: Sequence[nn.Module]) -> bool:
 
 
 def _call(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """The backbone's output, as `backbone_hidden` calls it."""
-    base = backbone(causal_lm(model))
-    positions = position_ids_from_mask(mask)
-    output = base(
-        input_ids=input_ids, attention_mask=mask.long(), use_cache=False,
-        **accepted(base.forward, position_ids=positions),
-    )  # fmt: skip
-    found: Tensor = output[0]
-    return found
+    """The backbone's output, as in training."""
+    return backbone_hidden(BareBackbone(model.base_model), input_ids, mask)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -343,6 +343,38 @@ def test_response_logprobs_have_the_gradient_of_the_full_logits(name: str) -> No
             assert (grads[k] - p.grad).norm() <= 1e-3 * p.grad.norm() + 1e-4, k
 
 
+def test_right_padded_rows_go_without_a_mask_where_a_model_needs_none() -> None:
+    model = make_model("llama")
+    seen: list[object] = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    ids = torch.randint(0, V, (2, 6))
+    right, left = torch.ones(2, 6).bool(), torch.ones(2, 6).bool()
+    right[1, 4:] = left[1, :2] = False
+    lp.backbone_hidden(model, ids, right)
+    assert seen[-1] is None
+    lp.backbone_hidden(model, ids, left)
+    assert seen[-1] is not None
+    hook.remove()
+
+    class Backwards(type(model.base_model)):  # type: ignore[misc]
+        """A model whose tokens see what comes after them."""
+
+        def forward(self, **kwargs):  # type: ignore[no-untyped-def]
+            out = super().forward(**kwargs)
+            real = kwargs["attention_mask"]
+            real = torch.ones_like(kwargs["input_ids"]) if real is None else real
+            out.last_hidden_state = out[0] + (out[0] * real.unsqueeze(2)).sum(1, keepdim=True)
+            return out
+
+    other = make_model("llama").base_model
+    other.__class__ = Backwards
+    found = lp.backbone_hidden(lp.BareBackbone(other), ids, right)
+    assert not lp._needs_no_mask[other]
+    torch.testing.assert_close(found, lp._hidden_of(other, ids, right, None))
+
+
 def test_a_mask_over_the_whole_row_is_allowed_but_not_its_first_column() -> None:
     model = make_model("llama")
     ids, attention, mask = batch()
