@@ -123,9 +123,14 @@ def ask(page, text, columns=2):
 
 def shorten(page, tokens=16):
     page.get_by_text(re.compile("^(Settings|设置)$")).click()
-    number = page.locator("#length input[type=number]")
-    number.fill(str(tokens))
-    number.press("Tab")
+    number, slider = (page.locator(f"#length input[type={kind}]") for kind in ("number", "range"))
+    for _ in range(20):  # the page may still be putting its texts, and with them values, in place
+        number.fill(str(tokens))
+        number.press("Tab")
+        page.wait_for_timeout(300)
+        if number.input_value() == slider.input_value() == str(tokens):
+            return
+    raise AssertionError(f"the slider stays at {slider.input_value()}")
 
 
 def votes(playground):
