@@ -64,6 +64,8 @@ def sft_job(values: dict[str, Any], **settings: Any) -> Any:
 
 def launch(job: Any, store: Path, wait_for: int) -> list[float]:
     """Run a job under torchrun; seconds from its launch to the end of each step, up to one."""
+    # Another seed each time: the stage is to start, not to go on from a checkpoint.
+    job = job.model_copy(update={"seed": time.time_ns() % 2**31})
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         (folder / "job.json").write_text(job.model_dump_json())
