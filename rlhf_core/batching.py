@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -57,14 +57,24 @@ def split_batch(
         lengths: tokens of each row of the global batch; len(lengths) % world_size == 0.
         micro_batch_size: rows of the greatest length; of shorter ones there may be more.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = _longest_first(lengths)
     widths = [lengths[i] for i in order[::world_size]]
-    result = []
-    for start, stop in _cuts(widths, micro_batch_size, pass_cost()):
-        mine = order[start * world_size : stop * world_size][rank::world_size]
-        if mine:
-            result.append(mine)
-    return result
+    cuts = _cuts(widths, micro_batch_size, pass_cost())
+    return [mine for mine in _dealt(order, cuts, rank, world_size) if mine]
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+def _dealt(
+    order: Sequence[int], cuts: Iterable[tuple[int, int]], rank: int, world_size: int
+) -> list[list[int]]:
+    """A rank's rows of each window; windows count in rows per rank."""
+    return [
+        list(order[start * world_size : stop * world_size][rank::world_size])
+        for start, stop in cuts
+    ]
 
 
 def pass_cost() -> int:
@@ -108,13 +118,9 @@ def split_evenly(lengths: Sequence[int], rank: int, world_size: int, parts: int)
     Args:
         parts: no more than len(lengths) / world_size.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     units = len(lengths) // world_size
     ends = [units * i // parts for i in range(parts + 1)]
-    return [
-        order[start * world_size : stop * world_size][rank::world_size]
-        for start, stop in itertools.pairwise(ends)
-    ]
+    return _dealt(_longest_first(lengths), itertools.pairwise(ends), rank, world_size)
 
 
 def pad_right(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
