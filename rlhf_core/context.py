@@ -13,6 +13,7 @@ The store's URL comes in the environment (RLHF_STORE), its credentials in the us
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -41,6 +42,8 @@ class StageContext:
         rank, world_size, local_rank: of this process.
         patience: seconds for which a result waits for a store that is away.
         lowered: see Checkpointer.lowered; told in the result's metadata.
+        closing: what the stage has started and must end, before its result is published or, when
+            it fails, after it.
     """
 
     store: Store
@@ -51,6 +54,7 @@ class StageContext:
     local_rank: int = 0
     patience: float = 900.0
     lowered: list[dict[str, Any]] = field(default_factory=list)
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
     _writer: Any = field(default=None, repr=False)
     _wandb_run: Any = field(default=None, repr=False)
 

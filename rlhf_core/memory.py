@@ -34,7 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf_core.jobs import Resources, TrainSettings, job_class
+from rlhf_core.jobs import Resources, TrainSettings, VllmRollout, job_class
 from rlhf_core.model_shape import ModelShape, read_shape
 
 GIB = 2**30
@@ -106,6 +106,9 @@ def estimate(
         cache = plan.kv_cache(-(-replies // resources.ranks), max_length)
         parts["activations"] = max(kept, cache)  # a rollout keeps no activations
         parts["logits"] = chunk
+        rollout = getattr(settings, "rollout", None)
+        if isinstance(rollout, VllmRollout) and device == "cpu":  # on a GPU it sleeps meanwhile
+            parts["vLLM"] = plan.width * shape.parameters + rollout.cpu_cache_mib * 2**20
     else:
         kept = plan.activations(rows * sequences, max_length)
         parts = {**policy, "activations": kept, "logits": chunk}

@@ -26,6 +26,7 @@ from rlhf_core.memory import GIB, ways_to_fit
 from rlhf_core.memory import estimate as estimate_memory
 from rlhf_core.model_shape import ModelShape, read_shape
 from rlhf_core.model_source import check_model, model_config, new_model_sizes
+from rlhf_core.preflight_rollout import check_engine_memory, check_rollouts
 from rlhf_core.preflight_settings import (
     check_batches,
     check_data_settings,
@@ -91,6 +92,7 @@ def check(
     if here:
         problems += check_placements(config, machine)
     problems += check_batches(config)
+    problems += check_rollouts(config, packages=contact and here)
     if here:
         problems += check_training(config, shape, machine)
     problems += check_lengths(config, shape)
@@ -260,6 +262,7 @@ def _check_memory(config: PipelineConfig, model: Mapping[str, Any], machine: Mac
                 f"{stage} with strategy {resources.strategy} needs about {found}, but each rank "
                 f"has {place}; expected to fit: {advice}"
             )
+        problems += check_engine_memory(stage, settings, resources, found, machine)
         host = found.host * min(resources.ranks, max(1, machine.gpus))
         if device == "cuda" and machine.ram and host > _TOLERANCE * machine.ram:
             problems.append(

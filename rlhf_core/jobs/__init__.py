@@ -67,6 +67,7 @@ from rlhf_core.jobs.preference import (
 from rlhf_core.jobs.pretraining import NewModelJob, NewModelSettings, PretrainJob, PretrainSettings
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
 from rlhf_core.jobs.rewards import ModelReward, Reward
+from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, VllmRollout
 from rlhf_core.jobs.training import (
     LoRA,
     RewardJob,
@@ -80,6 +81,7 @@ __all__ = [
     "JOB",
     "LARGEST",
     "BaseJob",
+    "BuiltinRollout",
     "DPOJob",
     "DPOSettings",
     "DataConfig",
@@ -131,6 +133,7 @@ __all__ = [
     "Reward",
     "RewardJob",
     "RewardSettings",
+    "Rollout",
     "SFTJob",
     "SFTSettings",
     "SampledPreferences",
@@ -142,6 +145,7 @@ __all__ = [
     "Strategy",
     "TrainSettings",
     "TrainingStage",
+    "VllmRollout",
     "WorkPoolLauncher",
     "job_class",
     "parse_job",

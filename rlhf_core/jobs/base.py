@@ -115,15 +115,19 @@ class BaseJob(Settings):
         """The version that counts in the key; a job may have another for some settings only."""
         return self.version
 
-    def key(self) -> str:
-        """Stage key: sha256 over algorithm, version and all settings but placement and trust.
+    def key_settings(self) -> dict[str, Any]:
+        """What of the job counts in its key: algorithm and all settings but placement and trust.
 
         `on_nonfinite` counts when it is a factor: the result may then be another one.
         """
         settings = self.model_dump(mode="json", exclude=set(self.apart))
         if settings.get("on_nonfinite") == "fail":
             del settings["on_nonfinite"]
-        payload = {"version": self.current_version(), "job": settings}
+        return settings
+
+    def key(self) -> str:
+        """Stage key: sha256 over version and `key_settings`."""
+        payload = {"version": self.current_version(), "job": self.key_settings()}
         text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

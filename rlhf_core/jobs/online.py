@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.jobs.base import BaseJob, Digest, Fraction, PositiveInt, Resources, job_input
 from rlhf_core.jobs.rewards import ModelReward, Reward
+from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, VllmRollout
 from rlhf_core.jobs.training import TrainSettings
 
 GroupSize = Annotated[int, Field(ge=2, le=1024)]
@@ -30,6 +31,8 @@ class OnlineSettings(TrainSettings):
     """Longest reply."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature; log-probabilities are taken at it."""
+    rollout: Rollout = BuiltinRollout()
+    """What replies are sampled with."""
     rewards: tuple[Reward, ...] = (ModelReward(),)
     """What is optimised: a weighted sum of the reward model's score and of rules."""
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.05
@@ -94,6 +97,16 @@ class OnlineJob(OnlineSettings, BaseJob):
     """Data set of purpose sft or pretrain that is mixed in when ptx_coef is above 0."""
     resources: Resources = Resources()
     """Placement."""
+
+    def key_settings(self) -> dict[str, Any]:
+        """Without the built-in rollout, which jobs were before there was another, and without how
+        much memory vLLM gets."""
+        settings = super().key_settings()
+        if isinstance(self.rollout, VllmRollout):
+            shown = self.rollout.model_dump(mode="json", exclude=set(self.rollout.apart))
+            return settings | {"rollout": shown}
+        del settings["rollout"]
+        return settings
 
     @model_validator(mode="after")
     def _rewards_have_their_model(self) -> Self:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.distributed import Group
-from rlhf_core.jobs import OnlineJob
+from rlhf_core.errors import TrainingFailure
+from rlhf_core.jobs import OnlineJob, VllmRollout
 from rlhf_core.losses import kl_estimate
 from rlhf_core.models import stop_tokens
 from rlhf_core.rewards import Rules
@@ -23,6 +24,7 @@ from rlhf_core.rollout import generate, make_row_seeds
 from rlhf_core.strategy import Strategy
 from rlhf_core.train.online import Models, collate_responses, micro_batches
 from rlhf_core.trunk import States
+from rlhf_core.vllm_engine import VllmEngine
 
 SHOWN = 4  # replies of each rollout that are kept for people to look at
 GRAM = 4  # tokens of the pieces that `repetition` counts
@@ -56,12 +58,14 @@ def roll_out(
     source: Path,
     prompt_ids: list[list[int]],
     step: int,
+    engine: VllmEngine | None = None,
 ) -> dict[str, Any]:
     """Sample one reply to every prompt of the global batch, each rank its share.
 
     Args:
         policy: the causal LM. source: its files.
         prompt_ids: a prompt that stands there more than once gets as many different replies.
+        engine: of `start_engine`; None: the built-in loop.
 
     Returns:
         On every rank, in the order of the prompts: sequences, prompt_lengths, finished, logprobs.
@@ -69,16 +73,17 @@ def roll_out(
     group = strategy.group
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     mine = order[group.rank :: group.size]
-    with strategy.autocast():
-        rollout = generate(
-            policy,
-            [prompt_ids[i] for i in mine],
-            max_new_tokens=job.max_new_tokens,
-            temperature=job.temperature,
-            eos_ids=stop_tokens(source),
-            pad_id=0,
-            row_seeds=make_row_seeds(job.seed, step, mine),
-        )
+    options: dict[str, Any] = {
+        "max_new_tokens": job.max_new_tokens, "temperature": job.temperature,
+        "eos_ids": stop_tokens(source), "pad_id": 0,
+        "row_seeds": make_row_seeds(job.seed, step, mine),
+    }  # fmt: skip
+    prompts = [prompt_ids[i] for i in mine]
+    if engine is not None:
+        rollout = engine.roll_out(policy, prompts, **options)
+    else:
+        with strategy.autocast():
+            rollout = generate(policy, prompts, **options)
     results = []
     for i in range(len(mine)):
         real = rollout.response_mask[i]
@@ -145,7 +150,7 @@ def score(
         components = {"model": torch.tensor(model_scores), **components}
     raw_scores = sum(models.weights[name] * x.double() for name, x in components.items()).float()
     finished = rollout["finished"]
-    return Experience(
+    experience = Experience(
         sequences=sequences,
         prompt_lengths=prompt_lengths,
         finished=finished,
@@ -161,6 +166,33 @@ def score(
         # A reply that was cut is scored as it stands, less the penalty.
         scores=raw_scores - job.missing_eos_penalty * (~finished).float(),
     )
+    assert_same_policy(job, experience)
+    return experience
+
+
+def logprob_gap(experience: Experience) -> float:
+    """Mean over the tokens of |log-probability in the rollout - in the trainer|, nats."""
+    gap = (experience.rollout_logprobs - experience.old_logprobs).abs() * experience.mask
+    return float(gap.sum() / experience.mask.sum())
+
+
+def assert_same_policy(job: OnlineJob, experience: Experience) -> None:
+    """Replies of an engine must come from the policy that is trained on them.
+
+    Raises:
+        TrainingFailure: their log-probabilities differ by more than the job's bound, or are NaN.
+    """
+    if not isinstance(job.rollout, VllmRollout):
+        return
+    gap, bound = logprob_gap(experience), job.rollout.max_logprob_gap
+    if not gap <= bound:
+        raise TrainingFailure(
+            f"The log-probabilities of a rollout's tokens differ by {gap:.4g} nats (mean) between "
+            f"vLLM and the trainer, more than {job.algorithm}.rollout.max_logprob_gap {bound:g}: "
+            "the replies were sampled from another policy than the one that is trained. Set "
+            f"{job.algorithm}.rollout.type to builtin, or precision to fp32; raise the bound only "
+            "where rounding explains the difference."
+        )
 
 
 def score_by_rules(
@@ -216,7 +248,6 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
     k1 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k1")
     k3 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k3")
     tokens = mask.sum()
-    gap = (experience.rollout_logprobs - experience.old_logprobs).abs()
     return {
         "score": float(experience.raw_scores.mean()),
         "reward": float(experience.scores.mean()),
@@ -229,7 +260,7 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
         "finished": float(experience.finished.float().mean()),
         "repetition": repetition(experience),
         "entropy": float(-(experience.old_logprobs * mask).sum() / tokens),
-        "rollout_logprob_gap": float((gap * mask).sum() / tokens),
+        "rollout_logprob_gap": logprob_gap(experience),
     }
 
 

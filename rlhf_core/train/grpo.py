@@ -48,6 +48,7 @@ from rlhf_core.train.online import (
 )
 from rlhf_core.train.policy import new_policy, save_policy
 from rlhf_core.train.updates import Part, optimise
+from rlhf_core.vllm_engine import start_engine
 
 
 def run(job: GRPOJob, context: StageContext) -> Artifact | None:
@@ -64,6 +65,7 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
     share_trunk(job, strategy, models, context)
     checkpointer = Checkpointer(context, strategy, job)
     start, _ = checkpointer.restore()
+    engine = start_engine(job, strategy, source, prompts, context)
 
     for step in range(start, job.steps):
         began = time.perf_counter()
@@ -74,7 +76,7 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
         rows = prompts.take(batch_rows(len(prompts), job.batch_size, step, job.seed))
         rows = [row for row in rows for _ in range(job.group_size)]
         prompt_ids = [r["prompt_ids"] for r in rows]
-        rollout = roll_out(job, strategy, policy.model, source, prompt_ids, step)
+        rollout = roll_out(job, strategy, policy.model, source, prompt_ids, step, engine)
         rollout_seconds = time.perf_counter() - began
         checkpointer.stop_if_asked(step)
         # 2. Score them: policy, reference, reward model, rules.

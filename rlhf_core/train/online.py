@@ -196,6 +196,7 @@ def publish_last(
     source: Path,
 ) -> Artifact | None:
     """`publish_policy` with the metrics of the last rollout. Every rank calls."""
+    context.closing.close()
     last = context.read_metrics()[-1] if context.main else {}
     kept = {k: v for k, v in last.items() if k not in ("step", "total", "time")}
     result = {"metrics": {"steps": job.steps, **kept}}

@@ -65,6 +65,7 @@ from rlhf_core.train.online import (
 )
 from rlhf_core.train.policy import enable_checkpointing, new_policy, save_policy
 from rlhf_core.train.updates import Part, optimise
+from rlhf_core.vllm_engine import start_engine
 
 
 def run(job: PPOJob, context: StageContext) -> Artifact | None:
@@ -85,6 +86,7 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
     share_trunk(job, strategy, models, context)
     checkpointer = Checkpointer(context, strategy, job)
     start, _ = checkpointer.restore()
+    engine = start_engine(job, strategy, source, prompts, context)
 
     for step in range(start, job.steps):
         began = time.perf_counter()
@@ -94,7 +96,7 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
         # 1. Sample a reply to each prompt.
         rows = prompts.take(batch_rows(len(prompts), job.batch_size, step, job.seed))
         prompt_ids = [r["prompt_ids"] for r in rows]
-        rollout = roll_out(job, strategy, policy.model, source, prompt_ids, step)
+        rollout = roll_out(job, strategy, policy.model, source, prompt_ids, step, engine)
         rollout_seconds = time.perf_counter() - began
         checkpointer.stop_if_asked(step)
         # 2. Score it with all four models and the rules.
