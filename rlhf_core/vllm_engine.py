@@ -39,6 +39,7 @@ from rlhf_core.strategy import Strategy
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TOGETHER = 256  # rows that are decoded at once, at most
+PREFILL = 8192  # tokens of prompts that are read at once, or one prompt if it is longer
 # It runs in this process and tells nobody about it. torchrun's own variables stay as they are.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -130,7 +131,7 @@ class VllmEngine:
             else:
                 memory["enable_sleep_mode"] = True
                 torch.cuda.empty_cache()
-            try:
+            try:  # with one token sampled: not every layer that can be built can also be run
                 self._llm = vllm.LLM(
                     model=str(source),
                     load_format="dummy",
@@ -140,11 +141,17 @@ class VllmEngine:
                     distributed_executor_backend="external_launcher",  # torchrun
                     max_model_len=longest,
                     max_num_seqs=min(together, TOGETHER),
+                    # A prompt in pieces draws a number for each: of its own row's, so that the
+                    # reply would depend on its neighbours (and on a CPU it fails).
+                    enable_chunked_prefill=False,
+                    max_num_batched_tokens=max(longest, PREFILL),
                     logprobs_mode="processed_logprobs",  # of what is sampled from
                     enforce_eager=self.on_cpu,  # compiling takes longer than it saves
                     disable_log_stats=True,
                     **memory,
                 )
+                one = vllm.SamplingParams(max_tokens=1, detokenize=False)
+                self._llm.generate([{"prompt_token_ids": [0]}], one, use_tqdm=False)
             except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
                 raise ConfigError(
                     f"vLLM {self.version} cannot be started for this model: {error}. Use the "
@@ -223,7 +230,8 @@ class VllmEngine:
         outputs = []
         if wanted:
             prompts = [TokensPrompt(prompt_token_ids=list(p)) for p in prompt_ids]
-            outputs = self._llm.generate(prompts, wanted, use_tqdm=False)
+            with torch.random.fork_rng():  # its CPU sampler draws from the global one, in vain
+                outputs = self._llm.generate(prompts, wanted, use_tqdm=False)
         shape = (len(prompt_ids), max_new_tokens)
         ids = torch.full(shape, pad_id, dtype=torch.long)
         mask = torch.zeros(shape, dtype=torch.bool)

@@ -1,7 +1,8 @@
 """Ranks with a made-up rule, and ranks that are told to stop: `... PLAN.json` under torchrun.
 
-The plan is a list of {"job", "store", "folder", "rule": bool, "stop_after": step or null}. What a
-stage gave up with is written into its folder as said.txt.
+The plan is a list of {"job", "store", "folder", "rule": bool, "stop_after": step or null,
+"stale_after": rollouts or null, after which an engine gets no new weights}. What a stage gave up
+with is written into its folder as said.txt.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rlhf_core.jobs.base import Settings
 from rlhf_core.stopping import stop
 from rlhf_core.store import open_store
 from rlhf_core.train import online
+from rlhf_core.vllm_engine import VllmEngine
 
 
 class LettersReward(Settings):
@@ -64,6 +66,21 @@ def stopping_after(last):
     return after_step
 
 
+UPDATE = VllmEngine.update
+
+
+def forgetting_after(count):
+    """A way through `update` that hands over no weights after so many rollouts."""
+    seen = []
+
+    def update(self, weights):
+        seen.append(1)
+        if count is None or len(seen) <= count:
+            UPDATE(self, weights)
+
+    return update
+
+
 def main(plan: list) -> None:
     rules = online.Rules
     for entry in plan:
@@ -74,6 +91,7 @@ def main(plan: list) -> None:
             job = job.model_copy(update={"rewards": (LettersReward(),), "reward_model": None})
 
         Checkpointer.after_step = stopping_after(entry.get("stop_after"))
+        VllmEngine.update = forgetting_after(entry.get("stale_after"))
         try:
             run_job(job, open_store(entry["store"]), folder)
         except RLHFError as error:
