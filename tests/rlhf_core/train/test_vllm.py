@@ -99,8 +99,8 @@ def run_plan(stages, inputs, tmp_path_factory):
 def one_rank(run_plan, make):
     """Several jobs in one process: each starts an engine after the one before has been closed."""
     learns = {
-        "steps": 15, "batch_size": 8, "learning_rate": 1e-2, "epochs": 2, "kl_coef": 0.0,
-        "missing_eos_penalty": 0.0, "place": {"micro_batch_size": 16},
+        "steps": 25, "batch_size": 8, "group_size": 8, "learning_rate": 1e-2, "epochs": 2,
+        "kl_coef": 0.0, "missing_eos_penalty": 0.0, "place": {"micro_batch_size": 32},
     }  # fmt: skip
     lora = make("rloo", lora=LoRA(rank=2, alpha=8), learning_rate=1e-2)
     stale = make("grpo", learning_rate=1e-2, max_logprob_gap=0.02)
