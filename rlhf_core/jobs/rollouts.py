@@ -29,7 +29,7 @@ class VllmRollout(Settings):
     cpu_cache_mib: PositiveInt = 512
     """MiB of main memory per rank for keys and values where the ranks run on the CPU, which keeps
     them. Does not change the stage key."""
-    max_logprob_gap: Annotated[float, Field(gt=0.0)] = 0.1
+    max_logprob_gap: Annotated[float, Field(gt=0.0)] = 0.2
     """The stage fails when the log-probabilities of a rollout's tokens (nats, mean of the absolute
     difference) differ by more between engine and trainer: the replies are then another policy's."""
 

@@ -93,7 +93,7 @@ def test_missing_package_is_refused_before_anything_starts(
     monkeypatch.setenv("RLHF_STORE", f"file://{tmp_path}/store")
     [problem] = check(sampling(), machine=CPU)
     assert "the package vllm is not installed" in problem
-    assert "pip install 'rlhf-pipeline[vllm]'" in problem
+    assert "(extra vllm)" in problem and "pip install 'vllm>=0.32,<0.33'" in problem
     assert check(sampling(rollout={"type": "builtin"}), machine=CPU) == []
     # A worker has packages of its own.
     launched = sampling().model_copy(update={"launcher": WorkPoolLauncher()})
@@ -105,7 +105,7 @@ def test_missing_package_is_refused_by_the_stage_itself(tmp_path: Any) -> None:
     """On a worker, whose environment the preflight does not see."""
     from rlhf_core.vllm_engine import VllmEngine
 
-    with pytest.raises(ConfigError, match=r"package vllm is not installed.*rlhf-pipeline\[vllm\]"):
+    with pytest.raises(ConfigError, match=r"package vllm is not installed.*\(extra vllm\)"):
         VllmEngine(tmp_path, VllmRollout(), precision="fp32", device=torch.device("cpu"), longest=8)
 
 
