@@ -110,9 +110,11 @@ def watch_rollouts(module: Any, values: dict[str, Any] | None, sequences: list[i
     """Count the tokens of each rollout; put the workload's replies in the place of sampled ones."""
     sample = module.roll_out
 
-    def roll_out(job: Any, strategy: Any, policy: Any, source: Any, prompts: Any, step: int) -> Any:
+    def roll_out(
+        job: Any, strategy: Any, policy: Any, source: Any, prompts: Any, *rest: Any
+    ) -> Any:
         if values is None:
-            result = sample(job, strategy, policy, source, prompts, step)
+            result = sample(job, strategy, policy, source, prompts, *rest)
         else:
             result = replay(values, prompts, job.algorithm)
         sequences.append(sum(len(s) for s in result["sequences"]))

@@ -196,11 +196,11 @@ SECONDS = 6.0
 AGE = 3.0
 
 
-def write_and_look(url: str, seed: int, broken: Path) -> None:
+def write_and_look(url: str, seed: int, broken: Path, stop: Path) -> None:
     """Publish artifacts of files that others have published before, and count broken ones."""
     store, chance = open_store(url), random.Random(seed)
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
+    end = time.monotonic() + 20 * SECONDS
+    while not stop.exists() and time.monotonic() < end:
         began = time.monotonic()
         files = {str(n): bytes([n]) * 500 for n in chance.sample(range(60), 3)}
         artifact = store.publish_derived(
@@ -217,10 +217,14 @@ def write_and_look(url: str, seed: int, broken: Path) -> None:
 def test_writers_that_race_the_collector_lose_nothing(store: Store, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    writers = [start(write_and_look, store.url, seed, broken) for seed in range(3)]
-    deleted = 0
+    stop = tmp_path / "stop"
+    writers = [start(write_and_look, store.url, seed, broken, stop) for seed in range(3)]
+    deleted, began = 0, time.monotonic()
     while any(writer.is_alive() for writer in writers):
         deleted += len(store.collect(set, Limits(keep=AGE, grace=AGE)).blobs)
+        # Which files grow old is chance, and a busy machine makes few rounds.
+        if deleted and time.monotonic() - began > SECONDS:
+            stop.touch()
         time.sleep(0.2)
     for writer in writers:
         writer.join()
