@@ -124,7 +124,10 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.kept = []  # they are changed in place below: a second backward pass computes them anew
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         grad_h = torch.empty_like(hidden) if need_h else None
-        grad_w = torch.zeros_like(weight, dtype=norms.dtype) if need_w else None
+        gathered = adds_in_place(weight, norms.dtype) if need_w else None
+        grad_w = gathered
+        if need_w and grad_w is None:
+            grad_w = torch.empty_like(weight, dtype=norms.dtype)
         grad_b = torch.zeros_like(bias, dtype=norms.dtype) if need_b else None
         start = 0
         with torch.autocast(hidden.device.type, enabled=False):
@@ -160,17 +163,35 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_h[rows] = grad @ w
                 if grad_w is not None:
                     h = h.to(options.dtype)
+                    added = gathered is not None or rows.start > 0
                     if grad_w.dtype == options.dtype:
-                        grad_w.addmm_(grad.t(), h)
-                    else:  # the product in half precision, its sum over chunks in fp32
+                        grad_w.addmm_(grad.t(), h, beta=float(added))
+                    elif added:  # the product in half precision, its sum in fp32
                         grad_w += grad.t() @ h
+                    else:
+                        grad_w.copy_(grad.t() @ h)
         return (
             grad_h,
-            grad_w.to(weight.dtype) if grad_w is not None else None,
+            grad_w.to(weight.dtype) if grad_w is not None and gathered is None else None,
             grad_b.to(bias.dtype) if grad_b is not None else None,
             None,
             None,
         )
+
+
+def add_in_place(parameter: Tensor) -> None:
+    """Let the head's backward pass add to this parameter's gradient where it lies.
+
+    Of a large vocabulary that saves a matrix of its size, and writing it. Only where nothing waits
+    for the gradient on its way (DDP, ZeRO), and for `backward`, not `torch.autograd.grad`.
+    """
+    parameter.adds_in_place = True  # type: ignore[attr-defined]
+
+
+def adds_in_place(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The gradient to add to, or None where there is none yet or it must not be changed here."""
+    found = parameter.grad if getattr(parameter, "adds_in_place", False) else None
+    return found if found is not None and found.dtype == dtype else None
 
 
 class _Options(NamedTuple):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from rlhf_core.distributed import Group
 from rlhf_core.errors import ConfigError, NonFinite
 from rlhf_core.jobs import Precision, Resources
+from rlhf_core.logprobs import add_in_place
 
 HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,10 +58,6 @@ class Strategy:
                 )
             if precision == "fp16":
                 raise ConfigError("precision is fp16, which needs a GPU; on the CPU use bf16.")
-        if self.device.type == "cpu":
-            from rlhf_core import cpu_accelerator
-
-            cpu_accelerator.install()
         self.rank, self.world_size = self.group.rank, self.group.size
         self.module: nn.Module | None = None
         self._booster: Any = None
@@ -71,18 +68,35 @@ class Strategy:
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Shard or replicate; returns the module that must be called from now on."""
-        from colossalai.booster import Booster
-
         trained = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
         # Optimizer states are indexed in the order of the optimizer's groups.
         self._names = [trained[id(p)] for g in optimizer.param_groups for p in g["params"]]
         ordered = [p for g in optimizer.param_groups for p in g["params"]]
         self._params = dict(zip(self._names, ordered, strict=True))
+        if self._alone():
+            for parameter in self._params.values():
+                add_in_place(parameter)
+            self.module, self._optimizer = module, optimizer
+            return module
+        if self.device.type == "cpu":
+            from rlhf_core import cpu_accelerator
+
+            cpu_accelerator.install()
+        from colossalai.booster import Booster
+
         amp = "fp16" if self.kind == "ddp" and self.precision == "fp16" else None
         self._booster = Booster(plugin=self._plugin(), mixed_precision=amp)
         boosted = self._booster.boost(module, optimizer)
         self.module, self._optimizer = boosted[0], boosted[1]
         return self.module
+
+    def _alone(self) -> bool:
+        """Whether there is nothing to shard, to exchange or to scale: then nothing is wrapped.
+
+        DDP on one rank would copy every gradient into its buckets, and Booster's import alone
+        takes more than a second.
+        """
+        return self.kind == "ddp" and self.world_size == 1 and self.precision != "fp16"
 
     def _plugin(self) -> Any:
         from colossalai.booster.plugin import LowLevelZeroPlugin, TorchDDPPlugin
@@ -134,6 +148,9 @@ class Strategy:
         if not torch.isfinite(loss.detach()):
             raise NonFinite(f"the loss is {loss.item()}")
         with torch.autocast(self.device.type, enabled=False):
+            if self._booster is None:
+                loss.backward()  # type: ignore[no-untyped-call]
+                return
             self._booster.backward(loss * self.world_size, self._optimizer)
 
     def step(self) -> float:
@@ -147,7 +164,7 @@ class Strategy:
                 are unchanged.
         """
         if self.kind == "ddp":
-            norm = float(self._optimizer.clip_grad_by_norm(self.max_grad_norm))
+            norm = float(self._clip())
             if not math.isfinite(norm) and self.precision != "fp16":
                 self._optimizer.zero_grad()
                 raise NonFinite(f"the gradient norm is {norm}")
@@ -159,6 +176,12 @@ class Strategy:
                 raise NonFinite(f"the gradient norm is {norm}")
         self._optimizer.zero_grad()
         return norm
+
+    def _clip(self) -> Tensor:
+        """ddp: scale the gradients down to `max_grad_norm`; their norm before."""
+        if self._booster is None:
+            return nn.utils.clip_grad_norm_(self._params.values(), self.max_grad_norm)
+        return cast(Tensor, self._optimizer.clip_grad_by_norm(self.max_grad_norm))
 
     def set_learning_rate(self, scale: float) -> None:
         """Set each group's rate to `scale` times its peak ("peak_lr" of the group)."""

@@ -9,20 +9,27 @@ Results are added to costs.json in the benchmark's folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.speed import workload
 from benchmarks.speed.__main__ import ROOT, make, run
+from flows.server import QUIET, unreachable
+from tasks.launchers.local import WAITING
 
+BIN = Path(sys.executable).parent
 PARTS = ("startup", "pipeline", "samples", "length", "ranks", "vocabulary")
 
 
@@ -69,8 +76,9 @@ def launch(job: Any, store: Path, wait_for: int) -> list[float]:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         (folder / "job.json").write_text(job.model_dump_json())
-        environment = {**os.environ, "RLHF_STORE": f"file://{store}", "RLHF_HOME": work,
-                       "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
+        environment = {
+            **os.environ, **WAITING, "RLHF_STORE": f"file://{store}", "RLHF_HOME": work,
+        }  # fmt: skip
         began = time.time()
         process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
@@ -96,42 +104,89 @@ def startup(arguments: argparse.Namespace) -> dict[str, Any]:
     """From launching torchrun to the end of the first step, beside importing the libraries."""
     folder, values = tiny(arguments)
     job = sft_job(values, max_steps=1000).model_copy(update={"batch_size": 1})
-    ours, bare = [], []
+    others = {
+        "import": "import torch, transformers",
+        # transformers imports what it offers only when it is asked for
+        "import of a model class": "import torch; from transformers import LlamaForCausalLM",
+        "torchrun's own imports": "import torch.distributed.run",
+    }
+    found: dict[str, list[float]] = {"first_step": [], **{name: [] for name in others}}
     for number in range(arguments.repeats + 1):
-        first = launch(job, folder / "store", 1)[0]
-        began = time.time()
-        subprocess.run([sys.executable, "-c", "import torch, transformers"], check=True)
+        seconds = {"first_step": launch(job, folder / "store", 1)[0]}
+        for name, code in others.items():
+            began = time.time()
+            subprocess.run([sys.executable, "-c", code], check=True)
+            seconds[name] = time.time() - began
         if number:
-            bare.append(time.time() - began)
-            ours.append(first)
-    return {"first_step": statistics.median(ours), "import": statistics.median(bare),
-            "ratio": statistics.median(ours) / statistics.median(bare)}  # fmt: skip
+            for name, value in seconds.items():
+                found[name].append(value)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    return {**medians, "ratio": medians["first_step"] / medians["import"]}
+
+
+@contextlib.contextmanager
+def prefect_server() -> Iterator[str]:
+    """A Prefect server of its own; the address of its API."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as home:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        url = f"http://127.0.0.1:{port}/api"
+        process = subprocess.Popen(
+            [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+            env={**os.environ, **QUIET, "PREFECT_HOME": home}, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            while unreachable(url, 1.0) is not None:
+                if process.poll() is not None:
+                    raise SystemExit("the Prefect server did not start")
+                time.sleep(0.2)
+            yield url
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
 
 
 def pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`rlhf run --preset smoke` beside its stages started by hand one after another."""
+    """`rlhf run` beside its stages started by hand one after another: smoke with a server that
+    runs already and with the one that it starts itself, demo with the former."""
+    repeats = min(arguments.repeats, 3)
+    with prefect_server() as url:
+        return {
+            "smoke, server running": beside_stages("smoke", url, repeats),
+            "smoke, own server": beside_stages("smoke", None, repeats),
+            "demo, server running": beside_stages("demo", url, 1),
+        }
+
+
+def beside_stages(preset: str, url: str | None, repeats: int) -> dict[str, float]:
+    """Seconds of a preset's run, of its stages by hand, and the median difference."""
     whole, by_hand = [], []
-    for number in range(min(arguments.repeats, 3) + 1):
+    for number in range(repeats + 1 if repeats > 1 else 1):
         with tempfile.TemporaryDirectory() as work:
             home = Path(work)
-            environment = {**os.environ, "RLHF_HOME": work, "OMP_WAIT_POLICY": "PASSIVE"}
-            environment.pop("RLHF_STORE", None)
+            environment = {**os.environ, **WAITING, "RLHF_HOME": work}
+            for name in ("RLHF_STORE", "PREFECT_API_URL"):
+                environment.pop(name, None)
+            if url is not None:
+                environment["PREFECT_API_URL"] = url
             began = time.time()
             subprocess.run(
-                [str(Path(sys.executable).parent / "rlhf"), "run", "--preset", "smoke"],
+                [str(BIN / "rlhf"), "run", "--preset", preset],
                 check=True, cwd=work, env=environment, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )  # fmt: skip
             together = time.time() - began
             apart = stages_by_hand(home, environment)
-        if number:
+        if number or repeats == 1:
             whole.append(together)
             by_hand.append(apart)
+    costs = [a - b for a, b in zip(whole, by_hand, strict=True)]
     return {
-        "pipeline": statistics.median(whole),
-        "by_hand": statistics.median(by_hand),
-        "cost": statistics.median(a - b for a, b in zip(whole, by_hand, strict=True)),
-    }
+        "pipeline": statistics.median(whole), "by_hand": statistics.median(by_hand),
+        "cost": statistics.median(costs), "share": statistics.median(costs) / min(by_hand),
+    }  # fmt: skip
 
 
 def stages_by_hand(home: Path, environment: dict[str, str]) -> float:

@@ -42,6 +42,7 @@ class Sizes:
     rollouts: int  # measured; one more before them is not
     vocabulary: int = 8192  # of the tiny model
     shortest: float = 0.1  # shortest row, as a share of the limit
+    tied: bool = False  # the tiny model's vocabulary head is its embedding
 
 
 SIZES = {
@@ -50,8 +51,9 @@ SIZES = {
     # every row as long as the limit: nothing is padded on either side
     "smollm2-256": Sizes("smollm2", "fp32", 8, 4, 256, 2, 4, 48, 24, 4, 1, shortest=1.0),
     "smollm2-256-bf16": Sizes("smollm2", "bf16", 8, 4, 256, 2, 4, 48, 24, 4, 1, shortest=1.0),
-    "tiny-50k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, vocabulary=50_000),
-    "tiny-250k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, vocabulary=250_000),
+    # tied as gpt2's and bloom's are
+    "tiny-50k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, 50_000, tied=True),
+    "tiny-250k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, 250_000, tied=True),
 }
 EPOCHS = 2  # of PPO over a rollout
 SEED = 0
@@ -79,7 +81,7 @@ def make(name: str, folder: Path, source: Path | None = None) -> None:
     folder.mkdir(parents=True)
     sizes = SIZES[name]
     if sizes.model == "tiny":
-        write_tiny(folder / "model", sizes.vocabulary)
+        write_tiny(folder / "model", sizes.vocabulary, sizes.tied)
     else:
         assert source is not None
         write_bench_copy(source, folder / "model")
@@ -115,7 +117,7 @@ def smollm2(folder: Path) -> Path:
     return store.fetch(found.digest)
 
 
-def write_tiny(folder: Path, vocabulary: int) -> None:
+def write_tiny(folder: Path, vocabulary: int, tied: bool) -> None:
     """A random llama of 6.3 M parameters and its vocabulary of made-up words (8,192: 10.5 M)."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -140,10 +142,11 @@ def write_tiny(folder: Path, vocabulary: int) -> None:
             eos_token_id=END,
             pad_token_id=PAD,
             bos_token_id=None,
-            tie_word_embeddings=False,
+            tie_word_embeddings=tied,
         )
     )
-    make_talkative(model)
+    if not tied:
+        make_talkative(model)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     (folder / "generation_config.json").write_text(
