@@ -23,7 +23,7 @@ from tasks.launchers.local import WAITING
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-STAGES = ("sft", "reward", "grpo", "ppo")
+STAGES = ("sft", "reward", "grpo", *workload.PPO)
 ROWS = (*STAGES, "rollout", "scoring")
 ONLY = {"smollm2-256": ("sft",), "smollm2-256-bf16": ("sft",)}  # else all rows
 MODELS = ("tiny", "smollm2", *ONLY)
@@ -110,7 +110,7 @@ def check(
     if row == "rollout":  # replies are sampled: only their lengths can be compared
         return {}
     pair = [sides[s][-1]["losses"] for s in ("ours", "theirs")]
-    if row in ("grpo", "ppo"):
+    if row in ("grpo", *workload.PPO):
         pair = [run(row, s, folder, threads, "--given")["losses"] for s in ("ours", "theirs")]
     if len(pair[0]) != len(pair[1]):
         raise SystemExit(f"{row}: {len(pair[0])} losses and {len(pair[1])}; the sides do not match")
@@ -133,7 +133,7 @@ def run(row: str, side: str, folder: Path, threads: int, *more: str) -> dict[str
         command = [sys.executable, "-m", "benchmarks.speed.ours", row]
     else:
         command = [str(peers), str(HERE / "peer.py"), row]
-        if row == "ppo":
+        if row in workload.PPO:
             environment["PYTHONPATH"] = str(ROOT / ".venv-bench" / "ppo")
     done = subprocess.run(
         [*command, str(folder), "--threads", str(threads), *more],

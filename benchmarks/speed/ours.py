@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, 
 
 def losses(row: str, history: list[Mapping[str, float]]) -> list[float]:
     """What must be equal on both sides, step by step."""
-    if row == "ppo":
+    if row in workload.PPO:
         return [h[k] for h in history for k in ("policy_loss", "value_loss")]
     return [h["policy_loss" if row == "grpo" else "loss"] for h in history]
 
@@ -183,7 +183,9 @@ def make_job(arguments: argparse.Namespace, values: dict[str, Any]) -> Any:
         rewards = (PythonReward(function="benchmarks.speed.rule:even_words"),)
         return GRPOJob(**common, **online, rewards=rewards, group_size=sizes.group,
                        batch_size=sizes.prompts // sizes.group)  # fmt: skip
-    assert arguments.row == "ppo"
+    assert arguments.row in workload.PPO
+    if arguments.row == "ppo-top":
+        common["trainable_layers"] = values["shape"]["layers"] // workload.TOP
     return PPOJob(**common, **online, reward_model=digests["scorer"], batch_size=sizes.prompts,
                   ppo_epochs=1 if arguments.given else workload.EPOCHS, minibatches=1,
                   critic_learning_rate=common["learning_rate"])  # fmt: skip

@@ -27,7 +27,7 @@ from benchmarks.speed.rule import of_text
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("row", choices=("sft", "reward", "grpo", "ppo"))
+    parser.add_argument("row", choices=tuple(ROWS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--given", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
@@ -42,7 +42,7 @@ def main() -> None:
 
         torch.set_num_threads(arguments.threads)
         side = Side(arguments, values, precision, scratch)
-        found = {"sft": sft, "reward": reward, "grpo": grpo, "ppo": ppo}[arguments.row](side)
+        found = ROWS[arguments.row](side)
     print(json.dumps(found), flush=True)
     os._exit(0)
 
@@ -270,7 +270,10 @@ def ppo(side: Side) -> dict[str, Any]:
     loader = ppo_trainer.DataLoader
     ppo_trainer.DataLoader = lambda *a, **k: loader(*a, **{**k, "shuffle": False})
     rows = [{"input_ids": p} for p in values["prompts"]] * (sizes.rollouts + 2)
-    policy = side.causal()
+    policy, critic = side.causal(), side.scorer()
+    if side.row == "ppo-top":
+        for model in (policy, critic):
+            train_top(model, values["shape"]["layers"] // workload.TOP)
     trainer = PPOTrainer(
         args=PPOConfig(
             **common, total_episodes=sizes.prompts * (sizes.rollouts + 1),
@@ -282,7 +285,7 @@ def ppo(side: Side) -> dict[str, Any]:
             whiten_rewards=False,
         ),
         processing_class=tokenizer, model=policy, ref_model=side.causal(),
-        reward_model=side.scorer(), value_model=side.scorer(),
+        reward_model=side.scorer(), value_model=critic,
         train_dataset=Dataset.from_list(rows),
         callbacks=[side.callback()],
     )  # fmt: skip
@@ -291,6 +294,15 @@ def ppo(side: Side) -> dict[str, Any]:
     logs = [log for log in side.logs if names[0] in log]
     return side.result([log[name] for log in logs for name in names])
 
+
+def train_top(model: Any, count: int) -> None:
+    """Train the upper layers, the last norm and an untied head, as `trainable_layers` does."""
+    model.model.requires_grad_(False)
+    for module in (*model.model.layers[-count:], model.model.norm):
+        module.requires_grad_(True)
+
+
+ROWS = {"sft": sft, "reward": reward, "grpo": grpo, "ppo": ppo, "ppo-top": ppo}
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,8 @@ from typing import Any
 
 PEERS = {
     "sft": "TRL SFTTrainer", "reward": "TRL RewardTrainer", "grpo": "TRL GRPOTrainer",
-    "ppo": "TRL PPOTrainer", "rollout": "generate", "scoring": "whole logits",
+    "ppo": "TRL PPOTrainer",
+    "ppo-top": "TRL PPOTrainer", "rollout": "generate", "scoring": "whole logits",
 }  # fmt: skip
 MIB = 2**20
 

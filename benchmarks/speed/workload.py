@@ -56,9 +56,13 @@ SIZES = {
     "tiny-250k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, 250_000, tied=True),
 }
 EPOCHS = 2  # of PPO over a rollout
+TOP = 4  # the row `ppo-top` trains a quarter of the layers, the upper ones, on both sides
 SEED = 0
 LEARNING_RATE = 1e-4
 ROLLOUT_RATE = 1e-6  # so small that the spread of the replies' lengths stays as it is
+
+
+PPO = ("ppo", "ppo-top")
 
 
 def rate(row: str, given: bool) -> float:
@@ -66,7 +70,7 @@ def rate(row: str, given: bool) -> float:
 
     PPO's second pass would show them too, but there the peer does not clip the gradient.
     """
-    return ROLLOUT_RATE if row == "ppo" or (row == "grpo" and not given) else LEARNING_RATE
+    return ROLLOUT_RATE if row in PPO or (row == "grpo" and not given) else LEARNING_RATE
 
 
 def make(name: str, folder: Path, source: Path | None = None) -> None:
