@@ -1,7 +1,7 @@
 """What comes on top of training, and how it grows: start-up, the pipeline's own cost, samples,
 sequence length, ranks, vocabulary.
 
-    python -m benchmarks.speed.costs [--parts startup,pipeline,samples,length,ranks,vocabulary]
+    python -m benchmarks.speed.costs [--parts startup,pipeline,demo,samples,length,ranks,vocabulary]
 
 Results are added to costs.json in the benchmark's folder.
 """
@@ -30,7 +30,7 @@ from flows.server import QUIET, unreachable
 from tasks.launchers.local import WAITING
 
 BIN = Path(sys.executable).parent
-PARTS = ("startup", "pipeline", "samples", "length", "ranks", "vocabulary")
+PARTS = ("startup", "pipeline", "demo", "samples", "length", "ranks", "vocabulary")
 
 
 def main() -> None:
@@ -149,28 +149,26 @@ def prefect_server() -> Iterator[str]:
 
 
 def pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`rlhf run` beside its stages started by hand one after another: smoke with a server that
-    runs already and with the one that it starts itself, demo with the former."""
-    repeats = min(arguments.repeats, 3)
+    """`rlhf run --preset smoke` with a server that runs, beside its stages started by hand one
+    after another."""
     with prefect_server() as url:
-        return {
-            "smoke, server running": beside_stages("smoke", url, repeats),
-            "smoke, own server": beside_stages("smoke", None, repeats),
-            "demo, server running": beside_stages("demo", url, 1),
-        }
+        return beside_stages("smoke", url, min(arguments.repeats, 3))
 
 
-def beside_stages(preset: str, url: str | None, repeats: int) -> dict[str, float]:
+def demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same for the preset demo, once."""
+    with prefect_server() as url:
+        return beside_stages("demo", url, 1)
+
+
+def beside_stages(preset: str, url: str, repeats: int) -> dict[str, float]:
     """Seconds of a preset's run, of its stages by hand, and the median difference."""
     whole, by_hand = [], []
     for number in range(repeats + 1 if repeats > 1 else 1):
         with tempfile.TemporaryDirectory() as work:
             home = Path(work)
-            environment = {**os.environ, **WAITING, "RLHF_HOME": work}
-            for name in ("RLHF_STORE", "PREFECT_API_URL"):
-                environment.pop(name, None)
-            if url is not None:
-                environment["PREFECT_API_URL"] = url
+            environment = {**os.environ, **WAITING, "RLHF_HOME": work, "PREFECT_API_URL": url}
+            environment.pop("RLHF_STORE", None)
             began = time.time()
             subprocess.run(
                 [str(BIN / "rlhf"), "run", "--preset", preset],
