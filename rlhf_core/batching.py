@@ -43,7 +43,11 @@ def batch_rows(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
 
 
 def split_batch(
-    lengths: Sequence[int], rank: int, world_size: int, micro_batch_size: int
+    lengths: Sequence[int],
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    padding: float = 1.0,
 ) -> list[list[int]]:
     """This rank's micro-batches: positions in the global batch, longest first.
 
@@ -56,10 +60,11 @@ def split_batch(
     Args:
         lengths: tokens of each row of the global batch; len(lengths) % world_size == 0.
         micro_batch_size: rows of the greatest length; of shorter ones there may be more.
+        padding: what a padded token costs beside a real one, see `Strategy.padding`.
     """
     order = _longest_first(lengths)
     widths = [lengths[i] for i in order[::world_size]]
-    cuts = _cuts(widths, micro_batch_size, pass_cost())
+    cuts = _cuts(widths, micro_batch_size, pass_cost(), padding)
     return [mine for mine in _dealt(order, cuts, rank, world_size) if mine]
 
 
@@ -86,23 +91,28 @@ def pass_cost() -> int:
     return 2048 if torch.cuda.is_available() else 64
 
 
-def _cuts(widths: Sequence[int], rows: int, cost: int) -> list[tuple[int, int]]:
-    """Windows of a descending list that cover it at the lowest sum of (count x first + cost).
+def _cuts(widths: Sequence[int], rows: int, cost: float, padding: float) -> list[tuple[int, int]]:
+    """Windows of a descending list that cover it at the lowest sum of their costs.
 
-    No window has more than `rows` times the first width in it. A shortest path, from left to right.
+    A window costs its widths, `padding` for each place that fills them up to its first one, and
+    `cost`. Without the last it costs no more than `rows` times the list's first width. A shortest
+    path, from left to right.
     """
     count = len(widths)
     if not count:
         return []
     budget = rows * max(1, widths[0])
-    best = np.full(count + 1, np.iinfo(np.int64).max, dtype=np.int64)
+    real = np.concatenate([[0], np.cumsum([max(1, w) for w in widths])])
+    best = np.full(count + 1, np.inf)
     came = np.zeros(count + 1, dtype=np.int64)
     best[0] = 0
     for start in range(count):
         width = max(1, widths[start])
-        sizes = np.arange(1, min(count - start, budget // width) + 1)
-        sums = best[start] + sizes * width + cost
-        ends = slice(start + 1, start + 1 + len(sizes))
+        tokens = real[start + 1 :] - real[start]
+        tokens = tokens + padding * (np.arange(1, count - start + 1) * width - tokens)
+        tokens = tokens[tokens <= budget]
+        sums = best[start] + tokens + cost
+        ends = slice(start + 1, start + 1 + len(tokens))
         better = sums < best[ends]
         best[ends] = np.where(better, sums, best[ends])
         came[ends] = np.where(better, start, came[ends])

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rlhf_core import unpadded
 from rlhf_core.losses import upcast
 
 # Most logits held at once, and most rows: on a CPU 256 rows already keep the units busy and more
@@ -412,7 +413,8 @@ def backbone_hidden(
     Position ids are passed to models that accept them and follow the attention mask where None;
     bloom and older opt derive their own from the mask.
 
-    Right-padded rows go without their mask through models that do not need it.
+    Right-padded rows go without their padding through models that allow it (`unpadded`), else
+    without their mask through models that do not need it.
 
     Rows that hold several documents have no attention mask: position ids that do not count on
     begin a document, and transformers keeps its attention within it. Not every architecture
@@ -430,6 +432,8 @@ def backbone_hidden(
     base = backbone(causal_lm(model))
     mask = attention_mask
     if mask is not None and mask.dim() == 2 and position_ids is None and _right_padded(mask):
+        if (hidden := unpadded.hidden_states(base, input_ids, mask)) is not None:
+            return hidden
         if base not in _needs_no_mask:
             _needs_no_mask[base] = _try_without_mask(base)
         if _needs_no_mask[base]:

@@ -27,9 +27,16 @@ from rlhf_core.adapters import save_adapter
 from rlhf_core.batching import derive_seed
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.jobs import TrainSettings
-from rlhf_core.logprobs import BareBackbone, backbone_hidden, response_logprobs
+from rlhf_core.logprobs import (
+    BareBackbone,
+    backbone,
+    backbone_hidden,
+    causal_lm,
+    response_logprobs,
+)
 from rlhf_core.pairs import block_mask, ends_of
 from rlhf_core.remote_code import is_trusted
+from rlhf_core.unpadded import ATTENTION_SHARE, goes_without_padding
 from rlhf_core.weights import REWARD_HEAD
 
 _WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", REWARD_HEAD)
@@ -165,6 +172,17 @@ class ActorCritic(nn.Module):
         before = torch.cat([states[:, :1], states[:, :-1]], dim=1)  # (B,S), moved one right
         values = torch.where(marked, before, torch.zeros_like(before))
         return logprobs, values, None if ptx is None else self.policy(*ptx)
+
+
+def padding_cost(module: nn.Module) -> float:
+    """What a padded token costs beside a real one in a forward pass of policies and critics."""
+    bases = [
+        backbone(causal_lm(m.model if isinstance(m, Policy) else BareBackbone(m.backbone)))
+        for m in module.modules()
+        if isinstance(m, (Policy, ScalarModel))
+    ]
+    lean = bases and all(goes_without_padding(base) for base in bases)
+    return ATTENTION_SHARE if lean else 1.0
 
 
 # ------------------------------------------------------------------------------------- loading

@@ -27,6 +27,7 @@ from rlhf_core.distributed import Group
 from rlhf_core.errors import ConfigError, NonFinite
 from rlhf_core.jobs import Precision, Resources
 from rlhf_core.logprobs import add_in_place
+from rlhf_core.models import padding_cost
 
 HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,11 +64,14 @@ class Strategy:
         self._booster: Any = None
         self._optimizer: Any = None
         self._names: list[str] = []
+        self.padding = 1.0
+        """What a padded token costs beside a real one, in a forward pass of the module."""
 
     # ------------------------------------------------------------------ set-up
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Shard or replicate; returns the module that must be called from now on."""
+        self.padding = padding_cost(module)
         trained = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
         # Optimizer states are indexed in the order of the optimizer's groups.
         self._names = [trained[id(p)] for g in optimizer.param_groups for p in g["params"]]

@@ -143,12 +143,13 @@ def scoring(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, 
     import torch
 
     from rlhf_core.batching import split_batch
-    from rlhf_core.models import Policy
+    from rlhf_core.models import Policy, padding_cost
     from rlhf_core.train.sft import collate
 
     policy = Policy(model_of(arguments))
     sizes, rows = values["sizes"], values["sft"][: values["sizes"].batch * 2]
-    batches = split_batch([len(r["input_ids"]) for r in rows], 0, 1, sizes.micro)
+    lengths = [len(r["input_ids"]) for r in rows]
+    batches = split_batch(lengths, 0, 1, sizes.micro, padding_cost(policy))
 
     def run(some: list[list[int]]) -> float:
         total = 0.0

@@ -62,7 +62,7 @@ def run(job: DPOJob, context: StageContext) -> Artifact | None:
         # 2. Chosen and rejected of a pair go through the model in one pass.
         micro = split_batch(
             [pair_length(r) for r in rows],
-            strategy.rank, strategy.world_size, resources.micro_batch_size,
+            strategy.rank, strategy.world_size, resources.micro_batch_size, strategy.padding,
         )  # fmt: skip
         sums = torch.zeros(1 + len(PAIR_METRICS), dtype=torch.float64)
         try:

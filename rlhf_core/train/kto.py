@@ -87,7 +87,7 @@ def run(job: KTOJob, context: StageContext) -> Artifact | None:
         # 3. Forward and backward over this rank's micro-batches.
         micro = split_batch(
             [len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows],
-            strategy.rank, strategy.world_size, resources.micro_batch_size,
+            strategy.rank, strategy.world_size, resources.micro_batch_size, strategy.padding,
         )  # fmt: skip
         sums = torch.zeros(1 + len(PAIR_METRICS), dtype=torch.float64)
         try:

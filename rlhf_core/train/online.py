@@ -166,7 +166,7 @@ def micro_batches(
     for rows in minibatches:
         for positions in split_batch(
             [len(sequences[r]) for r in rows],
-            strategy.rank, strategy.world_size, job.resources.micro_batch_size,
+            strategy.rank, strategy.world_size, job.resources.micro_batch_size, strategy.padding,
         ):  # fmt: skip
             result.append([rows[p] for p in positions])
     return result

@@ -51,7 +51,7 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
         # 2. Forward and backward over this rank's micro-batches.
         micro = split_batch(
             [len(r["input_ids"]) for r in rows],
-            strategy.rank, strategy.world_size, resources.micro_batch_size,
+            strategy.rank, strategy.world_size, resources.micro_batch_size, strategy.padding,
         )  # fmt: skip
         loss_sum = 0.0
         try:

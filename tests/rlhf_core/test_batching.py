@@ -59,20 +59,25 @@ def test_micro_batches_cover_the_batch_evenly(world_size, micro):
     assert max(lengths[p] for p in parts[0][0]) == max(lengths), "the longest row comes first"
 
 
-def test_cuts_are_the_cheapest_of_all():
+@pytest.mark.parametrize("padding", [1.0, 0.25])
+def test_cuts_are_the_cheapest_of_all(padding):
     widths = sorted(np.random.default_rng(1).integers(1, 400, size=10).tolist(), reverse=True)
 
+    def tokens(start, stop):
+        real = sum(widths[start:stop])
+        return real + padding * ((stop - start) * widths[start] - real)
+
     def cost(cuts):
-        return sum((stop - start) * widths[start] + pass_cost() for start, stop in cuts)
+        return sum(tokens(*cut) + pass_cost() for cut in cuts)
 
     def ways(start):  # every way to cut what is left, by brute force
         if start == len(widths):
             yield []
         for stop in range(start + 1, len(widths) + 1):
-            if (stop - start) * widths[start] <= 3 * widths[0]:
+            if tokens(start, stop) <= 3 * widths[0]:
                 yield from ([(start, stop), *rest] for rest in ways(stop))
 
-    found = _cuts(widths, 3, pass_cost())
+    found = _cuts(widths, 3, pass_cost(), padding)
     assert cost(found) == min(map(cost, ways(0)))
     assert [start for start, _ in found[1:]] == [stop for _, stop in found[:-1]]
 

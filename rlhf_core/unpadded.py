@@ -1,0 +1,179 @@
+"""Right-padded rows through a transformers model without their padding.
+
+Norms, projections and MLPs look at single tokens: they get the real tokens of all rows, one after
+another, as one row. Attention needs the rows: there queries, keys and values are put back into
+their places, and causal attention runs as ever, in which no real token sees the padding behind it.
+
+B rows, S positions, N real tokens, H heads, e size of a head, d hidden size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+NAME = "rlhf_unpadded"
+LEAST = 0.03  # share of padding below which rows stay as they are
+# Of a padded token only attention is computed: what that costs beside a real one.
+ATTENTION_SHARE = 0.25
+
+
+class _Put(torch.autograd.Function):
+    """(N,...) -> (B*S,...), zeros at padding; backward the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, places: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return tokens.new_zeros(size, *tokens.shape[1:]).index_copy_(0, places, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Take(torch.autograd.Function):
+    """(B*S,...) -> (N,...); backward the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = rows.shape[0]
+        return rows.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        shape = (ctx.size, *grad.shape[1:])
+        return grad.new_zeros(shape).index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+class Layout(NamedTuple):
+    """Where the real tokens stand: flat places (N,) in B rows of S positions."""
+
+    places: Tensor
+    rows: int
+    length: int
+
+    def put(self, tokens: Tensor) -> Tensor:
+        """(N,...) -> (B,S,...)."""
+        padded = cast(Tensor, _Put.apply(tokens, self.places, self.rows * self.length))
+        return padded.view(self.rows, self.length, *tokens.shape[1:])
+
+    def take(self, rows: Tensor) -> Tensor:
+        """(B,S,...) -> (N,...)."""
+        return cast(Tensor, _Take.apply(rows.flatten(0, 1), self.places))
+
+
+_layout: Layout | None = None  # of the forward pass that is going on
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each row by itself: query, key, value (1,H,N,e) -> (1,N,H,e)."""
+    layout = _layout
+    assert layout is not None and attention_mask is None
+    rows = [layout.put(x.squeeze(0).transpose(0, 1)).transpose(1, 2) for x in (query, key, value)]
+    found, _ = sdpa_attention_forward(module, *rows, None, **options)  # type: ignore[arg-type]
+    return layout.take(found).unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+def hidden_states(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor | None:
+    """The backbone's output (B,S,d) for right-padded rows, zeros at padding.
+
+    Args:
+        input_ids: (B,S). mask: (B,S), True at real tokens, which come first in each row.
+
+    Returns:
+        None where there is little padding, or the model is not one that can go without.
+    """
+    if not _worthwhile(mask) or not goes_without_padding(base):
+        return None
+    if base.training and getattr(base, "is_gradient_checkpointing", False):
+        return None  # its layers run again in the backward pass, when the layout is forgotten
+    return _run(base, input_ids, mask)
+
+
+def _worthwhile(mask: Tensor) -> bool:
+    return float(mask.sum()) <= (1 - LEAST) * mask.numel()
+
+
+def _run(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
+    global _layout
+    mask = mask.bool()
+    rows, length = mask.shape
+    places = mask.flatten().nonzero().squeeze(1)  # (N,)
+    positions = places.remainder(length).unsqueeze(0)  # (1,N)
+    config, before = base.config, base.config._attn_implementation
+    _layout = Layout(places, rows, length)
+    try:
+        config._attn_implementation = NAME
+        output = base(
+            input_ids=input_ids.flatten()[places].unsqueeze(0),
+            position_ids=positions,
+            attention_mask=None,
+            use_cache=False,
+        )
+        return _layout.put(output[0].squeeze(0))
+    finally:
+        config._attn_implementation = before
+        _layout = None
+
+
+_goes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def goes_without_padding(base: Any) -> bool:
+    """Whether a backbone's numbers are the same without padding; tried out once per model.
+
+    Only where attention is full and causal: a window of positions would be lost.
+    """
+    if base not in _goes:
+        _goes[base] = _full_attention(base) and _try(base)
+    return _goes[base]
+
+
+def _full_attention(base: Any) -> bool:
+    config = getattr(base, "config", None)
+    if config is None or getattr(config, "_attn_implementation", None) != "sdpa":
+        return False
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return kinds == {"full_attention"} and not any(windows)
+
+
+@torch.no_grad()
+def _try(base: Any) -> bool:
+    first = next(base.parameters())
+    size = base.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(15, device=first.device).view(3, 5).remainder(size)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 3:] = mask[2, 1:] = False
+    modes = [m for m in base.modules() if m.training]
+    base.eval()
+    try:
+        with torch.autocast(first.device.type, enabled=False):
+            want = base(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0][mask]
+            found = _run(base, ids, mask)[mask]
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, KeyError):
+        return False  # a model that takes no positions, or attends in a way of its own
+    finally:
+        for module in modes:
+            module.training = True
+    near = 1e-5 if first.dtype in (torch.float32, torch.float64) else 2e-2
+    return torch.allclose(found, want, rtol=near, atol=near * float(want.abs().max()))
