@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import weakref
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, cast, overload
 
@@ -24,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_core import unpadded
 from rlhf_core.losses import upcast
+from rlhf_core.trial import once, same_numbers
 
 # Most logits held at once, and most rows: on a CPU 256 rows already keep the units busy and more
 # only leave the cache; on a GPU a weight read from memory must serve many rows.
@@ -434,9 +434,7 @@ def backbone_hidden(
     if mask is not None and mask.dim() == 2 and position_ids is None and _right_padded(mask):
         if (hidden := unpadded.hidden_states(base, input_ids, mask)) is not None:
             return hidden
-        if base not in _needs_no_mask:
-            _needs_no_mask[base] = _try_without_mask(base)
-        if _needs_no_mask[base]:
+        if _needs_no_mask(base):
             position_ids = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
             mask = None
     return _hidden_of(base, input_ids, mask, position_ids)
@@ -459,27 +457,17 @@ def _right_padded(mask: Tensor) -> bool:
     return not bool((mask[:, 1:] > mask[:, :-1]).any())
 
 
-_needs_no_mask: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
-@torch.no_grad()
-def _try_without_mask(base: Any) -> bool:
+@once
+def _needs_no_mask(base: Any) -> bool:
     """Whether right-padded rows need no mask: what follows a token does not change it, so that
     the mask only costs time (a fifteenth of a training step on a CPU). Tried out on two rows."""
-    first = next(base.parameters())
-    ids = (
-        torch.arange(10, device=first.device)
-        .view(2, 5)
-        .remainder(base.get_input_embeddings().weight.shape[0])
-    )
+    size = base.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(10, device=next(base.parameters()).device).view(2, 5).remainder(size)
     mask = torch.ones_like(ids)
     mask[1, 3:] = 0
     positions = torch.arange(5, device=ids.device).expand(2, 5)
-    with torch.autocast(first.device.type, enabled=False), eval_mode(base):
-        want = _hidden_of(base, ids, mask, None)[mask.bool()]
-        found = _hidden_of(base, ids, None, positions)[mask.bool()]
-    near = 1e-5 if first.dtype in (torch.float32, torch.float64) else 2e-2
-    return torch.allclose(found, want, rtol=near, atol=near * float(want.abs().max()))
+    want = _hidden_of(base, ids, mask, None)[mask.bool()]
+    return same_numbers(_hidden_of(base, ids, None, positions)[mask.bool()], want)
 
 
 def _mask_and_positions(
@@ -496,9 +484,6 @@ def _mask_and_positions(
     return mask, position_ids_from_mask(mask) if position_ids is None else position_ids
 
 
-_head_is_exact: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
 def lm_head(model: nn.Module) -> Head | None:
     """The model's vocabulary head, or None where it is not of the form of ``Head``.
 
@@ -510,6 +495,11 @@ def lm_head(model: nn.Module) -> Head | None:
         ValueError: the model has no vocabulary head at all.
     """
     lm = causal_lm(model)
+    head = _read_head(lm)
+    return head if head is not None and _head_is_exact(lm) else None
+
+
+def _read_head(lm: Any) -> Head | None:
     layer = lm.get_output_embeddings()
     if layer is None:
         raise ValueError(f"{type(lm).__name__} has no vocabulary head; a causal LM is needed")
@@ -520,10 +510,13 @@ def lm_head(model: nn.Module) -> Head | None:
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    head = Head(layer.weight, layer.bias, scale, softcap)
-    if lm not in _head_is_exact:
-        _head_is_exact[lm] = _check_head(lm, head)
-    return head if _head_is_exact[lm] else None
+    return Head(layer.weight, layer.bias, scale, softcap)
+
+
+@once
+def _head_is_exact(lm: Any) -> bool:
+    head = _read_head(lm)
+    return head is not None and _check_head(lm, head)
 
 
 @torch.no_grad()

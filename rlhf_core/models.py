@@ -36,7 +36,7 @@ from rlhf_core.logprobs import (
 )
 from rlhf_core.pairs import block_mask, ends_of
 from rlhf_core.remote_code import is_trusted
-from rlhf_core.unpadded import ATTENTION_SHARE, goes_without_padding
+from rlhf_core.unpadded import ATTENTION_SHARE, leaves_out
 from rlhf_core.weights import REWARD_HEAD
 
 _WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", REWARD_HEAD)
@@ -181,7 +181,7 @@ def padding_cost(module: nn.Module) -> float:
         for m in module.modules()
         if isinstance(m, (Policy, ScalarModel))
     ]
-    lean = bases and all(goes_without_padding(base) for base in bases)
+    lean = bases and all(leaves_out(base) for base in bases)
     return ATTENTION_SHARE if lean else 1.0
 
 

@@ -10,15 +10,15 @@ of its own. That needs a model that takes such a mask as it is; `takes_block_mas
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_core.batching import pad_right
 from rlhf_core.logprobs import BareBackbone, backbone_hidden
+from rlhf_core.trial import once, same_numbers
 
 LONGEST = 2048
 """Tokens of a row above which the mask, which grows with their square, costs more than it saves."""
@@ -65,32 +65,20 @@ def ends_of(segments: Tensor, segment: int) -> Tensor:
     return ((segments == segment).long() * places).argmax(dim=1)
 
 
-_takes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
-@torch.no_grad()
-def takes_block_masks(backbone: nn.Module) -> bool:
+@once
+def takes_block_masks(backbone: Any) -> bool:
     """Whether a backbone's numbers for a shared row are those of rows of their own.
 
-    Tried out, once per model, on a prompt of two tokens and replies of two and three. llama, qwen2,
-    gpt2, opt and their like do; bloom, which makes its positions of the mask, does not.
+    Tried out on a prompt of two tokens and replies of two and three. llama, qwen2, gpt2, opt and
+    their like do; bloom, which makes its positions of the mask, does not.
     """
-    if backbone not in _takes:
-        _takes[backbone] = _try(backbone)
-    return _takes[backbone]
-
-
-def _try(backbone: nn.Module) -> bool:
-    first = next(backbone.parameters())
-    device, model = first.device, BareBackbone(backbone)
+    device, model = next(backbone.parameters()).device, BareBackbone(backbone)
     row = {"prompt_ids": [3, 4], "chosen_ids": [5, 6], "rejected_ids": [7, 8, 9]}
     ids, positions, segments = collate_shared([row], device)
     alone = torch.tensor([[3, 4, 7, 8, 9]], device=device)
     try:
-        with torch.autocast(device.type, enabled=False):
-            together = backbone_hidden(model, ids, block_mask(segments), positions)[:, 4:]
-            want = backbone_hidden(model, alone, torch.ones_like(alone))[:, 2:]
+        together = backbone_hidden(model, ids, block_mask(segments), positions)[:, 4:]
+        want = backbone_hidden(model, alone, torch.ones_like(alone))[:, 2:]
     except (RuntimeError, ValueError, TypeError, IndexError):  # a model that takes no such mask
         return False
-    near = 1e-4 if first.dtype in (torch.float32, torch.float64) else 2e-2
-    return torch.allclose(together, want, rtol=near, atol=near * float(want.abs().max()))
+    return same_numbers(together, want, 1e-4)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.logprobs import BareBackbone, backbone_hidden, lm_head
+from rlhf_core.logprobs import BareBackbone, backbone, backbone_hidden, lm_head
 from rlhf_core.models import transformer_layers
+from rlhf_core.unpadded import run_alike
 
 
 class _Reached(Exception):
@@ -157,6 +158,7 @@ def find_trunk(models: Sequence[nn.Module]) -> Trunk | None:
     for model in models:  # what is found out by running a whole model is found out now
         if model.get_output_embeddings() is not None:  # type: ignore[operator]
             lm_head(model)
+    run_alike([backbone(BareBackbone(model.base_model)) for model in models])  # type: ignore[arg-type]
     trunk = Trunk(models, depth)
     return trunk if _changes_nothing(trunk, models) else None
 

@@ -9,7 +9,7 @@ B rows, S positions, N real tokens, H heads, e size of a head, d hidden size.
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rlhf_core.trial import once, same_numbers
 
 NAME = "rlhf_unpadded"
 LEAST = 0.03  # share of padding below which rows stay as they are
@@ -102,11 +104,25 @@ def hidden_states(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor | None:
     Returns:
         None where there is little padding, or the model is not one that can go without.
     """
-    if not _worthwhile(mask) or not goes_without_padding(base):
-        return None
-    if base.training and getattr(base, "is_gradient_checkpointing", False):
-        return None  # its layers run again in the backward pass, when the layout is forgotten
-    return _run(base, input_ids, mask)
+    return _run(base, input_ids, mask) if leaves_out(base) and _worthwhile(mask) else None
+
+
+def leaves_out(base: Any) -> bool:
+    """Whether a backbone is run without padding as it is set up now.
+
+    Not with gradient checkpointing: layers run again in the backward pass, when the layout is
+    forgotten.
+    """
+    if getattr(base, "keeps_padding", False) or getattr(base, "is_gradient_checkpointing", False):
+        return False
+    return goes_without_padding(base)
+
+
+def run_alike(bases: Sequence[Any]) -> None:
+    """Let backbones that go on from each other's hidden states all leave padding out, or none."""
+    if not all([leaves_out(base) for base in bases]):
+        for base in bases:
+            base.keeps_padding = True
 
 
 def _worthwhile(mask: Tensor) -> bool:
@@ -135,17 +151,24 @@ def _run(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
         _layout = None
 
 
-_goes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
+@once
 def goes_without_padding(base: Any) -> bool:
-    """Whether a backbone's numbers are the same without padding; tried out once per model.
+    """Whether a backbone's numbers are the same without padding.
 
     Only where attention is full and causal: a window of positions would be lost.
     """
-    if base not in _goes:
-        _goes[base] = _full_attention(base) and _try(base)
-    return _goes[base]
+    if not _full_attention(base):
+        return False
+    size = base.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(15, device=next(base.parameters()).device).view(3, 5).remainder(size)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 3:] = mask[2, 1:] = False
+    try:
+        want = base(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0][mask]
+        found = _run(base, ids, mask)[mask]
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, KeyError):
+        return False  # a model that takes no positions, or attends in a way of its own
+    return same_numbers(found, want)
 
 
 def _full_attention(base: Any) -> bool:
@@ -155,25 +178,3 @@ def _full_attention(base: Any) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return kinds == {"full_attention"} and not any(windows)
-
-
-@torch.no_grad()
-def _try(base: Any) -> bool:
-    first = next(base.parameters())
-    size = base.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(15, device=first.device).view(3, 5).remainder(size)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, 3:] = mask[2, 1:] = False
-    modes = [m for m in base.modules() if m.training]
-    base.eval()
-    try:
-        with torch.autocast(first.device.type, enabled=False):
-            want = base(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0][mask]
-            found = _run(base, ids, mask)[mask]
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, KeyError):
-        return False  # a model that takes no positions, or attends in a way of its own
-    finally:
-        for module in modes:
-            module.training = True
-    near = 1e-5 if first.dtype in (torch.float32, torch.float64) else 2e-2
-    return torch.allclose(found, want, rtol=near, atol=near * float(want.abs().max()))

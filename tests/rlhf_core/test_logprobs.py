@@ -398,7 +398,7 @@ def test_right_padded_rows_go_without_a_mask_where_a_model_needs_none() -> None:
     other = make_model("llama").base_model
     other.__class__ = Backwards
     found = lp.backbone_hidden(lp.BareBackbone(other), ids, right)
-    assert not lp._needs_no_mask[other]
+    assert not lp._needs_no_mask(other)
     torch.testing.assert_close(found, lp._hidden_of(other, ids, right, None))
 
 

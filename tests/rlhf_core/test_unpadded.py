@@ -68,10 +68,20 @@ def test_layers_that_run_again_in_the_backward_pass_keep_their_padding() -> None
     model.train()
     model.gradient_checkpointing_enable()
     assert unpadded.hidden_states(model.model, ids, mask) is None
+    assert padding_cost(Policy(model)) == 1.0
     hidden = backbone_hidden(model, ids, mask)
     hidden[mask].sum().backward()
     model.gradient_checkpointing_disable()
     assert unpadded.hidden_states(model.model, ids, mask) is not None
+
+
+def test_models_of_a_trunk_all_leave_padding_out_or_none_does() -> None:
+    checkpointing, plain, (ids, mask) = make_model("llama"), make_model("llama"), rows()
+    unpadded.run_alike([checkpointing.model, plain.model])
+    assert unpadded.hidden_states(plain.model, ids, mask) is not None
+    checkpointing.gradient_checkpointing_enable()
+    unpadded.run_alike([checkpointing.model, plain.model])
+    assert unpadded.hidden_states(plain.model, ids, mask) is None
 
 
 def test_padding_is_cheap_only_where_every_model_leaves_it_out() -> None:
