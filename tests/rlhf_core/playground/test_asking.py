@@ -41,6 +41,7 @@ def test_replies_grow_and_are_the_models_own(run, asker):
     digests = [run.stages["sft"], run.stages["ppo"]]
     seen = ask(asker, digests)
     assert [reply.state for reply in seen[0]] == ["waiting", "waiting"]
+    assert [(reply.state, reply.error) for reply in seen[-1]] == [("done", "")] * 2
     assert len(seen) > 4
     for place, digest in enumerate(digests):
         lengths = [len(replies[place].text) for replies in seen]
