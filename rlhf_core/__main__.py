@@ -136,8 +136,22 @@ def first_to_go() -> None:
         Path("/proc/self/oom_score_adj").write_text("500")
 
 
+# What every model class of transformers brings in when the first one is asked for.
+MODELS = ("transformers.modeling_utils", "transformers.models.auto.modeling_auto")
+
+
+def preload(files: list[str]) -> None:
+    """Import what jobs will import, before ranks are forked. What is wrong, the ranks will say."""
+    for file in files:
+        with contextlib.suppress(Exception):
+            importlib.import_module(read_job(Path(file)).module)
+    for module in MODELS:
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
+
+
 def main(arguments: list[str]) -> int:
-    """Entry point; returns the exit code."""
+    """What a rank does with its job files; returns the exit code."""
     die_with_parent()  # torchrun, or whoever started this rank
     first_to_go()
     faulthandler.enable()  # NCCL's watchdog, say, ends a process by SIGABRT

@@ -22,6 +22,7 @@ from typing import Literal
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
 LOOK_SECONDS = 0.1
+_FORKED = "rlhf_core/torchrun.py"
 
 
 class Stop:
@@ -114,7 +115,10 @@ def stacks(rank: str) -> str:
     for ident, frame in sys._current_frames().items():
         if ident != threading.get_ident():
             parts.append(f"rank {rank}, thread {names.get(ident, ident)}:")
-            parts.append("".join(traceback.format_stack(frame)).rstrip())
+            frames = traceback.extract_stack(frame)
+            # what stands above the rank's own code is the agent that it was forked from
+            own = [i for i, f in enumerate(frames) if f.filename.endswith(_FORKED)]
+            parts.append("".join(traceback.format_list(frames[max(own, default=0) :])).rstrip())
     return "\n".join(parts)
 
 

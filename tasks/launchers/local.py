@@ -27,7 +27,9 @@ from tasks.launchers.failures import DeadRank, diagnose
 from tasks.launchers.processes import ProcessTree
 from tasks.launchers.usage import Memory, table
 
-MODULE = "rlhf_core"  # run as `python -m MODULE FOLDER/job.json`; tests put a stand-in here
+# Run as `python -m MODULE FOLDER/job.json`, and as MODULE.main([...]) in ranks that are forked;
+# tests put a stand-in here.
+MODULE = "rlhf_core.__main__"
 POLL_SECONDS = 0.25
 USAGE_SECONDS = 10.0  # between two looks at what the ranks use
 LOOK_SECONDS = 2.0  # between two looks at the descendants
@@ -80,7 +82,7 @@ class LocalTorchrun:
         # die_with_parent must run in the child itself: if this process is killed, torchrun ends
         # its ranks.
         process = subprocess.Popen(
-            command(jobs, [folder / "job.json" for folder in launch.jobs]),
+            command(jobs, [folder / "job.json" for folder in launch.jobs], devices),
             env=environment(jobs, launch.store, devices),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -138,17 +140,22 @@ class LocalTorchrun:
                     on_progress(newest)
 
 
-def command(jobs: list[Job], files: list[Path]) -> list[str]:
-    """The command line; the rendezvous is on the loopback address, at a port of its own choice."""
-    ranks = jobs[0].placement().ranks
-    torchrun = []
-    if jobs[0].torchrun:
-        torchrun = [
-            "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks),
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-            "--rdzv-id", uuid.uuid4().hex, "--local-addr", "127.0.0.1",
-        ]  # fmt: skip
-    return [sys.executable, *torchrun, "-m", MODULE, *map(str, files)]
+def command(jobs: list[Job], files: list[Path], devices: Sequence[str] = ()) -> list[str]:
+    """The command line; the rendezvous is on the loopback address, at a port of its own choice.
+
+    Args:
+        devices: GPUs of the ranks. Without any, torchrun's agent forks its ranks.
+    """
+    ranks, names = str(jobs[0].placement().ranks), [str(file) for file in files]
+    if not jobs[0].torchrun:
+        return [sys.executable, "-m", MODULE, *names]
+    if not devices:
+        return [sys.executable, "-m", "rlhf_core.torchrun", ranks, MODULE, *names]
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", ranks,
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+        "--rdzv-id", uuid.uuid4().hex, "--local-addr", "127.0.0.1", "-m", MODULE, *names,
+    ]  # fmt: skip
 
 
 # Threads that spin cost a factor of 7 on shared cores, and threads that go to sleep at once a

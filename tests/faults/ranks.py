@@ -22,7 +22,6 @@ from rlhf_core import __main__ as ranks
 from rlhf_core.checkpoint import Checkpointer, newest_first
 from rlhf_core.strategy import Strategy
 
-RANK = int(os.environ.get("RANK", "0"))
 plan: list[dict[str, Any]] = json.loads(os.environ.get("RLHF_TEST_FAULTS", "[]"))
 updates = 0
 checkpointer: Checkpointer | None = None
@@ -85,10 +84,11 @@ FAULTS = {"kill": kill, "sleep": sleep, "memory": memory, "limit": limit, "grab"
 
 def due(fault: dict[str, Any]) -> bool:
     """Whether it is this rank's and this update's turn."""
-    if fault.get("rank", RANK) != RANK or fault.get("update", updates) != updates:
+    rank = int(os.environ.get("RANK", "0"))
+    if fault.get("rank", rank) != rank or fault.get("update", updates) != updates:
         return False
     if "once" in fault:
-        mark = Path(f"{fault['once']}-{RANK}")
+        mark = Path(f"{fault['once']}-{rank}")
         if mark.exists():
             return False
         mark.touch()
@@ -130,9 +130,17 @@ def install() -> None:
     Strategy.backward, Strategy.step = faulty_backward, faulty_step  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+preload = ranks.preload
+
+
+def main(arguments: list[str]) -> int:
+    """See `rlhf_core.__main__`."""
     install()
-    code = ranks.main(sys.argv[1:])
+    return ranks.main(arguments)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -8,7 +8,7 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join([str(STUBS), os.environ.get("PYTHONPATH", "")])
     import tasks.launchers.local
 
-    tasks.launchers.local.MODULE = "rlhf_stub"
+    tasks.launchers.local.MODULE = "rlhf_stub.__main__"
     if os.environ.get("STUB_PLAIN"):
         from rlhf_core.jobs import BaseJob
 

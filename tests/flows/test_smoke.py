@@ -126,9 +126,11 @@ def test_chat_answers_with_the_published_model(smoke):
 
 def ranks_of(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
     found = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "rlhf_core" in child.cmdline() and "torch.distributed.run" not in child.cmdline()
+        rank
+        for agent in psutil.Process(process.pid).children(recursive=True)
+        if "rlhf_core.torchrun" in agent.cmdline()
+        for rank in agent.children()
+        if agent.ppid() == process.pid
     ]
     assert len(found) == count, [child.cmdline() for child in found]
     return found

@@ -18,7 +18,7 @@ def stub(monkeypatch, tmp_path):
     plan, pids = tmp_path / "plan.json", tmp_path / "pids"
     pids.mkdir()
     plan.write_text("{}")
-    monkeypatch.setattr(local, "MODULE", "rlhf_stub")
+    monkeypatch.setattr(local, "MODULE", "rlhf_stub.__main__")
     monkeypatch.setenv("PYTHONPATH", str(STUBS))
     monkeypatch.setenv("STUB_PLAN", str(plan))
     monkeypatch.setenv("STUB_PIDS", str(pids))

@@ -144,7 +144,7 @@ import tasks.launchers.local as local
 from tasks.launchers import Launch, LocalTorchrun
 from rlhf_core.jobs import Resources, SFTJob
 
-local.MODULE = "rlhf_stub"
+local.MODULE = "rlhf_stub.__main__"
 def stop(number, frame): raise KeyboardInterrupt
 signal.signal(signal.SIGTERM, stop)
 folder = Path(sys.argv[1])
@@ -205,8 +205,16 @@ def test_no_rank_outlives_a_killed_torchrun(parent):
     assert gone(children, 0.5)
 
 
-def test_torchrun_meets_on_the_loopback_address_only():
-    line = command([sft_job()], [Path("job.json")])
+def test_ranks_of_a_cpu_are_forked_from_the_agent_that_has_preloaded(tmp_path, store, stub):
+    stub(sft=["forked"])
+    run(tmp_path, store, sft_job())
+    folder = tmp_path / "job folder"
+    assert [(folder / f"preloaded-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
+
+
+def test_ranks_of_gpus_are_processes_of_their_own():
+    line = command([sft_job()], [Path("job.json")], ["0", "1"])
+    assert line[1:3] == ["-m", "torch.distributed.run"]
     assert line[line.index("--rdzv-endpoint") + 1] == "127.0.0.1:0"
     assert line[line.index("--nproc-per-node") + 1] == "2"
 

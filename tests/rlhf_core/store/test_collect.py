@@ -181,10 +181,12 @@ def test_collector_that_was_taken_for_dead_stops(
     monkeypatch.setattr(claims, "BEAT", 0.05)
     delete = collect._delete
 
-    def overtaken(*arguments: object) -> None:
-        store._backend.delete(claims.FLAG)
-        time.sleep(0.5)
-        delete(*arguments)  # type: ignore[arg-type]
+    def overtaken(backend: object, garbage: object, flag: claims.Flag) -> None:
+        end = time.monotonic() + 20
+        while not flag._lost and time.monotonic() < end:
+            store._backend.delete(claims.FLAG)  # between its look and its write it is put back
+            time.sleep(0.2)
+        delete(backend, garbage, flag)  # type: ignore[arg-type]
 
     monkeypatch.setattr(collect, "_delete", overtaken)
     with pytest.raises(StoreError, match="could not keep up its mark"):

@@ -9,5 +9,5 @@ if "prefect" in command and "engine" in command and os.path.exists(os.environ.ge
     import tasks.launchers.local
     from rlhf_core.jobs import BaseJob
 
-    tasks.launchers.local.MODULE = "rlhf_stub"
+    tasks.launchers.local.MODULE = "rlhf_stub.__main__"
     BaseJob.torchrun = False
