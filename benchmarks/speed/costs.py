@@ -27,7 +27,8 @@ from typing import Any
 from benchmarks.speed import workload
 from benchmarks.speed.__main__ import ROOT, make, run
 from flows.server import QUIET, unreachable
-from tasks.launchers.local import WAITING
+from rlhf_core.jobs import parse_job
+from tasks.launchers.local import WAITING, command
 
 BIN = Path(sys.executable).parent
 PARTS = ("startup", "pipeline", "demo", "samples", "length", "ranks", "vocabulary")
@@ -81,8 +82,7 @@ def launch(job: Any, store: Path, wait_for: int) -> list[float]:
         }  # fmt: skip
         began = time.time()
         process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-             str(job.resources.ranks), "-m", "rlhf_core", str(folder / "job.json")],
+            command([job], [folder / "job.json"]),
             env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
@@ -196,14 +196,11 @@ def stages_by_hand(home: Path, environment: dict[str, str]) -> float:
     environment = {**environment, "RLHF_STORE": f"file://{home / 'store'}"}
     began = time.time()
     for number, path in enumerate(jobs):
-        job = json.loads(path.read_text())
         folder = home / "again" / str(number)
         folder.mkdir(parents=True)
         shutil.copy(path, folder / "job.json")
-        ranks = (job.get("resources") or {}).get("ranks", 1)
         subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-             str(ranks), "-m", "rlhf_core", str(folder / "job.json")],
+            command([parse_job(path.read_bytes())], [folder / "job.json"]),
             check=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
