@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from rlhf_core import recipe
 from rlhf_core.errors import GateFailed, JobFailed
 from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.presets import resolve_preset
+from tasks.curves import prepare
 from tasks.evaluation import read_evaluation
 from tasks.events import say, without_tracebacks
 from tasks.gates import check_evaluation
@@ -52,6 +54,7 @@ def rlhf_pipeline(
     approval.check(config)
     with watched():
         tasks.preflight(config, until)
+        threading.Thread(target=prepare, name="imports", daemon=True).start()
         with recorded(run):
             for stage in pipeline(run):
                 if stage == until:
