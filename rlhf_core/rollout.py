@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.decode_attention import shared_heads
 from rlhf_core.kv_cache import new_cache
 from rlhf_core.logprobs import (
     accepted,
@@ -172,7 +173,10 @@ def generate(
     order = sorted(range(count), key=lambda i: len(prompt_ids[i]), reverse=True)
     stop = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     try:
-        with torch.no_grad(), eval_mode(model), _cached_casts(model, device):
+        with (
+            torch.no_grad(), eval_mode(model), shared_heads(causal_lm(model)),
+            _cached_casts(model, device),
+        ):  # fmt: skip
             decoder = _Decoder(model, temperature, stop)
             for start in range(0, count, batch_size):
                 rows = order[start : start + batch_size]

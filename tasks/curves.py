@@ -74,7 +74,7 @@ def prepare() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.figure  # noqa: F401
+    import matplotlib.figure
 
 
 def smooth(values: Sequence[float], weight: float = 0.75) -> list[float]:
