@@ -117,9 +117,6 @@ def _source_state(config: PipelineConfig, store: Store) -> str:
 def _compare(run: Run, gates: Gates) -> dict[str, Any]:
     """The challenger against the gates, and against the champion where there is one."""
     evaluation = read_evaluation(run.store, run.stages["evaluate"].digest)
-    champion = tasks.champion(run)
-    comparison = None
-    if champion is not None and champion != run.given["model"]:
-        result = tasks.compare(run, run.given, champion)
-        comparison = read_evaluation(run.store, result.digest)
+    compared = tasks.compare_with_champion(run)
+    comparison = read_evaluation(run.store, compared.digest) if compared is not None else None
     return judge(gates, evaluation, comparison)

@@ -99,8 +99,11 @@ def pipeline(run: Run) -> Iterator[str]:
     if not recipe.makes_a_model(run.config):
         return
     evaluation = tasks.evaluate(run, given)
+    settings, made_by = run.config.evaluate, recipe.model_stages(run.config)[-1]
+    compared = tasks.compare_with_champion(run) if settings.against_champion else None
     numbers = read_evaluation(run.store, evaluation.digest)
-    if wrong := check_evaluation(run.config.evaluate, numbers):
+    beside = read_evaluation(run.store, compared.digest) if compared is not None else None
+    if wrong := check_evaluation(settings, numbers, made_by, beside):
         tasks.keep_candidate(run, given["model"], evaluation.digest, wrong)
         raise GateFailed(wrong)
     yield "evaluate"

@@ -42,8 +42,10 @@ def run(job: ImportRewardJob, context: StageContext) -> Artifact:
                 "'reward_model': see `rlhf artifacts list --kind reward_model`"
             )
         place: Path | str = context.store.fetch(artifact.digest)
-    elif source.kind in ("folder", "hub"):
-        place = source.folder if source.kind == "folder" else job.source
+    elif source.kind == "folder":
+        place = source.folder
+    elif source.kind == "hub":
+        place = own_snapshot(job) or job.source
     else:
         raise ModelError(
             f"reward_model is {job.source}; needed is artifact:DIGEST, a local folder, or a "
@@ -57,6 +59,25 @@ def run(job: ImportRewardJob, context: StageContext) -> Artifact:
     folder = context.scratch("reward")
     save_scalar_model(model, folder, base)
     return context.publish(job, folder, {"source": job.source})
+
+
+def own_snapshot(job: ImportRewardJob) -> Path | None:
+    """Folder of a hub model, if it is what a reward stage of this project published."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils import cached_file
+
+    try:
+        head = cached_file(
+            job.source, REWARD_HEAD, revision=job.revision or "main",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except OSError:  # no such model: what reads its tokenizer says so
+        return None
+    if head is None:
+        return None
+    kept = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickles
+    return Path(snapshot_download(job.source, revision=job.revision, allow_patterns=kept))
 
 
 def load_classifier(job: ImportRewardJob, place: Path | str) -> ScalarModel:

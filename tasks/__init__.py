@@ -1,11 +1,16 @@
 """Prefect tasks, one per stage, and the launchers that run their jobs. No torch in here."""
 
-from tasks.publish import champion, keep_candidate, keep_collapsed, publish
+from tasks.publish import (
+    champion,
+    compare_with_champion,
+    keep_candidate,
+    keep_collapsed,
+    publish,
+)
 from tasks.report import render, report
 from tasks.stages import (
     TRAIN,
     benchmark,
-    compare,
     evaluate,
     import_model,
     import_reward,
@@ -18,7 +23,7 @@ __all__ = [
     "TRAIN",
     "benchmark",
     "champion",
-    "compare",
+    "compare_with_champion",
     "evaluate",
     "import_model",
     "import_reward",

@@ -38,17 +38,26 @@ def evaluation_of(run: Run, digest: str) -> Evaluation:
     return Evaluation(read_evaluation(run.store, digest), recipe.policy_label(run.config))
 
 
+def comparison_of(run: Run) -> Evaluation | None:
+    """The finished model beside the champion, where the run compared them."""
+    if "compare" not in run.stages:
+        return None
+    data = read_evaluation(run.store, run.stages["compare"].digest)
+    return Evaluation(data, recipe.policy_label(run.config), "champion")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """evaluation.json (its schema is that of rlhf_core/evaluate.py)."""
 
     data: Mapping[str, Any]
     policy: str = "PPO"
+    other: str = "SFT"
 
     @property
     def names(self) -> dict[str, str]:
         """What people call the models."""
-        return {"base": "base", "sft": "SFT", "policy": self.policy}
+        return {"base": "base", "sft": self.other, "policy": self.policy}
 
     @property
     def start(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rlhf_core.jobs import EvaluateSettings, Gates, RewardSettings
+from rlhf_core.jobs import EvaluateSettings, Gates, OnlineSettings, RewardSettings, job_class
 
 
 def check_reward(settings: RewardSettings, metrics: Mapping[str, Any]) -> str | None:
@@ -46,24 +46,46 @@ def check_reward(settings: RewardSettings, metrics: Mapping[str, Any]) -> str | 
     )
 
 
-def check_evaluation(settings: EvaluateSettings, evaluation: Mapping[str, Any]) -> str | None:
+def check_evaluation(
+    settings: EvaluateSettings,
+    evaluation: Mapping[str, Any],
+    stage: str,
+    comparison: Mapping[str, Any] | None = None,
+) -> str | None:
     """What is wrong with a finished model, one sentence for each gate; None when it passes.
 
     Args:
         evaluation: evaluation.json.
+        stage: the algorithm that made the model, whose settings the advice is about.
+        comparison: the same with the champion in the place of the model that it started from.
     """
-    found = [_win_rate(settings.min_win_rate, evaluation)]
-    found += [_length(settings.max_length_ratio, evaluation)]
+    found = [_win_rate(settings.min_win_rate, evaluation, stage, comparison)]
+    found += [_length(settings.max_length_ratio, evaluation, stage)]
     wrong = [text for text in found if text]
     if not wrong:
         return None
     return " ".join([*wrong, "The model stays in the store; with other bounds the run goes on."])
 
 
-def _win_rate(bound: float | None, evaluation: Mapping[str, Any]) -> str | None:
+def _leash(stage: str) -> tuple[str, str]:
+    """What lets a stage's model move further from its start, and what holds it back."""
+    fields = job_class(stage).model_fields
+    for name in ("kl_coef", "beta"):
+        if name in fields and stage != "simpo":  # whose beta is a scale, without a reference
+            return f"a lower {stage}.{name}", f"a higher {stage}.{name}"
+    return f"a higher {stage}.learning_rate", f"a lower {stage}.learning_rate"
+
+
+def _win_rate(
+    bound: float | None,
+    evaluation: Mapping[str, Any],
+    stage: str,
+    comparison: Mapping[str, Any] | None,
+) -> str | None:
     if bound is None:
         return None
-    judged_by, rate = _judged(evaluation)
+    judged_by, rate = _judged(comparison or evaluation)
+    against = " against the champion" if comparison else ""
     value = rate.get("rate")
     if value is None:
         return (
@@ -72,16 +94,20 @@ def _win_rate(bound: float | None, evaluation: Mapping[str, Any]) -> str | None:
         )
     if value >= bound:
         return None
+    freer, tighter = _leash(stage)
+    learned_from = (
+        "a reward model of higher accuracy" if _online(stage) else "more or clearer pairs"
+    )
     return (
-        f"The model's replies win on {value:.3g} of {rate.get('n', '?')} prompts"
+        f"The model's replies win{against} on {value:.3g} of {rate.get('n', '?')} prompts"
         f"{_interval(rate)} as judged by {judged_by}, needed is at least {bound:g} "
-        "(evaluate.min_win_rate). What usually helps: more steps, a lower ppo.kl_coef, a reward "
-        "model of higher accuracy; where the reward rose and another judge disagrees, fewer steps "
-        "or a higher ppo.kl_coef. More evaluate.max_prompts make the number surer."
+        f"(evaluate.min_win_rate). What usually helps: more steps, {freer}, {learned_from}; where "
+        f"the reward rose and another judge disagrees, fewer steps or {tighter}. More "
+        "evaluate.max_prompts make the number surer."
     )
 
 
-def _length(bound: float | None, evaluation: Mapping[str, Any]) -> str | None:
+def _length(bound: float | None, evaluation: Mapping[str, Any], stage: str) -> str | None:
     if bound is None:
         return None
     models = evaluation.get("models") or {}
@@ -93,14 +119,20 @@ def _length(bound: float | None, evaluation: Mapping[str, Any]) -> str | None:
         )
     if after <= bound * before:
         return None
+    tighter = _leash(stage)[1]
+    more = f" or {stage}.missing_eos_penalty" if _online(stage) else ""
     ratio = f"{after / before:.3g} times" if before else "not to be compared with"
     return (
         f"The model's replies have {after:.4g} tokens, {ratio} the {before:.4g} of the model it "
         f"started from; needed is at most {bound:g} times (evaluate.max_length_ratio). To grow "
         "is the commonest way to please a reward model. What usually helps: pairs in which the "
         "longer reply is not the better one by rule (see the baseline of the reward model's "
-        "accuracy), a higher ppo.kl_coef or ppo.missing_eos_penalty, fewer steps."
+        f"accuracy), {tighter}{more}, fewer steps."
     )
+
+
+def _online(stage: str) -> bool:
+    return issubclass(job_class(stage), OnlineSettings)
 
 
 def judge(

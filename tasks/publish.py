@@ -22,7 +22,7 @@ from tasks.benchmarks import STAGE, measured
 from tasks.events import say, seconds
 from tasks.model_card import model_card
 from tasks.run import Run, StageResult, elapsed
-from tasks.stages import stage
+from tasks.stages import compare, stage
 
 VERSION = 1  # raised when a published folder's contents change
 NOT_PUBLISHED = {"metrics.jsonl", "README.md"}
@@ -160,3 +160,13 @@ def champion(run: Run) -> str | None:
         return None
     policy = run.store.get(published).metadata.get("policy")
     return str(policy) if policy else None
+
+
+def compare_with_champion(run: Run) -> StageResult | None:
+    """The finished model and the champion on the same held-out prompts; None where there is no
+    champion, or where it is this very model."""
+    found = champion(run)
+    if found is None or found == run.given["model"]:
+        return None
+    result: StageResult = compare(run, run.given, found)
+    return result

@@ -18,7 +18,7 @@ from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.store import Store
 from tasks.benchmarks import benchmarks_of
 from tasks.curves import draw
-from tasks.evaluation import evaluation_of, read_samples
+from tasks.evaluation import comparison_of, evaluation_of, read_samples
 from tasks.events import headline, in_one_cell, say, seconds
 from tasks.run import Run
 
@@ -58,6 +58,9 @@ def render(run: Run, has_curves: bool) -> str:
         evaluation = evaluation_of(run, digest)
         parts += ["## Evaluation", *filter(None, [evaluation.models(), evaluation.win_rates()])]
         parts += [text for text in [evaluation.verdict()] if text]
+        if beside := comparison_of(run):
+            found = [beside.models(), beside.win_rates(), beside.verdict()]
+            parts += ["## Champion and challenger", *filter(None, found)]
         if text := evaluation.reward_model():
             parts += ["## Reward model", text]
         samples = read_samples(run.store, digest)[: run.config.evaluate.samples]

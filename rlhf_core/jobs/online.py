@@ -42,7 +42,8 @@ class OnlineSettings(TrainSettings):
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
     """Taken off the score of a reply that was cut at max_new_tokens."""
     ptx_coef: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the language-modelling loss mixed in (PPO-ptx); 0 switches it off."""
+    """Weight of the language-modelling loss mixed in (PPO-ptx), whichever the algorithm; 0 switches
+    it off."""
     collapse_window: PositiveInt = 5
     """Rollouts over whose mean the bounds below are judged; fewer where there are fewer steps."""
     max_kl: Annotated[float, Field(gt=0.0)] = 100.0
@@ -50,6 +51,12 @@ class OnlineSettings(TrainSettings):
     max_repetition: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.9
     """The stage fails when this share of the 4-grams of a reply (mean) were in it before; a reply
     of less than 14 tokens cannot reach 0.9. Empty: no bound."""
+    min_length: Annotated[float, Field(gt=0.0)] | None = 1.5
+    """The stage fails when replies (mean, tokens, the end of turn included) are shorter than this;
+    at 1.5 half of them are empty. Empty: no bound."""
+    max_length: Annotated[float, Field(gt=0.0)] | None = None
+    """The stage fails when replies (mean, tokens) are longer than this, which max_new_tokens allows
+    each of them. Empty: no bound, for replies that are to grow."""
     min_entropy: Annotated[float, Field(gt=0.0)] | None = None
     """The stage fails when the entropy (nats per token, mean) falls below this: replies no longer
     differ, so that nothing more is learned. Empty: no bound."""
@@ -69,6 +76,23 @@ class OnlineSettings(TrainSettings):
                 "keep one and give it the sum of the weights"
             )
         return rewards
+
+    @model_validator(mode="after")
+    def _bounds_of_the_length_can_be_kept(self) -> Self:
+        least, most, longest = self.min_length, self.max_length, self.max_new_tokens
+        if least is not None and least > longest:
+            raise ValueError(
+                f"min_length is {least:g} and max_new_tokens {longest}, so that every reply would "
+                "be too short; clear min_length or raise max_new_tokens"
+            )
+        if most is not None and most >= longest:
+            raise ValueError(
+                f"max_length is {most:g} and max_new_tokens {longest}, so that no reply could be "
+                "too long; lower max_length, or clear it"
+            )
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"min_length {least:g} is above max_length {most:g}; swap them")
+        return self
 
     @property
     def replies(self) -> int:
@@ -99,14 +123,26 @@ class OnlineJob(OnlineSettings, BaseJob):
     """Placement."""
 
     def key_settings(self) -> dict[str, Any]:
-        """Without the built-in rollout, which jobs were before there was another, and without how
-        much memory vLLM gets."""
+        """Without the built-in rollout and the usual bounds of the length, which jobs had before
+        there were others, and without how much memory vLLM gets."""
         settings = super().key_settings()
+        for name in ("min_length", "max_length"):
+            if settings[name] == OnlineSettings.model_fields[name].default:
+                del settings[name]
         if isinstance(self.rollout, VllmRollout):
             shown = self.rollout.model_dump(mode="json", exclude=set(self.rollout.apart))
             return settings | {"rollout": shown}
         del settings["rollout"]
         return settings
+
+    @model_validator(mode="after")
+    def _mixed_in_is_there(self) -> Self:
+        if self.ptx_coef > 0 and self.ptx is None:
+            raise ValueError(
+                f"ptx_coef is {self.ptx_coef:g} but ptx is empty, so that nothing would be mixed "
+                "in; give a data set of purpose sft or pretrain, or set ptx_coef to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rewards_have_their_model(self) -> Self:

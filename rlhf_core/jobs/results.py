@@ -34,11 +34,15 @@ class EvaluateSettings(Settings):
     judge_endpoint: EndpointJudgeSettings | None = None
     """A judge behind an OpenAI-compatible endpoint, asked for each prompt whether the finished
     model's reply or that of the model it started from is better; empty: none."""
+    against_champion: bool = False
+    """Compare the finished model also with the champion of publish.name, where there is one: on the
+    same held-out prompts, by the same judges. min_win_rate is then about that comparison."""
     samples: PositiveInt = 8
     """Prompts shown with each model's reply in the report."""
     min_win_rate: Fraction | None = None
     """Gate: the run stops before publishing when the finished model's replies beat those of the
-    model it started from on less than this share of the prompts; empty: no gate."""
+    model it started from (of the champion, with against_champion) on less than this share of the
+    prompts; empty: no gate."""
     max_length_ratio: Annotated[float, Field(gt=0.0)] | None = None
     """Gate: the run stops before publishing when its replies are longer than this many times those
     of the model it started from; empty: no gate."""
@@ -76,7 +80,9 @@ class EvaluateJob(EvaluateSettings, BaseJob):
     version: ClassVar[int] = 2
     module: ClassVar[str] = "rlhf_core.evaluate"
     kind: ClassVar[str] = "evaluation"
-    apart: ClassVar[frozenset[str]] = BaseJob.apart | {"min_win_rate", "max_length_ratio"}
+    apart: ClassVar[frozenset[str]] = BaseJob.apart | {
+        "min_win_rate", "max_length_ratio", "against_champion"
+    }  # fmt: skip
 
     algorithm: Literal["evaluate"] = "evaluate"
     """Job kind."""

@@ -47,6 +47,16 @@ BOUNDS = (
         "Add a repetition rule to {0}.rewards, raise {0}.kl_coef or lower {0}.learning_rate",
     ),
     Bound(
+        "min_length", "length", "length of the replies (tokens)", False,
+        "replies have become empty, or nearly",
+        "Raise {0}.kl_coef, lower {0}.learning_rate or add a length rule to {0}.rewards",
+    ),
+    Bound(
+        "max_length", "length", "length of the replies (tokens)", True,
+        "replies grow, which is the commonest way to please a reward model",
+        "Add a length rule to {0}.rewards, raise {0}.kl_coef or {0}.missing_eos_penalty",
+    ),
+    Bound(
         "min_entropy", "entropy", "entropy (nats a token)", False,
         "replies to a prompt are all alike, so that there is nothing left to compare",
         "Raise {0}.kl_coef, lower {0}.learning_rate or take fewer {0}.steps",

@@ -174,6 +174,20 @@ def test_rounds_go_on_from_the_newest_policy(pipeline, without_torchrun):
     assert digest["dpo-2"] in parents("publish")
 
 
+def test_rounds_of_ppo_go_on_from_the_last_policy_and_keep_every_rounds_artifacts(
+    pipeline, without_torchrun
+):
+    done = pipeline("rounds=2")["stages"]
+    assert list(done) == ["model", "data-sft", "data-prompts", "sft", "label", "reward", "ppo-1",
+                          "ppo-2", "evaluate", "publish"]  # fmt: skip
+    digest = {name: result["digest"] for name, result in done.items()}
+    first, second = (pipeline.store.get(digest[name]) for name in ("ppo-1", "ppo-2"))
+    shared = {digest["reward"], digest["data-prompts"]}
+    assert set(first.parents) == {digest["sft"], *shared}
+    assert set(second.parents) == {first.digest, *shared}
+    assert second.metadata["job"]["seed"] == first.metadata["job"]["seed"] + 1, "other prompts"
+
+
 def test_benchmarks_come_before_publishing_and_count_in_what_is_published(
     pipeline, tmp_path, monkeypatch, without_torchrun
 ):
@@ -211,6 +225,24 @@ def test_failed_gate_ends_the_run_and_another_bound_goes_on(pipeline, without_to
     again = pipeline("evaluate.min_win_rate=0.7")
     assert reused(again) == STAGES  # the candidate is what is published
     assert [v.state for v in registry.read_model(pipeline.store, "smoke").versions] == ["champion"]
+
+
+def test_challenger_is_compared_with_the_champion_when_asked_to(pipeline, without_torchrun):
+    first = pipeline("evaluate.against_champion=true")["stages"]
+    assert list(first) == STAGES, "there is no champion yet"
+    summary = pipeline("evaluate.against_champion=true", "ppo.kl_coef=0.3")
+    done = summary["stages"]
+    assert list(done) == [*STAGES[:-1], "compare", "publish"]
+    compared = pipeline.store.get(done["compare"]["digest"])
+    job = compared.metadata["job"]
+    assert (job["sft"], job["policy"]) == (first["ppo"]["digest"], done["ppo"]["digest"])
+    assert (
+        job["prompts"] == pipeline.store.get(done["evaluate"]["digest"]).metadata["job"]["prompts"]
+    )
+    report = Path(summary["report"]).read_text()
+    assert "## Champion and challenger" in report and "PPO's reply beats champion's on" in report
+    with pytest.raises(GateFailed, match=r"win against the champion on 0.74 of 128 prompts"):
+        pipeline("evaluate.against_champion=true", "evaluate.min_win_rate=0.9", "ppo.kl_coef=0.4")
 
 
 def test_last_stage_that_the_run_does_not_have_is_refused(pipeline):

@@ -40,16 +40,19 @@ GPUS = Machine(gpus=8, gpu_memory=80 * GIB, cores=96, ram=2048 * GIB)
 
 
 @pytest.mark.parametrize("kind", [PPOJob, GRPOJob, RLOOJob, ReinforcePPJob])
-def test_builtin_rollout_leaves_the_key_as_it_was(kind: type[BaseJob]) -> None:
+def test_what_was_added_leaves_the_key_as_it_was(kind: type[BaseJob]) -> None:
     job = kind(**DIGESTS)
     before = job.model_dump(mode="json", exclude={"resources", "trust_remote_code"})
-    del before["rollout"], before["on_nonfinite"]  # the jobs before they had these settings
+    for added in ("rollout", "on_nonfinite", "min_length", "max_length"):
+        del before[added]  # the jobs before they had these settings
     text = json.dumps(
         {"version": job.current_version(), "job": before},
         sort_keys=True, separators=(",", ":"), ensure_ascii=False,
     )  # fmt: skip
     assert job.key() == hashlib.sha256(text.encode()).hexdigest()
     assert kind(**DIGESTS, rollout=BuiltinRollout()).key() == job.key()
+    assert kind(**DIGESTS, min_length=3.0).key() != job.key()
+    assert kind(**DIGESTS, max_length=100.0).key() != job.key()
 
 
 def test_vllm_counts_in_the_key_and_its_memory_does_not() -> None:

@@ -77,30 +77,61 @@ def test_reward_model_is_held_to_its_accuracy():
 
 
 def test_finished_model_is_held_to_its_win_rate():
-    assert check_evaluation(EvaluateSettings(), NUMBERS) is None
-    assert check_evaluation(EvaluateSettings(min_win_rate=0.45), NUMBERS) is None
-    text = check_evaluation(EvaluateSettings(min_win_rate=0.5), NUMBERS)
+    assert check_evaluation(EvaluateSettings(), NUMBERS, "ppo") is None
+    assert check_evaluation(EvaluateSettings(min_win_rate=0.45), NUMBERS, "ppo") is None
+    text = check_evaluation(EvaluateSettings(min_win_rate=0.5), NUMBERS, "ppo")
     assert "win on 0.45 of 64 prompts (95 % interval 0.33 to 0.57) as judged by gold, " in text
     assert "at least 0.5 (evaluate.min_win_rate)" in text
     without = {"win_rate": {"reward": {"rate": 0.4}}}
-    assert "as judged by reward" in check_evaluation(EvaluateSettings(min_win_rate=0.5), without)
-    assert "no win rate was measured" in check_evaluation(EvaluateSettings(min_win_rate=0.5), {})
+    assert "as judged by reward" in check_evaluation(
+        EvaluateSettings(min_win_rate=0.5), without, "ppo"
+    )
+    assert "no win rate was measured" in check_evaluation(
+        EvaluateSettings(min_win_rate=0.5), {}, "ppo"
+    )
+
+
+def test_win_rate_is_that_against_the_champion_where_they_were_compared():
+    settings = EvaluateSettings(min_win_rate=0.45, max_length_ratio=1.5)
+    comparison = {"win_rate": {"gold": {"rate": 0.4, "n": 64}}, "models": {}}
+    text = check_evaluation(settings, NUMBERS, "ppo", comparison)
+    assert "replies win against the champion on 0.4 of 64 prompts as judged by gold" in text
+    assert "max_length_ratio" not in text, "lengths stay those of the model that it started from"
+    better = {"win_rate": {"gold": {"rate": 0.45, "n": 64}}}
+    assert check_evaluation(settings, NUMBERS, "ppo", better) is None
 
 
 def test_finished_model_is_held_to_its_length():
-    assert check_evaluation(EvaluateSettings(max_length_ratio=1.5), NUMBERS) is None
-    text = check_evaluation(EvaluateSettings(max_length_ratio=1.4), NUMBERS)
+    assert check_evaluation(EvaluateSettings(max_length_ratio=1.5), NUMBERS, "ppo") is None
+    text = check_evaluation(EvaluateSettings(max_length_ratio=1.4), NUMBERS, "ppo")
     assert "have 30 tokens, 1.5 times the 20 of the model it started from" in text
     assert "at most 1.4 times (evaluate.max_length_ratio)" in text
     models = {"base": {"length_mean": 5.0}, "policy": {"length_mean": 30.0}}
-    text = check_evaluation(EvaluateSettings(max_length_ratio=5.0), {"models": models})
+    text = check_evaluation(EvaluateSettings(max_length_ratio=5.0), {"models": models}, "ppo")
     assert "6 times the 5" in text
-    assert "no lengths" in check_evaluation(EvaluateSettings(max_length_ratio=5.0), {})
+    assert "no lengths" in check_evaluation(EvaluateSettings(max_length_ratio=5.0), {}, "ppo")
 
 
 def test_all_failed_gates_are_told_at_once():
-    text = check_evaluation(EvaluateSettings(min_win_rate=0.5, max_length_ratio=1.0), NUMBERS)
+    text = check_evaluation(
+        EvaluateSettings(min_win_rate=0.5, max_length_ratio=1.0), NUMBERS, "ppo"
+    )
     assert "evaluate.min_win_rate" in text and "evaluate.max_length_ratio" in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "freer", "tighter"),
+    [
+        ("grpo", "a lower grpo.kl_coef, a reward model", "a higher grpo.kl_coef or grpo.missing"),
+        ("kto", "a lower kto.beta, more or clearer pairs", "a higher kto.beta, fewer steps"),
+        ("simpo", "a higher simpo.learning_rate, more", "a lower simpo.learning_rate, fewer"),
+        ("sft", "a higher sft.learning_rate, more", "a lower sft.learning_rate, fewer"),
+    ],
+)
+def test_advice_is_about_the_stage_that_made_the_model(stage, freer, tighter):
+    strict = EvaluateSettings(min_win_rate=0.5, max_length_ratio=1.0)
+    text = check_evaluation(strict, NUMBERS, stage)
+    assert freer in text and tighter in text and "ppo" not in text
 
 
 def test_gate_that_failed_is_not_tried_again():

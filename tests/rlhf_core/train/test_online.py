@@ -102,6 +102,10 @@ def run_plan(stages, models, data, random_reward, tmp_path_factory):
     return run
 
 
+def mixing(make, data, name, **settings):
+    return make(name, ptx=data["sft"], ptx_coef=5.0, steps=6, learning_rate=3e-3, **settings)
+
+
 def collapsing(make, name, **settings):
     place = {"checkpoint_every": 1, "keep_checkpoints": 20}
     return make(name, **{"steps": 15, "collapse_window": 2, "place": place} | settings)
@@ -114,8 +118,6 @@ def one_rank(run_plan, make, data):
         "grpo-updates": make("grpo", minibatches=2, epochs=2, steps=2),
         "grpo-dr": make("grpo", scale_rewards=False, average="token", steps=2),
         "grpo-kl": make("grpo", kl_coef=1.0),
-        "grpo-ptx": make("grpo", ptx=data["sft"], ptx_coef=0.5, steps=2),
-        "rloo-lora": make("rloo", lora=LoRA(rank=2, alpha=8), learning_rate=1e-2),
         "ppo": make("ppo", batch_size=8, ppo_epochs=2, warmup_fraction=0.1, schedule="linear",
                     place={"micro_batch_size": 2}),
         "collapsed": collapsing(make, "grpo", learning_rate=0.03, max_kl=0.5),
@@ -130,6 +132,8 @@ def one_rank(run_plan, make, data):
         plan[name] = (job, {})
         plan[f"{name}-half"] = (job, {"where": f"{name}-cut", "stop_after": 2})
         plan[f"{name}-rest"] = (job, {"where": f"{name}-cut"})
+        plan[f"{name}-lora"] = (make(name, lora=LoRA(rank=2, alpha=8), learning_rate=1e-2), {})
+        plan[f"{name}-ptx"] = (mixing(make, data, name), {})
         plan[f"{name}-micro"] = (make(name, steps=4, place={"micro_batch_size": 2}), {})
         learns = make(
             name, steps=15, batch_size=32 if name == "reinforce_pp" else 8, learning_rate=1e-2,
@@ -140,9 +144,10 @@ def one_rank(run_plan, make, data):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(run_plan, make):
+def two_ranks(run_plan, make, data):
     kinds = {"grpo": "ddp", "rloo": "zero2", "reinforce_pp": "zero1"}
     plan = {n: (make(n, steps=4, place={"strategy": kinds[n]}), {}) for n in NEW}
+    plan["grpo-ptx"] = (mixing(make, data, "grpo", place={"micro_batch_size": 2}), {})
     plan["rloo-rule"] = (make("rloo"), {"rule": True})
     plan["collapsed"] = (collapsing(make, "ppo", max_kl=0.2, ppo_epochs=2), {})
     return run_plan(2, plan)
@@ -221,7 +226,7 @@ def test_kl_term_of_the_loss_holds_the_policy_back(one_rank):
     assert held < free
 
 
-@pytest.mark.parametrize("variant", ("grpo-updates", "grpo-dr", "rloo-lora", "grpo-ptx"))
+@pytest.mark.parametrize("variant", ("grpo-updates", "grpo-dr", "rloo-lora"))
 def test_variants_move_the_policy(stages, models, one_rank, variant):
     before = stages.weights(stages.store.get(models["llama"]))
     after = one_rank[variant].weights()
@@ -229,10 +234,26 @@ def test_variants_move_the_policy(stages, models, one_rank, variant):
     assert any(not np.array_equal(before[n], after[n]) for n in before)
 
 
-def test_reference_of_an_adapter_stays_where_it_was(one_rank):
-    kl = column(one_rank["rloo-lora"], "kl_k3")
+@pytest.mark.parametrize("name", NEW)
+def test_reference_of_an_adapter_stays_where_it_was(one_rank, name):
+    run = one_rank[f"{name}-lora"]
+    kl = column(run, "kl_k3")
     assert kl[0] < 1e-6
     assert kl[-1] > 1e-4, "the policy has left it"
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert run.artifact.file(file).size > 0
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_text_that_is_mixed_in_is_learned(one_rank, name):
+    losses = column(one_rank[f"{name}-ptx"], "ptx_loss")
+    assert losses[-1] < losses[0] - 0.2, losses
+
+
+def test_two_ranks_mix_in_what_one_does(one_rank, two_ranks):
+    first, second = one_rank["grpo-ptx"], two_ranks["grpo-ptx"]
+    assert_same_course(first, second)
+    np.testing.assert_allclose(column(first, "ptx_loss"), column(second, "ptx_loss"), rtol=1e-3)
 
 
 def test_rules_alone_need_no_reward_model(one_rank, two_ranks):

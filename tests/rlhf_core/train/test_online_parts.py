@@ -39,7 +39,7 @@ def test_adapter_switched_off_is_the_reference_loaded_apart(tmp_path):
 
 def rollouts(**columns):
     count = len(next(iter(columns.values())))
-    healthy = {"kl": 1.0, "repetition": 0.05, "entropy": 2.0, "finished": 1.0}
+    healthy = {"kl": 1.0, "repetition": 0.05, "length": 20.0, "entropy": 2.0, "finished": 1.0}
     return [
         {"step": i + 1, **healthy, **{name: values[i] for name, values in columns.items()}}
         for i in range(count)
@@ -47,7 +47,8 @@ def rollouts(**columns):
 
 
 def strict(**settings):
-    bounds = {"max_kl": 10.0, "max_repetition": 0.5, "min_entropy": 0.2, "max_unfinished": 0.6}
+    bounds = {"max_kl": 10.0, "max_repetition": 0.5, "min_length": 3.0, "max_length": 50.0,
+              "min_entropy": 0.2, "max_unfinished": 0.6}  # fmt: skip
     return PPOJob(**DIGESTS, **({"collapse_window": 3} | bounds | settings))
 
 
@@ -56,6 +57,8 @@ def strict(**settings):
     [
         ("kl", [1.0, 9.0, 12.0, 12.0], "max_kl", 11.0),
         ("repetition", [0.9, 0.4, 0.6, 0.8], "max_repetition", 0.6),
+        ("length", [1.0, 2.0, 1.0, 3.0], "min_length", 2.0),
+        ("length", [20.0, 20.0, 70.0, 66.0], "max_length", 52.0),
         ("entropy", [0.0, 0.2, 0.2, 0.1], "min_entropy", 0.5 / 3),
         ("finished", [1.0, 0.2, 0.2, 0.2], "max_unfinished", 0.8),
     ],
@@ -100,8 +103,12 @@ def test_updates_of_a_rollout_are_numbered_over_the_stage():
         ({"rewards": ()}, "rewards is empty, so that there is nothing to learn"),
         ({"rewards": (ModelReward(), ModelReward())}, '2 entries of type "model"'),
         ({"group_size": 1}, "greater than or equal to 2"),
+        ({"ptx_coef": 0.5}, "ptx_coef is 0.5 but ptx is empty"),
+        ({"max_new_tokens": 1}, "min_length is 1.5 and max_new_tokens 1, so that every reply"),
+        ({"max_length": 128}, "max_length is 128 and max_new_tokens 128, so that no reply could"),
+        ({"min_length": 9, "max_length": 8}, "min_length 9 is above max_length 8"),
     ],
 )
-def test_rewards_that_cannot_be_had_are_refused(change, said):
+def test_settings_that_cannot_be_kept_are_refused(change, said):
     with pytest.raises(ValidationError, match=said):
         GRPOJob(**(DIGESTS | change))

@@ -37,12 +37,14 @@ def variants(models, data):
         for name in ALGORITHMS for size in (1, 2)
     }  # fmt: skip
     jobs |= {f"{name}-learns": make(models, data, name, **long) for name in ALGORITHMS}
+    jobs |= {
+        f"{name}-lora-learns": make(models, data, name, lora=lora, **long | {"learning_rate": 1e-2})
+        for name in ALGORITHMS
+    }
     return jobs | {
         "ipo-learns": make(models, data, "dpo", loss="ipo", **long),
         "cdpo-learns": make(models, data, "dpo", label_smoothing=0.2, **long),
         "kto-pairs-learns": make(models, data, "kto", data=data["preference"], **long),
-        "dpo-lora-learns": make(models, data, "dpo", lora=lora, **long | {"learning_rate": 1e-2}),
-        "kto-lora": make(models, data, "kto", lora=lora),
         "dpo-top-learns": make(models, data, "dpo", trainable_layers=1, **long),
         "dpo-bf16": make(models, data, "dpo", precision="bf16"),
         "dpo-bf16-zero2": make(
@@ -97,8 +99,10 @@ def assert_same(stages, a, b):
 
 
 @pytest.mark.parametrize(
-    "variant", ["dpo", "ipo", "cdpo", "simpo", "orpo", "dpo-lora", "dpo-top", "kto-pairs", "kto"]
-)
+    "variant",
+    ["dpo", "ipo", "cdpo", "simpo", "orpo", "kto", "kto-pairs", "dpo-top",
+     "dpo-lora", "simpo-lora", "orpo-lora", "kto-lora"],
+)  # fmt: skip
 def test_training_prefers_what_wins(stages, one_rank, variant):
     artifact = one_rank[f"{variant}-learns"]
     lines = stages.metrics(artifact)
@@ -115,6 +119,12 @@ def test_training_prefers_what_wins(stages, one_rank, variant):
     assert np.mean(curve(stages, artifact)[-4:]) < lines[0]["loss"]
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_adapter_lies_beside_the_merged_weights(one_rank, algorithm):
+    assert one_rank[f"{algorithm}-lora-learns"].file("adapter/adapter_model.safetensors").size > 0
+    assert one_rank[f"{algorithm}-lora-learns"].file("model.safetensors").size > 0
+
+
 def test_orpo_fine_tunes_beside(stages, one_rank):
     nll = curve(stages, one_rank["orpo-learns"], "nll")
     assert nll[-1] < nll[0] - 0.5
@@ -123,7 +133,9 @@ def test_orpo_fine_tunes_beside(stages, one_rank):
     assert one_rank["orpo-learns"].metadata["metrics"]["heldout_nll"] < nll[0]
 
 
-@pytest.mark.parametrize("variant", ["dpo", "kto", "dpo-lora-learns", "kto-lora", "dpo-top-learns"])
+@pytest.mark.parametrize(
+    "variant", ["dpo", "kto", "dpo-lora-learns", "kto-lora-learns", "dpo-top-learns"]
+)
 def test_training_starts_at_the_reference(stages, one_rank, variant):
     first = stages.metrics(one_rank[variant])[0]
     for name in ("chosen_reward", "rejected_reward", "margin"):

@@ -1,0 +1,80 @@
+"""Lists of stages that begin in the middle, on real ranks: a reward model alone, and PPO from
+models that are there already, as artifacts, folders and hub ids."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.store import Store
+
+from .test_smoke import Pipeline, sets
+
+pytestmark = pytest.mark.slow
+
+SHORT = (
+    "resources.ranks=1",
+    "ppo={steps: 2, batch_size: 4, ppo_epochs: 1, max_new_tokens: 8, precision: fp32}",
+)
+
+
+@pytest.fixture(scope="module")
+def given(prefect_server, tmp_path_factory):
+    """A run of the reward model alone, and copies of its models outside of the store."""
+    pipeline = Pipeline(tmp_path_factory.mktemp("stage lists"), prefect_server)
+    pipeline.record, _ = pipeline.run("stages=[reward]", "resources.ranks=1")
+    digests = {k: v["digest"] for k, v in pipeline.record["stages"].items()}
+    pipeline.digests = {"policy": digests["model"], "judge": digests["reward"]}
+    for name, digest in pipeline.digests.items():
+        shutil.copytree(pipeline.store.fetch(digest), pipeline.folder / name)
+        fill_cache(pipeline.folder / "hub", f"someone/{name}", pipeline.folder / name)
+    return pipeline
+
+
+def fill_cache(home: Path, name: str, folder: Path) -> None:
+    """What `hf download` leaves on a machine, so that no hub needs to be reached."""
+    place = home / "hub" / f"models--{name.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(folder, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+
+
+def weights(store: Store, digest: str) -> str:
+    return store.get(digest).file("model.safetensors").sha256
+
+
+def test_reward_model_alone_ends_with_it(given):
+    assert set(given.record["stages"]) == {"model", "data-prompts", "label", "reward"}
+    assert given.record["state"] == "completed"
+    assert given.store.get(given.digests["judge"]).kind == "reward_model"
+
+
+def test_ppo_goes_on_from_models_that_are_there(given):
+    """The same from all three kinds of places, to the byte."""
+    sources = {
+        "artifact": {name: f"artifact:{digest}" for name, digest in given.digests.items()},
+        "folder": {name: str(given.folder / name) for name in given.digests},
+        "hub": {name: f"someone/{name}" for name in given.digests},
+    }
+    given.environment |= {"HF_HOME": str(given.folder / "hub"), "HF_HUB_OFFLINE": "1"}
+    found = {}
+    for kind, source in sources.items():
+        start_from = f"model.source={source['policy']}", f"reward_model={source['judge']}"
+        process = given.start(
+            "stage", "ppo", "--preset", "smoke", *sets(["stages=[ppo]", *start_from, *SHORT])
+        )
+        out, err = process.communicate(timeout=280)
+        assert process.returncode == 0, out + err
+        stages = given.newest()["stages"]
+        assert set(stages) == {"model", "reward-model", "data-prompts", "ppo"}
+        start = stages["model"]["digest"]
+        assert weights(given.store, start) == weights(given.store, given.digests["policy"])
+        ppo = given.store.get(stages["ppo"]["digest"])
+        assert set(ppo.parents) == {
+            start, stages["reward-model"]["digest"], stages["data-prompts"]["digest"]
+        }  # fmt: skip
+        found[kind] = weights(given.store, ppo.digest)
+    assert len({*found.values(), weights(given.store, given.digests["policy"])}) == 2, found
