@@ -100,7 +100,7 @@ $(VLLM)/.installed: $(STAMP) requirements/vllm.txt
 	@$(VLLM)/bin/python -m pip install -q --no-deps --no-compile -r requirements/vllm.txt
 	@touch $@
 
-test-vllm: $(VLLM)/.installed  ## the tests of rollouts by vLLM (five minutes)
+test-vllm: $(VLLM)/.installed  ## the tests of rollouts and serving by vLLM (eight minutes)
 	@$(VLLM)/bin/python -m pytest -q -m vllm
 
 N ?= 20

@@ -1,5 +1,9 @@
-"""What stands before transformers' server, which has no key, loads any model of the hub on request,
-and takes no notice of `max_completion_tokens`, today's name for the longest reply."""
+"""What stands before a server that others wrote.
+
+transformers' has no key, loads any model of the hub on request, and takes no notice of
+`max_completion_tokens`, today's name for the longest reply. vLLM's asks for its key below /v1 only:
+`/invocations`, which answers as well, `/tokenize` and `/metrics` are open to everyone.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,9 @@ class Door:
         self.key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -1,9 +1,7 @@
-"""Which server a model is served by. vLLM takes this process over; transformers' runs in it."""
+"""Which server a model is served by: vLLM's, where it is installed, or transformers'."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,10 +29,10 @@ def main(
     Args:
         name: what clients call the model.
         key: API key that clients have to send; None: nobody is asked.
-        tell: gets the address once the server answers (vLLM tells it itself).
+        tell: gets the address once the server answers.
 
     Raises:
-        ConfigError: the server is not installed, or the port is taken.
+        ConfigError: the server is not installed or cannot start, or the port is taken.
         ModelError: the folder holds no chat model.
     """
     allow(trust_remote_code)
@@ -42,17 +40,17 @@ def main(
         engine = "vllm" if find_spec("vllm") else "transformers"
     if engine == "vllm":
         is_trusted(folder)  # raises when its code would be needed and is not allowed
-        command = vllm_command(folder, name, host, port, trust_remote_code)
-        if not Path(command[0]).exists():
+        if find_spec("vllm") is None:
             raise ConfigError(
-                f"There is no {command[0]}: install vLLM into this environment, or use --engine "
+                "vLLM is not installed here: docs/training.md says how; or use --engine "
                 "transformers."
             )
-        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        if key:
-            environment["VLLM_API_KEY"] = key
-        sys.stdout.flush()
-        os.execve(command[0], command, environment)
+        from rlhf_core.serving import vllm_server
+
+        vllm_server.serve(
+            folder, name=name, host=host, port=port, key=key, trust=trust_remote_code, tell=tell
+        )
+        return
     missing = [module for module in ("openai", "fastapi", "uvicorn") if find_spec(module) is None]
     if missing:
         raise ConfigError(
@@ -61,12 +59,3 @@ def main(
     from rlhf_core.serving.hugging import serve
 
     serve(folder, name=name, host=host, port=port, key=key, tell=tell)
-
-
-def vllm_command(folder: Path, name: str, host: str, port: int, trust: bool) -> list[str]:
-    """vLLM's command line. The key goes in the environment, which other users cannot read."""
-    command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(folder),
-        "--served-model-name", name, "--host", host, "--port", str(port),
-    ]  # fmt: skip
-    return [*command, "--trust-remote-code"] if trust else command

@@ -29,11 +29,9 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerationState
 
-from rlhf_core.errors import ConfigError
 from rlhf_core.replies import Sampling, Talker, load_talker
 from rlhf_core.serving.door import Door
-
-LAST_REPLIES = 5  # seconds for running replies once the server is to end
+from rlhf_core.serving.listening import LAST_REPLIES, listening, url_of
 
 
 class OneModel(ModelManager):
@@ -119,26 +117,14 @@ def serve(
     tell: Callable[[str], None],
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. See `engine.main`."""
-    with _listening(host, port) as listener:  # before the model is loaded, which takes a while
+    with listening(host, port) as listener:
         app = application(name, load_talker(folder), key)
         config = uvicorn.Config(
             app, log_level="warning", lifespan="on", timeout_graceful_shutdown=LAST_REPLIES
         )
-        shown = f"[{host}]" if ":" in host else host
-        server = _Server(config, lambda: tell(f"http://{shown}:{listener.getsockname()[1]}"))
+        server = _Server(config, lambda: tell(url_of(listener, host)))
         asyncio.run(server.serve(sockets=[listener]))
     sys.stdout.flush()
     sys.stderr.flush()
     # A reply that nobody waits for may still be computed in a thread; it would be awaited.
     os._exit(0)
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"Port {port} of {host} cannot be used ({error.strerror or error}); choose another "
-            "with --port."
-        ) from error

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 
 import pytest
 
 from rlhf_core.serving.door import LARGEST_BODY, Door
-from rlhf_core.serving.engine import vllm_command
 
 
 def ask(door, path, body=None, key=None):
@@ -75,11 +73,11 @@ def test_request_that_is_too_large_is_refused():
     assert ask(Door(echo, "bot", None), "/v1/chat/completions", body)[0] == 413
 
 
-def test_vllm_gets_folder_name_and_address_but_no_key():
-    command = vllm_command(Path("/models/a b"), "support-bot", "127.0.0.1", 8001, trust=False)
-    assert Path(command[0]).name == "vllm"
-    assert command[1:] == [
-        "serve", "/models/a b", "--served-model-name", "support-bot",
-        "--host", "127.0.0.1", "--port", "8001",
-    ]  # fmt: skip
-    assert vllm_command(Path("x"), "x", "h", 1, trust=True)[-1] == "--trust-remote-code"
+def test_web_sockets_are_closed():
+    sent = []
+
+    async def send(message):
+        sent.append(message["type"])
+
+    asyncio.run(Door(echo, "bot", None)({"type": "websocket", "path": "/v1/realtime"}, None, send))
+    assert sent == ["websocket.close"]
