@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,6 +31,22 @@ def pick_device(resources: Resources) -> torch.device:
     if resources.device != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies in bf16 natively: GPUs, CPUs with AVX512-BF16, AMX or Arm's BF16.
+
+    mkldnn takes bf16 on any CPU with AVX512, and is then several times slower than in fp32.
+    """
+    if device.type != "cpu":
+        return True
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        checks = (
+            getattr(torch.cpu, n, None)
+            for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+        return any(check is not None and check() for check in checks)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Group:

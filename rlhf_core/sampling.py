@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rlhf_core.batching import pad_right, split_batch
-from rlhf_core.distributed import Group
+from rlhf_core.distributed import Group, computes_in_bf16
 from rlhf_core.models import stop_tokens
 from rlhf_core.rollout import generate, make_row_seeds
 
@@ -33,9 +33,9 @@ class Reply:
 
 
 def fast_inference(group: Group) -> Any:
-    """bf16 autocast where the device computes in it natively (GPUs, CPUs with AVX512-BF16)."""
-    bf16 = group.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(group.device.type, dtype=torch.bfloat16, enabled=bool(bf16))
+    """bf16 autocast where the device computes in it natively."""
+    bf16 = computes_in_bf16(group.device)
+    return torch.autocast(group.device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
 def sample_replies(

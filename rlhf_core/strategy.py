@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf_core.distributed import Group
+from rlhf_core.distributed import Group, computes_in_bf16
 from rlhf_core.errors import ConfigError, NonFinite
 from rlhf_core.jobs import Precision, Resources
 from rlhf_core.logprobs import add_in_place
@@ -47,7 +47,7 @@ class Strategy:
             ConfigError: the strategy or precision cannot run on this device.
         """
         self.kind = resources.strategy
-        self.precision = precision
+        self.precision: Precision = precision
         self.max_grad_norm = max_grad_norm
         self.group = Group(resources)
         self.device = self.group.device
@@ -60,6 +60,10 @@ class Strategy:
             if precision == "fp16":
                 raise ConfigError("precision is fp16, which needs a GPU; on the CPU use bf16.")
         self.rank, self.world_size = self.group.rank, self.group.size
+        if precision == "bf16" and self.kind == "ddp" and not computes_in_bf16(self.device):
+            self.precision = "fp32"
+            if self.rank == 0:
+                print("precision bf16: this processor has no bf16 arithmetic, fp32 is faster here")
         self.module: nn.Module | None = None
         self._booster: Any = None
         self._optimizer: Any = None

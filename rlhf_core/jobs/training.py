@@ -45,7 +45,8 @@ class TrainSettings(Settings):
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """The gradient's norm is clipped to this."""
     precision: Precision = "bf16"
-    """fp32, bf16 or fp16 (GPU only) arithmetic; master weights and optimizer are fp32."""
+    """fp32, bf16 or fp16 (GPU only) arithmetic; master weights and optimizer are fp32. On a CPU
+    without bf16 arithmetic the strategy ddp computes in fp32 where this is bf16."""
     on_nonfinite: Literal["fail"] | Annotated[float, Field(gt=0.0, lt=1.0)] = "fail"
     """What a NaN or infinite loss or gradient does: fail, or go on from the last checkpoint with
     the learning rate times this factor (twice at most; the result says so)."""

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from rlhf_core.distributed import computes_in_bf16
+from rlhf_core.jobs import Resources
+from rlhf_core.strategy import Strategy
 from tests.rlhf_core.torchrun import run_ranks
 
 SCRIPT = Path(__file__).with_name("strategy_ranks.py")
@@ -98,3 +102,36 @@ print(json.dumps(losses))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("flags", "native"),
+    [({}, False), ({"_is_avx512_bf16_supported"}, True), ({"_is_amx_tile_supported"}, True)],
+)
+def test_bf16_is_taken_where_the_processor_has_it(flags, native, monkeypatch):
+    monkeypatch.setattr("rlhf_core.distributed.platform.machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in flags)
+    assert computes_in_bf16(torch.device("cpu")) is native
+    assert computes_in_bf16(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("native", "kind", "precision", "taken"),
+    [
+        (False, "ddp", "bf16", "fp32"),
+        (True, "ddp", "bf16", "bf16"),
+        (False, "zero2", "bf16", "bf16"),  # its weights are in bf16 themselves
+        (False, "ddp", "fp32", "fp32"),
+    ],
+)
+def test_ddp_computes_in_fp32_where_bf16_would_be_slower(
+    native, kind, precision, taken, monkeypatch, capsys
+):
+    monkeypatch.setattr("rlhf_core.strategy.computes_in_bf16", lambda device: native)
+    strategy = Strategy(Resources(strategy=kind, device="cpu"), precision, 1.0)
+    assert strategy.precision == taken
+    with strategy.autocast():
+        assert torch.is_autocast_enabled("cpu") is (taken == "bf16" and kind == "ddp")
+    assert ("no bf16 arithmetic" in capsys.readouterr().out) is (taken != precision)
+    torch.distributed.destroy_process_group()
