@@ -91,10 +91,12 @@ def _digest(folder: Path) -> str:
 
 
 def _size(folder: Path) -> int:
+    """Bytes of the files; those that another process removes meanwhile count as nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
+    for place, _, names in os.walk(folder):  # which passes over a folder that has gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core.store import Artifact, Store, open_store, rlhf_home
+from rlhf_core.store import Artifact, Store, cache, open_store, rlhf_home
 from tests.rlhf_core.store.helpers import FORK, contents, results_of, start
 
 SIZE = 100_000
@@ -150,6 +150,23 @@ def test_readers_find_whole_copies_while_others_push_them_out(
     missing = next(artifact for artifact in made if artifact.digest not in cached())
     fetch_in_a_child(store, missing)
     assert len(cached()) == 2 and missing.digest in cached()
+
+
+def test_copy_that_goes_while_it_is_measured_counts_as_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "going"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "w.bin").write_bytes(b"1234")
+    scandir = os.scandir
+
+    def removed(path: object) -> object:
+        if "going" in str(path):
+            raise FileNotFoundError(str(path))
+        return scandir(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", removed)
+    assert [cache._size(tmp_path / name) for name in ("here", "going")] == [4, 0]
 
 
 def test_copy_that_was_pushed_out_is_fetched_again(store: Store, made: list[Artifact]) -> None:
