@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> int:
             message = hide(describe(error, category, rank, job))
             print(f"ERROR ({category}): {message}", file=sys.stderr, flush=True)
             write_error(path.parent, rank, category, message)
-            stop.settle()
+            stop.settle(message if category == "internal" else "")
             return 1
     return 0
 

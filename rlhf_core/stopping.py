@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,13 @@ from typing import Literal
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
 LOOK_SECONDS = 0.1
+NOTICE_SECONDS = 5.0  # that torchrun has to notice the rank whose end is another one's failure
+# What the other ranks say when one of them has gone.
+RANK_GONE = re.compile(
+    r"connection (reset|closed|refused)|broken pipe|gloo|nccl|c10d|tcpstore|store\b.*\btimeout"
+    r"|socket|timed out|process ?group|distbackenderror|collective",
+    re.IGNORECASE,
+)
 _FORKED = "rlhf_core/torchrun.py"
 
 
@@ -66,10 +74,17 @@ class Stop:
             time.sleep(LOOK_SECONDS)
         self._leave(NAMES[signal.Signals(number)])
 
-    def settle(self) -> None:
-        """Let a checkpoint that is on its way arrive, before this process ends for a failure."""
+    def settle(self, message: str) -> None:
+        """Before this process ends for a failure: let a checkpoint that is on its way arrive, and,
+        where the message says that another rank is gone, let torchrun notice that one first. It
+        names the rank whose end it sees, and ends the others.
+        """
+        self.phase = "idle"
         end = time.monotonic() + self.seconds
         while self.uploading() and time.monotonic() < end:
+            time.sleep(LOOK_SECONDS)
+        end = time.monotonic() + NOTICE_SECONDS
+        while RANK_GONE.search(message) and time.monotonic() < end:
             time.sleep(LOOK_SECONDS)
 
     def _leave(self, name: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_core.errors import JobFailed
 from rlhf_core.secrets import hide
+from rlhf_core.stopping import RANK_GONE
 
 # What a failed stage's flow run is called in Prefect, by category.
 STATE_NAMES = {
@@ -38,12 +39,6 @@ SUMMARY_RANK = re.compile(r"^\s*rank\s+: (\d+) ")
 SUMMARY_EXIT = re.compile(r"^\s*exitcode\s+: (-?\d+) ")
 # torchrun, when it was itself told to stop: "Received SIGTERM death signal, shutting down workers"
 STOPPED = re.compile(r"Received \S+ death signal|got signal: (2|15)$")
-# What the other ranks say when one of them has gone.
-SECONDARY = re.compile(
-    r"connection (reset|closed|refused)|broken pipe|gloo|nccl|c10d|tcpstore|store\b.*\btimeout"
-    r"|socket|timed out|process ?group|distbackenderror|collective",
-    re.IGNORECASE,
-)
 
 
 def state_name(category: str) -> str:
@@ -116,7 +111,7 @@ def diagnose(
     """
     errors = read_errors(folders)
     real = [e for e in errors if e["category"] != "internal"]
-    own = [e for e in errors if e["category"] == "internal" and not SECONDARY.search(e["message"])]
+    own = [e for e in errors if e["category"] == "internal" and not RANK_GONE.search(e["message"])]
     killed = dead_rank is not None and dead_rank[1] < 0
     by_kernel = bool(out_of_memory) and -signal.SIGKILL in (returncode, (dead_rank or (0, 0))[1])
     if by_kernel:

@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.faults.stage import make_job
@@ -41,6 +42,27 @@ def test_told_to_stop_ranks_write_a_checkpoint_and_leave_in_time(
     assert f"going on from the checkpoint after step {step}" in place.log()
     expected = undisturbed["sft"][1]
     assert weight_hashes(place.result(job)) == weight_hashes(expected)
+
+
+def test_killed_rank_is_named_though_another_fails_for_it_first(place, inputs):
+    """torchrun looks at its ranks now and then, and names one of those that have ended by then."""
+    job = make_job(inputs, "sft", {"ranks": 2})
+    mark = place.folder / "there"
+    process = place.start(job, [{"what": "sleep", "seconds": 1, "update": 4, "once": str(mark)}])
+    while not mark.with_name("there-1").exists():
+        assert process.poll() is None, place.log()
+        time.sleep(0.05)
+    [agent] = psutil.Process(process.pid).children()
+    agent.suspend()
+    agent.children()[1].kill()
+    while not (place.attempt / "error-0.json").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    agent.resume()
+    process.wait(60)
+    place.wait_for_quiet()
+    assert "FAILED lost: stage failed: rank 1 was killed by SIGKILL" in place.said()
+    assert "Connection closed by peer" in place.log()
 
 
 def test_hanging_rank_ends_the_job_with_every_stack_in_the_log(place, inputs):
