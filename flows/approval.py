@@ -9,6 +9,7 @@ from prefect import runtime
 from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
 
+from flows import server
 from rlhf_core.errors import PreflightError
 from rlhf_core.jobs import PipelineConfig
 
@@ -28,7 +29,8 @@ def check(config: PipelineConfig) -> None:
     Raises:
         PreflightError: approval is manual and the Prefect server ends with the run.
     """
-    if config.publish.approval == "manual" and not os.environ.get("PREFECT_API_URL"):
+    pages = os.environ.get("PREFECT_API_URL") and server.temporary is None
+    if config.publish.approval == "manual" and not pages:
         raise PreflightError(
             [
                 "publish.approval is manual, but this run has a temporary Prefect server, whose "

@@ -314,7 +314,7 @@ def _dry_run(settings: PipelineConfig) -> None:
 
 
 def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
-    from flows.server import choose_server
+    from flows.server import TemporaryServer, choose_server
     from rlhf_core.store import open_store
 
     began = time.monotonic()
@@ -324,6 +324,8 @@ def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
     typer.echo(f"  store     {store.url}")
     waiting = "" if server.url else "; it takes some seconds to start"
     typer.echo(f"  prefect   {server.text}{waiting}")
+    if server.url is None:
+        temporary = TemporaryServer()
     from prefect.exceptions import Abort
 
     from flows.console import Console, take_over
@@ -331,6 +333,8 @@ def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
 
     signal.signal(signal.SIGTERM, _terminated)
     take_over(Console(verbose=verbose, link=server.url is not None))
+    if server.url is None:
+        temporary.wait()
     try:
         summary = rlhf_pipeline(settings, until=until)  # type: ignore[call-overload]
     except Abort:  # cancelled on the server's page

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rlhf_core.child import die_with_parent
+from rlhf_core.child import die_with_parent, name_process
 from rlhf_core.context import StageContext
 from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.host_memory import amount, peak_memory
@@ -144,10 +144,9 @@ def preload(files: list[str]) -> None:
     """Import what jobs will import, before ranks are forked. What is wrong, the ranks will say."""
     for file in files:
         with contextlib.suppress(Exception):
-            importlib.import_module(read_job(Path(file)).module)
-    for module in MODELS:
-        with contextlib.suppress(Exception):
-            importlib.import_module(module)
+            job = read_job(Path(file))
+            for module in (job.module, *(MODELS if job.torchrun else ())):
+                importlib.import_module(module)
 
 
 def main(arguments: list[str]) -> int:
@@ -158,6 +157,7 @@ def main(arguments: list[str]) -> int:
     stop.install()
     quieten()
     rank = os.environ.get("RANK", "0")
+    name_process(f"rlhf rank {rank}" if "RANK" in os.environ else "rlhf stage")
     if not arguments or arguments[0].startswith("-"):
         print(__doc__)
         return 2

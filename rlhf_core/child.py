@@ -1,4 +1,4 @@
-"""What a child process is given: the way to this very code, and an end with its parent."""
+"""What a child process is given: the way to this very code, an end with its parent, a name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import rlhf_core
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork
 
 
@@ -26,3 +26,10 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     safe between fork and exec."""
     if sys.platform == "linux":
         _libc.prctl(_PR_SET_PDEATHSIG, number)
+
+
+def name_process(name: str) -> None:
+    """What `top` and `ps -o comm` call this process; 15 characters at most. A forked process has
+    its parent's command line and, in /proc, its parent's environment."""
+    if sys.platform == "linux":
+        _libc.prctl(_PR_SET_NAME, name.encode())

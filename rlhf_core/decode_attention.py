@@ -69,14 +69,15 @@ def shared_heads(lm: Any) -> Iterator[None]:
         lm: a transformers causal LM. One that computes otherwise stays as it is.
     """
     config = lm.config
-    if not _works(lm):
+    before = config._attn_implementation
+    if before != "sdpa" or not _works(lm):
         yield
         return
     config._attn_implementation = NAME
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = before
 
 
 @once
@@ -85,8 +86,9 @@ def _works(lm: Any) -> bool:
     config = lm.config
     heads = getattr(config, "num_attention_heads", None)
     shared = getattr(config, "num_key_value_heads", None)
-    if not _has_masks or config._attn_implementation != "sdpa" or not shared or shared == heads:
+    if not _has_masks or not shared or shared == heads:
         return False
+    before = config._attn_implementation
     try:
         want = _two_steps(lm)
         config._attn_implementation = NAME
@@ -94,7 +96,7 @@ def _works(lm: Any) -> bool:
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):
         return False
     finally:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = before
     return same_numbers(found, want)
 
 

@@ -30,7 +30,7 @@ RANK_GONE = re.compile(
     r"|socket|timed out|process ?group|distbackenderror|collective",
     re.IGNORECASE,
 )
-_FORKED = "rlhf_core/torchrun.py"
+_FORKED = ("rlhf_core/torchrun.py", "rlhf_core/template.py")
 
 
 class Stop:

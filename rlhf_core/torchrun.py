@@ -24,12 +24,17 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from rlhf_core.child import name_process
+from rlhf_core.template import set_threads
+
 
 def rank(module: str, files: list[str]) -> None:
     """What a forked rank does."""
+    name_process(f"rlhf rank {os.environ['RANK']}")
     for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # not the agent's handlers
         signal.signal(name, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    set_threads()
     code = importlib.import_module(module).main(files)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -41,16 +46,17 @@ def rank(module: str, files: list[str]) -> None:
 
 
 @record
-def main() -> None:
-    """Entry point."""
-    ranks, module, *files = sys.argv[1:]
-    entry = importlib.import_module(module)
-    if hasattr(entry, "preload"):
-        entry.preload(files)
+def launch(ranks: int, module: str, files: list[str]) -> None:
+    """Be the agent of so many ranks.
+
+    Raises:
+        ChildFailedError: a rank failed; the message is torchrun's report.
+    """
+    name_process("rlhf torchrun")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=int(ranks),
+        nproc_per_node=ranks,
         run_id=uuid.uuid4().hex,
         # the rendezvous is on the loopback address, at a port of its own choice
         rdzv_backend="c10d",
@@ -61,6 +67,15 @@ def main() -> None:
         logs_specs=DefaultLogsSpecs(),
     )
     elastic_launch(config, rank)(module, files)
+
+
+def main() -> None:
+    """Entry point."""
+    ranks, module, *files = sys.argv[1:]
+    entry = importlib.import_module(module)
+    if hasattr(entry, "preload"):
+        entry.preload(files)
+    launch(int(ranks), module, files)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def leaves_out(base: Any) -> bool:
     """
     if getattr(base, "keeps_padding", False) or getattr(base, "is_gradient_checkpointing", False):
         return False
-    return goes_without_padding(base)
+    return _full_attention(base) and goes_without_padding(base)
 
 
 def run_alike(bases: Sequence[Any]) -> None:
@@ -153,12 +153,7 @@ def _run(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
 
 @once
 def goes_without_padding(base: Any) -> bool:
-    """Whether a backbone's numbers are the same without padding.
-
-    Only where attention is full and causal: a window of positions would be lost.
-    """
-    if not _full_attention(base):
-        return False
+    """Whether a backbone's numbers are the same without padding."""
     size = base.get_input_embeddings().weight.shape[0]
     ids = torch.arange(15, device=next(base.parameters()).device).view(3, 5).remainder(size)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -172,6 +167,7 @@ def goes_without_padding(base: Any) -> bool:
 
 
 def _full_attention(base: Any) -> bool:
+    """Whether attention is torch's own, full and causal: a window of positions would be lost."""
     config = getattr(base, "config", None)
     if config is None or getattr(config, "_attn_implementation", None) != "sdpa":
         return False

@@ -66,7 +66,7 @@ def start_engine(
     engine = VllmEngine(
         source,
         job.rollout,
-        precision=job.precision,
+        precision=strategy.precision,  # fp32 where the processor has no bf16
         device=strategy.device,
         rank=strategy.rank,
         longest=int(prompts.lengths("prompt_ids").max()) + job.max_new_tokens,

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,8 @@ from benchmarks.speed import workload
 from benchmarks.speed.__main__ import ROOT, make, run
 from flows.server import QUIET, unreachable
 from rlhf_core.jobs import parse_job
-from tasks.launchers.local import WAITING, command
+from tasks.launchers import template
+from tasks.launchers.local import WAITING, command, start
 
 BIN = Path(sys.executable).parent
 PARTS = ("startup", "pipeline", "demo", "samples", "length", "ranks", "vocabulary")
@@ -71,20 +73,17 @@ def sft_job(values: dict[str, Any], **settings: Any) -> Any:
 
 
 def launch(job: Any, store: Path, wait_for: int) -> list[float]:
-    """Run a job under torchrun; seconds from its launch to the end of each step, up to one."""
+    """Run a job as the launcher does; seconds from its launch to the end of each step."""
     # Another seed each time: the stage is to start, not to go on from a checkpoint.
     job = job.model_copy(update={"seed": time.time_ns() % 2**31})
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         (folder / "job.json").write_text(job.model_dump_json())
-        environment = {
-            **os.environ, **WAITING, "RLHF_STORE": f"file://{store}", "RLHF_HOME": work,
-        }  # fmt: skip
+        os.environ["RLHF_HOME"] = work
         began = time.time()
-        process = subprocess.Popen(
-            command([job], [folder / "job.json"]),
-            env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = start([job], [folder / "job.json"], f"file://{store}")
+        assert process.stdout is not None
+        threading.Thread(target=process.stdout.read, daemon=True).start()
         try:
             while True:
                 path = folder / "metrics.jsonl"
@@ -101,7 +100,8 @@ def launch(job: Any, store: Path, wait_for: int) -> list[float]:
 
 
 def startup(arguments: argparse.Namespace) -> dict[str, Any]:
-    """From launching torchrun to the end of the first step, beside importing the libraries."""
+    """From launching a stage to the end of its first step, beside importing the libraries: the
+    first stage of a run, and a later one."""
     folder, values = tiny(arguments)
     job = sft_job(values, max_steps=1000).model_copy(update={"batch_size": 1})
     others = {
@@ -110,9 +110,12 @@ def startup(arguments: argparse.Namespace) -> dict[str, Any]:
         "import of a model class": "import torch; from transformers import LlamaForCausalLM",
         "torchrun's own imports": "import torch.distributed.run",
     }
-    found: dict[str, list[float]] = {"first_step": [], **{name: [] for name in others}}
+    found: dict[str, list[float]] = {"first stage": [], "later stage": []}
+    found |= {name: [] for name in others}
     for number in range(arguments.repeats + 1):
-        seconds = {"first_step": launch(job, folder / "store", 1)[0]}
+        template.close()
+        seconds = {name: launch(job, folder / "store", 1)[0] for name in list(found)[:2]}
+        template.close()
         for name, code in others.items():
             began = time.time()
             subprocess.run([sys.executable, "-c", code], check=True)
@@ -121,7 +124,8 @@ def startup(arguments: argparse.Namespace) -> dict[str, Any]:
             for name, value in seconds.items():
                 found[name].append(value)
     medians = {name: statistics.median(values) for name, values in found.items()}
-    return {**medians, "ratio": medians["first_step"] / medians["import"]}
+    return {**medians, **{f"{name}, ratio": medians[name] / medians["import"]
+                          for name in ("first stage", "later stage")}}  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from typing import IO, Any
 from rlhf_core.child import die_with_parent, python_path
 from rlhf_core.jobs import Job
 from rlhf_core.secrets import hide
+from tasks.launchers import template
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.devices import reserved
 from tasks.launchers.failures import DeadRank, diagnose
@@ -79,16 +80,8 @@ class LocalTorchrun:
         on_line: LineSink,
         on_progress: ProgressSink,
     ) -> list[Outcome]:
-        # die_with_parent must run in the child itself: if this process is killed, torchrun ends
-        # its ranks.
-        process = subprocess.Popen(
-            command(jobs, [folder / "job.json" for folder in launch.jobs], devices),
-            env=environment(jobs, launch.store, devices),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            preexec_fn=partial(die_with_parent, signal.SIGTERM),
-        )
+        files = [folder / "job.json" for folder in launch.jobs]
+        process = start(jobs, files, launch.store, devices)
         tree, memory = ProcessTree(process), Memory()
         reader = _Reader(process, launch.log, on_line)
         try:
@@ -140,8 +133,30 @@ class LocalTorchrun:
                     on_progress(newest)
 
 
+def start(
+    jobs: list[Job], files: list[Path], store: str, devices: Sequence[str] = ()
+) -> subprocess.Popen[bytes] | template.Forked:
+    """The process of a launch: torchrun's agent, or the only rank. It ends if this one does."""
+    variables = environment(jobs, store, devices)
+    if not devices:
+        ranks = jobs[0].placement().ranks if jobs[0].torchrun else 0
+        forked = template.fork(ranks, MODULE, [str(file) for file in files], variables)
+        if forked is not None:
+            return forked
+    return subprocess.Popen(
+        command(jobs, files, devices),
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # in the child itself: if this process is killed, torchrun ends its ranks
+        preexec_fn=partial(die_with_parent, signal.SIGTERM),
+    )
+
+
 def command(jobs: list[Job], files: list[Path], devices: Sequence[str] = ()) -> list[str]:
-    """The command line; the rendezvous is on the loopback address, at a port of its own choice.
+    """The command line of a process that is not forked; the rendezvous is on the loopback address,
+    at a port of its own choice.
 
     Args:
         devices: GPUs of the ranks. Without any, torchrun's agent forks its ranks.
@@ -214,7 +229,9 @@ def _outcome(folder: Path) -> Outcome | None:
 class _Reader(threading.Thread):
     """Copies the ranks' output to a file and, but for torchrun's own reports, to a sink."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, on_line: LineSink) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes] | template.Forked, log: Path, on_line: LineSink
+    ) -> None:
         super().__init__(name=f"output of {process.pid}", daemon=True)
         self.process, self.log, self.on_line = process, log, on_line
         self._dead = DeadRank()

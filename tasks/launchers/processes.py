@@ -9,6 +9,8 @@ import time
 
 import psutil
 
+from tasks.launchers.template import Forked
+
 
 class ProcessTree:
     """A child process and everything that ever descended from it, as far as it was looked at.
@@ -17,7 +19,7 @@ class ProcessTree:
     compares start times: a process that got the number of a dead one is never touched.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | Forked) -> None:
         self.process = process
         self._known: dict[int, psutil.Process] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -26,12 +27,12 @@ class Memory:
         """Note the peaks so far; call often, as a process that is gone has none."""
         for process in processes:
             if process.pid not in self._names:
-                with contextlib.suppress(psutil.Error):
-                    rank = process.environ().get("RANK")
-                    self._names[process.pid] = "" if rank is None else f"rank {rank}"
-            if name := self._names.get(process.pid):
-                peak = resident_peak(process.pid)
-                self._peaks[name] = max(peak, self._peaks.get(name, 0))
+                rank = rank_of(process)
+                if rank is None:
+                    continue  # not one, or none yet
+                self._names[process.pid] = f"rank {rank}"
+            name = self._names[process.pid]
+            self._peaks[name] = max(resident_peak(process.pid), self._peaks.get(name, 0))
 
     def killed(self) -> str:
         """What shows that the kernel has killed, for people; empty when it has not."""
@@ -43,6 +44,14 @@ class Memory:
         return ""
 
 
+def rank_of(process: psutil.Process) -> int | None:
+    """The rank that a process has named itself as; None if it is none."""
+    with contextlib.suppress(psutil.Error):
+        if match := re.fullmatch(r"rlhf rank (\d+)", process.name()):
+            return int(match[1])
+    return None
+
+
 def table(processes: Iterable[psutil.Process]) -> str:
     """Markdown table with one line per rank; empty when none is found.
 
@@ -51,15 +60,14 @@ def table(processes: Iterable[psutil.Process]) -> str:
     gpu = gpu_memory()
     rows = []
     for process in processes:
+        if (rank := rank_of(process)) is None:
+            continue
         with contextlib.suppress(psutil.Error):
-            rank = process.environ().get("RANK")
-            if rank is None or not process.environ().get("LOCAL_RANK"):
-                continue
             memory = process.memory_info().rss / GIB
             load = process.cpu_percent()
             used = gpu.get(process.pid)
             on_gpu = "" if used is None else f"{used / GIB:.1f} GiB"
-            rows.append((int(rank), f"| {rank} | {memory:.2f} GiB | {load:.0f} % | {on_gpu} |"))
+            rows.append((rank, f"| {rank} | {memory:.2f} GiB | {load:.0f} % | {on_gpu} |"))
     if not rows:
         return ""
     head = ["| rank | memory | CPU | GPU memory |", "| ---: | ---: | ---: | ---: |"]

@@ -27,6 +27,7 @@ import psutil
 
 from rlhf_core.errors import StoreError
 from rlhf_core.store import Store
+from tasks.launchers.usage import rank_of
 from tests.faults.stage import Place, end, make_inputs, make_job
 from tests.rlhf_core.train.stages import weight_hashes
 
@@ -150,8 +151,8 @@ class Chaos:
         time.sleep(self.random.random() * (2.0 if step < 0 else 0.1))
         at = place.steps()
         family = [p for p in place.processes() if p.pid != process.pid]
-        ranks = [p for p in family if is_rank(p)]
-        agents = [p for p in family if p not in ranks]
+        ranks = [p for p in family if rank_of(p) is not None]
+        agents = [p for p in family if p.name() == "rlhf torchrun"]
         if process.poll() is not None:
             return ""
         victims = {
@@ -179,13 +180,6 @@ class Chaos:
                     continue
                 if hashlib.sha256(data).hexdigest() != entry.sha256:
                     self.tally.wrong.append(f"{when}: {ref} {entry.path}")
-
-
-def is_rank(process: psutil.Process) -> bool:
-    try:
-        return "LOCAL_RANK" in process.environ()
-    except psutil.Error:
-        return False
 
 
 def main() -> int:

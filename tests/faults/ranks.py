@@ -39,7 +39,8 @@ def kill(fault: dict[str, Any]) -> None:
     if fault.get("signal") is None:
         wait_for_checkpoint()
     agent = os.getppid()
-    target = {"rank": os.getpid(), "agent": agent, "orchestrator": parent_of(agent)}
+    orchestrator = parent_of(parent_of(agent))  # of the template that the agent was forked from
+    target = {"rank": os.getpid(), "agent": agent, "orchestrator": orchestrator}
     os.kill(target[fault["target"]], fault.get("signal", signal.SIGKILL))
     if fault.get("signal") is None:
         time.sleep(2)  # the end reaches this rank meanwhile, or it is told to stop

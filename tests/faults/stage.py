@@ -202,15 +202,14 @@ class Place:
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     def processes(self) -> list[psutil.Process]:
-        """The ranks and agents of this place that live, whoever started them."""
-        found = []
-        for process in psutil.process_iter(["cmdline", "status"]):
-            line = process.info["cmdline"] or []
-            if process.info["status"] != psutil.STATUS_ZOMBIE and any(
-                str(self.folder) + "/" in word for word in line
-            ):
-                found.append(process)
-        return found
+        """The ranks, agents and templates of this place that live, whoever started them."""
+        home = str(self.folder / "home")
+        return [
+            process
+            for process in psutil.process_iter(["environ", "status"])
+            if process.info["status"] != psutil.STATUS_ZOMBIE
+            and (process.info["environ"] or {}).get("RLHF_HOME") == home
+        ]
 
     def wait_for_quiet(self, seconds: float = 40) -> float:
         """Wait until no process of this place is left; how long it took."""

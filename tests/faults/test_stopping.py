@@ -52,9 +52,11 @@ def test_killed_rank_is_named_though_another_fails_for_it_first(place, inputs):
     while not mark.with_name("there-1").exists():
         assert process.poll() is None, place.log()
         time.sleep(0.05)
-    [agent] = psutil.Process(process.pid).children()
+    family = psutil.Process(process.pid).children(recursive=True)
+    [agent] = [p for p in family if p.name() == "rlhf torchrun"]
+    [rank] = [p for p in family if p.name() == "rlhf rank 1"]
     agent.suspend()
-    agent.children()[1].kill()
+    rank.kill()
     while not (place.attempt / "error-0.json").exists():
         time.sleep(0.05)
     time.sleep(1)

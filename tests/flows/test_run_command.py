@@ -37,7 +37,7 @@ def command(tmp_path, prefect_server):
         }
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.flows.rlhf_with_stub", "run", "--preset", "smoke"],
-            env=environment, cwd=tmp_path, text=True,
+            env=environment, cwd=tmp_path, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         started.append(process)
@@ -133,3 +133,26 @@ def test_temporary_server_ends_with_the_run(command):
     assert "a temporary server (PREFECT_API_URL is not set)" in out
     assert family
     assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_to_the_whole_group_ends_the_run_and_then_its_server(command, number, code):
+    """Ctrl-C at a terminal, and a service manager's or `timeout`'s stop."""
+    process = command({"sft": ["sleep"]}, server=None)
+    family = wait_for_ranks(command, process)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert "The same command goes on from the last checkpoint" in err
+    assert "Traceback" not in err
+    assert psutil.wait_procs(family, timeout=5)[1] == []
+    [path] = command.store.list_records("runs/")
+    assert command.store.read_record(path)["state"] == "cancelled"
+
+
+def test_killed_run_leaves_no_process(command):
+    process = command({"sft": ["sleep"]}, server=None)
+    family = wait_for_ranks(command, process)
+    assert any("uvicorn" in " ".join(child.cmdline()) for child in family)
+    process.kill()
+    assert psutil.wait_procs(family, timeout=20)[1] == []

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from flows import server
+from rlhf_core.errors import ConfigError
 
 
 @pytest.fixture
@@ -83,3 +84,14 @@ def test_what_the_user_has_set_stays():
     server.choose_server()
     assert os.environ["PREFECT_HOME"] == "/x"
     assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "true"
+
+
+def test_temporary_server_that_ends_at_once_is_one_message(monkeypatch):
+    monkeypatch.setattr(server.sys, "executable", "/bin/false")
+    started = server.TemporaryServer()
+    try:
+        with pytest.raises(ConfigError, match=r"did not start: it ended with exit code 1\.\n.*log"):
+            started.wait()
+    finally:
+        monkeypatch.setattr(server, "temporary", None)
+        started.stop()

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from rlhf_core.store import open_store
+from tasks.launchers.usage import rank_of
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -125,14 +126,9 @@ def test_chat_answers_with_the_published_model(smoke):
 
 
 def ranks_of(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
-    found = [
-        rank
-        for agent in psutil.Process(process.pid).children(recursive=True)
-        if "rlhf_core.torchrun" in agent.cmdline()
-        for rank in agent.children()
-        if agent.ppid() == process.pid
-    ]
-    assert len(found) == count, [child.cmdline() for child in found]
+    family = psutil.Process(process.pid).children(recursive=True)
+    found = sorted((p for p in family if rank_of(p) is not None), key=rank_of)
+    assert [rank_of(p) for p in found] == list(range(count)), family
     return found
 
 

@@ -168,8 +168,9 @@ def parent(tmp_path, store, stub):
         started.append(process)
         ranks = wait_for(pids, 2)
         torchrun = psutil.Process(ranks[0]).ppid()
-        assert psutil.Process(torchrun).ppid() == process.pid
-        return process, [*ranks, torchrun]
+        template = psutil.Process(torchrun).ppid()
+        assert psutil.Process(template).ppid() == process.pid
+        return process, [*ranks, template, torchrun]
 
     yield start
     for process in started:
@@ -203,13 +204,6 @@ def test_no_rank_outlives_a_killed_torchrun(parent):
     os.kill(children[-1], signal.SIGKILL)
     process.wait(15)
     assert gone(children, 0.5)
-
-
-def test_ranks_of_a_cpu_are_forked_from_the_agent_that_has_preloaded(tmp_path, store, stub):
-    stub(sft=["forked"])
-    run(tmp_path, store, sft_job())
-    folder = tmp_path / "job folder"
-    assert [(folder / f"preloaded-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
 
 
 def test_ranks_of_gpus_are_processes_of_their_own():

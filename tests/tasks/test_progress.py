@@ -1,7 +1,6 @@
 """Progress of a stage: its own lines, those of another process, and what ranks use."""
 
 import logging
-import os
 import subprocess
 import sys
 
@@ -57,11 +56,11 @@ def test_page_shows_numbers_curves_and_use():
 
 
 def test_use_of_ranks_is_a_table():
-    code = "x = bytearray(200 * 2**20); print(1, flush=True); import time; time.sleep(60)"
-    rank = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE,
-        env={**os.environ, "RANK": "1", "LOCAL_RANK": "1"},
-    )  # fmt: skip
+    code = (
+        "from rlhf_core.child import name_process; name_process('rlhf rank 1'); import time; "
+        "x = bytearray(200 * 2**20); print(1, flush=True); time.sleep(60)"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         rank.stdout.readline()
         [line] = table([psutil.Process(rank.pid), psutil.Process()]).splitlines()[2:]

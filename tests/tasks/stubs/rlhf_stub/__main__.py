@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from rlhf_core import candidates
 from rlhf_core.context import StageContext
 from rlhf_core.errors import (
@@ -71,7 +73,12 @@ def act(what: str, rank: int, folder: Path) -> None:
     if what == "silent":
         os._exit(3)
     if what == "forked":
-        (folder / f"preloaded-{rank}").write_text(str(preloaded_by == os.getppid()))
+        torch = sys.modules.get("torch")
+        found = {
+            "parents": [p.pid for p in psutil.Process().parents()], "preloaded_by": preloaded_by,
+            "threads": torch and torch.get_num_threads(), "SEEN": os.environ.get("SEEN"),
+        }  # fmt: skip
+        (folder / f"forked-{rank}.json").write_text(json.dumps(found))
     if what in ("sleep", "stubborn"):
         if what == "stubborn":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
