@@ -102,7 +102,7 @@ class LocalTorchrun:
         outcomes = [_outcome(folder) for folder in launch.jobs]
         if None in outcomes:  # else all is in the store, whatever ended the processes then
             raise diagnose(
-                launch.name, launch.jobs, process.returncode, reader.dead_rank, launch.log,
+                launch.name, launch.jobs, process.wait(), reader.dead_rank, launch.log,
                 stopped=reader.stopped, out_of_memory=memory.killed(),
             )  # fmt: skip
         return [outcome for outcome in outcomes if outcome is not None]
