@@ -47,10 +47,10 @@ class Sizes:
 
 SIZES = {
     "tiny": Sizes("tiny", "fp32", 32, 8, 256, 4, 32, 64, 64, 4, 3),
-    "smollm2": Sizes("smollm2", "fp32", 16, 8, 256, 2, 16, 48, 24, 4, 1),
+    "smollm2": Sizes("smollm2", "fp32", 16, 8, 256, 1, 16, 48, 24, 4, 1),
     # every row as long as the limit: nothing is padded on either side
-    "smollm2-256": Sizes("smollm2", "fp32", 8, 4, 256, 2, 4, 48, 24, 4, 1, shortest=1.0),
-    "smollm2-256-bf16": Sizes("smollm2", "bf16", 8, 4, 256, 2, 4, 48, 24, 4, 1, shortest=1.0),
+    "smollm2-256": Sizes("smollm2", "fp32", 8, 4, 256, 1, 4, 48, 24, 4, 1, shortest=1.0),
+    "smollm2-256-bf16": Sizes("smollm2", "bf16", 8, 4, 256, 1, 4, 48, 24, 4, 1, shortest=1.0),
     # tied as gpt2's and bloom's are
     "tiny-50k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, 50_000, tied=True),
     "tiny-250k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, 250_000, tied=True),
