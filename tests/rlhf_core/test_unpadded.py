@@ -60,7 +60,7 @@ def test_models_that_attend_in_a_way_of_their_own_keep_their_padding() -> None:
     for model in (windowed, eager, make_model("bloom"), make_model("gemma2")):
         ids, mask = rows()
         assert unpadded.hidden_states(backbone(model), ids, mask) is None
-        assert not unpadded.goes_without_padding(backbone(model))
+        assert not unpadded.leaves_out(backbone(model))
 
 
 def test_layers_that_run_again_in_the_backward_pass_keep_their_padding() -> None:
