@@ -186,6 +186,8 @@ def make_job(arguments: argparse.Namespace, values: dict[str, Any]) -> Any:
     assert arguments.row in workload.PPO
     if arguments.row == "ppo-top":
         common["trainable_layers"] = values["shape"]["layers"] // workload.TOP
+    if arguments.given:  # the peer's PPO does not clip the gradient, and Adam's epsilon shows that
+        common["max_grad_norm"] = 1e9
     return PPOJob(**common, **online, reward_model=digests["scorer"], batch_size=sizes.prompts,
                   ppo_epochs=1 if arguments.given else workload.EPOCHS, minibatches=1,
                   critic_learning_rate=common["learning_rate"])  # fmt: skip

@@ -65,7 +65,7 @@ class Template:
                 for descriptor in (asked, theirs, their_state):
                     os.close(descriptor)
             # not for ever at once: this thread may be told to stop
-            while not select.select([state], [], [], POLL_SECONDS)[0]:
+            while not _readable(state, POLL_SECONDS):
                 pass
             if first := _line(state):
                 stage = Forked(int(first), state, os.fdopen(output, "rb"))
@@ -122,7 +122,7 @@ class Forked:
         """
         with self._lock:
             if self.returncode is None:
-                if not select.select([self._state], [], [], timeout)[0]:
+                if not _readable(self._state, timeout):
                     raise subprocess.TimeoutExpired(f"stage {self.pid}", timeout or 0)
                 line = _line(self._state)
                 # nothing: the template has been killed, and with it this stage is told to end
@@ -206,7 +206,16 @@ def _key(environment: dict[str, str]) -> dict[str, str]:
     """What has to be alike for a stage to be forked; a module's first place is the folder in which
     Python was started."""
     found = {k: v for k, v in environment.items() if k.startswith(READ_AT_IMPORT)}
-    return {**found, "OMP_NUM_THREADS": "", "": os.getcwd()}
+    with contextlib.suppress(OSError):  # a folder that has been deleted
+        found[""] = os.getcwd()
+    return {**found, "OMP_NUM_THREADS": ""}
+
+
+def _readable(descriptor: int, timeout: float | None) -> bool:
+    """Whether there is something to read, or an end, within so many seconds."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
 def _line(descriptor: int) -> str:

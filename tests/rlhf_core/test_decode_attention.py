@@ -48,6 +48,16 @@ def test_tokens_and_logprobs_are_those_with_repeated_heads(name: str, monkeypatc
     torch.testing.assert_close(found.logprobs, want.logprobs, atol=1e-5, rtol=1e-5)
 
 
+def test_attention_that_was_changed_meanwhile_stays_as_it_is() -> None:
+    model = grouped("llama")
+    with decode_attention.shared_heads(model):  # tried out
+        assert model.config._attn_implementation == decode_attention.NAME
+    model.set_attn_implementation("eager")
+    with decode_attention.shared_heads(model):
+        assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "eager"
+
+
 def test_heads_of_a_group_meet_their_own_keys() -> None:
     """Against attention written out, with scores that the scale and the mask change."""
     torch.manual_seed(0)

@@ -61,6 +61,10 @@ def test_models_that_attend_in_a_way_of_their_own_keep_their_padding() -> None:
         ids, mask = rows()
         assert unpadded.hidden_states(backbone(model), ids, mask) is None
         assert not unpadded.leaves_out(backbone(model))
+    changed = make_model("llama")
+    assert unpadded.leaves_out(backbone(changed))
+    changed.set_attn_implementation("eager")  # after it was tried out
+    assert not unpadded.leaves_out(backbone(changed))
 
 
 def test_layers_that_run_again_in_the_backward_pass_keep_their_padding() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_core.errors import JobFailed
 from rlhf_core.jobs import DataJob, Resources, SFTJob
-from tasks.launchers import Launch, LocalTorchrun, template
+from tasks.launchers import Launch, LocalTorchrun, local, template
 
 pytestmark = pytest.mark.slow
 D = "0" * 64
@@ -74,7 +74,19 @@ def test_what_libraries_read_when_imported_needs_another_template(launch, monkey
     assert not psutil.pid_exists(first["parents"][1])
 
 
-def test_idle_template_leaves_and_the_next_stage_starts_another(launch, monkeypatch):
+def test_use_of_forked_ranks_is_shown(stub, store, tmp_path, monkeypatch):
+    """In /proc they have the command line and the environment of the template."""
+    stub(sft=["wait:1.5"])
+    monkeypatch.setattr(local, "USAGE_SECONDS", 0.1)
+    monkeypatch.setattr(local, "LOOK_SECONDS", 0.1)
+    folder, seen = tmp_path / "job", []
+    made = Launch("stage", {folder: sft_job()}, store.url, folder / "log.txt")
+    LocalTorchrun().run(made, lambda line: None, seen.append)
+    lines = [line for found in seen for line in found.get("usage", "").splitlines()]
+    assert {line.split("|")[1].strip() for line in lines} >= {"0", "1"}
+
+
+def test_killed_idle_template_is_replaced(launch, monkeypatch):
     first = launch(sft_job(), "first")["parents"][1]
     os.kill(first, signal.SIGTERM)  # the stages answer that, not it
     time.sleep(0.2)
@@ -124,7 +136,7 @@ def test_stop_while_the_template_imports_leaves_no_stage(stub, store, tmp_path, 
     def stopped(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(template.select, "select", stopped)
+    monkeypatch.setattr(template, "_readable", stopped)
     folder = tmp_path / "job"
     made = Launch("stage", {folder: sft_job()}, store.url, folder / "log.txt")
     with pytest.raises(KeyboardInterrupt):
