@@ -324,8 +324,7 @@ def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
     typer.echo(f"  store     {store.url}")
     waiting = "" if server.url else "; it takes some seconds to start"
     typer.echo(f"  prefect   {server.text}{waiting}")
-    if server.url is None:
-        temporary = TemporaryServer()
+    temporary = TemporaryServer() if server.url is None else None
     from prefect.exceptions import Abort
 
     from flows.console import Console, take_over
@@ -333,7 +332,7 @@ def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
 
     signal.signal(signal.SIGTERM, _terminated)
     take_over(Console(verbose=verbose, link=server.url is not None))
-    if server.url is None:
+    if temporary is not None:
         temporary.wait()
     try:
         summary = rlhf_pipeline(settings, until=until)  # type: ignore[call-overload]

@@ -7,7 +7,6 @@ import atexit
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from rlhf_core.child import die_with_parent
 from rlhf_core.errors import ConfigError
 from rlhf_core.store import rlhf_home
+from rlhf_core.store.seaweed import free_ports
 
 DEFAULT_URL = "http://127.0.0.1:4200/api"
 
@@ -92,9 +92,7 @@ class TemporaryServer:
         imported."""
         global temporary
         temporary = self
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        [port] = free_ports(1)
         self.url = f"http://127.0.0.1:{port}/api"
         self.log = rlhf_home() / "prefect-server.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
