@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlhf_core import unpadded
+from rlhf_core.few_rows import linear
 from rlhf_core.losses import upcast
 from rlhf_core.trial import once, same_numbers
 
@@ -47,7 +48,7 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (...,V), fp32 or fp64, of hidden (...,d); the product obeys autocast."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         return _finish(upcast(logits), self.scale, self.softcap, 1.0)
 
 

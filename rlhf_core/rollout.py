@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.decode_attention import shared_heads
+from rlhf_core.few_rows import few_rows
 from rlhf_core.kv_cache import new_cache
 from rlhf_core.logprobs import (
     accepted,
@@ -104,7 +105,7 @@ def sample_inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor
     if short := -vocabulary % _BLOCK:
         weights = torch.nn.functional.pad(weights, (0, short))
     weights = weights.view(rows, -1, _BLOCK)
-    cumulative = weights.sum(dim=2, dtype=torch.float64).cumsum(dim=1)  # (b, V/64)
+    cumulative = weights.sum(dim=2).cumsum(dim=1, dtype=torch.float64)  # (b, V/64)
     target = uniforms.to(cumulative).unsqueeze(1) * cumulative[:, -1:]  # (b,1)
     block = _first_above(cumulative, target)  # (b,1)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)  # (b,1)
@@ -174,7 +175,7 @@ def generate(
     stop = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     try:
         with (
-            torch.no_grad(), eval_mode(model), shared_heads(causal_lm(model)),
+            torch.no_grad(), eval_mode(model), shared_heads(causal_lm(model)), few_rows(model),
             _cached_casts(model, device),
         ):  # fmt: skip
             decoder = _Decoder(model, temperature, stop)
