@@ -20,8 +20,8 @@ from pathlib import Path
 
 from rlhf_core.child import die_with_parent
 from rlhf_core.errors import ConfigError
+from rlhf_core.ports import free_ports
 from rlhf_core.store import rlhf_home
-from rlhf_core.store.seaweed import free_ports
 
 DEFAULT_URL = "http://127.0.0.1:4200/api"
 

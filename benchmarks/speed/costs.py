@@ -13,8 +13,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,7 +25,7 @@ from typing import Any
 
 from benchmarks.speed import workload
 from benchmarks.speed.__main__ import ROOT, make, run
-from flows.server import QUIET, unreachable
+from flows.server import QUIET, TemporaryServer
 from rlhf_core.jobs import parse_job
 from tasks.launchers import template
 from tasks.launchers.local import WAITING, command, start
@@ -131,25 +129,17 @@ def startup(arguments: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def prefect_server() -> Iterator[str]:
     """A Prefect server of its own; the address of its API."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as home:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        url = f"http://127.0.0.1:{port}/api"
-        process = subprocess.Popen(
-            [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            env={**os.environ, **QUIET, "PREFECT_HOME": home}, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory() as home:
+        os.environ.update(QUIET, PREFECT_HOME=home, RLHF_HOME=home)
+        server = TemporaryServer()
         try:
-            while unreachable(url, 1.0) is not None:
-                if process.poll() is not None:
-                    raise SystemExit("the Prefect server did not start")
-                time.sleep(0.2)
-            yield url
+            server.wait()
+            yield server.url
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            server.stop()
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def pipeline(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,25 +18,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from rlhf_core.errors import ConfigError, RLHFError, StoreUnavailable
+from rlhf_core.ports import free_ports
 
 BUCKET = "rlhf"
 START_SECONDS = 60
 # Settings of another store, which must not be mixed with those of this one.
 _OTHERS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RLHF_STORE_PROFILE", "RLHF_STORE_PATH_STYLE")
-
-
-def free_ports(count: int) -> list[int]:
-    """Different free ports of 127.0.0.1."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 class Seaweed:

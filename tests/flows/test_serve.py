@@ -15,8 +15,8 @@ import pytest
 
 from flows.access import is_local, password_for
 from rlhf_core.errors import ConfigError
+from rlhf_core.ports import free_ports
 from rlhf_core.store import open_store
-from rlhf_core.store.seaweed import free_ports
 from tests.rlhf_core.playground.tiny_run import tiny_run
 
 ROOT = Path(__file__).parents[2]

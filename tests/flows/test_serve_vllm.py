@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
+from rlhf_core.ports import free_ports
 from rlhf_core.store import open_store
-from rlhf_core.store.seaweed import free_ports
 from tests.rlhf_core.tiny_models import wide_copy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

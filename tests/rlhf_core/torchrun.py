@@ -1,18 +1,13 @@
 """Starts real ranks for tests."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from rlhf_core.ports import free_ports
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def run_ranks(size: int, *arguments: str, module: bool = False, env=None, timeout: float = 400):
@@ -20,7 +15,7 @@ def run_ranks(size: int, *arguments: str, module: bool = False, env=None, timeou
     command = [
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run",
         "--nproc-per-node", str(size), "--master-addr", "127.0.0.1",
-        "--master-port", str(free_port()), *(["-m"] if module else []), *arguments,
+        "--master-port", str(free_ports(1)[0]), *(["-m"] if module else []), *arguments,
     ]  # fmt: skip
     environment = {
         **os.environ,

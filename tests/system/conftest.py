@@ -20,7 +20,7 @@ import httpx
 import psutil
 import pytest
 
-from rlhf_core.store.seaweed import free_ports
+from rlhf_core.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 STUBS = ROOT / "tests/tasks/stubs"

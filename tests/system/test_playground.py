@@ -20,8 +20,8 @@ from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.data.prepare import run as prepare
 from rlhf_core.data.reading import Rows
 from rlhf_core.jobs import DataJob, DataSettings
+from rlhf_core.ports import free_ports
 from rlhf_core.store import open_store
-from rlhf_core.store.seaweed import free_ports
 from tests.rlhf_core.playground.tiny_run import tiny_run
 from tests.system.conftest import ROOT, until
 

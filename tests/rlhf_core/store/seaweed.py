@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_core.store.seaweed import Seaweed, free_ports
+from rlhf_core.store.seaweed import Seaweed
 
 ACCESS_KEY = "test-access-key"
 SECRET_KEY = "test-secret-that-must-not-be-shown"
 BUCKET = "artifacts"
 KEYS = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
 
-__all__ = ["ACCESS_KEY", "BUCKET", "KEYS", "SECRET_KEY", "SeaweedServer", "free_ports"]
+__all__ = ["ACCESS_KEY", "BUCKET", "KEYS", "SECRET_KEY", "SeaweedServer"]
 
 
 class SeaweedServer(Seaweed):

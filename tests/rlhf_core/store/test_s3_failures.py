@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.errors import StoreUnavailable
+from rlhf_core.ports import free_ports
 from rlhf_core.store import Store, StoreSettings, open_store
 from tests.rlhf_core.store.helpers import contents
 from tests.rlhf_core.store.proxy import Proxy
-from tests.rlhf_core.store.seaweed import BUCKET, SECRET_KEY, SeaweedServer, free_ports
+from tests.rlhf_core.store.seaweed import BUCKET, SECRET_KEY, SeaweedServer
 
 IMPATIENT = StoreSettings(retries=0, connect_timeout=1, read_timeout=0.5)
 

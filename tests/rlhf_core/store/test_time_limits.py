@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rlhf_core.store.seaweed import SECRET_KEY, free_ports
+from rlhf_core.ports import free_ports
+from tests.rlhf_core.store.seaweed import SECRET_KEY
 
 ROOT = Path(__file__).parents[3]
 LIMIT = 30.0
