@@ -101,7 +101,7 @@ def sample_inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor
     """
     rows, vocabulary = logits.shape
     highest = logits.amax(dim=1, keepdim=True)  # (b,1)
-    weights = torch.exp(logits - highest)  # (b,V)
+    weights = (logits - highest).exp_()  # (b,V)
     if short := -vocabulary % _BLOCK:
         weights = torch.nn.functional.pad(weights, (0, short))
     weights = weights.view(rows, -1, _BLOCK)
