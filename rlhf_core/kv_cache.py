@@ -65,10 +65,13 @@ def _roomy(layer: type) -> type:
             self.keys, self.values = (room[:, :, : self.filled] for room in self.room)
 
         def batch_select_indices(self, indices: Tensor) -> None:
-            """Keep these rows (ascending): they move to the front, nothing else is copied."""
+            """Keep these rows (ascending): they move to the front, nothing else is copied. Where
+            there are to be more of them than before, they get room of their own."""
+            count = len(indices)
             for i, room in enumerate(self.room):
-                room[: len(indices), :, : self.filled] = room[indices, :, : self.filled]
-                self.room[i] = room[: len(indices)]
+                kept = room[indices, :, : self.filled]
+                self.room[i] = room[:count] if count <= len(room) else self._room_for(kept)
+                self.room[i][:, :, : self.filled] = kept
             self._show()
 
     return Roomy

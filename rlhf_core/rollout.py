@@ -2,7 +2,8 @@
 
 What sets it apart from ``model.generate``: a row's tokens are a function of its own uniforms, not
 of the batch or rank that it is decoded in; the log-probabilities come out with the tokens; rows
-that have ended leave the batch; logits exist only at the last position.
+that have ended leave the batch; a prompt that is there several times is read once; logits exist
+only at the last position.
 
 B prompts, T = max_new_tokens response positions, V vocabulary, b rows still being decoded.
 """
@@ -239,6 +240,14 @@ def _uniforms(
     return uniforms
 
 
+def _distinct(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The places (u,) of the different ones among b prompts, and which of them each is (b,)."""
+    found: dict[tuple[int, ...], int] = {}
+    same = [found.setdefault(tuple(prompt), len(found)) for prompt in prompts]
+    first = [same.index(number) for number in range(len(found))]
+    return torch.tensor(first, device=device), torch.tensor(same, device=device)
+
+
 class _Decoder:
     """The loop over steps of one batch; holds what all batches share."""
 
@@ -272,13 +281,19 @@ class _Decoder:
         alive = torch.tensor(rows, device=device)  # (b,) row of the result
         positions = position_ids_from_mask(attention)  # (b,P+T)
         cache = new_cache(self.lm.config, width + steps)
-        done = 0  # tokens of the rows that the cache holds
+        first, same = _distinct(prompts, device)  # (u,), (b,)
+        logits = self._logits(
+            inputs[first], attention[first, :width], positions[first, :width], cache
+        )  # (u,V)
+        if len(first) < len(rows):
+            logits = logits[same]  # (b,V)
+            cache.batch_select_indices(same)
         for step in range(steps):
             seen = width + step
-            logits = self._logits(
-                inputs, attention[:, :seen], positions[:, done:seen], cache
-            )  # (b,V)
-            done = seen
+            if step:
+                logits = self._logits(
+                    inputs, attention[:, :seen], positions[:, seen - 1 : seen], cache
+                )  # (b,V)
             if uniforms is None:
                 token, norm = logits.argmax(dim=1), logits.logsumexp(dim=1)  # (b,), (b,)
             else:

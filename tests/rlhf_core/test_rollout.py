@@ -84,6 +84,28 @@ def test_a_row_does_not_depend_on_the_batch_it_sits_in(name: str) -> None:
     assert torch.equal(other.finished, whole.finished[order])
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "gemma2"])
+def test_a_prompt_that_is_there_several_times_is_read_once(name: str) -> None:
+    """Against the same rows alone; some of them end early."""
+    model = flat_model(name)
+    prompts = [PROMPTS[i] for i in (2, 0, 2, 1, 2, 0)]
+    seeds = list(range(20, 26))
+    read: list[tuple[int, ...]] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: read.append(tuple(output.shape[:2]))
+    )
+    found = sample(model, prompts, row_seeds=seeds)
+    hook.remove()
+    assert (3, 6) in read and (6, 6) not in read  # prompts, of which the longest has six tokens
+    assert (6, 1) in read  # and then a token for each row
+    for i, prompt in enumerate(prompts):
+        alone = sample(model, [prompt], row_seeds=[seeds[i]])
+        assert torch.equal(found.response_ids[i], alone.response_ids[0])
+        assert torch.equal(found.response_mask[i], alone.response_mask[0])
+        torch.testing.assert_close(found.logprobs[i], alone.logprobs[0], atol=1e-4, rtol=1e-4)
+    assert len({tuple(row) for row in found.response_ids.tolist()}) == 6
+
+
 def test_dropping_a_finished_row_changes_no_other() -> None:
     model = flat_model()
     free = sample(model, PROMPTS, eos_ids=NEVER)
