@@ -408,7 +408,6 @@ def backbone_hidden(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
-    real: Tensor | None = None,
 ) -> Tensor:
     """Hidden states after the final norm, before the vocabulary head.
 
@@ -427,8 +426,6 @@ def backbone_hidden(
             Gemini wrapper, or gradients are not synchronised).
         input_ids, attention_mask, position_ids: (B,S). attention_mask: None where rows are packed;
             (B,1,S,S) bool says itself which position sees which, see `rlhf_core.pairs`.
-        real: (B,S) bool, with such a mask: True at real tokens, which come first in each row. The
-            others need not be computed.
 
     Returns:
         (B,S,d).
@@ -441,10 +438,6 @@ def backbone_hidden(
         if _needs_no_mask(base):
             position_ids = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
             mask = None
-    if real is not None:
-        hidden = unpadded.hidden_states(base, input_ids, real, position_ids, attention_mask)
-        if hidden is not None:
-            return hidden
     return _hidden_of(base, input_ids, mask, position_ids)
 
 

@@ -122,7 +122,7 @@ class ScalarModel(nn.Module):
 
     def _of_pairs(self, input_ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
         hidden = backbone_hidden(
-            BareBackbone(self.backbone), input_ids, block_mask(segments), positions, segments >= 0
+            BareBackbone(self.backbone), input_ids, block_mask(segments), positions
         )  # (B,S,d)
         pooled = []
         for reply in (1, 2):

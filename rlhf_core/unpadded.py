@@ -2,8 +2,7 @@
 
 Norms, projections and MLPs look at single tokens: they get the real tokens of all rows, one after
 another, as one row. Attention needs the rows: there queries, keys and values are put back into
-their places, and causal attention runs as ever, in which no real token sees the padding behind it;
-or attention with a mask of pairs of positions (`pairs`).
+their places, and causal attention runs as ever, in which no real token sees the padding behind it.
 
 B rows, S positions, N real tokens, H heads, e size of a head, d hidden size.
 """
@@ -63,7 +62,6 @@ class Layout(NamedTuple):
     places: Tensor
     rows: int
     length: int
-    seen: Tensor | None = None  # (B,1,S,S) bool, which position sees which; None: causal
 
     def put(self, tokens: Tensor) -> Tensor:
         """(N,...) -> (B,S,...)."""
@@ -86,36 +84,27 @@ def _attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of each row by itself: query, key, value (1,H,N,e) -> (1,N,H,e)."""
+    """Causal attention of each row by itself: query, key, value (1,H,N,e) -> (1,N,H,e)."""
     layout = _layout
     assert layout is not None and attention_mask is None
     rows = [layout.put(x.squeeze(0).transpose(0, 1)).transpose(1, 2) for x in (query, key, value)]
-    found, _ = sdpa_attention_forward(module, *rows, layout.seen, **options)  # type: ignore[arg-type]
+    found, _ = sdpa_attention_forward(module, *rows, None, **options)  # type: ignore[arg-type]
     return layout.take(found).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, _attention)
 
 
-def hidden_states(
-    base: Any,
-    input_ids: Tensor,
-    mask: Tensor,
-    position_ids: Tensor | None = None,
-    seen: Tensor | None = None,
-) -> Tensor | None:
+def hidden_states(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor | None:
     """The backbone's output (B,S,d) for right-padded rows, zeros at padding.
 
     Args:
         input_ids: (B,S). mask: (B,S), True at real tokens, which come first in each row.
-        position_ids, seen: (B,S) and (B,1,S,S) bool, where rows are not plain and causal.
 
     Returns:
         None where there is little padding, or the model is not one that can go without.
     """
-    if not leaves_out(base) or not _worthwhile(mask):
-        return None
-    return _run(base, input_ids, mask, position_ids, seen)
+    return _run(base, input_ids, mask) if leaves_out(base) and _worthwhile(mask) else None
 
 
 def leaves_out(base: Any) -> bool:
@@ -140,23 +129,14 @@ def _worthwhile(mask: Tensor) -> bool:
     return float(mask.sum()) <= (1 - LEAST) * mask.numel()
 
 
-def _run(
-    base: Any,
-    input_ids: Tensor,
-    mask: Tensor,
-    position_ids: Tensor | None = None,
-    seen: Tensor | None = None,
-) -> Tensor:
+def _run(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
     global _layout
     mask = mask.bool()
     rows, length = mask.shape
     places = mask.flatten().nonzero().squeeze(1)  # (N,)
-    if position_ids is None:
-        positions = places.remainder(length).unsqueeze(0)  # (1,N)
-    else:
-        positions = position_ids.flatten()[places].unsqueeze(0)
+    positions = places.remainder(length).unsqueeze(0)  # (1,N)
     config, before = base.config, base.config._attn_implementation
-    _layout = Layout(places, rows, length, seen)
+    _layout = Layout(places, rows, length)
     try:
         config._attn_implementation = NAME
         output = base(

@@ -76,7 +76,7 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
         shared = in_one_row(job, module, rows)
         micro = split_batch(
             [shared_length(r) if shared else pair_length(r) for r in rows],
-            strategy.rank, strategy.world_size, resources.micro_batch_size, strategy.padding,
+            strategy.rank, strategy.world_size, resources.micro_batch_size,
         )  # fmt: skip
         sums = torch.zeros(3, dtype=torch.float64)  # loss, accuracy, margin
         try:

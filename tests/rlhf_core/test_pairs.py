@@ -30,18 +30,10 @@ def test_a_row_by_hand():
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt"])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("padding", ["kept", "left out"])
-def test_scores_and_gradients_are_those_of_rows_of_their_own(
-    tmp_path, architecture, pooling, padding
-):
+def test_scores_and_gradients_are_those_of_rows_of_their_own(tmp_path, architecture, pooling):
     model = new_scalar_model(copy_of(architecture, tmp_path / "model"), seed=1)
     model.pooling = pooling
     assert takes_block_masks(model.backbone)
-    base = getattr(model.backbone, "decoder", model.backbone)
-    base.keeps_padding = padding == "kept"
-    sizes = []
-    norm = next(m for m in model.modules() if "Norm" in type(m).__name__)
-    norm.register_forward_hook(lambda module, args, output: sizes.append(args[0].shape[:2]))
 
     def found(*batch):
         model.zero_grad()
@@ -50,7 +42,6 @@ def test_scores_and_gradients_are_those_of_rows_of_their_own(
         return scores, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     shared, gradients = found(*collate_shared(ROWS, CPU))
-    assert sizes == [(2, 9) if padding == "kept" else (1, 14)]
     ids, mask = collate_pairs(ROWS, CPU)
     assert last_real(mask).tolist() == [4, 3, 6, 1]
     apart, want = found(ids, mask)
