@@ -44,9 +44,16 @@ def _turned(rows: int, x: Tensor, weight: Tensor) -> bool:
     least = LEAST_OF_LARGE if weight.numel() >= LARGE else LEAST
     return (
         least <= rows <= MOST
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == weight.dtype
         and not torch.is_grad_enabled()
+        and _in_fp32_on_a_cpu(weight)
+    )
+
+
+def _in_fp32_on_a_cpu(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -60,9 +67,13 @@ def few_rows(model: nn.Module) -> Iterator[None]:
     """Within it, a model's linear layers take the faster way.
 
     Plain layers only, those inside adapters too: one whose forward somebody has replaced, or of a
-    class of its own, stays as it is.
+    class of its own, stays as it is. So does a model to which it cannot apply, on a GPU or in half
+    precision: each layer's call would only take longer.
     """
-    layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+    layers = [
+        m for m in model.modules()
+        if type(m) is nn.Linear and "forward" not in vars(m) and _in_fp32_on_a_cpu(m.weight)
+    ]  # fmt: skip
     try:
         for layer in layers:
             layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]

@@ -240,12 +240,11 @@ def _uniforms(
     return uniforms
 
 
-def _distinct(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The places (u,) of the different ones among b prompts, and which of them each is (b,)."""
+def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The u different ones among b prompts, and for each of the b which of them it is."""
     found: dict[tuple[int, ...], int] = {}
-    same = [found.setdefault(tuple(prompt), len(found)) for prompt in prompts]
-    first = [same.index(number) for number in range(len(found))]
-    return torch.tensor(first, device=device), torch.tensor(same, device=device)
+    which = [found.setdefault(tuple(prompt), len(found)) for prompt in prompts]
+    return list(found), which
 
 
 class _Decoder:
@@ -272,21 +271,21 @@ class _Decoder:
         """Decodes a batch and writes it into the given rows of the result."""
         device = result.response_ids.device
         width, steps = max(len(p) for p in prompts), result.response_ids.shape[1]
-        inputs = torch.full((len(rows), width), pad_id, dtype=torch.long)  # (b,P)
-        attention = torch.ones(len(rows), width + steps, dtype=torch.long)  # (b,P+T)
-        for i, prompt in enumerate(prompts):
+        distinct, which = _distinct(prompts)
+        inputs = torch.full((len(distinct), width), pad_id, dtype=torch.long)  # (u,P)
+        attention = torch.ones(len(distinct), width + steps, dtype=torch.long)  # (u,P+T)
+        for i, prompt in enumerate(distinct):
             inputs[i, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
             attention[i, : width - len(prompt)] = 0
         inputs, attention = inputs.to(device), attention.to(device)
         alive = torch.tensor(rows, device=device)  # (b,) row of the result
-        positions = position_ids_from_mask(attention)  # (b,P+T)
+        positions = position_ids_from_mask(attention)  # (u,P+T)
         cache = new_cache(self.lm.config, width + steps)
-        first, same = _distinct(prompts, device)  # (u,), (b,)
-        logits = self._logits(
-            inputs[first], attention[first, :width], positions[first, :width], cache
-        )  # (u,V)
-        if len(first) < len(rows):
-            logits = logits[same]  # (b,V)
+        logits = self._logits(inputs, attention[:, :width], positions[:, :width], cache)  # (u,V)
+        if len(distinct) < len(rows):
+            same = torch.tensor(which, device=device)  # (b,)
+            # (b,V), (b,P+T), (b,P+T)
+            logits, attention, positions = (x[same] for x in (logits, attention, positions))
             cache.batch_select_indices(same)
         for step in range(steps):
             seen = width + step

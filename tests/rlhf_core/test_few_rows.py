@@ -107,3 +107,11 @@ def test_replies_are_those_without_it(name: str, monkeypatch) -> None:
     want = decode()
     assert torch.equal(found.response_ids, want.response_ids)
     torch.testing.assert_close(found.logprobs, want.logprobs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_in_half_precision_keeps_its_own_forwards() -> None:
+    single, half = nn.Linear(8, 8), nn.Linear(8, 8).bfloat16()
+    with few_rows.few_rows(nn.ModuleList([single, half])):
+        assert "forward" in vars(single) and "forward" not in vars(half)
+    with torch.autocast("cpu", torch.bfloat16), few_rows.few_rows(single):
+        assert "forward" not in vars(single)
