@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_core import unpadded
 from rlhf_core.few_rows import linear
+from rlhf_core.gradients import gathered, hand_over, is_linear
 from rlhf_core.losses import upcast
 from rlhf_core.trial import once, same_numbers
 
@@ -126,8 +127,8 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.kept = []  # they are changed in place below: a second backward pass computes them anew
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         grad_h = torch.empty_like(hidden) if need_h else None
-        gathered = adds_in_place(weight, norms.dtype) if need_w else None
-        grad_w = gathered
+        place = gathered(weight, norms.dtype) if need_w else None
+        grad_w = place
         if need_w and grad_w is None:
             grad_w = torch.empty_like(weight, dtype=norms.dtype)
         grad_b = torch.zeros_like(bias, dtype=norms.dtype) if need_b else None
@@ -165,7 +166,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_h[rows] = grad @ w
                 if grad_w is not None:
                     h = h.to(options.dtype)
-                    added = gathered is not None or rows.start > 0
+                    added = place is not None or rows.start > 0
                     if grad_w.dtype == options.dtype:
                         grad_w.addmm_(grad.t(), h, beta=float(added))
                     elif added:  # the product in half precision, its sum in fp32
@@ -174,26 +175,11 @@ class _TokenLogprobs(torch.autograd.Function):
                         grad_w.copy_(grad.t() @ h)
         return (
             grad_h,
-            grad_w.to(weight.dtype) if grad_w is not None and gathered is None else None,
+            hand_over(weight, grad_w) if grad_w is not None and place is None else None,
             grad_b.to(bias.dtype) if grad_b is not None else None,
             None,
             None,
         )
-
-
-def add_in_place(parameter: Tensor) -> None:
-    """Let the head's backward pass add to this parameter's gradient where it lies.
-
-    Of a large vocabulary that saves a matrix of its size, and writing it. Only where nothing waits
-    for the gradient on its way (DDP, ZeRO), and for `backward`, not `torch.autograd.grad`.
-    """
-    parameter.adds_in_place = True  # type: ignore[attr-defined]
-
-
-def adds_in_place(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The gradient to add to, or None where there is none yet or it must not be changed here."""
-    found = parameter.grad if getattr(parameter, "adds_in_place", False) else None
-    return found if found is not None and found.dtype == dtype else None
 
 
 class _Options(NamedTuple):
@@ -505,7 +491,7 @@ def _read_head(lm: Any) -> Head | None:
     if layer is None:
         raise ValueError(f"{type(lm).__name__} has no vocabulary head; a causal LM is needed")
     # an adapter on the head starts as no change at all, so no check could see it
-    if type(layer).forward is not nn.Linear.forward:
+    if not is_linear(layer):
         return None
     config = lm.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from rlhf_core.distributed import Group, computes_in_bf16
 from rlhf_core.errors import ConfigError, NonFinite
+from rlhf_core.gradients import add_in_place
 from rlhf_core.jobs import Precision, Resources
-from rlhf_core.logprobs import add_in_place
 from rlhf_core.models import padding_cost
 
 HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,8 +82,7 @@ class Strategy:
         ordered = [p for g in optimizer.param_groups for p in g["params"]]
         self._params = dict(zip(self._names, ordered, strict=True))
         if self._alone():
-            for parameter in self._params.values():
-                add_in_place(parameter)
+            add_in_place(module)
             self.module, self._optimizer = module, optimizer
             return module
         if self.device.type == "cpu":
