@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from rlhf_core.jobs import Resources
 from rlhf_core.strategy import Strategy
 from tests.rlhf_core.torchrun import run_ranks
 
-SCRIPT = Path(__file__).with_name("strategy_ranks.py")
 KINDS = ("ddp", "zero1", "zero2")
 
 pytestmark = pytest.mark.slow
@@ -27,7 +25,7 @@ def results(tmp_path_factory):
     found = {}
     for size in (1, 2):
         out = folder / f"{size}.json"
-        run_ranks(size, str(SCRIPT), str(out))
+        run_ranks(size, "tests.rlhf_core.strategy_ranks", str(out))
         found[size] = json.loads(out.read_text())
     return found
 

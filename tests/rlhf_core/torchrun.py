@@ -5,17 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlhf_core.ports import free_ports
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_ranks(size: int, *arguments: str, module: bool = False, env=None, timeout: float = 400):
-    """Run a script (or `-m module`) under torchrun; fails the test with the output if it fails."""
+def run_ranks(size: int, module: str, *files: str, env=None, timeout: float = 400):
+    """Run a module's `main(files)` on ranks under torchrun, as the launcher does; fails the test
+    with the output if it fails."""
     command = [
-        sys.executable, "-W", "ignore", "-m", "torch.distributed.run",
-        "--nproc-per-node", str(size), "--master-addr", "127.0.0.1",
-        "--master-port", str(free_ports(1)[0]), *(["-m"] if module else []), *arguments,
+        sys.executable, "-W", "ignore", "-m", "rlhf_core.torchrun", str(size), module, *files,
     ]  # fmt: skip
     environment = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""One rank: `python -m tests.rlhf_core.train.interrupted JOB.json ... --cut STEP JOB.json ...`
+"""One rank: `main([JOB.json, ..., "--cut", STEP, JOB.json, ...])`
 
 The jobs after --cut end with an exception after that step, between two checkpoints, and are then
 started again. What dies with a process is lost here as well: each start loads its own model and
@@ -8,7 +8,6 @@ optimizer. (tests/faults kills real processes.)
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,3 @@ def main(arguments: list[str]) -> None:
         cut_off(Path(name), step, store)
     for name in [*whole, *cut]:
         run_job(read_job(Path(name)), store, Path(name).parent)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

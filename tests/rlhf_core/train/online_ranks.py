@@ -1,4 +1,4 @@
-"""Ranks with a made-up rule, and ranks that are told to stop: `... PLAN.json` under torchrun.
+"""Ranks with a made-up rule, and ranks that are told to stop: `main([PLAN.json])` under torchrun.
 
 The plan is a list of {"job", "store", "folder", "rule": bool, "stop_after": step or null,
 "stale_after": rollouts or null, after which an engine gets no new weights}. What a stage gave up
@@ -7,14 +7,13 @@ with is written into its folder as said.txt.
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from rlhf_core.__main__ import quieten, run_job
+from rlhf_core.__main__ import MODELS, quieten, run_job
 from rlhf_core.checkpoint import Checkpointer
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import parse_job
@@ -81,9 +80,15 @@ def forgetting_after(count):
     return update
 
 
-def main(plan: list) -> None:
+def preload(files: list[str]) -> None:
+    for module in MODELS:
+        importlib.import_module(module)
+
+
+def main(files: list[str]) -> None:
+    quieten()
     rules = online.Rules
-    for entry in plan:
+    for entry in json.loads(Path(files[0]).read_text()):
         job, folder = parse_job(json.dumps(entry["job"])), Path(entry["folder"])
         online.Rules = rules
         if entry.get("rule"):
@@ -96,10 +101,3 @@ def main(plan: list) -> None:
             run_job(job, open_store(entry["store"]), folder)
         except RLHFError as error:
             (folder / "said.txt").write_text(str(error))
-
-
-if __name__ == "__main__":
-    quieten()
-    main(json.loads(Path(sys.argv[1]).read_text()))
-    sys.stdout.flush()
-    os._exit(0)

@@ -33,9 +33,8 @@ class Stages:
     def run(self, *jobs: BaseJob, ranks: int = 1) -> list[Artifact]:
         """Run jobs one after another in the same processes."""
         folders = [self.write(job) for job in jobs]
-        run_ranks(
-            ranks, "rlhf_core", *(str(f / "job.json") for f in folders), module=True, env=self.env
-        )
+        files = [str(f / "job.json") for f in folders]
+        run_ranks(ranks, "rlhf_core.__main__", *files, env=self.env)
         return [self.result(f) for f in folders]
 
     def result(self, folder: Path) -> Artifact:

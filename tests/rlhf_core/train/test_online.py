@@ -96,7 +96,7 @@ def run_plan(stages, models, data, random_reward, tmp_path_factory):
         path = home / f"plan-{ranks}.json"
         path.write_text(json.dumps(plan))
         script = "tests.rlhf_core.train.online_ranks"
-        run_ranks(ranks, script, str(path), module=True, env=stages.env)
+        run_ranks(ranks, script, str(path), env=stages.env)
         return runs
 
     return run

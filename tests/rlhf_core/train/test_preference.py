@@ -64,7 +64,7 @@ def one_rank(stages, models, data):
     folders = {name: stages.write(job) for name, job in (jobs | cut).items()}
     files = [str(folders[name] / "job.json") for name in (*jobs, *cut)]
     files[len(jobs) : len(jobs)] = ["--cut", "5"]
-    done = run_ranks(1, "tests.rlhf_core.train.interrupted", *files, module=True, env=stages.env)
+    done = run_ranks(1, "tests.rlhf_core.train.interrupted", *files, env=stages.env)
     assert done.stdout.count("going on from the checkpoint after step 4") == len(cut)
     return {name: stages.result(folder) for name, folder in folders.items()}
 

@@ -91,7 +91,7 @@ def run_plan(stages, inputs, tmp_path_factory):
         path = home / f"plan-{ranks}.json"
         path.write_text(json.dumps(plan))
         script = "tests.rlhf_core.train.online_ranks"
-        run_ranks(ranks, script, str(path), module=True, env=stages.env)
+        run_ranks(ranks, script, str(path), env=stages.env)
         return runs
 
     return run
