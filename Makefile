@@ -69,7 +69,7 @@ down: $(STAMP)  ## end what `make up` started
 # Two files at a time: half of what the tests do is to wait for servers and processes.
 WORKERS ?= 2
 test: $(STAMP)  ## all tests
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15 \
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 \
 	  -m "not demo and not system and not images and not chaos and not extras and not vllm"
 
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
