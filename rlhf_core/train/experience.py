@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,14 @@ class Experience:
     finished: Tensor  # (B,) bool
     mask: Tensor  # (B,T) bool, real response tokens
     rollout_logprobs: Tensor  # (B,T)
-    old_logprobs: Tensor  # (B,T)
+    old_logprobs: Tensor  # (B,T), of the policy before the rollout's updates
     ref_logprobs: Tensor  # (B,T)
     components: dict[str, Tensor]  # name of a reward -> (B,), without its weight
     raw_scores: Tensor  # (B,) weighted sum of the components
     scores: Tensor  # (B,) raw_scores less the penalty for a missing end of turn
     troubles: dict[str, int]  # what kept a rule from being applied -> replies
     states: States  # hidden states of this rank's micro-batches, where layers are shared
+    late: frozenset[int] = frozenset()  # rows whose old_logprobs the first update finds
     values: Tensor | None = None  # (B,T) of PPO's critic
     advantages: Tensor | None = None  # (B,T) or (B,), as the algorithm makes them of the scores
     returns: Tensor | None = None  # (B,T) for PPO's critic
@@ -113,21 +115,32 @@ def score(
     rollout: dict[str, Any],
     rows: list[dict[str, Any]],
     minibatches: list[list[int]],
+    *,
+    late: bool = False,
 ) -> Experience:
     """Log-probabilities, values and rewards of a rollout.
+
+    The first minibatch is trained on before the policy has changed: what its update computes are
+    the old log-probabilities. Where nothing needs them sooner, that saves a pass over the policy.
 
     Args:
         rollout: of `roll_out`. rows: of the prompt data set, one for each reply.
         minibatches: rows that are trained on together, and so scored together.
+        late: leave the old log-probabilities of the first minibatch to its update, see `optimise`;
+            zeros until then. For policies without a critic.
     """
     sequences, prompt_lengths = rollout["sequences"], rollout["prompt_lengths"]
     group, found, states = strategy.group, [], States(models.trunk)
+    later = frozenset(minibatches[0] if late else ())
     for positions in micro_batches(job, strategy, sequences, minibatches):
         batch = collate_responses(sequences, prompt_lengths, positions, group.device)
         marked = batch[2]
         with strategy.autocast(), states.of(positions, batch[0], batch[1]):
-            old, values, _ = models.trained(*batch, job.temperature)
             ref = models.reference(*batch, job.temperature)
+            if late and later.issuperset(positions):
+                old, values = torch.zeros_like(ref), None
+            else:
+                old, values, _ = models.trained(*batch, job.temperature)
             scores = models.reward(batch[0], batch[1]) if models.reward is not None else None
         tensors = [old, ref] if values is None else [old, ref, values]
         for i, p in enumerate(positions):
@@ -162,12 +175,33 @@ def score(
         components=components,
         troubles=troubles,
         states=states,
+        late=later,
         raw_scores=raw_scores,
         # A reply that was cut is scored as it stands, less the penalty.
         scores=raw_scores - job.missing_eos_penalty * (~finished).float(),
     )
-    assert_same_policy(job, experience)
+    if not later:
+        assert_same_policy(job, experience)
     return experience
+
+
+def add_late(
+    job: OnlineJob, group: Group, experience: Experience, micro: Sequence[list[int]]
+) -> None:
+    """Give every rank the old log-probabilities that the first update found on each.
+
+    Args:
+        micro: this rank's micro-batches.
+
+    Raises:
+        TrainingFailure: as `assert_same_policy`.
+    """
+    old = experience.old_logprobs
+    for part in group.gather([(positions, old[positions]) for positions in micro]):
+        for positions, logprobs in part:
+            old[positions] = logprobs
+    experience.late = frozenset()
+    assert_same_policy(job, experience)
 
 
 def logprob_gap(experience: Experience) -> float:

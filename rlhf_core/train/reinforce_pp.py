@@ -75,7 +75,10 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
         checkpointer.stop_if_asked(step)
         # 2. Score them: policy, reference, reward model, rules.
         minibatches = split_minibatches(job.replies, job.minibatches)
-        experience = score(job, strategy, models, rollout, rows, minibatches)
+        # Without a KL in the reward nothing needs the old log-probabilities before the update does;
+        # the first rollout is scored whole, so that `optimise` sees whether a pass can be repeated.
+        late = step > start and job.kl_coef == 0
+        experience = score(job, strategy, models, rollout, rows, minibatches, late=late)
         # 3. Advantages: whitened over the global batch, which every rank has whole.
         rewards = token_rewards(
             experience.scores, experience.old_logprobs, experience.ref_logprobs,

@@ -19,7 +19,7 @@ from rlhf_core.errors import TrainingFailure
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.losses import sft_loss
 from rlhf_core.strategy import Strategy
-from rlhf_core.train.experience import Experience
+from rlhf_core.train.experience import Experience, add_late
 from rlhf_core.train.online import Batch, collate_responses, micro_batches
 from rlhf_core.train.sft import collate, trained_tokens
 
@@ -64,7 +64,8 @@ def optimise(
     epochs: int,
     loss_of: Loss,
 ) -> dict[str, float]:
-    """Passes over the rollout, one optimizer step per minibatch.
+    """Passes over the rollout, one optimizer step per minibatch. Finds what `score` left to the
+    first of them.
 
     Returns:
         Means over all updates of the loss's metrics, ptx_loss and the gradient norm.
@@ -85,6 +86,8 @@ def optimise(
                 part, ptx_logprobs = look(
                     job, strategy, experience, positions, batch, len(rows), tokens, extra[i]
                 )
+                if experience.late:
+                    experience.old_logprobs[positions] = part.logprobs.detach().cpu()
                 loss, metrics = loss_of(part)
                 shares = {name: float(value) for name, value in metrics.items()}
                 shares["ptx_loss"] = 0.0
@@ -96,7 +99,9 @@ def optimise(
                 strategy.backward(loss)
             sums = {name: sums.get(name, 0.0) + share for name, share in shares.items()}
             gap = max(gap, log_ratio_gap(part))
-        if epoch == 0 and index == 0:
+        if experience.late:
+            add_late(job, strategy.group, experience, micro)
+        elif epoch == 0 and index == 0:
             assert_ratio_is_one(strategy, gap)
         grad_norm = strategy.step()
         totals = strategy.group.sum(torch.tensor([*sums.values()], dtype=torch.float64)).tolist()
