@@ -81,7 +81,7 @@ class Strategy:
         self._names = [trained[id(p)] for g in optimizer.param_groups for p in g["params"]]
         ordered = [p for g in optimizer.param_groups for p in g["params"]]
         self._params = dict(zip(self._names, ordered, strict=True))
-        if self._alone():
+        if self.alone():
             add_in_place(module)
             self.module, self._optimizer = module, optimizer
             return module
@@ -97,7 +97,7 @@ class Strategy:
         self.module, self._optimizer = boosted[0], boosted[1]
         return self.module
 
-    def _alone(self) -> bool:
+    def alone(self) -> bool:
         """Whether there is nothing to shard, to exchange or to scale: then nothing is wrapped.
 
         DDP on one rank would copy every gradient into its buckets, and Booster's import alone

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,14 @@ SHOWN = 4  # replies of each rollout that are kept for people to look at
 GRAM = 4  # tokens of the pieces that `repetition` counts
 
 
+class Kept(NamedTuple):
+    """A trained module's pass over a micro-batch, with its graph."""
+
+    positions: list[int]
+    logprobs: Tensor  # (b,S)
+    values: Tensor | None  # (b,S)
+
+
 @dataclass
 class Experience:
     """One rollout of the whole global batch, on every rank, on the CPU."""
@@ -48,6 +56,7 @@ class Experience:
     troubles: dict[str, int]  # what kept a rule from being applied -> replies
     states: States  # hidden states of this rank's micro-batches, where layers are shared
     late: frozenset[int] = frozenset()  # rows whose old_logprobs the first update finds
+    kept: Kept | None = None  # what the first update need not compute again
     values: Tensor | None = None  # (B,T) of PPO's critic
     advantages: Tensor | None = None  # (B,T) or (B,), as the algorithm makes them of the scores
     returns: Tensor | None = None  # (B,T) for PPO's critic
@@ -117,22 +126,28 @@ def score(
     minibatches: list[list[int]],
     *,
     late: bool = False,
+    keep: bool = False,
 ) -> Experience:
     """Log-probabilities, values and rewards of a rollout.
 
     The first minibatch is trained on before the policy has changed: what its update computes are
-    the old log-probabilities. Where nothing needs them sooner, that saves a pass over the policy.
+    the old log-probabilities. Where nothing needs them sooner (`late`), that saves a pass over the
+    policy; else (`keep`) a pass over its first micro-batch. The graph of more of them would take
+    more memory than training does.
 
     Args:
         rollout: of `roll_out`. rows: of the prompt data set, one for each reply.
         minibatches: rows that are trained on together, and so scored together.
         late: leave the old log-probabilities of the first minibatch to its update, see `optimise`;
             zeros until then. For policies without a critic.
+        keep: keep the graph of the first micro-batch for its update, where one rank trains alone.
     """
     sequences, prompt_lengths = rollout["sequences"], rollout["prompt_lengths"]
     group, found, states = strategy.group, [], States(models.trunk)
     later = frozenset(minibatches[0] if late else ())
-    for positions in micro_batches(job, strategy, sequences, minibatches):
+    keep = keep and not late and strategy.alone() and job.ptx is None
+    kept = None
+    for number, positions in enumerate(micro_batches(job, strategy, sequences, minibatches)):
         batch = collate_responses(sequences, prompt_lengths, positions, group.device)
         marked = batch[2]
         with strategy.autocast(), states.of(positions, batch[0], batch[1]):
@@ -140,11 +155,14 @@ def score(
             if late and later.issuperset(positions):
                 old, values = torch.zeros_like(ref), None
             else:
-                old, values, _ = models.trained(*batch, job.temperature)
+                with torch.set_grad_enabled(keep and number == 0):
+                    old, values, _ = models.trained(*batch, job.temperature)
+                if keep and number == 0:
+                    kept = Kept(positions, old, values)
             scores = models.reward(batch[0], batch[1]) if models.reward is not None else None
         tensors = [old, ref] if values is None else [old, ref, values]
         for i, p in enumerate(positions):
-            columns = [x[i][marked[i]].float().cpu() for x in tensors]
+            columns = [x[i][marked[i]].detach().float().cpu() for x in tensors]
             found.append((p, (columns, None if scores is None else float(scores[i]))))
 
     shape = (len(sequences), max(len(x) for x in rollout["logprobs"]))
@@ -176,6 +194,7 @@ def score(
         troubles=troubles,
         states=states,
         late=later,
+        kept=kept,
         raw_scores=raw_scores,
         # A reply that was cut is scored as it stands, less the penalty.
         scores=raw_scores - job.missing_eos_penalty * (~finished).float(),

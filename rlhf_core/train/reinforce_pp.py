@@ -77,8 +77,11 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
         minibatches = split_minibatches(job.replies, job.minibatches)
         # Without a KL in the reward nothing needs the old log-probabilities before the update does;
         # the first rollout is scored whole, so that `optimise` sees whether a pass can be repeated.
-        late = step > start and job.kl_coef == 0
-        experience = score(job, strategy, models, rollout, rows, minibatches, late=late)
+        later = step > start
+        experience = score(
+            job, strategy, models, rollout, rows, minibatches,
+            late=later and job.kl_coef == 0, keep=later,
+        )  # fmt: skip
         # 3. Advantages: whitened over the global batch, which every rank has whole.
         rewards = token_rewards(
             experience.scores, experience.old_logprobs, experience.ref_logprobs,
