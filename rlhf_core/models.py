@@ -12,6 +12,7 @@ d hidden size, B sequences, S positions. Sequences are right-padded.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -27,6 +28,7 @@ from rlhf_core.adapters import save_adapter
 from rlhf_core.batching import derive_seed
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.jobs import TrainSettings
+from rlhf_core.last_mlp import only_at
 from rlhf_core.logprobs import (
     BareBackbone,
     backbone,
@@ -121,17 +123,22 @@ class ScalarModel(nn.Module):
         return values.gather(1, last_real(mask).unsqueeze(1)).squeeze(1)
 
     def _of_pairs(self, input_ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
-        hidden = backbone_hidden(
-            BareBackbone(self.backbone), input_ids, block_mask(segments), positions
-        )  # (B,S,d)
+        ends = [ends_of(segments, reply) for reply in (1, 2)]  # (B,) each
+        read = torch.zeros_like(segments, dtype=torch.bool)  # (B,S)
+        read.scatter_(1, torch.stack(ends, dim=1), True)
+        whole = self.pooling != "last"
+        with contextlib.nullcontext() if whole else only_at(self.backbone, read):
+            hidden = backbone_hidden(
+                BareBackbone(self.backbone), input_ids, block_mask(segments), positions
+            )  # (B,S,d)
         pooled = []
-        for reply in (1, 2):
+        for reply, end in enumerate(ends, start=1):
             if self.pooling == "mean":
                 own = ((segments == 0) | (segments == reply)).unsqueeze(-1).to(hidden.dtype)
                 pooled.append((hidden * own).sum(dim=1) / own.sum(dim=1))  # (B,d)
             else:
                 rows = torch.arange(len(hidden), device=hidden.device)
-                pooled.append(hidden[rows, ends_of(segments, reply)])  # (B,d)
+                pooled.append(hidden[rows, end])  # (B,d)
         raw = self.head(torch.cat(pooled).to(self.head.weight.dtype)).squeeze(-1).float()  # (2B,)
         return (raw - self.mean) / self.std
 

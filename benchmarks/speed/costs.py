@@ -150,13 +150,79 @@ def pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def demo(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same for the preset demo, once."""
-    with prefect_server() as url:
-        return beside_stages("demo", url, 1)
+    """The same for the preset demo, once. In the minutes that it takes the machine drifts by more
+    than the pipeline costs, so that is also added up within the run: the time in which no stage
+    runs, and what flow and server take from the stages' processors."""
+    with prefect_server() as url, Watch() as watch:
+        return beside_stages("demo", url, 1, watch)
 
 
-def beside_stages(preset: str, url: str, repeats: int) -> dict[str, float]:
+class Watch:
+    """What the processes that this one started do, looked at twice a second.
+
+    Attributes:
+        idle: seconds in which no stage ran.
+        cpu: processor seconds of all others than stages and their template.
+    """
+
+    STAGES = ("rlhf stage", "rlhf rank", "rlhf torchrun")
+
+    def __init__(self) -> None:
+        self.idle = 0.0
+        self._spent: dict[int, list[float]] = {}  # process -> first and last count
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    @property
+    def cpu(self) -> float:
+        return sum(last - first for first, last in self._spent.values())
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        before = time.time()
+        while not self._ended.wait(0.5):
+            names = self._descendants()
+            now = time.time()
+            if not any(name.startswith(self.STAGES) for name, _ in names.values()):
+                self.idle += now - before
+            before = now
+            for pid, (name, seconds) in names.items():
+                if not name.startswith((*self.STAGES, "rlhf template")):
+                    self._spent.setdefault(pid, [seconds, seconds])[1] = seconds
+
+    def _descendants(self) -> dict[int, tuple[str, float]]:
+        """Process -> name and processor seconds, of all below this one."""
+        found: dict[int, tuple[int, str, float]] = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                start, _, rest = path.read_text().rpartition(")")
+                fields = rest.split()
+                ticks = int(fields[11]) + int(fields[12])
+                name = start.partition("(")[2]
+                found[int(path.parent.name)] = (
+                    int(fields[1]), name, ticks / os.sysconf("SC_CLK_TCK"),
+                )  # fmt: skip
+        below = {os.getpid()}
+        while more := {p for p, (parent, *_) in found.items() if parent in below} - below:
+            below |= more
+        return {p: found[p][1:] for p in below - {os.getpid()} if p in found}
+
+
+def beside_stages(
+    preset: str, url: str, repeats: int, watch: Watch | None = None
+) -> dict[str, float]:
     """Seconds of a preset's run, of its stages by hand, and the median difference."""
+    within: dict[str, float] = {}
     whole, by_hand = [], []
     for number in range(repeats + 1 if repeats > 1 else 1):
         with tempfile.TemporaryDirectory() as work:
@@ -170,6 +236,9 @@ def beside_stages(preset: str, url: str, repeats: int) -> dict[str, float]:
                 stderr=subprocess.DEVNULL,
             )  # fmt: skip
             together = time.time() - began
+            if watch is not None:
+                watch.stop()
+                within = {"idle": watch.idle, "cpu": watch.cpu}
             apart = stages_by_hand(home, environment)
         if number or repeats == 1:
             whole.append(together)
@@ -178,6 +247,7 @@ def beside_stages(preset: str, url: str, repeats: int) -> dict[str, float]:
     return {
         "pipeline": statistics.median(whole), "by_hand": statistics.median(by_hand),
         "cost": statistics.median(costs), "share": statistics.median(costs) / min(by_hand),
+        **within,
     }  # fmt: skip
 
 
