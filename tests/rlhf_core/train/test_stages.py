@@ -67,7 +67,7 @@ def one_rank(stages, models, data, reward):
         "ppo-top": ppo_job(models, data, digest, trainable_layers=1),
         "ppo-bf16": ppo_job(models, data, digest, precision="bf16"),
         "ppo-learns": ppo_job(
-            models, data, digest, steps=30, batch_size=32, kl_coef=0.02, missing_eos_penalty=0.0,
+            models, data, digest, steps=40, batch_size=32, kl_coef=0.02, missing_eos_penalty=0.0,
             learning_rate=2e-3, ppo_epochs=2,
         ),
     }  # fmt: skip
