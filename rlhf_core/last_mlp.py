@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_core.logprobs import BareBackbone, backbone_hidden
 from rlhf_core.trial import once, same_numbers
+from rlhf_core.unpadded import Layout
 
 
 @contextlib.contextmanager
@@ -46,15 +47,14 @@ def _mlp(backbone: Any) -> nn.Module | None:
 
 @contextlib.contextmanager
 def _replaced(mlp: Any, read: Tensor) -> Iterator[None]:
-    places = read.flatten().nonzero().squeeze(1)  # (N,)
+    layout = Layout(read.flatten().nonzero().squeeze(1), *read.shape)
     whole = mlp.forward
 
     def forward(x: Tensor) -> Any:
         """(b,S,d) -> (b,S,d), zeros where it is not read; all of it for rows without padding."""
         if x.shape[:2] != read.shape:
             return whole(x)
-        found = whole(x.flatten(0, 1)[places].unsqueeze(0)).squeeze(0)  # (N,d)
-        return x.new_zeros(read.numel(), x.shape[2]).index_copy(0, places, found).view_as(x)
+        return layout.put(whole(layout.take(x).unsqueeze(0)).squeeze(0))
 
     mlp.forward = forward
     try:

@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.speed import workload
 from benchmarks.speed.__main__ import ROOT, make, run
 from flows.server import QUIET, TemporaryServer
@@ -153,8 +155,8 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
     """The same for the preset demo, once. In the minutes that it takes the machine drifts by more
     than the pipeline costs, so that is also added up within the run: the time in which no stage
     runs, and what flow and server take from the stages' processors."""
-    with prefect_server() as url, Watch() as watch:
-        return beside_stages("demo", url, 1, watch)
+    with prefect_server() as url:
+        return beside_stages("demo", url, 1, Watch())
 
 
 class Watch:
@@ -182,9 +184,6 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
         self._ended.set()
         self._thread.join()
 
@@ -202,20 +201,12 @@ class Watch:
 
     def _descendants(self) -> dict[int, tuple[str, float]]:
         """Process -> name and processor seconds, of all below this one."""
-        found: dict[int, tuple[int, str, float]] = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                start, _, rest = path.read_text().rpartition(")")
-                fields = rest.split()
-                ticks = int(fields[11]) + int(fields[12])
-                name = start.partition("(")[2]
-                found[int(path.parent.name)] = (
-                    int(fields[1]), name, ticks / os.sysconf("SC_CLK_TCK"),
-                )  # fmt: skip
-        below = {os.getpid()}
-        while more := {p for p, (parent, *_) in found.items() if parent in below} - below:
-            below |= more
-        return {p: found[p][1:] for p in below - {os.getpid()} if p in found}
+        found = {}
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                spent = process.cpu_times()
+                found[process.pid] = process.name(), spent.user + spent.system
+        return found
 
 
 def beside_stages(
@@ -224,24 +215,20 @@ def beside_stages(
     """Seconds of a preset's run, of its stages by hand, and the median difference; the same of what
     is not spent between a stage's first step and its last, which is as long as the machine lets it.
     """
-    within: dict[str, float] = {}
-    outside = []
-    whole, by_hand = [], []
+    whole, by_hand, outside = [], [], []
     for number in range(repeats + 1 if repeats > 1 else 1):
         with tempfile.TemporaryDirectory() as work:
             home = Path(work)
             environment = {**os.environ, **WAITING, "RLHF_HOME": work, "PREFECT_API_URL": url}
             environment.pop("RLHF_STORE", None)
             began = time.time()
-            subprocess.run(
-                [str(BIN / "rlhf"), "run", "--preset", preset],
-                check=True, cwd=work, env=environment, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+            with watch or contextlib.nullcontext():
+                subprocess.run(
+                    [str(BIN / "rlhf"), "run", "--preset", preset],
+                    check=True, cwd=work, env=environment, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )  # fmt: skip
             together = time.time() - began
-            if watch is not None:
-                watch.stop()
-                within = {"idle": watch.idle, "cpu": watch.cpu}
             apart = stages_by_hand(home, environment)
             steps = [in_steps(home / name) for name in ("runs", "again")]
         if number or repeats == 1:
@@ -249,6 +236,7 @@ def beside_stages(
             by_hand.append(apart)
             outside.append((together - steps[0]) - (apart - steps[1]))
     costs = [a - b for a, b in zip(whole, by_hand, strict=True)]
+    within = {} if watch is None else {"idle": watch.idle, "cpu": watch.cpu}
     return {
         "pipeline": statistics.median(whole), "by_hand": statistics.median(by_hand),
         "cost": statistics.median(costs), "share": statistics.median(costs) / min(by_hand),

@@ -55,7 +55,7 @@ class Experience:
     scores: Tensor  # (B,) raw_scores less the penalty for a missing end of turn
     troubles: dict[str, int]  # what kept a rule from being applied -> replies
     states: States  # hidden states of this rank's micro-batches, where layers are shared
-    late: frozenset[int] = frozenset()  # rows whose old_logprobs the first update finds
+    late: bool = False  # old_logprobs of the first minibatch are left to its update
     kept: Kept | None = None  # what the first update need not compute again
     values: Tensor | None = None  # (B,T) of PPO's critic
     advantages: Tensor | None = None  # (B,T) or (B,), as the algorithm makes them of the scores
@@ -125,40 +125,41 @@ def score(
     rows: list[dict[str, Any]],
     minibatches: list[list[int]],
     *,
+    reuse: bool = False,
     late: bool = False,
-    keep: bool = False,
 ) -> Experience:
     """Log-probabilities, values and rewards of a rollout.
 
     The first minibatch is trained on before the policy has changed: what its update computes are
-    the old log-probabilities. Where nothing needs them sooner (`late`), that saves a pass over the
-    policy; else (`keep`) a pass over its first micro-batch. The graph of more of them would take
-    more memory than training does.
+    the old log-probabilities. Where nothing needs them sooner they are left to it, see `optimise`,
+    and are zeros until then. Else, where one rank trains alone, the graph of the first micro-batch
+    is kept for its update; that of more would take more memory than training does.
 
     Args:
         rollout: of `roll_out`. rows: of the prompt data set, one for each reply.
         minibatches: rows that are trained on together, and so scored together.
-        late: leave the old log-probabilities of the first minibatch to its update, see `optimise`;
-            zeros until then. For policies without a critic.
-        keep: keep the graph of the first micro-batch for its update, where one rank trains alone.
+        reuse: compute only once what the first update computes as well. Not in a stage's first
+            rollout, so that `optimise` sees there whether a pass can be repeated.
+        late: nothing needs the old log-probabilities before that update. Not with a critic.
     """
     sequences, prompt_lengths = rollout["sequences"], rollout["prompt_lengths"]
     group, found, states = strategy.group, [], States(models.trunk)
-    later = frozenset(minibatches[0] if late else ())
-    keep = keep and not late and strategy.alone() and job.ptx is None
-    kept = None
+    late = reuse and late
+    keep = reuse and not late and strategy.alone() and job.ptx is None
+    first, kept = set(minibatches[0]), None
     for number, positions in enumerate(micro_batches(job, strategy, sequences, minibatches)):
         batch = collate_responses(sequences, prompt_lengths, positions, group.device)
         marked = batch[2]
         with strategy.autocast(), states.of(positions, batch[0], batch[1]):
             ref = models.reference(*batch, job.temperature)
-            if late and later.issuperset(positions):
+            if late and first.issuperset(positions):
                 old, values = torch.zeros_like(ref), None
-            else:
-                with torch.set_grad_enabled(keep and number == 0):
+            elif keep and number == 0:
+                with torch.enable_grad():
                     old, values, _ = models.trained(*batch, job.temperature)
-                if keep and number == 0:
-                    kept = Kept(positions, old, values)
+                kept = Kept(positions, old, values)
+            else:
+                old, values, _ = models.trained(*batch, job.temperature)
             scores = models.reward(batch[0], batch[1]) if models.reward is not None else None
         tensors = [old, ref] if values is None else [old, ref, values]
         for i, p in enumerate(positions):
@@ -193,13 +194,13 @@ def score(
         components=components,
         troubles=troubles,
         states=states,
-        late=later,
+        late=late,
         kept=kept,
         raw_scores=raw_scores,
         # A reply that was cut is scored as it stands, less the penalty.
         scores=raw_scores - job.missing_eos_penalty * (~finished).float(),
     )
-    if not later:
+    if not late:
         assert_same_policy(job, experience)
     return experience
 
@@ -219,7 +220,7 @@ def add_late(
     for part in group.gather([(positions, old[positions]) for positions in micro]):
         for positions, logprobs in part:
             old[positions] = logprobs
-    experience.late = frozenset()
+    experience.late = False
     assert_same_policy(job, experience)
 
 

@@ -81,9 +81,10 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
         checkpointer.stop_if_asked(step)
         # 2. Score them: policy, reference, reward model, rules.
         minibatches = split_minibatches(job.replies, job.minibatches)
-        # The first rollout is scored whole, so that `optimise` sees whether a pass can be repeated.
-        late = step > start
-        experience = score(job, strategy, models, rollout, rows, minibatches, late=late)
+        reuse = step > start
+        experience = score(
+            job, strategy, models, rollout, rows, minibatches, reuse=reuse, late=True
+        )
         # 3. Advantages: better or worse than the group.
         kind = "grpo" if job.scale_rewards else "dr_grpo"
         experience.advantages = group_advantages(experience.scores, job.group_size, kind)  # (B,)

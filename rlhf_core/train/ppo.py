@@ -101,8 +101,8 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
         checkpointer.stop_if_asked(step)
         # 2. Score it with all four models and the rules.
         minibatches = split_minibatches(job.batch_size, job.minibatches)
-        # The first rollout is scored whole, so that `optimise` sees whether a pass can be repeated.
-        experience = score(job, strategy, models, rollout, rows, minibatches, keep=step > start)
+        reuse = step > start
+        experience = score(job, strategy, models, rollout, rows, minibatches, reuse=reuse)
         # 3. Rewards and advantages.
         add_advantages(job, experience)
         checkpointer.stop_if_asked(step)

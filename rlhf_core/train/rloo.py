@@ -79,13 +79,10 @@ def run(job: RLOOJob, context: StageContext) -> Artifact | None:
         checkpointer.stop_if_asked(step)
         # 2. Score them: policy, reference, reward model, rules.
         minibatches = split_minibatches(job.replies, job.minibatches)
-        # Without a KL in the reward nothing needs the old log-probabilities before the update does;
-        # the first rollout is scored whole, so that `optimise` sees whether a pass can be repeated.
-        later = step > start
+        reuse, late = step > start, job.kl_coef == 0  # the KL is part of the reward
         experience = score(
-            job, strategy, models, rollout, rows, minibatches,
-            late=later and job.kl_coef == 0, keep=later,
-        )  # fmt: skip
+            job, strategy, models, rollout, rows, minibatches, reuse=reuse, late=late
+        )
         # 3. Advantages: the KL is part of a reply's reward.
         rewards = token_rewards(
             experience.scores, experience.old_logprobs, experience.ref_logprobs,

@@ -1,5 +1,6 @@
 """The last layer's MLP at some positions gives what is read there, and its gradients."""
 
+import contextlib
 import copy
 
 import pytest
@@ -23,10 +24,7 @@ def make(name: str) -> nn.Module:
 
 def gradients(model: nn.Module, only: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
-    if only:
-        with last_mlp.only_at(model, READ):
-            hidden = backbone_hidden(BareBackbone(model), IDS, MASK)[READ]
-    else:
+    with last_mlp.only_at(model, READ) if only else contextlib.nullcontext():
         hidden = backbone_hidden(BareBackbone(model), IDS, MASK)[READ]
     hidden.square().sum().backward()
     return hidden.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -5,15 +5,12 @@ import importlib
 import pytest
 
 from rlhf_core import models
-from rlhf_core.context import StageContext
 from rlhf_core.errors import TrainingFailure
 from rlhf_core.jobs import GRPOJob, LoRA, PPOJob, ReinforcePPJob, Resources, RLOOJob
 from rlhf_core.train import experience, online
-from tests.rlhf_core.train.stages import weight_hashes
 
 pytestmark = pytest.mark.slow
 
-TIMES = ("time", "rollout_seconds", "tokens_per_second")
 ROLLOUTS = 2
 
 
@@ -49,19 +46,6 @@ def rows(monkeypatch):
     return found
 
 
-@pytest.fixture
-def train(stages, tmp_path):
-    def run(job, name):
-        folder = tmp_path / name
-        folder.mkdir()
-        context = StageContext(store=stages.store, key=f"first-update-{name}", folder=folder)
-        artifact = importlib.import_module(job.module).run(job, context)
-        lines = [{k: v for k, v in m.items() if k not in TIMES} for m in context.read_metrics()]
-        return weight_hashes(artifact), lines
-
-    return run
-
-
 # kind, settings, rows whose second pass is saved in each rollout but the first; two and more where
 # it is those of the first micro-batch
 VARIANTS = {
@@ -84,29 +68,29 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_training_ends_in_the_same_bytes(inputs, name, rows, train, monkeypatch):
+def test_training_ends_in_the_same_bytes(inputs, name, rows, stages, monkeypatch):
     """The first rollout is scored whole; later ones only where it is needed."""
     kind, settings, saved = VARIANTS[name]
     job = make(kind, inputs, **settings)
-    found = train(job, name)
+    found = stages.run_here(job, f"first-update-{name}")
     fewer = sum(rows)
     rows.clear()
     module = importlib.import_module(job.module)
     whole = module.score
     monkeypatch.setattr(module, "score", lambda *given, **_: whole(*given))
-    assert train(job, f"{name}-whole") == found
+    assert stages.run_here(job, f"first-update-{name}-whole") == found
     difference = (sum(rows) - fewer) / (ROLLOUTS - 1)
     assert 2 <= difference < 8 if saved == "some" else difference == saved
 
 
-def test_text_that_is_mixed_in_goes_through_with_its_replies(inputs, data, rows, train):
+def test_text_that_is_mixed_in_goes_through_with_its_replies(inputs, data, stages):
     """It shares the pass of the update, which is then not saved."""
     job = make(PPOJob, inputs, ptx=data["sft"], ptx_coef=1.0)
-    _, lines = train(job, "mixed-in")
+    _, lines = stages.run_here(job, "first-update-mixed-in")
     assert all(line["ptx_loss"] > 0 for line in lines)
 
 
-def test_replies_of_another_policy_are_found_in_the_first_update(inputs, train, monkeypatch):
+def test_replies_of_another_policy_are_found_in_the_first_update(inputs, stages, monkeypatch):
     """An engine whose weights are old, say: before the weights change."""
     job = make(GRPOJob, inputs)
     judge, judged = experience.assert_same_policy, []
@@ -119,5 +103,5 @@ def test_replies_of_another_policy_are_found_in_the_first_update(inputs, train, 
 
     monkeypatch.setattr(experience, "assert_same_policy", watched)
     with pytest.raises(TrainingFailure, match="another policy"):
-        train(job, "other-policy")
+        stages.run_here(job, "first-update-other-policy")
     assert max(judged) < 1e-4, "the log-probabilities are there when they are judged"

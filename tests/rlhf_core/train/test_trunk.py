@@ -1,18 +1,14 @@
 """Layers that models share are run once: the same numbers, to the last bit."""
 
-import importlib
-
 import pytest
 import torch
 
-from rlhf_core.context import StageContext
 from rlhf_core.jobs import GRPOJob, PPOJob, Resources
 from rlhf_core.logprobs import backbone_hidden
 from rlhf_core.models import load_causal_lm, transformer_layers
 from rlhf_core.train import online
 from rlhf_core.trunk import States, Trunk, find_trunk
 from tests.rlhf_core.tiny_models import copy_of
-from tests.rlhf_core.train.stages import weight_hashes
 
 
 def with_layers_trained(folder, count):
@@ -84,7 +80,7 @@ def test_the_trunk_ends_where_models_differ_or_train(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_training_ends_in_the_same_bytes_with_and_without(
-    stages, models, data, random_reward, algorithm, monkeypatch, tmp_path
+    stages, models, data, random_reward, algorithm, monkeypatch
 ):
     common = {
         "model": models["llama"], "reward_model": random_reward, "prompts": data["prompts"],
@@ -102,18 +98,6 @@ def test_training_ends_in_the_same_bytes_with_and_without(
     for share in (True, False):
         if not share:
             monkeypatch.setattr(online, "find_trunk", lambda models: None)
-        folder = tmp_path / str(share)
-        folder.mkdir()
-        context = StageContext(store=stages.store, key=f"{algorithm}-{share}", folder=folder)
-        artifact = importlib.import_module(job.module).run(job, context)
-        lines = [
-            {
-                k: v
-                for k, v in m.items()
-                if k not in ("time", "rollout_seconds", "tokens_per_second")
-            }
-            for m in context.read_metrics()
-        ]
-        runs.append((weight_hashes(artifact), lines, len(ran)))
+        runs.append((*stages.run_here(job, f"{algorithm}-{share}"), len(ran)))
     assert runs[0][:2] == runs[1][:2]
     assert runs[0][2] > 1 and runs[1][2] == runs[0][2], "the trunk ran, and only where shared"
