@@ -91,12 +91,14 @@ def compare(row: str, model: str, folder: Path, arguments: argparse.Namespace) -
     precision = workload.SIZES[model].precision
     peak = max(p[precision] for p in peaks)
     checked = check(row, folder, arguments.threads, sides)
-    ours, theirs = (statistics.median(r["rate"] for r in sides[s]) for s in ("ours", "theirs"))
+    ratios = neighbours(*([r["rate"] for r in sides[s]] for s in ("ours", "theirs")))
+    low, _, high = statistics.quantiles(ratios) if len(ratios) > 1 else ratios * 3
     return {
         "precision": precision,
         "ours": summary(sides["ours"]),
         "theirs": summary(sides["theirs"]),
-        "ratio": ours / theirs,
+        "ratio": statistics.median(ratios),
+        "quartiles": [low, high],
         "memory_ratio": max(r["rss"] for r in sides["ours"])
         / max(r["rss"] for r in sides["theirs"]),
         "peak": peak,
@@ -107,12 +109,18 @@ def compare(row: str, model: str, folder: Path, arguments: argparse.Namespace) -
     }
 
 
+def neighbours(ours: list[float], theirs: list[float]) -> list[float]:
+    """Ratios of the runs that stood beside each other, as sides take turns and ours begins: what
+    the machine does in some minutes meets both."""
+    return [a / b for some in (ours, ours[1:]) for a, b in zip(some, theirs, strict=False)]
+
+
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and spread of the rate, the highest peak of memory."""
-    rates = sorted(r["rate"] for r in runs)
+    rates = [r["rate"] for r in runs]
     extra = {k: runs[-1][k] for k in ("mean_length",) if k in runs[-1]}
-    return {"rate": statistics.median(rates), "low": rates[0], "high": rates[-1],
-            "rss": max(r["rss"] for r in runs), "runs": len(runs), **extra}  # fmt: skip
+    return {"rate": statistics.median(rates), "low": min(rates), "high": max(rates),
+            "rates": rates, "rss": max(r["rss"] for r in runs), **extra}  # fmt: skip
 
 
 def check(

@@ -19,10 +19,16 @@ def line(name: str, found: dict[str, Any]) -> str:
     gap = found["losses"].get("relative")
     return (
         f"{name}: {ours['rate']:.0f} tokens/s beside {theirs['rate']:.0f}, ratio "
-        f"{found['ratio']:.2f}; memory {ours['rss'] / MIB:.0f} MiB beside "
+        f"{ratio(found)}; memory {ours['rss'] / MIB:.0f} MiB beside "
         f"{theirs['rss'] / MIB:.0f}"
         + ("" if gap is None else f"; losses differ by {gap:.1e} of the largest")
     )
+
+
+def ratio(found: dict[str, Any]) -> str:
+    """Of both sides' rates, with its quartiles."""
+    low, high = found["quartiles"]
+    return f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def write(results: dict[str, dict[str, Any]], folder: Path) -> None:
@@ -45,14 +51,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         memory = [f"{s['rss'] / MIB:,.0f} MiB" for s in (r["ours"], r["theirs"])]
         shares = [f"{x:.0%}" if (x := r["share"][s]) else "" for s in ("ours", "theirs")]
         gap = r["losses"].get("relative")
-        cells = [f"{name}, {r['precision']}", PEERS[row], *rates, f"**{r['ratio']:.2f}**", *memory,
+        cells = [f"{name}, {r['precision']}", PEERS[row], *rates, f"**{ratio(r)}**", *memory,
                  *shares, "" if gap is None else f"{gap:.0e}"]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def picture(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Ratios as bars, with the spread of ours over the peer's median."""
+    """Ratios as bars, with their quartiles."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -60,12 +66,10 @@ def picture(results: dict[str, dict[str, Any]], path: Path) -> None:
 
     names = list(results)[::-1]
     ratios = [results[n]["ratio"] for n in names]
-    low, high = (
-        [abs(results[n]["ours"][k] / results[n]["theirs"]["rate"] - results[n]["ratio"])
-         for n in names] for k in ("low", "high")
-    )  # fmt: skip
+    spread = [[abs(results[n]["quartiles"][k] - results[n]["ratio"]) for n in names]
+              for k in (0, 1)]  # fmt: skip
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(names) + 1.2), dpi=120)
-    bars = axes.barh(names, ratios, xerr=[low, high], color="#3b7dd8", ecolor="#222222", height=0.6)
+    bars = axes.barh(names, ratios, xerr=spread, color="#3b7dd8", ecolor="#222222", height=0.6)
     axes.bar_label(bars, labels=[f"{r:.2f}x" for r in ratios], padding=6)
     axes.axvline(1.0, color="#888888", linewidth=1)
     axes.set_xlabel("tokens per second, times the peer's (TRL; transformers for rollout, scoring)")

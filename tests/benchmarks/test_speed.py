@@ -1,10 +1,12 @@
 """What the speed benchmark counts and prints."""
 
 import json
+import statistics
 
 import pytest
 
 from benchmarks.speed import flops, report, workload
+from benchmarks.speed.__main__ import neighbours
 from benchmarks.speed.ours import replies_of
 
 CONFIG = {
@@ -43,17 +45,26 @@ def test_a_prompts_replies_differ_and_follow_its_number():
     assert replies_of(values, [[1], [2, 2]], "ppo") == [[7], [8]]
 
 
+def test_a_ratio_is_of_runs_beside_each_other():
+    """A machine that slows down to a tenth in the middle: ours is twice as fast all the time."""
+    ours, theirs = [20.0, 18.0, 2.0], [10.0, 9.0, 1.0]
+    assert neighbours(ours, theirs) == pytest.approx([2, 2, 2, 1.8, 2 / 9])
+    assert statistics.median(neighbours(ours, theirs)) == 2
+    assert neighbours([3.0], [2.0]) == [1.5]
+
+
 def test_the_table_has_both_sides_and_their_ratio(tmp_path):
-    side = {"rate": 200.0, "low": 190.0, "high": 210.0, "rss": 2**30, "runs": 5}
+    side = {"rate": 200.0, "low": 190.0, "high": 210.0, "rss": 2**30}
     found = {
         "precision": "fp32", "ours": side, "theirs": {**side, "rate": 100.0}, "ratio": 2.0,
-        "share": {"ours": 0.61, "theirs": None}, "losses": {"relative": 1e-7},
+        "quartiles": [1.9, 2.2], "share": {"ours": 0.61, "theirs": None},
+        "losses": {"relative": 1e-7},
     }  # fmt: skip
     report.write({"sft tiny": found}, tmp_path)
     table = (tmp_path / "table.md").read_text()
     assert (
-        "| sft tiny, fp32 | TRL SFTTrainer | 200 (190 to 210) | 100 (190 to 210) | **2.00** "
-        in table
+        "| sft tiny, fp32 | TRL SFTTrainer | 200 (190 to 210) | 100 (190 to 210) "
+        "| **2.00 (1.90 to 2.20)** " in table
     )
     assert "| 1,024 MiB | 1,024 MiB | 61% |  | 1e-07 |" in table
     assert (tmp_path / "picture.png").stat().st_size > 5000
