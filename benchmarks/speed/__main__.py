@@ -92,15 +92,15 @@ def compare(row: str, model: str, folder: Path, arguments: argparse.Namespace) -
     peak = max(p[precision] for p in peaks)
     checked = check(row, folder, arguments.threads, sides)
     ratios = neighbours(*([r["rate"] for r in sides[s]] for s in ("ours", "theirs")))
+    ours, theirs = (summary(found) for found in sides.values())
     low, _, high = statistics.quantiles(ratios) if len(ratios) > 1 else ratios * 3
     return {
         "precision": precision,
-        "ours": summary(sides["ours"]),
-        "theirs": summary(sides["theirs"]),
+        "ours": ours,
+        "theirs": theirs,
         "ratio": statistics.median(ratios),
         "quartiles": [low, high],
-        "memory_ratio": max(r["rss"] for r in sides["ours"])
-        / max(r["rss"] for r in sides["theirs"]),
+        "memory_ratio": ours["rss"] / theirs["rss"],
         "peak": peak,
         "share": {s: share(row, workload.load(folder), sides[s], peak) for s in sides},
         "losses": checked,
@@ -116,11 +116,11 @@ def neighbours(ours: list[float], theirs: list[float]) -> list[float]:
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median and spread of the rate, the highest peak of memory."""
+    """Median and spread of the rate, median of the peaks of memory."""
     rates = [r["rate"] for r in runs]
     extra = {k: runs[-1][k] for k in ("mean_length",) if k in runs[-1]}
     return {"rate": statistics.median(rates), "low": min(rates), "high": max(rates),
-            "rates": rates, "rss": max(r["rss"] for r in runs), **extra}  # fmt: skip
+            "rates": rates, "rss": statistics.median(r["rss"] for r in runs), **extra}  # fmt: skip
 
 
 def check(
