@@ -329,10 +329,12 @@ def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
 
     from flows.console import Console, take_over
     from flows.rlhf import rlhf_pipeline
+    from tasks.launchers import launcher_for
 
     signal.signal(signal.SIGTERM, _terminated)
     take_over(Console(verbose=verbose, link=server.url is not None))
     if temporary is not None:
+        launcher_for(settings.launcher).prepare()
         temporary.wait()
     try:
         summary = rlhf_pipeline(settings, until=until)  # type: ignore[call-overload]

@@ -21,6 +21,7 @@ from tasks.curves import prepare
 from tasks.evaluation import read_evaluation
 from tasks.events import say, without_tracebacks
 from tasks.gates import check_evaluation
+from tasks.launchers import launcher_for
 from tasks.run import Run, new_run_id, recorded
 from tasks.watch import watched
 
@@ -43,6 +44,7 @@ def rlhf_pipeline(
         until: last stage to run.
     """
     config = resolve_preset(config)
+    launcher_for(config.launcher).prepare()
     flow_run = runtime.flow_run.id
     run = Run(
         config, new_run_id(flow_run, runtime.flow_run.scheduled_start_time), flow_run=flow_run

@@ -141,7 +141,13 @@ MODELS = ("transformers.modeling_utils", "transformers.models.auto.modeling_auto
 
 
 def preload(files: list[str]) -> None:
-    """Import what jobs will import, before ranks are forked. What is wrong, the ranks will say."""
+    """Import what jobs will import, before ranks are forked. What is wrong, the ranks will say.
+
+    Without files: what all jobs that train need.
+    """
+    if not files:
+        for module in ("rlhf_core.torchrun", *MODELS):
+            importlib.import_module(module)
     for file in files:
         with contextlib.suppress(Exception):
             job = read_job(Path(file))

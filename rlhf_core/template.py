@@ -3,8 +3,9 @@
     python -m rlhf_core.template SOCKET
 
 SOCKET is the descriptor of a Unix socket (see `tasks.launchers.template` for the other end). Each
-message brings three descriptors: a file with a request, where the stage's output goes, and a pipe
-for its state. The request is JSON:
+message brings descriptors: a file with a request, where the stage's output goes, and a pipe for its
+state; or the first alone, and then what stages need is imported and none is forked. The request is
+JSON:
 
     ranks        number of ranks under torchrun's agent; 0: one plain process
     module       as `rlhf_core.torchrun` takes it
@@ -64,12 +65,15 @@ class Template:
     def _asked(self) -> bool:
         """Take a message; False when there will be none any more."""
         _, descriptors, *_ = socket.recv_fds(self.control, 1, 3)
-        if len(descriptors) < 3:
+        if not descriptors:
             return False
-        asked, output, state = descriptors
+        asked, *answers = descriptors
         with open(asked, encoding="utf-8") as file:
             request = json.load(file)
         preload(request)
+        if not answers:
+            return True
+        output, state = answers
         # a signal that comes before the stage listens to it waits
         signal.pthread_sigmask(signal.SIG_BLOCK, DEAF)
         if (pid := os.fork()) == 0:

@@ -46,6 +46,9 @@ class Outcome:
 class Launcher(Protocol):
     """Starts a launch and waits for its end."""
 
+    def prepare(self) -> None:
+        """Begin in the background what the first launch would otherwise wait for."""
+
     def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:
         """Returns one outcome per job, in order; leaves no process behind, however it ends.
 

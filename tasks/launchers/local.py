@@ -53,6 +53,10 @@ class LocalTorchrun:
         """
         self.patience = patience
 
+    def prepare(self) -> None:
+        """See `Launcher.prepare`. Imports what stages need, beside what this process does."""
+        template.warm(MODULE, surroundings())
+
     def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:
         """See `Launcher.run`. The job folders stay, without what is big in them."""
         for folder, job in launch.jobs.items():
@@ -179,10 +183,20 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 
 
 def environment(jobs: list[Job], store: str, devices: Sequence[str] = ()) -> dict[str, str]:
-    """This process's environment, and what ranks need; what the user has set stays."""
+    """Of a launch's processes."""
     placement = jobs[0].placement()
     ranks = placement.ranks if jobs[0].torchrun else 1
     threads = placement.threads or max(1, cpu_cores() // ranks)
+    return {
+        **surroundings(),
+        "OMP_NUM_THREADS": str(threads),
+        "RLHF_STORE": store,
+        **({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
+    }
+
+
+def surroundings() -> dict[str, str]:
+    """This process's environment, and what all ranks need; what the user has set stays."""
     quiet = {
         **WAITING,
         "TOKENIZERS_PARALLELISM": "false",
@@ -198,15 +212,7 @@ def environment(jobs: list[Job], store: str, devices: Sequence[str] = ()) -> dic
         "PYTHONWARNINGS": "ignore",
         "GLOO_SOCKET_IFNAME": "lo",  # one machine: no look-up of a host name that may not resolve
     }
-    return {
-        **quiet,
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": python_path(),
-        "RLHF_STORE": store,
-        **({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
-    }
+    return {**quiet, **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
 
 
 def cpu_cores() -> int:

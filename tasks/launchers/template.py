@@ -49,20 +49,16 @@ class Template:
     ) -> Forked | None:
         """A stage, once it is there; None when the template is not there any more."""
         request = {"ranks": ranks, "module": module, "files": [*files], "environment": environment}
-        asked = os.memfd_create("request")
         output, theirs = os.pipe()
         state, their_state = os.pipe()
         stage = None
         try:
             try:
-                os.write(asked, json.dumps(request).encode())
-                os.lseek(asked, 0, os.SEEK_SET)
-                with self._lock:
-                    socket.send_fds(self._control, [b"."], [asked, theirs, their_state])
+                self._ask(request, theirs, their_state)
             except OSError:
                 return None
             finally:
-                for descriptor in (asked, theirs, their_state):
+                for descriptor in (theirs, their_state):
                     os.close(descriptor)
             # not for ever at once: this thread may be told to stop
             while not _readable(state, POLL_SECONDS):
@@ -76,6 +72,21 @@ class Template:
                 os.close(state)
                 os.close(output)
 
+    def warm(self, module: str) -> None:
+        """Let it import what stages of this module need; does not wait for it."""
+        with contextlib.suppress(OSError):  # it is gone, which the next stage will notice
+            self._ask({"ranks": 0, "module": module, "files": []})
+
+    def _ask(self, request: dict[str, object], *answers: int) -> None:
+        asked = os.memfd_create("request")
+        try:
+            os.write(asked, json.dumps(request).encode())
+            os.lseek(asked, 0, os.SEEK_SET)
+            with self._lock:
+                socket.send_fds(self._control, [b"."], [asked, *answers])
+        finally:
+            os.close(asked)
+
     @property
     def busy(self) -> bool:
         """Whether a stage of it runs."""
@@ -86,11 +97,8 @@ class Template:
         if self.owner != os.getpid():
             return
         self._control.close()
-        try:
-            self._process.wait(1)
-        except subprocess.TimeoutExpired:  # it imports something
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()  # its stages are sent SIGTERM by the kernel
+        self._process.wait()
 
 
 class Forked:
@@ -155,6 +163,19 @@ class Forked:
 
 _lock = threading.Lock()
 _current: Template | None = None
+
+
+def warm(module: str, environment: dict[str, str]) -> None:
+    """Start this process's template, if there is none, and let it import in the background what
+    every stage needs: the first one is to find it there."""
+    global _current
+    if sys.platform != "linux":
+        return
+    with _lock:
+        if _current is not None and _current.owner == os.getpid():
+            return
+        _current = Template(environment)
+    _current.warm(module)
 
 
 def fork(

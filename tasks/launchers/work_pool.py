@@ -59,6 +59,9 @@ class WorkPool:
         self.settings = settings
         self._client = get_client(sync_client=True)
 
+    def prepare(self) -> None:
+        """See `Launcher.prepare`. The workers do it."""
+
     def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:
         """See `Launcher.run`. If the caller is interrupted, the child is cancelled."""
         key = shared_key(launch.jobs.values())

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 import tasks
@@ -9,6 +10,7 @@ from rlhf_core.errors import GateFailed, JobFailed, PreflightError
 from rlhf_core.jobs import BaseJob
 from rlhf_core.presets import build_config
 from rlhf_core.store import open_store, registry
+from tasks.launchers import template
 from tests.rlhf_core.harness.own_tasks import write_tasks
 
 pytestmark = pytest.mark.slow
@@ -73,8 +75,11 @@ def test_pipeline_runs_every_stage_and_reuses_what_is_there(pipeline, tmp_path, 
     assert (tmp_path / "home/published/smoke/README.md").is_file()
     assert "agrees: the policy became better" in Path(first["report"]).read_text()
 
+    template.close()
     again = pipeline("name=again")
     assert reused(again) == STAGES
+    # a run has it ready though no stage may ask for it
+    assert any("rlhf_core.template" in p.cmdline() for p in psutil.Process().children())
     assert not list((tmp_path / f"home/runs/{again['run']}").glob("*/job.json"))
 
     changed = pipeline("ppo.kl_coef=0.3")

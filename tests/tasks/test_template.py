@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -55,6 +57,31 @@ def test_every_stage_comes_from_the_one_that_has_imported(launch):
         assert found["parents"][1:3] == [at, os.getpid()]
     assert plain["parents"][:2] == [at, os.getpid()]
     assert {found["preloaded_by"] for found in (*agents, plain)} == {at}
+
+
+def test_template_imports_before_the_first_stage_asks(launch):
+    LocalTorchrun().prepare()
+    LocalTorchrun().prepare()  # there is one
+    found = launch(sft_job(), "first")
+    assert found["preloaded"][:2] == [0, 1]
+    LocalTorchrun().prepare()
+    assert running().pid == found["parents"][1]
+
+
+def test_what_every_training_stage_needs_is_imported_without_a_job():
+    code = (
+        "import sys; from rlhf_core.__main__ import preload; preload([]); "
+        "print({'torch', 'rlhf_core.torchrun', 'transformers.modeling_utils'} <= {*sys.modules})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "True"
+
+
+def test_template_that_imports_ends_at_once():
+    LocalTorchrun().prepare()
+    began = time.monotonic()
+    template.close()
+    assert time.monotonic() - began < 0.5
 
 
 def test_each_stage_has_its_own_threads_and_environment(launch, monkeypatch):

@@ -76,6 +76,7 @@ def act(what: str, rank: int, folder: Path) -> None:
         torch = sys.modules.get("torch")
         found = {
             "parents": [p.pid for p in psutil.Process().parents()], "preloaded_by": preloaded_by,
+            "preloaded": preloaded,
             "threads": torch and torch.get_num_threads(), "SEEN": os.environ.get("SEEN"),
         }  # fmt: skip
         (folder / f"forked-{rank}.json").write_text(json.dumps(found))
@@ -130,11 +131,13 @@ def run(path: Path) -> None:
 
 
 preloaded_by: int | None = None
+preloaded: list[int] = []  # numbers of files
 
 
 def preload(files: list[str]) -> None:
     global preloaded_by
     preloaded_by = os.getpid()
+    preloaded.append(len(files))
 
 
 def main(arguments: list[str]) -> int:
