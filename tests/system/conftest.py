@@ -150,8 +150,14 @@ class System:
         finally:
             supervisor.send_signal(signal.SIGCONT)
 
+    def stand_ins(self) -> list[psutil.Process]:
+        """Stages' processes that wait."""
+        return [psutil.Process(int(path.name)) for path in self.pids.iterdir()]
+
     def ranks(self) -> list[psutil.Process]:
-        return [p for p in self.processes("job.json") if p.status() != psutil.STATUS_ZOMBIE]
+        """Forked ones have the command line of the template that they come from, and a name."""
+        found = self.processes("rlhf_core.template")
+        return [p for p in found if p.is_running() and p.name().startswith("rlhf rank")]
 
 
 def pytest_collection_modifyitems(items):

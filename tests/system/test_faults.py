@@ -75,7 +75,7 @@ def test_cancel_reaches_a_run_whose_worker_is_dead(system):
     system.plan(sft=["stubborn"])
     run = system.submit("seed=504")
     until(lambda: list(system.pids.iterdir()), 120, "the stage")
-    ranks = system.ranks()
+    ranks = system.stand_ins()
     worker(system, "gpu").kill()
     worker(system, "control").kill()
     began = time.monotonic()
