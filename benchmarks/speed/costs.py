@@ -100,8 +100,9 @@ def launch(job: Any, store: Path, wait_for: int) -> list[float]:
 
 
 def startup(arguments: argparse.Namespace) -> dict[str, Any]:
-    """From launching a stage to the end of its first step, beside importing the libraries: the
-    first stage of a run, and a later one."""
+    """From launching a stage to the end of its first step, beside importing the libraries: a stage
+    without a template, one from a template, and the first training stage of a real run, with its
+    data to prepare and with data that are in the store."""
     folder, values = tiny(arguments)
     job = sft_job(values, max_steps=1000).model_copy(update={"batch_size": 1})
     others = {
@@ -110,22 +111,47 @@ def startup(arguments: argparse.Namespace) -> dict[str, Any]:
         "import of a model class": "import torch; from transformers import LlamaForCausalLM",
         "torchrun's own imports": "import torch.distributed.run",
     }
-    found: dict[str, list[float]] = {"first stage": [], "later stage": []}
-    found |= {name: [] for name in others}
-    for number in range(arguments.repeats + 1):
-        template.close()
-        seconds = {name: launch(job, folder / "store", 1)[0] for name in list(found)[:2]}
-        template.close()
-        for name, code in others.items():
-            began = time.time()
-            subprocess.run([sys.executable, "-c", code], check=True)
-            seconds[name] = time.time() - began
-        if number:
-            for name, value in seconds.items():
-                found[name].append(value)
+    launched = ("first stage", "later stage")
+    runs = ("first training stage of a run", "the same, data reused")
+    found: dict[str, list[float]] = {name: [] for name in (*launched, *runs, *others)}
+    with prefect_server() as url, tempfile.TemporaryDirectory() as home:
+        for number in range(arguments.repeats + 1):
+            template.close()
+            seconds = {name: launch(job, folder / "store", 1)[0] for name in launched}
+            template.close()
+            shutil.rmtree(Path(home) / "store", ignore_errors=True)
+            for name in runs:
+                seconds[name] = first_step_of_a_run(Path(home), url, number, name == runs[1])
+            for name, code in others.items():
+                began = time.time()
+                subprocess.run([sys.executable, "-c", code], check=True)
+                seconds[name] = time.time() - began
+            if number:
+                for name, value in seconds.items():
+                    found[name].append(value)
     medians = {name: statistics.median(values) for name, values in found.items()}
     return {**medians, **{f"{name}, ratio": medians[name] / medians["import"]
-                          for name in ("first stage", "later stage")}}  # fmt: skip
+                          for name in (*launched, *runs)}}  # fmt: skip
+
+
+def first_step_of_a_run(home: Path, url: str, number: int, again: bool) -> float:
+    """Run the preset smoke to the end of SFT, twice for each number, the second time with its data;
+    seconds from the launch of SFT to the end of its first step."""
+    name = f"start-{number}-{again}"
+    rate = 0.0002 if again else 0.0001
+    settings = {"name": name, "stages": "[sft]", "resources.ranks": 1, "sft.learning_rate": rate}
+    environment = {**os.environ, **WAITING, "RLHF_HOME": str(home), "PREFECT_API_URL": url}
+    environment.pop("RLHF_STORE", None)
+    options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
+    before = set((home / "runs").glob("*"))
+    subprocess.run(
+        [str(BIN / "rlhf"), "run", "--preset", "smoke", *options],
+        check=True, cwd=home, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    (run_folder,) = set((home / "runs").glob("*")) - before
+    (metrics,) = run_folder.glob("**/sft/metrics.jsonl")
+    first = json.loads(metrics.read_text().splitlines()[0])["time"]
+    return float(first - (metrics.parent / "job.json").stat().st_mtime)
 
 
 @contextlib.contextmanager
@@ -274,17 +300,20 @@ def stages_by_hand(home: Path, environment: dict[str, str]) -> float:
 
 
 def samples(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds for 4, 16 and 64 steps of the same number of samples, in runs that take turns: what
-    the machine does in a minute meets all of them."""
-    folder, values = tiny(arguments)
-    found: dict[int, list[float]] = {4: [], 16: [], 64: []}
+    """Seconds for 1, 4 and 16 epochs over the same few rows, behind one that does not count, so
+    that samples and tokens are exactly as many times as much. The runs take turns: what the machine
+    does in a minute meets all of them."""
+    folder, values = tiny(arguments, "tiny-samples")
+    epoch = len(values["sft"]) // values["sizes"].batch  # steps
+    found: dict[int, list[float]] = {1: [], 4: [], 16: []}
     for _ in range(arguments.repeats):
-        for count in (4, 16, 4, 64, 4, 16, 4):
-            marks = launch(sft_job(values, max_steps=count + 1), folder / "store", count + 1)
-            found[count].append(marks[count] - marks[0])
+        for epochs in (1, 4, 1, 16, 1, 4, 1):
+            steps = (epochs + 1) * epoch
+            marks = launch(sft_job(values, max_steps=steps), folder / "store", steps)
+            found[epochs].append(marks[-1] - marks[epoch - 1])
     one, four, sixteen = (statistics.median(seconds) for seconds in found.values())
-    found_over = {"x4 over linear": four / (4 * one), "x16 over linear": sixteen / (16 * one)}
-    return {"x1": one, "x4": four, "x16": sixteen, **found_over}
+    over = {"x4 over linear": four / (4 * one), "x16 over linear": sixteen / (16 * one)}
+    return {"x1": one, "x4": four, "x16": sixteen, **over, "seconds": found}
 
 
 def length(arguments: argparse.Namespace) -> dict[str, Any]:

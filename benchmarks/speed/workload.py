@@ -51,6 +51,8 @@ SIZES = {
     # every row as long as the limit: nothing is padded on either side
     "smollm2-256": Sizes("smollm2", "fp32", 8, 4, 256, 1, 4, 48, 24, 4, 1, shortest=1.0),
     "smollm2-256-bf16": Sizes("smollm2", "bf16", 8, 4, 256, 1, 4, 48, 24, 4, 1, shortest=1.0),
+    # an epoch of four steps, for the growth with the samples
+    "tiny-samples": Sizes("tiny", "fp32", 8, 8, 256, 3, 4, 64, 64, 4, 1),
     # tied as gpt2's and bloom's are
     "tiny-50k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, 50_000, tied=True),
     "tiny-250k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, 250_000, tied=True),
