@@ -315,7 +315,9 @@ def _dry_run(settings: PipelineConfig) -> None:
 
 def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
     from flows.server import TemporaryServer, choose_server
+    from rlhf_core.jobs import LocalLauncher
     from rlhf_core.store import open_store
+    from tasks.launchers import LocalTorchrun
 
     began = time.monotonic()
     store = open_store(settings.store)
@@ -325,16 +327,16 @@ def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
     waiting = "" if server.url else "; it takes some seconds to start"
     typer.echo(f"  prefect   {server.text}{waiting}")
     temporary = TemporaryServer() if server.url is None else None
+    if isinstance(settings.launcher, LocalLauncher):
+        LocalTorchrun().prepare()  # stages' imports run beside Prefect's
     from prefect.exceptions import Abort
 
     from flows.console import Console, take_over
     from flows.rlhf import rlhf_pipeline
-    from tasks.launchers import launcher_for
 
     signal.signal(signal.SIGTERM, _terminated)
     take_over(Console(verbose=verbose, link=server.url is not None))
     if temporary is not None:
-        launcher_for(settings.launcher).prepare()
         temporary.wait()
     try:
         summary = rlhf_pipeline(settings, until=until)  # type: ignore[call-overload]

@@ -14,7 +14,6 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 from pydantic import Field
 
-import tasks
 from flows import schedule
 from flows.rlhf import pipeline
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
@@ -24,9 +23,12 @@ from rlhf_core.presets import resolve_preset
 from rlhf_core.recipe import data_sets, measurements
 from rlhf_core.source_id import fingerprint as model_fingerprint
 from rlhf_core.store import Store
+from tasks import stages
 from tasks.evaluation import read_evaluation
 from tasks.events import say, without_tracebacks
 from tasks.gates import judge
+from tasks.publish import compare_with_champion, keep_candidate, publish
+from tasks.report import report
 from tasks.run import Run, new_run_id, now, recorded
 from tasks.watch import watched
 
@@ -72,7 +74,7 @@ def rlhf_retrain(
         return Completed(name="NothingNew", message=text)
     with watched():
         measured = measurements(config)[-1]
-        tasks.preflight(config, measured)
+        stages.preflight(config, measured)
         with recorded(run):
             try:
                 for stage in pipeline(run):
@@ -83,12 +85,12 @@ def rlhf_retrain(
                 text = f"not promoted: {failed}"
                 verdict = {"failed": ["pipeline"], "text": text, "markdown": text}
             if not verdict["failed"]:
-                tasks.publish(run, run.given["model"], run.stages["evaluate"].digest)
+                publish(run, run.given["model"], run.stages["evaluate"].digest)
             elif "evaluate" in run.stages:
-                tasks.keep_candidate(
+                keep_candidate(
                     run, run.given["model"], run.stages["evaluate"].digest, verdict["text"]
                 )
-            tasks.report(run)
+            report(run)
             create_markdown_artifact(
                 verdict["markdown"], key="promotion", description=verdict["text"]
             )
@@ -117,6 +119,6 @@ def _source_state(config: PipelineConfig, store: Store) -> str:
 def _compare(run: Run, gates: Gates) -> dict[str, Any]:
     """The challenger against the gates, and against the champion where there is one."""
     evaluation = read_evaluation(run.store, run.stages["evaluate"].digest)
-    compared = tasks.compare_with_champion(run)
+    compared = compare_with_champion(run)
     comparison = read_evaluation(run.store, compared.digest) if compared is not None else None
     return judge(gates, evaluation, comparison)

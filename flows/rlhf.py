@@ -11,17 +11,19 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-import tasks
 from flows import approval
 from rlhf_core import recipe
 from rlhf_core.errors import GateFailed, JobFailed
 from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.presets import resolve_preset
+from tasks import stages
 from tasks.curves import prepare
 from tasks.evaluation import read_evaluation
 from tasks.events import say, without_tracebacks
 from tasks.gates import check_evaluation
 from tasks.launchers import launcher_for
+from tasks.publish import compare_with_champion, keep_candidate, keep_collapsed, publish
+from tasks.report import render, report
 from tasks.run import Run, new_run_id, recorded
 from tasks.watch import watched
 
@@ -55,13 +57,13 @@ def rlhf_pipeline(
     )  # fmt: skip
     approval.check(config)
     with watched():
-        tasks.preflight(config, until)
+        stages.preflight(config, until)
         threading.Thread(target=prepare, name="imports", daemon=True).start()
         with recorded(run):
             for stage in pipeline(run):
                 if stage == until:
                     break
-            tasks.report(run)
+            report(run)
     if run.decision.get("decision") == "reject":
         reason = run.decision.get("reason") or "no reason given"
         return Completed(name="Rejected", message=f"not published: {reason}", data=run.summary())
@@ -71,13 +73,13 @@ def rlhf_pipeline(
 def pipeline(run: Run) -> Iterator[str]:
     """Yields the name of each stage when it is done."""
     given = run.given
-    given["base"] = given["start"] = given["model"] = tasks.import_model(run).digest
+    given["base"] = given["start"] = given["model"] = stages.import_model(run).digest
     if run.config.reward_model is not None:
-        found = tasks.import_reward(run, run.config.reward_model, given["base"])
+        found = stages.import_reward(run, run.config.reward_model, given["base"])
         given["reward_model"] = found.digest
     yield "model"
 
-    data = tasks.prepare_data(run, given["base"])
+    data = stages.prepare_data(run, given["base"])
     given |= {name: result.digest for name, result in data.items()}
     if "ptx" not in data and "sft" in data:
         given["ptx"] = data["sft"].digest
@@ -85,13 +87,13 @@ def pipeline(run: Run) -> Iterator[str]:
 
     for step in recipe.steps(run.config):
         if step.algorithm == "label":
-            given["preference"] = tasks.label(run, step, given).digest
+            given["preference"] = stages.label(run, step, given).digest
         else:
             try:
-                result = tasks.TRAIN[step.algorithm](run, step, given)
+                result = stages.TRAIN[step.algorithm](run, step, given)
             except JobFailed as failed:
                 if failed.candidate:
-                    raise tasks.keep_collapsed(run, failed) from None
+                    raise keep_collapsed(run, failed) from None
                 raise
             given[result.kind] = result.digest
             if step.algorithm in recipe.PREPARING and result.kind == "model":
@@ -100,26 +102,26 @@ def pipeline(run: Run) -> Iterator[str]:
 
     if not recipe.makes_a_model(run.config):
         return
-    evaluation = tasks.evaluate(run, given)
+    evaluation = stages.evaluate(run, given)
     settings, made_by = run.config.evaluate, recipe.model_stages(run.config)[-1]
-    compared = tasks.compare_with_champion(run) if settings.against_champion else None
+    compared = compare_with_champion(run) if settings.against_champion else None
     numbers = read_evaluation(run.store, evaluation.digest)
     beside = read_evaluation(run.store, compared.digest) if compared is not None else None
     if wrong := check_evaluation(settings, numbers, made_by, beside):
-        tasks.keep_candidate(run, given["model"], evaluation.digest, wrong)
+        keep_candidate(run, given["model"], evaluation.digest, wrong)
         raise GateFailed(wrong)
     yield "evaluate"
 
     if run.config.lm_eval is not None:
-        tasks.benchmark(run, given)
+        stages.benchmark(run, given)
         yield "lm_eval"
 
     if run.config.publish.approval == "manual":
-        decision = approval.ask(run.config, tasks.render(run, has_curves=False))
+        decision = approval.ask(run.config, render(run, has_curves=False))
         run.decision = decision.model_dump()
         if decision.decision == "reject":
             reason = f"rejected: {decision.reason or 'no reason given'}"
-            tasks.keep_candidate(run, given["model"], evaluation.digest, reason)
+            keep_candidate(run, given["model"], evaluation.digest, reason)
             return
-    tasks.publish(run, given["model"], evaluation.digest)
+    publish(run, given["model"], evaluation.digest)
     yield "publish"

@@ -300,20 +300,23 @@ def stages_by_hand(home: Path, environment: dict[str, str]) -> float:
 
 
 def samples(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds for 1, 4 and 16 epochs over the same few rows, behind one that does not count, so
-    that samples and tokens are exactly as many times as much. The runs take turns: what the machine
-    does in a minute meets all of them."""
+    """Seconds for 1, 4 and 16 epochs over the same few rows, so that samples and tokens are exactly
+    as many times as much. A ratio is of runs that took turns. Four epochs before them do not count:
+    processors are fastest in the first seconds after a rest."""
     folder, values = tiny(arguments, "tiny-samples")
     epoch = len(values["sft"]) // values["sizes"].batch  # steps
-    found: dict[int, list[float]] = {1: [], 4: [], 16: []}
+    rounds = []
     for _ in range(arguments.repeats):
+        found: dict[int, list[float]] = {1: [], 4: [], 16: []}
         for epochs in (1, 4, 1, 16, 1, 4, 1):
-            steps = (epochs + 1) * epoch
+            steps = (4 + epochs) * epoch
             marks = launch(sft_job(values, max_steps=steps), folder / "store", steps)
-            found[epochs].append(marks[-1] - marks[epoch - 1])
-    one, four, sixteen = (statistics.median(seconds) for seconds in found.values())
-    over = {"x4 over linear": four / (4 * one), "x16 over linear": sixteen / (16 * one)}
-    return {"x1": one, "x4": four, "x16": sixteen, **over, "seconds": found}
+            found[epochs].append(marks[-1] - marks[4 * epoch - 1])
+        rounds.append({f"x{epochs}": statistics.mean(times) for epochs, times in found.items()})
+    medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+    over = {f"x{n} over linear": statistics.median(r[f"x{n}"] / (n * r["x1"]) for r in rounds)
+            for n in (4, 16)}  # fmt: skip
+    return {**medians, **over, "rounds": rounds}
 
 
 def length(arguments: argparse.Namespace) -> dict[str, Any]:

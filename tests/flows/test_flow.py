@@ -5,11 +5,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-import tasks
 from rlhf_core.errors import GateFailed, JobFailed, PreflightError
 from rlhf_core.jobs import BaseJob
 from rlhf_core.presets import build_config
 from rlhf_core.store import open_store, registry
+from tasks import stages
 from tasks.launchers import template
 from tests.rlhf_core.harness.own_tasks import write_tasks
 
@@ -23,7 +23,7 @@ def pipeline(prefect_server, stub, tmp_path, monkeypatch):
     """Runs the flow on a store of its own; returns its summary and the store."""
     from flows.rlhf import rlhf_pipeline
 
-    monkeypatch.setattr(tasks.TRAIN["sft"], "retry_delay_seconds", [0.0, 0.0])
+    monkeypatch.setattr(stages.TRAIN["sft"], "retry_delay_seconds", [0.0, 0.0])
     url = str(tmp_path / "store")
 
     def run(*overrides, until="publish"):

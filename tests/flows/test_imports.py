@@ -17,7 +17,8 @@ assert not found, found
 @pytest.mark.parametrize(
     ("modules", "also"),
     [
-        ("flows.rlhf, tasks", ()),
+        ("flows.rlhf, flows.retrain", ()),
+        ("tasks.launchers", ("prefect",)),  # a run's stages import while Prefect does
         ("flows.cli", ("prefect", "pandas", "httpx")),
         ("rlhf_core.presets, rlhf_core.jobs", ("prefect",)),
     ],
