@@ -238,10 +238,8 @@ class Watch:
 def beside_stages(
     preset: str, url: str, repeats: int, watch: Watch | None = None
 ) -> dict[str, float]:
-    """Seconds of a preset's run, of its stages by hand, and the median difference; the same of what
-    is not spent between a stage's first step and its last, which is as long as the machine lets it.
-    """
-    whole, by_hand, outside = [], [], []
+    """Seconds of a preset's run, of its stages by hand, and the median difference."""
+    whole, by_hand = [], []
     for number in range(repeats + 1 if repeats > 1 else 1):
         with tempfile.TemporaryDirectory() as work:
             home = Path(work)
@@ -256,27 +254,16 @@ def beside_stages(
                 )  # fmt: skip
             together = time.time() - began
             apart = stages_by_hand(home, environment)
-            steps = [in_steps(home / name) for name in ("runs", "again")]
         if number or repeats == 1:
             whole.append(together)
             by_hand.append(apart)
-            outside.append((together - steps[0]) - (apart - steps[1]))
     costs = [a - b for a, b in zip(whole, by_hand, strict=True)]
     within = {} if watch is None else {"idle": watch.idle, "cpu": watch.cpu}
     return {
         "pipeline": statistics.median(whole), "by_hand": statistics.median(by_hand),
         "cost": statistics.median(costs), "share": statistics.median(costs) / min(by_hand),
-        "cost outside steps": statistics.median(outside), **within,
+        **within,
     }  # fmt: skip
-
-
-def in_steps(folder: Path) -> float:
-    """Seconds between the first and the last step of each stage below a folder."""
-    total = 0.0
-    for path in folder.rglob("metrics.jsonl"):
-        times = [json.loads(line)["time"] for line in path.read_text().splitlines()]
-        total += max(times) - min(times) if times else 0.0
-    return total
 
 
 def stages_by_hand(home: Path, environment: dict[str, str]) -> float:
