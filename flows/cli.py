@@ -315,9 +315,8 @@ def _dry_run(settings: PipelineConfig) -> None:
 
 def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
     from flows.server import TemporaryServer, choose_server
-    from rlhf_core.jobs import LocalLauncher
     from rlhf_core.store import open_store
-    from tasks.launchers import LocalTorchrun
+    from tasks.launchers import launcher_for
 
     began = time.monotonic()
     store = open_store(settings.store)
@@ -327,8 +326,7 @@ def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
     waiting = "" if server.url else "; it takes some seconds to start"
     typer.echo(f"  prefect   {server.text}{waiting}")
     temporary = TemporaryServer() if server.url is None else None
-    if isinstance(settings.launcher, LocalLauncher):
-        LocalTorchrun().prepare()  # stages' imports run beside Prefect's
+    launcher_for(settings.launcher).prepare()  # stages' imports run beside Prefect's
     from prefect.exceptions import Abort
 
     from flows.console import Console, take_over

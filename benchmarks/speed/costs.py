@@ -140,18 +140,28 @@ def first_step_of_a_run(home: Path, url: str, number: int, again: bool) -> float
     name = f"start-{number}-{again}"
     rate = 0.0002 if again else 0.0001
     settings = {"name": name, "stages": "[sft]", "resources.ranks": 1, "sft.learning_rate": rate}
-    environment = {**os.environ, **WAITING, "RLHF_HOME": str(home), "PREFECT_API_URL": url}
-    environment.pop("RLHF_STORE", None)
     options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
     before = set((home / "runs").glob("*"))
-    subprocess.run(
-        [str(BIN / "rlhf"), "run", "--preset", "smoke", *options],
-        check=True, cwd=home, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    run_preset("smoke", home, surroundings(home, url), *options)
     (run_folder,) = set((home / "runs").glob("*")) - before
     (metrics,) = run_folder.glob("**/sft/metrics.jsonl")
     first = json.loads(metrics.read_text().splitlines()[0])["time"]
     return float(first - (metrics.parent / "job.json").stat().st_mtime)
+
+
+def surroundings(home: Path, url: str) -> dict[str, str]:
+    """The environment of a run whose home is a folder of its own."""
+    environment = {**os.environ, **WAITING, "RLHF_HOME": str(home), "PREFECT_API_URL": url}
+    environment.pop("RLHF_STORE", None)
+    return environment
+
+
+def run_preset(preset: str, home: Path, environment: dict[str, str], *options: str) -> None:
+    """`rlhf run`, to its end."""
+    subprocess.run(
+        [str(BIN / "rlhf"), "run", "--preset", preset, *options],
+        check=True, cwd=home, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -243,15 +253,10 @@ def beside_stages(
     for number in range(repeats + 1 if repeats > 1 else 1):
         with tempfile.TemporaryDirectory() as work:
             home = Path(work)
-            environment = {**os.environ, **WAITING, "RLHF_HOME": work, "PREFECT_API_URL": url}
-            environment.pop("RLHF_STORE", None)
+            environment = surroundings(home, url)
             began = time.time()
             with watch or contextlib.nullcontext():
-                subprocess.run(
-                    [str(BIN / "rlhf"), "run", "--preset", preset],
-                    check=True, cwd=work, env=environment, stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )  # fmt: skip
+                run_preset(preset, home, environment)
             together = time.time() - began
             apart = stages_by_hand(home, environment)
         if number or repeats == 1:
@@ -292,13 +297,14 @@ def samples(arguments: argparse.Namespace) -> dict[str, Any]:
     processors are fastest in the first seconds after a rest."""
     folder, values = tiny(arguments, "tiny-samples")
     epoch = len(values["sft"]) // values["sizes"].batch  # steps
+    before = 4 * epoch
     rounds = []
     for _ in range(arguments.repeats):
         found: dict[int, list[float]] = {1: [], 4: [], 16: []}
         for epochs in (1, 4, 1, 16, 1, 4, 1):
-            steps = (4 + epochs) * epoch
+            steps = before + epochs * epoch
             marks = launch(sft_job(values, max_steps=steps), folder / "store", steps)
-            found[epochs].append(marks[-1] - marks[4 * epoch - 1])
+            found[epochs].append(marks[-1] - marks[before - 1])
         rounds.append({f"x{epochs}": statistics.mean(times) for epochs, times in found.items()})
     medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
     over = {f"x{n} over linear": statistics.median(r[f"x{n}"] / (n * r["x1"]) for r in rounds)

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -39,6 +40,7 @@ from tasks.launchers.failures import category_of
 from tasks.watch import found_dead
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun, State
 
 POLL_SECONDS = 2.0
@@ -57,7 +59,10 @@ class WorkPool:
 
     def __init__(self, settings: WorkPoolLauncher) -> None:
         self.settings = settings
-        self._client = get_client(sync_client=True)
+
+    @cached_property
+    def _client(self) -> SyncPrefectClient:
+        return get_client(sync_client=True)
 
     def prepare(self) -> None:
         """See `Launcher.prepare`. The workers do it."""

@@ -145,6 +145,7 @@ def test_cancelled_run_leaves_no_process(system):
     run = system.submit("seed=105")
     until(lambda: list(system.pids.iterdir()), 90, "the stage")
     ranks = system.stand_ins()
+    assert ranks
     began = time.monotonic()
     record = next(x for x in system.rlhf("runs").splitlines() if run[:8] in x).split()[0]
     assert system.rlhf("cancel", record).strip() == "Cancelled"
