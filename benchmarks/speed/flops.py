@@ -23,12 +23,13 @@ def share(
     shape = values["shape"]
     seconds = statistics.median(r["seconds"] for r in runs)
     if row == "reward":
-        pairs = values["pairs"][sizes.batch // 2 :]
+        pairs = values["pairs"][sizes.warm_up * sizes.batch // 2 :]
         lengths = [len(r["prompt_ids"]) + len(r[k])
                    for r in pairs for k in ("chosen_ids", "rejected_ids")]  # fmt: skip
         work = 3 * forward(shape, lengths, 0)
     else:
-        rows = values["sft"][sizes.batch :] if row == "sft" else values["sft"][: 2 * sizes.batch]
+        measured = slice(sizes.warm_up * sizes.batch, None)
+        rows = values["sft"][measured if row == "sft" else slice(2 * sizes.batch)]
         marked = sum(sum(r["trainable"][1:]) for r in rows)
         work = forward(shape, [len(r["input_ids"]) for r in rows], marked)
         work *= 3 if row == "sft" else 1

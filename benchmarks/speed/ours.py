@@ -72,13 +72,15 @@ def measure(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, 
     with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Done):
         module.run(job, Context(store=store, key=job.key(), folder=Path(scratch)))
     sizes = values["sizes"]
-    tokens = real_tokens(arguments.row, values) or sum(sequences[1:])
+    before = sizes.warm_up
+    seconds = marks[-1] - marks[before - 1]
+    tokens = real_tokens(arguments.row, values) or sum(sequences[before:])
     steps = sizes.steps if arguments.row in ("sft", "reward") else sizes.rollouts
     return {
         "tokens": tokens,
-        "seconds": marks[-1] - marks[0],
-        "rate": tokens / (marks[-1] - marks[0]),
-        "cpu_seconds": work[-1] - work[0],
+        "seconds": seconds,
+        "rate": tokens / seconds,
+        "cpu_seconds": work[-1] - work[before - 1],
         "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "losses": losses(arguments.row, history),
         "steps": steps,
@@ -97,9 +99,9 @@ def real_tokens(row: str, values: dict[str, Any]) -> int:
     """Unpadded tokens of the measured steps; 0 where they are sampled."""
     sizes = values["sizes"]
     if row == "sft":
-        return sum(len(r["input_ids"]) for r in values["sft"][sizes.batch :])
+        return sum(len(r["input_ids"]) for r in values["sft"][sizes.warm_up * sizes.batch :])
     if row == "reward":
-        pairs = values["pairs"][sizes.batch // 2 :]
+        pairs = values["pairs"][sizes.warm_up * sizes.batch // 2 :]
         return sum(
             2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in pairs
         )
@@ -165,19 +167,19 @@ def make_job(arguments: argparse.Namespace, values: dict[str, Any]) -> Any:
                                device="cpu", checkpoint_every=10**6),
     }  # fmt: skip
     online: dict[str, Any] = {
-        "prompts": digests["prompts"], "steps": sizes.rollouts + 1,
+        "prompts": digests["prompts"], "steps": sizes.warm_up + sizes.rollouts,
         "max_new_tokens": sizes.reply_length, "kl_coef": 0.04, "missing_eos_penalty": 0.0,
         "max_kl": 1e9, "max_repetition": None,
     }  # fmt: skip
     if arguments.row == "sft":
         return SFTJob(**common, data=digests["sft"], batch_size=sizes.batch,
-                      max_steps=sizes.steps + 1)  # fmt: skip
+                      max_steps=sizes.warm_up + sizes.steps)  # fmt: skip
     if arguments.row == "reward":
         common["resources"] = common["resources"].model_copy(
             update={"micro_batch_size": sizes.micro // 2}
         )
         return RewardJob(**common, data=digests["preference"], batch_size=sizes.batch // 2,
-                         max_steps=sizes.steps + 1, normalization_prompts=1,
+                         max_steps=sizes.warm_up + sizes.steps, normalization_prompts=1,
                          max_new_tokens=1)  # fmt: skip
     if arguments.row == "grpo":
         rewards = (PythonReward(function="benchmarks.speed.rule:even_words"),)

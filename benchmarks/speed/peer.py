@@ -112,13 +112,14 @@ class Side:
         return Watch()
 
     def result(self, losses: list[float]) -> dict[str, Any]:
-        tokens = real_tokens(self.row, self.values) or sum(self.rolled[1:])
-        seconds = self.marks[-1] - self.marks[0]
+        before = self.sizes.warm_up
+        tokens = real_tokens(self.row, self.values) or sum(self.rolled[before:])
+        seconds = self.marks[-1] - self.marks[before - 1]
         return {
             "tokens": tokens, "seconds": seconds, "rate": tokens / seconds,
-            "cpu_seconds": self.work[-1] - self.work[0],
+            "cpu_seconds": self.work[-1] - self.work[before - 1],
             "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "losses": losses, "steps": len(self.marks) - 1,
+            "losses": losses, "steps": len(self.marks) - before,
         }  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def sft(side: Side) -> dict[str, Any]:
     trainer = in_order(SFTTrainer)(
         model=side.causal(),
         args=SFTConfig(
-            **side.common(sizes.steps + 1, sizes.batch, sizes.micro),
+            **side.common(sizes.warm_up + sizes.steps, sizes.batch, sizes.micro),
             max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=Dataset.from_list(rows), processing_class=side.tokenizer(),
@@ -174,7 +175,8 @@ def reward(side: Side) -> dict[str, Any]:
     trainer = in_order(RewardTrainer)(
         model=side.scorer(),
         args=RewardConfig(
-            **side.common(sizes.steps + 1, sizes.batch // 2, sizes.micro // 2), max_length=None
+            **side.common(sizes.warm_up + sizes.steps, sizes.batch // 2, sizes.micro // 2),
+            max_length=None,
         ),
         train_dataset=Dataset.from_list(rows), processing_class=side.tokenizer(),
         callbacks=[side.callback()],
@@ -193,7 +195,7 @@ def grpo(side: Side) -> dict[str, Any]:
     count = sizes.prompts // sizes.group
     from rlhf_core.batching import batch_rows
 
-    steps = range(sizes.rollouts + 1)
+    steps = range(sizes.warm_up + sizes.rollouts)
     numbers = [i for s in steps for i in batch_rows(len(values["prompts"]), count, s, 0)]
     texts = [tokenizer.decode(values["prompts"][i]) for i in numbers]
 
@@ -218,7 +220,7 @@ def grpo(side: Side) -> dict[str, Any]:
         model=side.causal(),
         reward_funcs=score,
         args=GRPOConfig(
-            **side.common(sizes.rollouts + 1, sizes.prompts, sizes.micro),
+            **side.common(len(steps), sizes.prompts, sizes.micro),
             num_generations=sizes.group, max_completion_length=sizes.reply_length, beta=0.04,
             steps_per_generation=sizes.prompts // sizes.micro, loss_type="grpo", epsilon=0.2,
             temperature=1.0, top_k=0, top_p=1.0, use_bias_correction_kl=False,
@@ -269,14 +271,15 @@ def ppo(side: Side) -> dict[str, Any]:
     # loader accelerate takes an optimizer step after every micro-batch.
     loader = ppo_trainer.DataLoader
     ppo_trainer.DataLoader = lambda *a, **k: loader(*a, **{**k, "shuffle": False})
-    rows = [{"input_ids": p} for p in values["prompts"]] * (sizes.rollouts + 2)
+    rollouts = sizes.warm_up + sizes.rollouts
+    rows = [{"input_ids": p} for p in values["prompts"]] * (rollouts + 1)
     policy, critic = side.causal(), side.scorer()
     if side.row == "ppo-top":
         for model in (policy, critic):
             train_top(model, values["shape"]["layers"] // workload.TOP)
     trainer = PPOTrainer(
         args=PPOConfig(
-            **common, total_episodes=sizes.prompts * (sizes.rollouts + 1),
+            **common, total_episodes=sizes.prompts * rollouts,
             num_ppo_epochs=1 if side.given else workload.EPOCHS, num_mini_batches=1,
             response_length=sizes.reply_length,
             local_rollout_forward_batch_size=sizes.prompts, temperature=1.0, stop_token="eos",

@@ -34,25 +34,28 @@ class Sizes:
     batch: int  # sequences of an SFT step, pairs of a reward step are half of it
     micro: int  # sequences in one pass of the peer; ours takes as many tokens
     length: int
-    steps: int  # measured; one more before them is not
+    steps: int  # measured
     prompts: int  # of a rollout
     prompt_length: int
     reply_length: int
     group: int  # GRPO's replies to a prompt; it has prompts / group prompts
-    rollouts: int  # measured; one more before them is not
+    rollouts: int  # measured
     vocabulary: int = 8192  # of the tiny model
     shortest: float = 0.1  # shortest row, as a share of the limit
     tied: bool = False  # the tiny model's vocabulary head is its embedding
+    warm_up: int = 2
+    """Steps, and rollouts, before the measured ones. The first update makes the optimizer's states,
+    and in the step behind it the process still grows."""
 
 
 SIZES = {
     "tiny": Sizes("tiny", "fp32", 32, 8, 256, 4, 32, 64, 64, 4, 3),
-    "smollm2": Sizes("smollm2", "fp32", 16, 8, 256, 1, 16, 48, 24, 4, 1),
+    "smollm2": Sizes("smollm2", "fp32", 16, 8, 256, 4, 16, 48, 24, 4, 1),
     # every row as long as the limit: nothing is padded on either side
-    "smollm2-256": Sizes("smollm2", "fp32", 8, 4, 256, 1, 4, 48, 24, 4, 1, shortest=1.0),
-    "smollm2-256-bf16": Sizes("smollm2", "bf16", 8, 4, 256, 1, 4, 48, 24, 4, 1, shortest=1.0),
+    "smollm2-256": Sizes("smollm2", "fp32", 8, 4, 256, 3, 4, 48, 24, 4, 1, shortest=1.0),
+    "smollm2-256-bf16": Sizes("smollm2", "bf16", 8, 4, 256, 3, 4, 48, 24, 4, 1, shortest=1.0),
     # an epoch of four steps, for the growth with the samples
-    "tiny-samples": Sizes("tiny", "fp32", 8, 8, 256, 3, 4, 64, 64, 4, 1),
+    "tiny-samples": Sizes("tiny", "fp32", 8, 8, 256, 2, 4, 64, 64, 4, 1),
     # tied as gpt2's and bloom's are
     "tiny-50k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, 50_000, tied=True),
     "tiny-250k": Sizes("tiny", "fp32", 32, 8, 256, 1, 4, 64, 64, 4, 1, 250_000, tied=True),
@@ -76,16 +79,16 @@ def rate(row: str, given: bool) -> float:
 
 
 def make(name: str, folder: Path, source: Path | None = None) -> None:
-    """Write the workload of a size; a folder that is complete is left as it is.
+    """Write the workload of a size; a folder that holds it already is left as it is.
 
     Args:
         source: folder of SmolLM2-135M, where it is the model.
     """
-    if (folder / "workload.json").exists():
+    sizes, done = SIZES[name], folder / "workload.json"
+    if done.exists() and json.loads(done.read_text())["sizes"] == asdict(sizes):
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    sizes = SIZES[name]
     if sizes.model == "tiny":
         write_tiny(folder / "model", sizes.vocabulary, sizes.tied)
     else:
@@ -94,7 +97,7 @@ def make(name: str, folder: Path, source: Path | None = None) -> None:
     write_scorers(folder)
     values = write_data(folder, sizes)
     values["shape"] = shape_of(folder / "model")
-    (folder / "workload.json").write_text(json.dumps({"sizes": asdict(sizes), **values}))
+    done.write_text(json.dumps({"sizes": asdict(sizes), **values}))
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -237,7 +240,8 @@ def write_data(folder: Path, sizes: Sizes) -> dict[str, Any]:
     def order(rows: int, batch: int, steps: int) -> list[int]:
         return [i for step in range(steps) for i in batch_rows(rows, batch, step, SEED)]
 
-    total = sizes.batch * (sizes.steps + 1)
+    steps = sizes.warm_up + sizes.steps
+    total = sizes.batch * steps
     sft = []
     for _ in range(total):
         ids = some(sizes.length)
@@ -256,8 +260,8 @@ def write_data(folder: Path, sizes: Sizes) -> dict[str, Any]:
     full = [[chance.randrange(100, vocabulary) for _ in range(sizes.reply_length)] for _ in replies]
     return {
         "digests": digests,
-        "sft": [sft[i] for i in order(total, sizes.batch, sizes.steps + 1)],
-        "pairs": [pairs[i] for i in order(total // 2, sizes.batch // 2, sizes.steps + 1)],
+        "sft": [sft[i] for i in order(total, sizes.batch, steps)],
+        "pairs": [pairs[i] for i in order(total // 2, sizes.batch // 2, steps)],
         "prompts": [p["prompt_ids"] for p in prompts],
         "replies": replies,
         "full_replies": full,

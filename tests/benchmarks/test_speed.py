@@ -30,7 +30,7 @@ def test_the_share_of_the_peak_counts_a_training_step_three_times(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     row = {"input_ids": [1, 2, 3], "trainable": [False, True, True]}
     values = {
-        "sizes": workload.Sizes("tiny", "fp32", 1, 1, 3, 1, 1, 1, 1, 1, 1),
+        "sizes": workload.Sizes("tiny", "fp32", 1, 1, 3, 1, 1, 1, 1, 1, 1, warm_up=1),
         "shape": flops.shape_of(tmp_path), "sft": [row, row],
     }  # fmt: skip
     work = 3 * flops.forward(values["shape"], [3], 2)
