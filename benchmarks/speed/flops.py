@@ -2,7 +2,7 @@
 
 2 per weight and token in a forward pass and twice that in a backward pass; the vocabulary head
 only where a loss reads it; attention 2 S^2 d per layer of a causal row of S tokens. Nothing that is
-computed again, no padding.
+computed again, so the prompt of a preference pair counts once; no padding.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def share(
     seconds = statistics.median(r["seconds"] for r in runs)
     if row == "reward":
         pairs = values["pairs"][sizes.warm_up * sizes.batch // 2 :]
-        lengths = [len(r["prompt_ids"]) + len(r[k])
-                   for r in pairs for k in ("chosen_ids", "rejected_ids")]  # fmt: skip
-        work = 3 * forward(shape, lengths, 0)
+        prompts = [len(r["prompt_ids"]) for r in pairs]
+        rows = [p + len(r[k]) for p, r in zip(prompts, pairs, strict=True)
+                for k in ("chosen_ids", "rejected_ids")]  # fmt: skip
+        work = 3 * (forward(shape, rows, 0) - forward(shape, prompts, 0))
     else:
         measured = slice(sizes.warm_up * sizes.batch, None)
         rows = values["sft"][measured if row == "sft" else slice(2 * sizes.batch)]

@@ -1,5 +1,6 @@
 """What the speed benchmark counts and prints."""
 
+import dataclasses
 import json
 import statistics
 
@@ -37,6 +38,12 @@ def test_the_share_of_the_peak_counts_a_training_step_three_times(tmp_path):
     runs = [{"seconds": s} for s in (1.0, 2.0, 40.0)]
     assert flops.share("sft", values, runs, peak=1e6) == pytest.approx(work / 2.0 / 1e6)
     assert flops.share("rollout", values, runs, peak=1e6) is None
+    # a pair's prompt counts once: 2 + 1 + 3 tokens; causal rows of 3 and 5 tokens, less one of 2
+    pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5, 6]}
+    values["sizes"] = dataclasses.replace(values["sizes"], batch=2)
+    values["pairs"] = [pair, pair]
+    work = 3 * (2 * 288 * 6 + 2 * 4 * 2 * (9 + 25 - 4))
+    assert flops.share("reward", values, runs, peak=1e6) == pytest.approx(work / 2.0 / 1e6)
 
 
 def test_a_prompts_replies_differ_and_follow_its_number():
