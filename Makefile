@@ -53,7 +53,7 @@ $(BENCH)/.installed: $(STAMP) requirements/bench.txt requirements/bench-ppo.txt
 	@touch $@
 
 REPEATS ?= 5
-bench: $(BENCH)/.installed  ## speed of training beside TRL's (three hours; REPEATS=5)
+bench: $(BENCH)/.installed  ## speed of training beside TRL's (four hours; REPEATS=5)
 	@$(BIN)/python -m benchmarks.speed --repeats $(REPEATS)
 	@$(BIN)/python -m benchmarks.speed.costs --repeats $(REPEATS)
 
