@@ -23,14 +23,14 @@ def share(
     shape = values["shape"]
     seconds = statistics.median(r["seconds"] for r in runs)
     if row == "reward":
-        pairs = values["pairs"][sizes.warm_up * sizes.batch // 2 :]
+        pairs = sizes.measured(values["pairs"], sizes.batch // 2)
         prompts = [len(r["prompt_ids"]) for r in pairs]
         rows = [p + len(r[k]) for p, r in zip(prompts, pairs, strict=True)
                 for k in ("chosen_ids", "rejected_ids")]  # fmt: skip
         work = 3 * (forward(shape, rows, 0) - forward(shape, prompts, 0))
     else:
-        measured = slice(sizes.warm_up * sizes.batch, None)
-        rows = values["sft"][measured if row == "sft" else slice(2 * sizes.batch)]
+        rows = values["sft"]
+        rows = sizes.measured(rows, sizes.batch) if row == "sft" else rows[: 2 * sizes.batch]
         marked = sum(sum(r["trainable"][1:]) for r in rows)
         work = forward(shape, [len(r["input_ids"]) for r in rows], marked)
         work *= 3 if row == "sft" else 1

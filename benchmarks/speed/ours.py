@@ -99,11 +99,11 @@ def real_tokens(row: str, values: dict[str, Any]) -> int:
     """Unpadded tokens of the measured steps; 0 where they are sampled."""
     sizes = values["sizes"]
     if row == "sft":
-        return sum(len(r["input_ids"]) for r in values["sft"][sizes.warm_up * sizes.batch :])
+        return sum(len(r["input_ids"]) for r in sizes.measured(values["sft"], sizes.batch))
     if row == "reward":
-        pairs = values["pairs"][sizes.warm_up * sizes.batch // 2 :]
         return sum(
-            2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in pairs
+            2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"])
+            for r in sizes.measured(values["pairs"], sizes.batch // 2)
         )
     return 0
 
@@ -167,19 +167,19 @@ def make_job(arguments: argparse.Namespace, values: dict[str, Any]) -> Any:
                                device="cpu", checkpoint_every=10**6),
     }  # fmt: skip
     online: dict[str, Any] = {
-        "prompts": digests["prompts"], "steps": sizes.warm_up + sizes.rollouts,
+        "prompts": digests["prompts"], "steps": sizes.all_rollouts,
         "max_new_tokens": sizes.reply_length, "kl_coef": 0.04, "missing_eos_penalty": 0.0,
         "max_kl": 1e9, "max_repetition": None,
     }  # fmt: skip
     if arguments.row == "sft":
         return SFTJob(**common, data=digests["sft"], batch_size=sizes.batch,
-                      max_steps=sizes.warm_up + sizes.steps)  # fmt: skip
+                      max_steps=sizes.all_steps)  # fmt: skip
     if arguments.row == "reward":
         common["resources"] = common["resources"].model_copy(
             update={"micro_batch_size": sizes.micro // 2}
         )
         return RewardJob(**common, data=digests["preference"], batch_size=sizes.batch // 2,
-                         max_steps=sizes.warm_up + sizes.steps, normalization_prompts=1,
+                         max_steps=sizes.all_steps, normalization_prompts=1,
                          max_new_tokens=1)  # fmt: skip
     if arguments.row == "grpo":
         rewards = (PythonReward(function="benchmarks.speed.rule:even_words"),)

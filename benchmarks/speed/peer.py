@@ -152,7 +152,7 @@ def sft(side: Side) -> dict[str, Any]:
     trainer = in_order(SFTTrainer)(
         model=side.causal(),
         args=SFTConfig(
-            **side.common(sizes.warm_up + sizes.steps, sizes.batch, sizes.micro),
+            **side.common(sizes.all_steps, sizes.batch, sizes.micro),
             max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=Dataset.from_list(rows), processing_class=side.tokenizer(),
@@ -175,8 +175,7 @@ def reward(side: Side) -> dict[str, Any]:
     trainer = in_order(RewardTrainer)(
         model=side.scorer(),
         args=RewardConfig(
-            **side.common(sizes.warm_up + sizes.steps, sizes.batch // 2, sizes.micro // 2),
-            max_length=None,
+            **side.common(sizes.all_steps, sizes.batch // 2, sizes.micro // 2), max_length=None
         ),
         train_dataset=Dataset.from_list(rows), processing_class=side.tokenizer(),
         callbacks=[side.callback()],
@@ -195,7 +194,7 @@ def grpo(side: Side) -> dict[str, Any]:
     count = sizes.prompts // sizes.group
     from rlhf_core.batching import batch_rows
 
-    steps = range(sizes.warm_up + sizes.rollouts)
+    steps = range(sizes.all_rollouts)
     numbers = [i for s in steps for i in batch_rows(len(values["prompts"]), count, s, 0)]
     texts = [tokenizer.decode(values["prompts"][i]) for i in numbers]
 
@@ -271,15 +270,14 @@ def ppo(side: Side) -> dict[str, Any]:
     # loader accelerate takes an optimizer step after every micro-batch.
     loader = ppo_trainer.DataLoader
     ppo_trainer.DataLoader = lambda *a, **k: loader(*a, **{**k, "shuffle": False})
-    rollouts = sizes.warm_up + sizes.rollouts
-    rows = [{"input_ids": p} for p in values["prompts"]] * (rollouts + 1)
+    rows = [{"input_ids": p} for p in values["prompts"]] * (sizes.all_rollouts + 1)
     policy, critic = side.causal(), side.scorer()
     if side.row == "ppo-top":
         for model in (policy, critic):
             train_top(model, values["shape"]["layers"] // workload.TOP)
     trainer = PPOTrainer(
         args=PPOConfig(
-            **common, total_episodes=sizes.prompts * rollouts,
+            **common, total_episodes=sizes.prompts * sizes.all_rollouts,
             num_ppo_epochs=1 if side.given else workload.EPOCHS, num_mini_batches=1,
             response_length=sizes.reply_length,
             local_rollout_forward_batch_size=sizes.prompts, temperature=1.0, stop_token="eos",

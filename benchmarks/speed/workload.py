@@ -47,6 +47,18 @@ class Sizes:
     """Steps, and rollouts, before the measured ones. The first update makes the optimizer's states,
     and in the step behind it the process still grows."""
 
+    @property
+    def all_steps(self) -> int:
+        return self.warm_up + self.steps
+
+    @property
+    def all_rollouts(self) -> int:
+        return self.warm_up + self.rollouts
+
+    def measured(self, rows: list[dict[str, Any]], batch: int) -> list[dict[str, Any]]:
+        """Those of the measured steps, of all rows in the order in which steps take them."""
+        return rows[self.warm_up * batch :]
+
 
 SIZES = {
     "tiny": Sizes("tiny", "fp32", 32, 8, 256, 4, 32, 64, 64, 4, 3),
@@ -240,8 +252,7 @@ def write_data(folder: Path, sizes: Sizes) -> dict[str, Any]:
     def order(rows: int, batch: int, steps: int) -> list[int]:
         return [i for step in range(steps) for i in batch_rows(rows, batch, step, SEED)]
 
-    steps = sizes.warm_up + sizes.steps
-    total = sizes.batch * steps
+    total = sizes.batch * sizes.all_steps
     sft = []
     for _ in range(total):
         ids = some(sizes.length)
@@ -260,8 +271,8 @@ def write_data(folder: Path, sizes: Sizes) -> dict[str, Any]:
     full = [[chance.randrange(100, vocabulary) for _ in range(sizes.reply_length)] for _ in replies]
     return {
         "digests": digests,
-        "sft": [sft[i] for i in order(total, sizes.batch, steps)],
-        "pairs": [pairs[i] for i in order(total // 2, sizes.batch // 2, steps)],
+        "sft": [sft[i] for i in order(total, sizes.batch, sizes.all_steps)],
+        "pairs": [pairs[i] for i in order(total // 2, sizes.batch // 2, sizes.all_steps)],
         "prompts": [p["prompt_ids"] for p in prompts],
         "replies": replies,
         "full_replies": full,
