@@ -37,7 +37,7 @@ demo: $(STAMP)  ## the whole pipeline on a real model and real text (about ten m
 	@$(BIN)/rlhf run --preset demo
 
 demo-s3: $(STAMP)  ## the demo with its artifacts on an S3 server that is started for it
-	@$(BIN)/python -m rlhf_core.store.seaweed $(or $(RLHF_HOME),.rlhf)/demo-s3 $(BIN)/rlhf run --preset $(PRESET)
+	@$(BIN)/python -m rlhf_core.store.s3.seaweed $(or $(RLHF_HOME),.rlhf)/demo-s3 $(BIN)/rlhf run --preset $(PRESET)
 
 bench-store: $(STAMP)  ## throughput of the S3 store beside boto3's (two minutes)
 	@$(BIN)/python benchmarks/store_throughput.py

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.store.seaweed import BUCKET, Seaweed
+from rlhf_core.store.s3.seaweed import BUCKET, Seaweed
 
 MIB = 2**20
 

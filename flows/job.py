@@ -13,9 +13,9 @@ from prefect.utilities.urls import url_for
 
 from rlhf_core.errors import JobFailed, RLHFError
 from rlhf_core.jobs import Job
-from rlhf_core.machine import this_machine
-from rlhf_core.preflight_settings import check_placement
+from rlhf_core.preflight.settings import check_placement
 from rlhf_core.store import open_store, rlhf_home
+from rlhf_core.system.machine import this_machine
 from tasks.events import say, without_tracebacks
 from tasks.launchers import Launch, LocalTorchrun
 from tasks.launchers.failures import state_name

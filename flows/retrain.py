@@ -16,19 +16,19 @@ from pydantic import Field
 
 from flows import schedule
 from flows.rlhf import pipeline
-from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
+from rlhf_core.data.sources.open import fingerprint as data_fingerprint
 from rlhf_core.errors import GateFailed
 from rlhf_core.jobs import Gates, PipelineConfig
-from rlhf_core.presets import resolve_preset
-from rlhf_core.recipe import data_sets, measurements
-from rlhf_core.source_id import fingerprint as model_fingerprint
+from rlhf_core.model_files.source import fingerprint as model_fingerprint
+from rlhf_core.pipeline.presets import resolve_preset
+from rlhf_core.pipeline.recipe import data_sets, measurements
 from rlhf_core.store import Store
 from tasks import stages
-from tasks.evaluation import read_evaluation
 from tasks.events import say, without_tracebacks
 from tasks.gates import judge
 from tasks.publish import compare_with_champion, keep_candidate, publish
-from tasks.report import report
+from tasks.reporting.evaluation import read_evaluation
+from tasks.reporting.report import report
 from tasks.run import Run, new_run_id, now, recorded
 from tasks.watch import watched
 

@@ -12,18 +12,18 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from flows import approval
-from rlhf_core import recipe
 from rlhf_core.errors import GateFailed, JobFailed
 from rlhf_core.jobs import PipelineConfig, TrainingStage
-from rlhf_core.presets import resolve_preset
+from rlhf_core.pipeline import recipe
+from rlhf_core.pipeline.presets import resolve_preset
 from tasks import stages
-from tasks.curves import prepare
-from tasks.evaluation import read_evaluation
 from tasks.events import say, without_tracebacks
 from tasks.gates import check_evaluation
 from tasks.launchers import launcher_for
 from tasks.publish import compare_with_champion, keep_candidate, keep_collapsed, publish
-from tasks.report import render, report
+from tasks.reporting.curves import prepare
+from tasks.reporting.evaluation import read_evaluation
+from tasks.reporting.report import render, report
 from tasks.run import Run, new_run_id, recorded
 from tasks.watch import watched
 

@@ -18,10 +18,10 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf_core.child import die_with_parent
 from rlhf_core.errors import ConfigError
-from rlhf_core.ports import free_ports
 from rlhf_core.store import rlhf_home
+from rlhf_core.system.ports import free_ports
+from rlhf_core.system.processes import die_with_parent
 
 DEFAULT_URL = "http://127.0.0.1:4200/api"
 

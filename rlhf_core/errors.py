@@ -146,7 +146,7 @@ class JobFailed(RLHFError):
     Args:
         message: what to show the user.
         category: the category that the failing process reported, "lost" when it reported nothing.
-        candidate: digest of a model that it left all the same (see rlhf_core.candidates).
+        candidate: digest of a model that it left all the same (see rlhf_core.runtime.candidates).
     """
 
     def __init__(self, message: str, category: str = "lost", candidate: str = "") -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_core import candidates
 from rlhf_core.errors import RETRYABLE, JobFailed, StoreError
 from rlhf_core.jobs import Job
+from rlhf_core.runtime import candidates
 from rlhf_core.store import Artifact
 from tasks import assets, out_of_memory
 from tasks.events import Log, headline, say, seconds

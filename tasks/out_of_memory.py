@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rlhf_core.errors import JobFailed, StoreError
 from rlhf_core.jobs import Job, TrainSettings
-from rlhf_core.memory import estimate, ways_to_fit
+from rlhf_core.preflight.memory import estimate, ways_to_fit
 from rlhf_core.store import Store
 
 HALVED_AT_MOST = 2

@@ -8,8 +8,8 @@ import time
 from typing import Any
 from uuid import UUID
 
-from tasks.curves import draw
 from tasks.events import Log, headline, in_one_cell, say, seconds
+from tasks.reporting.curves import draw
 
 PROGRESS_SECONDS = 3.0  # between two updates of the progress that people see
 LIVE_SECONDS = 20.0  # between two drawings of the curves

@@ -16,11 +16,11 @@ from prefect.logging import get_run_logger
 
 from rlhf_core.errors import JobFailed, ModelError, RLHFError
 from rlhf_core.store import Artifact, FileEntry, registry
-from rlhf_core.store.plain import materialise, published_folder
+from rlhf_core.store.published_folder import materialise, published_folder
 from tasks import assets
-from tasks.benchmarks import STAGE, measured
 from tasks.events import say, seconds
-from tasks.model_card import model_card
+from tasks.reporting.benchmarks import STAGE, measured
+from tasks.reporting.model_card import model_card
 from tasks.run import Run, StageResult, elapsed
 from tasks.stages import compare, stage
 

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import StoreError
 from rlhf_core.jobs import PipelineConfig
-from rlhf_core.secrets import hide
 from rlhf_core.store import Store, open_store, rlhf_home
+from rlhf_core.system.secrets import hide
 
 log = logging.getLogger("rlhf")
 

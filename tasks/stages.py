@@ -16,10 +16,9 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-from rlhf_core import recipe
-from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
+from rlhf_core.data.sources.open import fingerprint as data_fingerprint
 from rlhf_core.errors import GateFailed, PreflightError
-from rlhf_core.harness.tasks import fingerprint as tasks_fingerprint
+from rlhf_core.evaluation.harness.tasks import fingerprint as tasks_fingerprint
 from rlhf_core.jobs import (
     DataJob,
     EvaluateJob,
@@ -34,9 +33,10 @@ from rlhf_core.jobs import (
     Settings,
     TrainingStage,
 )
-from rlhf_core.preflight import check
-from rlhf_core.preflight_settings import reply_length
-from rlhf_core.source_id import fingerprint as model_fingerprint
+from rlhf_core.model_files.source import fingerprint as model_fingerprint
+from rlhf_core.pipeline import recipe
+from rlhf_core.pipeline.placements import reply_length
+from rlhf_core.preflight.check import check
 from tasks.events import say
 from tasks.execute import run_jobs, worth_a_retry
 from tasks.gates import check_reward

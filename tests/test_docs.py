@@ -13,10 +13,10 @@ import pytest
 import typer
 import yaml
 
-from flows.cli import app
+from flows.cli.main import app
 from rlhf_core.jobs import PipelineConfig
-from rlhf_core.presets import build_config
-from rlhf_core.recipe import stage_names
+from rlhf_core.pipeline.presets import build_config
+from rlhf_core.pipeline.recipe import stage_names
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]

@@ -60,7 +60,7 @@ def main() -> None:
 def computes_in_bf16() -> bool:
     """In a process of its own: torch's memory is not to count in what this one starts."""
     code = (
-        "import torch; from rlhf_core.distributed import computes_in_bf16 as c; "
+        "import torch; from rlhf_core.runtime.distributed import computes_in_bf16 as c; "
         "raise SystemExit(not c(torch.device('cpu')))"
     )
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

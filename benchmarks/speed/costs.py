@@ -29,7 +29,7 @@ from benchmarks.speed import workload
 from benchmarks.speed.__main__ import ROOT, make, run
 from flows.server import QUIET, TemporaryServer
 from rlhf_core.jobs import parse_job
-from tasks.launchers import template
+from tasks.launchers import fork_client
 from tasks.launchers.local import WAITING, command, start
 
 BIN = Path(sys.executable).parent
@@ -116,9 +116,9 @@ def startup(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[float]] = {name: [] for name in (*launched, *runs, *others)}
     with prefect_server() as url, tempfile.TemporaryDirectory() as home:
         for number in range(arguments.repeats + 1):
-            template.close()
+            fork_client.close()
             seconds = {name: launch(job, folder / "store", 1)[0] for name in launched}
-            template.close()
+            fork_client.close()
             shutil.rmtree(Path(home) / "store", ignore_errors=True)
             for name in runs:
                 seconds[name] = first_step_of_a_run(Path(home), url, number, name == runs[1])
@@ -200,7 +200,7 @@ class Watch:
 
     Attributes:
         idle: seconds in which no stage ran.
-        cpu: processor seconds of all others than stages and their template.
+        cpu: processor seconds of all others than stages and their fork_client.
     """
 
     STAGES = ("rlhf stage", "rlhf rank", "rlhf torchrun")

@@ -46,8 +46,8 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
     """Run the stage until its last step is logged."""
-    from rlhf_core.__main__ import quieten
-    from rlhf_core.context import StageContext
+    from rlhf_core.runtime.context import StageContext
+    from rlhf_core.runtime.rank import quieten
     from rlhf_core.store import open_store
 
     quieten()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed import workload
-from rlhf_core.host_memory import resident_peak
+from rlhf_core.system.host_memory import resident_peak
 
 REPLIES = {"tiny": (96, 128), "smollm2": (64, 64)}  # prompts, longest reply
 BATCH = 32
@@ -56,7 +56,7 @@ def autocast(arguments: argparse.Namespace) -> Any:
 
 
 def model_of(arguments: argparse.Namespace) -> Any:
-    from rlhf_core.models import load_causal_lm
+    from rlhf_core.models.loading import load_causal_lm
 
     return load_causal_lm(arguments.folder / "model").requires_grad_(False)
 
@@ -90,7 +90,7 @@ def ends_of(arguments: argparse.Namespace, model: Any, prompts: list[list[int]])
 
 def rollout(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
     """Our decode loop."""
-    from rlhf_core.rollout import generate as decode
+    from rlhf_core.rollout.generate import generate as decode
 
     model = model_of(arguments)
     prompts, length = prompts_of(values)
@@ -154,9 +154,9 @@ def scoring(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, 
     """Log-probabilities of the SFT rows under a frozen model."""
     import torch
 
-    from rlhf_core.batching import split_batch
-    from rlhf_core.models import Policy, padding_cost
-    from rlhf_core.train.sft import collate
+    from rlhf_core.nn.modules import Policy, padding_cost
+    from rlhf_core.training.batching import split_batch
+    from rlhf_core.training.language_modelling import collate
 
     policy = Policy(model_of(arguments))
     sizes, rows = values["sizes"], values["sft"][: values["sizes"].batch * 2]
@@ -181,7 +181,7 @@ def whole_logits(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[
     """The same with all logits at once, rows in their order and padded, a batch at a time."""
     import torch
 
-    from rlhf_core.train.sft import collate
+    from rlhf_core.training.language_modelling import collate
 
     model = model_of(arguments)
     sizes, rows = values["sizes"], values["sft"][: values["sizes"].batch * 2]

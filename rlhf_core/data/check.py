@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 
-from rlhf_core.data.encode import check_purpose
-from rlhf_core.data.formats import normalise
-from rlhf_core.data.hub import hub_answers
-from rlhf_core.data.row import SKIP_HINT, BadRow
-from rlhf_core.data.sources import kind_of, open_rows
+from rlhf_core.data.encoding.encode import check_purpose
+from rlhf_core.data.rows.formats import normalise
+from rlhf_core.data.rows.row import SKIP_HINT, BadRow
+from rlhf_core.data.sources.hub import hub_answers
+from rlhf_core.data.sources.open import kind_of, open_rows
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import DataSettings, Purpose
 from rlhf_core.store import Store

@@ -16,53 +16,25 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.context import StageContext
-from rlhf_core.data import templates
-from rlhf_core.data.card import LISTED, DataCard
-from rlhf_core.data.encode import EXTRA, Piece, Plan, check_purpose, encode_piece
-from rlhf_core.data.formats import detect
-from rlhf_core.data.pool import ordered_map
-from rlhf_core.data.row import SKIP_HINT, BadRow, RawRow
-from rlhf_core.data.seen import Seen
-from rlhf_core.data.shuffle import Shuffle
-from rlhf_core.data.sources import fingerprint, kind_of, open_rows
-from rlhf_core.data.tokenizer import load_tokenizer
-from rlhf_core.data.writer import DatasetWriter
+from rlhf_core.data.dataset.card import LISTED, DataCard
+from rlhf_core.data.dataset.seen import Seen
+from rlhf_core.data.dataset.shuffle import Shuffle
+from rlhf_core.data.dataset.writer import DatasetWriter
+from rlhf_core.data.encoding import templates
+from rlhf_core.data.encoding.encode import EXTRA, Piece, Plan, check_purpose, encode_piece
+from rlhf_core.data.parallel import ordered_map
+from rlhf_core.data.rows.formats import detect
+from rlhf_core.data.rows.row import SKIP_HINT, BadRow, RawRow
+from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataJob, DataSettings, Format, Purpose
-from rlhf_core.remote_code import is_trusted
-from rlhf_core.store import Artifact, Store
+from rlhf_core.store import Store
 
 PIECE_ROWS = 512
 PIECE_BYTES = 2**20
 SILENCE = 10.0  # seconds between two lines of progress
 
 Log = Callable[[str], None]
-
-
-def run(job: DataJob, context: StageContext) -> Artifact | None:
-    """Prepare the data set and publish it. Rank 0 returns the artifact."""
-    if not context.main:
-        return None
-    if job.fingerprint and kind_of(job.source) in ("local", "s3"):
-        found = fingerprint(_settings(job))
-        if found != job.fingerprint:
-            raise DataError(
-                f"{job.source} changed after this run was started (it was {job.fingerprint[:20]}, "
-                f"it is {found[:20]}); start the run again to use it as it is now."
-            )
-    source = context.store.fetch(job.model)
-    tokenizer = load_tokenizer(source, trust_remote_code=is_trusted(source))
-    folder = context.scratch("dataset")
-    card = prepare(job, tokenizer, folder, log=context.log, store=context.store)
-    context.log(card.summary())
-    metadata = {
-        "purpose": job.purpose,
-        "source": job.source,
-        "rows": {name: side.rows for name, side in card.splits.items()},
-        "metrics": {"read": card.read, "kept": card.kept, **card.dropped, **card.bad},
-    }
-    return context.publish(job, folder, metadata)
 
 
 def prepare(

@@ -120,7 +120,7 @@ class DataConfig(Settings):
 class ImportModelJob(ModelSettings, BaseJob):
     """Brings a base model into the store as safetensors, with tokenizer and chat template."""
 
-    module: ClassVar[str] = "rlhf_core.import_model"
+    module: ClassVar[str] = "rlhf_core.stages.import_model"
     kind: ClassVar[str] = "model"
     torchrun: ClassVar[bool] = False
     apart: ClassVar[frozenset[str]] = frozenset()  # with and without code are two things
@@ -134,7 +134,7 @@ class ImportModelJob(ModelSettings, BaseJob):
 class ImportRewardJob(BaseJob):
     """Brings a reward model that is there already into the store."""
 
-    module: ClassVar[str] = "rlhf_core.import_reward"
+    module: ClassVar[str] = "rlhf_core.stages.import_reward"
     kind: ClassVar[str] = "reward_model"
     torchrun: ClassVar[bool] = False
     apart: ClassVar[frozenset[str]] = frozenset()
@@ -154,7 +154,7 @@ class ImportRewardJob(BaseJob):
 class DataJob(DataSettings, BaseJob):
     """Reads, checks, splits and tokenises one data set."""
 
-    module: ClassVar[str] = "rlhf_core.data.prepare"
+    module: ClassVar[str] = "rlhf_core.stages.prepare_data"
     kind: ClassVar[str] = "dataset"
     torchrun: ClassVar[bool] = False
 
@@ -175,7 +175,7 @@ class DataJob(DataSettings, BaseJob):
 class LabelJob(SampledPreferences, BaseJob):
     """Samples replies from a model and compares them."""
 
-    module: ClassVar[str] = "rlhf_core.label"
+    module: ClassVar[str] = "rlhf_core.stages.label"
     kind: ClassVar[str] = "dataset"
 
     algorithm: Literal["label"] = "label"

@@ -54,7 +54,7 @@ class LmEvalSettings(Settings):
 class LmEvalJob(LmEvalSettings, BaseJob):
     """Measures two models with the harness."""
 
-    module: ClassVar[str] = "rlhf_core.harness.stage"
+    module: ClassVar[str] = "rlhf_core.evaluation.harness.stage"
     kind: ClassVar[str] = "benchmarks"
 
     algorithm: Literal["lm_eval"] = "lm_eval"

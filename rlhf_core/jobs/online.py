@@ -179,7 +179,7 @@ class PPOSettings(OnlineSettings):
 class PPOJob(PPOSettings, OnlineJob):
     """PPO."""
 
-    module: ClassVar[str] = "rlhf_core.train.ppo"
+    module: ClassVar[str] = "rlhf_core.algorithms.ppo"
     critic: ClassVar[bool] = True
 
     algorithm: Literal["ppo"] = "ppo"
@@ -222,7 +222,7 @@ class GRPOSettings(GroupSettings):
 class GRPOJob(GRPOSettings, OnlineJob):
     """GRPO."""
 
-    module: ClassVar[str] = "rlhf_core.train.grpo"
+    module: ClassVar[str] = "rlhf_core.algorithms.grpo"
 
     algorithm: Literal["grpo"] = "grpo"
     """Job kind."""
@@ -240,7 +240,7 @@ class RLOOSettings(GroupSettings):
 class RLOOJob(RLOOSettings, OnlineJob):
     """RLOO."""
 
-    module: ClassVar[str] = "rlhf_core.train.rloo"
+    module: ClassVar[str] = "rlhf_core.algorithms.rloo"
 
     algorithm: Literal["rloo"] = "rloo"
     """Job kind."""
@@ -262,7 +262,7 @@ class ReinforcePPSettings(OnlineSettings):
 class ReinforcePPJob(ReinforcePPSettings, OnlineJob):
     """REINFORCE++."""
 
-    module: ClassVar[str] = "rlhf_core.train.reinforce_pp"
+    module: ClassVar[str] = "rlhf_core.algorithms.reinforce_pp"
 
     algorithm: Literal["reinforce_pp"] = "reinforce_pp"
     """Job kind."""

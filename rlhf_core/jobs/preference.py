@@ -125,7 +125,7 @@ class KTOSettings(TrainSettings):
 class DPOJob(DPOSettings, BaseJob):
     """Direct preference optimisation."""
 
-    module: ClassVar[str] = "rlhf_core.train.dpo"
+    module: ClassVar[str] = "rlhf_core.algorithms.dpo"
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["dpo"] = "dpo"
@@ -141,7 +141,7 @@ class DPOJob(DPOSettings, BaseJob):
 class SimPOJob(SimPOSettings, BaseJob):
     """Simple preference optimisation."""
 
-    module: ClassVar[str] = "rlhf_core.train.simpo"
+    module: ClassVar[str] = "rlhf_core.algorithms.simpo"
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["simpo"] = "simpo"
@@ -157,7 +157,7 @@ class SimPOJob(SimPOSettings, BaseJob):
 class ORPOJob(ORPOSettings, BaseJob):
     """Odds ratio preference optimisation."""
 
-    module: ClassVar[str] = "rlhf_core.train.orpo"
+    module: ClassVar[str] = "rlhf_core.algorithms.orpo"
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["orpo"] = "orpo"
@@ -173,7 +173,7 @@ class ORPOJob(ORPOSettings, BaseJob):
 class KTOJob(KTOSettings, BaseJob):
     """Kahneman-Tversky optimisation."""
 
-    module: ClassVar[str] = "rlhf_core.train.kto"
+    module: ClassVar[str] = "rlhf_core.algorithms.kto"
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["kto"] = "kto"

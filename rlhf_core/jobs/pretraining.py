@@ -57,7 +57,7 @@ class NewModelSettings(Settings):
 class NewModelJob(NewModelSettings, BaseJob):
     """Makes a model from nothing: tokenizer from the text, weights from the seed."""
 
-    module: ClassVar[str] = "rlhf_core.new_model"
+    module: ClassVar[str] = "rlhf_core.stages.new_model"
     kind: ClassVar[str] = "model"
     torchrun: ClassVar[bool] = False
 
@@ -89,7 +89,7 @@ class PretrainSettings(TrainSettings):
 class PretrainJob(PretrainSettings, BaseJob):
     """Pretraining."""
 
-    module: ClassVar[str] = "rlhf_core.train.pretrain"
+    module: ClassVar[str] = "rlhf_core.algorithms.pretrain"
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["pretrain"] = "pretrain"

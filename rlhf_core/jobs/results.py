@@ -78,7 +78,7 @@ class EvaluateJob(EvaluateSettings, BaseJob):
     """Evaluation on held-out data."""
 
     version: ClassVar[int] = 2
-    module: ClassVar[str] = "rlhf_core.evaluate"
+    module: ClassVar[str] = "rlhf_core.evaluation.evaluate"
     kind: ClassVar[str] = "evaluation"
     apart: ClassVar[frozenset[str]] = BaseJob.apart | {
         "min_win_rate", "max_length_ratio", "against_champion"

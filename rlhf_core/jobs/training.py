@@ -111,7 +111,7 @@ class RewardSettings(TrainSettings):
 class SFTJob(SFTSettings, BaseJob):
     """Supervised fine-tuning."""
 
-    module: ClassVar[str] = "rlhf_core.train.sft"
+    module: ClassVar[str] = "rlhf_core.algorithms.sft"
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["sft"] = "sft"
@@ -127,7 +127,7 @@ class SFTJob(SFTSettings, BaseJob):
 class RewardJob(RewardSettings, BaseJob):
     """Reward model training."""
 
-    module: ClassVar[str] = "rlhf_core.train.reward"
+    module: ClassVar[str] = "rlhf_core.algorithms.reward"
     kind: ClassVar[str] = "reward_model"
     apart: ClassVar[frozenset[str]] = BaseJob.apart | {"min_heldout_accuracy"}
 

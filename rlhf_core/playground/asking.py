@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.chat.model import Sampling, Talker, fit_context, generate_reply, load_talker
 from rlhf_core.errors import DataError, RLHFError
+from rlhf_core.model_files.remote_code import allow, is_trusted
 from rlhf_core.playground.catalogue import Choice
 from rlhf_core.playground.pool import ModelPool
-from rlhf_core.remote_code import allow, is_trusted
-from rlhf_core.replies import Sampling, Talker, fit_context, generate_reply, load_talker
 from rlhf_core.store import Store
 
 if TYPE_CHECKING:
-    from rlhf_core.data.row import Message
+    from rlhf_core.data.rows.row import Message
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def describe(error: Exception) -> str:
 
 
 def _refuse_special(talker: Talker, texts: Sequence[str]) -> None:
-    from rlhf_core.data.templates import special_text
+    from rlhf_core.data.encoding.templates import special_text
 
     for text in texts:
         if found := special_text(talker.tokenizer, text):
@@ -186,7 +186,7 @@ class Scorer:
         """Score of a conversation that ends with a reply, as if its turn had ended there."""
         import torch
 
-        from rlhf_core.data.templates import encode_segments, render
+        from rlhf_core.data.encoding.templates import encode_segments, render
 
         texts = [segment.text for segment in render(self.tokenizer, messages)]
         ids = [token for piece in encode_segments(self.tokenizer, texts) for token in piece]
@@ -203,8 +203,8 @@ def load_scorer(folder: Path) -> Scorer:
     """
     import torch
 
-    from rlhf_core.data.tokenizer import load_tokenizer
-    from rlhf_core.models import load_scalar_model
+    from rlhf_core.data.encoding.tokenizer import load_tokenizer
+    from rlhf_core.models.loading import load_scalar_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(folder, trust_remote_code=is_trusted(folder))

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.data.sources.feedback import Candidate
+from rlhf_core.data.sources.thumbs import Thumb
+from rlhf_core.data.sources.votes import Vote
 from rlhf_core.playground.asking import Growing
 from rlhf_core.playground.catalogue import Choice
-from rlhf_core.playground.thumbs import Thumb
-from rlhf_core.playground.verdicts import Candidate
-from rlhf_core.playground.votes import Vote
 
 if TYPE_CHECKING:
-    from rlhf_core.data.row import Message
+    from rlhf_core.data.rows.row import Message
 
 
 @dataclass

@@ -16,15 +16,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import gradio as gr
 
+from rlhf_core.chat.model import Sampling
+from rlhf_core.data.sources.thumbs import THUMBS, save_thumb
+from rlhf_core.data.sources.votes import VOTES, save_vote
 from rlhf_core.errors import RLHFError
 from rlhf_core.playground.asking import Asker, describe
 from rlhf_core.playground.catalogue import RunChoices
 from rlhf_core.playground.conversation import Conversation
 from rlhf_core.playground.render import COLUMNS, bubbles
 from rlhf_core.playground.texts import language_of, say
-from rlhf_core.playground.thumbs import THUMBS, save_thumb
-from rlhf_core.playground.votes import VOTES, save_vote
-from rlhf_core.replies import Sampling
 
 Updates = dict[Any, Any]
 

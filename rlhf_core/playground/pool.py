@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import OutOfMemory
-from rlhf_core.host_memory import amount
-from rlhf_core.machine import this_machine
-from rlhf_core.weights import read_tensors
+from rlhf_core.model_files.folder_check import read_tensors
+from rlhf_core.system.host_memory import amount
+from rlhf_core.system.machine import this_machine
 
 log = logging.getLogger("rlhf_core.playground")
 

@@ -11,7 +11,7 @@ from rlhf_core.playground.conversation import Conversation
 from rlhf_core.playground.texts import say
 
 if TYPE_CHECKING:
-    from rlhf_core.data.row import Message
+    from rlhf_core.data.rows.row import Message
 
 COLUMNS = 4
 """Models side by side at most."""

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from rlhf_core.child import python_path
 from rlhf_core.jobs import DataSettings
 from rlhf_core.jobs.rewards import (
     AnswerReward,
@@ -18,6 +17,7 @@ from rlhf_core.jobs.rewards import (
     SentimentReward,
 )
 from rlhf_core.rewards.reasoning import INSTALL, installed
+from rlhf_core.system.processes import python_path
 
 IMPORT_SECONDS = 120.0
 
@@ -69,8 +69,8 @@ def check_rewards(rewards: Sequence[Reward], prompts: DataSettings | None = None
 
 
 def _answers(reward: Reward, prompts: DataSettings) -> str:
-    from rlhf_core.data.carried import carried
-    from rlhf_core.data.reasoning import is_reasoning
+    from rlhf_core.data.dataset.carried import carried
+    from rlhf_core.data.sources.reasoning import is_reasoning
 
     columns = carried(prompts)
     match reward:

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from rlhf_core.child import python_path
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.jobs.rewards import ReasoningGymReward
 from rlhf_core.rewards.patterns import compiled, extract
+from rlhf_core.system.processes import python_path
 
 INSTALL = 'run: pip install "rlhf-pipeline[reasoning]" (or pip install reasoning-gym)'
 START_SECONDS = 120.0  # for importing the package, on a busy machine
@@ -73,8 +73,8 @@ def reasoning_score(
 
 
 def _task(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The task, its options and the entry that a row holds, as rlhf_core/data/reasoning.py wrote
-    them."""
+    """The task, its options and the entry that a row holds, as `rlhf_core.data.sources.reasoning`
+    wrote them."""
     try:
         extra = json.loads(row.get("extra") or "null")
     except (ValueError, RecursionError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.judges import get_judge
+from rlhf_core.judges.lexicon import get_judge
 
 
 def sentiment_score() -> Callable[[str], float]:

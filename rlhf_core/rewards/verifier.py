@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from rlhf_core.child import die_with_parent
+from rlhf_core.system.processes import die_with_parent
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.remote_code import allow, is_trusted
+from rlhf_core.model_files.remote_code import allow, is_trusted
 
 Engine = Literal["auto", "transformers", "vllm"]
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from rlhf_core.child import die_with_parent
+from rlhf_core.system.processes import die_with_parent
 
 if __name__ == "__mp_main__":
     die_with_parent()

@@ -29,7 +29,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerationState
 
-from rlhf_core.replies import Sampling, Talker, load_talker
+from rlhf_core.chat.model import Sampling, Talker, load_talker
 from rlhf_core.serving.door import Door
 from rlhf_core.serving.listening import LAST_REPLIES, listening, url_of
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.chat.model import Sampling
 from rlhf_core.errors import ConfigError, RLHFError
-from rlhf_core.replies import Sampling
 from rlhf_core.serving.door import App, Door, Receive, Scope, Send
 from rlhf_core.serving.engine_output import EngineOutput
 from rlhf_core.serving.engine_process import named_as_main

@@ -1,7 +1,7 @@
 """The artifact store: publish folders, name them by content, fetch them verified."""
 
 from rlhf_core.store.artifact import Artifact, FileEntry
-from rlhf_core.store.opening import open_store
+from rlhf_core.store.open import open_store
 from rlhf_core.store.settings import StoreSettings, rlhf_home
 from rlhf_core.store.store import Store
 

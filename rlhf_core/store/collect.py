@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_core.errors import ArtifactCorrupt
 from rlhf_core.store.artifact import Artifact, parse_manifest
 from rlhf_core.store.backend import Backend, Entry
-from rlhf_core.store.claims import FLAG, LEASES, Flag
+from rlhf_core.store.leases import FLAG, LEASES, Flag
 from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
 from rlhf_core.store.refs import MANIFEST
 

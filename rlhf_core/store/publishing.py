@@ -21,7 +21,7 @@ from rlhf_core.store.artifact import (
 )
 from rlhf_core.store.backend import Backend
 from rlhf_core.store.blobs import Source, blob_key, read_source, upload_blob
-from rlhf_core.store.claims import claim
+from rlhf_core.store.leases import claim
 from rlhf_core.store.parallel import FILES_AT_ONCE, REQUESTS_AT_ONCE, in_parallel
 from rlhf_core.store.refs import manifest_key
 

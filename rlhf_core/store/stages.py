@@ -8,7 +8,7 @@ from collections.abc import Callable
 from rlhf_core.errors import ArtifactNotFound
 from rlhf_core.store.artifact import Artifact
 from rlhf_core.store.backend import Backend
-from rlhf_core.store.claims import wait_for_collector
+from rlhf_core.store.leases import wait_for_collector
 from rlhf_core.store.publishing import incomplete
 from rlhf_core.store.records import read_record, write_record
 from rlhf_core.store.refs import manifest_key

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.machine import this_machine
+from rlhf_core.system.machine import this_machine
 
 POLL_SECONDS = 1.0
 SAY_AGAIN_SECONDS = 60.0

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import JobFailed
-from rlhf_core.secrets import hide
-from rlhf_core.stopping import RANK_GONE
+from rlhf_core.runtime.stopping import RANK_GONE
+from rlhf_core.system.secrets import hide
 
 # What a failed stage's flow run is called in Prefect, by category.
 STATE_NAMES = {

@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf_core.child import die_with_parent, python_path
 from rlhf_core.jobs import Job
-from rlhf_core.secrets import hide
-from tasks.launchers import template
+from rlhf_core.system.cpus import cpu_cores
+from rlhf_core.system.processes import die_with_parent, python_path
+from rlhf_core.system.secrets import hide
+from tasks.launchers import fork_client
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.devices import reserved
 from tasks.launchers.failures import DeadRank, diagnose
@@ -55,7 +56,7 @@ class LocalTorchrun:
 
     def prepare(self) -> None:
         """See `Launcher.prepare`. Imports what stages need, beside what this process does."""
-        template.warm(MODULE, surroundings())
+        fork_client.warm(MODULE, surroundings())
 
     def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:
         """See `Launcher.run`. The job folders stay, without what is big in them."""
@@ -139,12 +140,12 @@ class LocalTorchrun:
 
 def start(
     jobs: list[Job], files: list[Path], store: str, devices: Sequence[str] = ()
-) -> subprocess.Popen[bytes] | template.Forked:
+) -> subprocess.Popen[bytes] | fork_client.Forked:
     """The process of a launch: torchrun's agent, or the only rank. It ends if this one does."""
     variables = environment(jobs, store, devices)
     if not devices:
         ranks = jobs[0].placement().ranks if jobs[0].torchrun else 0
-        forked = template.fork(ranks, MODULE, [str(file) for file in files], variables)
+        forked = fork_client.fork(ranks, MODULE, [str(file) for file in files], variables)
         if forked is not None:
             return forked
     return subprocess.Popen(
@@ -169,7 +170,7 @@ def command(jobs: list[Job], files: list[Path], devices: Sequence[str] = ()) -> 
     if not jobs[0].torchrun:
         return [sys.executable, "-m", MODULE, *names]
     if not devices:
-        return [sys.executable, "-m", "rlhf_core.torchrun", ranks, MODULE, *names]
+        return [sys.executable, "-m", "rlhf_core.runtime.torchrun", ranks, MODULE, *names]
     return [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", ranks,
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
@@ -215,16 +216,6 @@ def surroundings() -> dict[str, str]:
     return {**quiet, **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
 
 
-def cpu_cores() -> int:
-    """Cores that this process may use, with a container's quota in mind."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
-
-
 def _outcome(folder: Path) -> Outcome | None:
     try:
         return Outcome(**json.loads((folder / "result.json").read_text()))
@@ -236,7 +227,7 @@ class _Reader(threading.Thread):
     """Copies the ranks' output to a file and, but for torchrun's own reports, to a sink."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes] | template.Forked, log: Path, on_line: LineSink
+        self, process: subprocess.Popen[bytes] | fork_client.Forked, log: Path, on_line: LineSink
     ) -> None:
         super().__init__(name=f"output of {process.pid}", daemon=True)
         self.process, self.log, self.on_line = process, log, on_line

@@ -9,7 +9,7 @@ import time
 
 import psutil
 
-from tasks.launchers.template import Forked
+from tasks.launchers.fork_client import Forked
 
 
 class ProcessTree:

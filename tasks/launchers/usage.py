@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import psutil
 
-from rlhf_core.host_memory import amount, oom_kills, resident_peak
+from rlhf_core.system.host_memory import amount, oom_kills, resident_peak
 
 GIB = 2**30
 

@@ -19,8 +19,8 @@ import pytest
 import yaml
 from sqlalchemy import make_url
 
-from rlhf_core import doctor
-from rlhf_core.store.seaweed import BUCKET, Seaweed
+from rlhf_core.preflight import doctor
+from rlhf_core.store.s3.seaweed import BUCKET, Seaweed
 from tests.docker.image import ROOT, instructions
 
 DOCKER = ROOT / "docker"
@@ -144,7 +144,7 @@ def test_s3_server_is_started_as_by_rlhf_up(tmp_path: Path) -> None:
 
 
 def test_servers_of_compose_and_of_rlhf_up_have_the_same_settings() -> None:
-    text = (ROOT / "flows/system.py").read_text()
+    text = (ROOT / "flows/cli/system.py").read_text()
     both = {**SERVICES["server"]["environment"], **SERVICES["control"]["environment"]}
     for name in re.findall(r'"(PREFECT_(?:SERVER_C|SERVER_E|FLOWS|WORKER)\w+)"', text):
         assert name in both, name

@@ -62,8 +62,8 @@ def test_orchestrator_passes_the_preflight_of_pipelines_whose_stages_run_elsewhe
 ) -> None:
     code = """
 from rlhf_core.jobs import WorkPoolLauncher
-from rlhf_core.preflight import check
-from rlhf_core.presets import build_config
+from rlhf_core.preflight.check import check
+from rlhf_core.pipeline.presets import build_config
 for preset in ("smoke", "demo"):
     config = build_config(preset).model_copy(update={"launcher": WorkPoolLauncher()})
     print(preset, check(config))

@@ -29,7 +29,7 @@ from rlhf_core.errors import StoreError
 from rlhf_core.store import Store
 from tasks.launchers.usage import rank_of
 from tests.faults.stage import Place, end, make_inputs, make_job
-from tests.rlhf_core.train.stages import weight_hashes
+from tests.rlhf_core.algorithms.stages import weight_hashes
 
 ALGORITHMS = ("sft", "reward", "ppo", "dpo", "kto")
 RANKS, STRATEGIES = (1, 2), ("ddp", "zero2")

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from rlhf_core import __main__ as ranks
-from rlhf_core.checkpoint import Checkpointer, newest_first
-from rlhf_core.strategy import Strategy
+from rlhf_core.runtime import rank as ranks
+from rlhf_core.training.checkpoint import Checkpointer, newest_first
+from rlhf_core.training.strategy import Strategy
 
 plan: list[dict[str, Any]] = json.loads(os.environ.get("RLHF_TEST_FAULTS", "[]"))
 updates = 0

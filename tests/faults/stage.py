@@ -49,8 +49,9 @@ PREFERENCE: dict[str, Any] = {"dpo": DPOJob, "simpo": SimPOJob, "orpo": ORPOJob,
 
 def make_inputs(folder: Path) -> dict[str, str]:
     """A store below a folder with a tiny model, a reward model and data; name -> digest."""
-    from rlhf_core.__main__ import run_job
-    from rlhf_core.models import new_scalar_model, save_scalar_model
+    from rlhf_core.models.loading import new_scalar_model
+    from rlhf_core.models.saving import save_scalar_model
+    from rlhf_core.runtime.rank import run_job
 
     store = open_store(f"file://{folder / 'store'}")
 

@@ -16,7 +16,7 @@ from tests.faults.stage import (
     largest_difference,
     make_job,
 )
-from tests.rlhf_core.train.stages import weight_hashes
+from tests.rlhf_core.algorithms.stages import weight_hashes
 
 pytestmark = pytest.mark.slow
 

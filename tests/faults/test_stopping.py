@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.faults.stage import make_job
-from tests.rlhf_core.train.stages import weight_hashes
+from tests.rlhf_core.algorithms.stages import weight_hashes
 
 pytestmark = pytest.mark.slow
 

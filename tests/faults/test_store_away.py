@@ -5,8 +5,8 @@ import time
 import pytest
 
 from tests.faults.stage import Place, end, make_job
+from tests.rlhf_core.algorithms.stages import weight_hashes
 from tests.rlhf_core.store.seaweed import ACCESS_KEY, BUCKET, SECRET_KEY, SeaweedServer
-from tests.rlhf_core.train.stages import weight_hashes
 
 pytestmark = pytest.mark.slow
 

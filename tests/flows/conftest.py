@@ -33,7 +33,7 @@ def rlhf(tmp_path, monkeypatch):
 
     def run(*arguments, code=None, env=None):
         process = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *map(str, arguments)],
+            [sys.executable, "-m", "flows.cli.main", *map(str, arguments)],
             cwd=home, capture_output=True, text=True, timeout=280,
             env={**os.environ, "RLHF_HOME": str(home / ".rlhf"), "PYTHONPATH": str(ROOT),
                  **(env or {})},

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from flows import cli, server
+from flows import server
+from flows.cli import main as cli
 
 STUBS = Path(__file__).parents[1] / "tasks/stubs"
 

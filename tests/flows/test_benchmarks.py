@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.flows.test_smoke import AFTER, BEFORE_PPO, Pipeline
-from tests.rlhf_core.harness.own_tasks import write_tasks
+from tests.rlhf_core.evaluation.harness.own_tasks import write_tasks
 
 pytestmark = [pytest.mark.extras, pytest.mark.slow, pytest.mark.timeout(900)]
 pytest.importorskip("lm_eval", reason="needs lm-eval; run: make test-extras")

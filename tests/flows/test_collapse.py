@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from rlhf_core.candidates import noted
 from rlhf_core.errors import JobFailed
 from rlhf_core.jobs import BaseJob, parse_job
-from rlhf_core.presets import build_config
+from rlhf_core.pipeline.presets import build_config
+from rlhf_core.runtime.candidates import noted
 from rlhf_core.store import open_store, registry
 from rlhf_core.store.collect import Limits
 
@@ -72,7 +72,7 @@ def test_last_good_policy_of_a_collapsed_one_is_a_candidate(real_run):
     assert "rlhf models show smoke 1" in record["error"]
     assert set(record["stages"]) == {"model", "data-prompts", "candidate"}
 
-    from flows.lookup import find_model
+    from flows.cli.lookup import find_model
 
     assert find_model(store, version.digest[:12]) == published
     assert find_model(store, "candidate") == published

@@ -7,11 +7,11 @@ import pytest
 
 from rlhf_core.errors import GateFailed, JobFailed, PreflightError
 from rlhf_core.jobs import BaseJob
-from rlhf_core.presets import build_config
+from rlhf_core.pipeline.presets import build_config
 from rlhf_core.store import open_store, registry
 from tasks import stages
-from tasks.launchers import template
-from tests.rlhf_core.harness.own_tasks import write_tasks
+from tasks.launchers import fork_client
+from tests.rlhf_core.evaluation.harness.own_tasks import write_tasks
 
 pytestmark = pytest.mark.slow
 STAGES = ["model", "data-sft", "data-prompts", "sft", "label", "reward", "ppo", "evaluate",
@@ -75,11 +75,11 @@ def test_pipeline_runs_every_stage_and_reuses_what_is_there(pipeline, tmp_path, 
     assert (tmp_path / "home/published/smoke/README.md").is_file()
     assert "agrees: the policy became better" in Path(first["report"]).read_text()
 
-    template.close()
+    fork_client.close()
     again = pipeline("name=again")
     assert reused(again) == STAGES
     # a run has it ready though no stage may ask for it
-    assert any("rlhf_core.template" in p.cmdline() for p in psutil.Process().children())
+    assert any("rlhf_core.runtime.fork_server" in p.cmdline() for p in psutil.Process().children())
     assert not list((tmp_path / f"home/runs/{again['run']}").glob("*/job.json"))
 
     changed = pipeline("ppo.kl_coef=0.3")
@@ -197,7 +197,7 @@ def test_benchmarks_come_before_publishing_and_count_in_what_is_published(
     pipeline, tmp_path, monkeypatch, without_torchrun
 ):
     plain = pipeline()["stages"]["publish"]["digest"]
-    monkeypatch.setattr("rlhf_core.harness.tasks.check_tasks", lambda settings: [])
+    monkeypatch.setattr("rlhf_core.evaluation.harness.tasks.check_tasks", lambda settings: [])
     own = write_tasks(tmp_path / "own")
     asked = [f"lm_eval={{tasks: [own_choice], include_path: {own}}}"]
     summary = pipeline(*asked)

@@ -19,8 +19,8 @@ assert not found, found
     [
         ("flows.rlhf, flows.retrain", ()),
         ("tasks.launchers", ("prefect",)),  # a run's stages import while Prefect does
-        ("flows.cli", ("prefect", "pandas", "httpx")),
-        ("rlhf_core.presets, rlhf_core.jobs", ("prefect",)),
+        ("flows.cli.main", ("prefect", "pandas", "httpx")),
+        ("rlhf_core.pipeline.presets, rlhf_core.jobs", ("prefect",)),
     ],
 )
 def test_import_leaves_the_training_stack_out(modules, also):

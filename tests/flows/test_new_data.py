@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_core.data.sources.feedback import Candidate
+from rlhf_core.data.sources.thumbs import Thumb, save_thumb
+from rlhf_core.data.sources.votes import Vote, save_vote
 from rlhf_core.jobs import DataSettings, PipelineConfig
-from rlhf_core.playground.thumbs import Thumb, save_thumb
-from rlhf_core.playground.verdicts import Candidate
-from rlhf_core.playground.votes import Vote, save_vote
 
 GOOD, BAD = Candidate("Fine, thanks.", "PPO", "a" * 64), Candidate("No.", "SFT", "b" * 64)
 

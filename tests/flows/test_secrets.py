@@ -167,7 +167,7 @@ def test_secrets_are_nowhere_in_what_a_run_leaves(
     assert run.code == 0, run.out + run.err
     objects = run.objects(monkeypatch, server)
     assert any(name.startswith("blobs/") for name in objects)
-    assert any("rlhf_core.template" in line for line in run.lines)  # the ranks were seen
+    assert any("rlhf_core.runtime.fork_server" in line for line in run.lines)  # the ranks were seen
 
     shown = holders(everything(run, objects), [SHOWN])
     for place in ("file out", "object runs/", "value ", "command "):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_core.ports import free_ports
+from rlhf_core.system.ports import free_ports
 
 COMPOSE = Path(__file__).parents[2] / "docker/compose.yaml"
 

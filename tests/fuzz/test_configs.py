@@ -10,12 +10,12 @@ from typing import Any, get_args
 import pytest
 from hypothesis import strategies as st
 
-from rlhf_core.__main__ import read_job
 from rlhf_core.errors import ConfigError, PreflightError
 from rlhf_core.jobs import Job, PipelineConfig, parse_job
-from rlhf_core.machine import Machine
-from rlhf_core.preflight import dry_run
-from rlhf_core.presets import build_config, load_preset
+from rlhf_core.pipeline.presets import build_config, load_preset
+from rlhf_core.preflight.check import dry_run
+from rlhf_core.runtime.job_file import read_job
+from rlhf_core.system.machine import Machine
 from tests.fuzz.cases import try_cases
 from tests.fuzz.configs import (
     SETTING_PATHS,

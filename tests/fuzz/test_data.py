@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from rlhf_core.data.card import DataCard
 from rlhf_core.data.check import check_source
-from rlhf_core.data.formats import SERVES, Example, detect, normalise
-from rlhf_core.data.reading import Rows
-from rlhf_core.data.row import BadRow, RawRow
+from rlhf_core.data.dataset.card import DataCard
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.prepare import prepare
+from rlhf_core.data.rows.formats import SERVES, Example, detect, normalise
+from rlhf_core.data.rows.row import BadRow, RawRow
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings
 from tests.fuzz.cases import try_cases
 from tests.fuzz.rows import FORMATS, SOUND, files, spoilt, typed_tables
 from tests.fuzz.values import damaged
-from tests.rlhf_core.data.helpers import byte_tokenizer, job, prepare
+from tests.rlhf_core.data.helpers import byte_tokenizer, job
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,9 @@ import safetensors
 from hypothesis import strategies as st
 
 from rlhf_core.jobs import ModelSettings
-from rlhf_core.model_shape import read_shape
-from rlhf_core.model_source import check_model, model_config
-from rlhf_core.safetensors_header import HeaderProblem, read_header
+from rlhf_core.model_files.safetensors_header import HeaderProblem, read_header
+from rlhf_core.model_files.shape import read_shape
+from rlhf_core.model_files.source_check import check_model, model_config
 from tests.fuzz.cases import try_cases
 from tests.fuzz.values import anything, damaged, texts
 from tests.rlhf_core.tiny_models import copy_of

@@ -9,8 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from rlhf_core.context import StageContext
 from rlhf_core.jobs import ImportModelJob
+from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact, open_store
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def import_model(base: Path, job: ImportModelJob) -> tuple[Artifact, Path]:
     """Run an import job with a store below `base`; the artifact and a private copy of its files."""
-    from rlhf_core.import_model import run
+    from rlhf_core.stages.import_model import run
 
     store = open_store(f"file://{base}/store")
     base.mkdir(exist_ok=True)

@@ -12,7 +12,8 @@ def run_ranks(size: int, module: str, *files: str, env=None, timeout: float = 40
     """Run a module's `main(files)` on ranks under torchrun, as the launcher does; fails the test
     with the output if it fails."""
     command = [
-        sys.executable, "-W", "ignore", "-m", "rlhf_core.torchrun", str(size), module, *files,
+        sys.executable, "-W", "ignore", "-m", "rlhf_core.runtime.torchrun", str(size), module,
+        *files,
     ]  # fmt: skip
     environment = {
         **os.environ,

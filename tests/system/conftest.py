@@ -20,7 +20,7 @@ import httpx
 import psutil
 import pytest
 
-from rlhf_core.ports import free_ports
+from rlhf_core.system.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 STUBS = ROOT / "tests/tasks/stubs"
@@ -49,7 +49,7 @@ class System:
 
     def rlhf(self, *arguments: str, code: int = 0) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *arguments], cwd=self.folder,
+            [sys.executable, "-m", "flows.cli.main", *arguments], cwd=self.folder,
             env=self.environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
@@ -143,7 +143,7 @@ class System:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """The supervisor sleeps: what is killed meanwhile stays away."""
-        [supervisor] = self.processes("flows.system")
+        [supervisor] = self.processes("flows.cli.system")
         supervisor.send_signal(signal.SIGSTOP)
         try:
             yield
@@ -156,7 +156,7 @@ class System:
 
     def ranks(self) -> list[psutil.Process]:
         """Forked ones have the command line of the template that they come from, and a name."""
-        found = self.processes("rlhf_core.template")
+        found = self.processes("rlhf_core.runtime.fork_server")
         return [p for p in found if p.is_running() and p.name().startswith("rlhf rank")]
 
 

@@ -15,13 +15,13 @@ import httpx
 import psutil
 import pytest
 
-from rlhf_core.context import StageContext
-from rlhf_core.data.fingerprint import fingerprint
-from rlhf_core.data.prepare import run as prepare
-from rlhf_core.data.reading import Rows
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.sources.open import fingerprint
 from rlhf_core.jobs import DataJob, DataSettings
-from rlhf_core.ports import free_ports
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.stages.prepare_data import run as prepare
 from rlhf_core.store import open_store
+from rlhf_core.system.ports import free_ports
 from tests.rlhf_core.playground.tiny_run import tiny_run
 from tests.system.conftest import ROOT, until
 
@@ -45,7 +45,7 @@ class Playground:
         clean |= {"RLHF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
         clean |= {"RLHF_PLAYGROUND_PASSWORD": password} if password else {}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "playground", "--port", str(self.port),
+            [sys.executable, "-m", "flows.cli.main", "playground", "--port", str(self.port),
              "--store", str(folder / "store"), *arguments],
             cwd=folder, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip

@@ -57,8 +57,8 @@ def test_page_shows_numbers_curves_and_use():
 
 def test_use_of_ranks_is_a_table():
     code = (
-        "from rlhf_core.child import name_process; name_process('rlhf rank 1'); import time; "
-        "x = bytearray(200 * 2**20); print(1, flush=True); time.sleep(60)"
+        "from rlhf_core.system.processes import name_process; name_process('rlhf rank 1'); "
+        "import time; x = bytearray(200 * 2**20); print(1, flush=True); time.sleep(60)"
     )
     rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:

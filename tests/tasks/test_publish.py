@@ -5,10 +5,11 @@ import yaml
 
 from rlhf_core.errors import ModelError
 from rlhf_core.jobs import PipelineConfig
-from rlhf_core.presets import build_config
+from rlhf_core.pipeline.presets import build_config
 from rlhf_core.store import registry
-from tasks.model_card import model_card
-from tasks.publish import champion, make_artifact, materialise, publish_key
+from rlhf_core.store.published_folder import materialise
+from tasks.publish import champion, make_artifact, publish_key
+from tasks.reporting.model_card import model_card
 from tasks.run import Run, StageResult
 
 

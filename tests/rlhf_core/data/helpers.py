@@ -11,9 +11,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.encoding.templates import resolve_template
 from rlhf_core.data.prepare import prepare
-from rlhf_core.data.reading import Rows
-from rlhf_core.data.templates import resolve_template
 from rlhf_core.jobs import DataJob
 
 TEXTS = [

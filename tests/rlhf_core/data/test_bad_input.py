@@ -5,13 +5,12 @@ import json
 
 import pytest
 
-from rlhf_core.data.card import DataCard
 from rlhf_core.data.check import check_source
+from rlhf_core.data.dataset.card import DataCard
 from rlhf_core.data.prepare import prepare
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings
-
-from .helpers import byte_tokenizer, job, jsonl, prepared
+from tests.rlhf_core.data.helpers import byte_tokenizer, job, jsonl, prepared
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"

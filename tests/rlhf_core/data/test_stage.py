@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core.context import StageContext
-from rlhf_core.data.card import DataCard
-from rlhf_core.data.fingerprint import check_source, fingerprint
-from rlhf_core.data.prepare import run
-from rlhf_core.data.reading import Rows
+from rlhf_core.data.check import check_source
+from rlhf_core.data.dataset.card import DataCard
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.sources.open import fingerprint
 from rlhf_core.errors import DataError, RLHFError
 from rlhf_core.jobs import DataJob, DataSettings
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.stages.prepare_data import run
 from rlhf_core.store import open_store
+from tests.rlhf_core.data.helpers import byte_tokenizer, jsonl, prepared
 from tests.rlhf_core.store.conftest import environment, s3_url, seaweed  # noqa: F401
 from tests.rlhf_core.store.seaweed import BUCKET
-
-from .helpers import byte_tokenizer, jsonl, prepared
 
 
 def stage(tmp_path, **settings):
@@ -53,7 +53,7 @@ def test_stage_refuses_a_file_that_changed_since_the_run_was_started(tmp_path):
 
 @pytest.mark.slow
 def test_s3_source(tmp_path, s3_url):  # noqa: F811
-    from rlhf_core.data.sources import s3_filesystem
+    from rlhf_core.data.sources.open import s3_filesystem
 
     fs = s3_filesystem()
     if not fs.exists(BUCKET):

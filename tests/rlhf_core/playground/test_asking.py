@@ -8,12 +8,12 @@ import threading
 import pytest
 import torch
 
-from rlhf_core.data.templates import prompt_ids
-from rlhf_core.models import load_scalar_model
+from rlhf_core.chat.model import Sampling, load_talker
+from rlhf_core.data.encoding.templates import prompt_ids
+from rlhf_core.models.loading import load_scalar_model
 from rlhf_core.playground.asking import Asker
 from rlhf_core.playground.catalogue import Choice
 from rlhf_core.playground.pool import ModelPool
-from rlhf_core.replies import Sampling, load_talker
 from rlhf_core.store import open_store
 from tests.rlhf_core.playground.tiny_run import tiny_run
 

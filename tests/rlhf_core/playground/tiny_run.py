@@ -30,7 +30,8 @@ def _folders() -> dict[str, Path]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from rlhf_core.models import new_scalar_model, save_scalar_model
+    from rlhf_core.models.loading import new_scalar_model
+    from rlhf_core.models.saving import save_scalar_model
 
     base = Path(tempfile.mkdtemp(prefix="rlhf-test-"))
     atexit.register(shutil.rmtree, base, True)

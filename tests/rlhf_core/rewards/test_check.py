@@ -18,8 +18,7 @@ from rlhf_core.jobs.rewards import (
     SentimentReward,
 )
 from rlhf_core.rewards import check_rewards
-
-from .helpers import HERE
+from tests.rlhf_core.rewards.helpers import HERE
 
 
 def test_sound_rewards_have_no_problems():

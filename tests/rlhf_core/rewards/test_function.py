@@ -9,8 +9,7 @@ import pytest
 from rlhf_core.errors import ConfigError, TrainingFailure
 from rlhf_core.jobs.rewards import PythonReward
 from rlhf_core.rewards import Rules
-
-from .helpers import HERE, score
+from tests.rlhf_core.rewards.helpers import HERE, score
 
 
 def rule(name: str, **settings) -> PythonReward:

@@ -13,9 +13,9 @@ import time
 import psutil
 import pytest
 
-from rlhf_core.data import reasoning
 from rlhf_core.data.check import check_source
-from rlhf_core.data.sources import fingerprint, kind_of, open_rows
+from rlhf_core.data.sources import reasoning
+from rlhf_core.data.sources.open import fingerprint, kind_of, open_rows
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.jobs import DataSettings
 from rlhf_core.jobs.rewards import ReasoningGymReward

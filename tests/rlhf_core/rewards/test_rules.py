@@ -22,8 +22,7 @@ from rlhf_core.jobs.rewards import (
 )
 from rlhf_core.rewards import Rules
 from rlhf_core.rewards.answer import last_number
-
-from .helpers import score
+from tests.rlhf_core.rewards.helpers import score
 
 LONG = "word " * 40_000
 

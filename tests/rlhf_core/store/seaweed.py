@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_core.store.seaweed import Seaweed
+from rlhf_core.store.s3.seaweed import Seaweed
 
 ACCESS_KEY = "test-access-key"
 SECRET_KEY = "test-secret-that-must-not-be-shown"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.errors import StoreError
-from rlhf_core.store import Artifact, Store, claims, collect, open_store, publishing
+from rlhf_core.store import Artifact, Store, collect, leases, open_store, publishing
 from rlhf_core.store.collect import Limits
 from rlhf_core.store.publishing import incomplete
 from tests.rlhf_core.store.helpers import blobs, start
@@ -167,24 +167,24 @@ def test_writer_waits_for_a_collection_and_sends_again_what_it_took(
 def test_collector_that_died_does_not_hold_up_writers_for_ever(
     store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "STALE", 1.0)
+    monkeypatch.setattr(leases, "STALE", 1.0)
     store.publish(folder, kind="model")
-    store._backend.write(claims.FLAG, b'{"beat": 1}')
+    store._backend.write(leases.FLAG, b'{"beat": 1}')
     store.publish(folder, kind="model", metadata={"n": 2})
-    assert store._backend.read(claims.FLAG) is None
+    assert store._backend.read(leases.FLAG) is None
 
 
 def test_collector_that_was_taken_for_dead_stops(
     store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = store.publish(folder, kind="model")
-    monkeypatch.setattr(claims, "BEAT", 0.05)
+    monkeypatch.setattr(leases, "BEAT", 0.05)
     delete = collect._delete
 
-    def overtaken(backend: object, garbage: object, flag: claims.Flag) -> None:
+    def overtaken(backend: object, garbage: object, flag: leases.Flag) -> None:
         end = time.monotonic() + 20
         while not flag._lost and time.monotonic() < end:
-            store._backend.delete(claims.FLAG)  # between its look and its write it is put back
+            store._backend.delete(leases.FLAG)  # between its look and its write it is put back
             time.sleep(0.2)
         delete(backend, garbage, flag)  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core.ports import free_ports
+from rlhf_core.system.ports import free_ports
 from tests.rlhf_core.store.seaweed import SECRET_KEY
 
 ROOT = Path(__file__).parents[3]
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 def begin(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "flows.cli.main", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -87,7 +87,7 @@ import logging, os, sys, time
 from pathlib import Path
 from rlhf_core.errors import StoreError
 from rlhf_core.store import open_store
-from rlhf_core.store.seaweed import Seaweed
+from rlhf_core.store.s3.seaweed import Seaweed
 
 server = Seaweed(Path(sys.argv[1]))
 server.start()

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import psutil
 
-from rlhf_core import candidates
-from rlhf_core.context import StageContext
 from rlhf_core.errors import (
     ConfigError,
     DataError,
@@ -25,8 +23,10 @@ from rlhf_core.errors import (
     StoreUnavailable,
 )
 from rlhf_core.jobs import parse_job
-from rlhf_core.secrets import hide
+from rlhf_core.runtime import candidates
+from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import open_store
+from rlhf_core.system.secrets import hide
 
 ERRORS = {
     "oom": OutOfMemory, "data": DataError, "store": StoreUnavailable, "config": ConfigError,

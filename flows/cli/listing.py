@@ -1,0 +1,215 @@
+"""The commands that look at the store: `rlhf runs` and `rlhf artifacts ...` (gc: collecting.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rlhf_core.store import Artifact, Store
+
+artifacts = typer.Typer(
+    help="What the store holds: list, show, tree, pull, verify, gc.", no_args_is_help=True
+)
+
+StoreUrl = Annotated[
+    str | None,
+    typer.Option("--store", help="Artifact store: a folder, file:// or s3:// (or $RLHF_STORE)."),
+]
+
+
+def runs(
+    store: StoreUrl = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many.")] = 20,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The whole records, one JSON object a line.")
+    ] = False,
+) -> None:
+    """List the runs, newest first."""
+    import json
+
+    from flows.cli.lookup import read_runs
+
+    opened = open_now(store)
+    found = read_runs(opened)[:limit]
+    if as_json:
+        for record in found:
+            typer.echo(json.dumps(record, ensure_ascii=False))
+        return
+    if not found:
+        typer.echo(f"No runs in {opened.url}.")
+        return
+    rows = [["RUN", "NAME", "STATE", "STARTED (UTC)", "STAGES", "REUSED", "ERROR"]]
+    for record in found:
+        stages = record.get("stages") or {}
+        reused = sum(bool(result.get("reused")) for result in stages.values())
+        error = (record.get("error") or "").splitlines()
+        started = str(record.get("started", ""))[:19].replace("T", " ")
+        rows.append(
+            [record["id"], record["name"], record["state"], started, str(len(stages)),
+             str(reused), error[0][:80] if error else ""]
+        )  # fmt: skip
+    table(rows)
+
+
+@artifacts.command("list")
+def list_artifacts(
+    kind: Annotated[str | None, typer.Option("--kind", "-k", help="Only this kind.")] = None,
+    store: StoreUrl = None,
+) -> None:
+    """List the artifacts, newest first."""
+    opened = open_now(store)
+    found = opened.list(kind)
+    if not found:
+        there = sorted({artifact.kind for artifact in opened.list()})
+        what = f"of kind {kind!r} " if kind else ""
+        also = f" Kinds: {', '.join(there)}." if there else ""
+        typer.echo(f"No artifacts {what}in {opened.url}.{also}")
+        return
+    rows = [["ARTIFACT", "CREATED (UTC)", "SIZE", "FILES", "WHAT"]]
+    for artifact in found:
+        created = artifact.created[:19].replace("T", " ")
+        rows.append(
+            [
+                artifact.ref,
+                created,
+                size_text(artifact.size),
+                str(len(artifact.files)),
+                _what(artifact),
+            ]
+        )
+    table(rows)
+
+
+@artifacts.command("show")
+def show_artifact(
+    ref: Annotated[str, typer.Argument(help="Digest, kind/start, stage or published name.")],
+    store: StoreUrl = None,
+) -> None:
+    """Show one artifact: files, parents, and the job that made it."""
+    import yaml
+
+    from flows.cli.lookup import find_any
+
+    artifact = find_any(open_now(store), ref)
+    value = {
+        "artifact": f"{artifact.kind}/{artifact.digest}",
+        "created": artifact.created,
+        "size": size_text(artifact.size),
+        "files": {entry.path: entry.size for entry in artifact.files},
+        "parents": list(artifact.parents),
+        **artifact.metadata,
+    }
+    typer.echo(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
+
+
+@artifacts.command("tree")
+def show_tree(
+    ref: Annotated[str, typer.Argument(help="Digest, kind/start, stage or published name.")],
+    store: StoreUrl = None,
+) -> None:
+    """Show what an artifact was made from: its parents, theirs, and so on to the base model."""
+    from flows.cli.lookup import find_any
+
+    opened = open_now(store)
+    artifact = find_any(opened, ref)
+    for line in tree_lines(artifact.digest, opened.lineage(artifact.digest)):
+        typer.echo(line)
+
+
+def tree_lines(digest: str, known: dict[str, Artifact | None]) -> list[str]:
+    """One line per parent, below what it was made into. What was shown before is named only."""
+    shown: set[str] = set()
+    lines: list[str] = []
+
+    def walk(digest: str, first: str, rest: str) -> None:
+        artifact = known.get(digest)
+        if artifact is None:
+            lines.append(f"{first}{digest[:12]}  (gone or damaged)")
+            return
+        about = f"{_what(artifact)}  {size_text(artifact.size)}".strip()
+        parents = list(dict.fromkeys(artifact.parents))
+        if digest in shown:
+            lines.append(f"{first}{artifact.ref}  {_what(artifact)}".rstrip() + "  (see above)")
+            return
+        shown.add(digest)
+        lines.append(f"{first}{artifact.ref}  {about}  {artifact.created[:10]}")
+        for number, parent in enumerate(parents, 1):
+            last = number == len(parents)
+            walk(parent, rest + ("└── " if last else "├── "), rest + ("    " if last else "│   "))
+
+    walk(digest, "", "")
+    return lines
+
+
+@artifacts.command("pull")
+def pull_artifact(
+    ref: Annotated[str, typer.Argument(help="Digest, kind/start, stage or published name.")],
+    folder: Annotated[Path, typer.Argument(help="New or empty folder to put the files into.")],
+    store: StoreUrl = None,
+) -> None:
+    """Copy an artifact's files into a folder, verified."""
+    from flows.cli.lookup import find_any
+
+    opened = open_now(store)
+    artifact = find_any(opened, ref)
+    typer.echo(f"{artifact.ref} -> {opened.fetch(artifact.digest, folder)}")
+
+
+@artifacts.command("verify")
+def verify_artifacts(
+    refs: Annotated[list[str] | None, typer.Argument(help="Digests; none: all.")] = None,
+    store: StoreUrl = None,
+) -> None:
+    """Read every byte again and compare it with its manifest."""
+    opened = open_now(store)
+    chosen = [opened.get(ref) for ref in refs] if refs else opened.list()
+    bad = 0
+    for artifact in chosen:
+        problems = opened.verify(artifact.digest)
+        bad += bool(problems)
+        typer.echo(f"{artifact.ref:<30} {'damaged' if problems else 'ok'}")
+        for problem in problems:
+            typer.echo(f"  {problem}", err=True)
+    typer.echo(f"{len(chosen) - bad} of {len(chosen)} whole.")
+    if bad:
+        raise typer.Exit(1)
+
+
+# --------------------------------------------------------------------------- shared
+
+
+def open_now(url: str | None) -> Store:
+    """The store, once it has answered: a person does not wait as long as a training run does.
+
+    Raises:
+        StoreUnavailable: it did not, within half a minute.
+    """
+    from rlhf_core.store import open_store
+
+    opened = open_store(url)
+    opened.ping()
+    return opened
+
+
+def table(rows: list[list[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())
+
+
+def size_text(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _what(artifact: Any) -> str:
+    data = artifact.metadata
+    details = data.get("name") or data.get("job", {}).get("purpose") or ""
+    return f"{data.get('algorithm', '')} {details}".strip()

@@ -1,0 +1,254 @@
+"""The commands `rlhf models ...`: the versions of a published name, and which of them is live."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.listing import StoreUrl, open_now, size_text, table, tree_lines
+
+if TYPE_CHECKING:
+    from rlhf_core.store import Artifact, Store
+    from rlhf_core.store.versions import Model, Version
+
+models = typer.Typer(
+    help="Published models: list, show, promote, rollback, archive, diff.", no_args_is_help=True
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a model, as publish.name.")]
+Wanted = Annotated[
+    str, typer.Argument(metavar="VERSION", help="Number of a version, or start of its digest.")
+]
+Reason = Annotated[str, typer.Option("--reason", help="Why, for the history.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+SHORTER = {"win rate (reward)": "win (reward)", "win rate (gold)": "win (gold)",
+           "reward accuracy": "accuracy"}  # fmt: skip
+
+
+@models.command("list")
+def list_models(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Only the versions of this model.")
+    ] = None,
+    as_json: AsJson = False,
+    store: StoreUrl = None,
+) -> None:
+    """List the versions: candidates, champions, and those that were champion before."""
+    import json
+
+    from rlhf_core.store import registry
+
+    opened = open_now(store)
+    names = registry.model_names(opened) if name is None else [name]
+    found = [registry.read_model(opened, each) for each in names]
+    lines = [line for model in found for line in _described(opened, model)]
+    if as_json:
+        for line in lines:
+            typer.echo(json.dumps(line, ensure_ascii=False))
+        return
+    if not lines:
+        typer.echo(f"No models in {opened.url}; `rlhf run --preset demo` makes one.")
+        return
+    rows = [["NAME", "VERSION", "STATE", "DIGEST", "SINCE (UTC)", "RUN", "METRICS", "REASON"]]
+    rows += [
+        [line["name"], str(line["version"]), line["state"], line["digest"][:12],
+         line["time"][:16].replace("T", " "), line["run"] or "-", _short(line), line["reason"][:70]]
+        for line in lines
+    ]  # fmt: skip
+    table(rows)
+
+
+@models.command("show")
+def show_model(
+    name: Name,
+    version: Annotated[
+        str | None, typer.Argument(metavar="VERSION", help="Number or digest; none: the champion.")
+    ] = None,
+    as_json: AsJson = False,
+    store: StoreUrl = None,
+) -> None:
+    """Show one version, what it was made from, and the history of its name."""
+    import json
+
+    import yaml
+
+    from rlhf_core.store import registry
+
+    opened = open_now(store)
+    model = registry.read_model(opened, name)
+    chosen = model.find(version) if version else model.champion or model.versions[-1]
+    line = next(x for x in _described(opened, model) if x["version"] == chosen.number)
+    numbers = {v.digest: v.number for v in model.versions}
+    history: list[dict[str, Any]] = [
+        {"number": t.number, "time": t.time, "action": t.action, "version": numbers[t.digest],
+         "run": t.run, "reason": t.reason}
+        for t in model.history
+    ]  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps({**line, "history": history}, ensure_ascii=False))
+        return
+    size = "gone from the store" if line["size"] is None else size_text(line["size"])
+    typer.echo(yaml.safe_dump({**line, "size": size}, sort_keys=False, allow_unicode=True))
+    if line["size"] is not None:
+        for text in tree_lines(chosen.digest, opened.lineage(chosen.digest)):
+            typer.echo(text)
+        typer.echo()
+    rows = [["TIME (UTC)", "ACTION", "VERSION", "RUN", "REASON"]]
+    rows += [
+        [t["time"][:19].replace("T", " "), t["action"], str(t["version"]), t["run"] or "-",
+         t["reason"]]
+        for t in history
+    ]  # fmt: skip
+    table(rows)
+
+
+@models.command()
+def promote(name: Name, version: Wanted, reason: Reason = "", store: StoreUrl = None) -> None:
+    """Make a version the champion: what `rlhf chat` and the next retraining take."""
+    from rlhf_core.store import registry
+
+    opened = open_now(store)
+    chosen = registry.read_model(opened, name).find(version)
+    told = registry.promote(opened, name, chosen.digest, reason=reason)
+    _switched(opened, name, changed=told is not None)
+
+
+@models.command()
+def rollback(name: Name, reason: Reason = "", store: StoreUrl = None) -> None:
+    """Make the champion before this one champion again."""
+    from rlhf_core.store import registry
+
+    opened = open_now(store)
+    registry.rollback(opened, name, reason=reason)
+    _switched(opened, name, changed=True)
+
+
+@models.command()
+def archive(name: Name, version: Wanted, reason: Reason = "", store: StoreUrl = None) -> None:
+    """Give up a candidate; `rlhf artifacts gc` may delete it some day."""
+    from rlhf_core.store import registry
+
+    opened = open_now(store)
+    chosen = registry.read_model(opened, name).find(version)
+    told = registry.archive(opened, name, chosen.digest, reason=reason)
+    typer.echo(f"{name}: version {chosen.number} {'is' if told else 'was'} archived.")
+
+
+@models.command()
+def diff(
+    name: Name,
+    left: Annotated[str, typer.Argument(metavar="A", help="A version, by number or digest.")],
+    right: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    as_json: AsJson = False,
+    store: StoreUrl = None,
+) -> None:
+    """Show what two versions differ in: settings of their jobs, metrics, lineage, size."""
+    import json
+
+    from flows.cli.diff import difference
+    from rlhf_core.store import registry
+
+    opened = open_now(store)
+    model = registry.read_model(opened, name)
+    chosen = [model.find(wanted) for wanted in (left, right)]
+    found = difference(opened, *(opened.get(version.digest) for version in chosen))
+    if as_json:
+        sides = [{"version": v.number, "digest": v.digest, "state": v.state} for v in chosen]
+        typer.echo(json.dumps({"name": name, "versions": sides, **found}, ensure_ascii=False))
+        return
+    heads = [f"{v.number} ({v.state})" for v in chosen]
+    _print_pairs("SETTING", heads, found["settings"])
+    _print_pairs("METRIC", heads, found["metrics"])
+    lineage = {
+        stage: pair if pair[0] != pair[1] else [pair[0], "the same"]
+        for stage, pair in found["lineage"].items()
+    }
+    _print_pairs("MADE BY", heads, lineage)
+    _print_pairs("", heads, {"size": [size_text(count) for count in found["size"]]})
+
+
+# --------------------------------------------------------------------------- shared
+
+
+def _described(opened: Store, model: Model) -> list[dict[str, Any]]:
+    """The versions of a model with what their artifacts tell."""
+    from flows.cli.diff import evaluated, headline
+    from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound
+    from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
+
+    kinds = {artifact.digest: artifact for artifact in opened.list("published")}
+
+    def describe(version: Version) -> dict[str, Any]:
+        artifact: Artifact | None = kinds.get(version.digest)
+        try:
+            artifact = artifact or opened.get(version.digest)
+        except (ArtifactNotFound, ArtifactCorrupt):
+            artifact = None
+        return {
+            "name": model.name,
+            "version": version.number,
+            "state": version.state,
+            "digest": version.digest,
+            "time": version.time,
+            "run": version.run,
+            "reason": version.reason,
+            "size": artifact.size if artifact else None,
+            "metrics": headline(evaluated(opened, artifact)) if artifact else {},
+        }
+
+    return in_parallel(describe, model.versions, REQUESTS_AT_ONCE)
+
+
+def _short(line: dict[str, Any]) -> str:
+    if line["size"] is None:
+        return "gone from the store"
+    shown = ((SHORTER.get(name, name), value) for name, value in line["metrics"].items())
+    return ", ".join(f"{name} {value:.3g}" for name, value in shown) or "-"
+
+
+def _switched(opened: Store, name: str, changed: bool) -> None:
+    """Tell what is champion now, also those who listen, and bring the plain folder up to date."""
+    from rlhf_core.store import registry
+    from rlhf_core.store.published_folder import materialise, published_folder
+
+    champion = registry.read_model(opened, name).champion
+    assert champion is not None
+    artifact = opened.get(champion.digest)
+    typer.echo(
+        f"{name}: version {champion.number} ({artifact.ref}) {'is' if changed else 'was'} "
+        f"the champion{' now' if changed else ' already'}."
+    )
+    if (folder := published_folder(name)).is_dir():
+        typer.echo(f"  model     {materialise(opened, artifact, folder)}")
+    if changed:
+        _announce(opened, name, artifact)
+
+
+def _announce(opened: Store, name: str, artifact: Artifact) -> None:
+    """The event of a new champion, where there is a Prefect server."""
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        from tasks import assets
+
+        assets.published(opened, name, artifact, "")
+
+
+def _print_pairs(title: str, heads: list[str], pairs: dict[str, list[Any]]) -> None:
+    if not pairs:
+        return
+    typer.echo()
+    rows = [[title, *heads]]
+    for name, (left, right) in pairs.items():
+        rows.append([name, _cell(left), _cell(right)])
+        if all(isinstance(x, float) for x in (left, right)):
+            rows[-1][2] += f" ({right - left:+.4g})"
+    table(rows)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"

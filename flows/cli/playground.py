@@ -1,0 +1,130 @@
+"""`rlhf playground`: the page to try models on. What it shows is in rlhf_core/playground."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.listing import StoreUrl, open_now
+
+if TYPE_CHECKING:
+    from rlhf_core.playground.catalogue import RunChoices
+    from rlhf_core.store import Store
+
+PASSWORD = "RLHF_PLAYGROUND_PASSWORD"
+RUNS_SHOWN = 50
+FIRST = ["model", "pretrain", "sft"]  # in the order in which they run; others come after them
+
+
+def playground(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; another one than this machine's own asks "
+                               f"for a password (${PASSWORD}, or typed in).")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 7860,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GB that all models in memory may take; none: most of the "
+                                     "GPU's free memory, or half of the machine's."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that came with a model.")
+    ] = False,
+    store: StoreUrl = None,
+) -> None:  # fmt: skip
+    """Compare models side by side in the browser, with scores, and vote for the better replies."""
+    from flows.cli.access import password_for
+
+    password = password_for(host, PASSWORD, "the page")
+    opened = open_now(store)
+    typer.echo("starting the page (some seconds)")
+    import rlhf_core.playground.serving as serving
+
+    serving.main(
+        opened,
+        lambda: catalogue(opened),
+        host=host,
+        port=port,
+        password=password,
+        memory_gb=memory_gb,
+        trust_remote_code=trust_remote_code,
+        tell=lambda url: typer.echo(f"{url}  (Ctrl-C ends it)"),
+    )
+
+
+def catalogue(store: Store) -> list[RunChoices]:
+    """What can be compared: the models of each run, newest run first, and the published ones."""
+    from flows.cli.lookup import read_runs
+    from rlhf_core.playground.catalogue import RunChoices
+
+    published = _published(store)
+    found = []
+    for record in read_runs(store)[:RUNS_SHOWN]:
+        models = _models(record)
+        if models:
+            title = f"{record.get('name', '?')} · {record['id']} · {record.get('state', '?')}"
+            found.append(
+                RunChoices(record["id"], title, (*models, *published), _reward_model(record))
+            )
+    if not found and published:
+        found.append(RunChoices("", "–", published))
+    return found
+
+
+def _models(record: dict[str, Any]) -> tuple[Any, ...]:
+    from rlhf_core.playground.catalogue import Choice
+
+    results = _results(record, "model")
+    return tuple(Choice(_name(stage), digest) for stage, digest in results.items())
+
+
+def _results(record: dict[str, Any], kind: str) -> dict[str, str]:
+    """Stage -> digest, in the order in which stages come; a record does not keep it."""
+
+    def place(stage: str) -> tuple[int, int, str]:
+        algorithm, _, number = stage.partition("-")
+        early = FIRST.index(algorithm) if algorithm in FIRST else len(FIRST)
+        return early, int(number) if number.isdigit() else 0, algorithm
+
+    stages = record.get("stages") or {}
+    found = {
+        stage: str(result["digest"])
+        for stage, result in stages.items()
+        if result.get("kind") == kind and result.get("digest")
+    }
+    return {stage: found[stage] for stage in sorted(found, key=place)}
+
+
+def _name(stage: str) -> str:
+    """What people call a stage's model."""
+    from rlhf_core.pipeline.recipe import label_of
+
+    return "base" if stage == "model" else label_of(stage)
+
+
+def _published(store: Store) -> tuple[Any, ...]:
+    """The champion of each published name."""
+    from rlhf_core.errors import StoreError, StoreUnavailable
+    from rlhf_core.playground.catalogue import PUBLISHED, Choice
+    from rlhf_core.store import registry
+
+    found = []
+    for name in registry.model_names(store):
+        try:
+            if digest := registry.champion(store, name):
+                found.append(Choice(f"{PUBLISHED}{name}", store.get(digest).digest))
+        except StoreUnavailable:
+            raise
+        except StoreError:
+            continue  # its artifact has gone, or its record is damaged; the others are there
+    return tuple(found)
+
+
+def _reward_model(record: dict[str, Any]) -> str | None:
+    """Digest of the newest reward model of a run, trained in it or given to it."""
+    trained = [*_results(record, "reward_model").values()]
+    if trained:
+        return trained[-1]
+    given = (record.get("config") or {}).get("reward_model")
+    return given.removeprefix("artifact:") if isinstance(given, str) and given else None

@@ -1,0 +1,153 @@
+"""Commands about runs on a Prefect server: `rlhf submit`, `rlhf retry`, `rlhf cancel`."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from rlhf_core.errors import ConfigError, RLHFError
+from rlhf_core.jobs import PipelineConfig
+from rlhf_core.store import Store
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+
+PIPELINE = "rlhf-pipeline/rlhf"
+CANCEL_SECONDS = 60
+
+
+def submit(config: PipelineConfig) -> str:
+    """Start a pipeline on the server's workers; returns where it can be watched.
+
+    Raises:
+        ConfigError: no server runs, or the pipeline is not deployed there.
+    """
+    from prefect.exceptions import ObjectNotFound
+
+    client = _client()
+    try:
+        deployment = client.read_deployment_by_name(PIPELINE)
+    except ObjectNotFound:
+        raise ConfigError(
+            f"The Prefect server at {client.api_url} has no deployment {PIPELINE}: start a system "
+            "with `make up`, or deploy it with `python -m flows.deploy`."
+        ) from None
+    run = client.create_flow_run_from_deployment(
+        deployment.id,
+        parameters={"config": config.model_dump(mode="json")},
+        name=config.name,
+    )
+    return f"{ui()}/runs/flow-run/{run.id}"
+
+
+def retry(store: Store, wanted: str) -> tuple[str, PipelineConfig | None]:
+    """Schedule a failed run again, under its own name and id.
+
+    Returns:
+        Where it can be watched, and None; or, for a run that no worker can take up (it was started
+        by hand), its configuration for the caller to run.
+
+    Raises:
+        ConfigError: there is no such run, or it has not failed.
+    """
+    from prefect.states import AwaitingRetry
+
+    record = find_run(store, wanted)
+    flow_run = _flow_run(record)
+    if flow_run is None or flow_run.deployment_id is None:
+        if record["state"] == "completed":
+            raise ConfigError(f"Run {record['id']} is completed; there is nothing to retry.")
+        return "", PipelineConfig.model_validate(record["config"])
+    state = flow_run.state
+    if state is None or not state.is_final() or state.is_completed():
+        name = state.name if state else "unknown"
+        raise ConfigError(f"Run {record['id']} is {name}; only one that failed can be retried.")
+    done = _client().set_flow_run_state(flow_run.id, AwaitingRetry(), force=True)
+    if str(done.status.value) != "ACCEPT":
+        raise ConfigError(f"The server refused the retry of run {record['id']}: {done.details}")
+    return f"{ui()}/runs/flow-run/{flow_run.id}", None
+
+
+def cancel(store: Store, wanted: str) -> str:
+    """Cancel a run and wait until it has ended; returns its last state.
+
+    Raises:
+        ConfigError: there is no such run, or it has ended.
+    """
+    from prefect.states import Cancelling
+
+    record = find_run(store, wanted)
+    flow_run = _flow_run(record)
+    if flow_run is None:
+        raise ConfigError(
+            f"Run {record['id']} is not known to the Prefect server; stop it where it was started "
+            "(Ctrl-C)."
+        )
+    if flow_run.state is None or flow_run.state.is_final():
+        name = flow_run.state.name if flow_run.state else "unknown"
+        raise ConfigError(f"Run {record['id']} has ended already ({name}).")
+    client = _client()
+    client.set_flow_run_state(flow_run.id, Cancelling(message="by rlhf cancel"), force=False)
+    deadline = time.monotonic() + CANCEL_SECONDS
+    while time.monotonic() < deadline:
+        state = client.read_flow_run(flow_run.id).state
+        if state is not None and state.is_final():
+            return str(state.name)
+        time.sleep(1)
+    raise RLHFError(
+        f"Run {record['id']} was told to end but has not within {CANCEL_SECONDS} s: see {ui()}"
+    )
+
+
+def find_run(store: Store, wanted: str) -> dict[str, Any]:
+    """The record of a run, by its id, the start of it, a flow run's id, or `last`.
+
+    Raises:
+        ConfigError: none or several answer.
+    """
+    from flows.cli.lookup import read_runs
+
+    runs = read_runs(store)
+    if wanted == "last" and runs:
+        return runs[0]
+    found = [
+        run
+        for run in runs
+        if run["id"].startswith(wanted) or str(run.get("flow_run", "")).startswith(wanted)
+    ]
+    if len(found) == 1:
+        return found[0]
+    what = "There is no run" if not found else f"{len(found)} runs start with"
+    raise ConfigError(f"{what} {wanted!r} in {store.url}; `rlhf runs` lists them.")
+
+
+def ui() -> str:
+    """Address of the server's pages."""
+    return str(_client().api_url).rstrip("/").removesuffix("/api")
+
+
+def _flow_run(record: dict[str, Any]) -> FlowRun | None:
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        found: FlowRun = _client().read_flow_run(UUID(record["flow_run"]))
+        return found
+    except (ObjectNotFound, KeyError, ValueError, TypeError, ConfigError):
+        return None
+
+
+def _client() -> Any:
+    from flows.server import choose_server
+
+    server = choose_server()
+    if server.url is None:
+        raise ConfigError(
+            "No Prefect server is running here: start a system with `make up`, or set "
+            "PREFECT_API_URL."
+        )
+    os.environ.setdefault("PREFECT_API_URL", server.url)
+    from prefect.client.orchestration import get_client
+
+    return get_client(sync_client=True)

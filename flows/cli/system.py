@@ -1,0 +1,316 @@
+"""A whole system on one machine: `rlhf up` and `rlhf down`.
+
+One supervisor process in the background starts a Prefect server, an S3 server and two workers, one
+per work pool; it keeps them running, and ends them all, and only them, when it is told to. Whoever
+runs `rlhf` while it is up uses its server and its store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+if TYPE_CHECKING:
+    from tasks.launchers.processes import ProcessTree
+
+from flows.server import QUIET, unreachable
+from rlhf_core.errors import ConfigError, StoreUnavailable
+from rlhf_core.store import rlhf_home
+from rlhf_core.store.s3.seaweed import Seaweed
+
+START_SECONDS = 180
+STOP_SECONDS = 45
+
+
+@dataclass
+class System:
+    """What runs, as others read it from system.json.
+
+    Attributes:
+        pid, started: of the supervisor; together they name a process for good.
+        phase: starting, ready, or failed.
+    """
+
+    pid: int
+    started: float
+    phase: str = "starting"
+    ui: str = ""
+    store: str = ""
+    error: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def alive(self) -> bool:
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+        except psutil.Error:
+            return False
+
+
+def folder() -> Path:
+    return rlhf_home() / "system"
+
+
+def read() -> System | None:
+    """The system of this folder, if its supervisor lives."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        system = System(**json.loads((folder() / "system.json").read_text()))
+        return system if system.alive() else None
+    return None
+
+
+def join() -> None:
+    """Use the running system's server and store, where the user has not chosen others."""
+    system = read()
+    if system is not None and system.phase == "ready":
+        for name, value in system.environment.items():
+            os.environ.setdefault(name, value)
+
+
+# --------------------------------------------------------------------------- up and down
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a system is started.
+
+    Attributes:
+        port: of the Prefect server.
+        s3_port: of the S3 server; 0 takes a free one. None: artifacts lie in files.
+        slots: jobs that the gpu pool runs at once.
+        host: address that the Prefect server listens on.
+    """
+
+    port: int = 4200
+    s3_port: int | None = 8333
+    slots: int = 1
+    host: str = "127.0.0.1"
+
+
+def up(options: Options) -> System:
+    """Start everything, and wait until it is ready; what runs already stays.
+
+    Raises:
+        ConfigError: a port is taken.
+        StoreUnavailable: something did not start; the message names its log.
+    """
+    system = read()
+    if system is None:
+        for port, what, option in (
+            (options.port, "the Prefect server", "--port"),
+            (options.s3_port, "the S3 server", "--s3-port"),
+        ):
+            if port and _taken(port):
+                raise ConfigError(
+                    f"Port {port} of 127.0.0.1, wanted for {what}, is in use by another program; "
+                    f"end that, or choose another port with {option}."
+                )
+        folder().mkdir(parents=True, exist_ok=True)
+        folder().chmod(0o700)
+        (folder() / "system.json").unlink(missing_ok=True)
+        with (folder() / "supervisor.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.cli.system", json.dumps(asdict(options))],
+                env={**os.environ, "RLHF_HOME": str(rlhf_home())},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+    else:
+        process = None
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        system = read()
+        if system is not None and system.phase == "ready":
+            return system
+        if process is not None and process.poll() is not None:
+            break
+        time.sleep(0.3)
+    failed = _last() or "it did not become ready in time"
+    down()
+    raise StoreUnavailable(f"The system did not start: {failed}\nLogs: {folder()}")
+
+
+def down() -> bool:
+    """End what `up` started, and nothing else. False when nothing ran."""
+    system = read()
+    if system is None:
+        return False
+    supervisor = psutil.Process(system.pid)
+    family = [supervisor, *supervisor.children(recursive=True)]
+    supervisor.terminate()
+    _, left = psutil.wait_procs([supervisor], timeout=STOP_SECONDS)
+    for process in left:
+        process.kill()
+    _, left = psutil.wait_procs(family, timeout=10)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    (folder() / "system.json").unlink(missing_ok=True)
+    return True
+
+
+def _taken(port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def _last() -> str:
+    with contextlib.suppress(OSError, ValueError):
+        return str(json.loads((folder() / "system.json").read_text()).get("error", ""))
+    return ""
+
+
+# --------------------------------------------------------------------------- the supervisor
+
+
+class Supervisor:
+    """Starts the parts one after another, and starts one again that ended by itself."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.parts: dict[str, tuple[list[str], dict[str, str], ProcessTree]] = {}
+        me = psutil.Process()
+        self.system = System(pid=me.pid, started=me.create_time())
+
+    def run(self) -> None:
+        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGINT, _stop)
+        try:
+            self._write()
+            self._start_all()
+            self.system.phase = "ready"
+            self._write()
+            while True:
+                time.sleep(2)
+                self._look_after()
+        except Exception as error:
+            self.system.phase, self.system.error = "failed", f"{error}"
+            self._write()
+            raise
+        finally:
+            for name in ("gpu", "control", "server", "s3"):  # those who use others first
+                if name in self.parts:
+                    self.parts[name][2].end(15)
+
+    def _start_all(self) -> None:
+        home = folder()
+        environment = {
+            **QUIET,
+            "PREFECT_HOME": str(home / "prefect"),
+            "PREFECT_API_URL": f"http://127.0.0.1:{self.options.port}/api",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+                "prefect.server.concurrency.lease_storage.filesystem"
+            ),
+            # A worker asks for events that it missed; a cancellation among them ends the retry.
+            "PREFECT_SERVER_EVENTS_MAXIMUM_WEBSOCKET_BACKFILL": "PT2S",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+            "RLHF_HOME": str(rlhf_home()),
+        }
+        store = {"RLHF_STORE": f"file://{rlhf_home() / 'store'}"}
+        if self.options.s3_port is not None:
+            store = self._start_s3(home / "s3")
+        host = self.options.host
+        prefect = [sys.executable, "-m", "prefect"]
+        self._start(
+            "server",
+            [*prefect, "server", "start", "--host", host, "--port", str(self.options.port)],
+            environment,
+        )
+        self._wait("server", lambda: unreachable(environment["PREFECT_API_URL"], 2.0))
+        full = {**environment, **store}
+        self._call("deployments", [sys.executable, "-m", "flows.deploy", str(self.options.slots)],
+                   full)  # fmt: skip
+        for pool in ("control", "gpu"):
+            self._start(
+                pool,
+                [*prefect, "worker", "start", "--pool", pool, "--name", f"{pool}-1",
+                 "--type", "process"],
+                full,
+            )  # fmt: skip
+        self.system.ui = f"http://127.0.0.1:{self.options.port}"
+        self.system.store = store["RLHF_STORE"]
+        shared = {"PREFECT_API_URL": environment["PREFECT_API_URL"], **store}
+        heartbeat = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+        shared[heartbeat] = environment[heartbeat]
+        self.system.environment = shared
+
+    def _start_s3(self, data: Path) -> dict[str, str]:
+        """A SeaweedFS server with keys of its own; returns what its clients need."""
+        server = Seaweed(data, self.options.s3_port or 0)
+        self._start("s3", server.command, server.environment)
+        self._wait("s3", server.problem)
+        return server.client_environment
+
+    def _start(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
+        from rlhf_core.system.processes import die_with_parent
+        from tasks.launchers.processes import ProcessTree
+
+        with (folder() / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, env={**os.environ, **environment}, cwd=folder(),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),
+            )  # fmt: skip
+        self.parts[name] = (command, dict(environment), ProcessTree(process))
+
+    def _call(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
+        done = subprocess.run(
+            command, env={**os.environ, **environment}, cwd=folder(), capture_output=True,
+            text=True, timeout=120,
+        )  # fmt: skip
+        (folder() / f"{name}.log").write_text(done.stdout + done.stderr)
+        if done.returncode != 0:
+            raise StoreUnavailable(f"{name} failed; see {folder() / f'{name}.log'}")
+
+    def _wait(self, name: str, problem: Any) -> None:
+        deadline = time.monotonic() + START_SECONDS - 60
+        found = ""
+        while time.monotonic() < deadline:
+            if self.parts[name][2].process.poll() is not None:
+                raise StoreUnavailable(f"{name} ended by itself; see {folder() / f'{name}.log'}")
+            found = problem()
+            if not found:
+                return
+            time.sleep(0.3)
+        raise StoreUnavailable(f"{name} is not ready: {found}; see {folder() / f'{name}.log'}")
+
+    def _look_after(self) -> None:
+        for name, (command, environment, tree) in list(self.parts.items()):
+            tree.look()
+            if tree.process.poll() is not None:
+                print(f"{name} ended with exit code {tree.process.returncode}; starting it again")
+                self._start(name, command, environment)
+
+    def _write(self) -> None:
+        path = folder() / "system.json"
+        partial = path.with_suffix(".part")
+        partial.touch(mode=0o600)
+        partial.write_text(json.dumps(asdict(self.system), indent=1))
+        partial.replace(path)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    Supervisor(Options(**json.loads(sys.argv[1]))).run()

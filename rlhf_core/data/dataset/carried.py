@@ -1,0 +1,71 @@
+"""What a prompt carries beside its text: the answer, and what a reward needs besides.
+
+A data set has these columns only where its settings say so: `columns` names them, or the source is
+reasoning-gym. So the columns depend on the settings alone, never on what the rows happen to have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from decimal import Decimal
+from typing import Any
+
+from rlhf_core.data.rows.row import BadRow, whole_text
+from rlhf_core.data.sources.reasoning import is_reasoning
+from rlhf_core.jobs import DataSettings
+
+CARRIED = ("answer", "extra")
+
+
+def carried(settings: DataSettings) -> tuple[str, ...]:
+    """The columns that a prompts data set with these settings has beside the usual ones."""
+    if is_reasoning(settings.source):
+        return CARRIED
+    return tuple(name for name in CARRIED if name in settings.columns)
+
+
+def carried_values(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, str]:
+    """A row's values of these columns, as texts; "" where there is nothing.
+
+    Raises:
+        BadRow: a value cannot be written as the column needs it.
+    """
+    write = {"answer": answer_text, "extra": extra_text}
+    return {name: write[name](row.get(name)) for name in names}
+
+
+def answer_text(value: Any) -> str:
+    """A text or a number, as text; "" for null and NaN, which tables have in empty cells."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float | Decimal):
+        return str(value)
+    if not isinstance(value, str):
+        raise BadRow(
+            "wrong_type",
+            f"column 'answer' holds a {type(value).__name__}; needed is a text or a number. What "
+            "else a reward needs goes into column 'extra'",
+        )
+    return whole_text(value, "column 'answer'")
+
+
+def extra_text(value: Any) -> str:
+    """A JSON text; "" for null. A text that is a JSON object or array stays as it is."""
+    if value is None or value == "":
+        return ""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            json.loads(value)
+            return whole_text(value, "column 'extra'")
+        except (ValueError, RecursionError):
+            pass  # a text like any other
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(
+            "wrong_type", f"column 'extra' cannot be written as JSON ({error}); change the value"
+        ) from None
+    return whole_text(text, "column 'extra'")

@@ -1,0 +1,305 @@
+"""Formats of a row: finding out which one it is, and bringing it to one shape.
+
+alpaca             instruction, input (may be missing), output
+messages           messages: [{"role": "system|user|assistant", "content": ...}, ...]
+sharegpt           conversations: [{"from": "human|gpt|system", "value": ...}, ...]
+prompt_completion  prompt, completion (texts or messages)
+hh                 chosen, rejected: transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:"
+preference         prompt, chosen, rejected (texts or messages)
+unpaired           prompt, completion (texts or messages), label: was the reply good? (see labels)
+prompt             prompt (text or messages)
+text               text
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_core.data.rows.labels import is_label, read_label
+from rlhf_core.data.rows.row import BadRow, Message, names, short, whole_text
+from rlhf_core.jobs import Format, Purpose
+
+SERVES: dict[str, tuple[Purpose, ...]] = {
+    "alpaca": ("sft", "prompts", "pretrain"),
+    "messages": ("sft", "prompts", "pretrain"),
+    "sharegpt": ("sft", "prompts", "pretrain"),
+    "prompt_completion": ("sft", "prompts", "pretrain"),
+    "hh": ("preference", "sft", "prompts", "pretrain"),
+    "preference": ("preference", "sft", "prompts", "pretrain"),
+    "unpaired": ("unpaired", "sft", "prompts", "pretrain"),
+    "prompt": ("prompts",),
+    "text": ("pretrain", "sft", "prompts"),
+}
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+_SHAREGPT = {
+    "system": "system", "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant",
+}  # fmt: skip
+_MARKS = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
+
+
+@dataclass(slots=True)
+class Example:
+    """A row in one shape: either `text`, or messages with what is below of replies to them.
+
+    Attributes:
+        messages: a conversation, or the messages before a pair of replies or a labelled one.
+        chosen, rejected: texts of a pair of replies.
+        text: plain text; the messages are empty then.
+        completion, label: text of a labelled reply, and whether it was good.
+    """
+
+    messages: list[Message]
+    chosen: str | None = None
+    rejected: str | None = None
+    text: str | None = None
+    completion: str | None = None
+    label: bool | None = None
+
+
+def detect(row: dict[str, Any], purpose: Purpose | None = None) -> Format:
+    """The format that a row's columns belong to.
+
+    Args:
+        purpose: what the rows are for. A column `label` may be anything, a category say; it makes
+            a row unpaired when it holds such a label, or when unpaired rows are wanted.
+
+    Raises:
+        BadRow: none of the formats.
+    """
+    has = row.keys()
+    if {"chosen", "rejected"} <= has:
+        transcript = isinstance(row["chosen"], str) and "\n\nHuman:" in row["chosen"]
+        if "prompt" in has or not transcript:
+            return "preference"
+        return "hh"
+    if "messages" in has:
+        return "messages"
+    if "conversations" in has:
+        return "sharegpt"
+    if "instruction" in has:
+        return "alpaca"
+    if {"prompt", "completion"} <= has:
+        labelled = "label" in has and (purpose == "unpaired" or is_label(row["label"]))
+        return "unpaired" if labelled else "prompt_completion"
+    if "prompt" in has:
+        return "prompt"
+    if "text" in has:
+        return "text"
+    raise BadRow(
+        "unknown_format",
+        f"no format has the columns {names(row)}. Known are alpaca (instruction, input, output), "
+        "messages, sharegpt (conversations), prompt_completion (prompt, completion), hh (chosen, "
+        "rejected), preference (prompt, chosen, rejected), unpaired (prompt, completion, label), "
+        "prompt and text; rename columns with "
+        'the setting columns, for example {"prompt": "question", "completion": "answer"}',
+    )
+
+
+def normalise(row: dict[str, Any], format: Format, purpose: Purpose) -> Example:
+    """A row in one shape, as far as the purpose needs it.
+
+    Raises:
+        BadRow: a column is missing, has another type, or holds nothing of use.
+    """
+    if format == "text":
+        return Example([], text=_text(row, "text"))
+    if format == "hh":
+        return _pair(_transcript(_text(row, "chosen"), "chosen"),
+                     _transcript(_text(row, "rejected"), "rejected"))  # fmt: skip
+    if format == "preference":
+        return _preference(row)
+    if format == "unpaired":
+        return _unpaired(row)
+    if format == "prompt":
+        return _conversation(_prompt(row))
+    if format == "prompt_completion":
+        prompt = _prompt(row)
+        if purpose == "prompts" and not row.get("completion"):
+            return _conversation(prompt)
+        return _conversation(prompt + _reply(row, "completion"))
+    if format == "alpaca":
+        extra = row.get("input")
+        if extra is not None and not isinstance(extra, str):
+            raise _wrong_type("input", extra, "text or nothing")
+        question = _text(row, "instruction")
+        if extra and extra.strip():
+            question += "\n\n" + _checked(extra, "column 'input'")
+        messages = [_message("user", question)]
+        if purpose != "prompts" or row.get("output"):
+            messages.append(_message("assistant", _text(row, "output")))
+        return _conversation(messages)
+    if format == "messages":
+        return _conversation(_messages(row, "messages", "role", "content", _ROLES))
+    assert format == "sharegpt", format
+    messages = _messages(row, "conversations", "from", "value", _SHAREGPT)
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, _message("system", _checked(system, "column 'system'")))
+    return _conversation(messages)
+
+
+# --------------------------------------------------------------------------- details
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _column(row: dict[str, Any], name: str) -> Any:
+    if name not in row:
+        raise BadRow(
+            "missing_column",
+            f"there is no column {name!r}; the row has {names(row)}. If it has another name, set "
+            f'columns: {{"{name}": "<its name>"}}; if the format is another one, set format',
+        )
+    return row[name]
+
+
+def _wrong_type(name: str, value: Any, needed: str) -> BadRow:
+    found = "nothing (null)" if value is None else f"a {type(value).__name__}"
+    return BadRow("wrong_type", f"column {name!r} holds {found}; needed is {needed}")
+
+
+def _checked(value: str, name: str) -> str:
+    if not value.strip():
+        raise BadRow("no_text", f"{name} is empty")
+    return whole_text(value, name)
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    value = _column(row, name)
+    if value is None:
+        raise BadRow("no_text", f"column {name!r} is null")
+    if not isinstance(value, str):
+        raise _wrong_type(name, value, "text")
+    return _checked(value, f"column {name!r}")
+
+
+def _messages(
+    row: dict[str, Any], name: str, role_key: str, text_key: str, roles: dict[str, str]
+) -> list[Message]:
+    value = _column(row, name)
+    if not isinstance(value, list):
+        raise _wrong_type(name, value, f"a list of {{{role_key}, {text_key}}}")
+    if not value:
+        raise BadRow("no_text", f"column {name!r} is an empty list")
+    messages = []
+    for position, item in enumerate(value, 1):
+        where = f"message {position} of column {name!r}"
+        if not isinstance(item, dict) or not {role_key, text_key} <= item.keys():
+            found = names(item) if isinstance(item, dict) else f"a {type(item).__name__}"
+            raise BadRow("wrong_type", f"{where} is {found}; needed are {role_key}, {text_key}")
+        role = roles.get(str(item[role_key]).lower())
+        if role is None:
+            raise BadRow(
+                "unknown_role",
+                f"{where} has the {role_key} {short(item[role_key])}; known are {', '.join(roles)}",
+            )
+        if item.get("tool_calls"):
+            raise BadRow("unsupported", f"{where} calls tools, which cannot be trained on here")
+        messages.append(_message(role, _checked(_parts(item[text_key], where), where)))
+    return messages
+
+
+def _parts(value: Any, where: str) -> str:
+    """A content: a text, or a list of parts that are all text."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in texts):
+        raise BadRow("wrong_type", f"{where} is a {type(value).__name__}; needed is text")
+    return "".join(part["text"] for part in texts)
+
+
+def _transcript(text: str, name: str) -> list[Message]:
+    """The messages of an Anthropic HH transcript; their texts are stripped."""
+    messages = []
+    rest = "\n\n" + text.lstrip("\n")
+    while rest.strip():
+        mark = next((mark for mark in _MARKS if rest.startswith(mark)), None)
+        if mark is None:
+            raise BadRow(
+                "not_a_transcript",
+                f"column {name!r} starts with {text[:30]!r}; needed is a transcript that starts "
+                'with "\\n\\nHuman:"',
+            )
+        rest = rest[len(mark) :]
+        end = min((at for m in _MARKS if (at := rest.find(m)) >= 0), default=len(rest))
+        messages.append(_message(_MARKS[mark], rest[:end].strip()))
+        rest = rest[end:]
+    for position, message in enumerate(messages, 1):
+        _checked(message["content"], f"turn {position} of column {name!r}")
+    return messages
+
+
+def _prompt(row: dict[str, Any]) -> list[Message]:
+    value = _column(row, "prompt")
+    if isinstance(value, list):
+        return _messages(row, "prompt", "role", "content", _ROLES)
+    text = _text(row, "prompt")
+    if text.startswith("\n\nHuman:"):
+        return _transcript(text.rstrip().removesuffix("\n\nAssistant:"), "prompt")
+    return [_message("user", text)]
+
+
+def _reply(row: dict[str, Any], name: str) -> list[Message]:
+    """A column with a reply: a text, or messages that end with it."""
+    if isinstance(_column(row, name), list):
+        return _messages(row, name, "role", "content", _ROLES)
+    return [_message("assistant", _text(row, name))]
+
+
+def _preference(row: dict[str, Any]) -> Example:
+    chosen, rejected = _reply(row, "chosen"), _reply(row, "rejected")
+    # With whole conversations in the two columns, `prompt` only repeats their first message.
+    if len(chosen) == 1 and len(rejected) == 1:
+        prompt = _prompt(row)
+        chosen, rejected = prompt + chosen, prompt + rejected
+    elif "prompt" in row and isinstance(row["prompt"], list):
+        prompt = _prompt(row)
+        chosen = chosen if chosen[: len(prompt)] == prompt else prompt + chosen
+        rejected = rejected if rejected[: len(prompt)] == prompt else prompt + rejected
+    return _pair(chosen, rejected)
+
+
+def _unpaired(row: dict[str, Any]) -> Example:
+    label = read_label(_column(row, "label"))
+    messages = _prompt(row) + _reply(row, "completion")
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("nothing_to_train", "column 'completion' does not end with a reply")
+    example = _conversation(messages[:-1])
+    example.completion, example.label = messages[-1]["content"], label
+    return example
+
+
+def _pair(chosen: list[Message], rejected: list[Message]) -> Example:
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if messages[-1]["role"] != "assistant":
+            raise BadRow("nothing_to_train", f"column {name!r} does not end with a reply")
+    if chosen[:-1] != rejected[:-1]:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False)) if a != b),
+            min(len(chosen), len(rejected)) - 1,
+        )
+        raise BadRow(
+            "prompts_differ",
+            f"the prompts of chosen and rejected differ at turn {at + 1}; needed are two replies "
+            "to the same prompt",
+        )
+    example = _conversation(chosen[:-1])
+    example.chosen, example.rejected = chosen[-1]["content"], rejected[-1]["content"]
+    return example
+
+
+def _conversation(messages: list[Message]) -> Example:
+    first = next((m["role"] for m in messages if m["role"] != "system"), None)
+    if first is None:
+        raise BadRow("no_text", "the conversation has no user message")
+    if first == "assistant":
+        raise BadRow("role_order", "the conversation starts with the assistant, not with a user")
+    return Example(messages)

@@ -1,0 +1,40 @@
+"""The label of a single reply: was it good?
+
+    true                 false               JSON and Parquet
+    1                    0                   numbers, 1.0 and 0.0 too, as tables with gaps hold them
+    "true", "1"          "false", "0"        texts in any case: a .csv file holds nothing else
+
+Anything else is refused: a rating or a missing label can be read in more than one way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_core.data.rows.row import BadRow, short
+
+_TEXTS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def is_label(value: Any) -> bool:
+    """Whether a value can be read as a label."""
+    if isinstance(value, str):
+        return value.strip().lower() in _TEXTS
+    return isinstance(value, (bool, int, float)) and value in (0, 1)
+
+
+def read_label(value: Any) -> bool:
+    """True for a good reply, False for a bad one.
+
+    Raises:
+        BadRow: the value is no label.
+    """
+    if not is_label(value):
+        found = "nothing (null)" if value is None else short(value)
+        raise BadRow(
+            "bad_label",
+            f"column 'label' holds {found}; needed is true or false (or 1, 0): was the reply good? "
+            "Turn ratings into one of the two; if the column is something else, set format to "
+            "prompt_completion or name another column in the setting columns",
+        )
+    return _TEXTS[value.strip().lower()] if isinstance(value, str) else bool(value)

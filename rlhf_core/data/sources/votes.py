@@ -1,0 +1,56 @@
+"""Votes: which of two replies to the same conversation a person found better. No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_core.data.rows.row import Message
+from rlhf_core.data.sources.feedback import Candidate, Verdicts
+from rlhf_core.errors import DataError
+from rlhf_core.store import Store
+
+VOTES = Verdicts(
+    "playground-votes", "votes", ("prompt", "chosen", "rejected"), "compare some replies"
+)
+"""`data.preference.source` for all votes of the run's store: rows of format `preference`."""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One comparison.
+
+    Attributes:
+        prompt: the conversation before the replies; the last message is the user's.
+        details: what else is kept of it (run, sampling, who).
+    """
+
+    prompt: Sequence[Message]
+    chosen: Candidate
+    rejected: Candidate
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def problem(self) -> str:
+        """Why nothing can be learned from it: "empty", "identical", or "" if it can."""
+        if not self.chosen.text.strip() or not self.rejected.text.strip():
+            return "empty"
+        return "identical" if self.chosen.text.strip() == self.rejected.text.strip() else ""
+
+
+def save_vote(store: Store, vote: Vote) -> str:
+    """Write a vote; the path of its record.
+
+    Raises:
+        DataError: a reply is empty, or both are the same.
+        StoreError: the store cannot be written to.
+    """
+    if problem := vote.problem():
+        raise DataError(f"The vote was not saved: the replies are {problem}, so they are no pair.")
+    record = {
+        "prompt": [dict(message) for message in vote.prompt],
+        "chosen": vote.chosen.text,
+        "rejected": vote.rejected.text,
+        "models": {"chosen": vote.chosen.seen(), "rejected": vote.rejected.seen()},
+    }
+    return VOTES.save(store, record, vote.details)

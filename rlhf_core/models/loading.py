@@ -1,0 +1,96 @@
+"""Loading models from Hugging Face folders; every key is checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from rlhf_core.errors import ModelError
+from rlhf_core.model_files.folder_check import REWARD_HEAD
+from rlhf_core.model_files.remote_code import is_trusted
+from rlhf_core.nn.modules import ScalarModel
+
+_SCALE = "reward.json"
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A causal LM from a Hugging Face folder, dropout off, on the CPU.
+
+    Raises:
+        ModelError: weights are missing, unexpected or unreadable; each key is named.
+    """
+    return _load(AutoModelForCausalLM, folder, dtype)
+
+
+def _load(auto: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    trust = is_trusted(Path(folder))
+    try:
+        model, info = auto.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"The model in {folder} cannot be loaded: {error}") from error
+    problems = {
+        kind: sorted(str(k) for k in info.get(kind) or [])
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if any(problems.values()):
+        shown = "; ".join(
+            f"{len(keys)} {kind.replace('_', ' ')}: {', '.join(keys[:5])}"
+            for kind, keys in problems.items()
+            if keys
+        )
+        raise ModelError(
+            f"The weights in {folder} do not fit its config.json: {shown}. Use the files as the "
+            "model's authors saved them."
+        )
+    disable_dropout(model)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def new_scalar_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> ScalarModel:
+    """A reward model with the backbone of a causal LM and a fresh head."""
+    causal = load_causal_lm(folder, dtype)
+    size = causal.get_output_embeddings().weight.shape[1]
+    model = ScalarModel(causal.base_model, size)
+    model.reset_head(seed)
+    return model.eval()
+
+
+def load_scalar_model(folder: Path, dtype: torch.dtype = torch.float32) -> ScalarModel:
+    """A reward model as `save_scalar_model` wrote it.
+
+    Raises:
+        ModelError: the folder is not a reward model, or its weights do not fit.
+    """
+    if not (folder / REWARD_HEAD).exists():
+        raise ModelError(
+            f"{folder} has no {REWARD_HEAD}: it is not a reward model of this project. Use the "
+            "artifact of a reward stage."
+        )
+    backbone = _load(AutoModel, folder, dtype)
+    head = load_file(folder / REWARD_HEAD)
+    model = ScalarModel(backbone, head["weight"].shape[1])
+    model.head.load_state_dict(head)
+    scale = json.loads((folder / _SCALE).read_text())
+    model.mean, model.std = float(scale["mean"]), float(scale["std"])
+    model.pooling = str(scale["pooling"])
+    model.head.to(dtype)
+    return model.eval()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout probability 0 everywhere, so that train and eval mode compute the same."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

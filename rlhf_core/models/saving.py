@@ -1,0 +1,85 @@
+"""Saving models as Hugging Face folders of safetensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlhf_core.errors import ModelError
+from rlhf_core.model_files.folder_check import REWARD_HEAD
+from rlhf_core.models.adapters import save_adapter
+from rlhf_core.models.loading import _SCALE
+from rlhf_core.nn.modules import ScalarModel
+
+_WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", REWARD_HEAD)
+
+
+def export(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """The module as fp32 on the CPU with the given (master) weights put in. Rank 0, at the end."""
+    module = module.to("cpu").float()
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+    return module
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model with its LoRA adapters added into the weights; itself if it has none."""
+    merge = getattr(model, "merge_and_unload", None)
+    return merge() if callable(merge) else model
+
+
+def save_causal_lm(model: nn.Module, folder: Path, source: Path) -> None:
+    """Write a Hugging Face folder: safetensors, config, and the tokenizer files of `source`.
+
+    LoRA adapters are merged into the weights, and lie beside them as adapters of `source` too.
+    """
+    save_adapter(model, folder, source)
+    model = merged(model)
+    model.config.use_cache = True  # type: ignore[union-attr]
+    model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+    copy_companions(source, folder)
+
+
+def save_scalar_model(model: ScalarModel, folder: Path, source: Path) -> None:
+    """Write a reward model: backbone, head, and the score's mean and deviation."""
+    save_adapter(model.backbone, folder, source)
+    backbone = merged(model.backbone)
+    backbone.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+    head = {k: v.detach().float().contiguous() for k, v in model.head.state_dict().items()}
+    save_file(head, folder / REWARD_HEAD)
+    scale = {"mean": model.mean, "std": model.std, "pooling": model.pooling}
+    (folder / _SCALE).write_text(json.dumps(scale) + "\n")
+    copy_companions(source, folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template and generation config: whatever is not weights or written yet."""
+    for path in sorted(source.iterdir()):
+        skip = path.name.startswith(_WEIGHTS) or path.suffix in (".safetensors", ".jsonl")
+        if path.is_file() and not skip and not path.name.endswith(".index.json"):
+            target = folder / path.name
+            if path.name == "generation_config.json" or not target.exists():
+                shutil.copy(path, target)
+
+
+def stop_tokens(folder: Path) -> set[int]:
+    """Token ids that end an assistant's turn, from generation_config.json.
+
+    Raises:
+        ModelError: the model names none, so that replies would never end.
+    """
+    path = folder / "generation_config.json"
+    eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    if eos is None:
+        raise ModelError(
+            f"{folder} names no eos_token_id in generation_config.json, so its replies would never "
+            "end. Import the model with a chat template that has an end-of-turn token."
+        )
+    return set(eos) if isinstance(eos, list) else {int(eos)}

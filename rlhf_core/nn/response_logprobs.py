@@ -1,0 +1,149 @@
+"""Log-probabilities of tokens under a causal language model, without the (N,V) logits.
+
+The vocabulary head is a fifth to a quarter of a training step and most of its memory. So logits
+are computed only at the positions that predict a token which a loss reads, a chunk of positions
+at a time. Where there are many, they are computed again in the backward pass instead of being kept;
+where the head is frozen, what the backward pass needs of them is computed at once.
+
+N positions, d hidden size, V vocabulary, B sequences, S positions of a sequence, T of them at its
+end the response. Log-probabilities are in nats, of logits divided by the temperature.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_core.losses.reductions import upcast
+from rlhf_core.nn.backbone import _mask_and_positions, accepted, backbone_hidden, causal_lm
+from rlhf_core.nn.chunked_logprobs import _check_temperature, token_logprobs
+from rlhf_core.nn.vocabulary_head import Head, lm_head
+
+
+@overload
+def response_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    response_mask: Tensor,
+    temperature: float = ...,
+    *,
+    chunk: int | None = ...,
+    entropy: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def response_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    response_mask: Tensor,
+    temperature: float = ...,
+    *,
+    chunk: int | None = ...,
+    entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def response_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    *,
+    chunk: int | None = None,
+    entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of every real response token; logits only where one is predicted.
+
+    Args:
+        model: a transformers causal LM, unwrapped (see ``backbone_hidden``).
+        input_ids, attention_mask: (B,S). position_ids: (B,S), or None to follow the mask.
+            Without a mask rows are packed, see ``backbone_hidden``.
+        response_mask: (B,T) bool over the last T columns of ``input_ids``, True where a token's
+            log-probability is wanted. T = S is allowed; the very first column has no predictor.
+        temperature: of the distribution sampled from; the logits are divided by it.
+        entropy: also return the entropy of the distribution at each of those positions.
+
+    Returns:
+        logprobs (B,T) in nats, 0 where the mask is False (and entropies (B,T)).
+
+    Raises:
+        ValueError: the mask is wider than the sequence, not bool, or asks for the first column.
+    """
+    (rows, length), width = input_ids.shape, response_mask.shape[1]
+    if response_mask.dtype != torch.bool or response_mask.shape[0] != rows or width > length:
+        raise ValueError(
+            f"needed a bool response_mask ({rows},T) with T <= {length}, "
+            f"found {response_mask.dtype} {tuple(response_mask.shape)}"
+        )
+    _check_temperature(temperature)
+    if width == length and bool(response_mask[:, 0].any()):
+        raise ValueError("response_mask asks for column 0, which no token comes before")
+    # (B,S) bool, moved one to the left: where the *predicting* positions are
+    wanted = F.pad(response_mask, (length - width, 0))
+    predicting = F.pad(wanted[:, 1:], (0, 1))
+    targets = input_ids[wanted]  # (N,)
+    head = lm_head(model)
+    if head is None:
+        picked = _full_logits(model, input_ids, attention_mask, position_ids)[predicting]
+        logp = torch.log_softmax(picked / temperature, dim=-1)  # (N,V)
+        flat = logp.gather(1, targets.unsqueeze(1)).squeeze(1)  # (N,)
+        flat_entropy = -(logp.exp() * logp).sum(dim=1)  # (N,)
+    else:
+        hidden = backbone_hidden(model, input_ids, attention_mask, position_ids)  # (B,S,d)
+        flat, flat_entropy = _apply_head(
+            head, hidden[predicting], targets, temperature, chunk, entropy
+        )
+    zeros = torch.zeros(rows, width, dtype=flat.dtype, device=flat.device)
+    logprobs = zeros.masked_scatter(response_mask, flat)  # (B,T)
+    if not entropy:
+        return logprobs
+    return logprobs, zeros.masked_scatter(response_mask, flat_entropy)
+
+
+def _apply_head(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    chunk: int | None,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    options: dict[str, Any] = {
+        "bias": head.bias,
+        "temperature": temperature,
+        "scale": head.scale,
+        "softcap": head.softcap,
+        "chunk": chunk,
+    }
+    if entropy:
+        return token_logprobs(hidden, head.weight, targets, entropy=True, **options)
+    flat = token_logprobs(hidden, head.weight, targets, **options)
+    return flat, flat
+
+
+def _full_logits(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """Logits (B,S,V) from the model's own forward, for heads that ``Head`` cannot describe."""
+    lm = causal_lm(model)
+    mask, position_ids = _mask_and_positions(attention_mask, position_ids)
+    output = lm(
+        input_ids=input_ids,
+        attention_mask=mask,
+        use_cache=False,
+        **accepted(lm.forward, position_ids=position_ids),
+    )
+    return upcast(output.logits)

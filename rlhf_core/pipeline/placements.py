@@ -1,0 +1,73 @@
+"""Where each stage of a configuration runs, and what preflight asks of it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from rlhf_core.jobs import PipelineConfig, Resources, SampledPreferences, TrainSettings
+from rlhf_core.pipeline import recipe
+from rlhf_core.system.machine import Machine
+
+
+def placements(config: PipelineConfig) -> dict[str, Resources]:
+    """Setting name of each stage that runs on ranks -> where it runs."""
+    sections: dict[str, Any] = {}
+    for step in recipe.steps(config):
+        if step.algorithm == "label":
+            name, labelling = recipe.label_settings(config, step)
+            sections[name] = labelling
+        else:
+            sections[step.algorithm] = recipe.section(config, step.algorithm)
+    if recipe.makes_a_model(config):
+        sections |= {name: getattr(config, name) for name in recipe.measurements(config)}
+    return {
+        name: getattr(settings, "resources", None) or config.resources
+        for name, settings in sections.items()
+    }
+
+
+def trained_stages(
+    config: PipelineConfig,
+) -> Iterator[tuple[str, TrainSettings, Resources, int]]:
+    """The stages that train: name, settings, placement, and the longest sequence in tokens."""
+    preference, prompts = config.data.preference, config.data.prompts
+    longest = prompts.max_prompt_length or prompts.max_length
+    pairs = (
+        longest + preference.max_new_tokens
+        if isinstance(preference, SampledPreferences)
+        else preference.max_length
+    )
+    places = placements(config)
+    for stage in config.stages:
+        settings = recipe.section(config, stage)
+        lengths = {
+            "pretrain": getattr(settings, "length", 0),
+            "sft": config.data.sft.max_length,
+            "preference": pairs,
+        }
+        if config.data.unpaired is not None:
+            lengths["unpaired"] = config.data.unpaired.max_length
+        lengths["prompts"] = longest + getattr(settings, "max_new_tokens", 0)
+        roles = recipe.roles(config, stage).values()
+        yield stage, settings, places[stage], max(lengths[r] for r in roles if r in lengths)
+
+
+def reply_length(config: PipelineConfig) -> int:
+    """Longest reply in the evaluation: its own setting, else that of the last sampling stage."""
+    own = [getattr(recipe.section(config, s), "max_new_tokens", None) for s in config.stages]
+    found = [n for n in own if n is not None]
+    return config.evaluate.max_new_tokens or (found[-1] if found else config.ppo.max_new_tokens)
+
+
+def _section_at(config: PipelineConfig, path: str) -> Any:
+    section: Any = config
+    for part in path.split("."):
+        section = getattr(section, part)
+    return section
+
+
+def device_of(resources: Resources, machine: Machine) -> Literal["cpu", "cuda"]:
+    """Where the ranks of a stage run."""
+    use = resources.device == "cuda" or (resources.device == "auto" and machine.gpus > 0)
+    return "cuda" if use else "cpu"

@@ -1,0 +1,294 @@
+"""Everything that can be known before a GPU is taken, in one list. No torch in here.
+
+Each problem is one text: what was found, what is needed, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import RLHFError
+from rlhf_core.jobs import (
+    DataSettings,
+    EndpointJudgeSettings,
+    LmEvalSettings,
+    LocalLauncher,
+    ModelSettings,
+    OnlineSettings,
+    PipelineConfig,
+)
+from rlhf_core.model_files.shape import ModelShape, read_shape
+from rlhf_core.model_files.source_check import check_model, model_config, new_model_sizes
+from rlhf_core.pipeline import recipe
+from rlhf_core.pipeline.placements import device_of, placements, trained_stages
+from rlhf_core.preflight.memory import GIB, ways_to_fit
+from rlhf_core.preflight.memory import estimate as estimate_memory
+from rlhf_core.preflight.rollout import check_engine_memory, check_rollouts
+from rlhf_core.preflight.settings import (
+    check_batches,
+    check_data_settings,
+    check_lengths,
+    check_placements,
+    check_training,
+)
+from rlhf_core.store import Store, open_store, rlhf_home
+from rlhf_core.system.machine import Machine, free_disk, this_machine
+
+_TOLERANCE = 1.1  # an estimate this far above the memory is refused; it is not exact
+
+
+def check(
+    config: PipelineConfig,
+    *,
+    store: Store | None = None,
+    machine: Machine | None = None,
+    contact: bool = True,
+    model: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Problems of a pipeline, all at once; an empty list lets it start. Takes seconds.
+
+    Args:
+        store: instead of the one that the config names.
+        machine: instead of the one that this runs on.
+        contact: False looks at settings only: no file, no store, no hub, no disk.
+        model: config.json of the base model, where the source itself does not show it.
+    """
+    here = isinstance(config.launcher, LocalLauncher)  # else the stages run on other machines
+    machine = machine or this_machine()
+    problems: list[str] = []
+    if contact:
+        store, found = _check_store(config, store)
+        problems += found
+    if config.new_model is None:
+        problems += check_model(config.model, store, contact=contact)
+    if config.reward_model is not None:
+        there = ModelSettings(
+            source=config.reward_model, trust_remote_code=config.model.trust_remote_code
+        )
+        found = check_model(there, store, contact=contact, kind="reward_model")
+        problems += [f"reward_model: {text}" for text in found]
+    model = model or _config_of(config, store)
+    shape = _shape(model)
+    wrong = recipe.problems(config)
+    problems += wrong
+    if wrong and not config.stages:
+        return problems
+    problems += check_data_settings(config)
+    if contact:
+        problems += _check_data_sources(config, store)
+    if contact and here:
+        problems += _check_packages(config)
+    if contact and here:
+        problems += _check_rewards(config)
+    if contact and here and config.evaluate.judge_endpoint is not None:
+        problems += _check_judge(config.evaluate.judge_endpoint)
+    if contact and config.lm_eval is not None:
+        problems += _check_lm_eval(config.lm_eval, here)
+    if here:
+        problems += check_placements(config, machine)
+    problems += check_batches(config)
+    problems += check_rollouts(config, packages=contact and here)
+    if here:
+        problems += check_training(config, shape, machine)
+    problems += check_lengths(config, shape)
+    if here and model is not None and shape is not None and not problems:
+        problems += _check_memory(config, model, machine)
+        if contact:
+            problems += _check_disk(config, shape, store)
+    return list(dict.fromkeys(problems))
+
+
+def dry_run(
+    config: PipelineConfig,
+    machine: Machine | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Problems of the settings alone, on a machine that need not be here.
+
+    Args:
+        model: the model's config.json, for a hub model; without it lengths and memory of one stay
+            unchecked.
+    """
+    return check(config, machine=machine, contact=False, model=model)
+
+
+# --------------------------------------------------------------------------- things outside
+
+
+def _check_store(config: PipelineConfig, store: Store | None) -> tuple[Store | None, list[str]]:
+    try:
+        opened = store or open_store(config.store)
+        opened.check()
+    except RLHFError as error:
+        return None, [f"store: {error}"]
+    return opened, []
+
+
+def _check_data_sources(config: PipelineConfig, store: Store | None) -> list[str]:
+    from rlhf_core.data.check import check_source
+
+    problems = []
+    for purpose, name, settings in recipe.data_sets(config):
+        try:
+            found = _unreachable(settings) or check_source(settings, purpose, store)
+        except RLHFError as error:
+            found = [str(error)]
+        problems += [f"{name}: {text}" for text in found]
+    return problems
+
+
+def _unreachable(settings: DataSettings) -> list[str]:
+    """Says at once what the hub's client says after half a minute of retries."""
+    from rlhf_core.data.sources.open import kind_of
+
+    if kind_of(settings.source) != "hub":
+        return []
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if (Path(HF_HUB_CACHE) / f"datasets--{settings.source.replace('/', '--')}").is_dir():
+        return []
+    try:
+        HfApi().dataset_info(settings.source, revision=settings.revision, timeout=10)
+    except HfHubHTTPError:
+        return []  # the hub answers; check_source finds the words
+    except Exception as error:  # whatever the HTTP library of the day raises
+        return [
+            f"{settings.source} is not in this machine's Hugging Face cache and the hub cannot be "
+            f"reached ({type(error).__name__}: {error}); check the network and HF_ENDPOINT, or "
+            "give a local file"
+        ]
+    return []
+
+
+def _check_rewards(config: PipelineConfig) -> list[str]:
+    """What rules need: their packages, functions and patterns."""
+    from rlhf_core.rewards import check_rewards
+
+    problems = []
+    for stage in config.stages:
+        settings = recipe.section(config, stage)
+        if not isinstance(settings, OnlineSettings):
+            continue
+        found = check_rewards(settings.rewards, config.data.prompts)
+        problems += [f"{stage}.{text}" for text in found]
+    return problems
+
+
+def _check_judge(settings: EndpointJudgeSettings) -> list[str]:
+    from rlhf_core.judges.endpoint import read_key
+
+    try:
+        read_key(settings)
+    except RLHFError as error:
+        return [f"evaluate.judge_endpoint: {error}"]
+    return []
+
+
+def _check_lm_eval(settings: LmEvalSettings, here: bool) -> list[str]:
+    """The harness and its tasks; of a stage that runs elsewhere, what its identity is made of."""
+    from rlhf_core.evaluation.harness.tasks import check_tasks, task_folder
+
+    if here:
+        return check_tasks(settings)
+    try:
+        task_folder(settings.include_path)
+    except RLHFError as error:
+        return [str(error)]
+    return []
+
+
+def _check_packages(config: PipelineConfig) -> list[str]:
+    needed = {"gguf": config.model.source.startswith("builtin:")}
+    labels = (step for step in recipe.steps(config) if step.algorithm == "label")
+    vader = any(recipe.label_settings(config, step)[1].labeller == "vader" for step in labels)
+    needed["vaderSentiment"] = vader or config.evaluate.judge == "vader"
+    needed["peft"] = any(recipe.section(config, stage).lora for stage in config.stages)
+    return [
+        f"the package {name} is not installed, and the settings need it; run: pip install {name}"
+        for name, wanted in needed.items()
+        if wanted and find_spec(name) is None
+    ]
+
+
+def _config_of(config: PipelineConfig, store: Store | None) -> dict[str, Any] | None:
+    if config.new_model is not None:
+        new = config.new_model
+        sizes = {"model_type": new.architecture, "vocab_size": new.vocabulary}
+        return sizes | new_model_sizes(new)
+    try:
+        return model_config(config.model, store)
+    except RLHFError:
+        return None  # reported by check_model
+
+
+def _shape(config: Mapping[str, Any] | None) -> ModelShape | None:
+    try:
+        return None if config is None else read_shape(config)
+    except (KeyError, TypeError, ValueError):
+        return None  # an architecture with other names: its sizes stay unchecked
+
+
+# --------------------------------------------------------------------------- size
+
+
+def _check_memory(config: PipelineConfig, model: Mapping[str, Any], machine: Machine) -> list[str]:
+    problems = []
+    for stage, settings, resources, length in trained_stages(config):
+        device = device_of(resources, machine)
+        place = f"a GPU of {machine.gpu_memory / GIB:.0f} GiB"
+        available = machine.gpu_memory
+        if device == "cpu":
+            available = machine.ram // resources.ranks
+            place = f"{available / GIB:.1f} GiB ({machine.ram / GIB:.1f} GiB of main memory over "
+            place += f"{resources.ranks} rank{'s' if resources.ranks > 1 else ''})"
+        found = estimate_memory(model, settings, resources, stage, max_length=length, device=device)
+        if available and found.total > _TOLERANCE * available:
+            ways = ways_to_fit(
+                model, settings, resources, stage, available, max_length=length, device=device
+            )
+            advice = "; or ".join(ways) or (
+                "a smaller model, or more ranks with zero2 or gemini"
+                if device == "cuda"
+                else "a smaller model, or fewer ranks"
+            )
+            problems.append(
+                f"{stage} with strategy {resources.strategy} needs about {found}, but each rank "
+                f"has {place}; expected to fit: {advice}"
+            )
+        problems += check_engine_memory(stage, settings, resources, found, machine)
+        host = found.host * min(resources.ranks, max(1, machine.gpus))
+        if device == "cuda" and machine.ram and host > _TOLERANCE * machine.ram:
+            problems.append(
+                f"{stage} needs about {host / GIB:.0f} GiB of main memory for its ranks "
+                f"({found.host / GIB:.0f} GiB each), but this machine has "
+                f"{machine.ram / GIB:.0f} GiB; use fewer ranks, LoRA or trainable_layers"
+            )
+    return problems
+
+
+def _check_disk(config: PipelineConfig, shape: ModelShape, store: Store | None) -> list[str]:
+    """Room for what a run leaves in the store and, while it runs, in the working folder.
+
+    Four models (fp32 but for the imported one) and PPO's checkpoints; the working folder holds
+    a copy of each model that a stage reads, its result and one checkpoint.
+    """
+    keep = max(r.keep_checkpoints for r in placements(config).values()) + 1
+    checkpoint = 12 * 2 * shape.parameters
+    wanted: dict[Path, tuple[int, str]] = {}
+    home = rlhf_home()
+    wanted[home] = (16 * shape.parameters + 2 * checkpoint, f"the working folder {home}")
+    if store is not None and store.url.startswith("file://"):
+        place = Path(store.url.removeprefix("file://"))
+        wanted[place] = (16 * shape.parameters + keep * checkpoint, f"the store {store.url}")
+    return [
+        f"{name} needs about {size / GIB:.1f} GiB for {shape.parameters:,} parameters, but its "
+        f"disk has {free_disk(path) / GIB:.1f} GiB free; make room, or put it elsewhere with "
+        f"{'RLHF_HOME' if path == home else 'the setting store'}"
+        for path, (size, name) in wanted.items()
+        if free_disk(path) < size
+    ]

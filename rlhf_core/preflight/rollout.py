@@ -1,0 +1,47 @@
+"""What keeps a rollout backend from being used, as far as it can be known before. No torch here."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from rlhf_core.jobs import OnlineSettings, PipelineConfig, Resources, VllmRollout
+from rlhf_core.pipeline import recipe
+from rlhf_core.pipeline.placements import device_of, placements
+from rlhf_core.preflight.memory import GIB, MemoryEstimate
+from rlhf_core.rollout.limits import MISSING, rollout_problems
+from rlhf_core.system.machine import Machine
+
+
+def check_rollouts(config: PipelineConfig, *, packages: bool) -> list[str]:
+    """Problems of the stages that sample.
+
+    Args:
+        packages: whether the stages will run in this environment.
+    """
+    problems = []
+    for stage, resources in placements(config).items():
+        settings = recipe.section(config, stage) if stage in config.stages else None
+        if isinstance(settings, OnlineSettings) and isinstance(settings.rollout, VllmRollout):
+            problems += rollout_problems(stage, settings, resources)
+            if packages and find_spec("vllm") is None:
+                problems.append(MISSING)
+    return list(dict.fromkeys(problems))
+
+
+def check_engine_memory(
+    stage: str, settings: object, resources: Resources, training: MemoryEstimate, machine: Machine
+) -> list[str]:
+    """Whether a GPU holds the trainer's state and the engine's share at the same time."""
+    rollout = getattr(settings, "rollout", None)
+    if not isinstance(rollout, VllmRollout) or device_of(resources, machine) == "cpu":
+        return []
+    kept = sum(v for k, v in training.parts.items() if k not in ("activations", "logits"))
+    share = rollout.gpu_memory_utilization * machine.gpu_memory
+    if not machine.gpu_memory or kept + share <= machine.gpu_memory:
+        return []
+    return [
+        f"{stage}.rollout.gpu_memory_utilization is {rollout.gpu_memory_utilization:g}, which is "
+        f"{share / GIB:.1f} GiB of a GPU of {machine.gpu_memory / GIB:.1f} GiB, but while vLLM "
+        f"samples the trainer keeps about {kept / GIB:.1f} GiB; set at most "
+        f"{max(0.0, 1 - kept / machine.gpu_memory):.2f}, or use more ranks with zero2, or LoRA"
+    ]

@@ -1,0 +1,231 @@
+"""What can be judged from a pipeline's settings alone: the parts, and how they fit each other."""
+
+from __future__ import annotations
+
+from math import gcd, isqrt
+
+from rlhf_core.jobs import (
+    BaseJob,
+    PipelineConfig,
+    Resources,
+    TrainSettings,
+)
+from rlhf_core.model_files.shape import ModelShape
+from rlhf_core.pipeline import recipe
+from rlhf_core.pipeline.placements import (
+    _section_at,
+    device_of,
+    placements,
+    reply_length,
+    trained_stages,
+)
+from rlhf_core.system.machine import Machine
+
+
+def check_data_settings(config: PipelineConfig) -> list[str]:
+    """Shares, lengths and data that would not be used."""
+    problems = []
+    for purpose, name, settings in recipe.data_sets(config):
+        share = settings.heldout_fraction
+        if share >= 1.0:
+            problems.append(
+                f"{name}.heldout_fraction is {share:g}, which leaves nothing to train on; needed "
+                "is less than 1: set 0.1"
+            )
+        if share <= 0.0 and purpose == "prompts":
+            problems.append(
+                f"{name}.heldout_fraction is 0, but the evaluation compares the models on held-out "
+                "prompts; needed is more than 0: set 0.1"
+            )
+        limit = settings.max_prompt_length
+        if limit is not None and limit > settings.max_length:
+            problems.append(
+                f"{name}.max_prompt_length is {limit}, more than {name}.max_length "
+                f"({settings.max_length}), which counts prompt and reply; lower it or raise "
+                "max_length"
+            )
+    mixing = [s for s in config.stages if hasattr(recipe.section(config, s), "ptx_coef")]
+    if config.data.ptx is not None and not any(
+        "ptx" in recipe.roles(config, stage).values() for stage in mixing
+    ):
+        setting = f"{mixing[0] if mixing else 'ppo'}.ptx_coef"
+        problems.append(
+            f"data.ptx is given but {setting} is 0, so that it would not be used; set {setting} "
+            "(27.8 in InstructGPT) or clear data.ptx"
+        )
+    if config.evaluate.samples > config.evaluate.max_prompts:
+        problems.append(
+            f"evaluate.samples is {config.evaluate.samples}, more than evaluate.max_prompts "
+            f"({config.evaluate.max_prompts}); lower it, or raise max_prompts"
+        )
+    return problems
+
+
+def check_placements(config: PipelineConfig, machine: Machine) -> list[str]:
+    """GPUs that are not there, and strategies that need them; stages placed alike in one text."""
+    alike: dict[str, list[str]] = {}
+    for name, resources in placements(config).items():
+        for text in _judge(resources, machine, name in config.stages):
+            alike.setdefault(text, []).append(name)
+    return [
+        text.format("resources" if len(names) > 1 else f"{names[0]}.resources", ", ".join(names))
+        for text, names in alike.items()
+    ]
+
+
+def check_placement(job: BaseJob, machine: Machine) -> list[str]:
+    """What keeps one job from running on a machine; a worker asks before it starts."""
+    if not job.torchrun:
+        return []
+    trains = isinstance(job, TrainSettings)
+    return [
+        text.format("resources", job.module.rsplit(".", 1)[1])
+        for text in _judge(job.placement(), machine, trains)
+    ]
+
+
+def _judge(resources: Resources, machine: Machine, trains: bool) -> list[str]:
+    """Texts with two holes: the setting, and the stages that it holds for."""
+    device = device_of(resources, machine)
+    if resources.device == "cuda" and machine.gpus == 0:
+        return [
+            "{}.device is cuda (for {}), but this machine shows no GPU (nvidia-smi, "
+            "CUDA_VISIBLE_DEVICES); set auto or cpu"
+        ]
+    problems = []
+    if device == "cuda" and resources.ranks > machine.gpus:
+        problems.append(
+            f"{{}}.ranks is {resources.ranks} (for {{}}), but this machine has {machine.gpus} "
+            f"GPU{'s' if machine.gpus != 1 else ''} and each rank needs its own; set ranks to at "
+            f"most {machine.gpus}"
+        )
+    if trains and device == "cpu" and resources.strategy in ("gemini", "zero2_cpu"):
+        problems.append(
+            f"{{}}.strategy is {resources.strategy} (for {{}}), which needs GPUs, and these ranks "
+            "would run on the CPU; use ddp, zero1 or zero2"
+        )
+    return problems
+
+
+def check_batches(config: PipelineConfig) -> list[str]:
+    """Batch sizes that minibatches, ranks or micro-batches do not divide."""
+    problems = []
+    for stage, settings, resources, _ in trained_stages(config):
+        ranks, micro = resources.ranks, resources.micro_batch_size
+        group = getattr(settings, "group_size", 1)
+        batch, what = settings.batch_size * group, f"{stage}.batch_size is {settings.batch_size}"
+        if group > 1:
+            what += f" (times group_size {group}: {batch} replies)"
+        minibatches = getattr(settings, "minibatches", 1)
+        if minibatches > 1:
+            parts = minibatches
+            if batch % parts:
+                problems.append(
+                    f"{what}, which {parts} minibatches do not divide; nearest are "
+                    f"{_nearest(settings.batch_size, parts // gcd(parts, group))}"
+                )
+                continue
+            batch //= parts
+            what += f", {batch} in each of {parts} minibatches"
+        if batch % ranks:
+            parts, batch_unit = ranks, ranks * minibatches
+            batch_unit //= gcd(batch_unit, group)
+            problems.append(
+                f"{what}, which {parts} ranks do not share evenly; {stage}.batch_size must be a "
+                f"multiple of {batch_unit}: nearest are "
+                f"{_nearest(settings.batch_size, batch_unit)}"
+            )
+        elif (share := batch // ranks) > micro and share % micro:
+            near = min(_divisors(share), key=lambda m: (abs(m - micro), -m))
+            unit = minibatches * ranks * micro
+            unit //= gcd(unit, group)
+            problems.append(
+                f"{what}, so {share} for each of {ranks} rank{'s' if ranks > 1 else ''}, which "
+                f"micro_batch_size {micro} does not divide; set micro_batch_size to {near}, or "
+                f"{stage}.batch_size to {_nearest(settings.batch_size, unit)}"
+            )
+    return problems
+
+
+def _divisors(number: int) -> list[int]:
+    small = [m for m in range(1, isqrt(number) + 1) if number % m == 0]
+    return small + [number // m for m in small]
+
+
+def _nearest(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def check_training(config: PipelineConfig, shape: ModelShape | None, machine: Machine) -> list[str]:
+    """Precision, strategy, layers and adapters that do not go together."""
+    problems = []
+    for stage, settings, resources, _ in trained_stages(config):
+        device = device_of(resources, machine)
+        if settings.precision == "fp16" and device == "cpu":
+            problems.append(
+                f"{stage}.precision is fp16, which needs a GPU, and this stage would run on the "
+                "CPU; use bf16 or fp32"
+            )
+        if settings.precision == "fp32" and resources.strategy == "gemini":
+            problems.append(
+                f"{stage}.precision is fp32, but the strategy gemini computes in half precision "
+                "only; use bf16 or fp16, or the strategy zero2"
+            )
+        layers = settings.trainable_layers
+        if shape is not None and layers is not None and layers > shape.layers:
+            problems.append(
+                f"{stage}.trainable_layers is {layers}, but {config.model.source} has "
+                f"{shape.layers} layers; set at most {shape.layers}, or leave it empty to train "
+                "everything"
+            )
+        lora = settings.lora
+        if shape is not None and lora is not None and lora.rank > shape.hidden:
+            problems.append(
+                f"{stage}.lora.rank is {lora.rank}, more than the model's hidden size "
+                f"({shape.hidden}), which is no longer low-rank; set 8 to 64"
+            )
+    return problems
+
+
+def check_lengths(config: PipelineConfig, shape: ModelShape | None) -> list[str]:
+    """Lengths beyond the model's context."""
+    if shape is None or shape.context is None:
+        return []
+    problems = []
+    context, model = shape.context, config.model.source
+    for _, name, settings in recipe.data_sets(config):
+        if settings.max_length > context:
+            problems.append(
+                f"{name}.max_length is {settings.max_length}, but {model} has a context of "
+                f"{context} tokens; set at most {context}"
+            )
+    if "pretrain" in config.stages and config.pretrain.length > context:
+        problems.append(
+            f"pretrain.length is {config.pretrain.length}, but {model} has a context of {context} "
+            f"tokens; set at most {context}"
+        )
+    prompts = config.data.prompts
+    longest = prompts.max_prompt_length or prompts.max_length
+    replies = {
+        name: getattr(_section_at(config, name), "max_new_tokens", None)
+        for name in placements(config)
+    }
+    if "evaluate" in replies:
+        replies["evaluate"] = reply_length(config)
+    for name, new in replies.items():
+        if new is None:
+            continue
+        if new >= context:
+            problems.append(
+                f"{name}.max_new_tokens is {new}, but {model} has a context of {context} tokens "
+                "for prompt and reply together; lower it"
+            )
+        elif longest + new > context and longest <= context:
+            problems.append(
+                f"prompts of up to {longest} tokens (data.prompts.max_prompt_length, else "
+                f"max_length) and {name}.max_new_tokens {new} make {longest + new}, but {model} "
+                f"has a context of {context} tokens; set data.prompts.max_prompt_length to "
+                f"{context - new}, or fewer new tokens"
+            )
+    return problems

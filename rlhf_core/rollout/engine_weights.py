@@ -1,0 +1,50 @@
+"""A policy's weights on their way into an inference engine of the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.nn.backbone import causal_lm
+
+
+def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A causal LM's weights as they are now, by their names in its files, one after another.
+
+    LoRA adapters are added in; a tied head comes once.
+    """
+    lm = causal_lm(policy)
+    with torch.no_grad():
+        for name, param in lm.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            if ".lora_" in name:
+                continue
+            whole = param.detach()
+            if path.endswith(".base_layer"):
+                path = path.removesuffix(".base_layer")
+                layer = lm.get_submodule(path)
+                if leaf == "weight":
+                    whole = sum((layer.get_delta_weight(a) for a in layer.active_adapters), whole)
+            yield f"{path}.{leaf}", whole
+
+
+def put(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[set[str], set[str] | None]:
+    """Runs in the engine: all its parameters' names, and those that were loaded, where it knows."""
+    model, found = worker.get_model(), []
+    load = model.load_weights
+    model.load_weights = lambda given: found.append(load(given)) or found[-1]
+    try:
+        # Not the model's own load_weights: on a CPU the layers hold packed copies, on a GPU
+        # quantised ones, that have to be made again.
+        worker.reload_weights(weights_iterator=weights)
+    finally:
+        del model.load_weights
+    for module in model.modules():
+        # vLLM 0.32 on a CPU: a tied head computes with a packed copy of the embedding, and loading
+        # the embedding does not renew it.
+        if hasattr(module, "cpu_linear") and module.weight.numel() > 0:
+            module.quant_method.process_weights_after_loading(module)
+    return {name for name, _ in model.named_parameters()}, found[-1]

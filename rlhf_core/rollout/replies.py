@@ -1,0 +1,83 @@
+"""Replies to many prompts, sampled by all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_core.models.saving import stop_tokens
+from rlhf_core.rollout.generate import generate, make_row_seeds
+from rlhf_core.runtime.distributed import Group, computes_in_bf16
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One sampled reply."""
+
+    ids: list[int]
+    """Token ids, the end-of-turn token included if it came."""
+    logprob: float
+    """Nats, under the sampled distribution."""
+    finished: bool
+    """Ended with an end-of-turn token rather than at the length limit."""
+
+    def text(self, tokenizer: Any) -> str:
+        """Without the end-of-turn token and surrounding space."""
+        return str(tokenizer.decode(self.ids, skip_special_tokens=True)).strip()
+
+
+def fast_inference(group: Group) -> Any:
+    """bf16 autocast where the device computes in it natively."""
+    bf16 = computes_in_bf16(group.device)
+    return torch.autocast(group.device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def sample_replies(
+    model: nn.Module,
+    folder: Path,
+    prompt_ids: Sequence[Sequence[int]],
+    group: Group,
+    *,
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int = 64,
+    stream: int = 0,
+) -> list[Reply]:
+    """One reply to every prompt, on every rank, in the order of the prompts.
+
+    Args:
+        model: causal LM on the group's device. folder: its files, for the stop tokens.
+        seed, stream: a reply depends on them and on its place in the list, not on the rank.
+        batch_size: rows decoded at a time on one rank.
+    """
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    mine = order[group.rank :: group.size]
+    with fast_inference(group):
+        rollout = generate(
+            model,
+            [prompt_ids[i] for i in mine],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_ids=stop_tokens(folder),
+            pad_id=0,
+            row_seeds=make_row_seeds(seed, stream, mine),
+            batch_size=batch_size,
+        )
+    replies = [
+        Reply(
+            rollout.response_ids[i][rollout.response_mask[i]].tolist(),
+            float(rollout.logprobs[i].sum()),
+            bool(rollout.finished[i]),
+        )
+        for i in range(len(mine))
+    ]
+    result: list[Any] = [None] * len(prompt_ids)
+    for position, reply in zip(order, group.interleave(replies), strict=True):
+        result[position] = reply
+    return result

@@ -1,0 +1,271 @@
+"""vLLM in the training process: rollouts of a policy whose weights change after each of them.
+
+One engine per rank, each with a whole copy of the model (data parallel). It starts with made-up
+weights and gets the policy's before every rollout, parameter by parameter and without a file: an
+engine that was forgotten samples noise, and the stage fails (`rollout.max_logprob_gap`).
+
+vLLM 0.32 is written to own its process. What it would do to a trainer is kept from it here: it
+seeds the global generators, replaces `torch.set_num_threads` by nothing (on a CPU), and ends
+torch's default process group, which is the trainer's, when it closes.
+
+B prompts, T = max_new_tokens response positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.jobs import Precision, VllmRollout
+from rlhf_core.model_files.remote_code import is_trusted
+from rlhf_core.rollout.engine_weights import policy_weights, put
+from rlhf_core.rollout.generate import Rollout
+from rlhf_core.rollout.limits import MISSING
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TOGETHER = 256  # rows that are decoded at once, at most
+PREFILL = 8192  # tokens of prompts that are read at once, or one prompt if it is longer
+# It runs in this process and tells nobody about it. torchrun's own variables stay as they are.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_PLUGINS": "",
+}
+
+
+class VllmEngine:
+    """A vLLM engine with the architecture of a model folder, and weights that are given to it."""
+
+    def __init__(
+        self,
+        source: Path,
+        settings: VllmRollout,
+        *,
+        precision: Precision,
+        device: torch.device,
+        rank: int = 0,
+        longest: int,
+        together: int = TOGETHER,
+    ) -> None:
+        """Start it. All ranks of the process group must, at the same time.
+
+        Args:
+            source: a Hugging Face folder; its weights are not read.
+            precision: the trainer's, in which the engine computes and holds its weights.
+            device: the trainer's. rank: within the process group.
+            longest: tokens of the longest prompt and its reply together.
+            together: rows that will be decoded at once.
+
+        Raises:
+            ConfigError: vLLM is not installed, is built for another device, or refuses the model or
+                its memory.
+        """
+        os.environ.update(ENVIRONMENT)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        if find_spec("vllm") is None:
+            raise ConfigError(MISSING)
+        with _trainer_unchanged(rank):
+            import vllm
+            from vllm.distributed import parallel_state
+            from vllm.platforms import current_platform
+
+            # It is the trainer's; groups of vLLM's own are ended all the same.
+            parallel_state.destroy_distributed_environment = _nothing
+            self.version = str(vllm.__version__)
+            self.device = device
+            self.on_cpu = bool(current_platform.is_cpu())
+            if self.on_cpu != (device.type == "cpu"):
+                raise ConfigError(
+                    f"This vLLM is built for {current_platform.device_type}, and the ranks run on "
+                    f"{device.type}: install the other build (docs/training.md), or set "
+                    "resources.device, or the rollout type builtin."
+                )
+            memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+            if self.on_cpu:  # of main memory it would take that share and keep it
+                memory = {"kv_cache_memory_bytes": settings.cpu_cache_mib * 2**20}
+            else:
+                memory["enable_sleep_mode"] = True
+                torch.cuda.empty_cache()
+            try:  # with one token sampled: not every layer that can be built can also be run
+                self._llm = vllm.LLM(
+                    model=str(source),
+                    load_format="dummy",
+                    dtype=DTYPES[precision],
+                    skip_tokenizer_init=True,
+                    trust_remote_code=is_trusted(source),
+                    distributed_executor_backend="external_launcher",  # torchrun
+                    max_model_len=longest,
+                    max_num_seqs=min(together, TOGETHER),
+                    # A prompt in pieces draws a number for each: of its own row's, so that the
+                    # reply would depend on its neighbours (and on a CPU it fails).
+                    enable_chunked_prefill=False,
+                    max_num_batched_tokens=max(longest, PREFILL),
+                    logprobs_mode="processed_logprobs",  # of what is sampled from
+                    enforce_eager=self.on_cpu,  # compiling takes longer than it saves
+                    disable_log_stats=True,
+                    **memory,
+                )
+                one = vllm.SamplingParams(max_tokens=1, detokenize=False)
+                self._llm.generate([{"prompt_token_ids": [0]}], one, use_tqdm=False)
+            except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
+                raise ConfigError(
+                    f"vLLM {self.version} cannot be started for this model: {error}. Use the "
+                    "rollout type builtin, or change what it names."
+                ) from error
+
+    # ------------------------------------------------------------------------------ rollouts
+
+    def roll_out(
+        self, policy: nn.Module, prompt_ids: Sequence[Sequence[int]], **options: Any
+    ) -> Rollout:
+        """One rollout of the policy as it is now: wake, `update`, `generate`, sleep."""
+        self.wake("weights")
+        self.update(policy_weights(policy))
+        self.wake("kv_cache")
+        rollout = self.generate(prompt_ids, **options)
+        self.sleep()
+        return rollout
+
+    def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights, in memory; what was remembered of earlier prompts is forgotten.
+
+        Args:
+            weights: name in a checkpoint of the model -> tensor, on any device, in any precision.
+
+        Raises:
+            ModelError: weights are missing, or the engine knows none of that name or shape.
+        """
+        expected, loaded = self._llm.collective_rpc(put, args=(weights,))[0]
+        if loaded is not None and (missing := sorted(expected - loaded)):
+            raise ModelError(
+                f"vLLM was given no weights for {len(missing)} of {len(expected)} parameters, e.g. "
+                f"{', '.join(missing[:3])}: it names this architecture's weights otherwise. Use "
+                "the rollout type builtin."
+            )
+        self._llm.reset_prefix_cache()
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        eos_ids: set[int],
+        pad_id: int,
+        temperature: float = 1.0,
+        row_seeds: Sequence[int],
+    ) -> Rollout:
+        """`rlhf_core.rollout.generate.generate` with vLLM: same arguments, same contract.
+
+        A row's random numbers depend on its own seed alone, but they are other ones than the
+        built-in loop's, so that the two backends sample different replies from one distribution.
+
+        Raises:
+            ValueError: an empty prompt (named), or a number of seeds that is not the prompts'.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        if len(row_seeds) != len(prompt_ids):
+            raise ValueError(f"found {len(row_seeds)} row_seeds for {len(prompt_ids)} prompts")
+        for i, prompt in enumerate(prompt_ids):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {i} is empty, at least one token is needed")
+        wanted = [
+            SamplingParams(
+                temperature=temperature,
+                seed=seed >> 1,  # its GPU sampler holds them in a signed integer of 64 bits
+                max_tokens=max_new_tokens,
+                stop_token_ids=sorted(eos_ids),
+                ignore_eos=True,  # the config's, which may be others
+                logprobs=0,  # of the sampled token alone
+                detokenize=False,
+            )
+            for seed in row_seeds
+        ]
+        outputs = []
+        if wanted:
+            prompts = [TokensPrompt(prompt_token_ids=list(p)) for p in prompt_ids]
+            with torch.random.fork_rng():  # its CPU sampler draws from the global one, in vain
+                outputs = self._llm.generate(prompts, wanted, use_tqdm=False)
+        shape = (len(prompt_ids), max_new_tokens)
+        ids = torch.full(shape, pad_id, dtype=torch.long)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        logprobs = torch.zeros(shape, dtype=torch.float32)
+        finished = torch.zeros(len(prompt_ids), dtype=torch.bool)
+        for i, output in enumerate(outputs):
+            reply = output.outputs[0]
+            n = len(reply.token_ids)
+            ids[i, :n] = torch.tensor(reply.token_ids)
+            mask[i, :n] = True
+            at = zip(reply.token_ids, reply.logprobs, strict=True)
+            found = [candidates[token].logprob for token, candidates in at]
+            logprobs[i, :n] = torch.tensor(found)
+            finished[i] = reply.finish_reason == "stop"
+        return Rollout(*(x.to(self.device) for x in (ids, mask, logprobs, finished)))
+
+    # -------------------------------------------------------------------------------- memory
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back until `wake`. On a CPU vLLM keeps what it has."""
+        if self.on_cpu:
+            self._llm.reset_prefix_cache()
+        else:
+            self._llm.sleep(level=2)  # the weights too: they come again
+
+    def wake(self, what: str) -> None:
+        """Take memory for the "weights" or, when they are there, for the "kv_cache"."""
+        if not self.on_cpu:
+            torch.cuda.empty_cache()  # what the trainer does not use goes to the engine
+            self._llm.wake_up(tags=[what])
+
+    def close(self) -> None:
+        """End it and free its memory; a second call does nothing."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            if not self.on_cpu:
+                torch.cuda.empty_cache()
+
+
+# ----------------------------------------------------------------------------------- the process
+
+
+def _nothing() -> None:
+    """In place of what must not happen."""
+
+
+@contextlib.contextmanager
+def _trainer_unchanged(rank: int) -> Iterator[None]:
+    """What starting vLLM changes in its process is put back: generators, threads, torch's calls."""
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    generators = random.getstate(), np.random.get_state()
+    given = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK")}
+    for name, value in given.items():
+        os.environ[name] = value or str(rank)  # which the engine asks for; torchrun sets them
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        for name, value in given.items():
+            if value is None:
+                os.environ.pop(name, None)

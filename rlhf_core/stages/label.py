@@ -1,0 +1,156 @@
+"""Preference pairs: several replies to a prompt, compared by a labeller (InstructGPT, step 2).
+
+The labeller (a lexicon, or a reward model) stands in for the person. Every two replies to a
+training prompt that it can tell apart by `min_margin` become a pair. A held-out prompt gives one
+pair, its best and worst reply, so that held-out pairs are independent and an interval on their
+number means what it says. What is too close is counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.dataset.writer import write_dataset
+from rlhf_core.data.encoding.tokenizer import load_tokenizer
+from rlhf_core.errors import DataError
+from rlhf_core.jobs import LabelJob
+from rlhf_core.judges.lexicon import get_judge
+from rlhf_core.model_files.remote_code import is_trusted
+from rlhf_core.models.loading import load_causal_lm, load_scalar_model
+from rlhf_core.rollout.replies import Reply, fast_inference, sample_replies
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.runtime.distributed import Group
+from rlhf_core.store import Artifact
+from rlhf_core.training.scoring import score_sequences
+
+Row = dict[str, Any]
+
+
+def run(job: LabelJob, context: StageContext) -> Artifact | None:
+    """Sample, compare, write the pairs. Rank 0 returns the artifact."""
+    group = Group(job.resources)
+    source = context.store.fetch(job.model)
+    prompts = context.store.fetch(job.prompts)
+    tokenizer = load_tokenizer(source, is_trusted(source))
+    model = load_causal_lm(source).requires_grad_(False).to(group.device)
+    labeller = make_labeller(job, context, group, tokenizer)
+
+    pairs: dict[str, list[Row]] = {}
+    counts: dict[str, int] = {}
+    rows_of = {split: Rows(prompts, split, purpose="prompts") for split in ("train", "heldout")}
+    for stream, (split, rows) in enumerate(rows_of.items()):
+        wanted = job.max_prompts if split == "train" else job.max_heldout_prompts
+        items = rows.take(list(range(min(wanted, len(rows)))))
+        n = job.samples_per_prompt
+        repeated = [r["prompt_ids"] for r in items for _ in range(n)]
+        replies = sample_replies(
+            model, source, repeated, group, seed=job.seed, stream=stream,
+            max_new_tokens=job.max_new_tokens, temperature=job.temperature,
+        )  # fmt: skip
+        all_scores = labeller(repeated, [r for r in items for _ in range(n)], replies)
+        if not context.main:
+            continue
+        pairs[split] = []
+        for i, item in enumerate(items):
+            candidates, scores = replies[i * n :][:n], all_scores[i * n :][:n]
+            kept, too_close = compare(scores, job.min_margin, best_worst=split == "heldout")
+            pairs[split] += [pair(item, candidates[b], candidates[w], tokenizer) for b, w in kept]
+            counts[f"{split}_too_close"] = counts.get(f"{split}_too_close", 0) + too_close
+        counts[f"{split}_prompts"] = len(items)
+        counts[f"{split}_pairs"] = len(pairs[split])
+        context.log(f"{split}: {len(items)} prompts, {len(pairs[split])} pairs")
+    if not context.main:
+        return None
+    if not pairs["train"]:
+        raise DataError(
+            f"The labeller {job.labeller} could not tell the replies of any of "
+            f"{counts['train_prompts']} prompts apart by {job.min_margin}: lower "
+            "min_margin, raise samples_per_prompt or max_new_tokens (of data.preference, or of "
+            "data.rounds where there are rounds)."
+        )
+    folder = context.scratch("result")
+    write_pairs(folder, pairs, counts, job)
+    return context.publish(job, folder, {"sampled_from": job.model, "metrics": counts})
+
+
+Labeller = Callable[[list[list[int]], list[Row], list[Reply]], list[float]]
+"""Scores of replies, on every rank, from their prompts' token ids, their rows and themselves."""
+
+
+def make_labeller(job: LabelJob, context: StageContext, group: Group, tokenizer: Any) -> Labeller:
+    """Who stands in for the person."""
+    if job.labeller == "reward_model":
+        assert job.reward_model is not None
+        reward = load_scalar_model(context.store.fetch(job.reward_model)).requires_grad_(False)
+        reward.to(group.device)
+        micro = job.resources.micro_batch_size
+
+        def score(
+            prompt_ids: list[list[int]], rows: list[Row], replies: list[Reply]
+        ) -> list[float]:
+            whole = [[*p, *r.ids] for p, r in zip(prompt_ids, replies, strict=True)]
+            with fast_inference(group):
+                return score_sequences(reward, whole, group, micro)
+
+        return score
+    judge = get_judge(job.labeller)
+
+    def read(prompt_ids: list[list[int]], rows: list[Row], replies: list[Reply]) -> list[float]:
+        prompts = [json.loads(row["prompt"])[-1]["content"] for row in rows]
+        return [judge(p, r.text(tokenizer)) for p, r in zip(prompts, replies, strict=True)]
+
+    return read
+
+
+def compare(
+    scores: list[float], min_margin: float, *, best_worst: bool
+) -> tuple[list[tuple[int, int]], int]:
+    """Which replies become pairs.
+
+    Args:
+        scores: the labeller's, one per reply.
+        min_margin: least difference of a pair; equal scores never make one.
+        best_worst: only the best against the worst, else every two.
+
+    Returns:
+        (better, worse) positions, and how many comparisons were too close.
+    """
+    order = sorted(range(len(scores)), key=lambda j: -scores[j])
+    candidates = [(order[0], order[-1])] if best_worst else itertools.combinations(order, 2)
+    kept, too_close = [], 0
+    for better, worse in candidates:
+        margin = scores[better] - scores[worse]
+        if margin > 0 and margin >= min_margin:
+            kept.append((better, worse))
+        else:
+            too_close += 1
+    return kept, too_close
+
+
+def pair(item: Row, chosen: Reply, rejected: Reply, tokenizer: Any) -> Row:
+    """One row of the preference data set."""
+    return {
+        "prompt_ids": item["prompt_ids"],
+        "chosen_ids": chosen.ids,
+        "rejected_ids": rejected.ids,
+        "prompt": item["prompt"],
+        "chosen": chosen.text(tokenizer),
+        "rejected": rejected.text(tokenizer),
+        "row": item["row"],
+    }
+
+
+def write_pairs(
+    folder: Any, pairs: dict[str, Iterable[Row]], counts: dict[str, int], job: LabelJob
+) -> None:
+    """The data set, with its card."""
+    card = {
+        "purpose": "preference",
+        "source": f"sampled from model {job.model[:12]}, compared by {job.labeller}",
+        "counts": counts,
+    }
+    write_dataset(folder, "preference", pairs, card)

@@ -1,0 +1,37 @@
+"""The stage `data`: prepare a data set and publish it."""
+
+from __future__ import annotations
+
+from rlhf_core.data.encoding.tokenizer import load_tokenizer
+from rlhf_core.data.prepare import _settings, prepare
+from rlhf_core.data.sources.open import fingerprint, kind_of
+from rlhf_core.errors import DataError
+from rlhf_core.jobs import DataJob
+from rlhf_core.model_files.remote_code import is_trusted
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.store import Artifact
+
+
+def run(job: DataJob, context: StageContext) -> Artifact | None:
+    """Prepare the data set and publish it. Rank 0 returns the artifact."""
+    if not context.main:
+        return None
+    if job.fingerprint and kind_of(job.source) in ("local", "s3"):
+        found = fingerprint(_settings(job))
+        if found != job.fingerprint:
+            raise DataError(
+                f"{job.source} changed after this run was started (it was {job.fingerprint[:20]}, "
+                f"it is {found[:20]}); start the run again to use it as it is now."
+            )
+    source = context.store.fetch(job.model)
+    tokenizer = load_tokenizer(source, trust_remote_code=is_trusted(source))
+    folder = context.scratch("dataset")
+    card = prepare(job, tokenizer, folder, log=context.log, store=context.store)
+    context.log(card.summary())
+    metadata = {
+        "purpose": job.purpose,
+        "source": job.source,
+        "rows": {name: side.rows for name, side in card.splits.items()},
+        "metrics": {"read": card.read, "kept": card.kept, **card.dropped, **card.bad},
+    }
+    return context.publish(job, folder, metadata)

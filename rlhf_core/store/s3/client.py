@@ -1,0 +1,154 @@
+"""One request to an S3 server: its connection, its time limits, its retries.
+
+botocore brings credentials, signatures and a pool of connections that threads share. Retries are
+made here and nowhere else, so that they do not multiply.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+from rlhf_core.errors import StoreError
+from rlhf_core.store.s3.errors import explain, is_missing, is_passing, is_second, status_of
+from rlhf_core.store.s3.parts import Region, Slice
+from rlhf_core.store.settings import StoreSettings
+
+log = logging.getLogger("rlhf_core.store")
+
+TRANSFERS_AT_ONCE = 10  # parts of all files together; with more, boto3 was no faster either
+
+
+def botocore_options(settings: StoreSettings) -> dict[str, Any]:
+    """Arguments of botocore's Config: time limits, no retries, addresses, checksums."""
+    return {
+        "connect_timeout": settings.connect_timeout,
+        "read_timeout": settings.read_timeout,
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        "max_pool_connections": 2 * TRANSFERS_AT_ONCE,
+        "tcp_keepalive": True,
+        "s3": {
+            "addressing_style": "path" if settings.path_style else "virtual",
+            # The MD5 of the body is signed, and our own sha256 is compared by every reader: a
+            # second sha256 of each part, for the signature, would only cost time.
+            "payload_signing_enabled": False,
+        },
+    }
+
+
+class Connection:
+    """What must not cross a fork: the client and the locks."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        import botocore.session  # here, so that a file store never pays for it
+        from botocore.config import Config
+
+        self.pid = os.getpid()
+        self.slots = threading.BoundedSemaphore(TRANSFERS_AT_ONCE)
+        self.client = botocore.session.Session(profile=settings.profile).create_client(
+            "s3",
+            endpoint_url=settings.endpoint,
+            region_name=settings.region,
+            verify=None if settings.tls_verify else False,
+            config=Config(**botocore_options(settings)),
+        )
+
+
+class S3Client:
+    """Makes requests to one bucket; shared by all backends of a store and safe across a fork."""
+
+    def __init__(self, bucket: str, settings: StoreSettings) -> None:
+        self.bucket = bucket
+        self.settings = settings
+        self._connection: Connection | None = None
+        self._connecting = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[S3Client], tuple[str, StoreSettings]]:
+        # A connection holds locks and keys; what is unpickled makes its own.
+        return S3Client, (self.bucket, self.settings)
+
+    @property
+    def slots(self) -> threading.BoundedSemaphore:
+        """To be held while a part is moved."""
+        return self.connected().slots
+
+    def connected(self) -> Connection:
+        connection = self._connection
+        if connection is None or connection.pid != os.getpid():
+            # A lock that a forked parent's thread held would stay locked here for good.
+            if connection is not None:
+                self._connecting = threading.Lock()
+            with self._connecting:
+                connection = self._connection
+                if connection is None or connection.pid != os.getpid():
+                    try:
+                        connection = self._connection = Connection(self.settings)
+                    except Exception as error:  # a profile that is not there, a URL that is none
+                        raise self._explained(error, "connecting") from error
+        return connection
+
+    def request(
+        self,
+        method: str,
+        doing: str,
+        tries: list[int] | None = None,
+        into: Region | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """One call of the S3 API, repeated while the failure is a passing one.
+
+        A reply's Body is read whole, or written ``into`` a region of a file. ``missing``,
+        ``second`` and ``beyond`` say what to return when there is no such key, when another writer
+        came first, and when a range starts after the end; without them it raises.
+        """
+        answers = {
+            name: arguments.pop(name)
+            for name in ("missing", "second", "beyond")
+            if name in arguments
+        }
+        attempt = 0
+        while True:
+            attempt += 1
+            if tries is not None:
+                tries.append(attempt)
+            try:
+                return self._once(method, into, arguments)
+            except StoreError:
+                raise
+            except Exception as error:
+                if into is not None and into.failure is not None:
+                    raise into.failure from None  # of this machine's disk, not of the server
+                if "missing" in answers and is_missing(error):
+                    return answers["missing"]
+                if "second" in answers and is_second(error):
+                    return answers["second"]
+                if "beyond" in answers and status_of(error) == 416:
+                    return answers["beyond"]
+                if attempt > self.settings.retries or not is_passing(error):
+                    raise self._explained(error, doing) from error
+                pause = min(0.4 * 2**attempt, 3.0)  # eleven seconds in all: a failure is told in 30
+                log.warning(
+                    "%s at %s failed (%s), try %d of %d in %.1f s",
+                    doing, self.bucket, type(error).__name__,
+                    attempt + 1, self.settings.retries + 1, pause,
+                )  # fmt: skip
+                time.sleep(pause)
+
+    def _once(self, method: str, into: Region | None, arguments: dict[str, Any]) -> Any:
+        if isinstance(body := arguments.get("Body"), Slice):
+            body.seek(0)  # an earlier try has read some of it
+        call = getattr(self.connected().client, method)
+        reply = call(Bucket=self.bucket, **arguments)
+        if method == "get_object":
+            with reply["Body"] as body:
+                reply["Body"] = body.read() if into is None else into.fill(body)
+        return reply
+
+    def _explained(self, error: Exception, doing: str) -> Exception:
+        endpoint = self.settings.endpoint_name()
+        return explain(error, bucket=self.bucket, endpoint=endpoint, doing=doing)

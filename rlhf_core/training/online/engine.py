@@ -1,0 +1,42 @@
+"""Starting the engine that samples replies, where the job asks for one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.errors import ConfigError
+from rlhf_core.jobs import OnlineJob, VllmRollout
+from rlhf_core.rollout.limits import rollout_problems
+from rlhf_core.rollout.vllm_engine import VllmEngine
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.training.strategy import Strategy
+
+
+def start_engine(
+    job: OnlineJob, strategy: Strategy, source: Path, prompts: Rows, context: StageContext
+) -> VllmEngine | None:
+    """The engine that the job asks for, asleep, or None for the built-in loop. Every rank calls.
+
+    It is closed before the stage's result is published, and in any case after the stage.
+
+    Raises:
+        ConfigError: vLLM is not installed, or cannot do what the job asks for.
+    """
+    if not isinstance(job.rollout, VllmRollout):
+        return None
+    if problems := rollout_problems(job.algorithm, job, job.resources):
+        raise ConfigError("; ".join(problems))
+    engine = VllmEngine(
+        source,
+        job.rollout,
+        precision=strategy.precision,  # fp32 where the processor has no bf16
+        device=strategy.device,
+        rank=strategy.rank,
+        longest=int(prompts.lengths("prompt_ids").max()) + job.max_new_tokens,
+        together=-(-job.replies // strategy.world_size),
+    )
+    context.closing.callback(engine.close)
+    engine.sleep()
+    context.log(f"rollouts by vLLM {engine.version} on {strategy.device.type}")
+    return engine

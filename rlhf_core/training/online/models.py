@@ -1,0 +1,115 @@
+"""What PPO, GRPO, RLOO and REINFORCE++ share beside the rollout: models, micro-batches, the end.
+
+b rows of a micro-batch, S positions, T response positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.encoding.tokenizer import load_tokenizer
+from rlhf_core.jobs import ModelReward, OnlineJob
+from rlhf_core.model_files.remote_code import is_trusted
+from rlhf_core.models.loading import load_causal_lm, load_scalar_model
+from rlhf_core.nn.layers import share_frozen
+from rlhf_core.nn.modules import Actor, ActorCritic, Policy, ScalarModel
+from rlhf_core.nn.shared_trunk import Trunk, find_trunk
+from rlhf_core.rewards import Rules
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.training.strategy import HALF, Strategy
+
+
+class AdapterOff:
+    """The reference of a policy that trains adapters: the policy itself without them."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def __call__(
+        self, input_ids: Tensor, mask: Tensor, marked: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        with self.policy.model.disable_adapter():  # type: ignore[operator]
+            return self.policy(input_ids, mask, marked, temperature)
+
+
+@dataclass
+class Models:
+    """`trained` trains, all else is frozen; reward is None when all rewards are rules."""
+
+    trained: ActorCritic | Actor
+    reference: Policy | AdapterOff
+    reward: ScalarModel | None
+    rules: Rules
+    weights: dict[str, float]  # of each reward, by name
+    tokenizer: Any  # None on ranks that decode nothing
+    trunk: Trunk | None = None  # of all of them, see `share_trunk`
+
+
+def load_models(
+    job: OnlineJob,
+    strategy: Strategy,
+    source: Path,
+    trained: ActorCritic | Actor,
+    context: StageContext,
+) -> Models:
+    """Reference and reward beside the trained module, which is on its device already."""
+    # ZeRO and Gemini hold trained weights in half precision; the frozen models then do as well,
+    # so that reference and policy start from the same numbers.
+    half = strategy.kind != "ddp" and job.precision != "fp32"
+    dtype = HALF[job.precision] if half else torch.float32
+    # One after another: the peak is then what is kept, not several whole models.
+    saved = share_frozen(trained)
+    reference: Policy | AdapterOff = AdapterOff(trained.policy)
+    frozen: list[nn.Module] = []
+    if job.lora is None:
+        reference = Policy(load_causal_lm(source, dtype)).requires_grad_(False)
+        frozen.append(reference.to(strategy.device))
+        saved += share_frozen(trained, *frozen)
+    reward = None
+    if job.wants_reward_model:
+        assert job.reward_model is not None
+        folder = context.store.fetch(job.reward_model)
+        reward = load_scalar_model(folder, dtype).requires_grad_(False)
+        frozen.append(reward.to(strategy.device))
+        saved += share_frozen(trained, *frozen)
+    if saved:
+        context.log(f"frozen layers shared between the models: {saved / 2**20:.0f} MiB saved")
+    rules = Rules(job.rewards, job.seed)
+    weights = dict(zip(rules.names, rules.weights, strict=True))
+    weights["model"] = sum(r.weight for r in job.rewards if isinstance(r, ModelReward))
+    # Rank 0 shows replies to people; rules read them on every rank.
+    reads = context.main or bool(rules.names)
+    tokenizer = load_tokenizer(source, is_trusted(source)) if reads else None
+    return Models(trained, reference, reward, rules, weights, tokenizer)
+
+
+def share_trunk(job: OnlineJob, strategy: Strategy, models: Models, context: StageContext) -> None:
+    """Let the models run the layers once that they have in common. After `strategy.prepare`.
+
+    Not with text that is mixed in, which goes through the policy alone and in the same pass.
+    """
+    if job.trainable_layers is None or strategy.kind == "gemini" or job.ptx_coef > 0:
+        return
+    assert isinstance(models.reference, Policy)  # adapters and trainable layers exclude each other
+    whole: list[nn.Module] = [models.trained.policy.model, models.reference.model]
+    if isinstance(models.trained, ActorCritic):
+        whole.append(models.trained.critic.backbone)
+    if models.reward is not None:
+        whole.append(models.reward.backbone)
+    models.trunk = find_trunk(whole)
+    if models.trunk is not None:
+        context.log(f"the lower {models.trunk.depth} layers run once for all {len(whole)} models")
+
+
+def load_ptx(job: OnlineJob, context: StageContext) -> Rows | None:
+    """Rows of the language-modelling loss that is mixed in, if any is."""
+    if job.ptx is None or job.ptx_coef == 0:
+        return None
+    return Rows(context.store.fetch(job.ptx), "train", purpose=("sft", "pretrain"))

@@ -1,0 +1,160 @@
+"""Documents end to end in sequences of one length, so that no position of a batch is padding.
+
+The rows of a data set of purpose `pretrain`, in the data set's own (shuffled) order, form one
+stream. A row whose first token is trained on needs a token before it: the end-of-text token with
+which the row before ends, or one that is put there. Rows that bring such a token (bos, or the last
+one of the piece before) are taken as they are. With E for end of text and length 5:
+
+    rows        a b E | c E | d e f E
+    stream      E a b E c E d e f E
+    sequences   E a b E c      c E d e f      f E
+    documents   0 0 0 1 1      0 1 1 1 1      0 0
+    loss on       a b E c        E d e f        E
+
+Consecutive sequences share a token, which the first one predicts and the second only reads. So
+every trained token has its loss exactly once. The last sequence is as long as what is left.
+
+Positions count from 0 in each document of a sequence, and attention stays within it: an E is the
+last thing that one document predicts and the first that the next one reads. A document that goes
+on in the next sequence starts there anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.nn.backbone import backbone_hidden
+from rlhf_core.nn.padding import pad_right
+from rlhf_core.system.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A sequence of S tokens.
+
+    Attributes:
+        ids, positions: token ids and position ids, 0 at the start of each document.
+        marked: True where a token has a loss; never at the first.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    marked: list[bool]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens with a loss."""
+        return sum(self.marked)
+
+
+class Packing:
+    """The packed sequences of one side of a data set; only row lengths are held in memory.
+
+    Args:
+        rows: of purpose pretrain.
+        end: id of the end-of-text token.
+        length: tokens of a sequence, at least 2.
+    """
+
+    def __init__(self, rows: Rows, end: int, length: int) -> None:
+        self.rows, self.end, self.length = rows, end, length
+        sizes = rows.lengths("input_ids")  # (N,)
+        needs = rows.at_ends("trainable")[0].astype(bool)  # (N,) the first token has a loss
+        last = np.roll(rows.at_ends("input_ids")[1], 1)  # (N,) of the row before
+        shares = needs & (last == end)
+        shares[:1] = False
+        self._put = needs & ~shares  # (N,) an end of text is put before the row
+        ends = np.cumsum(sizes + self._put)
+        self._begins = ends - sizes - self._put  # (N,) of the row's own tokens in the stream
+        self._documents = self._begins - shares  # (N,) first token that the row's document reads
+        self.total = int(ends[-1]) if len(ends) else 0
+
+    def __len__(self) -> int:
+        return -(-(self.total - 1) // (self.length - 1)) if self.total > 1 else 0
+
+    def __getitem__(self, index: int) -> Packed:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        start = index * (self.length - 1)
+        stop = min(start + self.length, self.total)
+        first = int(np.searchsorted(self._begins, start, "right")) - 1
+        after = int(np.searchsorted(self._begins, stop, "left"))
+        ids: list[int] = []
+        marks: list[bool] = []
+        for number in range(first, after):
+            row = self.rows[number]
+            if self._put[number]:
+                ids.append(self.end)
+                marks.append(False)
+            ids += row["input_ids"]
+            marks += row["trainable"]
+        skip = start - int(self._begins[first])
+        places = np.arange(start, stop)
+        document = np.searchsorted(self._documents, places, "right") - 1
+        begins = np.maximum(self._documents[document], start)
+        return Packed(
+            ids=ids[skip : skip + stop - start],
+            positions=(places - begins).tolist(),
+            marked=[False, *marks[skip + 1 : skip + stop - start]],
+        )
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        if not len(self):
+            return []
+        rest = self.total - (len(self) - 1) * (self.length - 1)
+        return [self.length] * (len(self) - 1) + [rest]
+
+
+def steps_per_epoch(sequences: int, batch_size: int) -> int:
+    """Optimizer steps of an epoch; the last one takes what is left."""
+    return max(1, -(-sequences // batch_size))
+
+
+def batch_sequences(sequences: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Numbers of the sequences of a step (from 0): a function of (seed, step) alone.
+
+    Each epoch is a permutation of all sequences, and its last batch is smaller where they do not
+    divide evenly: nothing is left out, nothing comes twice.
+    """
+    epoch, position = divmod(step, steps_per_epoch(sequences, batch_size))
+    order = np.random.default_rng(derive_seed(seed, epoch)).permutation(sequences)
+    return order[position * batch_size : (position + 1) * batch_size].tolist()
+
+
+def collate(
+    batch: Sequence[Packed], device: torch.device, *, separate: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """What `Policy` takes: input_ids (B,S), mask, marked (B,S) bool, position_ids.
+
+    Args:
+        separate: keep the documents apart: there are position ids (B,S) and no mask, and each
+            padded place is a document of its own. False: a mask (B,S) and no position ids.
+    """
+    input_ids, mask = pad_right([p.ids for p in batch])
+    marked = pad_right([p.marked for p in batch])[0].bool()
+    if not separate:
+        return input_ids.to(device), mask.to(device), marked.to(device), None
+    positions = pad_right([p.positions for p in batch])[0]
+    return input_ids.to(device), None, marked.to(device), positions.to(device)
+
+
+@torch.no_grad()
+def separates_documents(model: nn.Module) -> bool:
+    """Whether a model keeps its attention within a document when position ids start anew.
+
+    Tried out on two documents of two tokens. llama, qwen2, gpt2 and their like do; opt and bloom
+    (as transformers has them) do not.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(4, device=device).unsqueeze(0)
+    positions = torch.tensor([[0, 1, 0, 1]], device=device)
+    together = backbone_hidden(model, ids, None, positions)[:, 2:]
+    alone = backbone_hidden(model, ids[:, 2:], torch.ones_like(ids[:, 2:]))
+    return torch.allclose(together, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))

@@ -1,0 +1,90 @@
+"""The language model that a stage trains: how it is made ready, and how it becomes an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rlhf_core.jobs import OnlineJob, PreferenceJob, PretrainJob, SFTJob
+from rlhf_core.models.saving import export, save_causal_lm
+from rlhf_core.nn.layers import choose_trainable
+from rlhf_core.nn.modules import Policy
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.store import Artifact
+from rlhf_core.training.checkpoint import Checkpointer
+from rlhf_core.training.optimizer import adamw
+from rlhf_core.training.strategy import Strategy
+
+PolicyJob = PretrainJob | SFTJob | PreferenceJob | OnlineJob
+"""Jobs that train a language model."""
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # transformers checkpoints in training mode only; dropout is already off
+
+
+def new_policy(job: PolicyJob, model: nn.Module) -> Policy:
+    """A causal LM with what the settings train of it, and its adapters where it has any."""
+    policy = Policy(choose_trainable(model, job, job.seed))
+    if job.resources.gradient_checkpointing:
+        enable_checkpointing(policy.model)
+    return policy
+
+
+def prepare_policy(job: PolicyJob, model: nn.Module, strategy: Strategy) -> Policy:
+    """The same, with its optimizer and spread over the ranks; still the model's own numbers."""
+    policy = new_policy(job, model)
+    strategy.prepare(policy, adamw(policy, job, {"": job.learning_rate}))
+    return policy
+
+
+def save_policy(module: nn.Module, weights: dict[str, Tensor], folder: Path, source: Path) -> None:
+    """Write the policy with the given (master) weights as a Hugging Face folder. Rank 0, once.
+
+    Args:
+        module: a `Policy`, or what trains one as its `policy`.
+        source: folder of the model that it started from.
+    """
+    whole = export(module, weights)
+    save_causal_lm(getattr(whole, "policy", whole).model, folder, source)
+
+
+def publish_policy(
+    job: PolicyJob,
+    context: StageContext,
+    strategy: Strategy,
+    checkpointer: Checkpointer,
+    module: nn.Module,
+    source: Path,
+    metadata: Mapping[str, Any],
+) -> Artifact | None:
+    """The stage's result. Every rank calls; rank 0 returns the artifact."""
+    weights = strategy.weights(keep=context.main)
+    if not context.main:
+        return None
+    folder = context.scratch("result")
+    save_policy(module, weights, folder, source)
+    artifact = context.publish(job, folder, metadata)
+    checkpointer.finish()
+    return artifact
+
+
+def publish_last(
+    job: OnlineJob,
+    context: StageContext,
+    strategy: Strategy,
+    checkpointer: Checkpointer,
+    trained: nn.Module,
+    source: Path,
+) -> Artifact | None:
+    """`publish_policy` with the metrics of the last rollout. Every rank calls."""
+    context.closing.close()
+    last = context.read_metrics()[-1] if context.main else {}
+    kept = {k: v for k, v in last.items() if k not in ("step", "total", "time")}
+    result = {"metrics": {"steps": job.steps, **kept}}
+    return publish_policy(job, context, strategy, checkpointer, trained, source, result)

@@ -1,0 +1,180 @@
+"""What the stages of preference optimisation share: batches of replies, and what a model says
+about many of them.
+
+A *reply* here is a prompt's token ids and a response's; a *pair* is a chosen and a rejected reply
+to one prompt. A response's log-probability is the sum over its tokens, the end of turn included.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.jobs import PreferenceJob
+from rlhf_core.losses.reductions import Metrics, sequence_logps
+from rlhf_core.nn.modules import Policy
+from rlhf_core.nn.padding import mark_from, pad_right
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.store import Artifact
+from rlhf_core.training.batching import batch_rows, split_batch
+from rlhf_core.training.checkpoint import Checkpointer
+from rlhf_core.training.policy import publish_policy
+from rlhf_core.training.strategy import Strategy
+
+Reply = tuple[list[int], list[int]]  # prompt ids, response ids
+PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+
+
+def collate_replies(
+    replies: Sequence[Reply], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids (B,S), mask (B,S) bool and marked (B,S) bool, True at the responses' tokens."""
+    whole = [[*prompt, *response] for prompt, response in replies]
+    return mark_from(whole, [len(prompt) for prompt, _ in replies], device)
+
+
+def pair_replies(rows: Sequence[Mapping[str, Any]]) -> list[Reply]:
+    """The chosen replies of b pairs, then the rejected ones, so that one pass takes both."""
+    return [(r["prompt_ids"], r[key]) for key in ("chosen_ids", "rejected_ids") for r in rows]
+
+
+def by_pair(values: Tensor) -> Tensor:
+    """Values (2b,) in the order of `pair_replies` as (b,2): chosen, rejected."""
+    return values.view(2, -1).t()
+
+
+def pair_tokens(row: Mapping[str, Any]) -> int:
+    """Tokens that go through the model for a pair."""
+    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
+def pair_response_lengths(rows: Rows) -> Tensor:
+    """Tokens (n,2) of the chosen and rejected responses."""
+    lengths = [torch.from_numpy(rows.lengths(key)) for key in ("chosen_ids", "rejected_ids")]
+    return torch.stack(lengths, dim=1)
+
+
+def visited(rows: int, job: PreferenceJob, total: int) -> list[int]:
+    """Numbers of the rows that `total` steps will look at, in order; fewer than all of them when
+    max_steps ends the stage before the first epoch does."""
+    steps = (batch_rows(rows, job.batch_size, step, job.seed) for step in range(total))
+    return sorted({number for numbers in steps for number in numbers})
+
+
+@torch.no_grad()
+def response_logps(
+    module: Policy,
+    lengths: Sequence[int],
+    load: Callable[[list[int]], list[Reply]],
+    strategy: Strategy,
+    micro: int,
+) -> Tensor:
+    """Log-probabilities (n,) fp64 of n responses, computed by all ranks together.
+
+    The same module and number of ranks give the same bits each time.
+
+    Args:
+        lengths: tokens of each of the n replies, prompt and response together.
+        load: numbers of some of them -> the replies; never all are in memory at once.
+        micro: replies in one pass.
+    """
+    group = strategy.group
+    found: list[tuple[int, float]] = []
+    for numbers in split_batch(lengths, group.rank, group.size, micro):
+        batch = collate_replies(load(numbers), strategy.device)
+        with strategy.autocast():
+            logps = sequence_logps(module(*batch), batch[2])  # (b,)
+        found += zip(numbers, logps.tolist(), strict=True)
+    return torch.tensor(group.in_order(found), dtype=torch.float64)
+
+
+def pair_logps(
+    module: Policy, rows: Rows, numbers: Sequence[int], strategy: Strategy, micro: int
+) -> Tensor:
+    """Log-probabilities (n,2) of both responses of the pairs with these numbers.
+
+    NaN stands in the rows that were not asked for, so that no loss can take them for something.
+
+    Args:
+        micro: pairs in one pass.
+    """
+    result = torch.full((len(rows), 2), torch.nan, dtype=torch.float64)
+    if not numbers:
+        return result
+    lengths = (torch.from_numpy(rows.lengths("prompt_ids")).unsqueeze(1)
+               + pair_response_lengths(rows))[numbers].flatten().tolist()  # fmt: skip
+
+    def load(places: list[int]) -> list[Reply]:
+        taken = rows.take([numbers[place // 2] for place in places])
+        keys = ("chosen_ids", "rejected_ids")
+        return [(r["prompt_ids"], r[keys[p % 2]]) for r, p in zip(taken, places, strict=True)]
+
+    result[numbers] = response_logps(module, lengths, load, strategy, 2 * micro).view(-1, 2)
+    return result
+
+
+def reference_pairs(
+    module: Policy, train: Rows, heldout: Rows, job: PreferenceJob, total: int,
+    strategy: Strategy, context: StageContext,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the model says before it is trained about the pairs that training will see, and about
+    the held-out ones: (n,2) and (m,2).
+
+    Call it before a checkpoint is restored: a stage that goes on must be held to the same
+    reference, not to a half-trained model. No second model is in memory for it, then or later.
+    """
+    began = time.perf_counter()
+    micro = job.resources.micro_batch_size
+    numbers = visited(len(train), job, total)
+    reference = pair_logps(module, train, numbers, strategy, micro)
+    heldout_reference = pair_logps(module, heldout, range(len(heldout)), strategy, micro)
+    context.log(
+        f"reference log-probabilities of {len(numbers) + len(heldout)} pairs in "
+        f"{time.perf_counter() - began:.1f} s"
+    )
+    return reference, heldout_reference
+
+
+def heldout_metrics(found: tuple[Tensor, Metrics]) -> dict[str, float]:
+    """A loss over all held-out rows, its accuracy and margin, under their published names."""
+    loss, metrics = found
+    return {
+        "heldout_loss": float(loss),
+        "heldout_accuracy": float(metrics["accuracy"]),
+        "heldout_margin": float(metrics["margin"]),
+    }
+
+
+def publish_results(
+    job: PreferenceJob,
+    context: StageContext,
+    strategy: Strategy,
+    checkpointer: Checkpointer,
+    module: Policy,
+    source: Path,
+    metrics: Mapping[str, Any],
+) -> Artifact | None:
+    """`publish_policy` with the numbers told before. Every rank calls."""
+    context.log("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    result = {"metrics": dict(metrics)}
+    return publish_policy(job, context, strategy, checkpointer, module, source, result)
+
+
+def pair_length(row: dict[str, Any]) -> int:
+    """Tokens of the longer of the two sequences."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def collate_pairs(rows: Sequence[dict[str, Any]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """input_ids and mask (2b,S): the chosen sequences, then the rejected ones."""
+    sequences = [
+        [*r["prompt_ids"], *r[key]] for key in ("chosen_ids", "rejected_ids") for r in rows
+    ]
+    input_ids, mask = pad_right(sequences)
+    return input_ids.to(device), mask.to(device)

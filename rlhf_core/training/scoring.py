@@ -1,0 +1,29 @@
+"""Scores of sequences by a reward model, computed by all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rlhf_core.nn.padding import pad_right
+from rlhf_core.runtime.distributed import Group
+from rlhf_core.training.batching import split_batch
+
+
+@torch.no_grad()
+def score_sequences(
+    module: nn.Module, sequences: Sequence[Sequence[int]], group: Group, micro: int
+) -> list[float]:
+    """Scores of sequences by a `ScalarModel`, in their order, computed by all ranks together.
+
+    Args:
+        micro: sequences in one pass on one rank.
+    """
+    found: list[tuple[int, float]] = []
+    for positions in split_batch([len(s) for s in sequences], group.rank, group.size, micro):
+        input_ids, mask = pad_right([sequences[p] for p in positions])
+        scores = module(input_ids.to(group.device), mask.to(group.device))
+        found += zip(positions, scores.tolist(), strict=True)
+    return group.in_order(found)

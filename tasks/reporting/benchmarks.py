@@ -1,0 +1,101 @@
+"""The benchmarks' artifact as a table: base and finished model in the lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_core.errors import ConfigError, StoreError
+from rlhf_core.pipeline import recipe
+from rlhf_core.store import Store
+from tasks.events import in_one_cell
+from tasks.run import Run
+
+STAGE = "lm_eval"
+FILE = "lm_eval.json"
+
+
+def measured(run: Run) -> str | None:
+    """Digest of the run's benchmarks; None where none were made."""
+    result = run.stages.get(STAGE)
+    return result.digest if result else None
+
+
+def benchmarks_of(run: Run) -> str:
+    """The run's benchmarks in Markdown; empty where none were made."""
+    digest = measured(run)
+    if digest is None:
+        return ""
+    return Benchmarks(read(run.store, digest), recipe.policy_label(run.config)).markdown()
+
+
+def read(store: Store, digest: str) -> dict[str, Any]:
+    """lm_eval.json of an artifact; {} when it has none."""
+    try:
+        value = json.loads(store.read_bytes(digest, FILE))
+    except (ConfigError, StoreError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """lm_eval.json (its schema is that of rlhf_core/evaluation/harness/stage.py)."""
+
+    data: Mapping[str, Any]
+    policy: str = "PPO"
+
+    def markdown(self) -> str:
+        """A row for each metric of each task that the settings name."""
+        rows = [self._row(task, key) for task, key in self._metrics()]
+        if not rows:
+            return "No benchmark gave a number."
+        head = f"| task | metric | examples | few-shot | base | {self.policy} | difference |"
+        lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: |", *rows]
+        note = (
+            "Values ± standard errors; ↑ higher is better, ↓ lower. The error of a difference is "
+            "that of the mean over the same examples, where the metric is a mean. Measured by "
+            f"lm-eval {self.data.get('lm_eval', '?')}."
+        )
+        return "\n".join(lines) + f"\n\n{note}"
+
+    def _metrics(self) -> Iterator[tuple[str, str]]:
+        models = self.data.get("models") or {}
+        for task in self.data.get("shown") or []:
+            for key in (models.get("policy") or {}).get(task) or {}:
+                yield task, key
+
+    def _row(self, task: str, key: str) -> str:
+        about = (self.data.get("tasks") or {}).get(task) or {}
+        models = self.data.get("models") or {}
+        cells = [
+            in_one_cell(task),
+            in_one_cell(key.removesuffix(",none")) + _arrow(about, key.partition(",")[0]),
+            _count(about),
+            str(about.get("num_fewshot", "–")),
+            *(_pm(((models.get(m) or {}).get(task) or {}).get(key)) for m in ("base", "policy")),
+            _pm(((self.data.get("change") or {}).get(task) or {}).get(key), signed=True),
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+def _arrow(about: Mapping[str, Any], metric: str) -> str:
+    higher = (about.get("higher_is_better") or {}).get(metric)
+    return "" if higher is None else " ↑" if higher else " ↓"
+
+
+def _count(about: Mapping[str, Any]) -> str:
+    n, of = about.get("n"), about.get("of")
+    if n is None:
+        return "–"
+    return f"{n:,} of {of:,}" if of is not None and of != n else f"{n:,}"
+
+
+def _pm(row: Mapping[str, Any] | None, signed: bool = False) -> str:
+    value, error = (row or {}).get("value"), (row or {}).get("stderr")
+    if value is None:
+        return "–"
+    shown = f"{value:+.4g}" if signed else f"{value:.4g}"
+    return shown if error is None else f"{shown} ± {error:.2g}"

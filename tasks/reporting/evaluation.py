@@ -1,0 +1,218 @@
+"""The evaluation artifact as tables and sentences. Any part of it may be missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_core.errors import ConfigError, StoreError
+from rlhf_core.pipeline import recipe
+from rlhf_core.store import Store
+from tasks.run import Run
+
+MODELS = ("base", "sft", "policy")
+
+
+def read_evaluation(store: Store, digest: str) -> dict[str, Any]:
+    """evaluation.json of an artifact; {} when it has none."""
+    try:
+        value = json.loads(store.read_bytes(digest, "evaluation.json"))
+    except (ConfigError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_samples(store: Store, digest: str) -> list[dict[str, Any]]:
+    """samples.jsonl of an artifact; [] when it has none."""
+    try:
+        text = store.read_bytes(digest, "samples.jsonl").decode("utf-8")
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ConfigError, StoreError, ValueError):
+        return []
+
+
+def evaluation_of(run: Run, digest: str) -> Evaluation:
+    """An evaluation of the run, with the names of its models."""
+    return Evaluation(read_evaluation(run.store, digest), recipe.policy_label(run.config))
+
+
+def comparison_of(run: Run) -> Evaluation | None:
+    """The finished model beside the champion, where the run compared them."""
+    if "compare" not in run.stages:
+        return None
+    data = read_evaluation(run.store, run.stages["compare"].digest)
+    return Evaluation(data, recipe.policy_label(run.config), "champion")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """evaluation.json (its schema is that of rlhf_core/evaluation/evaluate.py)."""
+
+    data: Mapping[str, Any]
+    policy: str = "PPO"
+    other: str = "SFT"
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What people call the models."""
+        return {"base": "base", "sft": self.other, "policy": self.policy}
+
+    @property
+    def start(self) -> str:
+        """The model that the finished one is compared with."""
+        return "sft" if "sft" in (self.data.get("models") or {}) else "base"
+
+    def markdown(self) -> str:
+        """Everything that is there, in tables and sentences."""
+        parts = [self.models(), self.win_rates(), self.verdict(), self.reward_model()]
+        return "\n\n".join(part for part in parts if part) or "No evaluation was made."
+
+    def models(self) -> str:
+        """Base, SFT and finished models side by side."""
+        models = self.data.get("models") or {}
+        heldout = self.data.get("heldout") or {}
+        columns = [m for m in MODELS if m in models or m in heldout]
+        if not columns:
+            return ""
+        rows = [
+            ("reward", [_pm(models.get(m), "reward") for m in columns]),
+            ("gold score", [_pm(models.get(m), "gold") for m in columns]),
+            (
+                f"KL to {self.names[self.start]} (nats a reply)",
+                [_pm(models.get(m), "kl") for m in columns],
+            ),
+            ("length (tokens)", [_number(models.get(m), "length_mean", "{:.1f}") for m in columns]),
+            ("finished replies", [_percent(models.get(m), "finished") for m in columns]),
+            ("held-out loss", [_number(heldout.get(m), "loss", "{:.3f}") for m in columns]),
+            ("perplexity", [_number(heldout.get(m), "perplexity", "{:.2f}") for m in columns]),
+        ]
+        counts = {models[m]["n"] for m in columns if "n" in (models.get(m) or {})}
+        on = f" ({', '.join(map(str, sorted(counts)))} held-out prompts)" if counts else ""
+        head = [f"| mean ± standard error{on} |" + "".join(f" {self.names[m]} |" for m in columns)]
+        head.append("| --- |" + " ---: |" * len(columns))
+        body = [
+            f"| {label} |" + "".join(f" {cell or '–'} |" for cell in cells)
+            for label, cells in rows
+            if any(cells)
+        ]
+        return "\n".join(head + body)
+
+    def win_rates(self) -> str:
+        """How often the finished model's reply beats the other's."""
+        sentences = []
+        asked = f"the judge {(self.data.get('judge') or {}).get('model', '')}".strip()
+        labels = {"reward": "the reward model", "gold": "the gold judge", "judge": asked}
+        for judge, label in labels.items():
+            rate = (self.data.get("win_rate") or {}).get(judge)
+            if rate:
+                sentences.append(f"{_interval(rate, 'rate')} of {rate['n']} prompts for {label}")
+        other = self.names[self.start]
+        start = f"{self.policy}'s reply beats {other}'s on "
+        return start + ", on ".join(sentences) + "." if sentences else ""
+
+    def verdict(self) -> str:
+        """One sentence: does the judge that training never saw agree with the reward model?"""
+        models = self.data.get("models") or {}
+        proxy = _gain(models, "reward", self.start)
+        paired = self.data.get("gold_gain")
+        gold = (paired["mean"], paired["se"]) if paired else _gain(models, "gold", self.start)
+        if proxy is None:
+            return self._gold_alone(gold)
+        up = proxy[0] > 2 * proxy[1]
+        text = f"Reward, {self.policy} over {self.names[self.start]}: {_signed(proxy)}"
+        if gold is None:
+            return (
+                f"{text}. No gold judge was asked, so whether the replies became better or only "
+                "please the reward model is not known."
+            )
+        text += f"; gold score: {_signed(gold)}"
+        if gold[0] > 2 * gold[1]:
+            end = (
+                f"the judge that {self.policy} never saw agrees: the policy became better, not "
+                "only better at pleasing the reward model."
+                if up
+                else "the gold score rose, the reward did not by more than two standard errors."
+            )
+        elif gold[0] < -2 * gold[1]:
+            end = (
+                "**the gold score fell while the reward rose: the policy fools the reward model.**"
+                if up
+                else "**the gold score fell.**"
+            )
+        elif up:
+            end = (
+                "the reward rose, but the gold score did not by more than two standard errors: "
+                "no evidence that the policy became better."
+            )
+        else:
+            end = "neither rose by more than two standard errors: nothing was shown to be learned."
+        return f"{text}: {end}"
+
+    def _gold_alone(self, gold: tuple[float, float] | None) -> str:
+        """The same where no reward model was there."""
+        if gold is None:
+            return ""
+        text = f"Gold score, {self.policy} over {self.names[self.start]}: {_signed(gold)}"
+        if abs(gold[0]) <= 2 * gold[1]:
+            return f"{text}: it did not move by more than two standard errors."
+        return f"{text}: " + ("the replies became better." if gold[0] > 0 else "**it fell.**")
+
+    def reward_model(self) -> str:
+        """Held-out accuracy beside what a trivial judge reaches."""
+        model = self.data.get("reward_model") or {}
+        if "accuracy" not in model:
+            return ""
+        rows = [("reward model", model)]
+        baselines = model.get("baselines") or {}
+        for key, label in (("length", "longer reply wins"), ("bag_of_words", "bag of words")):
+            if isinstance(baselines.get(key), dict):
+                rows.append((label, baselines[key]))
+        head = f"| accuracy on {model.get('n', '?')} held-out pairs | % | 95 % interval |"
+        lines = [head, "| --- | ---: | --- |"]
+        for label, row in rows:
+            interval = "–"
+            if "low" in row and "high" in row:
+                interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+            lines.append(f"| {label} | {100 * row['accuracy']:.1f} | {interval} |")
+        return "\n".join(lines)
+
+
+def _gain(models: Mapping[str, Any], name: str, start: str) -> tuple[float, float] | None:
+    """Finished minus first model and standard error, as if unpaired (which overstates it)."""
+    sft, ppo = models.get(start) or {}, models.get("policy") or {}
+    keys = (f"{name}_mean", f"{name}_se")
+    if any(not isinstance(row.get(key), int | float) for row in (sft, ppo) for key in keys):
+        return None
+    error = (sft[keys[1]] ** 2 + ppo[keys[1]] ** 2) ** 0.5
+    return ppo[keys[0]] - sft[keys[0]], error
+
+
+def _signed(gain: tuple[float, float]) -> str:
+    return f"{gain[0]:+.3f} ± {gain[1]:.3f}"
+
+
+def _pm(row: Mapping[str, Any] | None, name: str) -> str:
+    mean = (row or {}).get(f"{name}_mean")
+    error = (row or {}).get(f"{name}_se")
+    if mean is None:
+        return ""
+    return f"{mean:.3f} ± {error:.3f}" if error is not None else f"{mean:.3f}"
+
+
+def _number(row: Mapping[str, Any] | None, name: str, shape: str) -> str:
+    value = (row or {}).get(name)
+    return "" if value is None else shape.format(value)
+
+
+def _percent(row: Mapping[str, Any] | None, name: str) -> str:
+    value = (row or {}).get(name)
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def _interval(row: Mapping[str, Any], name: str) -> str:
+    text = f"{100 * row[name]:.0f} %"
+    if "low" in row and "high" in row:
+        text += f" ({100 * row['low']:.0f} to {100 * row['high']:.0f} %)"
+    return text

@@ -1,0 +1,167 @@
+"""The report of a run: what was done, the curves, the evaluation, replies before and after."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+import time
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from rlhf_core.errors import ConfigError, StoreError
+from rlhf_core.store import Store
+from tasks.events import headline, in_one_cell, say, seconds
+from tasks.reporting.benchmarks import benchmarks_of
+from tasks.reporting.curves import draw
+from tasks.reporting.evaluation import comparison_of, evaluation_of, read_samples
+from tasks.run import Run
+
+CURVES = "curves.png"
+
+
+@task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
+def report(run: Run) -> None:
+    """Write report.md, report.html and curves.png to the run's folder, and a Prefect artifact."""
+    began = time.monotonic()
+    curves = draw({name: read_metrics(run.store, r.digest) for name, r in run.stages.items()})
+    markdown = render(run, has_curves=curves is not None)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    embedded = markdown
+    if curves is not None:
+        (run.folder / CURVES).write_bytes(curves)
+        data = base64.b64encode(curves).decode()
+        embedded = markdown.replace(f"({CURVES})", f"(data:image/png;base64,{data})")
+    run.report = run.folder / "report.md"
+    run.report.write_text(markdown, encoding="utf-8")
+    (run.folder / "report.html").write_text(page(run.config.name, embedded), encoding="utf-8")
+    create_markdown_artifact(
+        f"{embedded}\n## Lineage\n\n{lineage(run)}\n",
+        key="report",
+        description=f"Report of run {run.id}",
+    )
+    say(get_run_logger(), "note", "report", f"{run.report} ({seconds(time.monotonic() - began)})")
+
+
+def render(run: Run, has_curves: bool) -> str:
+    """The report in Markdown; the curves are the file beside it."""
+    parts = [f"# {run.config.name}", _facts(run), "## Stages", _stages(run)]
+    if has_curves:
+        parts += ["## Curves", f"![training curves]({CURVES})"]
+    if "evaluate" in run.stages:
+        digest = run.stages["evaluate"].digest
+        evaluation = evaluation_of(run, digest)
+        parts += ["## Evaluation", *filter(None, [evaluation.models(), evaluation.win_rates()])]
+        parts += [text for text in [evaluation.verdict()] if text]
+        if beside := comparison_of(run):
+            found = [beside.models(), beside.win_rates(), beside.verdict()]
+            parts += ["## Champion and challenger", *filter(None, found)]
+        if text := evaluation.reward_model():
+            parts += ["## Reward model", text]
+        samples = read_samples(run.store, digest)[: run.config.evaluate.samples]
+        if samples:
+            parts += [
+                "## Replies before and after",
+                *(_sample(s, evaluation.names) for s in samples),
+            ]
+    if benchmarks := benchmarks_of(run):
+        parts += ["## Benchmarks", benchmarks]
+    return "\n\n".join(parts) + "\n"
+
+
+def lineage(run: Run) -> str:
+    """What was made from what, as a Mermaid graph (Prefect's pages draw it)."""
+    names = {result.digest: name for name, result in run.stages.items()}
+    lines = ["```mermaid", "flowchart LR"]
+    for name, result in run.stages.items():
+        lines.append(f'  {name}["{name}<br/>{result.ref}"]')
+        parents = run.store.get(result.digest).parents
+        lines += [f"  {names[p]} --> {name}" for p in dict.fromkeys(parents) if p in names]
+    return "\n".join([*lines, "```"])
+
+
+def _facts(run: Run) -> str:
+    name = f"[{run.id}]({run.page})" if run.page else f"`{run.id}`"
+    lines = [f"Run {name}, base model `{run.config.model.source}`, store `{run.store.url}`."]
+    if run.model_folder is not None:
+        lines.append(
+            f"The model is published as `{run.config.publish.name}` and lies in "
+            f"`{run.model_folder}`; talk to it with `rlhf chat {run.config.publish.name}`."
+        )
+    return "\n\n".join(lines)
+
+
+def _stages(run: Run) -> str:
+    rows = ["| stage | time | result | artifact |", "| --- | ---: | --- | --- |"]
+    for name, result in run.stages.items():
+        took = "reused" if result.reused else seconds(result.seconds)
+        shown = headline(result.metrics).replace("  ", ", ")
+        if result.kind == "dataset" and (dropped := _dropped(result.metrics)):
+            shown = f"{shown} ({dropped})" if shown else dropped
+        rows.append(f"| {name} | {took} | {shown} | `{result.ref}` |")
+    return "\n".join(rows)
+
+
+def _dropped(metrics: dict[str, Any]) -> str:
+    """What became of a data set's rows, from the counts in its metadata."""
+    counts = {k: v for k, v in metrics.items() if isinstance(v, int) and k not in ("read", "kept")}
+    return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
+
+
+def _sample(sample: dict[str, Any], names: dict[str, str]) -> str:
+    judges = [judge for judge in ("reward", "gold") if sample.get(judge)]
+    rows = [
+        f"> {in_one_cell(sample.get('prompt', ''))}",
+        "",
+        f"| | {' | '.join(['reply', *judges])} |",
+    ]
+    rows.append("| --- | --- |" + " ---: |" * len(judges))
+    for name, label in names.items():
+        if name in sample:
+            scores = [sample[judge].get(name) for judge in judges]
+            cells = ["" if score is None else f"{score:.2f}" for score in scores]
+            rows.append(f"| {' | '.join([label, in_one_cell(sample[name]), *cells])} |")
+    return "\n".join(rows)
+
+
+def read_metrics(store: Store, digest: str) -> list[dict[str, Any]]:
+    """The lines of an artifact's metrics.jsonl; [] when it has none."""
+    try:
+        text = store.read_bytes(digest, "metrics.jsonl").decode()
+        return [json.loads(line) for line in text.splitlines() if line]
+    except (ConfigError, StoreError, ValueError):
+        return []
+
+
+def page(title: str, markdown: str) -> str:
+    """A web page that needs no other file."""
+    from markdown_it import MarkdownIt
+
+    renderer = MarkdownIt("commonmark").enable("table")
+    renderer.validateLink = _safe_link  # type: ignore[method-assign]
+    body = renderer.render(markdown)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<meta name="viewport" content="width=device-width"><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1f2937; background: #fff }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-size: .92rem }}
+th, td {{ border-bottom: 1px solid #e5e7eb; padding: .35rem .7rem; text-align: left;
+  vertical-align: top }}
+th {{ background: #f9fafb }} img {{ max-width: 100% }}
+code {{ background: #f3f4f6; padding: .1em .3em; border-radius: 4px; font-size: .88em }}
+blockquote {{ border-left: 4px solid #2563eb; margin: 1.5rem 0 .3rem; padding: .1rem 1rem;
+  background: #f9fafb }}
+</style></head><body>
+{body}</body></html>
+"""
+
+
+def _safe_link(url: str) -> bool:
+    ours = url.startswith("data:image/png;base64,")
+    return ours or not re.match(r"(?i)(javascript|data|file|vbscript):", url)

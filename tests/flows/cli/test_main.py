@@ -1,0 +1,225 @@
+"""The command's messages, exit codes and lists; without a Prefect server."""
+
+import json
+
+import pytest
+
+from rlhf_core.pipeline.presets import preset_names
+from rlhf_core.store import open_store
+
+
+def fails(rlhf, *arguments, code=1):
+    done = rlhf(*arguments, code=code)
+    assert "Traceback" not in done.stderr + done.stdout
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["run", "--preset", "smok"], "There is no preset 'smok'. Did you mean smoke?"),
+        (["run", "--preset", "smoke", "--set", "ppo.kl_coeff=1"], "did you mean ppo.kl_coef?"),
+        (["run", "--preset", "smoke", "--set", "ppo.clip_range=2"], "needed is less than 1"),
+        (["run", "--set", "x"], "needed is key=value"),
+        (["run", "--config", "none.yaml"], "There is no file none.yaml."),
+        (["run", "--preset", "smoke", "--store", "ftp://x"], "scheme 'ftp' is not known"),
+        (["run", "--preset", "smoke", "--store", "~nobody-here/x"], "Give the whole path"),
+        (["run", "--config", "."], ". is a folder; needed is a YAML file"),
+        (["run", "--config", "x" * 300], "File name too long"),
+        (["run", "--set", "name=a b"], "name: found 'a b', needed is a text like '^"),
+        (["job", "."], "Is a directory"),
+        (["stage", "sfd", "--preset", "smoke"], "There is no stage 'sfd'. Did you mean sft?"),
+        (["artifacts", "show", "zz"], "There is no artifact 'zz'"),
+        (["artifacts", "show", "123456"], "123456"),
+        (["artifacts", "pull", "ppo", "out"], "There is no artifact 'ppo'"),
+        (["chat"], "No model is published"),
+        (["chat", "nobody"], "There is no model 'nobody'"),
+        (["models", "promote", "nobody", "1"], "There is no model 'nobody'"),
+        (["job", "none.json"], "Cannot read the job file none.json"),
+    ],
+)
+def test_wrong_argument_ends_with_one_message(rlhf, arguments, text):
+    message = fails(rlhf, *arguments)
+    assert text in message
+    assert message.startswith(("Error: ", "\nError: "))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "--nope"], ["nope"], ["run", "--preset", "smoke", "--config", "x.yaml"], ["stage"]],
+)
+def test_wrong_usage_has_exit_code_2(rlhf, arguments):
+    fails(rlhf, *arguments, code=2)
+
+
+def test_doctor_fails_where_something_is_missing(rlhf):
+    (rlhf.home / "blocked").write_text("")
+    done = rlhf("doctor", code=1, env={"RLHF_STORE": f"file://{rlhf.home}/blocked/store"})
+    assert "BAD" in done.stdout
+
+
+def test_broken_yaml_is_named_with_its_line(rlhf):
+    (rlhf.home / "broken run.yaml").write_text("sft:\n  epochs: [1\n")
+    assert "broken run.yaml, line 3, column 1" in fails(rlhf, "run", "--config", "broken run.yaml")
+
+
+def test_job_file_that_is_none_is_refused(rlhf):
+    (rlhf.home / "x.json").write_text("{")
+    assert "x.json is not a job file" in fails(rlhf, "job", "x.json")
+
+
+def test_keys_in_a_store_url_are_not_shown(rlhf):
+    url = "s3://marked-key:marked-secret@bucket/x"
+    for arguments in (["--dry-run"], []):
+        done = rlhf("run", "--preset", "smoke", "--store", url, *arguments, code=1)
+        assert "an s3:// URL names the bucket first, without keys" in done.stderr
+        assert "marked-secret" not in done.stdout + done.stderr
+
+
+def test_settings_from_windows_are_read(rlhf):
+    (rlhf.home / "x.yaml").write_bytes(b"\xef\xbb\xbfpreset: smoke\r\nppo:\r\n  steps: 7\r\n")
+    assert "steps: 7" in rlhf("run", "--config", "x.yaml", "--dry-run", code=0).stdout
+
+
+@pytest.mark.parametrize("content", [b"\x00\x01\xff", b"[" * 9999, b"seed: 2001-99-99", b"- 1"])
+def test_file_that_holds_no_settings_is_one_message(rlhf, content):
+    (rlhf.home / "x.yaml").write_bytes(content)
+    message = fails(rlhf, "run", "--config", "x.yaml")
+    assert message.startswith("Error: ") and "x.yaml" in message
+    assert "not expected" not in message
+
+
+def test_missing_data_is_found_by_a_dry_run(rlhf):
+    message = fails(
+        rlhf, "run", "--preset", "smoke", "--dry-run", "--set", "data.sft={source: none.jsonl}"
+    )
+    assert "none.jsonl" in message
+
+
+def test_dry_run_shows_settings_and_starts_nothing(rlhf):
+    done = rlhf("run", "--preset", "smoke", "--set", "ppo.steps=7", "--dry-run", code=0)
+    assert "steps: 7" in done.stdout
+    assert "nothing was started" in done.stdout
+    assert not (rlhf.home / ".rlhf/runs").exists()
+
+
+def test_presets_are_listed_with_a_sentence(rlhf):
+    lines = rlhf("presets", code=0).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == preset_names()
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_empty_store_says_so(rlhf):
+    assert "No runs in file://" in rlhf("runs", code=0).stdout
+    assert "No artifacts in file://" in rlhf("artifacts", "list", code=0).stdout
+
+
+@pytest.fixture
+def filled(rlhf):
+    store = open_store(str(rlhf.home / ".rlhf/store"))
+    artifact = store.publish_derived(
+        kind="model", files={"config.json": b"{}"}, metadata={"algorithm": "sft"}
+    )
+    stages = {"sft": {"digest": artifact.digest, "kind": "model", "reused": True}}
+    for name, state in (("a", "failed"), ("b", "running")):
+        store.write_record(
+            f"runs/{name}.json",
+            {"id": name, "name": "demo", "state": state, "started": f"2026-01-01T0{name}",
+             "stages": stages, "error": "no room\nFull log: x", "host": "elsewhere", "pid": 1},
+        )  # fmt: skip
+    return store, artifact
+
+
+def test_runs_are_listed_newest_first(rlhf, filled):
+    lines = rlhf("runs", code=0).stdout.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["b", "demo", "running"], ["a", "demo", "failed"],
+    ]  # fmt: skip
+    assert lines[1].endswith("no room")
+    records = [json.loads(line) for line in rlhf("runs", "--json", code=0).stdout.splitlines()]
+    assert [record["id"] for record in records] == ["b", "a"]
+    assert records[0]["error"] == "no room\nFull log: x"
+
+
+def test_run_whose_process_is_gone_has_died(rlhf, filled):
+    import socket
+
+    record = filled[0].read_record("runs/b.json")
+    filled[0].write_record("runs/b.json", {**record, "host": socket.gethostname(), "pid": 2**22})
+    assert rlhf("runs", code=0).stdout.splitlines()[1].split()[2] == "died"
+
+
+def test_artifacts_are_listed_shown_pulled_and_verified(rlhf, filled):
+    ref = filled[1].ref
+    assert ref in rlhf("artifacts", "list", "--kind", "model", code=0).stdout
+    assert "config.json: 2" in rlhf("artifacts", "show", "sft", code=0).stdout
+    rlhf("artifacts", "pull", ref, "out", code=0)
+    assert json.loads((rlhf.home / "out/config.json").read_text()) == {}
+    assert "1 of 1 whole." in rlhf("artifacts", "verify", code=0).stdout
+
+
+def test_damage_is_found(rlhf, filled):
+    blob = next((rlhf.home / ".rlhf/store/blobs").rglob("*" * 1 + filled[1].files[0].sha256))
+    blob.chmod(0o644)
+    blob.write_bytes(b"xx")
+    done = rlhf("artifacts", "verify", code=1)
+    assert "0 of 1 whole." in done.stdout
+    assert "config.json" in done.stderr
+
+
+def test_lineage_is_a_tree_that_names_shared_parents_once(rlhf):
+    store = open_store(str(rlhf.home / ".rlhf/store"))
+
+    def made(kind, algorithm, *parents, **metadata):
+        return store.publish_derived(
+            kind=kind, files={"f": f"{kind} {algorithm}".encode()},
+            metadata={"algorithm": algorithm, **metadata}, parents=[p.digest for p in parents],
+        )  # fmt: skip
+
+    base = made("model", "import")
+    data = made("dataset", "data", base)
+    sft = made("model", "sft", base, data)
+    ppo = made("model", "ppo", sft, data)
+    store.delete(base.digest)
+    lines = rlhf("artifacts", "tree", ppo.ref, code=0).stdout.splitlines()
+    today = ppo.created[:10]
+    assert lines == [
+        f"{ppo.ref}  ppo  9 B  {today}",
+        f"├── {sft.ref}  sft  9 B  {today}",
+        f"│   ├── {base.digest[:12]}  (gone or damaged)",
+        f"│   └── {data.ref}  data  12 B  {today}",
+        f"│       └── {base.digest[:12]}  (gone or damaged)",
+        f"└── {data.ref}  data  (see above)",
+    ]
+
+
+def test_gc_shows_first_and_deletes_what_no_version_and_no_run_needs(rlhf, filled):
+    store, used = filled  # the newest run has not ended
+    version = store.publish_derived(kind="published", files={"v": b"v"}, parents=[])
+    store.write_record("models/chat/1.json", {"name": "chat", "digest": version.digest})
+    source = store.publish_derived(kind="model", files={"s": b"s"})
+    store.write_record(
+        "runs/c.json",
+        {"id": "c", "name": "x", "state": "running", "started": "2026-01-01", "host": "elsewhere",
+         "stages": {}, "config": {"model": {"source": f"artifact:{source.digest[:12]}"}}},
+    )  # fmt: skip
+    lost = store.publish_derived(kind="model", files={"lost": b"x" * 5000})
+    everything = ["--keep-days", "0", "--grace-hours", "0"]
+
+    assert "Would delete 0 artifacts" in rlhf("artifacts", "gc", code=0).stdout
+    shown = rlhf("artifacts", "gc", *everything, code=0).stdout
+    assert lost.ref in shown and "Would delete 1 artifacts, 1 files (5.0 KB)" in shown
+    assert "3 artifacts are kept" in shown and "--yes does it" in shown
+    assert lost in open_store(store.url).list()
+    done = rlhf("artifacts", "gc", *everything, "--yes", code=0).stdout
+    assert "Deleted 1 artifacts, 1 files (5.0 KB)" in done
+    assert set(open_store(store.url).list()) == {used, version, source}
+
+    for name in "abc":  # ended long ago
+        record = store.read_record(f"runs/{name}.json")
+        store.write_record(
+            f"runs/{name}.json",
+            {**record, "state": "completed", "updated": "2026-01-01T00:00:00+00:00"},
+        )
+    rlhf("artifacts", "gc", *everything, "--yes", code=0)
+    assert open_store(store.url).list() == [version]

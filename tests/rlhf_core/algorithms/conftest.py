@@ -1,0 +1,68 @@
+"""One store with tiny models and data, shared by all training tests."""
+
+import json
+
+import pytest
+
+from rlhf_core.jobs import DataJob, ImportModelJob
+from tests.rlhf_core.algorithms.stages import Stages
+
+WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "music", "paper")
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "opt", "bloom")
+
+
+def talk(i: int) -> tuple[str, str]:
+    """A question and an answer whose lengths vary."""
+    words = [WORDS[(i * k) % len(WORDS)] for k in range(1, 3 + i % 5)]
+    return f"Say {' '.join(words)} number {i}", " ".join(reversed(words))
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    return Stages(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="session")
+def models(stages):
+    """Architecture -> digest of a tiny random model."""
+    jobs = [ImportModelJob(source=f"random:{name}") for name in ARCHITECTURES]
+    artifacts = stages.run(*jobs)
+    return {name: a.digest for name, a in zip(ARCHITECTURES, artifacts, strict=True)}
+
+
+@pytest.fixture(scope="session")
+def data(stages, models):
+    """Purpose -> digest of a small data set for the llama."""
+    rows = [talk(i) for i in range(80)]
+    files = {
+        "sft": [{"prompt": p, "completion": c} for p, c in rows],
+        # What the reward model has to find out: answers with "yes" win.
+        "preference": [{"prompt": p, "chosen": f"yes {c}", "rejected": f"no {c}"} for p, c in rows],
+        "unpaired": [
+            {"prompt": p, "completion": f"{'no' if i % 3 else 'yes'} {c}", "label": i % 3 == 0}
+            for i, (p, c) in enumerate(rows)
+        ],
+        "prompts": [{"prompt": p} for p, _ in rows],
+        "pretrain": [{"text": f"{p}. {c}."} for p, c in rows],
+    }
+    jobs = []
+    for purpose, lines in files.items():
+        path = stages.folder / f"{purpose}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        jobs.append(
+            DataJob(purpose=purpose, source=str(path), model=models["llama"], heldout_fraction=0.2)
+        )
+    artifacts = stages.run(*jobs)
+    return {purpose: a.digest for purpose, a in zip(files, artifacts, strict=True)}
+
+
+@pytest.fixture(scope="session")
+def random_reward(stages, models):
+    """Digest of a reward model with a random head: something to optimise, at no cost."""
+    from rlhf_core.models.loading import new_scalar_model
+    from rlhf_core.models.saving import save_scalar_model
+
+    source, folder = stages.store.fetch(models["llama"]), stages.folder / "random-reward"
+    folder.mkdir()
+    save_scalar_model(new_scalar_model(source, 0), folder, source)
+    return stages.store.publish(folder, kind="reward_model").digest

@@ -1,0 +1,103 @@
+"""Ranks with a made-up rule, and ranks that are told to stop: `main([PLAN.json])` under torchrun.
+
+The plan is a list of {"job", "store", "folder", "rule": bool, "stop_after": step or null,
+"stale_after": rollouts or null, after which an engine gets no new weights}. What a stage gave up
+with is written into its folder as said.txt.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from rlhf_core.errors import RLHFError
+from rlhf_core.jobs import parse_job
+from rlhf_core.jobs.base import Settings
+from rlhf_core.rollout.vllm_engine import VllmEngine
+from rlhf_core.runtime.rank import MODELS, quieten, run_job
+from rlhf_core.runtime.stopping import stop
+from rlhf_core.store import open_store
+from rlhf_core.training.checkpoint import Checkpointer
+from rlhf_core.training.online import models as online
+
+
+class LettersReward(Settings):
+    """Share of a reply's characters that are ASCII letters."""
+
+    type: Literal["letters"] = "letters"
+    weight: float = 0.5
+
+
+class Letters:
+    """A rule that sees what rules see."""
+
+    def __init__(self, rewards, seed) -> None:
+        assert [type(r) for r in rewards] == [LettersReward]
+        self.names = ["letters"]
+        self.weights = [rewards[0].weight]
+        self.troubles = Counter()
+
+    def score(self, prompts, replies, rows, finished):
+        assert len(prompts) == len(replies) == len(rows) == len(finished)
+        for prompt, row in zip(prompts, rows, strict=True):
+            assert prompt == json.loads(row["prompt"])
+            assert prompt[-1]["role"] == "user"
+        self.troubles["seen"] += len(replies)
+        return [[sum(c.isascii() and c.isalpha() for c in r) / max(1, len(r)) for r in replies]]
+
+
+AFTER_STEP = Checkpointer.after_step
+
+
+def stopping_after(last):
+    """A way through `after_step` on which the job is told to stop once."""
+
+    def after_step(self, step, total, counters=None):
+        stop.asked = step == last
+        try:
+            AFTER_STEP(self, step, total, counters)
+        finally:
+            stop.asked = False
+
+    return after_step
+
+
+UPDATE = VllmEngine.update
+
+
+def forgetting_after(count):
+    """A way through `update` that hands over no weights after so many rollouts."""
+    seen = []
+
+    def update(self, weights):
+        seen.append(1)
+        if count is None or len(seen) <= count:
+            UPDATE(self, weights)
+
+    return update
+
+
+def preload(files: list[str]) -> None:
+    for module in MODELS:
+        importlib.import_module(module)
+
+
+def main(files: list[str]) -> None:
+    quieten()
+    rules = online.Rules
+    for entry in json.loads(Path(files[0]).read_text()):
+        job, folder = parse_job(json.dumps(entry["job"])), Path(entry["folder"])
+        online.Rules = rules
+        if entry.get("rule"):
+            online.Rules = Letters
+            job = job.model_copy(update={"rewards": (LettersReward(),), "reward_model": None})
+
+        Checkpointer.after_step = stopping_after(entry.get("stop_after"))
+        VllmEngine.update = forgetting_after(entry.get("stale_after"))
+        try:
+            run_job(job, open_store(entry["store"]), folder)
+        except RLHFError as error:
+            (folder / "said.txt").write_text(str(error))

@@ -1,0 +1,69 @@
+"""Runs real stages on real ranks for the tests in this folder."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from rlhf_core.jobs import BaseJob
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.store import Artifact, Store, open_store
+from tests.rlhf_core.torchrun import run_ranks
+
+TIMES = ("time", "rollout_seconds", "tokens_per_second")
+
+
+class Stages:
+    """A store with a folder for jobs; `run` puts jobs through torchrun as the launcher does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = f"file://{folder / 'store'}"
+        self.store: Store = open_store(self.url)
+        self.env = {"RLHF_STORE": self.url, "RLHF_HOME": str(folder / "home")}
+        self._number = 0
+
+    def write(self, job: BaseJob) -> Path:
+        """A job folder with its job.json."""
+        self._number += 1
+        path = self.folder / "jobs" / f"{self._number:02d}-{job.algorithm}"  # type: ignore[attr-defined]
+        path.mkdir(parents=True)
+        (path / "job.json").write_text(job.model_dump_json())
+        return path
+
+    def run(self, *jobs: BaseJob, ranks: int = 1) -> list[Artifact]:
+        """Run jobs one after another in the same processes."""
+        folders = [self.write(job) for job in jobs]
+        files = [str(f / "job.json") for f in folders]
+        run_ranks(ranks, "rlhf_core.__main__", *files, env=self.env)
+        return [self.result(f) for f in folders]
+
+    def run_here(self, job: BaseJob, key: str) -> tuple[dict[str, str], list[dict]]:
+        """Train in this process, under a key of its own: weight hashes, and metrics but for times.
+
+        Monkeypatches of the training code count.
+        """
+        folder = self.folder / "here" / key
+        folder.mkdir(parents=True)
+        context = StageContext(store=self.store, key=key, folder=folder)
+        artifact = importlib.import_module(job.module).run(job, context)
+        lines = [{k: v for k, v in m.items() if k not in TIMES} for m in context.read_metrics()]
+        return weight_hashes(artifact), lines
+
+    def result(self, folder: Path) -> Artifact:
+        return self.store.get(json.loads((folder / "result.json").read_text())["artifact"])
+
+    def weights(self, artifact: Artifact) -> dict:
+        return load_file(self.store.fetch(artifact.digest) / "model.safetensors")
+
+    def metrics(self, artifact: Artifact) -> list[dict]:
+        text = self.store.read_bytes(artifact.digest, "metrics.jsonl").decode()
+        return [json.loads(line) for line in text.splitlines()]
+
+
+def weight_hashes(artifact: Artifact) -> dict[str, str]:
+    """sha256 of every weight file."""
+    return {f.path: f.sha256 for f in artifact.files if f.path.endswith(".safetensors")}

@@ -1,0 +1,301 @@
+"""GRPO, RLOO, REINFORCE++ and what they share with PPO, as real jobs on real ranks."""
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rlhf_core.jobs import (
+    GRPOJob,
+    LoRA,
+    OnlineJob,
+    PPOJob,
+    ReinforcePPJob,
+    Resources,
+    RLOOJob,
+)
+from rlhf_core.runtime.candidates import noted
+from rlhf_core.store import Store, open_store
+from tests.rlhf_core.algorithms.stages import weight_hashes
+from tests.rlhf_core.torchrun import run_ranks
+
+pytestmark = pytest.mark.slow
+
+NEW = ("grpo", "rloo", "reinforce_pp")
+CLASSES = {"ppo": PPOJob, "grpo": GRPOJob, "rloo": RLOOJob, "reinforce_pp": ReinforcePPJob}
+SHARED = ("score", "length", "kl", "entropy", "repetition", "policy_loss", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def make(models, data, random_reward):
+    """algorithm, settings -> a job of 16 replies a rollout."""
+
+    def made(algorithm, **settings):
+        place = {"micro_batch_size": 4, "checkpoint_every": 1000, "threads": 1}
+        values = {
+            "model": models["llama"], "reward_model": random_reward, "prompts": data["prompts"],
+            "steps": 3, "max_new_tokens": 6, "learning_rate": 1e-3, "precision": "fp32",
+            "schedule": "constant", "warmup_fraction": 0.0, "batch_size": 16,
+            "resources": Resources(**(place | settings.pop("place", {}))),
+        }  # fmt: skip
+        if algorithm in ("grpo", "rloo"):
+            values |= {"batch_size": 4, "group_size": 4}
+        return CLASSES[algorithm](**(values | settings))
+
+    return made
+
+
+@dataclass
+class Run:
+    """What came of one job of a plan."""
+
+    store: Store
+    folder: Path
+    job: OnlineJob
+
+    @property
+    def artifact(self):
+        return self.store.stage_result(self.job.key())
+
+    @property
+    def metrics(self):
+        return [json.loads(x) for x in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def said(self):
+        return (self.folder / "said.txt").read_text()
+
+    def weights(self):
+        return load_file(self.store.fetch(self.artifact.digest) / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run_plan(stages, models, data, random_reward, tmp_path_factory):
+    """ranks, name -> job and what `online_ranks` is to do with it; all in one start of the ranks.
+
+    Every job has a store with the inputs alone, `where` names one that two jobs share.
+    """
+    home = tmp_path_factory.mktemp("online")
+
+    def run(ranks, entries):
+        runs, plan = {}, []
+        for name, (job, what) in entries.items():
+            store = home / f"{what.pop('where', name)}-{ranks}"
+            if not store.exists():
+                copy_inputs(stages, store, {models["llama"], random_reward, *data.values()})
+            runs[name] = Run(open_store(f"file://{store}"), home / f"{name}-{ranks}-job", job)
+            runs[name].folder.mkdir()
+            plan.append(
+                {"job": json.loads(job.model_dump_json()), "store": f"file://{store}",
+                 "folder": str(runs[name].folder), **what}
+            )  # fmt: skip
+        path = home / f"plan-{ranks}.json"
+        path.write_text(json.dumps(plan))
+        script = "tests.rlhf_core.algorithms.online_ranks"
+        run_ranks(ranks, script, str(path), env=stages.env)
+        return runs
+
+    return run
+
+
+def mixing(make, data, name, **settings):
+    return make(name, ptx=data["sft"], ptx_coef=5.0, steps=6, learning_rate=3e-3, **settings)
+
+
+def collapsing(make, name, **settings):
+    place = {"checkpoint_every": 1, "keep_checkpoints": 20}
+    return make(name, **{"steps": 15, "collapse_window": 2, "place": place} | settings)
+
+
+@pytest.fixture(scope="module")
+def one_rank(run_plan, make, data):
+    """Every variant that one rank runs, in one process."""
+    jobs = {
+        "grpo-updates": make("grpo", minibatches=2, epochs=2, steps=2),
+        "grpo-dr": make("grpo", scale_rewards=False, average="token", steps=2),
+        "grpo-kl": make("grpo", kl_coef=1.0),
+        "ppo": make("ppo", batch_size=8, ppo_epochs=2, warmup_fraction=0.1, schedule="linear",
+                    place={"micro_batch_size": 2}),
+        "collapsed": collapsing(make, "grpo", learning_rate=0.03, max_kl=0.5),
+        "collapsed-early": make("rloo", learning_rate=0.03, max_kl=0.5, collapse_window=2,
+                                steps=15),
+    }  # fmt: skip
+    plan = {name: (job, {}) for name, job in jobs.items()}
+    plan["ppo-rule"] = (make("ppo"), {"rule": True})
+    plan["rloo-rule"] = (make("rloo"), {"rule": True})
+    for name in NEW:
+        job = make(name, steps=4)
+        plan[name] = (job, {})
+        plan[f"{name}-half"] = (job, {"where": f"{name}-cut", "stop_after": 2})
+        plan[f"{name}-rest"] = (job, {"where": f"{name}-cut"})
+        plan[f"{name}-lora"] = (make(name, lora=LoRA(rank=2, alpha=8), learning_rate=1e-2), {})
+        plan[f"{name}-ptx"] = (mixing(make, data, name), {})
+        plan[f"{name}-micro"] = (make(name, steps=4, place={"micro_batch_size": 2}), {})
+        learns = make(
+            name, steps=15, batch_size=32 if name == "reinforce_pp" else 8, learning_rate=1e-2,
+            epochs=2, kl_coef=0.0, missing_eos_penalty=0.0, place={"micro_batch_size": 16},
+        )  # fmt: skip
+        plan[f"{name}-learns"] = (learns, {})
+    return run_plan(1, plan)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(run_plan, make, data):
+    kinds = {"grpo": "ddp", "rloo": "zero2", "reinforce_pp": "zero1"}
+    plan = {n: (make(n, steps=4, place={"strategy": kinds[n]}), {}) for n in NEW}
+    plan["grpo-ptx"] = (mixing(make, data, "grpo", place={"micro_batch_size": 2}), {})
+    plan["rloo-rule"] = (make("rloo"), {"rule": True})
+    plan["collapsed"] = (collapsing(make, "ppo", max_kl=0.2, ppo_epochs=2), {})
+    return run_plan(2, plan)
+
+
+def copy_inputs(stages, store, digests):
+    other = open_store(f"file://{store}")
+    for kind in ("model", "reward_model", "dataset"):
+        for artifact in stages.store.list(kind):
+            if artifact.digest in digests:
+                other.publish(
+                    stages.store.fetch(artifact.digest), kind=kind,
+                    metadata=artifact.metadata, parents=artifact.parents,
+                )  # fmt: skip
+
+
+def column(run, name):
+    return [m[name] for m in run.metrics]
+
+
+def assert_same_course(first, second):
+    for name in SHARED:
+        np.testing.assert_allclose(
+            column(first, name), column(second, name), atol=2e-3, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_algorithm_raises_the_score_it_optimises(one_rank, name):
+    scores = column(one_rank[f"{name}-learns"], "score")
+    assert np.mean(scores[-4:]) > np.mean(scores[:4]) + 0.5, scores
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_first_rollout_is_the_reference_own(one_rank, name):
+    first = one_rank[name].metrics[0]
+    assert abs(first["kl"]) < 1e-4
+    assert first["rollout_logprob_gap"] < 1e-4
+    assert first["reward_model"] == pytest.approx(first["score"])
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_micro_batches_do_not_change_what_is_learned(one_rank, name):
+    first, second = one_rank[name], one_rank[f"{name}-micro"]
+    assert_same_course(first, second)
+    others = second.weights()
+    for key, value in first.weights().items():
+        np.testing.assert_allclose(value, others[key], atol=2e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_two_ranks_train_as_one_does(one_rank, two_ranks, name):
+    assert_same_course(one_rank[name], two_ranks[name])
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_resumed_run_ends_in_the_same_bytes(one_rank, name):
+    whole, half, rest = (one_rank[f"{name}{part}"] for part in ("", "-half", "-rest"))
+    assert "the checkpoint after step 2" in half.said
+    assert weight_hashes(whole.artifact) == weight_hashes(rest.artifact)
+    assert column(rest, "step") == [1, 2, 3, 4]
+
+
+def test_ppo_computes_what_it_did_before_it_shared_anything(one_rank):
+    before = {
+        "score": [-0.020243, 0.435199, 0.113052],
+        "kl": [0.0, 0.143034, 0.230344],
+        "policy_loss": [-0.060954, -0.029434, -0.011023],
+    }
+    for name, values in before.items():
+        np.testing.assert_allclose(column(one_rank["ppo"], name), values, atol=1e-4, err_msg=name)
+
+
+def test_kl_term_of_the_loss_holds_the_policy_back(one_rank):
+    free, held = (column(one_rank[n], "kl_k3")[2] for n in ("grpo", "grpo-kl"))
+    assert held < free
+
+
+@pytest.mark.parametrize("variant", ("grpo-updates", "grpo-dr", "rloo-lora"))
+def test_variants_move_the_policy(stages, models, one_rank, variant):
+    before = stages.weights(stages.store.get(models["llama"]))
+    after = one_rank[variant].weights()
+    assert before.keys() == after.keys()
+    assert any(not np.array_equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_reference_of_an_adapter_stays_where_it_was(one_rank, name):
+    run = one_rank[f"{name}-lora"]
+    kl = column(run, "kl_k3")
+    assert kl[0] < 1e-6
+    assert kl[-1] > 1e-4, "the policy has left it"
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert run.artifact.file(file).size > 0
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_text_that_is_mixed_in_is_learned(one_rank, name):
+    losses = column(one_rank[f"{name}-ptx"], "ptx_loss")
+    assert losses[-1] < losses[0] - 0.2, losses
+
+
+def test_two_ranks_mix_in_what_one_does(one_rank, two_ranks):
+    first, second = one_rank["grpo-ptx"], two_ranks["grpo-ptx"]
+    assert_same_course(first, second)
+    np.testing.assert_allclose(column(first, "ptx_loss"), column(second, "ptx_loss"), rtol=1e-3)
+
+
+def test_rules_alone_need_no_reward_model(one_rank, two_ranks):
+    for run in (one_rank["ppo-rule"], one_rank["rloo-rule"], two_ranks["rloo-rule"]):
+        for line in run.metrics:
+            assert line["score"] == pytest.approx(0.5 * line["reward_letters"], abs=1e-6)
+            assert 0 < line["reward_letters"] < 1
+            assert "reward_model" not in line
+            assert line["trouble_seen"] == 16, "of this rollout, from all ranks"
+    # Each rank scores its share; all see all.
+    assert_same_course(one_rank["rloo-rule"], two_ranks["rloo-rule"])
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_collapse_publishes_the_last_good_policy_as_a_candidate(one_rank, two_ranks, ranks):
+    run = (one_rank if ranks == 1 else two_ranks)["collapsed"]
+    job, store, said = run.job, run.store, run.said
+    at = run.metrics[-1]["step"]
+    means = [(a + b) / 2 for a, b in pairwise(column(run, "kl"))]
+    assert means[-1] > job.max_kl and all(m <= job.max_kl for m in means[:-1]), "at the first"
+    assert f"{job.algorithm} step {at}: the KL to the SFT model (nats a reply) is" in said
+    assert f"above {job.algorithm}.max_kl {job.max_kl:g}" in said
+    assert f"Raise {job.algorithm}.kl_coef" in said
+    assert run.artifact is None, "a retry must not take it for the result"
+
+    [candidate] = [a for a in store.list("model") if a.metadata.get("candidate")]
+    assert candidate.ref in said and noted(store, job.key()) == candidate
+    reason = f"collapsed at step {at}: kl {means[-1]:.4g} above max_kl {job.max_kl:g}; weights of"
+    assert candidate.metadata["reason"] == f"{reason} step {at - 2}"
+    assert candidate.metadata["collapsed"]["value"] == pytest.approx(means[-1])
+    assert candidate.metadata["metrics"]["steps"] == at - 2
+    checkpoints = store.scoped(f"checkpoints/{job.key()}")
+    [good] = [a for a in checkpoints.list("checkpoint") if a.metadata["step"] == at - 2]
+    kept = load_file(checkpoints.fetch(good.digest) / "weights.safetensors")
+    found = load_file(store.fetch(candidate.digest) / "model.safetensors")
+    for name, value in found.items():
+        assert np.array_equal(value, kept[f"policy.model.{name}"]), name
+
+
+def test_collapse_before_the_first_checkpoint_has_no_candidate(one_rank):
+    run = one_rank["collapsed-early"]
+    assert "No checkpoint from before these rollouts" in run.said
+    assert "checkpoint_every is 1000" in run.said
+    assert not [a for a in run.store.list("model") if a.metadata.get("candidate")]
+    assert noted(run.store, run.job.key()) is None

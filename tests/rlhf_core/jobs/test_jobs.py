@@ -1,0 +1,41 @@
+"""Job files that are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.errors import ConfigError
+from rlhf_core.jobs import ImportModelJob, parse_job
+from rlhf_core.runtime.job_file import read_job
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"0", "JSON int; needed is an object"),
+        (b"[]", "JSON list; needed is an object"),
+        (b"null", "JSON NoneType"),
+        (b"[" * 99_999, "nested too deeply"),
+        (b"\xff", "utf-8"),
+        (b"", "Expecting value"),
+        (b'{"algorithm": "nope"}', "algorithm: Input should be 'sft'"),
+        (b'{"algorithm": ["sft"]}', "algorithm: Input should be 'sft'"),
+        (b'{"algorithm": "sft", "algorithm": "data"}', "a key is there twice"),
+        (b'{"algorithm": "sft", "learning_rate": NaN}', "learning_rate: Input should be a finite"),
+        (b'{"algorithm": "import_model", "seed": -1}', "greater than or equal to 0"),
+        (b'{"algorithm": "import_model", "revision": "\\ud800"}', "half a character"),
+    ],
+)
+def test_file_that_is_no_job_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "job.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_job(tmp_path / "job.json")
+    assert "job.json is not a job file" in str(caught.value)
+    assert "errors.pydantic.dev" not in str(caught.value)
+
+
+def test_job_survives_the_way_through_its_file() -> None:
+    job = ImportModelJob(source="random:llama", seed=3)
+    assert parse_job(job.model_dump_json()) == job

@@ -1,0 +1,104 @@
+"""Layers that models share are run once: the same numbers, to the last bit."""
+
+import pytest
+import torch
+
+from rlhf_core.jobs import GRPOJob, PPOJob, Resources
+from rlhf_core.models.loading import load_causal_lm
+from rlhf_core.nn.backbone import backbone_hidden
+from rlhf_core.nn.layers import transformer_layers
+from rlhf_core.nn.shared_trunk import States, Trunk, find_trunk
+from rlhf_core.training.online import models as online
+from tests.rlhf_core.tiny_models import copy_of
+
+
+def with_layers_trained(folder, count):
+    model = load_causal_lm(folder).requires_grad_(False)
+    for layer in list(transformer_layers(model)[1])[-count:]:
+        layer.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "bloom"])
+def test_models_go_on_from_the_trunk_with_the_same_numbers(tmp_path, architecture):
+    folder = copy_of(architecture, tmp_path / "model")
+    trained, other = with_layers_trained(folder, 1), load_causal_lm(folder).requires_grad_(False)
+    with torch.no_grad():  # they differ above the trunk
+        for param in transformer_layers(other)[1][-1].parameters():
+            param.add_(0.01 * torch.randn_like(param))
+    trunk = find_trunk([trained, other])
+    assert trunk is not None and trunk.depth == 2
+    ids = torch.randint(3, 900, (2, 7))
+    mask = torch.ones_like(ids).bool()
+    mask[1, 5:] = False
+    states = States(trunk)
+    for model in (trained, other):
+        want = backbone_hidden(model, ids, mask)
+        with states.of([4, 5], ids, mask):
+            found = backbone_hidden(model, ids, mask)
+        assert torch.equal(found[mask], want[mask])
+    names = [name for name, _ in trained.named_parameters()]
+    assert names == [name for name, _ in load_causal_lm(folder).named_parameters()]
+
+
+def test_gradients_are_the_same_with_checkpointing_too(tmp_path):
+    folder = copy_of("llama", tmp_path / "model")
+    ids = torch.randint(3, 900, (2, 7))
+    mask = torch.ones_like(ids).bool()
+    mask[1, 4:] = False
+
+    def gradients(share, checkpointing):
+        model = with_layers_trained(folder, 2)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        trunk = find_trunk([model, load_causal_lm(folder).requires_grad_(False)]) if share else None
+        with States(trunk).of([0, 1], ids, mask):
+            loss = backbone_hidden(model, ids, mask)[mask].square().mean()
+        loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    for checkpointing in (False, True):
+        want = gradients(False, checkpointing)
+        assert want
+        found = gradients(True, checkpointing)
+        assert found.keys() == want.keys()
+        assert all(torch.equal(found[n], want[n]) for n in want)
+
+
+def test_the_trunk_ends_where_models_differ_or_train(tmp_path):
+    folder = copy_of("llama", tmp_path / "model")
+    first, second = with_layers_trained(folder, 1), load_causal_lm(folder).requires_grad_(False)
+    with torch.no_grad():
+        next(transformer_layers(second)[1][1].parameters())[0] += 1e-3
+    assert find_trunk([first, second]).depth == 1
+    with torch.no_grad():
+        second.get_input_embeddings().weight[5] += 1e-3
+    assert find_trunk([first, second]) is None
+    assert find_trunk([load_causal_lm(folder).requires_grad_(True)]) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_training_ends_in_the_same_bytes_with_and_without(
+    stages, models, data, random_reward, algorithm, monkeypatch
+):
+    common = {
+        "model": models["llama"], "reward_model": random_reward, "prompts": data["prompts"],
+        "steps": 2, "max_new_tokens": 6, "trainable_layers": 1, "learning_rate": 1e-3,
+        "resources": Resources(micro_batch_size=2, device="cpu"),
+    }  # fmt: skip
+    if algorithm == "ppo":
+        job = PPOJob(**common, batch_size=8, ppo_epochs=2, minibatches=2)
+    else:
+        job = GRPOJob(**common, batch_size=4, group_size=2, epochs=2)
+    runs = []
+    ran = []
+    run = Trunk.run
+    monkeypatch.setattr(Trunk, "run", lambda self, *batch: ran.append(1) or run(self, *batch))
+    for share in (True, False):
+        if not share:
+            monkeypatch.setattr(online, "find_trunk", lambda models: None)
+        runs.append((*stages.run_here(job, f"{algorithm}-{share}"), len(ran)))
+    assert runs[0][:2] == runs[1][:2]
+    assert runs[0][2] > 1 and runs[1][2] == runs[0][2], "the trunk ran, and only where shared"

@@ -1,0 +1,96 @@
+"""Rows without their padding give the numbers and gradients of rows with it."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import MistralConfig, MistralForCausalLM
+
+from rlhf_core.nn import unpadded
+from rlhf_core.nn.backbone import backbone, backbone_hidden
+from rlhf_core.nn.modules import Policy, ScalarModel, padding_cost
+from tests.rlhf_core.nn.test_response_logprobs import _DECODER, D, V, make_model
+
+LENGTHS = (9, 4, 1, 6)
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, V, (4, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.arange(9) < torch.tensor(LENGTHS).unsqueeze(1)
+    return ids.masked_fill(~mask, 0), mask
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "opt"])
+def test_hidden_states_and_gradients_are_those_of_each_row_alone(name: str) -> None:
+    model, (ids, mask) = make_model(name), rows()
+    weights = torch.randn(4, 9, 1, generator=torch.Generator().manual_seed(4))
+    base = backbone(model)
+    found = unpadded.hidden_states(base, ids, mask)
+    assert found is not None
+    assert not found[~mask].any()
+    (found * weights).sum().backward()
+    grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for row, length in enumerate(LENGTHS):
+        alone = base(input_ids=ids[row : row + 1, :length], use_cache=False)[0][0]
+        torch.testing.assert_close(found[row, :length], alone, atol=1e-5, rtol=1e-4)
+        (alone * weights[row, :length]).sum().backward()
+    for k, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(grads[k], p.grad, atol=1e-4, rtol=1e-3)
+    assert base.config._attn_implementation == "sdpa"
+
+
+def test_no_padding_is_computed_but_in_attention() -> None:
+    model, (ids, mask) = make_model("llama"), rows()
+    seen: list[tuple[int, ...]] = []
+    hook = model.model.layers[1].mlp.register_forward_hook(
+        lambda module, args, output: seen.append(tuple(args[0].shape))
+    )
+    backbone_hidden(model, ids, mask)
+    assert seen[-1] == (1, sum(LENGTHS), D)
+    backbone_hidden(model, ids, torch.ones_like(mask))  # nothing to leave out
+    assert seen[-1] == (4, 9, D)
+    hook.remove()
+
+
+def test_models_that_attend_in_a_way_of_their_own_keep_their_padding() -> None:
+    windowed = MistralForCausalLM(MistralConfig(**_DECODER, sliding_window=4)).eval()
+    eager = make_model("llama")
+    eager.set_attn_implementation("eager")
+    for model in (windowed, eager, make_model("bloom"), make_model("gemma2")):
+        ids, mask = rows()
+        assert unpadded.hidden_states(backbone(model), ids, mask) is None
+        assert not unpadded.leaves_out(backbone(model))
+    changed = make_model("llama")
+    assert unpadded.leaves_out(backbone(changed))
+    changed.set_attn_implementation("eager")  # after it was tried out
+    assert not unpadded.leaves_out(backbone(changed))
+
+
+def test_layers_that_run_again_in_the_backward_pass_keep_their_padding() -> None:
+    model, (ids, mask) = make_model("llama"), rows()
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert unpadded.hidden_states(model.model, ids, mask) is None
+    assert padding_cost(Policy(model)) == 1.0
+    hidden = backbone_hidden(model, ids, mask)
+    hidden[mask].sum().backward()
+    model.gradient_checkpointing_disable()
+    assert unpadded.hidden_states(model.model, ids, mask) is not None
+
+
+def test_models_of_a_trunk_all_leave_padding_out_or_none_does() -> None:
+    checkpointing, plain, (ids, mask) = make_model("llama"), make_model("llama"), rows()
+    unpadded.run_alike([checkpointing.model, plain.model])
+    assert unpadded.hidden_states(plain.model, ids, mask) is not None
+    checkpointing.gradient_checkpointing_enable()
+    unpadded.run_alike([checkpointing.model, plain.model])
+    assert unpadded.hidden_states(plain.model, ids, mask) is None
+
+
+def test_padding_is_cheap_only_where_every_model_leaves_it_out() -> None:
+    lean, heavy = make_model("llama"), make_model("bloom")
+    assert padding_cost(Policy(lean)) == unpadded.ATTENTION_SHARE
+    assert padding_cost(ScalarModel(lean.model, D)) == unpadded.ATTENTION_SHARE
+    assert padding_cost(nn.ModuleList([Policy(lean), ScalarModel(heavy.base_model, D)])) == 1.0
+    assert padding_cost(nn.Linear(2, 2)) == 1.0

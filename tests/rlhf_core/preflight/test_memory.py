@@ -1,0 +1,182 @@
+"""The counts are exact and compared with real models; the bytes are compared with hand values.
+
+Measured peaks of one CPU rank (VmHWM of step and checkpoint, torch 2.13, SmolLM2-135M) are kept
+below with what was measured; the estimate must stay within 40 % of them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.jobs import LoRA, PPOSettings, Resources, RewardSettings, SFTSettings
+from rlhf_core.model_files.shape import read_shape
+from rlhf_core.model_files.source_check import BUILTIN_CONFIGS, model_config
+from rlhf_core.preflight.memory import GIB, estimate, per_strategy, ways_to_fit
+from tests.rlhf_core.tiny_models import copy_of
+
+SMOL = BUILTIN_CONFIGS["smollm2-135m-instruct"]
+LLAMA_7B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+BLOOM_560M = {
+    "model_type": "bloom", "hidden_size": 1024, "n_layer": 24, "num_attention_heads": 16,
+    "vocab_size": 250880,
+}  # fmt: skip
+OPT_125M = {
+    "model_type": "opt", "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "vocab_size": 50272, "max_position_embeddings": 2048,
+}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257,
+        "n_positions": 1024}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (SMOL, 134_515_008),
+        (LLAMA_7B, 6_738_415_616),
+        (BLOOM_560M, 559_214_592),
+        (OPT_125M, 125_239_296),
+        (GPT2, 124_439_808),
+    ],
+)
+def test_parameters_of_known_models_are_exact(config: dict[str, object], parameters: int) -> None:
+    assert read_shape(config).parameters == parameters
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "bloom"])
+def test_parameters_of_tiny_models_are_exact(tmp_path: Path, architecture: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = copy_of(architecture, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    shape = read_shape(json.loads((folder / "config.json").read_text()))
+    assert shape.parameters == model.num_parameters()
+    assert shape.backbone_parameters == model.base_model.num_parameters() + 64 + 1
+    from rlhf_core.jobs import ModelSettings
+
+    known = model_config(ModelSettings(source=f"random:{architecture}"))
+    assert known is not None
+    assert read_shape(known) == shape
+
+
+def test_config_without_sizes_is_named() -> None:
+    with pytest.raises(KeyError, match="hidden_size"):
+        read_shape({"model_type": "llama"})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weights", "gradients", "optimizer"),
+    [
+        ("ddp", 4 + 2, 4, 8),
+        ("zero1", 2, 2, 12 / 4 + 4 / 4),
+        ("zero2", 2, 2 / 4, 12 / 4 + 4 / 4),
+        ("zero2_cpu", 2, 2 / 4, 0),
+        ("gemini", 2 / 4, 0, 12 / 4),
+    ],
+)
+def test_states_follow_the_table(
+    strategy: str, weights: float, gradients: float, optimizer: float
+) -> None:
+    """Bytes per parameter on four ranks in bf16; buckets and gathered layers come on top."""
+    place = Resources(ranks=4, strategy=strategy)  # type: ignore[arg-type]
+    parts = estimate(LLAMA_7B, SFTSettings(), place, "sft").parts
+    count = read_shape(LLAMA_7B).parameters
+    assert parts["weights"] / count == pytest.approx(weights, abs=0.2)
+    assert parts["gradients"] / count == pytest.approx(gradients, abs=0.01)
+    assert parts["optimizer"] / count == pytest.approx(optimizer, abs=0.001)
+
+
+def test_activations_by_hand() -> None:
+    config = {"model_type": "llama", "hidden_size": 10, "intermediate_size": 30,
+              "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 50}  # fmt: skip
+    place = Resources(micro_batch_size=2)
+    parts = estimate(config, SFTSettings(), place, "sft", max_length=7).parts
+    layer = 24 * 10 + 2 * (7 * 10 + 4 * 30)  # bytes per token
+    assert parts["activations"] == 2 * 7 * 3 * layer
+    two = estimate(config, SFTSettings(trainable_layers=2), place, "sft", max_length=7).parts
+    assert two["activations"] == 2 * 7 * 2 * layer
+    pairs = estimate(config, RewardSettings(), place, "reward", max_length=7).parts
+    assert pairs["activations"] == 2 * parts["activations"]
+    saving = Resources(micro_batch_size=2, gradient_checkpointing=True)
+    kept = estimate(config, SFTSettings(), saving, "sft", max_length=7).parts
+    assert kept["activations"] == 2 * 7 * (3 * 4 * 10 + layer)
+
+
+def test_freezing_and_adapters_save_gradients_and_optimizer() -> None:
+    place = Resources()
+    full = estimate(SMOL, SFTSettings(), place, "sft")
+    top = estimate(SMOL, SFTSettings(trainable_layers=10), place, "sft")
+    lora = estimate(SMOL, SFTSettings(lora=LoRA()), place, "sft")
+    assert full.total > top.total > lora.total - lora.parts["activations"]
+    # 10 layers of 3,540,096 parameters each; rank 8 adapters on seven matrices of 30 layers
+    assert top.parts["optimizer"] == 8 * 10 * 3_540_096
+    widths = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
+    assert lora.parts["optimizer"] == 8 * 8 * 30 * widths
+
+
+def test_ppo_holds_four_models() -> None:
+    place = Resources()
+    sft = estimate(SMOL, SFTSettings(precision="fp32"), place, "sft").parts
+    ppo = estimate(SMOL, PPOSettings(precision="fp32"), place, "ppo").parts
+    assert ppo["optimizer"] == pytest.approx(2 * sft["optimizer"], rel=1e-4)
+    assert ppo["reference and reward model"] == pytest.approx(2 * sft["weights"], rel=1e-4)
+
+
+def test_llama_7b_fits_eight_gpus_of_80_gib_with_gemini_only_or_on_the_host() -> None:
+    place = Resources(ranks=8, micro_batch_size=2, gradient_checkpointing=True)
+    needs = per_strategy(LLAMA_7B, PPOSettings(), place, "ppo", max_length=1280)
+    assert {name for name, e in needs.items() if e.total < 80 * GIB} == {"zero2_cpu", "gemini"}
+
+
+def test_ways_to_fit_fit() -> None:
+    place = Resources(micro_batch_size=32)
+    need = estimate(SMOL, SFTSettings(), place, "sft", device="cpu").total
+    ways = ways_to_fit(SMOL, SFTSettings(), place, "sft", need - 2 * GIB, device="cpu")
+    assert "micro_batch_size 16" in ways
+    assert "gradient_checkpointing true" in ways
+    assert ways_to_fit(LLAMA_7B, SFTSettings(), Resources(), "sft", GIB, device="cpu") == []
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stage", "layers", "rows", "length", "precision", "saving", "measured"),
+    [
+        ("ddp", "sft", None, 8, 128, "bf16", False, 4.47),
+        ("ddp", "sft", 10, 8, 128, "bf16", False, 2.11),
+        ("zero1", "sft", None, 8, 128, "bf16", False, 5.23),
+        ("zero2", "reward", None, 4, 256, "bf16", False, 5.73),
+        ("ddp", "sft", None, 8, 256, "fp32", False, 6.60),
+        ("ddp", "sft", None, 8, 256, "bf16", True, 4.04),
+    ],
+)
+def test_estimate_is_near_the_measured_peak(
+    strategy: str, stage: str, layers: int | None, rows: int, length: int, precision: str,
+    saving: bool, measured: float,
+) -> None:  # fmt: skip
+    place = Resources(
+        strategy=strategy,  # type: ignore[arg-type]
+        micro_batch_size=rows,
+        gradient_checkpointing=saving,
+    )
+    kind = SFTSettings if stage == "sft" else RewardSettings
+    settings = kind(trainable_layers=layers, precision=precision)  # type: ignore[arg-type]
+    found = estimate(SMOL, settings, place, stage, max_length=length, device="cpu")  # type: ignore[arg-type]
+    assert found.total / GIB == pytest.approx(measured, rel=0.4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layers", "micro", "length", "measured"),
+    [("ddp", 10, 8, 88, 4.26), ("ddp", None, 4, 128, 9.17), ("zero2", None, 4, 128, 10.22)],
+)
+def test_estimate_of_ppo_is_near_the_measured_peak(
+    strategy: str, layers: int | None, micro: int, length: int, measured: float
+) -> None:
+    place = Resources(strategy=strategy, micro_batch_size=micro)  # type: ignore[arg-type]
+    settings = PPOSettings(trainable_layers=layers, batch_size=16)
+    found = estimate(SMOL, settings, place, "ppo", max_length=length, device="cpu")
+    assert found.total / GIB == pytest.approx(measured, rel=0.4)

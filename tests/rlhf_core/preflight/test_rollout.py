@@ -1,0 +1,169 @@
+"""The choice of what replies are sampled with: settings, keys, refusals. vLLM need not be there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_core.errors import ConfigError, TrainingFailure
+from rlhf_core.jobs import (
+    BaseJob,
+    BuiltinRollout,
+    GRPOJob,
+    PipelineConfig,
+    PPOJob,
+    ReinforcePPJob,
+    Resources,
+    RLOOJob,
+    VllmRollout,
+    WorkPoolLauncher,
+    parse_job,
+)
+from rlhf_core.pipeline.presets import build_config
+from rlhf_core.preflight.check import check, dry_run
+from rlhf_core.preflight.memory import GIB, estimate
+from rlhf_core.system.machine import Machine
+from rlhf_core.training.online.experience import assert_same_policy
+from tests.rlhf_core.preflight.test_memory import LLAMA_7B
+
+DIGESTS = {"model": "a" * 64, "prompts": "b" * 64, "reward_model": "c" * 64}
+CPU = Machine(cores=2, ram=24 * GIB)
+GPUS = Machine(gpus=8, gpu_memory=80 * GIB, cores=96, ram=2048 * GIB)
+
+
+@pytest.mark.parametrize("kind", [PPOJob, GRPOJob, RLOOJob, ReinforcePPJob])
+def test_what_was_added_leaves_the_key_as_it_was(kind: type[BaseJob]) -> None:
+    job = kind(**DIGESTS)
+    before = job.model_dump(mode="json", exclude={"resources", "trust_remote_code"})
+    for added in ("rollout", "on_nonfinite", "min_length", "max_length"):
+        del before[added]  # the jobs before they had these settings
+    text = json.dumps(
+        {"version": job.current_version(), "job": before},
+        sort_keys=True, separators=(",", ":"), ensure_ascii=False,
+    )  # fmt: skip
+    assert job.key() == hashlib.sha256(text.encode()).hexdigest()
+    assert kind(**DIGESTS, rollout=BuiltinRollout()).key() == job.key()
+    assert kind(**DIGESTS, min_length=3.0).key() != job.key()
+    assert kind(**DIGESTS, max_length=100.0).key() != job.key()
+
+
+def test_vllm_counts_in_the_key_and_its_memory_does_not() -> None:
+    builtin, vllm = GRPOJob(**DIGESTS), GRPOJob(**DIGESTS, rollout=VllmRollout())
+    assert builtin.key() != vllm.key()
+    roomy = VllmRollout(gpu_memory_utilization=0.6, cpu_cache_mib=4096)
+    assert GRPOJob(**DIGESTS, rollout=roomy).key() == vllm.key()
+    strict = VllmRollout(max_logprob_gap=0.01)
+    assert GRPOJob(**DIGESTS, rollout=strict).key() != vllm.key()
+    assert parse_job(vllm.model_dump_json()) == vllm
+
+
+def test_rollout_is_set_by_its_path() -> None:
+    config = build_config("grpo", ["grpo.rollout.type=vllm", "grpo.rollout.max_logprob_gap=0.02"])
+    assert config.grpo.rollout == VllmRollout(max_logprob_gap=0.02)
+    assert build_config("grpo").grpo.rollout == BuiltinRollout()
+    # A setting that only vLLM has says it too, as with launchers and rewards.
+    config = build_config("grpo", ["grpo.rollout.cpu_cache_mib=64"])
+    assert config.grpo.rollout == VllmRollout(cpu_cache_mib=64)
+    with pytest.raises(ConfigError, match="rollout"):
+        build_config("grpo", ["grpo.rollout.type=sglang"])
+    with pytest.raises(ConfigError, match="gpu_memory_utilization"):
+        build_config("grpo", ["grpo.rollout.gpu_memory_utilization=1.5"])
+
+
+def sampling(**settings: Any) -> PipelineConfig:
+    rollout = settings.pop("rollout", {"type": "vllm"})
+    return PipelineConfig.model_validate(
+        {
+            "model": {"source": "random:llama"}, "stages": ["sft", "grpo"],
+            "grpo": {"rollout": rollout, "rewards": [{"type": "repetition"}], **settings},
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
+def test_missing_package_is_refused_before_anything_starts(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RLHF_STORE", f"file://{tmp_path}/store")
+    [problem] = check(sampling(), machine=CPU)
+    assert "the package vllm is not installed" in problem
+    assert "(extra vllm)" in problem and "pip install 'vllm>=0.32,<0.33'" in problem
+    assert check(sampling(rollout={"type": "builtin"}), machine=CPU) == []
+    # A worker has packages of its own.
+    launched = sampling().model_copy(update={"launcher": WorkPoolLauncher()})
+    assert not [p for p in check(launched, machine=CPU) if "vllm" in p]
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
+def test_missing_package_is_refused_by_the_stage_itself(tmp_path: Any) -> None:
+    """On a worker, whose environment the preflight does not see."""
+    from rlhf_core.rollout.vllm_engine import VllmEngine
+
+    with pytest.raises(ConfigError, match=r"package vllm is not installed.*\(extra vllm\)"):
+        VllmEngine(tmp_path, VllmRollout(), precision="fp32", device=torch.device("cpu"), longest=8)
+
+
+def test_training_does_not_import_vllm() -> None:
+    code = "import sys, rlhf_core.algorithms.grpo; print([m for m in sys.modules if 'vllm.' in m])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_settings_that_vllm_cannot_do_are_named() -> None:
+    [problem] = dry_run(sampling(temperature=0.001), CPU)
+    assert "grpo.temperature is 0.001" in problem and "no less than 0.01" in problem
+    config = sampling(resources={"strategy": "gemini"})
+    assert any(
+        "grpo.rollout.type is vllm with the strategy gemini" in p for p in dry_run(config, GPUS)
+    )
+
+
+def test_engine_on_the_cpu_counts_as_memory() -> None:
+    parts = []
+    for rollout in (BuiltinRollout(), VllmRollout(cpu_cache_mib=1024)):
+        job = GRPOJob(**DIGESTS, rollout=rollout, precision="bf16")
+        parts.append(estimate(LLAMA_7B, job, Resources(), "grpo", device="cpu").parts)
+    assert "vLLM" not in parts[0]
+    assert parts[1]["vLLM"] == pytest.approx(2 * 6.74e9 + 2**30, rel=0.01)  # 6.74 G parameters
+
+
+def test_engine_that_does_not_fit_beside_the_trainer_is_refused() -> None:
+    ranks = {"ranks": 8, "strategy": "zero2"}
+    base = {"model": {"source": "meta-llama/Llama-2-7b-hf"}, "stages": ["grpo"], "resources": ranks}
+    grpo = {"rewards": [{"type": "repetition"}]}
+
+    def problems(share: float) -> list[str]:
+        rollout = {"type": "vllm", "gpu_memory_utilization": share}
+        config = PipelineConfig.model_validate({**base, "grpo": {**grpo, "rollout": rollout}})
+        return [p for p in dry_run(config, GPUS, LLAMA_7B) if "rollout" in p]
+
+    assert problems(0.2) == []
+    [problem] = problems(0.9)
+    assert "grpo.rollout.gpu_memory_utilization is 0.9, which is 72.0 GiB" in problem
+    assert "set at most 0." in problem
+
+
+def experience(difference: float) -> Any:
+    mask = torch.tensor([[True, True], [True, False]])
+    old = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]])
+    engine = old + difference * torch.tensor([[1.0, -1.0], [1.0, 9.0]])  # the 9 is padding
+    return SimpleNamespace(rollout_logprobs=engine, old_logprobs=old, mask=mask)
+
+
+def test_gap_of_the_logprobs_ends_the_stage_past_its_bound() -> None:
+    job = GRPOJob(**DIGESTS, rollout=VllmRollout(max_logprob_gap=0.1))
+    assert_same_policy(job, experience(0.099))
+    with pytest.raises(TrainingFailure, match=r"differ by 0.101 nats .*max_logprob_gap 0\.1"):
+        assert_same_policy(job, experience(0.101))
+    with pytest.raises(TrainingFailure, match="differ by nan"):
+        assert_same_policy(job, experience(float("nan")))
+    assert_same_policy(GRPOJob(**DIGESTS), experience(0.101))  # the loop's own is only a metric

@@ -1,0 +1,69 @@
+"""Which category an exception of a rank belongs to, and what on_nonfinite does to a stage's key."""
+
+import errno
+
+import pytest
+
+from rlhf_core.errors import DataError, RateLowered
+from rlhf_core.jobs import Resources, SFTJob
+from rlhf_core.runtime.rank import classify, describe
+
+D = "0" * 64
+JOB = SFTJob(model=D, data=D, resources=Resources(collective_timeout=40))
+
+
+@pytest.mark.parametrize(
+    ("error", "category"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "oom"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate "
+                      "memory: you tried to allocate 8 bytes. Error code 12"), "oom"),
+        (MemoryError(), "oom"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "oom"),
+        (RuntimeError("std::bad_alloc"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "oom"),
+        (RuntimeError("[gloo] Timed out waiting 40000ms for recv operation to complete"), "hang"),
+        (RuntimeError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4)"), "hang"),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:4242"), "internal"),
+        (KeyError("x"), "internal"),
+        (DataError("row 7: out of memory"), "data"),
+        (RateLowered("x"), "rate_lowered"),
+    ],
+)  # fmt: skip
+def test_category_of_an_error(error, category):
+    assert classify(error) == category
+
+
+def test_lack_of_memory_is_seen_behind_the_error_of_a_library():
+    with pytest.raises(RuntimeError) as raised:
+        try:
+            raise MemoryError
+        except MemoryError as error:
+            raise RuntimeError("could not read the table") from error
+    assert classify(raised.value) == "oom"
+    with pytest.raises(RuntimeError) as raised:
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise RuntimeError("something else") from None
+    assert classify(raised.value) == "internal"
+
+
+def test_memory_error_without_a_text_is_described_with_its_peak():
+    first, peak = describe(MemoryError(), "oom", "3", JOB).splitlines()
+    assert first == "rank 3 ran out of memory: MemoryError"
+    assert peak.startswith("Peak of rank 3: ")
+    assert peak.endswith(" in main memory.")
+
+
+def test_waiting_rank_names_the_setting():
+    text = describe(RuntimeError("Timed out waiting"), "hang", "0", JOB)
+    assert "rank 0 waited 40 s (resources.collective_timeout)" in text
+
+
+def test_a_factor_is_part_of_the_key_and_failing_is_not():
+    # The key as it was before the setting existed: old results stay valid.
+    assert JOB.key() == "d0948efa726b263b5e3cd7941354734e0a6f08614abfc0dc04c751ca59877488"
+    careful = JOB.model_copy(update={"on_nonfinite": 0.5})
+    assert careful.key() != JOB.key()
+    assert careful.cautious().key() == JOB.key()

@@ -1,0 +1,117 @@
+"""Parts of online algorithms that need no ranks: reference, bounds of the collapse, repetition."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from rlhf_core.jobs import GRPOJob, LoRA, ModelReward, PPOJob
+from rlhf_core.models.loading import load_causal_lm
+from rlhf_core.nn.layers import choose_trainable
+from rlhf_core.nn.modules import Policy
+from rlhf_core.nn.padding import pad_right
+from rlhf_core.training.online.batches import split_minibatches
+from rlhf_core.training.online.collapse import judge
+from rlhf_core.training.online.models import AdapterOff
+from rlhf_core.training.online.report import repetition
+from rlhf_core.training.online.updates import passes
+from tests.rlhf_core.tiny_models import copy_of
+
+DIGESTS = {"model": "a" * 64, "prompts": "b" * 64, "reward_model": "c" * 64}
+
+
+def test_adapter_switched_off_is_the_reference_loaded_apart(tmp_path):
+    folder = copy_of("llama", tmp_path / "model")
+    job = GRPOJob(**DIGESTS, lora=LoRA(rank=2, alpha=8))
+    policy = Policy(choose_trainable(load_causal_lm(folder), job, 0))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:  # they start at 0, where policy and reference are one
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
+    input_ids, mask = pad_right([[5, 9, 200, 31, 7], [8, 44, 90]])
+    batch = (input_ids, mask, mask & (torch.arange(5) > 0))
+    with torch.no_grad():
+        reference, learned = Policy(load_causal_lm(folder))(*batch, 0.7), policy(*batch, 0.7)
+    assert torch.equal(AdapterOff(policy)(*batch, 0.7), reference)
+    assert (learned - reference).abs().max() > 0.1
+    assert torch.equal(policy(*batch, 0.7), learned), "the adapter is on again"
+    assert {n for n, p in policy.named_parameters() if p.requires_grad} == trained
+
+
+def rollouts(**columns):
+    count = len(next(iter(columns.values())))
+    healthy = {"kl": 1.0, "repetition": 0.05, "length": 20.0, "entropy": 2.0, "finished": 1.0}
+    return [
+        {"step": i + 1, **healthy, **{name: values[i] for name, values in columns.items()}}
+        for i in range(count)
+    ]
+
+
+def strict(**settings):
+    bounds = {"max_kl": 10.0, "max_repetition": 0.5, "min_length": 3.0, "max_length": 50.0,
+              "min_entropy": 0.2, "max_unfinished": 0.6}  # fmt: skip
+    return PPOJob(**DIGESTS, **({"collapse_window": 3} | bounds | settings))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "setting", "value"),
+    [
+        ("kl", [1.0, 9.0, 12.0, 12.0], "max_kl", 11.0),
+        ("repetition", [0.9, 0.4, 0.6, 0.8], "max_repetition", 0.6),
+        ("length", [1.0, 2.0, 1.0, 3.0], "min_length", 2.0),
+        ("length", [20.0, 20.0, 70.0, 66.0], "max_length", 52.0),
+        ("entropy", [0.0, 0.2, 0.2, 0.1], "min_entropy", 0.5 / 3),
+        ("finished", [1.0, 0.2, 0.2, 0.2], "max_unfinished", 0.8),
+    ],
+)
+def test_collapse_is_the_mean_of_the_last_rollouts(column, values, setting, value):
+    found = judge(strict(), rollouts(**{column: values}))
+    assert (found["setting"], found["step"], found["window"]) == (setting, 4, 3)
+    assert found["value"] == pytest.approx(value)
+    off = {setting: 100.0 if setting == "max_kl" else None}
+    assert judge(strict(**off), rollouts(**{column: values})) is None
+    assert judge(strict(), rollouts(**{column: values[:2]})) is None, "too few to judge"
+
+
+def test_one_odd_rollout_is_no_collapse():
+    assert judge(strict(), rollouts(kl=[1.0, 25.0, 1.0], finished=[1.0, 0.0, 1.0])) is None
+
+
+def test_short_stage_is_judged_at_its_end():
+    assert judge(strict(steps=2), rollouts(kl=[5.0, 20.0]))["window"] == 2
+
+
+def test_repetition_counts_pieces_that_stood_before():
+    # 1 2 3 4 1 2 3 4 1: the grams 1234 2341 3412 4123 1234 2341, of which two are repeated
+    experience = SimpleNamespace(
+        sequences=[[7, 7, 7, 7, 7, 1, 2, 3, 4, 1, 2, 3, 4, 1], [7, 1, 1, 1]],
+        prompt_lengths=[5, 1],
+    )
+    assert repetition(experience) == pytest.approx((2 / 6 + 0.0) / 2)
+
+
+def test_updates_of_a_rollout_are_numbered_over_the_stage():
+    assert split_minibatches(6, 2) == [[0, 2, 4], [1, 3, 5]]
+    found = list(passes(seed=0, step=3, epochs=2, minibatches=2))
+    assert [(e, i) for e, i, _ in found[:2]] == [(0, 0), (0, 1)]
+    assert sorted(number for _, _, number in found) == [12, 13, 14, 15]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"reward_model": None}, "but reward_model is empty; give a reward model"),
+        ({"rewards": ()}, "rewards is empty, so that there is nothing to learn"),
+        ({"rewards": (ModelReward(), ModelReward())}, '2 entries of type "model"'),
+        ({"group_size": 1}, "greater than or equal to 2"),
+        ({"ptx_coef": 0.5}, "ptx_coef is 0.5 but ptx is empty"),
+        ({"max_new_tokens": 1}, "min_length is 1.5 and max_new_tokens 1, so that every reply"),
+        ({"max_length": 128}, "max_length is 128 and max_new_tokens 128, so that no reply could"),
+        ({"min_length": 9, "max_length": 8}, "min_length 9 is above max_length 8"),
+    ],
+)
+def test_settings_that_cannot_be_kept_are_refused(change, said):
+    with pytest.raises(ValidationError, match=said):
+        GRPOJob(**(DIGESTS | change))

@@ -1,0 +1,79 @@
+"""The report's Markdown, page and curves."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.pipeline.presets import build_config
+from tasks.reporting.curves import draw, smooth
+from tasks.reporting.report import page, read_metrics, render
+from tasks.run import Run, StageResult
+
+STUB = Path(__file__).parents[1] / "stubs/rlhf_stub"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, store):
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
+    run = Run(build_config("smoke"), "run-1", store)
+    files = {name: STUB / name for name in ("evaluation.json", "samples.jsonl")}
+    add(run, "data-sft", "dataset", {"x": b"1"}, {"read": 10, "kept": 7, "too_long": 3, "bad": 0})
+    lines = b'{"step": 1, "total": 2, "loss": 2.5}\n{"step": 2, "total": 2, "loss": 1.5}\n'
+    add(run, "sft", "model", {"metrics.jsonl": lines}, {"loss": 1.5}, reused=True)
+    add(run, "evaluate", "evaluation", files)
+    return run
+
+
+def add(run, stage, kind, files, metrics=None, reused=False):
+    artifact = run.store.publish_derived(kind=kind, files=files)
+    run.stages[stage] = StageResult(
+        stage=stage, digest=artifact.digest, kind=kind, key="", reused=reused, seconds=65,
+        metrics=metrics or {},
+    )  # fmt: skip
+
+
+def test_report_shows_stages_evaluation_and_replies(run):
+    text = render(run, has_curves=True)
+    assert "| data-sft | 65 s | 7 of 10 rows (3 too long) | `dataset/" in text
+    assert "| sft | reused | loss 1.5 | `model/" in text
+    assert "![training curves](curves.png)" in text
+    assert "the policy became better" in text
+    assert "| longer reply wins | 55.0 |" in text
+    assert "| PPO | I love them! 好的。 | 1.90 | 0.67 |".replace("!", "\\!") in text
+
+
+def test_texts_cannot_break_the_report(run):
+    text = render(run, has_curves=False)
+    assert r"pipes and &lt;b&gt;tags&lt;/b&gt;?" in text
+    assert r"like \| pipes" in text
+    html = page("a <title>", text)
+    assert "<b>tags</b>" not in html
+    assert "<title>a &lt;title&gt;</title>" in html
+    assert "<table>" in html
+
+
+def test_no_more_replies_than_asked_for(run):
+    run.config = build_config("smoke", ["evaluate.samples=1"])
+    assert "How are you" not in render(run, has_curves=False)
+
+
+def test_page_keeps_embedded_images_and_drops_scripts():
+    html = page("x", "![c](data:image/png;base64,AAAA) [bad](javascript:alert(1))")
+    assert '<img src="data:image/png;base64,AAAA"' in html
+    assert 'href="javascript' not in html
+
+
+def test_curves_are_a_png_of_what_is_there(run):
+    lines = read_metrics(run.store, run.stages["sft"].digest)
+    assert [line["loss"] for line in lines] == [2.5, 1.5]
+    assert draw({"sft": lines}).startswith(b"\x89PNG")
+    assert draw({"sft": [], "data": [{"step": 1, "rows": 9}]}) is None
+
+
+def test_artifact_without_metrics_has_no_curve(run):
+    assert read_metrics(run.store, run.stages["evaluate"].digest) == []
+
+
+def test_smoothing_starts_at_the_first_value():
+    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert smooth([1.0, 0.0], 0.9)[1] == pytest.approx(0.9 * 0.1 / (0.9 * 0.1 + 0.1))
