@@ -85,10 +85,13 @@ def rlhf_retrain(
                 text = f"not promoted: {failed}"
                 verdict = {"failed": ["pipeline"], "text": text, "markdown": text}
             if not verdict["failed"]:
-                publish(run, run.given["model"], run.stages["evaluate"].digest)
+                publish(run, run.artifacts_by_role["model"], run.stages["evaluate"].digest)
             elif "evaluate" in run.stages:
                 keep_candidate(
-                    run, run.given["model"], run.stages["evaluate"].digest, verdict["text"]
+                    run,
+                    run.artifacts_by_role["model"],
+                    run.stages["evaluate"].digest,
+                    verdict["text"],
                 )
             report(run)
             create_markdown_artifact(

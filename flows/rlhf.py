@@ -72,48 +72,48 @@ def rlhf_pipeline(
 
 def pipeline(run: Run) -> Iterator[str]:
     """Yields the name of each stage when it is done."""
-    given = run.given
-    given["base"] = given["start"] = given["model"] = stages.import_model(run).digest
+    artifacts = run.artifacts_by_role
+    artifacts["base"] = artifacts["start"] = artifacts["model"] = stages.import_model(run).digest
     if run.config.reward_model is not None:
-        found = stages.import_reward(run, run.config.reward_model, given["base"])
-        given["reward_model"] = found.digest
+        found = stages.import_reward(run, run.config.reward_model, artifacts["base"])
+        artifacts["reward_model"] = found.digest
     yield "model"
 
-    data = stages.prepare_data(run, given["base"])
-    given |= {name: result.digest for name, result in data.items()}
+    data = stages.prepare_data(run, artifacts["base"])
+    artifacts |= {name: result.digest for name, result in data.items()}
     if "ptx" not in data and "sft" in data:
-        given["ptx"] = data["sft"].digest
+        artifacts["ptx"] = data["sft"].digest
     yield "data"
 
     for step in recipe.steps(run.config):
         if step.algorithm == "label":
-            given["preference"] = stages.label(run, step, given).digest
+            artifacts["preference"] = stages.label(run, step, artifacts).digest
         else:
             try:
-                result = stages.TRAIN[step.algorithm](run, step, given)
+                result = stages.TRAIN[step.algorithm](run, step, artifacts)
             except JobFailed as failed:
                 if failed.candidate:
                     raise keep_collapsed(run, failed) from None
                 raise
-            given[result.kind] = result.digest
+            artifacts[result.kind] = result.digest
             if step.algorithm in recipe.PREPARING and result.kind == "model":
-                given["start"] = result.digest
+                artifacts["start"] = result.digest
         yield step.algorithm if step.round + 1 >= run.config.rounds else step.name
 
     if not recipe.makes_a_model(run.config):
         return
-    evaluation = stages.evaluate(run, given)
+    evaluation = stages.evaluate(run, artifacts)
     settings, made_by = run.config.evaluate, recipe.model_stages(run.config)[-1]
     compared = compare_with_champion(run) if settings.against_champion else None
     numbers = read_evaluation(run.store, evaluation.digest)
     beside = read_evaluation(run.store, compared.digest) if compared is not None else None
     if wrong := check_evaluation(settings, numbers, made_by, beside):
-        keep_candidate(run, given["model"], evaluation.digest, wrong)
+        keep_candidate(run, artifacts["model"], evaluation.digest, wrong)
         raise GateFailed(wrong)
     yield "evaluate"
 
     if run.config.lm_eval is not None:
-        stages.benchmark(run, given)
+        stages.benchmark(run, artifacts)
         yield "lm_eval"
 
     if run.config.publish.approval == "manual":
@@ -121,7 +121,7 @@ def pipeline(run: Run) -> Iterator[str]:
         run.decision = decision.model_dump()
         if decision.decision == "reject":
             reason = f"rejected: {decision.reason or 'no reason given'}"
-            keep_candidate(run, given["model"], evaluation.digest, reason)
+            keep_candidate(run, artifacts["model"], evaluation.digest, reason)
             return
-    publish(run, given["model"], evaluation.digest)
+    publish(run, artifacts["model"], evaluation.digest)
     yield "publish"

@@ -166,7 +166,7 @@ def compare_with_champion(run: Run) -> StageResult | None:
     """The finished model and the champion on the same held-out prompts; None where there is no
     champion, or where it is this very model."""
     found = champion(run)
-    if found is None or found == run.given["model"]:
+    if found is None or found == run.artifacts_by_role["model"]:
         return None
-    result: StageResult = compare(run, run.given, found)
+    result: StageResult = compare(run, run.artifacts_by_role, found)
     return result

@@ -59,7 +59,9 @@ class Run:
         self.store = store or open_store(config.store)
         self.folder = rlhf_home() / "runs" / run_id
         self.stages: dict[str, StageResult] = {}
-        self.given: dict[str, str] = {}  # role of a stage's input (see job_input) -> digest
+        self.artifacts_by_role: dict[
+            str, str
+        ] = {}  # role of a stage's input (see job_input) -> digest
         self.model_folder: Path | None = None
         self.report: Path | None = None
         self.decision: dict[str, Any] = {}  # of the person who approved or rejected it

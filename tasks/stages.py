@@ -161,10 +161,10 @@ def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
 
 
 @stage("label")
-def label(run: Run, step: recipe.Step, given: dict[str, str]) -> StageResult:
+def label(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult:
     """Preference pairs: replies of the newest model, compared by the labeller."""
     _, settings = recipe.label_settings(run.config, step)
-    inputs = {name: given[role] for name, role in LabelJob.roles().items() if role in given}
+    inputs = {name: artifacts[role] for name, role in LabelJob.roles().items() if role in artifacts}
     if settings.labeller != "reward_model":
         inputs.pop("reward_model", None)
     job = LabelJob(**trained(run, settings, step), **inputs)
@@ -173,14 +173,14 @@ def label(run: Run, step: recipe.Step, given: dict[str, str]) -> StageResult:
 
 def _trains(algorithm: str) -> Callable[..., StageResult]:
     @stage(algorithm)
-    def train(run: Run, step: recipe.Step, given: dict[str, str]) -> StageResult:
+    def train(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult:
         """A training stage.
 
         Args:
-            given: role of an input (see `job_input`) -> digest of what there is.
+            artifacts: role of an input (see `job_input`) -> digest of what there is.
         """
         roles = recipe.roles(run.config, algorithm)
-        inputs = {name: given[role] for name, role in roles.items() if role in given}
+        inputs = {name: artifacts[role] for name, role in roles.items() if role in artifacts}
         settings = trained(run, recipe.section(run.config, algorithm), step)
         job = cast(Job, step.job(**settings, **inputs))
         result = run_one(run, step.name, job)
@@ -197,51 +197,51 @@ TRAIN = {algorithm: _trains(algorithm) for algorithm in get_args(TrainingStage)}
 
 
 @stage("evaluate")
-def evaluate(run: Run, given: dict[str, str]) -> StageResult:
+def evaluate(run: Run, artifacts: dict[str, str]) -> StageResult:
     """The base model, the one that the alignment started from, and the finished one."""
-    return run_evaluation(run, "evaluate", given)
+    return run_evaluation(run, "evaluate", artifacts)
 
 
 @stage("lm_eval")
-def benchmark(run: Run, given: dict[str, str]) -> StageResult:
+def benchmark(run: Run, artifacts: dict[str, str]) -> StageResult:
     """The base model and the finished one on standard benchmarks."""
     settings = run.config.lm_eval
     assert settings is not None, "no stage of a run without these settings"
     job = LmEvalJob(
         **trained(run, settings),
         fingerprint=tasks_fingerprint(settings.include_path),
-        **{name: given[role] for name, role in LmEvalJob.roles().items()},
+        **{name: artifacts[role] for name, role in LmEvalJob.roles().items()},
     )
     return run_one(run, "lm_eval", job)
 
 
 @stage("compare")
-def compare(run: Run, given: dict[str, str], champion: str) -> StageResult:
+def compare(run: Run, artifacts: dict[str, str], champion: str) -> StageResult:
     """The finished model against a published one on the same held-out prompts.
 
     Args:
         champion: digest of the published model's policy; it stands where SFT stands otherwise.
     """
-    return run_evaluation(run, "compare", {**given, "start": champion})
+    return run_evaluation(run, "compare", {**artifacts, "start": champion})
 
 
-def run_evaluation(run: Run, name: str, given: dict[str, str]) -> StageResult:
+def run_evaluation(run: Run, name: str, artifacts: dict[str, str]) -> StageResult:
     """The result of an evaluation of three models.
 
     Args:
-        given: digests by role; "base", "model" and "start", which the alignment started from.
+        artifacts: digests by role; "base", "model" and "start", which the alignment started from.
     """
     settings = trained(run, run.config.evaluate)
     settings["max_new_tokens"] = reply_length(run.config)
-    start = given.get("start")
+    start = artifacts.get("start")
     job = EvaluateJob(
         **settings,
-        base=given["base"],
-        sft=start if start not in (given["base"], given["model"]) else None,
-        policy=given["model"],
-        reward_model=given.get("reward_model"),
-        prompts=given["prompts"],
-        sft_data=given.get("sft"),
+        base=artifacts["base"],
+        sft=start if start not in (artifacts["base"], artifacts["model"]) else None,
+        policy=artifacts["model"],
+        reward_model=artifacts.get("reward_model"),
+        prompts=artifacts["prompts"],
+        sft_data=artifacts.get("sft"),
     )
     return run_one(run, name, job)
 

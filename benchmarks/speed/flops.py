@@ -31,16 +31,16 @@ def share(
     else:
         rows = values["sft"]
         rows = sizes.measured(rows, sizes.batch) if row == "sft" else rows[: 2 * sizes.batch]
-        marked = sum(sum(r["trainable"][1:]) for r in rows)
-        work = forward(shape, [len(r["input_ids"]) for r in rows], marked)
+        loss_mask = sum(sum(r["trainable"][1:]) for r in rows)
+        work = forward(shape, [len(r["input_ids"]) for r in rows], loss_mask)
         work *= 3 if row == "sft" else 1
     return work / seconds / peak
 
 
-def forward(shape: dict[str, int], lengths: list[int], marked: int) -> float:
-    """FLOPs of a forward pass over rows of these lengths with `marked` positions' logits."""
+def forward(shape: dict[str, int], lengths: list[int], loss_mask: int) -> float:
+    """FLOPs of a forward pass over rows of these lengths with `loss_mask` positions' logits."""
     attention = sum(2 * n * n * shape["width"] * shape["layers"] for n in lengths)
-    return 2 * shape["body"] * sum(lengths) + 2 * shape["head"] * marked + attention
+    return 2 * shape["body"] * sum(lengths) + 2 * shape["head"] * loss_mask + attention
 
 
 def shape_of(folder: Path) -> dict[str, int]:

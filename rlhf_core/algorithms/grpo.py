@@ -37,7 +37,7 @@ from rlhf_core.training.online.experience import score
 from rlhf_core.training.online.models import load_models, load_ptx, share_trunk
 from rlhf_core.training.online.report import inspect, some_samples, summarise
 from rlhf_core.training.online.sampling import roll_out
-from rlhf_core.training.online.updates import Part, optimise
+from rlhf_core.training.online.updates import MicroBatch, optimise
 from rlhf_core.training.optimizer import adamw
 from rlhf_core.training.policy import new_policy, publish_last, save_policy
 from rlhf_core.training.strategy import Strategy
@@ -107,7 +107,7 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
     return publish_last(job, context, strategy, checkpointer, actor, source)
 
 
-def loss(job: GRPOJob, part: Part) -> tuple[Tensor, Metrics]:
+def loss(job: GRPOJob, part: MicroBatch) -> tuple[Tensor, Metrics]:
     """The clipped surrogate with the KL as a term; see `optimise`."""
     now = part.experience
     found, metrics = grpo_loss(

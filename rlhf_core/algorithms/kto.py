@@ -219,9 +219,9 @@ def reply_logps(
     prompts, responses = replies.lengths
     lengths = [prompts[p] + responses[r] for p, r in asked]
 
-    def load(places: list[int]) -> list[Reply]:
-        before = replies.take([asked[place][0] for place in places])
-        after = replies.take([asked[place][1] for place in places])
+    def load(indices: list[int]) -> list[Reply]:
+        before = replies.take([asked[index][0] for index in indices])
+        after = replies.take([asked[index][1] for index in indices])
         return [as_reply(p, r) for p, r in zip(before, after, strict=True)]
 
     logps = response_logps(module, lengths, load, strategy, job.resources.micro_batch_size)

@@ -48,7 +48,7 @@ from rlhf_core.training.online.experience import Experience, score
 from rlhf_core.training.online.models import load_models, load_ptx, share_trunk
 from rlhf_core.training.online.report import inspect, some_samples, summarise
 from rlhf_core.training.online.sampling import roll_out
-from rlhf_core.training.online.updates import Part, optimise
+from rlhf_core.training.online.updates import MicroBatch, optimise
 from rlhf_core.training.optimizer import adamw
 from rlhf_core.training.policy import enable_checkpointing, new_policy, publish_last, save_policy
 from rlhf_core.training.strategy import Strategy
@@ -151,7 +151,7 @@ def add_advantages(job: PPOJob, experience: Experience) -> None:
     experience.advantages = masked_whiten(advantages, mask, stats=stats)
 
 
-def loss(job: PPOJob, part: Part) -> tuple[Tensor, Metrics]:
+def loss(job: PPOJob, part: MicroBatch) -> tuple[Tensor, Metrics]:
     """The clipped surrogate and the critic's clipped error; see `optimise`."""
     now = part.experience
     policy_loss, policy = ppo_policy_loss(

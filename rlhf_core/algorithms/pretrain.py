@@ -85,14 +85,14 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
         loss_sum = 0.0
         try:
             for i, numbers in enumerate(micro):
-                input_ids, mask, marked, positions = collate(
+                input_ids, mask, loss_mask, positions = collate(
                     [batch[n] for n in numbers], strategy.device, separate=separate
                 )
                 with strategy.micro_batch(last=i == len(micro) - 1):
                     logprobs = strategy.module(  # (B,S)
-                        input_ids, mask, marked, position_ids=positions
+                        input_ids, mask, loss_mask, position_ids=positions
                     )
-                    loss, _ = sft_loss(logprobs, marked, denominator=max(tokens, 1))
+                    loss, _ = sft_loss(logprobs, loss_mask, denominator=max(tokens, 1))
                     strategy.backward(loss)
                 loss_sum += loss.item()
             # 3. Update.
@@ -156,10 +156,10 @@ def heldout_loss(
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
     group = strategy.group
     for numbers in split_batch(packing.lengths(), group.rank, group.size, micro_batch_size):
-        input_ids, mask, marked, positions = collate(
+        input_ids, mask, loss_mask, positions = collate(
             [packing[n] for n in numbers], group.device, separate=separate
         )
         with strategy.autocast():
-            logprobs = module(input_ids, mask, marked, position_ids=positions)
-        sums += torch.tensor([-logprobs.double().sum().item(), marked.sum().item()])
+            logprobs = module(input_ids, mask, loss_mask, position_ids=positions)
+        sums += torch.tensor([-logprobs.double().sum().item(), loss_mask.sum().item()])
     return loss_per_token(group.sum(sums))

@@ -36,7 +36,7 @@ from rlhf_core.training.online.experience import score
 from rlhf_core.training.online.models import load_models, load_ptx, share_trunk
 from rlhf_core.training.online.report import inspect, some_samples, summarise
 from rlhf_core.training.online.sampling import roll_out
-from rlhf_core.training.online.updates import Part, optimise
+from rlhf_core.training.online.updates import MicroBatch, optimise
 from rlhf_core.training.optimizer import adamw
 from rlhf_core.training.policy import new_policy, publish_last, save_policy
 from rlhf_core.training.strategy import Strategy
@@ -109,7 +109,7 @@ def run(job: RLOOJob, context: StageContext) -> Artifact | None:
     return publish_last(job, context, strategy, checkpointer, actor, source)
 
 
-def loss(job: RLOOJob, part: Part) -> tuple[Tensor, dict[str, float | Tensor]]:
+def loss(job: RLOOJob, part: MicroBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
     """REINFORCE on whole replies; see `optimise`."""
     now = part.experience
     old_logprobs = part.of(now.old_logprobs)  # (b,T)

@@ -40,7 +40,7 @@ class Sampling:
 
 
 @dataclass
-class Talker:
+class ChatModel:
     """A causal LM with its tokenizer, on the GPU if there is one.
 
     Attributes:
@@ -61,7 +61,7 @@ class Talker:
         )
 
 
-def load_talker(folder: Path) -> Talker:
+def load_chat_model(folder: Path) -> ChatModel:
     """The chat model in a folder.
 
     Raises:
@@ -94,7 +94,7 @@ def load_talker(folder: Path) -> Talker:
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"{folder} does not fit the GPU's memory: {error}") from error
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Talker(model, tokenizer, device, context)
+    return ChatModel(model, tokenizer, device, context)
 
 
 def _check(folder: Path) -> None:
@@ -146,7 +146,7 @@ def fit_context(
 
 
 def generate_reply(
-    talker: Talker,
+    chat_model: ChatModel,
     ids: Sequence[int],
     sampling: Sampling,
     emit: Callable[[str], None],
@@ -173,17 +173,17 @@ def generate_reply(
         return torch.full((len(input_ids),), stopped(), device=input_ids.device)
 
     room = sampling.max_new_tokens
-    if talker.context is not None:
-        room = min(room, talker.context - len(ids))
-    inputs = torch.tensor([list(ids)], device=talker.device)  # (1,P)
+    if chat_model.context is not None:
+        room = min(room, chat_model.context - len(ids))
+    inputs = torch.tensor([list(ids)], device=chat_model.device)  # (1,P)
     try:
         with torch.no_grad():
-            talker.model.generate(
+            chat_model.model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=room,
-                pad_token_id=talker.tokenizer.pad_token_id,
-                streamer=Emitter(talker.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                pad_token_id=chat_model.tokenizer.pad_token_id,
+                streamer=Emitter(chat_model.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 stopping_criteria=[end],
                 use_cache=True,
                 **sampling.options(),

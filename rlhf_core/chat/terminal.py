@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_core.chat.model import Sampling, fit_context, generate_reply, load_talker
+from rlhf_core.chat.model import Sampling, fit_context, generate_reply, load_chat_model
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.model_files.remote_code import allow
 
@@ -128,14 +128,14 @@ class Chat:
     def __init__(
         self, folder: Path, system: str | None, max_new_tokens: int, temperature: float, seed: int
     ) -> None:
-        self.talker = load_talker(folder)
+        self.chat_model = load_chat_model(folder)
         import torch
 
-        self.tokenizer = self.talker.tokenizer
+        self.tokenizer = self.chat_model.tokenizer
         self.system = system
         self.sampling = Sampling(max_new_tokens, temperature)
         self.history: list[Message] = []
-        self.description = self.talker.description
+        self.description = self.chat_model.description
         torch.manual_seed(seed)
 
     def reset(self) -> None:
@@ -163,7 +163,7 @@ class Chat:
 
     def _prompt(self) -> list[int]:
         """Token ids of the conversation; its oldest turns are dropped where it is too long."""
-        context, longest = self.talker.context, self.sampling.max_new_tokens
+        context, longest = self.chat_model.context, self.sampling.max_new_tokens
         ids, dropped = fit_context(self.tokenizer, context, self.system, self.history, longest)
         if dropped:
             self.history = self.history[2 * dropped :]
@@ -179,7 +179,7 @@ class Chat:
             print(text, end="", flush=True)
 
         try:
-            generate_reply(self.talker, ids, self.sampling, emit)
+            generate_reply(self.chat_model, ids, self.sampling, emit)
         except KeyboardInterrupt:
             _note("\n(stopped)")
         print(flush=True)

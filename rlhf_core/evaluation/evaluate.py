@@ -153,7 +153,7 @@ def score_replies(
     """
     found: list[tuple[int, tuple[float, float]]] = []
     for positions in split_batch([len(s) for s, _ in sequences], group.rank, group.size, micro):
-        input_ids, mask, marked = mark_from(
+        input_ids, mask, loss_mask = mark_from(
             [sequences[p][0] for p in positions], [sequences[p][1] for p in positions],
             group.device,
         )  # fmt: skip
@@ -161,8 +161,8 @@ def score_replies(
         if reward is not None:
             scores = reward(input_ids, mask)
         if policy is not reference:
-            gap = policy(input_ids, mask, marked, temperature) - reference(
-                input_ids, mask, marked, temperature
+            gap = policy(input_ids, mask, loss_mask, temperature) - reference(
+                input_ids, mask, loss_mask, temperature
             )
             kl = gap.sum(dim=1)
         pairs = zip(scores.tolist(), kl.tolist(), strict=True)

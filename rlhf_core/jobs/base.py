@@ -99,7 +99,9 @@ class BaseJob(Settings):
     module: ClassVar[str]
     kind: ClassVar[str]  # of the artifact that the job publishes
     torchrun: ClassVar[bool] = True  # False: one plain process, no process group
-    apart: ClassVar[frozenset[str]] = frozenset({"resources", "trust_remote_code"})  # of the key
+    excluded_from_key: ClassVar[frozenset[str]] = frozenset(
+        {"resources", "trust_remote_code"}
+    )  # of the key
 
     seed: Seed = 0
     """Seed of every random choice of the stage."""
@@ -120,7 +122,7 @@ class BaseJob(Settings):
 
         `on_nonfinite` counts when it is a factor: the result may then be another one.
         """
-        settings = self.model_dump(mode="json", exclude=set(self.apart))
+        settings = self.model_dump(mode="json", exclude=set(self.excluded_from_key))
         if settings.get("on_nonfinite") == "fail":
             del settings["on_nonfinite"]
         return settings
@@ -131,7 +133,7 @@ class BaseJob(Settings):
         text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def cautious(self) -> Self:
+    def fail_fast_variant(self) -> Self:
         """The same job, but failing at a non-finite loss: equal to this one up to the first."""
         if "on_nonfinite" not in type(self).model_fields:
             return self

@@ -123,7 +123,9 @@ class ImportModelJob(ModelSettings, BaseJob):
     module: ClassVar[str] = "rlhf_core.stages.import_model"
     kind: ClassVar[str] = "model"
     torchrun: ClassVar[bool] = False
-    apart: ClassVar[frozenset[str]] = frozenset()  # with and without code are two things
+    excluded_from_key: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # with and without code are two things
 
     algorithm: Literal["import_model"] = "import_model"
     """Job kind."""
@@ -137,7 +139,7 @@ class ImportRewardJob(BaseJob):
     module: ClassVar[str] = "rlhf_core.stages.import_reward"
     kind: ClassVar[str] = "reward_model"
     torchrun: ClassVar[bool] = False
-    apart: ClassVar[frozenset[str]] = frozenset()
+    excluded_from_key: ClassVar[frozenset[str]] = frozenset()
 
     algorithm: Literal["import_reward"] = "import_reward"
     """Job kind."""

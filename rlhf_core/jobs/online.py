@@ -130,7 +130,9 @@ class OnlineJob(OnlineSettings, BaseJob):
             if settings[name] == OnlineSettings.model_fields[name].default:
                 del settings[name]
         if isinstance(self.rollout, VllmRollout):
-            shown = self.rollout.model_dump(mode="json", exclude=set(self.rollout.apart))
+            shown = self.rollout.model_dump(
+                mode="json", exclude=set(self.rollout.excluded_from_key)
+            )
             return settings | {"rollout": shown}
         del settings["rollout"]
         return settings

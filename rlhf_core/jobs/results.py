@@ -80,7 +80,7 @@ class EvaluateJob(EvaluateSettings, BaseJob):
     version: ClassVar[int] = 2
     module: ClassVar[str] = "rlhf_core.evaluation.evaluate"
     kind: ClassVar[str] = "evaluation"
-    apart: ClassVar[frozenset[str]] = BaseJob.apart | {
+    excluded_from_key: ClassVar[frozenset[str]] = BaseJob.excluded_from_key | {
         "min_win_rate", "max_length_ratio", "against_champion"
     }  # fmt: skip
 

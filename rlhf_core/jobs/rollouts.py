@@ -19,7 +19,9 @@ class BuiltinRollout(Settings):
 class VllmRollout(Settings):
     """vLLM in the training process of each rank; it gets the new weights before every rollout."""
 
-    apart: ClassVar[frozenset[str]] = frozenset({"gpu_memory_utilization", "cpu_cache_mib"})
+    excluded_from_key: ClassVar[frozenset[str]] = frozenset(
+        {"gpu_memory_utilization", "cpu_cache_mib"}
+    )
 
     type: Literal["vllm"] = "vllm"
     """Rollout kind."""

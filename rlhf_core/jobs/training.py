@@ -129,7 +129,9 @@ class RewardJob(RewardSettings, BaseJob):
 
     module: ClassVar[str] = "rlhf_core.algorithms.reward"
     kind: ClassVar[str] = "reward_model"
-    apart: ClassVar[frozenset[str]] = BaseJob.apart | {"min_heldout_accuracy"}
+    excluded_from_key: ClassVar[frozenset[str]] = BaseJob.excluded_from_key | {
+        "min_heldout_accuracy"
+    }
 
     algorithm: Literal["reward"] = "reward"
     """Job kind."""

@@ -30,7 +30,7 @@ CONVERT = (
 )
 
 
-def check_weight_files(folder: Path, *, speaks: bool = True) -> list[str]:
+def check_weight_files(folder: Path, *, is_language_model: bool = True) -> list[str]:
     """Problems of a Hugging Face model folder that can be seen without loading it.
 
     Git-lfs pointers, truncated or damaged safetensors, missing shards, weights that are only
@@ -38,7 +38,7 @@ def check_weight_files(folder: Path, *, speaks: bool = True) -> list[str]:
     no end-of-sequence token. Reads headers and JSON only: milliseconds, whatever the size.
 
     Args:
-        speaks: it is a language model; False for a reward model, whose keys are judged when loaded.
+        is_language_model: False for a reward model, whose keys are judged when it is loaded.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -52,10 +52,10 @@ def check_weight_files(folder: Path, *, speaks: bool = True) -> list[str]:
             f"{folder} has no config.json; needed is a Hugging Face model folder: copy the file "
             "from where the weights came from"
         )
-    problems += check_config(folder, config) if config is not None and speaks else []
+    problems += check_config(folder, config) if config is not None and is_language_model else []
     before = len(problems)
     tensors = _tensors(folder, problems)
-    if config is not None and speaks and len(problems) == before:
+    if config is not None and is_language_model and len(problems) == before:
         problems += _judge_keys(*compare_keys(config, tensors), f"the weights in {folder}")
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         problems.append(
@@ -63,7 +63,7 @@ def check_weight_files(folder: Path, *, speaks: bool = True) -> list[str]:
             "files from where the model came from into it"
         )
     _check_vocabulary(folder, config or {}, tensors, problems)
-    if config is not None and speaks and not _has_eos(folder, config):
+    if config is not None and is_language_model and not _has_eos(folder, config):
         problems.append(
             f"{folder} names no end-of-sequence token, so that a reply would never end; add "
             '"eos_token" to tokenizer_config.json or "eos_token_id" to generation_config.json'

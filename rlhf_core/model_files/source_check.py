@@ -125,7 +125,7 @@ def check_model(
         elif source.kind == "artifact" and store is not None:
             problems += _check_artifact(source, store, kind)
         elif source.kind == "folder":
-            problems += check_weight_files(source.folder, speaks=kind == "model")
+            problems += check_weight_files(source.folder, is_language_model=kind == "model")
             if not problems and kind == "model":
                 problems += _check_folder(settings, source.folder)
         elif source.kind == "hub":

@@ -55,10 +55,10 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = torch.empty_like(norms)  # (N,)
         entropies = torch.empty_like(norms) if options.entropy else norms.new_zeros(0)
         need_h, *need_head = ctx.needs_input_grad[:3]
-        slope = None
+        grad_hidden_cache = None
         if need_h and not any(need_head) and not options.entropy and options.softcap is None:
-            slope = torch.empty_like(hidden)  # (N,d)
-        keep = any(ctx.needs_input_grad[:3]) and slope is None
+            grad_hidden_cache = torch.empty_like(hidden)  # (N,d)
+        keep = any(ctx.needs_input_grad[:3]) and grad_hidden_cache is None
         keep = keep and count * weight.shape[0] <= _KEPT_LOGITS[_kind(hidden)]
         ctx.kept = []
         start = 0
@@ -74,23 +74,29 @@ class _TokenLogprobs(torch.autograd.Function):
                 if options.entropy:
                     p = torch.exp(logits - norm.unsqueeze(1))
                     entropies[rows] = norm - p.mul_(logits).sum(dim=1)
-                if slope is not None:
+                if grad_hidden_cache is not None:
                     grad = logits.sub_(norm.unsqueeze(1)).exp_().neg_()  # (n,V)
                     grad.scatter_add_(1, y.unsqueeze(1), torch.ones_like(norm).unsqueeze(1))
-                    slope[rows] = (grad.to(options.dtype) @ w) * options.factor
+                    grad_hidden_cache[rows] = (grad.to(options.dtype) @ w) * options.factor
                 elif keep:
                     ctx.kept.append(logits)
         ctx.options = options
-        ctx.save_for_backward(hidden, weight, bias, targets, norms, entropies, slope)
+        ctx.save_for_backward(hidden, weight, bias, targets, norms, entropies, grad_hidden_cache)
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, targets, norms, entropies, slope = ctx.saved_tensors
+        hidden, weight, bias, targets, norms, entropies, grad_hidden_cache = ctx.saved_tensors
         options: _Options = ctx.options
-        if slope is not None:
-            return slope * grad_logprobs.unsqueeze(1).to(slope.dtype), None, None, None, None
+        if grad_hidden_cache is not None:
+            return (
+                grad_hidden_cache * grad_logprobs.unsqueeze(1).to(grad_hidden_cache.dtype),
+                None,
+                None,
+                None,
+                None,
+            )
         kept = iter(ctx.kept)
         ctx.kept = []  # they are changed in place below: a second backward pass computes them anew
         need_h, need_w, need_b = ctx.needs_input_grad[:3]

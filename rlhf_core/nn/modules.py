@@ -3,7 +3,7 @@
 Three kinds of module take part in training, and each is called as a whole (so that a wrapper's
 gradient exchange sees one forward per backward):
 
-* `Policy`       causal LM -> log-probabilities of marked tokens
+* `Policy`       causal LM -> log-probabilities of the tokens in the loss mask
 * `ScalarModel`  backbone + linear head -> one number per sequence (reward) or token (value)
 * `ActorCritic`  both, for PPO
 
@@ -38,19 +38,19 @@ class Policy(nn.Module):
         self,
         input_ids: Tensor,
         mask: Tensor | None,
-        marked: Tensor,
+        loss_mask: Tensor,
         temperature: float = 1.0,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Log-probabilities (B,S) in nats of the marked tokens, 0 elsewhere.
+        """Log-probabilities (B,S) in nats of the tokens in the loss mask, 0 elsewhere.
 
         Args:
             input_ids: (B,S). mask: (B,S) bool, True at real tokens; None where rows are packed.
-            marked: (B,S) bool, True where a log-probability is wanted; never column 0.
+            loss_mask: (B,S) bool, True where a log-probability is wanted; never column 0.
             temperature: the logits are divided by it.
             position_ids: (B,S) of packed rows, see `backbone_hidden`.
         """
-        return response_logprobs(self.model, input_ids, mask, position_ids, marked, temperature)
+        return response_logprobs(self.model, input_ids, mask, position_ids, loss_mask, temperature)
 
 
 class ScalarModel(nn.Module):
@@ -138,24 +138,24 @@ class ActorCritic(nn.Module):
         self,
         input_ids: Tensor,
         mask: Tensor,
-        marked: Tensor,
+        loss_mask: Tensor,
         temperature: float = 1.0,
         ptx: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probabilities and values of the marked tokens, and the log-probabilities of ptx.
+        """Log-probabilities and values of the tokens in the loss mask, and log-probabilities of ptx.
 
         Args:
-            input_ids, mask, marked: (B,S), see `Policy`.
+            input_ids, mask, loss_mask: (B,S), see `Policy`.
             ptx: the same three of language-modelling rows, at temperature 1.
 
         Returns:
-            logprobs (B,S); values (B,S), at each marked token the critic's value of the state
-            before it; ptx log-probabilities or None.
+            logprobs (B,S); values (B,S), at each token of the loss mask the critic's value
+            of the state before it; ptx log-probabilities or None.
         """
-        logprobs = self.policy(input_ids, mask, marked, temperature)
+        logprobs = self.policy(input_ids, mask, loss_mask, temperature)
         states = self.critic.per_token(input_ids, mask)  # (B,S)
         before = torch.cat([states[:, :1], states[:, :-1]], dim=1)  # (B,S), moved one right
-        values = torch.where(marked, before, torch.zeros_like(before))
+        values = torch.where(loss_mask, before, torch.zeros_like(before))
         return logprobs, values, None if ptx is None else self.policy(*ptx)
 
 
@@ -181,10 +181,10 @@ class Actor(nn.Module):
         self,
         input_ids: Tensor,
         mask: Tensor,
-        marked: Tensor,
+        loss_mask: Tensor,
         temperature: float = 1.0,
         ptx: Batch | None = None,
     ) -> tuple[Tensor, None, Tensor | None]:
-        """Log-probabilities (b,S) of the marked tokens, no values, and those of ptx or None."""
-        logprobs = self.policy(input_ids, mask, marked, temperature)
+        """Log-probabilities (b,S) of the tokens in the loss mask, None, and those of ptx or None."""
+        logprobs = self.policy(input_ids, mask, loss_mask, temperature)
         return logprobs, None, None if ptx is None else self.policy(*ptx)

@@ -26,10 +26,10 @@ def pad_right(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Ten
 def mark_from(
     sequences: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids (B,S), mask (B,S) bool, and marked (B,S) bool: True from each row's start on."""
+    """input_ids (B,S), mask (B,S) bool, and loss_mask (B,S) bool: True from each row's start on."""
     input_ids, mask = pad_right(sequences)
-    marked = mask & (torch.arange(input_ids.shape[1]) >= torch.tensor(starts).unsqueeze(1))
-    return input_ids.to(device), mask.to(device), marked.to(device)
+    loss_mask = mask & (torch.arange(input_ids.shape[1]) >= torch.tensor(starts).unsqueeze(1))
+    return input_ids.to(device), mask.to(device), loss_mask.to(device)
 
 
-Batch = tuple[Tensor, Tensor, Tensor]  # input_ids (b,S), mask (b,S) bool, marked (b,S) bool
+Batch = tuple[Tensor, Tensor, Tensor]  # input_ids (b,S), mask (b,S) bool, loss_mask (b,S) bool

@@ -30,9 +30,9 @@ class _Put(torch.autograd.Function):
     """(N,...) -> (B*S,...), zeros at padding; backward the other way."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, places: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return tokens.new_zeros(size, *tokens.shape[1:]).index_copy_(0, places, tokens)
+    def forward(ctx: Any, tokens: Tensor, indices: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(indices)
+        return tokens.new_zeros(size, *tokens.shape[1:]).index_copy_(0, indices, tokens)
 
     @staticmethod
     @once_differentiable
@@ -44,10 +44,10 @@ class _Take(torch.autograd.Function):
     """(B*S,...) -> (N,...); backward the other way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx: Any, rows: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
         ctx.size = rows.shape[0]
-        return rows.index_select(0, places)
+        return rows.index_select(0, indices)
 
     @staticmethod
     @once_differentiable
@@ -59,18 +59,18 @@ class _Take(torch.autograd.Function):
 class Layout(NamedTuple):
     """Where the real tokens stand: flat places (N,) in B rows of S positions."""
 
-    places: Tensor
+    indices: Tensor
     rows: int
     length: int
 
     def put(self, tokens: Tensor) -> Tensor:
         """(N,...) -> (B,S,...)."""
-        padded = cast(Tensor, _Put.apply(tokens, self.places, self.rows * self.length))
+        padded = cast(Tensor, _Put.apply(tokens, self.indices, self.rows * self.length))
         return padded.view(self.rows, self.length, *tokens.shape[1:])
 
     def take(self, rows: Tensor) -> Tensor:
         """(B,S,...) -> (N,...)."""
-        return cast(Tensor, _Take.apply(rows.flatten(0, 1), self.places))
+        return cast(Tensor, _Take.apply(rows.flatten(0, 1), self.indices))
 
 
 _layout: Layout | None = None  # of the forward pass that is going on
@@ -133,14 +133,14 @@ def _run(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
     global _layout
     mask = mask.bool()
     rows, length = mask.shape
-    places = mask.flatten().nonzero().squeeze(1)  # (N,)
-    positions = places.remainder(length).unsqueeze(0)  # (1,N)
+    indices = mask.flatten().nonzero().squeeze(1)  # (N,)
+    positions = indices.remainder(length).unsqueeze(0)  # (1,N)
     config, before = base.config, base.config._attn_implementation
-    _layout = Layout(places, rows, length)
+    _layout = Layout(indices, rows, length)
     try:
         config._attn_implementation = NAME
         output = base(
-            input_ids=input_ids.flatten()[places].unsqueeze(0),
+            input_ids=input_ids.flatten()[indices].unsqueeze(0),
             position_ids=positions,
             attention_mask=None,
             use_cache=False,

@@ -1,8 +1,5 @@
 """The page to try models on: `rlhf playground`.
 
-votes       preference rows in the store; read as the data set `playground-votes`
-thumbs      single replies, good or bad; the data set `playground-thumbs`
-verdicts    what these two have in common
 catalogue   what can be chosen
 pool        models in memory, and which of them go first
 asking      one question to several models at once

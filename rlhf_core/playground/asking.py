@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.chat.model import Sampling, Talker, fit_context, generate_reply, load_talker
+from rlhf_core.chat.model import ChatModel, Sampling, fit_context, generate_reply, load_chat_model
 from rlhf_core.errors import DataError, RLHFError
 from rlhf_core.model_files.remote_code import allow, is_trusted
 from rlhf_core.playground.catalogue import Choice
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Growing:
+class PartialReply:
     """A reply as it is now.
 
     Attributes:
@@ -61,7 +61,7 @@ class Asker:
         system: str | None = None,
         reward_model: str | None = None,
         stop: threading.Event | None = None,
-    ) -> Iterator[list[Growing]]:
+    ) -> Iterator[list[PartialReply]]:
         """The replies of all models, again and again while they grow; the last time with scores.
 
         What goes wrong with one model is told in its reply, and leaves the others alone.
@@ -74,7 +74,7 @@ class Asker:
         stop = stop or threading.Event()
         left = threading.Event()  # nobody reads any more
         news: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
-        replies = [Growing() for _ in choices]
+        replies = [PartialReply() for _ in choices]
 
         def work(place: int) -> None:
             try:
@@ -118,21 +118,27 @@ class Asker:
     ) -> None:
         allow(self.trust)  # of this thread
         folder = self.store.fetch(digest)
-        with self.pool.use(digest, folder, load_talker) as talker:
-            _refuse_special(talker, [*([system] if system else []), conversation[-1]["content"]])
+        with self.pool.use(digest, folder, load_chat_model) as chat_model:
+            _refuse_special(
+                chat_model, [*([system] if system else []), conversation[-1]["content"]]
+            )
             ids, dropped = fit_context(
-                talker.tokenizer, talker.context, system, conversation, sampling.max_new_tokens
+                chat_model.tokenizer,
+                chat_model.context,
+                system,
+                conversation,
+                sampling.max_new_tokens,
             )
             tell({"state": "talking", "dropped": dropped})
-            generate_reply(talker, ids, sampling, lambda text: tell({"text": text}), stopped)
+            generate_reply(chat_model, ids, sampling, lambda text: tell({"text": text}), stopped)
 
     def _scored(
         self,
         digest: str,
-        replies: Sequence[Growing],
+        replies: Sequence[PartialReply],
         conversations: Sequence[Sequence[Message]],
         system: str | None,
-    ) -> list[Growing]:
+    ) -> list[PartialReply]:
         allow(self.trust)
         first: list[Message] = [{"role": "system", "content": system}] if system else []
         try:
@@ -150,7 +156,7 @@ class Asker:
             return [replace(reply, score_error=describe(error)) for reply in replies]
 
 
-def _apply(replies: list[Growing], place: int, change: dict[str, Any]) -> None:
+def _apply(replies: list[PartialReply], place: int, change: dict[str, Any]) -> None:
     if "text" in change:
         change = {"text": replies[place].text + change["text"]}
     replies[place] = replace(replies[place], **change)
@@ -163,11 +169,11 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _refuse_special(talker: Talker, texts: Sequence[str]) -> None:
+def _refuse_special(chat_model: ChatModel, texts: Sequence[str]) -> None:
     from rlhf_core.data.encoding.templates import special_text
 
     for text in texts:
-        if found := special_text(talker.tokenizer, text):
+        if found := special_text(chat_model.tokenizer, text):
             raise DataError(
                 f"The message contains {found!r}, which this model reads as a special token; take "
                 "it out of the text."

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.data.sources.feedback import Candidate
 from rlhf_core.data.sources.thumbs import Thumb
 from rlhf_core.data.sources.votes import Vote
-from rlhf_core.playground.asking import Growing
+from rlhf_core.playground.asking import PartialReply
 from rlhf_core.playground.catalogue import Choice
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Conversation:
     choices: list[Choice] = field(default_factory=list)
     histories: list[list[Message]] = field(default_factory=list)
     scores: list[list[float | None]] = field(default_factory=list)
-    last: list[Growing] = field(default_factory=list)
+    last: list[PartialReply] = field(default_factory=list)
     best: int | None = None
     thumbs: dict[int, bool] = field(default_factory=dict)
     system: str | None = None
@@ -65,7 +65,7 @@ class Conversation:
         said = (i for i, history in enumerate(self.histories) if history)
         return next(answered, next(said, None))
 
-    def finish(self, asked: Sequence[Sequence[Message]], replies: Sequence[Growing]) -> None:
+    def finish(self, asked: Sequence[Sequence[Message]], replies: Sequence[PartialReply]) -> None:
         """The replies to `begin`'s conversations; a model that failed has not heard the message."""
         self.last = list(replies)
         for i, reply in enumerate(replies):

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlhf_core.playground.asking import Growing
+from rlhf_core.playground.asking import PartialReply
 from rlhf_core.playground.conversation import Conversation
 from rlhf_core.playground.texts import say
 
@@ -23,7 +23,7 @@ def bubbles(
     language: str,
     talk: Conversation,
     asked: Sequence[Sequence[Message]],
-    replies: Sequence[Growing],
+    replies: Sequence[PartialReply],
 ) -> list[Bubbles]:
     """What each model's column shows while a question is being answered, and afterwards.
 
@@ -45,7 +45,7 @@ def bubbles(
     return shown
 
 
-def _newest(language: str, reply: Growing) -> str:
+def _newest(language: str, reply: PartialReply) -> str:
     if reply.state == "failed":
         return say(language, "failed", error=reply.error)
     if reply.state == "waiting":

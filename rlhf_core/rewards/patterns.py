@@ -11,36 +11,36 @@ SECONDS = 1.0  # for one reply; a sound pattern takes microseconds
 
 
 def matches(
-    pattern: Any, text: str, mode: str, troubles: Counter[str], seconds: float = SECONDS
+    pattern: Any, text: str, mode: str, failures: Counter[str], seconds: float = SECONDS
 ) -> bool:
     """Whether a compiled pattern matches.
 
     Args:
         mode: "search" or "fullmatch".
-        troubles: a search that takes longer than the time limit counts as no match, and in here.
+        failures: a search that takes longer than the time limit counts as no match, and in here.
     """
     look = pattern.search if mode == "search" else pattern.fullmatch
     try:
         return look(text, timeout=seconds) is not None
     except TimeoutError:
-        troubles["regex_timeout"] += 1
+        failures["regex_timeout"] += 1
         return False
 
 
 def extract(
-    pattern: Any, text: str, troubles: Counter[str], seconds: float = SECONDS
+    pattern: Any, text: str, failures: Counter[str], seconds: float = SECONDS
 ) -> str | None:
     """The last match's first group that took part (without groups: the match), or None.
 
     Args:
-        troubles: as in `matches`.
+        failures: as in `matches`.
     """
     last = None
     try:
         for match in pattern.finditer(text, timeout=seconds):
             last = match
     except TimeoutError:
-        troubles["regex_timeout"] += 1
+        failures["regex_timeout"] += 1
         return None
     if last is None:
         return None

@@ -34,13 +34,13 @@ def installed() -> bool:
 
 
 def reasoning_score(
-    rule: ReasoningGymReward, seed: int, troubles: Counter[str]
+    rule: ReasoningGymReward, seed: int, failures: Counter[str]
 ) -> Callable[[list[str], list[dict[str, Any]]], list[float]]:
     """A function of replies and rows that gives the verifiers' scores, 0 to 1.
 
     Args:
         seed: that tasks' objects are made with; verifiers go by the row.
-        troubles: counts verifier_timeout and verifier_error, for which a reply gets 0, and
+        failures: counts verifier_timeout and verifier_error, for which a reply gets 0, and
             regex_timeout.
     Raises:
         ConfigError: the package is not installed.
@@ -61,12 +61,12 @@ def reasoning_score(
                 f"{str(row.get('extra') or '')[:60]!r}. Set data.prompts.source to "
                 "reasoning-gym:TASK, or the reward's without_answer."
             )
-        given = reply if pattern is None else extract(pattern, reply, troubles)
+        given = reply if pattern is None else extract(pattern, reply, failures)
         if given is None:
             return 0.0
-        score, trouble = child.score({**task, "answer": given}, rule.time_limit)
-        if trouble:
-            troubles[trouble] += 1
+        score, failure = child.score({**task, "answer": given}, rule.time_limit)
+        if failure:
+            failures[failure] += 1
         return score
 
     return lambda replies, rows: [one(*pair) for pair in zip(replies, rows, strict=True)]

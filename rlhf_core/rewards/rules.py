@@ -56,7 +56,7 @@ class Rules:
     Attributes:
         names: one per rule, for metrics: its type, with -2, -3 where it is there again.
         weights: one per rule; scores are returned without them.
-        troubles: name -> replies that got a rule's lowest score because the rule could not be
+        failures: name -> replies that got a rule's lowest score because the rule could not be
             applied: regex_timeout, verifier_timeout, verifier_error. Counted since the start.
     Raises:
         ConfigError: a package or function that a rule needs is not there.
@@ -71,8 +71,8 @@ class Rules:
             again = seen[rule.type]
             self.names.append(rule.type if again == 1 else f"{rule.type}-{again}")
         self.weights = [rule.weight for rule in rules]
-        self.troubles: Counter[str] = Counter()
-        self._scorers = [_scorer(rule, seed, self.troubles) for rule in rules]
+        self.failures: Counter[str] = Counter()
+        self._scorers = [_scorer(rule, seed, self.failures) for rule in rules]
 
     def score(
         self,
@@ -101,13 +101,13 @@ class Rules:
         return scores
 
 
-def _scorer(rule: Reward, seed: int, troubles: Counter[str]) -> Scorer:
+def _scorer(rule: Reward, seed: int, failures: Counter[str]) -> Scorer:
     match rule:
         case LengthReward():
             return _each(lambda text: length_score(text, rule.target, rule.width, rule.unit))
         case RegexReward():
             pattern = compiled(rule.pattern, rule.ignore_case)
-            return _each(lambda text: float(matches(pattern, text, rule.mode, troubles)))
+            return _each(lambda text: float(matches(pattern, text, rule.mode, failures)))
         case MustEndReward():
             return lambda batch: _ends(rule, batch)
         case ForbiddenWordsReward():
@@ -117,11 +117,11 @@ def _scorer(rule: Reward, seed: int, troubles: Counter[str]) -> Scorer:
         case LanguageReward():
             return _each(lambda text: script_share(text, rule.language))
         case AnswerReward():
-            return _answers(rule, troubles)
+            return _answers(rule, failures)
         case SentimentReward():
             return _each(sentiment_score())
         case ReasoningGymReward():
-            verify = reasoning_score(rule, seed, troubles)
+            verify = reasoning_score(rule, seed, failures)
             return lambda batch: verify(batch.replies, batch.rows)
         case PythonReward():
             call = own_function(rule)
@@ -146,20 +146,20 @@ def _ends(rule: MustEndReward, batch: Batch) -> list[float]:
     ]
 
 
-def _answers(rule: AnswerReward, troubles: Counter[str]) -> Scorer:
+def _answers(rule: AnswerReward, failures: Counter[str]) -> Scorer:
     pattern = compiled(rule.pattern) if rule.pattern is not None else None
 
     def one(reply: str, row: dict[str, Any]) -> float:
         answer = row.get("answer") or ""
         if pattern is not None:
-            inside = extract(pattern, answer, troubles)
+            inside = extract(pattern, answer, failures)
             answer = answer if inside is None else inside
         missing = not answer.strip() or (rule.match == "numeric" and last_number(answer) is None)
         if missing and rule.without_answer is None:
             raise DataError(_no_answer(rule, row))
         if missing:
             return float(rule.without_answer or 0.0)
-        given = reply if pattern is None else extract(pattern, reply, troubles)
+        given = reply if pattern is None else extract(pattern, reply, failures)
         if given is None:
             return 0.0
         if rule.match == "numeric":

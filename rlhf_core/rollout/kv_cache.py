@@ -30,48 +30,48 @@ def new_cache(config: Any, positions: int) -> Any:
     cache = DynamicCache(**accepted(DynamicCache.__init__, config=config))
     layer = getattr(cache_utils, "DynamicLayer", None)
     if layer is not None and hasattr(cache, "layers"):
-        roomy = _roomy(layer)
-        cache.layers = [roomy(positions) if type(x) is layer else x for x in cache.layers]
+        preallocated = _preallocated(layer)
+        cache.layers = [preallocated(positions) if type(x) is layer else x for x in cache.layers]
     return cache
 
 
-def _roomy(layer: type) -> type:
-    class Roomy(layer):  # type: ignore[misc]
+def _preallocated(layer: type) -> type:
+    class PreallocatedLayer(layer):  # type: ignore[misc]
         """A dynamic layer with room for all positions."""
 
         def __init__(self, positions: int) -> None:
             super().__init__()
             self.positions = positions
-            self.room: list[Tensor] = []  # keys and values, (b,h,P+T,k) each
+            self.buffer: list[Tensor] = []  # keys and values, (b,h,P+T,k) each
             self.filled = 0
 
         def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self.room:
-                self.room = [self._room_for(x) for x in (keys, values)]
+            if not self.buffer:
+                self.buffer = [self._buffer_for(x) for x in (keys, values)]
                 self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
             end = self.filled + keys.shape[2]
             assert end <= self.positions, f"{end} positions for {self.positions}"
-            for room, new in zip(self.room, (keys, values), strict=True):
-                room[:, :, self.filled : end] = new
+            for buffer, new in zip(self.buffer, (keys, values), strict=True):
+                buffer[:, :, self.filled : end] = new
             self.filled = end
             self._show()
             return self.keys, self.values
 
-        def _room_for(self, x: Tensor) -> Tensor:
+        def _buffer_for(self, x: Tensor) -> Tensor:
             shape = (*x.shape[:2], self.positions, x.shape[3])
             return torch.empty(shape, dtype=x.dtype, device=x.device)
 
         def _show(self) -> None:
-            self.keys, self.values = (room[:, :, : self.filled] for room in self.room)
+            self.keys, self.values = (buffer[:, :, : self.filled] for buffer in self.buffer)
 
         def batch_select_indices(self, indices: Tensor) -> None:
             """Keep these rows (ascending): they move to the front, nothing else is copied. Where
             there are to be more of them than before, they get room of their own."""
             count = len(indices)
-            for i, room in enumerate(self.room):
-                kept = room[indices, :, : self.filled]
-                self.room[i] = room[:count] if count <= len(room) else self._room_for(kept)
-                self.room[i][:, :, : self.filled] = kept
+            for i, buffer in enumerate(self.buffer):
+                kept = buffer[indices, :, : self.filled]
+                self.buffer[i] = buffer[:count] if count <= len(buffer) else self._buffer_for(kept)
+                self.buffer[i][:, :, : self.filled] = kept
             self._show()
 
-    return Roomy
+    return PreallocatedLayer

@@ -38,7 +38,7 @@ from rlhf_core.system.processes import die_with_parent, name_process
 IDLE_SECONDS = 600.0
 # A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group: the stages answer
 # them, and this process ends with the one that started it.
-DEAF = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Template:
@@ -76,12 +76,12 @@ class Template:
             return True
         output, state = answers
         # a signal that comes before the stage listens to it waits
-        signal.pthread_sigmask(signal.SIG_BLOCK, DEAF)
+        signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         if (pid := os.fork()) == 0:
             self._forget()
             os.close(state)
             be_stage(request, output)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
         os.close(output)
         watched = os.pidfd_open(pid)
         self.stages[watched] = (pid, state)
@@ -127,10 +127,10 @@ def be_stage(request: dict[str, Any], output: int) -> None:
     try:
         parent = os.getppid()
         die_with_parent(signal.SIGTERM)
-        for number in DEAF:
+        for number in IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
         if os.getppid() != parent:
             os._exit(1)
         for standard in (1, 2):
@@ -164,7 +164,7 @@ def run(request: dict[str, Any]) -> int:
 
 def main() -> None:
     """Entry point."""
-    for number in DEAF:
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     name_process("rlhf template")
     Template(socket.socket(fileno=int(sys.argv[1]))).serve()

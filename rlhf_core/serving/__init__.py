@@ -3,7 +3,7 @@
 engine      which server: vLLM's where it is installed, else transformers' own
 hugging     transformers' server with one model, under its published name
 vllm_server vLLM's; engine_process: ends with it; engine_output: kept back until it serves
-door        what stands before them: API key, allowed paths, today's names of settings
+auth        what stands before them: API key, allowed paths, today's names of settings
 listening   the address, taken before a model is loaded
 """
 

@@ -29,18 +29,18 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerationState
 
-from rlhf_core.chat.model import Sampling, Talker, load_talker
-from rlhf_core.serving.door import Door
+from rlhf_core.chat.model import ChatModel, Sampling, load_chat_model
+from rlhf_core.serving.auth import AuthMiddleware
 from rlhf_core.serving.listening import LAST_REPLIES, listening, url_of
 
 
 class OneModel(ModelManager):
     """Knows one model, by its published name."""
 
-    def __init__(self, name: str, talker: Talker) -> None:
-        super().__init__(device=talker.device)
+    def __init__(self, name: str, chat_model: ChatModel) -> None:
+        super().__init__(device=chat_model.device)
         self.force_model = name  # for requests that name none
-        self._talker = talker
+        self._chat_model = chat_model
         self._since = int(time.time())
 
     @staticmethod
@@ -48,7 +48,7 @@ class OneModel(ModelManager):
         return model_id
 
     def load_model_and_processor(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        return self._talker.model, self._talker.tokenizer
+        return self._chat_model.model, self._chat_model.tokenizer
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
         return [
@@ -59,10 +59,10 @@ class OneModel(ModelManager):
         """The model stays until the process ends."""
 
 
-def application(name: str, talker: Talker, key: str | None) -> Door:
+def application(name: str, chat_model: ChatModel, key: str | None) -> AuthMiddleware:
     """The whole server as an ASGI application."""
-    sample_by_default(talker.model.generation_config)
-    manager = OneModel(name, talker)
+    sample_by_default(chat_model.model.generation_config)
+    manager = OneModel(name, chat_model)
     state = GenerationState(continuous_batching=False, compile=False)
     served = build_server(
         manager,
@@ -72,7 +72,7 @@ def application(name: str, talker: Talker, key: str | None) -> Door:
         transcription_handler=TranscriptionHandler(manager, state),
         generation_state=state,
     )
-    return Door(served, name, key)
+    return AuthMiddleware(served, name, key)
 
 
 def sample_by_default(config: Any) -> None:
@@ -118,7 +118,7 @@ def serve(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. See `engine.main`."""
     with listening(host, port) as listener:
-        app = application(name, load_talker(folder), key)
+        app = application(name, load_chat_model(folder), key)
         config = uvicorn.Config(
             app, log_level="warning", lifespan="on", timeout_graceful_shutdown=LAST_REPLIES
         )

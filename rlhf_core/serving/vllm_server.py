@@ -1,4 +1,4 @@
-"""vLLM's own server (what `vllm serve` starts) with one model, behind the same door.
+"""vLLM's own server (what `vllm serve` starts) with one model, behind the same API key check.
 
 It runs in this process and not as the command `vllm`: that one asks for a package of the name vllm,
 which the CPU build is not. The engine is a second process that vLLM starts.
@@ -20,7 +20,7 @@ from typing import Any
 
 from rlhf_core.chat.model import Sampling
 from rlhf_core.errors import ConfigError, RLHFError
-from rlhf_core.serving.door import App, Door, Receive, Scope, Send
+from rlhf_core.serving.auth import App, AuthMiddleware, Receive, Scope, Send
 from rlhf_core.serving.engine_output import EngineOutput
 from rlhf_core.serving.engine_process import named_as_main
 from rlhf_core.serving.listening import LAST_REPLIES, listening, url_of
@@ -38,8 +38,8 @@ ENVIRONMENT = {
 DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "4"}
 
 
-class Gate(Door):
-    """The door as vLLM asks for it: made from the application alone."""
+class Gate(AuthMiddleware):
+    """The authentication as vLLM asks for it: made from the application alone."""
 
     name_and_key: tuple[str, str | None]
     ready: Callable[[], None]
@@ -68,7 +68,7 @@ def serve(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. See `engine.main`."""
     os.environ.update(ENVIRONMENT)
-    os.environ.pop("VLLM_API_KEY", None)  # the door's counts
+    os.environ.pop("VLLM_API_KEY", None)  # the middleware's counts
     for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own

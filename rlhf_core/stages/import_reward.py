@@ -53,7 +53,7 @@ def run(job: ImportRewardJob, context: StageContext) -> Artifact:
             f"reward_model is {job.source}; needed is artifact:DIGEST, a local folder, or a "
             "Hugging Face id"
         )
-    if isinstance(place, Path) and (problems := check_weight_files(place, speaks=False)):
+    if isinstance(place, Path) and (problems := check_weight_files(place, is_language_model=False)):
         raise ModelError(" ".join(problems))
     check_vocabulary(job, place, base)
     ours = isinstance(place, Path) and (place / REWARD_HEAD).exists()

@@ -166,7 +166,7 @@ class Checkpointer:
     def _sources(self) -> list[Store]:
         """Where checkpoints may lie: the stage's own corner, then that of the stage which differs
         in nothing but that it fails where this one lowers its learning rate."""
-        keys = dict.fromkeys((self.context.key, self.job.cautious().key()))
+        keys = dict.fromkeys((self.context.key, self.job.fail_fast_variant().key()))
         return [self.context.store.scoped(f"checkpoints/{key}") for key in keys]
 
     def _fetch(self, folder: Path, step: int | None = None) -> int:

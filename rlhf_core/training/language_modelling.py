@@ -24,11 +24,11 @@ def trained_tokens(row: dict[str, Any]) -> int:
 
 
 def collate(rows: Sequence[dict[str, Any]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids (B,S), mask (B,S) bool, marked (B,S) bool of rows with a trainable mask."""
+    """input_ids (B,S), mask (B,S) bool, loss_mask (B,S) bool of rows of a data set."""
     input_ids, mask = pad_right([r["input_ids"] for r in rows])
-    marked, _ = pad_right([r["trainable"] for r in rows])
-    marked[:, 0] = 0
-    return input_ids.to(device), mask.to(device), marked.bool().to(device)
+    loss_mask, _ = pad_right([r["trainable"] for r in rows])
+    loss_mask[:, 0] = 0
+    return input_ids.to(device), mask.to(device), loss_mask.bool().to(device)
 
 
 @torch.no_grad()

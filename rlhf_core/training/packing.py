@@ -40,17 +40,17 @@ class Packed:
 
     Attributes:
         ids, positions: token ids and position ids, 0 at the start of each document.
-        marked: True where a token has a loss; never at the first.
+        loss_mask: True where a token has a loss; never at the first.
     """
 
     ids: list[int]
     positions: list[int]
-    marked: list[bool]
+    loss_mask: list[bool]
 
     @property
     def tokens(self) -> int:
         """Tokens with a loss."""
-        return sum(self.marked)
+        return sum(self.loss_mask)
 
 
 class Packing:
@@ -101,7 +101,7 @@ class Packing:
         return Packed(
             ids=ids[skip : skip + stop - start],
             positions=(places - begins).tolist(),
-            marked=[False, *marks[skip + 1 : skip + stop - start]],
+            loss_mask=[False, *marks[skip + 1 : skip + stop - start]],
         )
 
     def lengths(self) -> list[int]:
@@ -131,18 +131,18 @@ def batch_sequences(sequences: int, batch_size: int, step: int, seed: int) -> li
 def collate(
     batch: Sequence[Packed], device: torch.device, *, separate: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """What `Policy` takes: input_ids (B,S), mask, marked (B,S) bool, position_ids.
+    """What `Policy` takes: input_ids (B,S), mask, loss_mask (B,S) bool, position_ids.
 
     Args:
         separate: keep the documents apart: there are position ids (B,S) and no mask, and each
             padded place is a document of its own. False: a mask (B,S) and no position ids.
     """
     input_ids, mask = pad_right([p.ids for p in batch])
-    marked = pad_right([p.marked for p in batch])[0].bool()
+    loss_mask = pad_right([p.loss_mask for p in batch])[0].bool()
     if not separate:
-        return input_ids.to(device), mask.to(device), marked.to(device), None
+        return input_ids.to(device), mask.to(device), loss_mask.to(device), None
     positions = pad_right([p.positions for p in batch])[0]
-    return input_ids.to(device), None, marked.to(device), positions.to(device)
+    return input_ids.to(device), None, loss_mask.to(device), positions.to(device)
 
 
 @torch.no_grad()

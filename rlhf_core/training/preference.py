@@ -34,7 +34,7 @@ PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 def collate_replies(
     replies: Sequence[Reply], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids (B,S), mask (B,S) bool and marked (B,S) bool, True at the responses' tokens."""
+    """input_ids (B,S), mask (B,S) bool and loss_mask (B,S) bool, True at the responses' tokens."""
     whole = [[*prompt, *response] for prompt, response in replies]
     return mark_from(whole, [len(prompt) for prompt, _ in replies], device)
 
@@ -110,10 +110,10 @@ def pair_logps(
     lengths = (torch.from_numpy(rows.lengths("prompt_ids")).unsqueeze(1)
                + pair_response_lengths(rows))[numbers].flatten().tolist()  # fmt: skip
 
-    def load(places: list[int]) -> list[Reply]:
-        taken = rows.take([numbers[place // 2] for place in places])
+    def load(indices: list[int]) -> list[Reply]:
+        taken = rows.take([numbers[index // 2] for index in indices])
         keys = ("chosen_ids", "rejected_ids")
-        return [(r["prompt_ids"], r[keys[p % 2]]) for r, p in zip(taken, places, strict=True)]
+        return [(r["prompt_ids"], r[keys[p % 2]]) for r, p in zip(taken, indices, strict=True)]
 
     result[numbers] = response_logps(module, lengths, load, strategy, 2 * micro).view(-1, 2)
     return result

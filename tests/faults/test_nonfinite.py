@@ -46,7 +46,7 @@ def test_nan_keeps_batch_and_checkpoint_and_goes_on_with_a_lower_rate(place, inp
 
 @pytest.mark.chaos
 def test_stage_that_failed_by_nan_can_be_taken_up_by_a_careful_one(place, inputs):
-    job = careful(inputs).cautious()
+    job = careful(inputs).fail_fast_variant()
     said = place.run(job, nan(7))
     assert "FAILED nonfinite: stage failed: sft step 7, rank 1: the loss is nan." in said
     assert "sft.on_nonfinite to 0.5" in said

@@ -71,7 +71,7 @@ def sequence_lengths(purpose: Purpose, batch: Any) -> Any:
 
 
 def trainable_tokens(purpose: Purpose, batch: Any) -> int:
-    """Tokens that a loss is computed on: marked ones, or those of one or both replies."""
+    """Tokens that a loss is computed on: of the loss mask, or of one or both replies."""
     import pyarrow.compute as pc
 
     if purpose == "prompts":

@@ -37,7 +37,7 @@ def collate_responses(
     positions: Sequence[int],
     device: torch.device,
 ) -> Batch:
-    """The rows at some positions; marked is True at response tokens."""
+    """The rows at some positions; loss_mask is True at response tokens."""
     return mark_from(
         [sequences[p] for p in positions], [prompt_lengths[p] for p in positions], device
     )

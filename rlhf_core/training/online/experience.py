@@ -46,7 +46,7 @@ class Experience:
     components: dict[str, Tensor]  # name of a reward -> (B,), without its weight
     raw_scores: Tensor  # (B,) weighted sum of the components
     scores: Tensor  # (B,) raw_scores less the penalty for a missing end of turn
-    troubles: dict[str, int]  # what kept a rule from being applied -> replies
+    failures: dict[str, int]  # what kept a rule from being applied -> replies
     states: States  # hidden states of this rank's micro-batches, where layers are shared
     late: bool = False  # old_logprobs of the first minibatch are left to its update
     kept: Kept | None = None  # what the first update need not compute again
@@ -88,7 +88,7 @@ def score(
     first, kept = set(minibatches[0]), None
     for number, positions in enumerate(micro_batches(job, strategy, sequences, minibatches)):
         batch = collate_responses(sequences, prompt_lengths, positions, group.device)
-        marked = batch[2]
+        loss_mask = batch[2]
         with strategy.autocast(), states.of(positions, batch[0], batch[1]):
             ref = models.reference(*batch, job.temperature)
             if late and first.issuperset(positions):
@@ -102,7 +102,7 @@ def score(
             scores = models.reward(batch[0], batch[1]) if models.reward is not None else None
         tensors = [old, ref] if values is None else [old, ref, values]
         for i, p in enumerate(positions):
-            columns = [x[i][marked[i]].detach().float().cpu() for x in tensors]
+            columns = [x[i][loss_mask[i]].detach().float().cpu() for x in tensors]
             found.append((p, (columns, None if scores is None else float(scores[i]))))
 
     shape = (len(sequences), max(len(x) for x in rollout["logprobs"]))
@@ -116,7 +116,7 @@ def score(
         for place, column in zip(places, columns, strict=True):
             place[p, :n] = column
         model_scores.append(raw)
-    components, troubles = score_by_rules(models, group, rollout, rows)
+    components, failures = score_by_rules(models, group, rollout, rows)
     if models.reward is not None:
         components = {"model": torch.tensor(model_scores), **components}
     raw_scores = sum(models.weights[name] * x.double() for name, x in components.items()).float()
@@ -131,7 +131,7 @@ def score(
         ref_logprobs=places[1],
         values=places[2] if len(places) > 2 else None,
         components=components,
-        troubles=troubles,
+        failures=failures,
         states=states,
         late=late,
         kept=kept,
@@ -195,7 +195,7 @@ def score_by_rules(
     rules: Rules = models.rules
     if not rules.names:
         return {}, {}
-    before = Counter(rules.troubles)
+    before = Counter(rules.failures)
     mine = range(group.rank, len(rows), group.size)
     replies = [rollout["sequences"][i][rollout["prompt_lengths"][i] :] for i in mine]
     by_rule = rules.score(
@@ -209,4 +209,4 @@ def score_by_rules(
         name: torch.tensor([float(numbers[k]) for numbers in by_reply])
         for k, name in enumerate(rules.names)
     }
-    return components, dict(sum(group.gather(rules.troubles - before), Counter()))
+    return components, dict(sum(group.gather(rules.failures - before), Counter()))

@@ -33,10 +33,10 @@ class AdapterOff:
 
     @torch.no_grad()
     def __call__(
-        self, input_ids: Tensor, mask: Tensor, marked: Tensor, temperature: float = 1.0
+        self, input_ids: Tensor, mask: Tensor, loss_mask: Tensor, temperature: float = 1.0
     ) -> Tensor:
         with self.policy.model.disable_adapter():  # type: ignore[operator]
-            return self.policy(input_ids, mask, marked, temperature)
+            return self.policy(input_ids, mask, loss_mask, temperature)
 
 
 @dataclass

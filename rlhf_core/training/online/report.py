@@ -49,7 +49,7 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
         "score": float(experience.raw_scores.mean()),
         "reward": float(experience.scores.mean()),
         **{f"reward_{name}": float(x.mean()) for name, x in experience.components.items()},
-        **{f"trouble_{name}": float(n) for name, n in experience.troubles.items()},
+        **{f"failure_{name}": float(n) for name, n in experience.failures.items()},
         "kl": float((k1 * mask).sum() / len(mask)),
         "kl_k3": float((k3 * mask).sum() / len(mask)),
         "length": float(tokens / len(mask)),

@@ -1,5 +1,5 @@
 """Updates on a rollout: passes over it, minibatches and micro-batches. What is minimised is each
-algorithm's own: a function from a `Part` to a loss.
+algorithm's own: a function from a `MicroBatch` to a loss.
 
 b rows of a micro-batch, S positions, T response positions.
 """
@@ -27,7 +27,7 @@ from rlhf_core.training.strategy import Strategy
 
 
 @dataclass
-class Part:
+class MicroBatch:
     """What a loss sees of a micro-batch.
 
     Attributes:
@@ -51,7 +51,7 @@ class Part:
         return whole[self.positions].to(self.mask.device)
 
 
-Loss = Callable[[Part], tuple[Tensor, Mapping[str, float | Tensor]]]
+Loss = Callable[[MicroBatch], tuple[Tensor, Mapping[str, float | Tensor]]]
 """The part's share of the loss, and of metrics that sum over micro-batches and ranks; approx_kl
 must be one of them."""
 
@@ -85,7 +85,7 @@ def optimise(
                 experience.sequences, experience.prompt_lengths, positions, strategy.device
             )
             with strategy.micro_batch(last=i == len(micro) - 1):
-                part, ptx_logprobs = look(
+                part, ptx_logprobs = forward_micro_batch(
                     job, strategy, experience, positions, batch, len(rows), tokens, extra[i]
                 )
                 if experience.late:
@@ -111,7 +111,7 @@ def optimise(
     return mean_over_updates(history, ptx is not None)
 
 
-def look(
+def forward_micro_batch(
     job: OnlineJob,
     strategy: Strategy,
     experience: Experience,
@@ -120,7 +120,7 @@ def look(
     replies: int,
     tokens: float,
     extra: tuple[Batch, float] | None,
-) -> tuple[Part, Tensor | None]:
+) -> tuple[MicroBatch, Tensor | None]:
     """The forward pass of a micro-batch, and the log-probabilities of what is mixed in."""
     assert strategy.module is not None
     kept, experience.kept, mixed_in = experience.kept, None, None
@@ -134,7 +134,7 @@ def look(
     mask = experience.mask[positions].to(strategy.device)  # (b,T)
     seen = [None if x is None else aligned(x, batch[2], mask) for x in (logprobs, values)]
     assert seen[0] is not None
-    part = Part(experience, positions, seen[0], seen[1], mask, float(replies), tokens)
+    part = MicroBatch(experience, positions, seen[0], seen[1], mask, float(replies), tokens)
     return part, mixed_in
 
 
@@ -171,13 +171,13 @@ def ptx_batches(
     return [(collate([rows[p] for p in part], strategy.device), tokens) for part in parts]
 
 
-def aligned(flat: Tensor, marked: Tensor, mask: Tensor) -> Tensor:
-    """(b,S) at the marked places -> fp32 (b,T) at the mask's, with its gradient."""
+def aligned(flat: Tensor, loss_mask: Tensor, mask: Tensor) -> Tensor:
+    """(b,S) at the loss mask -> fp32 (b,T) at the mask's, with its gradient."""
     zeros = torch.zeros(mask.shape, device=flat.device)
-    return zeros.masked_scatter(mask, flat.float()[marked])
+    return zeros.masked_scatter(mask, flat.float()[loss_mask])
 
 
-def log_ratio_gap(part: Part) -> float:
+def log_ratio_gap(part: MicroBatch) -> float:
     """Largest |log-ratio| of a real token."""
     gap = part.logprobs.detach() - part.of(part.experience.old_logprobs)
     return float((gap.abs() * part.mask).max())

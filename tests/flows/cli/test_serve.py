@@ -104,15 +104,15 @@ def test_reply_is_the_published_models(server, client):
     assert answer.usage.completion_tokens == 6
     import torch
 
-    from rlhf_core.chat.model import load_talker
+    from rlhf_core.chat.model import load_chat_model
     from rlhf_core.data.encoding.templates import prompt_ids
 
-    talker = load_talker(server.run.store.fetch(server.run.stages["ppo"]))
-    ids = torch.tensor([prompt_ids(talker.tokenizer, HELLO)])
+    chat_model = load_chat_model(server.run.store.fetch(server.run.stages["ppo"]))
+    ids = torch.tensor([prompt_ids(chat_model.tokenizer, HELLO)])
     assert answer.usage.prompt_tokens == ids.shape[1]
     mask = torch.ones_like(ids)
-    output = talker.model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
-    expected = talker.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    output = chat_model.model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    expected = chat_model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer.choices[0].message.content == expected
 
 

@@ -83,7 +83,7 @@ def client(server):
 def test_reply_is_the_models_with_its_own_chat_template(server, client):
     import torch
 
-    from rlhf_core.chat.model import load_talker
+    from rlhf_core.chat.model import load_chat_model
     from rlhf_core.data.encoding.templates import prompt_ids
 
     assert [model.id for model in client.models.list()] == ["tiny-chat"]
@@ -91,13 +91,13 @@ def test_reply_is_the_models_with_its_own_chat_template(server, client):
         model="tiny-chat", messages=HELLO, temperature=0, max_completion_tokens=6
     )
     assert answer.model == "tiny-chat" and answer.usage.completion_tokens == 6
-    talker = load_talker(server.folder)
-    ids = torch.tensor([prompt_ids(talker.tokenizer, HELLO)])
+    chat_model = load_chat_model(server.folder)
+    ids = torch.tensor([prompt_ids(chat_model.tokenizer, HELLO)])
     assert answer.usage.prompt_tokens == ids.shape[1]
-    output = talker.model.generate(
+    output = chat_model.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
     )
-    expected = talker.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    expected = chat_model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer.choices[0].message.content == expected
 
 

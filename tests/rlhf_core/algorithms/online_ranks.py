@@ -38,14 +38,14 @@ class Letters:
         assert [type(r) for r in rewards] == [LettersReward]
         self.names = ["letters"]
         self.weights = [rewards[0].weight]
-        self.troubles = Counter()
+        self.failures = Counter()
 
     def score(self, prompts, replies, rows, finished):
         assert len(prompts) == len(replies) == len(rows) == len(finished)
         for prompt, row in zip(prompts, rows, strict=True):
             assert prompt == json.loads(row["prompt"])
             assert prompt[-1]["role"] == "user"
-        self.troubles["seen"] += len(replies)
+        self.failures["seen"] += len(replies)
         return [[sum(c.isascii() and c.isalpha() for c in r) / max(1, len(r)) for r in replies]]
 
 

@@ -262,7 +262,7 @@ def test_rules_alone_need_no_reward_model(one_rank, two_ranks):
             assert line["score"] == pytest.approx(0.5 * line["reward_letters"], abs=1e-6)
             assert 0 < line["reward_letters"] < 1
             assert "reward_model" not in line
-            assert line["trouble_seen"] == 16, "of this rollout, from all ranks"
+            assert line["failure_seen"] == 16, "of this rollout, from all ranks"
     # Each rank scores its share; all see all.
     assert_same_course(one_rank["rloo-rule"], two_ranks["rloo-rule"])
 

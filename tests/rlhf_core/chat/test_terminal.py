@@ -63,7 +63,7 @@ def test_history_and_system_reach_the_prompt(model: Path) -> None:
 
 def test_oldest_turns_leave_a_full_context(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat = chat_with(model)
-    chat.talker.context = 90
+    chat.chat_model.context = 90
     for text in ("One", "Two", "Three", "Four", "Five", "Six", "Seven"):
         chat.answer(text)
     assert "no longer fit the context of 90 tokens" in capsys.readouterr().err

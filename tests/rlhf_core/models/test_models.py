@@ -105,9 +105,9 @@ def test_head_is_initialised_as_the_paper_says(llama):
 
 def test_values_belong_to_the_state_before_each_token(llama):
     module = ActorCritic(Policy(load_causal_lm(llama)), new_scalar_model(llama, seed=1))
-    marked = torch.tensor([[False, False, True, True], [False, True, True, False]])
+    loss_mask = torch.tensor([[False, False, True, True], [False, True, True, False]])
     with torch.no_grad():
-        _, values, _ = module(IDS, MASK, marked)
+        _, values, _ = module(IDS, MASK, loss_mask)
         states = module.critic.per_token(IDS, MASK)
     torch.testing.assert_close(values[0], torch.stack([states[0, 0] * 0, states[0, 0] * 0,
                                                        states[0, 1], states[0, 2]]))  # fmt: skip
@@ -147,17 +147,17 @@ def test_lora_trains_adapters_only_and_merges_into_plain_weights(name, tmp_path)
     for n, p in model.named_parameters():
         if "lora_B" in n:
             torch.nn.init.normal_(p, std=0.2)
-    marked = MASK.clone()
-    marked[:, 0] = False
+    loss_mask = MASK.clone()
+    loss_mask[:, 0] = False
     with torch.no_grad():
-        adapted = Policy(model)(IDS, MASK, marked)
-        plain = Policy(load_causal_lm(tmp_path / "base"))(IDS, MASK, marked)
+        adapted = Policy(model)(IDS, MASK, loss_mask)
+        plain = Policy(load_causal_lm(tmp_path / "base"))(IDS, MASK, loss_mask)
     assert (adapted - plain).abs().max() > 1e-3, "the adapters take part"
     out = tmp_path / "merged"
     out.mkdir()
     save_causal_lm(merged(model), out, tmp_path / "base")
     with torch.no_grad():
-        again = Policy(load_causal_lm(out))(IDS, MASK, marked)
+        again = Policy(load_causal_lm(out))(IDS, MASK, loss_mask)
     torch.testing.assert_close(again, adapted, atol=1e-5, rtol=1e-5)
 
 
@@ -220,9 +220,9 @@ def test_stop_tokens_come_from_the_generation_config(llama):
 
 def test_dropout_is_off_in_every_loaded_model(folder):
     model = load_causal_lm(folder).train()
-    marked = MASK.clone()
-    marked[:, 0] = False
+    loss_mask = MASK.clone()
+    loss_mask[:, 0] = False
     with torch.no_grad():
-        first = Policy(model)(IDS, MASK, marked)
-        second = Policy(model)(IDS, MASK, marked)
+        first = Policy(model)(IDS, MASK, loss_mask)
+        second = Policy(model)(IDS, MASK, loss_mask)
     torch.testing.assert_close(first, second, rtol=0, atol=0)

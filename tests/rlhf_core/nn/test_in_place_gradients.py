@@ -86,15 +86,15 @@ def test_linear_in_fp64_is_the_formula(rows: tuple[int, ...], bias: bool) -> Non
     want_weight, want_bias = torch.zeros(4, 6).double(), torch.zeros(4).double()
     for _ in range(3):
         x = torch.randn(*rows, 6, dtype=torch.float64, requires_grad=True)
-        slope = torch.randn(*rows, 4, dtype=torch.float64)
+        grad_hidden_cache = torch.randn(*rows, 4, dtype=torch.float64)
         out = layer(x)
         torch.testing.assert_close(
             out, x @ layer.weight.t() + (layer.bias if bias else 0), rtol=1e-12, atol=1e-12
         )
-        (out * slope).sum().backward()
-        torch.testing.assert_close(x.grad, slope @ layer.weight)
-        want_weight += slope.reshape(-1, 4).t() @ x.detach().reshape(-1, 6)
-        want_bias += slope.reshape(-1, 4).sum(0)
+        (out * grad_hidden_cache).sum().backward()
+        torch.testing.assert_close(x.grad, grad_hidden_cache @ layer.weight)
+        want_weight += grad_hidden_cache.reshape(-1, 4).t() @ x.detach().reshape(-1, 6)
+        want_bias += grad_hidden_cache.reshape(-1, 4).sum(0)
     torch.testing.assert_close(layer.weight.grad, want_weight)
     if bias:
         torch.testing.assert_close(layer.bias.grad, want_bias)

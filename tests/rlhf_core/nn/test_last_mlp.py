@@ -39,8 +39,8 @@ def test_what_is_read_and_all_gradients_are_the_same(name: str) -> None:
     found, others = gradients(model, only=True)
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
     assert others.keys() == slopes.keys()
-    for key, slope in slopes.items():
-        torch.testing.assert_close(others[key], slope, atol=1e-4, rtol=1e-4, msg=key)
+    for key, grad_hidden_cache in slopes.items():
+        torch.testing.assert_close(others[key], grad_hidden_cache, atol=1e-4, rtol=1e-4, msg=key)
 
 
 def test_the_mlp_sees_no_other_row_and_is_given_back() -> None:

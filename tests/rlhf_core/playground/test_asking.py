@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from rlhf_core.chat.model import Sampling, load_talker
+from rlhf_core.chat.model import Sampling, load_chat_model
 from rlhf_core.data.encoding.templates import prompt_ids
 from rlhf_core.models.loading import load_scalar_model
 from rlhf_core.playground.asking import Asker
@@ -46,12 +46,12 @@ def test_replies_grow_and_are_the_models_own(run, asker):
     for place, digest in enumerate(digests):
         lengths = [len(replies[place].text) for replies in seen]
         assert lengths == sorted(lengths)
-        talker = load_talker(run.store.fetch(digest))
-        ids = torch.tensor([prompt_ids(talker.tokenizer, HELLO)])
-        expected = talker.model.generate(
+        chat_model = load_chat_model(run.store.fetch(digest))
+        ids = torch.tensor([prompt_ids(chat_model.tokenizer, HELLO)])
+        expected = chat_model.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
         )[0, ids.shape[1] :]
-        text = talker.tokenizer.decode(expected, skip_special_tokens=True)
+        text = chat_model.tokenizer.decode(expected, skip_special_tokens=True)
         assert seen[-1][place].text == text
     assert seen[-1][0].text != seen[-1][1].text
     assert sorted(asker.pool.loaded()) == sorted(digests)
@@ -60,10 +60,10 @@ def test_replies_grow_and_are_the_models_own(run, asker):
 def test_score_is_the_reward_models(run, asker):
     [reply] = ask(asker, [run.stages["ppo"]], reward_model=run.stages["reward"])[-1]
     folder = run.store.fetch(run.stages["reward"])
-    talker = load_talker(run.store.fetch(run.stages["ppo"]))
-    end = talker.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ids = prompt_ids(talker.tokenizer, HELLO)
-    ids += talker.tokenizer(reply.text.strip(), add_special_tokens=False)["input_ids"]
+    chat_model = load_chat_model(run.store.fetch(run.stages["ppo"]))
+    end = chat_model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = prompt_ids(chat_model.tokenizer, HELLO)
+    ids += chat_model.tokenizer(reply.text.strip(), add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([[*ids, end]])
     with torch.no_grad():
         expected = float(

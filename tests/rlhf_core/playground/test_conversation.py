@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_core.playground.asking import Growing
+from rlhf_core.playground.asking import PartialReply
 from rlhf_core.playground.catalogue import Choice
 from rlhf_core.playground.conversation import Conversation
 from rlhf_core.playground.render import bubbles
@@ -16,7 +16,7 @@ CHOICES = [Choice("SFT", "a" * 64), Choice("PPO", "b" * 64), Choice("DPO", "c" *
 def turn(talk, text, replies, common=True, system=None):
     asked = talk.begin(text, common, system)
     grown = [
-        Growing(reply, "failed" if reply is None else "done", score=float(i))
+        PartialReply(reply, "failed" if reply is None else "done", score=float(i))
         for i, reply in enumerate(replies)
     ]
     talk.finish(asked, grown)
@@ -113,7 +113,10 @@ def test_scores_stand_under_each_reply_of_each_turn():
     turn(talk, "Hi", ["one", "two"], common=False)
     asked = talk.begin("More", False, None)
     left, right = bubbles(
-        "en", talk, asked, [Growing("<b>x", "talking"), Growing(state="failed", error="gone")]
+        "en",
+        talk,
+        asked,
+        [PartialReply("<b>x", "talking"), PartialReply(state="failed", error="gone")],
     )
     assert "Reward +0.000" in left[1]["content"] and "Reward +1.000" in right[1]["content"]
     assert left[-1]["content"] == "<b>x"

@@ -88,7 +88,7 @@ def test_verifier_that_hangs_or_dies_gives_0_and_is_counted(gym):
     [scores] = rules.score([[]] * 9, replies, [row] * 9, [True] * 9)
     assert time.monotonic() - started < 60
     assert scores == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.05, 0.05]
-    assert rules.troubles == {"verifier_timeout": 1, "verifier_error": 3}
+    assert rules.failures == {"verifier_timeout": 1, "verifier_error": 3}
 
 
 def test_prompt_of_another_source_is_an_error_or_a_set_score(gym):

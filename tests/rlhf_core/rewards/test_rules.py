@@ -61,7 +61,7 @@ def test_regex_that_never_ends_is_no_match_and_counted():
     started = time.monotonic()
     assert rules.score([[]], ["a" * 5000 + "!"], [{}], [True]) == [[0.0]]
     assert time.monotonic() - started < 30
-    assert rules.troubles == {"regex_timeout": 1}
+    assert rules.failures == {"regex_timeout": 1}
 
 
 def test_must_end_wants_an_ending_and_the_end_of_turn():

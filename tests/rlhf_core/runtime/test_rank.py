@@ -66,4 +66,4 @@ def test_a_factor_is_part_of_the_key_and_failing_is_not():
     assert JOB.key() == "d0948efa726b263b5e3cd7941354734e0a6f08614abfc0dc04c751ca59877488"
     careful = JOB.model_copy(update={"on_nonfinite": 0.5})
     assert careful.key() != JOB.key()
-    assert careful.cautious().key() == JOB.key()
+    assert careful.fail_fast_variant().key() == JOB.key()

@@ -41,7 +41,7 @@ def test_packing_by_hand(tmp_path):
         [E, a, b, E, c], [c, E, d, e, f], [f, E]
     ]  # fmt: skip
     assert [packing[i].positions for i in range(3)] == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3], [0, 1]]
-    assert [packing[i].marked for i in range(3)] == [[False, *[True] * 4]] * 2 + [[False, True]]
+    assert [packing[i].loss_mask for i in range(3)] == [[False, *[True] * 4]] * 2 + [[False, True]]
     assert len(packing) == 3 and packing.lengths() == [5, 5, 2]
     with pytest.raises(IndexError):
         packing[3]
@@ -51,7 +51,7 @@ def test_rows_with_a_start_of_their_own_get_no_other(tmp_path):
     """bos, or the last token of the piece before: neither has a loss of its own."""
     packing = Packing(rows_of(tmp_path, [[2, 7, E], [7, 8, 9]], start=False), E, 8)
     assert packing[0].ids == [2, 7, E, 7, 8, 9]
-    assert packing[0].marked == [False, True, True, False, True, True]
+    assert packing[0].loss_mask == [False, True, True, False, True, True]
     assert packing[0].positions == [0, 1, 2, 0, 1, 2]
 
 
@@ -71,8 +71,12 @@ def test_every_token_has_one_loss_in_each_epoch(tmp_path, length):
             for number in batch_sequences(len(packing), 4, step, seed=3):
                 packed = packing[number]
                 assert len(packed.ids) == packing.lengths()[number] <= length
-                assert not packed.marked[0]
-                seen += [t for t, marked in zip(packed.ids, packed.marked, strict=True) if marked]
+                assert not packed.loss_mask[0]
+                seen += [
+                    t
+                    for t, loss_mask in zip(packed.ids, packed.loss_mask, strict=True)
+                    if loss_mask
+                ]
         assert sorted(seen) == sorted(t for document in documents for t in document)
     first, second = (
         [batch_sequences(len(packing), 4, s + e * steps, 3) for s in range(steps)] for e in (0, 1)
@@ -93,9 +97,9 @@ def test_packed_documents_are_read_as_if_each_stood_alone(tmp_path, architecture
     assert separates_documents(model)
     documents = [[5, 6, 7, E], [8, E], [9, 10, 11, 12, 13, E]]
     packing = Packing(rows_of(tmp_path, documents), E, 9)
-    ids, mask, marked, positions = collate([packing[0], packing[1]], CPU, separate=True)
+    ids, mask, loss_mask, positions = collate([packing[0], packing[1]], CPU, separate=True)
     with torch.no_grad():
-        packed = response_logprobs(model, ids, mask, positions, marked)
+        packed = response_logprobs(model, ids, mask, positions, loss_mask)
         for document, places in ((documents[0], slice(1, 5)), (documents[1], slice(5, 7))):
             alone = torch.tensor([[E, *document]])
             wanted = torch.ones_like(alone).bool()
@@ -111,10 +115,10 @@ def test_models_that_read_across_documents_are_found_out(tmp_path, architecture)
     model = tiny(architecture).eval()
     assert not separates_documents(model)
     packing = Packing(rows_of(tmp_path, [[5, 6, 7, E], [8, E]]), E, 9)
-    ids, mask, marked, positions = collate([packing[0]], CPU, separate=False)
+    ids, mask, loss_mask, positions = collate([packing[0]], CPU, separate=False)
     assert positions is None and bool(mask.all())
     with torch.no_grad():
-        got = response_logprobs(model, ids, mask, positions, marked)
+        got = response_logprobs(model, ids, mask, positions, loss_mask)
         logits = model(input_ids=ids).logits.log_softmax(dim=-1)
     expected = logits[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
     torch.testing.assert_close(got[0, 1:], expected, atol=1e-5, rtol=1e-5)

@@ -84,10 +84,10 @@ def logp(policy, prompt, response):
 
 
 def test_collated_replies_mark_the_response_alone():
-    ids, mask, marked = collate_replies([([5, 6], [7]), ([8], [9, 9, 2])], CPU)
+    ids, mask, loss_mask = collate_replies([([5, 6], [7]), ([8], [9, 9, 2])], CPU)
     assert ids.tolist() == [[5, 6, 7, 0], [8, 9, 9, 2]]
     assert mask.tolist() == [[True, True, True, False], [True] * 4]
-    assert marked.tolist() == [[False, False, True, False], [False, True, True, True]]
+    assert loss_mask.tolist() == [[False, False, True, False], [False, True, True, True]]
 
 
 def test_pairs_go_in_one_pass_and_come_back_as_pairs():

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from rlhf_core.serving.door import LARGEST_BODY, Door
+from rlhf_core.serving.auth import LARGEST_BODY, AuthMiddleware
 
 
-def ask(door, path, body=None, key=None):
+def ask(auth, path, body=None, key=None):
     """Status and JSON of one request."""
     data = b"" if body is None else json.dumps(body).encode()
     headers = [(b"content-length", str(len(data)).encode())]
@@ -25,7 +25,7 @@ def ask(door, path, body=None, key=None):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(door(scope, receive, send))
+    asyncio.run(auth(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 
@@ -39,38 +39,40 @@ async def echo(scope, receive, send):
 
 @pytest.mark.parametrize("path", ["/load_model", "/reset", "/docs", "/v1/audio/transcriptions"])
 def test_paths_that_load_or_drop_models_are_closed(path):
-    status, answer = ask(Door(echo, "bot", None), path, {})
+    status, answer = ask(AuthMiddleware(echo, "bot", None), path, {})
     assert status == 404 and path in answer["error"]["message"]
 
 
 def test_key_is_asked_for():
-    door = Door(echo, "bot", "right-key")
-    assert ask(door, "/v1/models")[0] == 401
-    assert ask(door, "/v1/models", key="wrong-key")[0] == 401
-    assert ask(door, "/v1/models", key="right-key")[0] == 200
-    assert ask(door, "/health")[0] == 200
-    assert ask(Door(echo, "bot", None), "/v1/models")[0] == 200
+    auth = AuthMiddleware(echo, "bot", "right-key")
+    assert ask(auth, "/v1/models")[0] == 401
+    assert ask(auth, "/v1/models", key="wrong-key")[0] == 401
+    assert ask(auth, "/v1/models", key="right-key")[0] == 200
+    assert ask(auth, "/health")[0] == 200
+    assert ask(AuthMiddleware(echo, "bot", None), "/v1/models")[0] == 200
 
 
 def test_newer_name_of_the_longest_reply_is_understood():
     path = "/v1/chat/completions"
-    assert ask(Door(echo, "bot", None), path, {"max_completion_tokens": 5})[1] == {"max_tokens": 5}
+    assert ask(AuthMiddleware(echo, "bot", None), path, {"max_completion_tokens": 5})[1] == {
+        "max_tokens": 5
+    }
     both = {"max_completion_tokens": 5, "max_tokens": 3}
-    assert ask(Door(echo, "bot", None), path, both)[1] == {"max_tokens": 3}
+    assert ask(AuthMiddleware(echo, "bot", None), path, both)[1] == {"max_tokens": 3}
 
 
 def test_only_the_one_model_is_there():
-    path, door = "/v1/chat/completions", Door(echo, "bot", None)
-    status, answer = ask(door, path, {"model": "gpt2"})
+    path, auth = "/v1/chat/completions", AuthMiddleware(echo, "bot", None)
+    status, answer = ask(auth, path, {"model": "gpt2"})
     assert status == 404
     assert answer["error"]["message"] == "There is no model 'gpt2' here; there is bot."
-    assert ask(door, path, {"model": "bot"}) == (200, {"model": "bot"})
-    assert ask(door, path, ["not", "an", "object"])[0] == 200  # the server's to refuse
+    assert ask(auth, path, {"model": "bot"}) == (200, {"model": "bot"})
+    assert ask(auth, path, ["not", "an", "object"])[0] == 200  # the server's to refuse
 
 
 def test_request_that_is_too_large_is_refused():
     body = {"messages": "x" * LARGEST_BODY}
-    assert ask(Door(echo, "bot", None), "/v1/chat/completions", body)[0] == 413
+    assert ask(AuthMiddleware(echo, "bot", None), "/v1/chat/completions", body)[0] == 413
 
 
 def test_web_sockets_are_closed():
@@ -79,5 +81,7 @@ def test_web_sockets_are_closed():
     async def send(message):
         sent.append(message["type"])
 
-    asyncio.run(Door(echo, "bot", None)({"type": "websocket", "path": "/v1/realtime"}, None, send))
+    asyncio.run(
+        AuthMiddleware(echo, "bot", None)({"type": "websocket", "path": "/v1/realtime"}, None, send)
+    )
     assert sent == ["websocket.close"]

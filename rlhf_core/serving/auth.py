@@ -23,7 +23,7 @@ PATHS = {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses
 LARGEST_BODY = 16 * 2**20  # bytes
 
 
-class Door:
+class AuthMiddleware:
     """An ASGI application in front of another.
 
     Args:
