@@ -142,7 +142,7 @@ class ActorCritic(nn.Module):
         temperature: float = 1.0,
         ptx: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probabilities and values of the tokens in the loss mask, and log-probabilities of ptx.
+        """Log-probabilities and values of the tokens in the loss mask; log-probabilities of ptx.
 
         Args:
             input_ids, mask, loss_mask: (B,S), see `Policy`.
@@ -185,6 +185,6 @@ class Actor(nn.Module):
         temperature: float = 1.0,
         ptx: Batch | None = None,
     ) -> tuple[Tensor, None, Tensor | None]:
-        """Log-probabilities (b,S) of the tokens in the loss mask, None, and those of ptx or None."""
+        """Log-probabilities (b,S) of the loss mask's tokens, None, and those of ptx or None."""
         logprobs = self.policy(input_ids, mask, loss_mask, temperature)
         return logprobs, None, None if ptx is None else self.policy(*ptx)
