@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.store.s3.seaweed import BUCKET, Seaweed
+from rlhf_core.system.cpus import cpu_cores
 
 MIB = 2**20
 
@@ -50,7 +51,7 @@ RAW = argparse.RawDescriptionHelpFormatter
 
 def compare(folder: Path, mib: int, shards: int, repeats: int) -> None:
     """Run everything and print the table."""
-    print(f"load before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
+    print(f"load before: {os.getloadavg()[0]:.1f} on {cpu_cores()} cores", flush=True)
     sets = {"1 file": 1, f"{shards} shards": shards}
     for name, count in sets.items():
         make_files(folder / name, count, mib)
@@ -67,7 +68,7 @@ def compare(folder: Path, mib: int, shards: int, repeats: int) -> None:
                     print(f"  {repeat + 1}  {name:<9} {who:<6} {shown(result)}", flush=True)
     finally:
         server.kill()
-    print(f"\nmedians of {repeats}, MiB/s for {mib} MiB ({sys.platform}, {os.cpu_count()} cores)")
+    print(f"\nmedians of {repeats}, MiB/s for {mib} MiB ({sys.platform}, {cpu_cores()} cores)")
     print(f"{'':<10}{'':<7}{'ours':>8}{'boto3':>8}{'ratio':>8}{'our RSS':>10}{'its RSS':>9}")
     for name in sets:
         for way in ("up", "down"):

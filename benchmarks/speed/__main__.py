@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.speed import report, workload
 from benchmarks.speed.flops import share
+from rlhf_core.system.cpus import cpu_cores
 from tasks.launchers.local import WAITING
 
 HERE = Path(__file__).resolve().parent
@@ -34,11 +35,11 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=cpu_cores())
     parser.add_argument("--out", type=Path, default=ROOT / ".rlhf" / "bench")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    print(f"load before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
+    print(f"load before: {os.getloadavg()[0]:.1f} on {cpu_cores()} cores", flush=True)
     path = arguments.out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for model in arguments.models.split(","):

@@ -29,6 +29,7 @@ from benchmarks.speed import workload
 from benchmarks.speed.__main__ import ROOT, make, run
 from flows.server import QUIET, TemporaryServer
 from rlhf_core.jobs import parse_job
+from rlhf_core.system.cpus import cpu_cores
 from tasks.launchers import fork_client
 from tasks.launchers.local import WAITING, command, start
 
@@ -323,7 +324,7 @@ def length(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         folder = arguments.out / name
         workload.make(name, folder)
-        results = [run("sft", "ours", folder, os.cpu_count() or 1) for _ in range(3)]
+        results = [run("sft", "ours", folder, cpu_cores()) for _ in range(3)]
         found[str(limit)] = {"rate": statistics.median(r["rate"] for r in results),
                              "rss": max(r["rss"] for r in results)}  # fmt: skip
     return found
@@ -346,7 +347,7 @@ def vocabulary(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for name in ("tiny-50k", "tiny-250k"):
         folder, _ = tiny(arguments, name)
-        sides = {s: run("sft", s, folder, os.cpu_count() or 1) for s in ("ours", "theirs")}
+        sides = {s: run("sft", s, folder, cpu_cores()) for s in ("ours", "theirs")}
         found[name] = {s: r["rss"] for s, r in sides.items()}
         found[name]["ratio"] = sides["ours"]["rss"] / sides["theirs"]["rss"]
     return found

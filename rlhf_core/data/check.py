@@ -7,7 +7,7 @@ import itertools
 from rlhf_core.data.encoding.encode import check_purpose
 from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import SKIP_HINT, BadRow
-from rlhf_core.data.sources.hub import hub_answers
+from rlhf_core.data.sources.hub import hub_problem
 from rlhf_core.data.sources.open import kind_of, open_rows
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import DataSettings, Purpose
@@ -29,7 +29,7 @@ def check_source(
 
     rows = open_rows(settings, store)
     try:
-        if kind_of(settings.source) == "hub" and (problem := hub_answers(settings)):
+        if kind_of(settings.source) == "hub" and (problem := hub_problem(settings)):
             return [problem]
         rows, format = find_format(rows, settings, purpose)
         if purpose is not None:

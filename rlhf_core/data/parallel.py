@@ -18,19 +18,12 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from rlhf_core.errors import JobFailed
+from rlhf_core.system.cpus import cpu_cores
 
 SMALL = 6  # pieces up to which starting processes costs more than it saves
 MOST = 16
 
 _work: Callable[[Any], Any] | None = None
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
 
 
 def ordered_map(
@@ -44,7 +37,7 @@ def ordered_map(
     Raises:
         JobFailed: a worker process died.
     """
-    count = min(workers or cores(), MOST)
+    count = min(workers or cpu_cores(), MOST)
     stream = iter(pieces)
     if count > 1:
         first = list(itertools.islice(stream, SMALL))

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_core.errors import ModelError, RLHFError
+from rlhf_core.errors import ModelError, RLHFError, StoreUnavailable
 from rlhf_core.jobs import ModelSettings, NewModelSettings
 from rlhf_core.model_files.folder_check import PICKLES, TOKENIZER_FILES, check_weight_files
 from rlhf_core.model_files.source import Source, builtin_gguf, parse_source
@@ -178,12 +178,17 @@ def _check_hub(settings: ModelSettings) -> list[str]:
     snapshot = cached_snapshot(settings)
     if snapshot is not None and any(snapshot.glob("*.safetensors")):
         return []
-    from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
+
+    from rlhf_core.data.sources.hub import HUB_SECONDS, ask_hub
 
     name = f"{settings.source}{f' (revision {settings.revision})' if settings.revision else ''}"
     try:
-        info = HfApi().model_info(settings.source, revision=settings.revision, timeout=10)
+        info = ask_hub(
+            lambda api: api.model_info(
+                settings.source, revision=settings.revision, timeout=HUB_SECONDS
+            )
+        )
     except hub.GatedRepoError:
         return [f"{name} is gated; accept its terms on huggingface.co, then run `hf auth login`"]
     except hub.RevisionNotFoundError:
@@ -193,11 +198,15 @@ def _check_hub(settings: ModelSettings) -> list[str]:
             f"the hub has no model {settings.source!r}, or it is private; correct model.source, or "
             "run `hf auth login`"
         ]
-    except Exception as error:  # whatever the HTTP library of the day raises
+    except StoreUnavailable as error:
         return [
-            f"{name} is not in this machine's Hugging Face cache and the hub cannot be reached "
-            f"({type(error).__name__}: {error}); check the network and HF_ENDPOINT, or set "
-            "model.source to a local folder or to builtin:smollm2-135m-instruct"
+            f"{name} is not in this machine's Hugging Face cache, and {error}, or set model.source "
+            "to a local folder or to builtin:smollm2-135m-instruct"
+        ]
+    except (hub.HfHubHTTPError, hub.HFValidationError) as error:
+        return [
+            f"the hub refused {name} ({str(error).splitlines()[0]}); correct model.source, or try "
+            "again later"
         ]
     return [f"{name} {text}" for text in judge_files([s.rfilename for s in info.siblings or []])]
 

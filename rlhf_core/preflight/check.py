@@ -12,7 +12,6 @@ from typing import Any
 
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import (
-    DataSettings,
     EndpointJudgeSettings,
     LmEvalSettings,
     LocalLauncher,
@@ -133,36 +132,11 @@ def _check_data_sources(config: PipelineConfig, store: Store | None) -> list[str
     problems = []
     for purpose, name, settings in recipe.data_sets(config):
         try:
-            found = _unreachable(settings) or check_source(settings, purpose, store)
+            found = check_source(settings, purpose, store)
         except RLHFError as error:
             found = [str(error)]
         problems += [f"{name}: {text}" for text in found]
     return problems
-
-
-def _unreachable(settings: DataSettings) -> list[str]:
-    """Says at once what the hub's client says after half a minute of retries."""
-    from rlhf_core.data.sources.open import kind_of
-
-    if kind_of(settings.source) != "hub":
-        return []
-    from huggingface_hub import HfApi
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if (Path(HF_HUB_CACHE) / f"datasets--{settings.source.replace('/', '--')}").is_dir():
-        return []
-    try:
-        HfApi().dataset_info(settings.source, revision=settings.revision, timeout=10)
-    except HfHubHTTPError:
-        return []  # the hub answers; check_source finds the words
-    except Exception as error:  # whatever the HTTP library of the day raises
-        return [
-            f"{settings.source} is not in this machine's Hugging Face cache and the hub cannot be "
-            f"reached ({type(error).__name__}: {error}); check the network and HF_ENDPOINT, or "
-            "give a local file"
-        ]
-    return []
 
 
 def _check_rewards(config: PipelineConfig) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import Resources
+from rlhf_core.system.cpus import cpu_cores
 
 
 def pick_device(resources: Resources) -> torch.device:
@@ -69,9 +70,8 @@ class Group:
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        cores = len(os.sched_getaffinity(0))
         if self.device.type == "cpu":
-            torch.set_num_threads(resources.threads or max(1, cores // self.size))
+            torch.set_num_threads(resources.threads or max(1, cpu_cores() // self.size))
 
     def sum(self, values: Tensor | Sequence[float]) -> Tensor:
         """Elementwise sum over the ranks, fp64, on the CPU."""

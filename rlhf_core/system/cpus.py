@@ -1,26 +1,51 @@
-"""How many CPU cores there are for this process, and torch's threads."""
+"""CPU cores that this process may use, and torch's number of threads."""
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from rlhf_core.system.cgroups import CGROUP, PROC, group_folders
 
 
 def set_threads() -> None:
-    """Where torch was imported with another OMP_NUM_THREADS than this stage's. Not before a fork:
-    it starts threads."""
+    """Give torch as many threads as OMP_NUM_THREADS says, if it was imported with another value.
+
+    Not before a fork: it starts threads.
+    """
     torch, threads = sys.modules.get("torch"), int(os.environ.get("OMP_NUM_THREADS", "0"))
     if torch is not None and threads and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 
 
-def cpu_cores() -> int:
-    """Cores that this process may use, with a container's quota in mind."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+def cpu_cores(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
+    """CPU cores that this process may use: its affinity mask, cut to its control groups' quotas.
+
+    A fractional quota is rounded up, as the JVM and Go do it: with 1.5 CPUs two threads are faster
+    than one, and are throttled for a quarter of the time. At least 1.
+
+    Args:
+        proc, cgroup: mounts of procfs and of the control groups.
+    """
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        cores = os.cpu_count() or 1
+    quota = min(_quotas(proc, cgroup), default=math.inf)
+    return cores if quota >= cores else max(1, math.ceil(quota))
+
+
+def _quotas(proc: Path, cgroup: Path) -> Iterator[float]:
+    """CPUs that each control group around this process allows; none for a group without a quota."""
+    for folder in group_folders("cpu", proc, cgroup):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, 1
+            try:
+                quota, period = " ".join((folder / name).read_text() for name in names).split()
+                cpus = int(quota) / int(period)  # "max" and "-1" are no quota
+            except (OSError, ValueError, ZeroDivisionError):
+                continue
+            if cpus > 0:
+                yield cpus

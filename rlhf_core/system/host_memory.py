@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+from rlhf_core.system.cgroups import CGROUP, PROC, group_folders
 
 
 def amount(size: int) -> str:
@@ -41,31 +41,15 @@ def resident_peak(pid: int, proc: Path = PROC) -> int:
 def oom_kills(proc: Path = PROC, cgroup: Path = CGROUP) -> dict[str, int]:
     """Counter -> processes that the kernel has ended for lack of memory so far.
 
-    The control group of this process, which its children share, knows of its own members only, and
-    of all causes. Where it has no counter (a host's root group) the whole machine's is taken.
+    The control group of this process, which its children share, counts its own members only, and
+    all causes. Where it has no counter (a host's root group) the whole machine's is taken.
     """
-    for path in _counters(proc, cgroup):
-        if (count := _count(path)) is not None:
-            return {str(path): count}
+    for folder in group_folders("memory", proc, cgroup):
+        for name in ("memory.events", "memory.oom_control"):  # versions 2 and 1
+            if (count := _count(folder / name)) is not None:
+                return {str(folder / name): count}
     count = _count(proc / "vmstat")
     return {} if count is None else {str(proc / "vmstat"): count}
-
-
-def _counters(proc: Path, cgroup: Path) -> list[Path]:
-    """Files that may hold the counter: version 2 of control groups, then version 1."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        number, controllers, group = line.split(":", 2)
-        if number == "0":  # in a container's own namespace the group is called /
-            found.append(cgroup / group.lstrip("/") / "memory.events")
-        elif "memory" in controllers.split(","):
-            found.append(cgroup / "memory" / group.lstrip("/") / "memory.oom_control")
-            found.append(cgroup / "memory" / "memory.oom_control")
-    return found
 
 
 def _count(path: Path) -> int | None:

@@ -8,6 +8,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_core.system.cgroups import CGROUP, PROC, group_folders
+from rlhf_core.system.cpus import cpu_cores
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -38,10 +41,8 @@ def this_machine() -> Machine:
     return Machine(
         gpus=len(gpus),
         gpu_memory=min((total for _, total, _ in gpus), default=0),
-        cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
-        ram=min([psutil.virtual_memory().total, *_cgroup_limits()]),
+        cores=cpu_cores(),
+        ram=min([psutil.virtual_memory().total, *memory_limits()]),
         gpu_name=gpus[0][0] if gpus else "",
         gpu_free=min((free for _, _, free in gpus), default=0),
     )
@@ -93,16 +94,17 @@ def parse_gpus(table: str, visible: str | None) -> list[tuple[str, int, int]]:
     return chosen
 
 
-def _cgroup_limits() -> list[int]:
-    """Memory limits of the container that this process runs in, in bytes."""
+def memory_limits(proc: Path = PROC, cgroup: Path = CGROUP) -> list[int]:
+    """Memory limits of the control groups around this process, in bytes."""
     limits = []
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) > 0:
-            limits.append(int(text))
+    for folder in group_folders("memory", proc, cgroup):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # versions 2 and 1
+            try:
+                text = (folder / name).read_text().strip()
+            except OSError:
+                continue
+            if text.isdigit() and int(text) > 0:  # "max" is no limit
+                limits.append(int(text))
     return limits
 
 

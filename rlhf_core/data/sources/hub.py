@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 from rlhf_core.data.rows.row import RawRow
 from rlhf_core.errors import DataError, StoreUnavailable
 from rlhf_core.jobs import DataSettings
 
-_SECONDS = 5.0
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetInfo, HfApi
+
+HUB_SECONDS = 10.0  # within which the hub has to answer
+
+Reply = TypeVar("Reply")
+
+
+def ask_hub(request: Callable[[HfApi], Reply]) -> Reply:
+    """The hub's reply to one request, without the client's half a minute of retries.
+
+    Args:
+        request: passes `timeout=HUB_SECONDS` on to the client.
+
+    Raises:
+        StoreUnavailable: there is no reply; the text says why, and names no repository.
+        HfHubHTTPError: the hub refuses; a subclass tells a gated, private or unknown repository.
+        HFValidationError: the repository's id is malformed.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return request(HfApi())
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception as error:  # whatever the HTTP library of the day raises
+        raise StoreUnavailable(
+            f"the Hugging Face hub cannot be reached ({type(error).__name__}: {error}); check the "
+            "network and HF_ENDPOINT"
+        ) from error
 
 
 def hub_rows(settings: DataSettings) -> Iterator[RawRow]:
@@ -42,22 +73,23 @@ def hub_rows(settings: DataSettings) -> Iterator[RawRow]:
         ) from error
 
 
-def hub_answers(settings: DataSettings) -> str:
-    """Why the hub cannot be asked for a data set, within seconds; empty when it can.
-
-    Reading itself repeats its requests for half a minute before it gives up.
-    """
-    from huggingface_hub import HfApi
-
+def hub_problem(settings: DataSettings) -> str:
+    """Why the hub cannot be asked for a data set; empty when it can."""
     try:
-        HfApi().dataset_info(settings.source, revision=settings.revision, timeout=_SECONDS)
-    except Exception as error:
-        if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError"):
-            return (
-                f"{settings.source}: the Hugging Face hub cannot be reached ({error}), and there "
-                "is no such local file; check the network and HF_ENDPOINT, or give a local path."
-            )
+        _ask_for(settings)
+    except StoreUnavailable as error:
+        return f"{settings.source}: there is no such local file, and {error}, or give a local path."
+    except Exception:  # the hub answers; reading the rows explains a refusal
+        return ""
     return ""
+
+
+def _ask_for(settings: DataSettings) -> DatasetInfo:
+    return ask_hub(
+        lambda hub: hub.dataset_info(
+            settings.source, revision=settings.revision, timeout=HUB_SECONDS
+        )
+    )
 
 
 def hub_commit(settings: DataSettings) -> str:
@@ -65,10 +97,7 @@ def hub_commit(settings: DataSettings) -> str:
     revision = settings.revision or "main"
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    from huggingface_hub import HfApi
-
     try:
-        info = HfApi().dataset_info(settings.source, revision=revision, timeout=_SECONDS)
-        return info.sha or revision
+        return _ask_for(settings).sha or revision
     except Exception:  # offline, gated or unknown: check_source says so
         return revision

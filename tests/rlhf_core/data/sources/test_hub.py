@@ -1,0 +1,72 @@
+"""Requests to the Hugging Face hub: one that does not answer, and one that refuses."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from rlhf_core.data.check import check_source
+from rlhf_core.data.sources import hub
+from rlhf_core.errors import StoreUnavailable
+from rlhf_core.jobs import DataSettings, ModelSettings
+from rlhf_core.model_files.source_check import check_model
+from rlhf_core.system.ports import free_ports
+
+DATA = DataSettings(source="no-such-organisation/data")
+MODEL = ModelSettings(source="no-such-organisation/model")
+
+
+class Refuses(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        code = {"data": "RevisionNotFound", "model": "RepoNotFound"}[self.path.split("/")[4]]
+        self.send_response(404)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture()
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub that knows nothing."""
+    server = HTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    at(monkeypatch, server.server_port)
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture()
+def away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that nobody runs."""
+    at(monkeypatch, free_ports(1)[0])
+
+
+def at(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.usefixtures("away")
+def test_hub_that_does_not_answer_is_one_problem():
+    [problem] = check_source(DATA)
+    assert problem.startswith("no-such-organisation/data: there is no such local file, and the ")
+    assert "hub cannot be reached" in problem and "HF_ENDPOINT" in problem
+    [problem] = check_model(MODEL)
+    assert problem.startswith("no-such-organisation/model is not in this machine's Hugging Face")
+    assert "hub cannot be reached" in problem and "builtin:" in problem
+    assert hub.hub_commit(DATA) == "main"
+    with pytest.raises(StoreUnavailable):
+        hub.ask_hub(lambda api: api.dataset_info("a/b", timeout=1))
+
+
+@pytest.mark.usefixtures("refusing")
+def test_hub_that_refuses_is_reachable():
+    assert hub.hub_problem(DATA) == ""
+    [problem] = check_model(MODEL)
+    assert "the hub has no model 'no-such-organisation/model'" in problem
+    assert hub.hub_commit(DATA) == "main"
