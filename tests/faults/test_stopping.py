@@ -75,7 +75,7 @@ def test_hanging_rank_ends_the_job_with_every_stack_in_the_log(place, inputs):
     assert 10 <= took < 16, took
     assert "FAILED hang: stage failed: rank 0 waited 10 s (resources.collective_timeout)" in said
     log = place.log()
-    for rank, place_in_code in ((0, "train/sft.py"), (1, "in sleep\n")):
+    for rank, place_in_code in ((0, "algorithms/sft.py"), (1, "in sleep\n")):
         [start] = [m.end() for m in re.finditer(rf"rank {rank}(?:, thread MainThread)?:\n", log)]
         assert place_in_code in log[start : start + 4000], rank
     assert place.processes() == []
