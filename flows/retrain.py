@@ -16,7 +16,7 @@ from pydantic import Field
 
 from flows import schedule
 from flows.rlhf import pipeline
-from rlhf_core.data.sources.open import fingerprint as data_fingerprint
+from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
 from rlhf_core.errors import GateFailed
 from rlhf_core.jobs import Gates, PipelineConfig
 from rlhf_core.model_files.source import fingerprint as model_fingerprint

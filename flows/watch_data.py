@@ -10,7 +10,7 @@ from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-from rlhf_core.data.sources.open import fingerprint
+from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.jobs import DataSettings
 from rlhf_core.store import open_store
 from tasks.events import say, without_tracebacks

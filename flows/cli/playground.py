@@ -39,9 +39,9 @@ def playground(
     password = password_for(host, PASSWORD, "the page")
     opened = open_now(store)
     typer.echo("starting the page (some seconds)")
-    import rlhf_core.playground.serving as serving
+    import rlhf_core.playground.server as server
 
-    serving.main(
+    server.main(
         opened,
         lambda: catalogue(opened),
         host=host,
@@ -49,7 +49,7 @@ def playground(
         password=password,
         memory_gb=memory_gb,
         trust_remote_code=trust_remote_code,
-        tell=lambda url: typer.echo(f"{url}  (Ctrl-C ends it)"),
+        on_ready=lambda url: typer.echo(f"{url}  (Ctrl-C ends it)"),
     )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 
 from rlhf_core.data.encoding.encode import check_purpose
+from rlhf_core.data.rows.detect import find_format
 from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import SKIP_HINT, BadRow
 from rlhf_core.data.sources.hub import hub_problem
-from rlhf_core.data.sources.open import kind_of, open_rows
+from rlhf_core.data.sources.kind import source_kind
+from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import DataSettings, Purpose
 from rlhf_core.store import Store
@@ -25,11 +27,9 @@ def check_source(
         purpose: what the rows are for; None checks only that they can be read.
         store: where votes and thumbs are; None: the environment's.
     """
-    from rlhf_core.data.prepare import find_format
-
     rows = open_rows(settings, store)
     try:
-        if kind_of(settings.source) == "hub" and (problem := hub_problem(settings)):
+        if source_kind(settings.source) == "hub" and (problem := hub_problem(settings)):
             return [problem]
         rows, format = find_format(rows, settings, purpose)
         if purpose is not None:

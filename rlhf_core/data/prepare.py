@@ -9,7 +9,6 @@ The part in brackets runs in worker processes; a bounded number of rows is in me
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +22,11 @@ from rlhf_core.data.dataset.writer import DatasetWriter
 from rlhf_core.data.encoding import templates
 from rlhf_core.data.encoding.encode import EXTRA, Piece, Plan, check_purpose, encode_piece
 from rlhf_core.data.parallel import ordered_map
-from rlhf_core.data.rows.formats import detect
-from rlhf_core.data.rows.row import SKIP_HINT, BadRow, RawRow
+from rlhf_core.data.rows.detect import find_format
+from rlhf_core.data.rows.row import SKIP_HINT, RawRow
 from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import DataError
-from rlhf_core.jobs import DataJob, DataSettings, Format, Purpose
+from rlhf_core.jobs import DataJob, DataSettings
 from rlhf_core.store import Store
 
 PIECE_ROWS = 512
@@ -58,13 +57,15 @@ def prepare(
     if not tokenizer.chat_template:
         tokenizer.chat_template = templates.resolve_template(tokenizer)
     end = templates.end_of_turn(tokenizer)
-    rows, format = find_format(open_rows(_settings(job), store, job.fingerprint), job, job.purpose)
+    rows, format = find_format(
+        open_rows(data_settings(job), store, job.fingerprint), job, job.purpose
+    )
     check_purpose(format, job.purpose)
     card = DataCard(
         purpose=job.purpose,
         source=job.source,
         format=format,
-        settings=_settings(job).model_dump(mode="json") | {"seed": job.seed},
+        settings=data_settings(job).model_dump(mode="json") | {"seed": job.seed},
         tokenizer={"tokens": len(tokenizer), "end_of_turn": end[0], "end_of_turn_id": end[1]},
     )
     if job.purpose == "pretrain" and job.max_length < 2:
@@ -72,7 +73,7 @@ def prepare(
             f"{job.source}: max_length is {job.max_length}, but a piece of text holds a token and "
             "the one that it predicts; set it to 2 or more."
         )
-    plan = Plan(_settings(job), format, job.purpose, job.seed)
+    plan = Plan(data_settings(job), format, job.purpose, job.seed)
     work = functools.partial(encode_piece, plan, tokenizer)
     writer = DatasetWriter(folder, job.purpose, plan.carried())
     try:
@@ -86,45 +87,8 @@ def prepare(
         writer.clean()
 
 
-def find_format(
-    rows: Iterator[RawRow], settings: DataSettings, purpose: Purpose | None = None
-) -> tuple[Iterator[RawRow], Format]:
-    """The rows unchanged, and their format: as set, or that of the first row that can be read.
-
-    Raises:
-        DataError: there is no row, or its columns belong to no format.
-    """
-    looked: list[RawRow] = []
-    for raw in rows:
-        looked.append(raw)
-        if raw.dropped:
-            continue
-        if settings.format != "auto":
-            return itertools.chain(looked, rows), settings.format
-        try:
-            return itertools.chain(looked, rows), detect(raw.columns(settings.columns), purpose)
-        except BadRow as bad:
-            readable = bad.reason in ("unknown_format", "missing_column", "not_an_object")
-            if readable or settings.on_bad_row == "error":
-                hint = "" if readable else f" {SKIP_HINT}"
-                raise DataError(f"{raw.where()}: {bad.message}.{hint}") from None
-    if looked:
-        raise DataError(
-            f"{settings.source}: none of its {len(looked):,} rows can be read; the last one "
-            f"({looked[-1].where()}) is {_problem(looked[-1])}."
-        )
-    raise DataError(f"{settings.source} is empty: it has no rows; check the path and the file.")
-
-
-def _problem(raw: RawRow) -> str:
-    try:
-        raw.columns({})
-    except BadRow as bad:
-        return bad.message
-    return raw.dropped or "readable"
-
-
-def _settings(job: DataJob) -> DataSettings:
+def data_settings(job: DataJob) -> DataSettings:
+    """The part of a job that describes its data set, without the fields of the job itself."""
     names = DataSettings.model_fields
     return DataSettings(**{name: getattr(job, name) for name in names})
 

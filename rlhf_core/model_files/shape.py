@@ -61,55 +61,74 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
     Raises:
         KeyError: the config names no hidden size, layers or heads.
     """
-    c = {**config, **config.get("text_config", {})}
-    kind = str(c.get("model_type", "llama"))
-
-    def get(*names: str, default: Any = None) -> Any:
-        for name in names:
-            if c.get(name) is not None:
-                return c[name]
-        if default is None:
-            raise KeyError(f"config.json has none of {', '.join(names)}")
-        return default
-
-    d = int(get("hidden_size", "n_embd", "d_model"))
-    layers = int(get("num_hidden_layers", "n_layer", "num_layers"))
-    heads = int(get("num_attention_heads", "n_head", "num_heads"))
-    vocabulary = int(get("vocab_size"))
-    f = int(get("intermediate_size", "ffn_dim", "n_inner", default=4 * d))
-    head_dim = int(get("head_dim", default=d // heads))
+    fields = {**config, **config.get("text_config", {})}
+    kind = str(fields.get("model_type", "llama"))
+    d = int(_field(fields, "hidden_size", "n_embd", "d_model"))
+    heads = int(_field(fields, "num_attention_heads", "n_head", "num_heads"))
+    vocabulary = int(_field(fields, "vocab_size"))
+    head_dim = int(_field(fields, "head_dim", default=d // heads))
     query = heads * head_dim
-    key_value = int(get("num_key_value_heads", default=heads)) * head_dim
-    context = c.get("max_position_embeddings") or c.get("n_positions")
-    gated = kind not in _PLAIN_MLP
+    key_value = int(_field(fields, "num_key_value_heads", default=heads)) * head_dim
+    intermediate = int(_field(fields, "intermediate_size", "ffn_dim", "n_inner", default=4 * d))
+    context = fields.get("max_position_embeddings") or fields.get("n_positions")
+    default_tied = kind in ("gpt2", "opt", "bloom", "gemma", "gemma2")
+    tied = bool(fields.get("tie_word_embeddings", default_tied))
+    return ModelShape(
+        layers=int(_field(fields, "num_hidden_layers", "n_layer", "num_layers")),
+        hidden=d,
+        intermediate=intermediate,
+        heads=heads,
+        query=query,
+        key_value=key_value,
+        vocabulary=vocabulary,
+        context=int(context) if context and kind != "bloom" else None,
+        layer_parameters=_layer_parameters(fields, kind, d, head_dim, query, key_value),
+        embedding_parameters=_embedding_parameters(fields, kind, d, vocabulary, int(context or 0)),
+        head_parameters=0 if tied else vocabulary * d,
+        gated=kind not in _PLAIN_MLP,
+        keeps_scores=kind in _EAGER_ONLY,
+    )
 
+
+def _field(fields: Mapping[str, Any], *names: str, default: Any = None) -> Any:
+    """The first of the names that config.json sets. Raises KeyError without one or a default."""
+    for name in names:
+        if fields.get(name) is not None:
+            return fields[name]
+    if default is None:
+        raise KeyError(f"config.json has none of {', '.join(names)}")
+    return default
+
+
+def _layer_parameters(
+    fields: Mapping[str, Any], kind: str, d: int, head_dim: int, query: int, key_value: int
+) -> int:
+    """Parameters of one transformer layer: attention, MLP, norms, biases."""
     attention = 2 * d * query + 2 * d * key_value
-    if gated:
-        experts = int(get("num_local_experts", "num_experts", "n_routed_experts", default=1))
-        mlp = experts * 3 * d * int(get("moe_intermediate_size", default=f))
-        norms = 2 * d + (2 * head_dim if kind.startswith("qwen3") else 0)
-        bias = query + 2 * key_value if kind == "qwen2" else 0
-        bias += query + 2 * key_value + d if c.get("attention_bias") else 0
-        bias += 2 * f + d if c.get("mlp_bias") else 0
-    else:
-        mlp, norms = 2 * d * f, 4 * d
-        bias = (query + 2 * key_value + d) + (f + d)
+    f = int(_field(fields, "intermediate_size", "ffn_dim", "n_inner", default=4 * d))
+    if kind in _PLAIN_MLP:
+        return attention + 2 * d * f + 4 * d + (query + 2 * key_value + d) + (f + d)
+    experts = int(_field(fields, "num_local_experts", "num_experts", "n_routed_experts", default=1))
+    mlp = experts * 3 * d * int(_field(fields, "moe_intermediate_size", default=f))
+    norms = 2 * d + (2 * head_dim if kind.startswith("qwen3") else 0)
+    bias = query + 2 * key_value if kind == "qwen2" else 0
+    bias += query + 2 * key_value + d if fields.get("attention_bias") else 0
+    bias += 2 * f + d if fields.get("mlp_bias") else 0
+    return attention + mlp + norms + bias
+
+
+def _embedding_parameters(
+    fields: Mapping[str, Any], kind: str, d: int, vocabulary: int, positions: int
+) -> int:
+    """Parameters of token embedding, learned positions and their norm or projections."""
     embedding = vocabulary * d
     if kind == "gpt2":
-        embedding += int(context or 0) * d
-    elif kind == "opt":
-        embedding += (int(context or 0) + 2) * d  # its positions start at 2
-        width = int(c.get("word_embed_proj_dim") or d)
+        return embedding + positions * d
+    if kind == "bloom":
+        return embedding + 2 * d
+    if kind == "opt":
+        embedding += (positions + 2) * d  # its positions start at 2
+        width = int(fields.get("word_embed_proj_dim") or d)
         if width != d:  # the 350M model: narrow embedding, two projections, no last norm
             embedding += vocabulary * (width - d) + 2 * width * d - 2 * d
-    elif kind == "bloom":
-        embedding += 2 * d
-        context = None
-    tied = bool(c.get("tie_word_embeddings", kind in ("gpt2", "opt", "bloom", "gemma", "gemma2")))
-    return ModelShape(
-        layers=layers, hidden=d, intermediate=f, heads=heads, query=query, key_value=key_value,
-        vocabulary=vocabulary, context=int(context) if context else None,
-        layer_parameters=attention + mlp + norms + bias, embedding_parameters=embedding,
-        head_parameters=0 if tied else vocabulary * d, gated=gated,
-        keeps_scores=kind in _EAGER_ONLY,
-    )  # fmt: skip
+    return embedding

@@ -1,11 +1,11 @@
-"""The page to try models on: `rlhf playground`.
+"""The web page on which people compare models: `rlhf playground`.
 
-catalogue   what can be chosen
-pool        models in memory, and which of them go first
-asking      one question to several models at once
-conversation, render   what was said, and how it is shown
-texts       what the page says, in English and Chinese
-page        what the page does (Gradio); layout: where things stand; serving: the server
+catalogue     the runs and models on offer
+pool          models in memory
+replies       replies of several models to one message
+conversation  histories and feedback; render: their chat bubbles
+texts         texts of the page, in English and Chinese
+page          event handlers (Gradio); layout: components; server: starts the page
 
 Only `page` and `layout` import Gradio, and only functions that compute import torch.
 """

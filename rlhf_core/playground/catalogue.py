@@ -1,20 +1,20 @@
-"""What the page offers: runs, and the models of each. Filled in by the command, without torch."""
+"""The runs and models that the page offers. The command fills it in, without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 PUBLISHED = "champion: "
-"""Before the names of published models."""
+"""Prefix of the names of published models."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A model that can be asked.
+    """A model that can be selected.
 
     Attributes:
-        name: for people; one of its kind within a run.
-        digest: of its artifact.
+        name: shown to people; unique within a run.
+        digest: of the artifact.
     """
 
     name: str
@@ -23,12 +23,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class RunChoices:
-    """The models of a run, and those that are published.
+    """The models of a run, and the published ones.
 
     Attributes:
         id: of the run; empty: only published models.
-        title: for people.
-        reward_model: digest of the artifact that scores replies; None: there is none.
+        title: shown to people.
+        reward_model: digest of the artifact that scores replies; None: no scores.
     """
 
     id: str
@@ -42,7 +42,7 @@ class RunChoices:
         return [known[name] for name in names if name in known]
 
     def suggested(self) -> list[str]:
-        """Two to begin with: the newest one, and the one that it was aligned from."""
+        """Names of the initial selection: the newest model and the one before it."""
         names = [choice.name for choice in self.models]
         own = [name for name in names if not name.startswith(PUBLISHED)] or names
         return own[-2:]

@@ -1,9 +1,9 @@
-"""What was said on the page so far: one history per model, and what people say of the last turn.
+"""A conversation on the page: one history per model, and the feedback on the last turn.
 
-Two replies are a preference pair only if they answer the same conversation. So by default all
-models go on from one reply, that which was voted for (else the first model's); with `common` off
-each goes on from its own, and votes are possible for as long as the conversations are the same.
-A thumb is about one reply alone, so it is always possible.
+Two replies form a preference pair only if they answer the same conversation. By default all models
+therefore continue from one reply: the one that was voted for, else the first model's. With
+`common` off each model continues from its own reply, and votes are possible as long as the
+histories are equal. A thumb judges a single reply, so it is always possible.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.data.sources.feedback import Candidate
 from rlhf_core.data.sources.thumbs import Thumb
 from rlhf_core.data.sources.votes import Vote
-from rlhf_core.playground.asking import PartialReply
 from rlhf_core.playground.catalogue import Choice
+from rlhf_core.playground.replies import PartialReply
 
 if TYPE_CHECKING:
     from rlhf_core.data.rows.row import Message
@@ -28,11 +28,11 @@ class Conversation:
 
     Attributes:
         choices: the models, from left to right.
-        histories: of each model: user and assistant in turn.
-        scores: of each model, of each assistant's message; None: no score.
-        last: the newest replies; empty while there is no turn to vote on.
-        best: the model that was voted for in the newest turn.
-        thumbs: of the newest replies: place of the model -> up (True) or down.
+        histories: per model, the user's and assistant's messages in turn.
+        scores: per model, one per assistant message; None: no score.
+        last: the newest replies; empty before the first turn and while one is generated.
+        best: index of the model that was voted for in the newest turn.
+        thumbs: index of a model -> up (True) or down, for the newest replies.
         system: the newest turn's system message.
     """
 
@@ -49,7 +49,7 @@ class Conversation:
         return cls(list(choices), [[] for _ in choices], [[] for _ in choices])
 
     def begin(self, text: str, common: bool, system: str | None) -> list[list[Message]]:
-        """A new message of the user's; what each model is to answer."""
+        """Start a turn with the user's message; the messages that each model must answer."""
         source = self._source()
         if common and source is not None:
             self.histories = [list(self.histories[source]) for _ in self.choices]
@@ -58,25 +58,29 @@ class Conversation:
         return [[*history, {"role": "user", "content": text}] for history in self.histories]
 
     def _source(self) -> int | None:
-        """The model whose reply all go on from."""
+        """Index of the model whose history all models continue; None before the first turn."""
         if self.best is not None:
             return self.best
         answered = (i for i, reply in enumerate(self.last) if reply.state == "done")
-        said = (i for i, history in enumerate(self.histories) if history)
-        return next(answered, next(said, None))
+        started = (i for i, history in enumerate(self.histories) if history)
+        return next(answered, next(started, None))
 
-    def finish(self, asked: Sequence[Sequence[Message]], replies: Sequence[PartialReply]) -> None:
-        """The replies to `begin`'s conversations; a model that failed has not heard the message."""
+    def finish(self, prompts: Sequence[Sequence[Message]], replies: Sequence[PartialReply]) -> None:
+        """Add the replies to the histories. A model that failed keeps its history without the turn.
+
+        Args:
+            prompts: what `begin` returned.
+        """
         self.last = list(replies)
         for i, reply in enumerate(replies):
             if reply.state == "done":
                 answer: Message = {"role": "assistant", "content": reply.text.strip()}
-                self.histories[i] = [*asked[i], answer]
+                self.histories[i] = [*prompts[i], answer]
                 self.scores[i].append(reply.score)
 
-    def obstacle(self) -> str:
-        """Why there is nothing to vote on: "nothing", "voted", "failed", "apart", "identical",
-        "empty"; or "" if there is."""
+    def vote_obstacle(self) -> str:
+        """Why no vote is possible: "nothing", "voted", "failed", "diverged", "identical" or
+        "empty"; "" if it is possible."""
         if self.best is not None:
             return "voted"
         if len(self.last) < 2:
@@ -85,16 +89,20 @@ class Conversation:
         if len(done) < 2:
             return "failed"
         if any(self.histories[i][:-1] != self.histories[done[0]][:-1] for i in done):
-            return "apart"
+            return "diverged"
         texts = [self.last[i].text.strip() for i in done]
         if sum(map(bool, texts)) < 2:
             return "empty"
         return "identical" if len(set(texts)) == 1 else ""
 
     def vote(self, best: int, details: dict[str, Any]) -> list[Vote]:
-        """That one reply is better than each of the others. To be called without an obstacle.
+        """Votes that one reply is better than each of the others.
 
-        Pairs that nothing can be learned from (an empty or an equal reply) are left out.
+        Call it only without a `vote_obstacle`. Pairs with an empty or an equal reply are left out.
+
+        Args:
+            best: index of the model.
+            details: stored with each vote.
         """
         prompt = self._prompt(best)
         pairs = [
@@ -108,18 +116,18 @@ class Conversation:
         return votes
 
     def can_judge(self, i: int) -> bool:
-        """Whether a model's newest reply can have a thumb, and has none yet."""
+        """Whether the newest reply of model ``i`` can get a thumb and has none yet."""
         if i >= len(self.last) or i in self.thumbs:
             return False
         return self.last[i].state == "done" and bool(self.last[i].text.strip())
 
     def thumb(self, i: int, good: bool, details: dict[str, Any]) -> Thumb:
-        """That a model's newest reply is good or bad. To be called where `can_judge` is true."""
+        """A thumb on the newest reply of model ``i``. Call it only where `can_judge` is true."""
         self.thumbs[i] = good
         return Thumb(self._prompt(i), self._candidate(i), good, details)
 
     def _prompt(self, i: int) -> list[Message]:
-        """What a model's newest reply answers."""
+        """The messages that the newest reply of model ``i`` answers."""
         first: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return [*first, *self.histories[i][:-1]]
 

@@ -1,4 +1,4 @@
-"""Where the page's components stand, and which of them calls what."""
+"""The page's components, their places and their event handlers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_core.playground.conversation import Conversation
 from rlhf_core.playground.page import Page, Updates, gr
 from rlhf_core.playground.render import COLUMNS
-from rlhf_core.playground.texts import EXAMPLES, LANGUAGES, say
+from rlhf_core.playground.texts import EXAMPLES, LANGUAGES, translate
 
 FONTS = [
     "system-ui",
@@ -27,15 +27,15 @@ footer, .pane button[aria-label="Clear"], .pane .top-panel { display: none !impo
 
 
 def build(page: Page) -> gr.Blocks:
-    """Lay the page out, in English until a browser says what it wants."""
-    c = page.c
+    """Lay out the page, in English until a browser sends its language."""
+    c = page.components
 
     def text(key: str) -> str:
-        return say("en", key, most=COLUMNS)
+        return translate("en", key, most=COLUMNS)
 
     with gr.Blocks(title="rlhf playground", analytics_enabled=False, fill_width=True) as blocks:
         c["runs"] = gr.State([])
-        c["talk"] = gr.State(Conversation())
+        c["conversation"] = gr.State(Conversation())
         with gr.Row(equal_height=True):
             with gr.Column(scale=5):
                 c["title"] = gr.Markdown(f"# {text('title')}")
@@ -99,43 +99,48 @@ def _settings(c: dict[str, Any], text: Callable[[str], str]) -> None:
 
 
 def _connect(page: Page, blocks: gr.Blocks) -> None:
-    """Which component calls what. Nothing of it is offered as an API."""
-    c = page.c
+    """Attach the handlers of `page` to the components. None of them is offered as an API."""
+    c = page.components
     thumbs = [button for pair in page.thumbs for button in pair]
     everything = [*c.values(), *page.chats, *page.buttons, *thumbs, *page.columns, *page.names]
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     whole: dict[str, Any] = {"outputs": everything, **hidden}
-    language, runs, run, talk = c["language"], c["runs"], c["run"], c["talk"]
+    language, runs, run, conversation = c["language"], c["runs"], c["run"], c["conversation"]
     sampling = [c["length"], c["temperature"], c["top_p"]]
 
     blocks.load(page.open, None, **whole)
-    blocks.unload(page.leave)
-    language.input(page.relabel, [language, talk], **whole)
-    c["refresh"].click(page.look, [language], **whole)
-    run.input(page.choose_run, [language, runs, run], **whole)
-    c["models"].input(page.choose_models, [language, runs, run, c["models"]], **whole)
-    c["new"].click(page.fresh, [language, talk], **whole)
-    question = [language, runs, run, talk, c["message"], *sampling, c["system"], c["common"]]
+    blocks.unload(page.close)
+    language.input(page.relabel, [language, conversation], **whole)
+    c["refresh"].click(page.refresh, [language], **whole)
+    run.input(page.select_run, [language, runs, run], **whole)
+    c["models"].input(page.select_models, [language, runs, run, c["models"]], **whole)
+    c["new"].click(page.reset, [language, conversation], **whole)
+    question = [language, runs, run, conversation, c["message"]]
     gr.on(
-        [c["ask"].click, c["message"].submit], page.ask, question,
-        concurrency_limit=1, trigger_mode="once", **whole,
-    )  # fmt: skip
+        [c["ask"].click, c["message"].submit],
+        page.ask,
+        [*question, *sampling, c["system"], c["common"]],
+        concurrency_limit=1,
+        trigger_mode="once",
+        **whole,
+    )
     c["stop"].click(page.stop, None, None, **hidden)
     c["examples"].click(lambda sample: sample[0], c["examples"], c["message"], **hidden)
+    feedback = [language, run, conversation, *sampling]
     for i, button in enumerate(page.buttons):
-        button.click(_of(page.vote, i), [language, run, talk, *sampling], **whole)
+        button.click(_handler(page.vote, i), feedback, **whole)
     for i, buttons in enumerate(page.thumbs):
         for button, good in zip(buttons, (True, False), strict=True):
-            button.click(_of(page.thumb, i, good), [language, run, talk, *sampling], **whole)
+            button.click(_handler(page.thumb, i, good), feedback, **whole)
 
 
-def _of(act: Callable[..., Updates], *place: int | bool) -> Callable[..., Updates]:
-    """What a button does; Gradio finds the request by its annotation."""
+def _handler(action: Callable[..., Updates], *arguments: int | bool) -> Callable[..., Updates]:
+    """An action of one column as Gradio calls it; it finds the request by its annotation."""
 
     def clicked(
-        language: str, run: str, talk: Conversation, length: float, temperature: float,
+        language: str, run: str, conversation: Conversation, length: float, temperature: float,
         top_p: float, request: gr.Request,
     ) -> Updates:  # fmt: skip
-        return act(*place, language, run, talk, length, temperature, top_p, request)
+        return action(*arguments, language, run, conversation, length, temperature, top_p, request)
 
     return clicked

@@ -1,7 +1,7 @@
-"""Models in memory: each is loaded once, and the least recently used go when another needs room.
+"""A cache of models in memory: each is loaded once, the least recently used are evicted.
 
-A model that is being used is never taken away. Where two models of one question do not fit together
-the second waits until the first is done: replies then come one after the other instead of at once.
+A model in use is never evicted. If two models of one question do not fit together, the second one
+waits until the first is done: their replies then come one after the other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger("rlhf_core.playground")
 
 @dataclass
 class _Slot:
-    """A model in memory, or on its way there."""
+    """A model in memory, or one that is being loaded. ``size`` is in bytes."""
 
     size: int
     users: int = 0
@@ -39,7 +39,7 @@ class ModelPool:
     """Models by the digest of their artifact. Safe to use from threads.
 
     Attributes:
-        limit: bytes that all models together may take.
+        limit: bytes that all models together may use.
     """
 
     limit: int
@@ -50,19 +50,19 @@ class ModelPool:
 
     @contextmanager
     def use(self, digest: str, folder: Path, load: Callable[[Path], Any]) -> Iterator[Any]:
-        """A model, which stays in memory for as long as the block lasts.
+        """Lend a model, which stays in memory until the block ends.
 
         Args:
-            folder: its files.
-            load: called with the folder when the model is not in memory.
+            folder: the model's files.
+            load: called with the folder if the model is not in memory.
 
         Raises:
-            OutOfMemory: it alone is larger than the limit.
-            RLHFError: what `load` raises; the next use tries again.
+            OutOfMemory: the model alone is larger than the limit.
+            RLHFError: `load` raised it; the next use loads again.
         """
-        slot = self._take(digest, weight_bytes(folder))
+        slot = self._acquire(digest, weight_bytes(folder))
         try:
-            if not slot.ready:  # this thread's own to fill: others wait in _take
+            if not slot.ready:  # the thread that made the slot; others wait in _acquire
                 with self._loading:
                     slot.model = load(folder)
                 with self._changed:
@@ -81,19 +81,19 @@ class ModelPool:
         with self._changed:
             return [digest for digest, slot in self._slots.items() if slot.ready]
 
-    def _take(self, digest: str, size: int) -> _Slot:
-        """The slot of a model, with this thread as a user; new ones have room, but no model yet."""
+    def _acquire(self, digest: str, size: int) -> _Slot:
+        """The slot of a model, with this thread as a user; a new slot has no model yet."""
         if size > self.limit:
             raise OutOfMemory(
-                f"The model needs {amount(size)}, the page may use {amount(self.limit)} in all: "
-                "start it again with a larger --memory-gb, or choose a smaller model."
+                f"The model needs {amount(size)}, but the page may use {amount(self.limit)} in "
+                "all: restart it with a larger --memory-gb, or choose a smaller model."
             )
         with self._changed:
             while True:
                 slot = self._slots.get(digest)
                 if slot is not None and slot.ready:
                     break
-                if slot is None and self._make_room(size):
+                if slot is None and self._evict(size):
                     slot = self._slots[digest] = _Slot(size)
                     break
                 self._changed.wait()
@@ -101,23 +101,27 @@ class ModelPool:
             self._slots.move_to_end(digest)
             return slot
 
-    def _make_room(self, size: int) -> bool:
-        """Let unused models go, the least recently used first; False: the rest is in use."""
+    def _evict(self, size: int) -> bool:
+        """Unload unused models, the least recently used first, until ``size`` bytes fit.
+
+        Returns:
+            False if they do not fit because the other models are in use.
+        """
         for digest, slot in list(self._slots.items()):
             if self._total() + size <= self.limit:
                 break
             if slot.users == 0:
-                log.info("%s leaves the memory (%s)", digest[:12], amount(slot.size))
+                log.info("unloaded model %s (%s)", digest[:12], amount(slot.size))
                 del self._slots[digest]
                 slot.model = None
-                _release()
+                _free_memory()
         return self._total() + size <= self.limit
 
     def _total(self) -> int:
         return sum(slot.size for slot in self._slots.values())
 
 
-def _release() -> None:
+def _free_memory() -> None:
     gc.collect()
     import torch
 
@@ -126,12 +130,16 @@ def _release() -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a model's tensors as they lie in its files."""
+    """Bytes of a model's tensors in its files.
+
+    Raises:
+        ModelError: the files are missing or damaged.
+    """
     return sum(tensor.size for tensor in read_tensors(folder).values())
 
 
 def default_limit() -> int:
-    """Four fifths of the GPU's free memory, or half of the machine's available memory."""
+    """Bytes: 80 % of the GPU's free memory, or half of the machine's available memory."""
     import psutil
     import torch
 

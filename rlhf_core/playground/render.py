@@ -1,4 +1,4 @@
-"""Conversations as the page shows them: bubbles, with the score under each reply."""
+"""Conversations as chat bubbles, with the score under each reply."""
 
 from __future__ import annotations
 
@@ -6,39 +6,40 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlhf_core.playground.asking import PartialReply
 from rlhf_core.playground.conversation import Conversation
-from rlhf_core.playground.texts import say
+from rlhf_core.playground.replies import PartialReply
+from rlhf_core.playground.texts import translate
 
 if TYPE_CHECKING:
     from rlhf_core.data.rows.row import Message
 
 COLUMNS = 4
-"""Models side by side at most."""
+"""Largest number of models side by side."""
 
 Bubbles = list[dict[str, str]]
 
 
 def bubbles(
     language: str,
-    talk: Conversation,
-    asked: Sequence[Sequence[Message]],
+    conversation: Conversation,
+    prompts: Sequence[Sequence[Message]],
     replies: Sequence[PartialReply],
 ) -> list[Bubbles]:
-    """What each model's column shows while a question is being answered, and afterwards.
+    """The bubbles of each model's column, during generation and afterwards.
 
     Args:
-        talk: before `finish`, so with the earlier turns' scores.
-        asked: the conversations that the models were given.
+        conversation: before `finish`, so it has the scores of the earlier turns only.
+        prompts: the messages that each model was given.
+        replies: the newest reply of each model.
     """
     shown = []
-    for earlier, scores, reply in zip(asked, talk.scores, replies, strict=True):
+    for earlier, scores, reply in zip(prompts, conversation.scores, replies, strict=True):
         column: Bubbles = []
-        left = iter(scores)
+        remaining = iter(scores)
         for message in earlier:
             content = message["content"]
             if message["role"] == "assistant":
-                content = _with_score(language, content, next(left, None), "")
+                content = _with_score(language, content, next(remaining, None), "")
             column.append({"role": message["role"], "content": content})
         column.append({"role": "assistant", "content": _newest(language, reply)})
         shown.append(column)
@@ -47,21 +48,21 @@ def bubbles(
 
 def _newest(language: str, reply: PartialReply) -> str:
     if reply.state == "failed":
-        return say(language, "failed", error=reply.error)
+        return translate(language, "failed", error=reply.error)
     if reply.state == "waiting":
-        return say(language, "waiting")
+        return translate(language, "waiting")
     text = reply.text
     if not text.strip():
-        text = say(language, "talking" if reply.state == "talking" else "no_text")
+        text = translate(language, "generating" if reply.state == "generating" else "no_text")
     if reply.dropped:
-        text += _small(say(language, "dropped", count=reply.dropped))
+        text += _small(translate(language, "dropped", count=reply.dropped))
     return _with_score(language, text, reply.score, reply.score_error)
 
 
 def _with_score(language: str, text: str, score: float | None, error: str) -> str:
     if error:
-        return text + _small(say(language, "no_score", error=error))
-    return text if score is None else text + _small(say(language, "score", score=score))
+        return text + _small(translate(language, "no_score", error=error))
+    return text if score is None else text + _small(translate(language, "score", score=score))
 
 
 def _small(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the page says, in the languages it speaks."""
+"""The page's texts in its languages: (English, Chinese) by key."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ LANGUAGES = {"en": "English", "zh": "中文"}
 TEXTS = {
     "title": ("Compare models", "模型对比"),
     "intro": (
-        "Ask two or more models the same question and vote for the better reply, or judge each "
-        "reply on its own. Both are kept in the store; a run learns from votes with "
-        "`data.preference.source: playground-votes`, from thumbs with `data.unpaired.source: "
-        "playground-thumbs`.",
+        "Send two or more models the same message and vote for the better reply, or rate each "
+        "reply on its own. Both are saved in the store. To train on votes, set "
+        "`data.preference.source: playground-votes`; to train on ratings, set "
+        "`data.unpaired.source: playground-thumbs`.",
         "向两个或多个模型提出同一个问题，为更好的回答投票，或单独评价每个回答。"
         "投票和评价都保存在存储库中；设置 `data.preference.source: playground-votes`（投票）或 "
         "`data.unpaired.source: playground-thumbs`（评价）后，下一次训练即可使用。",
@@ -18,14 +18,14 @@ TEXTS = {
     "language": ("Language", "语言"),
     "run": ("Run", "训练任务"),
     "models": ("Models, from left to right (at most {most})", "模型，从左到右（最多 {most} 个）"),
-    "refresh": ("Look for new models", "刷新模型列表"),
+    "refresh": ("Refresh models", "刷新模型列表"),
     "settings": ("Settings", "设置"),
-    "length": ("Longest reply (tokens)", "回答最大长度（词元）"),
-    "temperature": ("Temperature (0: likeliest token)", "温度（0：总取最可能的词元）"),
+    "length": ("Max new tokens", "最大生成长度（词元）"),
+    "temperature": ("Temperature (0: greedy)", "温度（0：贪心解码）"),
     "top_p": ("Top-p", "Top-p（核采样）"),
     "system": ("System message", "系统消息"),
     "common": (
-        "All models go on from the better reply (else each from its own)",
+        "All models continue from the better reply (otherwise each from its own)",
         "所有模型都从更好的回答继续对话（否则各自继续）",
     ),
     "message": ("Your message", "你的消息"),
@@ -38,8 +38,8 @@ TEXTS = {
     "best": ("↑ This one is best", "↑ 这个最好"),
     "up": ("👍 Good", "👍 好"),
     "down": ("👎 Bad", "👎 不好"),
-    "waiting": ("*loading the model …*", "*正在加载模型……*"),
-    "talking": ("*…*", "*……*"),
+    "waiting": ("*Loading the model …*", "*正在加载模型……*"),
+    "generating": ("*…*", "*……*"),
     "no_text": ("*(empty reply)*", "*（空回答）*"),
     "score": ("Reward {score:+.3f}", "奖励分 {score:+.3f}"),
     "no_score": ("No score: {error}", "没有评分：{error}"),
@@ -47,37 +47,39 @@ TEXTS = {
         "The oldest {count} turns no longer fit the model's context.",
         "最早的 {count} 轮对话已超出模型的上下文长度。",
     ),
-    "failed": ("⚠ This model cannot answer: {error}", "⚠ 该模型无法回答：{error}"),
+    "failed": ("⚠ This model cannot reply: {error}", "⚠ 该模型无法回答：{error}"),
     "saved": (
-        "Thank you: {name} was better. Preference rows in the store: {count}.",
-        "谢谢，已记录：{name} 更好。存储库中现有 {count} 条偏好数据。",
+        "Saved: {name} was better. Preference pairs in the store: {count}.",
+        "已保存：{name} 更好。存储库中现有 {count} 条偏好数据。",
     ),
     "not_saved": ("⚠ The vote was not saved: {error}", "⚠ 投票未能保存：{error}"),
     "thumb_saved": (
-        "Thank you: a {verdict} reply of {name}. Judged replies in the store: {count}.",
-        "谢谢，已记录：{name} 的回答{verdict}。存储库中现有 {count} 条单独评价。",
+        "Saved: a {verdict} reply of {name}. Rated replies in the store: {count}.",
+        "已保存：{name} 的回答{verdict}。存储库中现有 {count} 条单独评价。",
     ),
     "good": ("good", "好"),
     "bad": ("bad", "不好"),
-    "thumb_not_saved": ("⚠ The thumb was not saved: {error}", "⚠ 评价未能保存：{error}"),
+    "thumb_not_saved": ("⚠ The rating was not saved: {error}", "⚠ 评价未能保存：{error}"),
     "store": ("⚠ The store cannot be read: {error}", "⚠ 无法读取存储库：{error}"),
     "no_models": (
-        "There is no model in this store yet; `rlhf run --preset demo` makes some.",
+        "This store has no models yet. Train some with `rlhf run --preset demo`.",
         "存储库中还没有模型；运行 `rlhf run --preset demo` 即可训练。",
     ),
-    "pick": ("Pick at least one model.", "请至少选择一个模型。"),
+    "pick": ("Select at least one model.", "请至少选择一个模型。"),
     "obstacle_failed": (
-        "No vote: fewer than two models have answered.",
+        "No vote possible: fewer than two models replied.",
         "无法投票：回答成功的模型不足两个。",
     ),
-    "obstacle_apart": (
-        "No vote: the models had different conversations, so their replies are no pair. Start a "
-        "new conversation, or let all go on from the better reply.",
+    "obstacle_diverged": (
+        "No vote possible: the models have different conversations, so their replies do not form "
+        "a pair. Start a new conversation, or let all models continue from the better reply.",
         "无法投票：各模型的对话内容已不同，回答不能配对。请开始新对话，"
         "或让所有模型从更好的回答继续。",
     ),
-    "obstacle_identical": ("No vote: the replies are the same.", "无法投票：回答完全相同。"),
-    "obstacle_empty": ("No vote: a reply is empty.", "无法投票：有回答为空。"),
+    "obstacle_identical": (
+        "No vote possible: the replies are identical.", "无法投票：回答完全相同。"
+    ),
+    "obstacle_empty": ("No vote possible: a reply is empty.", "无法投票：有回答为空。"),
 }  # fmt: skip
 
 EXAMPLES = [
@@ -89,8 +91,8 @@ EXAMPLES = [
 ]
 
 
-def say(language: str, key: str, **values: object) -> str:
-    """A text in a language; English where it is not known."""
+def translate(language: str, key: str, **values: object) -> str:
+    """A text in a language, with its placeholders filled in; English for an unknown language."""
     english, chinese = TEXTS[key]
     return (chinese if language == "zh" else english).format(**values)
 

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 
 from rlhf_core.data.dataset.split import first_prompt, is_heldout
 from rlhf_core.data.encoding.encode import check_purpose
-from rlhf_core.data.prepare import find_format
+from rlhf_core.data.fingerprint import fingerprint
+from rlhf_core.data.rows.detect import find_format
 from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import SKIP_HINT, BadRow
-from rlhf_core.data.sources.open import fingerprint, kind_of, open_rows
+from rlhf_core.data.sources.kind import source_kind
+from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings, NewModelJob, NewModelSettings
 from rlhf_core.jobs.pretraining import SPECIAL_TOKENS
@@ -49,7 +51,7 @@ def run(job: NewModelJob, context: StageContext) -> Artifact:
     Raises:
         DataError: the text cannot be read, has changed since, or has no row that is trained on.
     """
-    if job.fingerprint and kind_of(job.text.source) in ("local", "s3"):
+    if job.fingerprint and source_kind(job.text.source) in ("local", "s3"):
         found = fingerprint(job.text)
         if found != job.fingerprint:
             raise DataError(

@@ -77,9 +77,9 @@ class Garbage:
 def find_garbage(backend: Backend, roots: Roots, limits: Limits) -> Garbage:
     """What a collection would delete now; nothing is deleted."""
     now = _clock(backend)
-    garbage = _survey(backend, roots, limits, now)
+    garbage = _find_all(backend, roots, limits, now)
     for scope in backend.folders(SCOPES):
-        below = _survey(backend.within(f"{SCOPES}/{scope}"), set, limits, now).entries
+        below = _find_all(backend.within(f"{SCOPES}/{scope}"), set, limits, now).entries
         garbage.checkpoints += [_below(scope, entry) for entry in below]
     return garbage
 
@@ -92,13 +92,13 @@ def collect(backend: Backend, roots: Roots, limits: Limits) -> Garbage:
     """
     now = _clock(backend)
     with Flag(backend) as flag:
-        garbage = _survey(backend, roots, limits, now)
+        garbage = _find_all(backend, roots, limits, now)
         _delete(backend, garbage, flag)
     for scope in backend.folders(SCOPES):
         place = backend.within(f"{SCOPES}/{scope}")
-        if _survey(place, set, limits, now).entries:
+        if _find_all(place, set, limits, now).entries:
             with Flag(place) as flag:
-                found = _survey(place, set, limits, now)
+                found = _find_all(place, set, limits, now)
                 _delete(place, found, flag)
             garbage.checkpoints += [_below(scope, entry) for entry in found.entries]
     garbage.uploads = backend.sweep(limits.grace)
@@ -119,14 +119,35 @@ def _clock(backend: Backend) -> float:
         backend.delete(key)
 
 
-def _survey(backend: Backend, roots: Roots, limits: Limits, now: float) -> Garbage:
-    """One store or scope. The order of the listings matters, see `claims`."""
+@dataclass
+class _Listing:
+    """One store or scope as it was listed, before anything is judged.
 
-    def old(entry: Entry, limit: float) -> bool:
-        return now - entry.modified > limit
+    Attributes:
+        leases: of every writer. leased: contents of those that still count.
+        stages: key -> entry of each stage record. results: key -> its contents.
+        manifests: digest -> entry. artifacts: digest -> artifact, of the readable manifests.
+    """
 
+    now: float
+    leases: list[Entry]
+    leased: list[dict[str, Any]]
+    stages: dict[str, Entry]
+    results: dict[str, dict[str, Any]]
+    roots: Set[str]
+    manifests: dict[str, Entry]
+    artifacts: dict[str, Artifact]
+
+    def older(self, entry: Entry, limit: float) -> bool:
+        """Whether an entry was written more than ``limit`` seconds ago."""
+        return self.now - entry.modified > limit
+
+
+def _list_all(backend: Backend, roots: Roots, limits: Limits, now: float) -> _Listing:
+    """Leases first, then stage records and roots, then manifests; `leases` says why."""
     leases = backend.entries(LEASES)
-    leased = [_json(backend, e) for e in leases if not old(e, max(limits.grace, LEASE))]
+    lease_age = max(limits.grace, LEASE)
+    leased = [_json(backend, e) for e in leases if now - e.modified <= lease_age]
     stages = {entry.key: entry for entry in backend.entries("stages/")}
     read_all = in_parallel(lambda e: _json(backend, e), stages.values(), REQUESTS_AT_ONCE)
     results = dict(zip(stages, read_all, strict=True))
@@ -138,52 +159,76 @@ def _survey(backend: Backend, roots: Roots, limits: Limits, now: float) -> Garba
     }
     read = in_parallel(lambda item: _manifest(backend, *item), manifests.items(), REQUESTS_AT_ONCE)
     artifacts = {a.digest: a for a in read if a is not None}
+    return _Listing(now, leases, leased, stages, results, wanted, manifests, artifacts)
 
-    wanted |= {digest for digest, entry in manifests.items() if not old(entry, limits.keep)}
-    wanted |= {str(value.get("artifact")) for value in leased}
-    wanted |= {
-        str(results[key].get("digest"))
-        for key, entry in stages.items()
-        if not old(entry, limits.keep)
-    }
-    kept = _reached(wanted, artifacts)
-    there = kept & manifests.keys()
 
-    garbage = Garbage(kept=len(there))
-    for digest in manifests.keys() - kept:
-        made = artifacts[digest].created if digest in artifacts else ""
-        garbage.artifacts.append((_ref(manifests[digest]), made))
-        garbage.manifests.append(manifests[digest])
-    garbage.others = [
-        entry
-        for key, entry in stages.items()
-        if old(entry, limits.keep) and results[key].get("digest") not in there
-    ]
-    garbage.others += [e for e in leases if old(e, max(limits.grace, LEASE))]
-    # A stage that once ran out of memory and was not run again since: it would begin as configured.
-    garbage.others += [e for e in backend.entries("memory/") if old(e, limits.keep)]
-    # What a stage left that failed; by now it is a version of a model, or nobody asked for it.
-    garbage.others += [e for e in backend.entries("candidates/") if old(e, limits.keep)]
-    litter = [*backend.entries("probes/"), *backend.entries("gc/")]
-    garbage.others += [e for e in litter if e.key != FLAG and old(e, limits.grace)]
-
-    if unread := sorted(there - artifacts.keys()):
+def _find_all(backend: Backend, roots: Roots, limits: Limits, now: float) -> Garbage:
+    """The garbage of one store or scope."""
+    listing = _list_all(backend, roots, limits, now)
+    kept = _reached(_wanted(listing, limits), listing.artifacts)
+    present = kept & listing.manifests.keys()
+    garbage = Garbage(kept=len(present))
+    for digest in listing.manifests.keys() - kept:
+        manifest = listing.manifests[digest]
+        created = listing.artifacts[digest].created if digest in listing.artifacts else ""
+        garbage.artifacts.append((_ref(manifest), created))
+        garbage.manifests.append(manifest)
+    garbage.others = _old_records(backend, listing, limits, present)
+    if unread := sorted(present - listing.artifacts.keys()):
         garbage.notes.append(
             "no file is deleted: it is not known which ones belong to "
-            + ", ".join(_ref(manifests[digest]) for digest in unread)
+            + ", ".join(_ref(listing.manifests[digest]) for digest in unread)
             + ", whose manifest is damaged; publish that again, or delete it"
         )
         return garbage
     named = {
-        entry.sha256 for digest in kept & artifacts.keys() for entry in artifacts[digest].files
+        entry.sha256
+        for digest in kept & listing.artifacts.keys()
+        for entry in listing.artifacts[digest].files
     }
-    named |= {str(sha) for value in leased for sha in value.get("blobs", [])}
+    named |= {str(sha) for value in listing.leased for sha in value.get("blobs", [])}
     garbage.blobs = [
         entry
         for entry in backend.entries("blobs/")
-        if entry.key.rpartition("/")[2] not in named and old(entry, limits.grace)
+        if entry.key.rpartition("/")[2] not in named and listing.older(entry, limits.grace)
     ]
     return garbage
+
+
+def _wanted(listing: _Listing, limits: Limits) -> set[str]:
+    """Digests that stay, without their parents: roots, leased, recently published or reused."""
+    wanted = set(listing.roots)
+    wanted |= {
+        digest
+        for digest, entry in listing.manifests.items()
+        if not listing.older(entry, limits.keep)
+    }
+    wanted |= {str(value.get("artifact")) for value in listing.leased}
+    wanted |= {
+        str(listing.results[key].get("digest"))
+        for key, entry in listing.stages.items()
+        if not listing.older(entry, limits.keep)
+    }
+    return wanted
+
+
+def _old_records(
+    backend: Backend, listing: _Listing, limits: Limits, present: Set[str]
+) -> list[Entry]:
+    """Old stage records, leases, probes and other small files that nothing needs."""
+    found = [
+        entry
+        for key, entry in listing.stages.items()
+        if listing.older(entry, limits.keep) and listing.results[key].get("digest") not in present
+    ]
+    found += [e for e in listing.leases if listing.older(e, max(limits.grace, LEASE))]
+    # A stage that once ran out of memory and has not run since: it would start as configured.
+    found += [e for e in backend.entries("memory/") if listing.older(e, limits.keep)]
+    # Output of a failed stage: by now a version of a model, or abandoned.
+    found += [e for e in backend.entries("candidates/") if listing.older(e, limits.keep)]
+    litter = [*backend.entries("probes/"), *backend.entries("gc/")]
+    found += [e for e in litter if e.key != FLAG and listing.older(e, limits.grace)]
+    return found
 
 
 def _ref(manifest: Entry) -> str:

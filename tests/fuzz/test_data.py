@@ -13,7 +13,8 @@ from rlhf_core.data.check import check_source
 from rlhf_core.data.dataset.card import DataCard
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.prepare import prepare
-from rlhf_core.data.rows.formats import SERVES, Example, detect, normalise
+from rlhf_core.data.rows.detect import detect_format
+from rlhf_core.data.rows.formats import SERVES, Example, normalise
 from rlhf_core.data.rows.row import BadRow, RawRow
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings
@@ -44,7 +45,7 @@ def test_a_row_is_understood_or_refused_with_a_reason() -> None:
         row, format, purpose = case
         try:
             columns = RawRow("a.jsonl", 1, row).columns({})
-            detect(columns, purpose)  # type: ignore[arg-type]
+            detect_format(columns, purpose)  # type: ignore[arg-type]
             example = normalise(columns, format, purpose)  # type: ignore[arg-type]
         except BadRow as bad:
             assert bad.reason and bad.message

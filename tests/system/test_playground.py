@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from rlhf_core.data.dataset.reading import Rows
-from rlhf_core.data.sources.open import fingerprint
+from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.jobs import DataJob, DataSettings
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.stages.prepare_data import run as prepare
@@ -192,7 +192,7 @@ def test_single_replies_are_judged_beside_a_vote(playground, visit, tmp_path, mo
     page.locator("#status", has_text="a good reply of PPO").wait_for()
     assert page.locator("#up-1").is_disabled() and page.locator("#down-1").is_disabled()
     page.locator("#down-0").click()
-    page.locator("#status", has_text="a bad reply of SFT. Judged replies in").wait_for()
+    page.locator("#status", has_text="a bad reply of SFT. Rated replies in").wait_for()
     page.locator("#vote-1").click()
     page.locator("#status", has_text="PPO was better").wait_for()
     assert len(votes(playground)) == before + 1
@@ -229,7 +229,7 @@ def test_page_speaks_chinese_to_a_chinese_browser_and_changes_when_asked(visit):
     assert page.locator("#vote-0").inner_text() == "← 左边更好"
     assert page.locator("#down-1").inner_text() == "👎 不好"
     page.locator("#down-1").click()
-    page.locator("#status", has_text="已记录：PPO 的回答不好").wait_for()
+    page.locator("#status", has_text="已保存：PPO 的回答不好").wait_for()
     page.get_by_text("English", exact=True).click()
     page.locator("h1", has_text="Compare models").wait_for()
     assert page.locator("#vote-1").inner_text() == "Right is better →"
@@ -251,7 +251,7 @@ def test_other_models_are_picked_and_a_damaged_one_is_a_message(playground, visi
     path.chmod(0o644)
     path.write_bytes(whole[: len(whole) // 2])  # half written
     ask(page, "How are you?")
-    error = page.locator("#chat-2", has_text="This model cannot answer")
+    error = page.locator("#chat-2", has_text="This model cannot reply")
     error.wait_for()
     assert "model.safetensors" in error.inner_text()
     assert page.locator("#vote-2").is_disabled() and page.locator("#vote-0").is_enabled()

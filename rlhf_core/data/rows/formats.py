@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_core.data.rows.labels import is_label, read_label
+from rlhf_core.data.rows.labels import read_label
 from rlhf_core.data.rows.row import BadRow, Message, names, short, whole_text
 from rlhf_core.jobs import Format, Purpose
 
@@ -57,45 +57,6 @@ class Example:
     text: str | None = None
     completion: str | None = None
     label: bool | None = None
-
-
-def detect(row: dict[str, Any], purpose: Purpose | None = None) -> Format:
-    """The format that a row's columns belong to.
-
-    Args:
-        purpose: what the rows are for. A column `label` may be anything, a category say; it makes
-            a row unpaired when it holds such a label, or when unpaired rows are wanted.
-
-    Raises:
-        BadRow: none of the formats.
-    """
-    has = row.keys()
-    if {"chosen", "rejected"} <= has:
-        transcript = isinstance(row["chosen"], str) and "\n\nHuman:" in row["chosen"]
-        if "prompt" in has or not transcript:
-            return "preference"
-        return "hh"
-    if "messages" in has:
-        return "messages"
-    if "conversations" in has:
-        return "sharegpt"
-    if "instruction" in has:
-        return "alpaca"
-    if {"prompt", "completion"} <= has:
-        labelled = "label" in has and (purpose == "unpaired" or is_label(row["label"]))
-        return "unpaired" if labelled else "prompt_completion"
-    if "prompt" in has:
-        return "prompt"
-    if "text" in has:
-        return "text"
-    raise BadRow(
-        "unknown_format",
-        f"no format has the columns {names(row)}. Known are alpaca (instruction, input, output), "
-        "messages, sharegpt (conversations), prompt_completion (prompt, completion), hh (chosen, "
-        "rejected), preference (prompt, chosen, rejected), unpaired (prompt, completion, label), "
-        "prompt and text; rename columns with "
-        'the setting columns, for example {"prompt": "question", "completion": "answer"}',
-    )
 
 
 def normalise(row: dict[str, Any], format: Format, purpose: Purpose) -> Example:

@@ -154,7 +154,7 @@ class S3Backend:
         reply = self.client.request(
             "put_object",
             "writing",
-            second=None,
+            conflict=None,
             tries=tries,
             Key=self._key(key),
             Body=data,
@@ -192,7 +192,7 @@ class S3Backend:
             reply = self.client.request(
                 "complete_multipart_upload",
                 "finishing an upload",
-                second=None,
+                conflict=None,
                 missing=None,  # our own first try, with only its reply lost; size is checked later
                 MultipartUpload={"Parts": parts},
                 **target,
@@ -218,7 +218,7 @@ class S3Backend:
             "get_object",
             "reading",
             missing=None,
-            beyond={},
+            past_end={},
             into=into,
             Key=self._key(key),
             Range=f"bytes={start}-{end - 1}",

@@ -13,7 +13,13 @@ import time
 from typing import Any
 
 from rlhf_core.errors import StoreError
-from rlhf_core.store.s3.errors import explain, is_missing, is_passing, is_second, status_of
+from rlhf_core.store.s3.errors import (
+    is_conflict,
+    is_missing,
+    is_transient,
+    status_of,
+    to_store_error,
+)
 from rlhf_core.store.s3.parts import Region, Slice
 from rlhf_core.store.settings import StoreSettings
 
@@ -95,20 +101,29 @@ class S3Client:
     def request(
         self,
         method: str,
-        doing: str,
+        action: str,
         tries: list[int] | None = None,
         into: Region | None = None,
         **arguments: Any,
     ) -> Any:
-        """One call of the S3 API, repeated while the failure is a passing one.
+        """One call of the S3 API, repeated while the failure is transient.
 
-        A reply's Body is read whole, or written ``into`` a region of a file. ``missing``,
-        ``second`` and ``beyond`` say what to return when there is no such key, when another writer
-        came first, and when a range starts after the end; without them it raises.
+        A reply's Body is read whole, or written ``into`` a region of a file. Without the arguments
+        below, these cases raise.
+
+        Args:
+            action: what the request does, for the error's text.
+            tries: gets one item per attempt.
+            missing: what to return when there is no such key.
+            conflict: what to return when another writer came first.
+            past_end: what to return when a range starts after the end of the value.
+
+        Raises:
+            StoreError, StoreUnavailable: the request failed, after its retries.
         """
         answers = {
             name: arguments.pop(name)
-            for name in ("missing", "second", "beyond")
+            for name in ("missing", "conflict", "past_end")
             if name in arguments
         }
         attempt = 0
@@ -125,16 +140,16 @@ class S3Client:
                     raise into.failure from None  # of this machine's disk, not of the server
                 if "missing" in answers and is_missing(error):
                     return answers["missing"]
-                if "second" in answers and is_second(error):
-                    return answers["second"]
-                if "beyond" in answers and status_of(error) == 416:
-                    return answers["beyond"]
-                if attempt > self.settings.retries or not is_passing(error):
-                    raise self._explained(error, doing) from error
+                if "conflict" in answers and is_conflict(error):
+                    return answers["conflict"]
+                if "past_end" in answers and status_of(error) == 416:
+                    return answers["past_end"]
+                if attempt > self.settings.retries or not is_transient(error):
+                    raise self._explained(error, action) from error
                 pause = min(0.4 * 2**attempt, 3.0)  # eleven seconds in all: a failure is told in 30
                 log.warning(
                     "%s at %s failed (%s), try %d of %d in %.1f s",
-                    doing, self.bucket, type(error).__name__,
+                    action, self.bucket, type(error).__name__,
                     attempt + 1, self.settings.retries + 1, pause,
                 )  # fmt: skip
                 time.sleep(pause)
@@ -149,6 +164,6 @@ class S3Client:
                 reply["Body"] = body.read() if into is None else into.fill(body)
         return reply
 
-    def _explained(self, error: Exception, doing: str) -> Exception:
+    def _explained(self, error: Exception, action: str) -> Exception:
         endpoint = self.settings.endpoint_name()
-        return explain(error, bucket=self.bucket, endpoint=endpoint, doing=doing)
+        return to_store_error(error, bucket=self.bucket, endpoint=endpoint, action=action)

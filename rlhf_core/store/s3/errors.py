@@ -1,4 +1,4 @@
-"""What an S3 failure means: try again, nothing there, came second, or a message for the user."""
+"""Classifies S3 failures: transient, missing key, write conflict, or an error for the user."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_core.errors import StoreError, StoreUnavailable
 
-_PASSING_CODES = {
+_TRANSIENT_CODES = {
     "SlowDown",
     "RequestTimeout",
     "InternalError",
@@ -49,19 +49,19 @@ def is_missing(error: BaseException) -> bool:
     return code_of(error) == "NoSuchKey" or status_of(error) == 404
 
 
-def is_second(error: BaseException) -> bool:
+def is_conflict(error: BaseException) -> bool:
     """True when a conditional write found that another writer came first."""
     return code_of(error) == "PreconditionFailed" or status_of(error) == 412
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """True when the same request may well succeed a moment later."""
     from botocore.exceptions import ConnectionError as NoConnection
     from botocore.exceptions import HTTPClientError, IncompleteReadError, SSLError
 
     status = status_of(error)
     if status:
-        return code_of(error) in _PASSING_CODES or (
+        return code_of(error) in _TRANSIENT_CODES or (
             (status >= 500 and status not in (501, 507)) or status == 429
         )
     if isinstance(error, SSLError):
@@ -70,18 +70,21 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, (*transport, ConnectionError))
 
 
-def explain(error: BaseException, *, bucket: str, endpoint: str, doing: str) -> StoreError:
-    """A StoreError that says what was found, what is needed and what to do."""
-    from botocore.exceptions import (
-        BotoCoreError,
-        NoCredentialsError,
-        PartialCredentialsError,
-        ProfileNotFound,
-        SSLError,
-    )
+def to_store_error(error: BaseException, *, bucket: str, endpoint: str, action: str) -> StoreError:
+    """A StoreError that says what failed and what to do about it.
 
+    Args:
+        action: what the request did, such as "reading".
+    """
     where = f"bucket {bucket!r} at {endpoint}"
-    code, status = code_of(error), status_of(error)
+    found = _account_problem(error, where) or _reply_problem(error, where, action)
+    return found or _transport_problem(error, where, endpoint, action)
+
+
+def _account_problem(error: BaseException, where: str) -> StoreError | None:
+    """Missing credentials, profile or bucket."""
+    from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound
+
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         return StoreUnavailable(
             f"no AWS credentials for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
@@ -91,13 +94,19 @@ def explain(error: BaseException, *, bucket: str, endpoint: str, doing: str) -> 
         return StoreUnavailable(
             f"{_clean(error)} (for {where}): correct RLHF_STORE_PROFILE or AWS_PROFILE"
         )
-    if code == "NoSuchBucket":
+    if code_of(error) == "NoSuchBucket":
         return StoreUnavailable(
             f"there is no {where}: create the bucket, or correct RLHF_STORE and RLHF_STORE_ENDPOINT"
         )
+    return None
+
+
+def _reply_problem(error: BaseException, where: str, action: str) -> StoreError | None:
+    """What the server replied; None when it did not reply."""
+    code, status = code_of(error), status_of(error)
     if status in (401, 403):
         return StoreUnavailable(
-            f"{where} refused {doing} ({code or status}): check AWS_ACCESS_KEY_ID and "
+            f"{where} refused {action} ({code or status}): check AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY (or RLHF_STORE_PROFILE), and that this key may read, write, "
             "list and delete there"
         )
@@ -106,14 +115,21 @@ def explain(error: BaseException, *, bucket: str, endpoint: str, doing: str) -> 
             f"{where} is in another region ({code or status}): set RLHF_STORE_REGION"
         )
     if status == 507 or code in _FULL_CODES:
-        return StoreUnavailable(f"{where} is full ({code or status}): make room there")
+        return StoreUnavailable(f"{where} is full ({code or status}): free some space there")
     if status >= 500:
         return StoreUnavailable(
-            f"{where} failed at {doing} ({code or status}) and did so again when it was repeated: "
-            "often its disk is full; see the server's log, or let RLHF_STORE_ENDPOINT name another"
+            f"{where} failed at {action} ({code or status}), and again on every retry: often its "
+            "disk is full; see the server's log, or set RLHF_STORE_ENDPOINT to another server"
         )
     if status:
-        return StoreError(f"{where} failed at {doing} with {code or status}: {_clean(error)}")
+        return StoreError(f"{where} failed at {action} with {code or status}: {_clean(error)}")
+    return None
+
+
+def _transport_problem(error: BaseException, where: str, endpoint: str, action: str) -> StoreError:
+    """Why no reply came: TLS, a timeout, the network, or anything else."""
+    from botocore.exceptions import BotoCoreError, SSLError
+
     if isinstance(error, SSLError):
         return StoreUnavailable(
             f"the TLS certificate of {endpoint} is not trusted: set AWS_CA_BUNDLE to its "
@@ -121,22 +137,23 @@ def explain(error: BaseException, *, bucket: str, endpoint: str, doing: str) -> 
         )
     if isinstance(error, TimeoutError) or "imeout" in type(error).__name__:
         return StoreUnavailable(
-            f"{where} did not answer in time at {doing}: check that the server runs and that "
+            f"{where} did not answer in time at {action}: check that the server runs and that "
             "RLHF_STORE_ENDPOINT names it; on a slow link raise RLHF_STORE_READ_TIMEOUT"
         )
-    if is_passing(error):
+    if is_transient(error):
         return StoreUnavailable(
-            f"{where} cannot be reached ({type(error).__name__}) at {doing}: check that the server "
-            "runs, that RLHF_STORE_ENDPOINT names it and that this machine's network leads there"
+            f"{where} cannot be reached ({type(error).__name__}) at {action}: check that the "
+            "server runs, that RLHF_STORE_ENDPOINT names it and that this machine can reach it"
         )
     kind = StoreUnavailable if isinstance(error, (BotoCoreError, ValueError)) else StoreError
     return kind(
-        f"{where} failed at {doing}: {type(error).__name__}: {_clean(error)}; check "
+        f"{where} failed at {action}: {type(error).__name__}: {_clean(error)}; check "
         "RLHF_STORE_ENDPOINT, RLHF_STORE_REGION and the AWS configuration"
     )
 
 
 def _clean(error: BaseException) -> str:
+    """The error's text without the secrets of the environment."""
     text = str(error)
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         if secret := os.environ.get(name):

@@ -8,7 +8,7 @@ import pytest
 from rlhf_core.data.check import check_source
 from rlhf_core.data.dataset.card import DataCard
 from rlhf_core.data.dataset.reading import Rows
-from rlhf_core.data.sources.open import fingerprint
+from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.errors import DataError, RLHFError
 from rlhf_core.jobs import DataJob, DataSettings
 from rlhf_core.runtime.context import StageContext
@@ -53,7 +53,7 @@ def test_stage_refuses_a_file_that_changed_since_the_run_was_started(tmp_path):
 
 @pytest.mark.slow
 def test_s3_source(tmp_path, s3_url):  # noqa: F811
-    from rlhf_core.data.sources.open import s3_filesystem
+    from rlhf_core.data.sources.files import s3_filesystem
 
     fs = s3_filesystem()
     if not fs.exists(BUCKET):

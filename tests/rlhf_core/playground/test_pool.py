@@ -70,7 +70,7 @@ def test_model_in_use_stays_and_the_next_waits_for_it(folder):
 
 
 def test_two_users_share_one_load(folder):
-    pool, place, begun = ModelPool(100), folder(60), threading.Event()
+    pool, index, begun = ModelPool(100), folder(60), threading.Event()
     found, loads = [], []
 
     def slow(path):
@@ -80,7 +80,7 @@ def test_two_users_share_one_load(folder):
         return object()
 
     threads = [
-        threading.Thread(target=lambda: found.append(use(pool, "a", place, slow))) for _ in "ab"
+        threading.Thread(target=lambda: found.append(use(pool, "a", index, slow))) for _ in "ab"
     ]
     for thread in threads:
         thread.start()
@@ -95,17 +95,17 @@ def test_larger_than_the_limit_is_told_with_both_numbers(folder):
 
 
 def test_damaged_model_is_an_error_and_the_next_try_may_work(folder):
-    pool, place = ModelPool(100), folder(50)
+    pool, index = ModelPool(100), folder(50)
 
     def broken(path):
         raise ModelError("broken")
 
     with pytest.raises(ModelError, match="broken"):
-        use(pool, "a", place, broken)
+        use(pool, "a", index, broken)
     assert pool.loaded() == []
-    use(pool, "a", place, Loads())
+    use(pool, "a", index, Loads())
     assert pool.loaded() == ["a"]
-    file = place / "model.safetensors"
+    file = index / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ModelError, match="cut short"):
-        weight_bytes(place)
+        weight_bytes(index)

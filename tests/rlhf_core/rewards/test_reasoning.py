@@ -14,8 +14,10 @@ import psutil
 import pytest
 
 from rlhf_core.data.check import check_source
+from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.data.sources import reasoning
-from rlhf_core.data.sources.open import fingerprint, kind_of, open_rows
+from rlhf_core.data.sources.kind import source_kind
+from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.jobs import DataSettings
 from rlhf_core.jobs.rewards import ReasoningGymReward
@@ -43,7 +45,7 @@ def test_source_gives_questions_with_answers_and_entries(gym):
             "entry": {"question": "Say 701.", "answer": "701", "metadata": {"pair": [1, 2]}},
         }
     }
-    assert kind_of(source) == "reasoning"
+    assert source_kind(source) == "reasoning"
     assert fingerprint(DataSettings(source=source)) == f"{source}@9.9"
     assert len(rows("reasoning-gym:say")) == reasoning.SIZE
     assert rows("reasoning-gym:say?size=1&fixed=5")[0]["extra"]["reasoning_gym"]["options"] == {

@@ -16,9 +16,9 @@ from rlhf_core.data.dataset.shuffle import Shuffle
 from rlhf_core.data.dataset.split import is_heldout, normalise_prompt
 from rlhf_core.data.dataset.writer import write_dataset
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
+from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.data.prepare import prepare
 from rlhf_core.data.sources import builtin
-from rlhf_core.data.sources.open import fingerprint
 from rlhf_core.errors import DataError, ModelError
 from rlhf_core.jobs import DataSettings
 from tests.rlhf_core.data.helpers import byte_tokenizer, job, jsonl, prefixing_tokenizer
@@ -259,8 +259,10 @@ def test_fingerprint_follows_contents_not_place(tmp_path):
 
 def test_orchestrator_part_imports_nothing_heavy():
     code = (
-        "import sys, rlhf_core.data.fingerprint as f; from rlhf_core.jobs import DataSettings; "
-        "assert f.check_source(DataSettings(), 'sft') == []; "
+        "import sys; from rlhf_core.data.fingerprint import fingerprint; "
+        "from rlhf_core.data.check import check_source; "
+        "from rlhf_core.jobs import DataSettings; assert fingerprint(DataSettings()); "
+        "assert check_source(DataSettings(), 'sft') == []; "
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,9 +11,9 @@ import pytest
 from rlhf_core.data.check import check_source
 from rlhf_core.data.dataset.card import DataCard
 from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.data.prepare import prepare
 from rlhf_core.data.rows.row import BadRow
-from rlhf_core.data.sources.open import fingerprint
 from rlhf_core.data.sources.text_files import PART, read_text
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings

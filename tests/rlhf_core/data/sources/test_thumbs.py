@@ -6,8 +6,8 @@ import pytest
 
 from rlhf_core.data.check import check_source
 from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.data.sources.feedback import Candidate
-from rlhf_core.data.sources.open import fingerprint
 from rlhf_core.data.sources.thumbs import THUMBS, Thumb, save_thumb
 from rlhf_core.data.sources.votes import Vote, save_vote
 from rlhf_core.errors import DataError

@@ -1,4 +1,4 @@
-"""One question to several models at once: replies as they grow, then their scores."""
+"""Replies of several models to one message: streamed while they are generated, then scored."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartialReply:
-    """A reply as it is now.
+    """A reply as far as it has been generated.
 
     Attributes:
-        state: "waiting" (for the model), "talking", "done" or "failed".
+        state: "waiting" (the model is loading), "generating", "done" or "failed".
         error: why it failed; for people.
-        dropped: oldest turns that no longer fit the model's context.
-        score: the reward model's. score_error: why there is none, though there is a reward model.
+        dropped: number of oldest turns that no longer fit the model's context.
+        score: the reward model's score.
+        score_error: why there is no score although there is a reward model.
     """
 
     text: str = ""
@@ -41,18 +42,18 @@ class PartialReply:
 
 
 @dataclass
-class Asker:
-    """Asks models of a store.
+class ReplyGenerator:
+    """Generates replies with models of a store.
 
     Attributes:
-        trust: run Python code that came with a model.
+        trust_remote_code: run Python code that lies beside a model's weights.
     """
 
     store: Store
     pool: ModelPool
-    trust: bool = False
+    trust_remote_code: bool = False
 
-    def ask(
+    def generate(
         self,
         choices: Sequence[Choice],
         conversations: Sequence[Sequence[Message]],
@@ -62,30 +63,33 @@ class Asker:
         reward_model: str | None = None,
         stop: threading.Event | None = None,
     ) -> Iterator[list[PartialReply]]:
-        """The replies of all models, again and again while they grow; the last time with scores.
+        """Yield the replies of all models each time one has grown; the last item has the scores.
 
-        What goes wrong with one model is told in its reply, and leaves the others alone.
+        An error of one model becomes its reply's `error` and does not affect the others.
 
         Args:
             conversations: one per model; each ends with the user's message.
-            reward_model: digest of the one that scores; None: no scores.
-            stop: ends all replies where they are, once it is set.
+            reward_model: digest of the model that scores; None: no scores.
+            stop: once set, all replies end where they are.
         """
         stop = stop or threading.Event()
-        left = threading.Event()  # nobody reads any more
-        news: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+        abandoned = threading.Event()  # the caller has stopped reading
+        changes: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
         replies = [PartialReply() for _ in choices]
 
-        def work(place: int) -> None:
+        def work(index: int) -> None:
             try:
                 self._reply(
-                    choices[place].digest, conversations[place], system, sampling,
-                    lambda change: news.put((place, change)),
-                    lambda: stop.is_set() or left.is_set(),
-                )  # fmt: skip
-                news.put((place, {"state": "done"}))
+                    choices[index].digest,
+                    conversations[index],
+                    system,
+                    sampling,
+                    lambda change: changes.put((index, change)),
+                    lambda: stop.is_set() or abandoned.is_set(),
+                )
+                changes.put((index, {"state": "done"}))
             except Exception as error:
-                news.put((place, {"state": "failed", "error": describe(error)}))
+                changes.put((index, {"state": "failed", "error": error_text(error)}))
 
         threads = [
             threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(choices))
@@ -94,14 +98,13 @@ class Asker:
             thread.start()
         try:
             yield list(replies)
-            while any(reply.state in ("waiting", "talking") for reply in replies):
-                place, change = news.get()
-                _apply(replies, place, change)
-                while not news.empty():
-                    _apply(replies, *news.get())
+            while any(reply.state in ("waiting", "generating") for reply in replies):
+                _apply(replies, *changes.get())
+                while not changes.empty():
+                    _apply(replies, *changes.get())
                 yield list(replies)
         finally:
-            left.set()
+            abandoned.set()
             for thread in threads:
                 thread.join()
         if reward_model is not None:
@@ -113,15 +116,15 @@ class Asker:
         conversation: Sequence[Message],
         system: str | None,
         sampling: Sampling,
-        tell: Any,
+        report: Any,
         stopped: Any,
     ) -> None:
-        allow(self.trust)  # of this thread
+        """Generate one reply; ``report`` gets the changes of its PartialReply."""
+        allow(self.trust_remote_code)  # per thread
         folder = self.store.fetch(digest)
         with self.pool.use(digest, folder, load_chat_model) as chat_model:
-            _refuse_special(
-                chat_model, [*([system] if system else []), conversation[-1]["content"]]
-            )
+            texts = [*([system] if system else []), conversation[-1]["content"]]
+            _check_special_tokens(chat_model, texts)
             ids, dropped = fit_context(
                 chat_model.tokenizer,
                 chat_model.context,
@@ -129,8 +132,8 @@ class Asker:
                 conversation,
                 sampling.max_new_tokens,
             )
-            tell({"state": "talking", "dropped": dropped})
-            generate_reply(chat_model, ids, sampling, lambda text: tell({"text": text}), stopped)
+            report({"state": "generating", "dropped": dropped})
+            generate_reply(chat_model, ids, sampling, lambda text: report({"text": text}), stopped)
 
     def _scored(
         self,
@@ -139,7 +142,8 @@ class Asker:
         conversations: Sequence[Sequence[Message]],
         system: str | None,
     ) -> list[PartialReply]:
-        allow(self.trust)
+        """The replies with the reward model's scores."""
+        allow(self.trust_remote_code)
         first: list[Message] = [{"role": "system", "content": system}] if system else []
         try:
             folder = self.store.fetch(digest)
@@ -147,29 +151,31 @@ class Asker:
                 found = []
                 for reply, conversation in zip(replies, conversations, strict=True):
                     if reply.state == "done":
-                        said: Message = {"role": "assistant", "content": reply.text.strip()}
-                        score = scorer.score([*first, *conversation, said])
+                        answer: Message = {"role": "assistant", "content": reply.text.strip()}
+                        score = scorer.score([*first, *conversation, answer])
                         reply = replace(reply, score=score if math.isfinite(score) else None)
                     found.append(reply)
                 return found
         except Exception as error:
-            return [replace(reply, score_error=describe(error)) for reply in replies]
+            return [replace(reply, score_error=error_text(error)) for reply in replies]
 
 
-def _apply(replies: list[PartialReply], place: int, change: dict[str, Any]) -> None:
+def _apply(replies: list[PartialReply], index: int, change: dict[str, Any]) -> None:
+    """Apply one change in place; a text is appended to what is there."""
     if "text" in change:
-        change = {"text": replies[place].text + change["text"]}
-    replies[place] = replace(replies[place], **change)
+        change = {"text": replies[index].text + change["text"]}
+    replies[index] = replace(replies[index], **change)
 
 
-def describe(error: Exception) -> str:
-    """An error for the page: of an expected one only what it says."""
+def error_text(error: Exception) -> str:
+    """An error for the page: the message alone if it is one of ours, else with its type."""
     if isinstance(error, RLHFError):
         return str(error)
     return f"{type(error).__name__}: {error}"
 
 
-def _refuse_special(chat_model: ChatModel, texts: Sequence[str]) -> None:
+def _check_special_tokens(chat_model: ChatModel, texts: Sequence[str]) -> None:
+    """Raise DataError if a text contains one of the tokenizer's special tokens."""
     from rlhf_core.data.encoding.templates import special_text
 
     for text in texts:
@@ -189,7 +195,7 @@ class Scorer:
     device: str
 
     def score(self, messages: Sequence[Message]) -> float:
-        """Score of a conversation that ends with a reply, as if its turn had ended there."""
+        """Score of a conversation that ends with a reply, its end-of-turn token included."""
         import torch
 
         from rlhf_core.data.encoding.templates import encode_segments, render
@@ -205,7 +211,7 @@ def load_scorer(folder: Path) -> Scorer:
     """The reward model in a folder.
 
     Raises:
-        ModelError: it is none, or is damaged.
+        ModelError: the folder holds no reward model, or a damaged one.
     """
     import torch
 

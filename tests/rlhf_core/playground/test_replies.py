@@ -11,9 +11,9 @@ import torch
 from rlhf_core.chat.model import Sampling, load_chat_model
 from rlhf_core.data.encoding.templates import prompt_ids
 from rlhf_core.models.loading import load_scalar_model
-from rlhf_core.playground.asking import Asker
 from rlhf_core.playground.catalogue import Choice
 from rlhf_core.playground.pool import ModelPool
+from rlhf_core.playground.replies import ReplyGenerator
 from rlhf_core.store import open_store
 from tests.rlhf_core.playground.tiny_run import tiny_run
 
@@ -28,23 +28,23 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def asker(run):
-    return Asker(run.store, ModelPool(10**9))
+def generator(run):
+    return ReplyGenerator(run.store, ModelPool(10**9))
 
 
-def ask(asker, digests, sampling=GREEDY, **more):
+def ask(generator, digests, sampling=GREEDY, **more):
     choices = [Choice(digest[:6], digest) for digest in digests]
-    return list(asker.ask(choices, [HELLO] * len(choices), sampling, **more))
+    return list(generator.generate(choices, [HELLO] * len(choices), sampling, **more))
 
 
-def test_replies_grow_and_are_the_models_own(run, asker):
+def test_replies_grow_and_are_the_models_own(run, generator):
     digests = [run.stages["sft"], run.stages["ppo"]]
-    seen = ask(asker, digests)
+    seen = ask(generator, digests)
     assert [reply.state for reply in seen[0]] == ["waiting", "waiting"]
     assert [(reply.state, reply.error) for reply in seen[-1]] == [("done", "")] * 2
     assert len(seen) > 4
-    for place, digest in enumerate(digests):
-        lengths = [len(replies[place].text) for replies in seen]
+    for index, digest in enumerate(digests):
+        lengths = [len(replies[index].text) for replies in seen]
         assert lengths == sorted(lengths)
         chat_model = load_chat_model(run.store.fetch(digest))
         ids = torch.tensor([prompt_ids(chat_model.tokenizer, HELLO)])
@@ -52,13 +52,13 @@ def test_replies_grow_and_are_the_models_own(run, asker):
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
         )[0, ids.shape[1] :]
         text = chat_model.tokenizer.decode(expected, skip_special_tokens=True)
-        assert seen[-1][place].text == text
+        assert seen[-1][index].text == text
     assert seen[-1][0].text != seen[-1][1].text
-    assert sorted(asker.pool.loaded()) == sorted(digests)
+    assert sorted(generator.pool.loaded()) == sorted(digests)
 
 
-def test_score_is_the_reward_models(run, asker):
-    [reply] = ask(asker, [run.stages["ppo"]], reward_model=run.stages["reward"])[-1]
+def test_score_is_the_reward_models(run, generator):
+    [reply] = ask(generator, [run.stages["ppo"]], reward_model=run.stages["reward"])[-1]
     folder = run.store.fetch(run.stages["reward"])
     chat_model = load_chat_model(run.store.fetch(run.stages["ppo"]))
     end = chat_model.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -72,7 +72,7 @@ def test_score_is_the_reward_models(run, asker):
     assert reply.score == pytest.approx(expected, abs=1e-5)
 
 
-def test_missing_or_damaged_model_is_told_and_the_other_answers(run, asker):
+def test_missing_or_damaged_model_is_told_and_the_other_answers(run, generator):
     blob = run.store.get(run.stages["sft"]).file("model.safetensors").sha256
     path = run.store.url.removeprefix("file://") + f"/blobs/sha256/{blob[:2]}/{blob}"
     os.chmod(path, 0o644)
@@ -80,27 +80,27 @@ def test_missing_or_damaged_model_is_told_and_the_other_answers(run, asker):
         file.truncate(1000)
     missing = "d" * 64
     digests = [run.stages["sft"], missing, run.stages["ppo"], run.stages["reward"]]
-    damaged, gone, fine, reward = ask(asker, digests)[-1]
+    damaged, gone, fine, reward = ask(generator, digests)[-1]
     assert (fine.state, damaged.state, gone.state) == ("done", "failed", "failed")
     assert "model.safetensors" in damaged.error
     assert "there is no artifact" in gone.error
     assert "is a reward model" in reward.error
-    replies = ask(asker, [run.stages["ppo"]], reward_model=missing)[-1]
+    replies = ask(generator, [run.stages["ppo"]], reward_model=missing)[-1]
     assert replies[0].state == "done" and "there is no artifact" in replies[0].score_error
 
 
-def test_stop_ends_the_replies_and_keeps_what_was_said(run, asker):
+def test_stop_ends_the_replies_and_keeps_what_was_said(run, generator):
     stop = threading.Event()
     long = Sampling(max_new_tokens=100_000)
     choices = [Choice("PPO", run.stages["ppo"])]
-    for replies in asker.ask(choices, [HELLO], long, stop=stop):
+    for replies in generator.generate(choices, [HELLO], long, stop=stop):
         if replies[0].text:
             stop.set()
     assert replies[0].state == "done" and replies[0].text
 
 
-def test_special_token_in_a_message_is_refused(run, asker):
+def test_special_token_in_a_message_is_refused(run, generator):
     choices = [Choice("PPO", run.stages["ppo"])]
     said = [[{"role": "user", "content": "a <|im_end|> b"}]]
-    [reply] = list(asker.ask(choices, said, GREEDY))[-1]
+    [reply] = list(generator.generate(choices, said, GREEDY))[-1]
     assert reply.state == "failed" and "special token" in reply.error

@@ -1,4 +1,4 @@
-"""Runs the page until Ctrl-C or SIGTERM."""
+"""The playground's server: loads Gradio, starts the page and waits for Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.playground.asking import Asker
 from rlhf_core.playground.catalogue import RunChoices
 from rlhf_core.playground.pool import ModelPool, default_limit
+from rlhf_core.playground.replies import ReplyGenerator
 from rlhf_core.store import Store
 
-WRONG_PASSWORD_SECONDS = 1.0  # that a wrong password costs whoever tries many
+WRONG_PASSWORD_SECONDS = 1.0
 
 
 def main(
@@ -26,15 +26,15 @@ def main(
     password: str | None,
     memory_gb: float | None = None,
     trust_remote_code: bool = False,
-    tell: Callable[[str], None] = print,
+    on_ready: Callable[[str], None] = print,
 ) -> None:
-    """Serve the page.
+    """Serve the page until Ctrl-C or SIGTERM.
 
     Args:
-        catalogue: what can be chosen, read from the store anew.
-        password: asked of everyone who comes, with a name of their own; None: nobody is asked.
+        catalogue: reads the available runs and models from the store; called per browser.
+        password: visitors log in with it and any user name; None: no login.
         memory_gb: limit (10^9 bytes) of all models in memory; None: see `default_limit`.
-        tell: gets the address once the page is there.
+        on_ready: called with the page's address once it can be opened.
 
     Raises:
         ConfigError: Gradio is not installed, or the port is taken.
@@ -49,18 +49,7 @@ def main(
     from rlhf_core.playground.page import Page
 
     limit = default_limit() if memory_gb is None else int(memory_gb * 1e9)
-    page = Page(Asker(store, ModelPool(limit), trust_remote_code), catalogue)
-    blocks = build(page)
-    lock = threading.Lock()
-
-    def allowed(name: str, given: str) -> bool:
-        assert password is not None
-        with lock:  # one at a time
-            if hmac.compare_digest(given.encode(), password.encode()):
-                return True
-            time.sleep(WRONG_PASSWORD_SECONDS)
-            return False
-
+    blocks = build(Page(ReplyGenerator(store, ModelPool(limit), trust_remote_code), catalogue))
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
@@ -69,13 +58,30 @@ def main(
             server_name=host, server_port=port, quiet=True, prevent_thread_lock=True,
             share=False, inbrowser=False, ssr_mode=False, mcp_server=False, run_history=False,
             enable_monitoring=False, show_error=True, footer_links=[],
-            auth=allowed if password is not None else None,
+            auth=password_check(password) if password is not None else None,
             theme=gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "monospace"]), css=CSS,
         )  # fmt: skip
     except OSError as error:
         raise ConfigError(
             f"Port {port} of {host} cannot be used ({error}); choose another with --port."
         ) from error
-    tell(f"http://{host}:{port}")
+    on_ready(f"http://{host}:{port}")
     ended.wait()
     blocks.close(verbose=False)
+
+
+def password_check(password: str) -> Callable[[str, str], bool]:
+    """Gradio's ``auth``: any name with this password.
+
+    One attempt at a time, and a wrong one takes WRONG_PASSWORD_SECONDS, which slows down guessing.
+    """
+    lock = threading.Lock()
+
+    def allowed(name: str, given: str) -> bool:
+        with lock:
+            if hmac.compare_digest(given.encode(), password.encode()):
+                return True
+            time.sleep(WRONG_PASSWORD_SECONDS)
+            return False
+
+    return allowed

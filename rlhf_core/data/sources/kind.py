@@ -1,0 +1,71 @@
+"""Which kind of source `data.*.source` names. Imports no torch, for the orchestrator."""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+
+from rlhf_core.data.sources import reasoning
+from rlhf_core.data.sources.readers import reader_of
+from rlhf_core.data.sources.thumbs import THUMBS
+from rlhf_core.data.sources.votes import VOTES
+from rlhf_core.errors import DataError
+
+FEEDBACK = {kind.source: kind for kind in (VOTES, THUMBS)}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def source_kind(source: str) -> str:
+    """builtin, reasoning, feedback, s3, local or hub; what exists or looks like a file is local.
+
+    Raises:
+        DataError: none of these.
+    """
+    if source.startswith("builtin:"):
+        return "builtin"
+    if reasoning.is_reasoning(source):
+        return "reasoning"
+    if source in FEEDBACK:
+        return "feedback"
+    if source.startswith("s3://"):
+        return "s3"
+    if scheme := re.match(r"([A-Za-z][\w+.-]*)://", source):
+        if scheme[1] == "file":
+            return "local"
+        raise DataError(
+            f"{source}: {scheme[1]}:// is not readable; needed is a Hugging Face dataset id, a "
+            "path, an s3:// URL or builtin:chatterbot."
+        )
+    path = local_path(source)
+    looks = source.startswith(("/", ".", "~")) or reader_of(source) or glob.has_magic(source)
+    if looks or path_exists(path):
+        return "local"
+    if _HUB_ID.fullmatch(source):
+        return "hub"
+    return "local"
+
+
+def local_path(source: str) -> Path:
+    """The path that a local source names.
+
+    Raises:
+        DataError: it is empty, or names the home of a user who is not known.
+    """
+    text = source.removeprefix("file://")
+    if not text.strip():
+        raise DataError(
+            f"The source is {source!r}, which names nothing; needed is a Hugging Face dataset id, "
+            "a path, an s3:// URL or builtin:chatterbot."
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{source}: {error} Give the whole path.") from error
+
+
+def path_exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for a file: a hub id it may be
+        return False
