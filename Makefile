@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock docs clean fuzz chaos demo-s3 bench bench-store
+.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock docs docs-site clean fuzz chaos demo-s3 bench bench-store
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -118,7 +118,7 @@ fuzz: $(STAMP)  ## generated bad input, FUZZ times as many cases as the tests tr
 	@echo "$(FUZZ) times the cases of the tests, seed $(SEED)"
 	@RLHF_FUZZ=$(FUZZ) RLHF_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -rP -o timeout=0 tests/fuzz
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP) docs-site  ## ruff, mypy, and the documentation's links and docstrings
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -131,8 +131,12 @@ test-demo: $(STAMP)  ## the tests that import the real model
 lock: $(STAMP)  ## regenerate requirements/lock.txt
 	@$(BIN)/python requirements/lock.py --python $(PYTHON)
 
-docs: $(STAMP)  ## regenerate docs/settings.md from the field descriptions
+docs: $(STAMP)  ## regenerate docs/settings.md and docs/cli.md from the code
 	@$(BIN)/python docs/generate_settings.py
+	@$(BIN)/python docs/generate_cli.py
+
+docs-site: $(STAMP)  ## the documentation as a site, in build/site; any warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove the environment and everything that runs wrote here
 	rm -rf $(VENV) $(BENCH) $(EXTRAS) $(VLLM) .rlhf build dist ./*.egg-info

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +21,7 @@ from flows.cli.main import app
 from rlhf_core.jobs import PipelineConfig
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.pipeline.recipe import stage_names
+from tests.test_import_rule import FLOOR, TORCH_FREE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
@@ -66,18 +71,28 @@ def parse(arguments: list[str]) -> Any:
     return command.make_context(command.name, list(arguments), resilient_parsing=not arguments)
 
 
-def generator() -> ModuleType:
-    path = ROOT / "docs" / "generate_settings.py"
-    spec = importlib.util.spec_from_file_location("generate_settings", path)
+def generator(name: str) -> ModuleType:
+    """A module of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_settings_page_is_up_to_date() -> None:
-    same = (ROOT / "docs" / "settings.md").read_text() == generator().render()
-    assert same, "run: .venv/bin/python docs/generate_settings.py"
+@pytest.mark.parametrize("name", ["settings", "cli"])
+def test_generated_page_is_up_to_date(name: str) -> None:
+    same = (ROOT / "docs" / f"{name}.md").read_text() == generator(f"generate_{name}").render()
+    assert same, "run: make docs"
+
+
+def test_command_line_page_has_every_command_with_its_options() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text()
+    root: Any = typer.main.get_command(app)
+    for name, command in root.commands.items():
+        assert f"\n## rlhf {name}" in text
+        for parameter in command.params:
+            assert all(f"`{o}`" in text for o in parameter.opts if o.startswith("-"))
 
 
 @pytest.mark.parametrize("arguments", [["walk"], ["run", "--colour"], ["artifacts", "burn"]])
@@ -134,6 +149,81 @@ def test_python_examples_compile(page: Path) -> None:
 def test_yaml_examples_are_configurations(page: Path) -> None:
     for body in fences(page, "yaml"):
         build_config(yaml.safe_load(body))
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_architecture_lists_the_rooms_as_the_import_rule_has_them() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| .* \| (yes|no) \|$", text, re.MULTILINE)
+    assert {room: int(floor) - 1 for floor, room, _ in rows} == FLOOR
+    assert [int(floor) for floor, _, _ in rows] == sorted(int(floor) for floor, _, _ in rows)
+    assert {room for _, room, torch in rows if torch == "no"} == TORCH_FREE
+
+
+PATHS = re.compile(
+    r"`((?:flows|tasks|rlhf_core|deployments|docker|docs|tests|requirements)/[^`\s]+)`"
+)
+
+
+@pages
+def test_every_path_of_the_project_exists(page: Path) -> None:
+    if page.name == "CHANGELOG.md":  # it names what was
+        return
+    named = {path.rstrip("/") for path in PATHS.findall(prose(page))}
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_example_commits_exist() -> None:
+    hashes = re.findall(r"`([0-9a-f]{7})`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(hashes) == 5
+    git = ["git", "-C", str(ROOT)]
+    shallow = subprocess.run([*git, "rev-parse", "--is-shallow-repository"], capture_output=True)
+    if shallow.stdout.strip() != b"false":
+        pytest.skip("no git repository with its history")
+    for name in hashes:
+        assert subprocess.run([*git, "cat-file", "-e", f"{name}^{{commit}}"]).returncode == 0, name
+
+
+def site_pages() -> set[str]:
+    def walk(entry: Any) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            if not isinstance(entry, str):
+                yield from walk(part)
+
+    return set(walk(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+
+
+def test_the_site_has_every_page() -> None:
+    hooks = generator("site_hooks")
+    there = {page.name for page in (ROOT / "docs").glob("*.md")} | set(hooks.ROOT_PAGES.values())
+    assert site_pages() == there
+
+
+def test_the_site_has_an_api_page_for_every_room() -> None:
+    folders = {path.parent.name for path in (ROOT / "rlhf_core").glob("*/__init__.py")}
+    assert set(generator("site_hooks").rooms()) == folders | {"errors"}
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_loads_nothing_from_other_hosts(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded = re.compile(
+        r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=\"?(https?:[^\"> ]+)"
+    )
+    outside = {u for f in tmp_path.rglob("*.html") for u in loaded.findall(f.read_text("utf-8"))}
+    assert outside == set()
+    styles = "".join(f.read_text("utf-8") for f in tmp_path.rglob("*.css"))
+    assert re.findall(r"url\([\"']?https?:[^)]*\)|@import[^;]*https?:", styles) == []
+    assert "gae" in (tmp_path / "api" / "losses.html").read_text("utf-8")
 
 
 def test_readme_shows_a_measured_run() -> None:
