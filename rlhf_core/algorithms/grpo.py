@@ -73,10 +73,8 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
         checkpointer.stop_if_asked(step)
         # 2. Score them: policy, reference, reward model, rules.
         minibatches = split_minibatches(job.replies, job.minibatches)
-        reuse = step > start
-        experience = score(
-            job, strategy, models, rollout, rows, minibatches, reuse=reuse, late=True
-        )
+        late = step > start
+        experience = score(job, strategy, models, rollout, rows, minibatches, late=late)
         # 3. Advantages: better or worse than the group.
         kind = "grpo" if job.scale_rewards else "dr_grpo"
         experience.advantages = group_advantages(experience.scores, job.group_size, kind)  # (B,)

@@ -87,8 +87,7 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
         checkpointer.stop_if_asked(step)
         # 2. Score it with all four models and the rules.
         minibatches = split_minibatches(job.batch_size, job.minibatches)
-        reuse = step > start
-        experience = score(job, strategy, models, rollout, rows, minibatches, reuse=reuse)
+        experience = score(job, strategy, models, rollout, rows, minibatches)
         # 3. Rewards and advantages.
         add_advantages(job, experience)
         checkpointer.stop_if_asked(step)

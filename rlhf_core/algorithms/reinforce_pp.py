@@ -68,10 +68,8 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
         checkpointer.stop_if_asked(step)
         # 2. Score them: policy, reference, reward model, rules.
         minibatches = split_minibatches(job.replies, job.minibatches)
-        reuse, late = step > start, job.kl_coef == 0  # the KL is part of the reward
-        experience = score(
-            job, strategy, models, rollout, rows, minibatches, reuse=reuse, late=late
-        )
+        late = step > start and job.kl_coef == 0  # the KL is part of the reward
+        experience = score(job, strategy, models, rollout, rows, minibatches, late=late)
         # 3. Advantages: whitened over the global batch, which every rank has whole.
         rewards = token_rewards(
             experience.scores, experience.old_logprobs, experience.ref_logprobs,

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +22,6 @@ from rlhf_core.runtime.distributed import Group
 from rlhf_core.training.online.batches import collate_responses, micro_batches
 from rlhf_core.training.online.models import Models
 from rlhf_core.training.strategy import Strategy
-
-
-class Kept(NamedTuple):
-    """A trained module's pass over a micro-batch, with its graph."""
-
-    positions: list[int]
-    logprobs: Tensor  # (b,S)
-    values: Tensor | None  # (b,S)
 
 
 @dataclass
@@ -49,7 +41,6 @@ class Experience:
     failures: dict[str, int]  # what kept a rule from being applied -> replies
     states: States  # hidden states of this rank's micro-batches, where layers are shared
     late: bool = False  # old_logprobs of the first minibatch are left to its update
-    kept: Kept | None = None  # what the first update need not compute again
     values: Tensor | None = None  # (B,T) of PPO's critic
     advantages: Tensor | None = None  # (B,T) or (B,), as the algorithm makes them of the scores
     returns: Tensor | None = None  # (B,T) for PPO's critic
@@ -64,45 +55,36 @@ def score(
     rows: list[dict[str, Any]],
     minibatches: list[list[int]],
     *,
-    reuse: bool = False,
     late: bool = False,
 ) -> Experience:
     """Log-probabilities, values and rewards of a rollout.
 
     The first minibatch is trained on before the policy has changed: what its update computes are
     the old log-probabilities. Where nothing needs them sooner they are left to it, see `optimise`,
-    and are zeros until then. Else, where one rank trains alone, the graph of the first micro-batch
-    is kept for its update; that of more would take more memory than training does.
+    and are zeros until then.
 
     Args:
         rollout: of `roll_out`. rows: of the prompt data set, one for each reply.
         minibatches: rows that are trained on together, and so scored together.
-        reuse: compute only once what the first update computes as well. Not in a stage's first
-            rollout, so that `optimise` sees there whether a pass can be repeated.
-        late: nothing needs the old log-probabilities before that update. Not with a critic.
+        late: nothing needs the old log-probabilities before that update. Not with a critic. Not in
+            a stage's first rollout, so that `optimise` sees there whether a pass can be repeated.
     """
     sequences, prompt_lengths = rollout["sequences"], rollout["prompt_lengths"]
     group, found, states = strategy.group, [], States(models.trunk)
-    late = reuse and late
-    keep = reuse and not late and strategy.alone() and job.ptx is None
-    first, kept = set(minibatches[0]), None
-    for number, positions in enumerate(micro_batches(job, strategy, sequences, minibatches)):
+    first = set(minibatches[0])
+    for positions in micro_batches(job, strategy, sequences, minibatches):
         batch = collate_responses(sequences, prompt_lengths, positions, group.device)
         loss_mask = batch[2]
         with strategy.autocast(), states.of(positions, batch[0], batch[1]):
             ref = models.reference(*batch, job.temperature)
             if late and first.issuperset(positions):
                 old, values = torch.zeros_like(ref), None
-            elif keep and number == 0:
-                with torch.enable_grad():
-                    old, values, _ = models.trained(*batch, job.temperature)
-                kept = Kept(positions, old, values)
             else:
                 old, values, _ = models.trained(*batch, job.temperature)
             scores = models.reward(batch[0], batch[1]) if models.reward is not None else None
         tensors = [old, ref] if values is None else [old, ref, values]
         for i, p in enumerate(positions):
-            columns = [x[i][loss_mask[i]].detach().float().cpu() for x in tensors]
+            columns = [x[i][loss_mask[i]].float().cpu() for x in tensors]
             found.append((p, (columns, None if scores is None else float(scores[i]))))
 
     shape = (len(sequences), max(len(x) for x in rollout["logprobs"]))
@@ -134,7 +116,6 @@ def score(
         failures=failures,
         states=states,
         late=late,
-        kept=kept,
         raw_scores=raw_scores,
         # A reply that was cut is scored as it stands, less the penalty.
         scores=raw_scores - job.missing_eos_penalty * (~finished).float(),

@@ -123,14 +123,10 @@ def forward_micro_batch(
 ) -> tuple[MicroBatch, Tensor | None]:
     """The forward pass of a micro-batch, and the log-probabilities of what is mixed in."""
     assert strategy.module is not None
-    kept, experience.kept, mixed_in = experience.kept, None, None
-    if kept is not None and kept.positions == positions:
-        logprobs, values = kept.logprobs, kept.values
-    else:
-        with experience.states.of(positions, batch[0], batch[1]):
-            logprobs, values, mixed_in = strategy.module(
-                *batch, job.temperature, None if extra is None else extra[0]
-            )
+    with experience.states.of(positions, batch[0], batch[1]):
+        logprobs, values, mixed_in = strategy.module(
+            *batch, job.temperature, None if extra is None else extra[0]
+        )
     mask = experience.mask[positions].to(strategy.device)  # (b,T)
     seen = [None if x is None else aligned(x, batch[2], mask) for x in (logprobs, values)]
     assert seen[0] is not None

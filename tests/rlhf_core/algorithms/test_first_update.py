@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from rlhf_core.errors import TrainingFailure
-from rlhf_core.jobs import GRPOJob, LoRA, PPOJob, ReinforcePPJob, Resources, RLOOJob
+from rlhf_core.jobs import GRPOJob, PPOJob, ReinforcePPJob, Resources, RLOOJob
 from rlhf_core.nn import modules
 from rlhf_core.training.online import experience
 
@@ -46,24 +46,16 @@ def rows(monkeypatch):
     return found
 
 
-# kind, settings, rows whose second pass is saved in each rollout but the first; two and more where
-# it is those of the first micro-batch
+# kind, settings, rows whose second pass is saved in each rollout but the first
 VARIANTS = {
     "grpo": (GRPOJob, {}, 8),
     "grpo-minibatches": (GRPOJob, {"minibatches": 2, "epochs": 2}, 4),
     "grpo-top": (GRPOJob, {"trainable_layers": 1}, 8),
     "rloo": (RLOOJob, {"kl_coef": 0.0}, 8),
-    "rloo-kl": (RLOOJob, {"kl_coef": 0.1}, "some"),
+    "rloo-kl": (RLOOJob, {"kl_coef": 0.1}, 0),
     "reinforce_pp": (ReinforcePPJob, {"kl_coef": 0.0}, 4),
-    "reinforce_pp-kl": (ReinforcePPJob, {"kl_coef": 0.1}, "some"),
-    "ppo": (PPOJob, {"ppo_epochs": 2, "minibatches": 2, "batch_size": 8}, "some"),
-    "ppo-top": (PPOJob, {"trainable_layers": 1}, "some"),
-    "ppo-lora": (PPOJob, {"lora": LoRA(rank=2, alpha=8)}, "some"),
-    "ppo-checkpointing": (
-        PPOJob,
-        {"resources": Resources(micro_batch_size=2, device="cpu", gradient_checkpointing=True)},
-        "some",
-    ),
+    "reinforce_pp-kl": (ReinforcePPJob, {"kl_coef": 0.1}, 0),
+    "ppo": (PPOJob, {"ppo_epochs": 2, "minibatches": 2, "batch_size": 8}, 0),
 }
 
 
@@ -79,13 +71,12 @@ def test_training_ends_in_the_same_bytes(inputs, name, rows, stages, monkeypatch
     whole = module.score
     monkeypatch.setattr(module, "score", lambda *given, **_: whole(*given))
     assert stages.run_here(job, f"first-update-{name}-whole") == found
-    difference = (sum(rows) - fewer) / (ROLLOUTS - 1)
-    assert 2 <= difference < 8 if saved == "some" else difference == saved
+    assert (sum(rows) - fewer) / (ROLLOUTS - 1) == saved
 
 
 def test_text_that_is_mixed_in_goes_through_with_its_replies(inputs, data, stages):
-    """It shares the pass of the update, which is then not saved."""
-    job = make(PPOJob, inputs, ptx=data["sft"], ptx_coef=1.0)
+    """It shares the pass of the update to which the old log-probabilities were left."""
+    job = make(GRPOJob, inputs, ptx=data["sft"], ptx_coef=1.0)
     _, lines = stages.run_here(job, "first-update-mixed-in")
     assert all(line["ptx_loss"] > 0 for line in lines)
 
