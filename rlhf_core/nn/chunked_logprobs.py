@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf_core.losses.reductions import upcast
-from rlhf_core.nn.in_place_gradients import gathered, hand_over
 from rlhf_core.nn.vocabulary_head import _finish
 
 # Most logits held at once, and most rows: on a CPU 256 rows already keep the units busy and more
@@ -101,10 +100,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.kept = []  # they are changed in place below: a second backward pass computes them anew
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         grad_h = torch.empty_like(hidden) if need_h else None
-        place = gathered(weight, norms.dtype) if need_w else None
-        grad_w = place
-        if need_w and grad_w is None:
-            grad_w = torch.empty_like(weight, dtype=norms.dtype)
+        grad_w = torch.empty_like(weight, dtype=norms.dtype) if need_w else None
         grad_b = torch.zeros_like(bias, dtype=norms.dtype) if need_b else None
         start = 0
         with torch.autocast(hidden.device.type, enabled=False):
@@ -140,7 +136,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_h[rows] = grad @ w
                 if grad_w is not None:
                     h = h.to(options.dtype)
-                    added = place is not None or rows.start > 0
+                    added = rows.start > 0
                     if grad_w.dtype == options.dtype:
                         grad_w.addmm_(grad.t(), h, beta=float(added))
                     elif added:  # the product in half precision, its sum in fp32
@@ -149,7 +145,7 @@ class _TokenLogprobs(torch.autograd.Function):
                         grad_w.copy_(grad.t() @ h)
         return (
             grad_h,
-            hand_over(weight, grad_w) if grad_w is not None and place is None else None,
+            grad_w.to(weight.dtype) if grad_w is not None else None,
             grad_b.to(bias.dtype) if grad_b is not None else None,
             None,
             None,

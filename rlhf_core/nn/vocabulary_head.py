@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from rlhf_core.losses.reductions import upcast
 from rlhf_core.nn.backbone import backbone, causal_lm, eval_mode
-from rlhf_core.nn.in_place_gradients import is_linear
 from rlhf_core.nn.probe_model import once
 from rlhf_core.nn.small_batch_linear import linear
 
@@ -63,7 +62,7 @@ def _read_head(lm: Any) -> Head | None:
     if layer is None:
         raise ValueError(f"{type(lm).__name__} has no vocabulary head; a causal LM is needed")
     # an adapter on the head starts as no change at all, so no check could see it
-    if not is_linear(layer):
+    if type(layer) is not nn.Linear:
         return None
     config = lm.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)

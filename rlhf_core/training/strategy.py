@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from rlhf_core.errors import ConfigError, NonFinite
 from rlhf_core.jobs import Precision, Resources
-from rlhf_core.nn.in_place_gradients import add_in_place
 from rlhf_core.nn.modules import padding_cost
 from rlhf_core.runtime.distributed import Group, computes_in_bf16
 
@@ -82,7 +81,6 @@ class Strategy:
         ordered = [p for g in optimizer.param_groups for p in g["params"]]
         self._params = dict(zip(self._names, ordered, strict=True))
         if self.alone():
-            add_in_place(module)
             self.module, self._optimizer = module, optimizer
             return module
         if self.device.type == "cpu":

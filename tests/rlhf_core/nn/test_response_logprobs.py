@@ -201,36 +201,6 @@ def test_a_second_backward_pass_computes_what_the_first_one_used_up() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, weight), first)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_head_adds_to_a_gradient_in_place_only_where_it_may(dtype: torch.dtype) -> None:
-    hidden, weight, _, targets = tensors(torch.float64)
-
-    def gradient(in_place: bool) -> tuple[Tensor, bool]:
-        parameter = nn.Parameter(weight.float() if dtype == torch.bfloat16 else weight.clone())
-        parameter.adds_in_place = in_place
-        places = []
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            for part in (slice(0, 3), slice(3, 7), slice(7, None)):
-                h = hidden[part].to(parameter.dtype)
-                given = (
-                    chunked_logprobs.token_logprobs(h, parameter, targets[part], chunk=2)
-                    .square()
-                    .sum()
-                )
-                incoming: list[Tensor | None] = []
-                handle = parameter.register_hook(incoming.append)
-                given.backward()
-                handle.remove()
-                places.append(any(g is not None for g in incoming))
-        return parameter.grad, places
-
-    want, all_come = gradient(False)
-    found, come = gradient(True)
-    torch.testing.assert_close(found, want)
-    assert all_come == [True] * 3
-    assert come == [False] * 3  # the first becomes the gradient, the others add to it
-
-
 def test_token_logprobs_without_entropy_has_the_same_gradient() -> None:
     hidden, weight, _, targets = tensors(torch.float32)
     hidden.requires_grad_()
