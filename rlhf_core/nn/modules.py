@@ -12,14 +12,12 @@ d hidden size, B sequences, S positions. Sequences are right-padded.
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.nn.backbone import BareBackbone, backbone, backbone_hidden, causal_lm
-from rlhf_core.nn.last_mlp import only_at
 from rlhf_core.nn.padding import Batch
 from rlhf_core.nn.response_logprobs import response_logprobs
 from rlhf_core.nn.shared_prompt import block_mask, ends_of
@@ -102,13 +100,9 @@ class ScalarModel(nn.Module):
 
     def _of_pairs(self, input_ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
         ends = [ends_of(segments, reply) for reply in (1, 2)]  # (B,) each
-        read = torch.zeros_like(segments, dtype=torch.bool)  # (B,S)
-        read.scatter_(1, torch.stack(ends, dim=1), True)
-        whole = self.pooling != "last"
-        with contextlib.nullcontext() if whole else only_at(self.backbone, read):
-            hidden = backbone_hidden(
-                BareBackbone(self.backbone), input_ids, block_mask(segments), positions
-            )  # (B,S,d)
+        hidden = backbone_hidden(
+            BareBackbone(self.backbone), input_ids, block_mask(segments), positions
+        )  # (B,S,d)
         pooled = []
         for reply, end in enumerate(ends, start=1):
             if self.pooling == "mean":
