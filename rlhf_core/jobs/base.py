@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 LARGEST = 2**31 - 1  # counts and seconds: what every library below can hold
@@ -28,6 +30,10 @@ Format = Literal[
 Purpose = Literal["sft", "preference", "unpaired", "prompts", "pretrain"]
 
 
+class RenamedSetting(FutureWarning):
+    """A setting was given by its old name."""
+
+
 class Settings(BaseModel):
     """Base of all settings: frozen, strict about names, described by their docstrings."""
 
@@ -35,6 +41,28 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(),
         allow_inf_nan=False,  # JSON has neither: what was written down would read as nothing
     )  # fmt: skip
+
+    renamed: ClassVar[Mapping[str, str]] = {}  # old name of a setting -> its name today
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_names(cls, data: Any) -> Any:
+        """Settings under the name that they had one version ago are taken, with a warning."""
+        if not isinstance(data, dict):
+            return data
+        for old, new in cls.renamed.items():
+            if old not in data:
+                continue
+            if new in data:
+                raise ValueError(f"{old} is the old name of {new}, and both are set: remove {old}")
+            data = {new if name == old else name: value for name, value in data.items()}
+            warnings.warn(
+                f"the setting {old} is now called {new}; the old name is accepted in this version "
+                "and will be refused in the next: rename it",
+                RenamedSetting,
+                stacklevel=2,
+            )
+        return data
 
     @field_validator("*")
     @classmethod
@@ -59,6 +87,11 @@ def _strings(value: Any) -> list[str]:
 class Resources(Settings):
     """Where and how a stage runs. None of it changes what the stage computes or its stage key."""
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "stop_seconds": "stop_timeout",
+        "store_patience": "store_timeout",
+    }
+
     ranks: PositiveInt = 1
     """Training processes (one GPU each, or one share of the CPU cores)."""
     strategy: Strategy = "ddp"
@@ -80,10 +113,10 @@ class Resources(Settings):
     collective_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 1800
     """Seconds after which a rank that waits for another one gives up; the job then ends with every
     rank's Python stack in its log, and is tried again from its last checkpoint."""
-    stop_seconds: Annotated[int, Field(ge=1, le=27)] = 15
+    stop_timeout: Annotated[int, Field(ge=1, le=27)] = 15
     """Seconds that ranks have after SIGTERM (a cancelled run, a drained node) to finish their step
     and store a checkpoint; torchrun kills after 30."""
-    store_patience: Annotated[int, Field(ge=0, le=LARGEST)] = 900
+    store_timeout: Annotated[int, Field(ge=0, le=LARGEST)] = 900
     """Seconds for which a finished stage waits for a store that is away before it gives up;
     checkpoints are tried again for as long as training goes on."""
 

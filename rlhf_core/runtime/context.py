@@ -68,7 +68,7 @@ class StageContext:
             rank=int(os.environ.get("RANK", "0")),
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            patience=job.placement().store_patience,
+            patience=job.placement().store_timeout,
         )
 
     @property

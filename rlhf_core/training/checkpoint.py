@@ -44,7 +44,7 @@ class Checkpointer:
         self._store = context.store.scoped(f"checkpoints/{context.key}")
         self._uploads = Uploader(self._publish)
         self._saved = 0  # step of the newest checkpoint of this process
-        stop.seconds = job.placement().stop_seconds
+        stop.seconds = job.placement().stop_timeout
         stop.uploading = lambda: not self._uploads.wait(0)
         stop.phase = "training"
 

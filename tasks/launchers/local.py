@@ -115,7 +115,7 @@ class LocalTorchrun:
     def _patience(self, jobs: list[Job]) -> float:
         if self.patience is not None:
             return self.patience
-        return max(job.placement().stop_seconds for job in jobs) + KILL_SECONDS
+        return max(job.placement().stop_timeout for job in jobs) + KILL_SECONDS
 
     def _watch(
         self, tree: ProcessTree, memory: Memory, tails: list[_Tail], on_progress: ProgressSink

@@ -85,7 +85,7 @@ def test_hanging_rank_ends_the_job_with_every_stack_in_the_log(place, inputs):
 @pytest.mark.chaos
 def test_rank_that_cannot_come_to_a_step_leaves_by_itself(place, inputs):
     """A single rank in the middle of a step that does not end."""
-    job = make_job(inputs, "sft", {"ranks": 1, "stop_seconds": 3})
+    job = make_job(inputs, "sft", {"ranks": 1, "stop_timeout": 3})
     mark = place.folder / "hangs"
     process = place.start(job, [{"what": "sleep", "update": 4, "once": str(mark)}])
     while not mark.with_name("hangs-0").exists():

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core.errors import ConfigError
-from rlhf_core.jobs import ImportModelJob, parse_job
+from rlhf_core.errors import ConfigError, PreflightError
+from rlhf_core.jobs import ImportModelJob, Resources, parse_job
+from rlhf_core.jobs.base import RenamedSetting
+from rlhf_core.pipeline.presets import build_config
 from rlhf_core.runtime.job_file import read_job
 
 
@@ -39,3 +41,22 @@ def test_file_that_is_no_job_is_refused(tmp_path: Path, content: bytes, message:
 def test_job_survives_the_way_through_its_file() -> None:
     job = ImportModelJob(source="random:llama", seed=3)
     assert parse_job(job.model_dump_json()) == job
+
+
+def test_old_name_of_a_setting_is_accepted_with_a_warning() -> None:
+    with pytest.warns(RenamedSetting, match="stop_seconds is now called stop_timeout"):
+        assert Resources(stop_seconds=3) == Resources(stop_timeout=3)
+    with pytest.warns(RenamedSetting, match="store_patience is now called store_timeout"):
+        config = build_config("smoke", ["ppo.resources.store_patience=7"])
+    assert config.ppo.resources is not None and config.ppo.resources.store_timeout == 7
+
+
+def test_old_and_new_name_of_a_setting_are_not_taken_together() -> None:
+    overrides = ["resources.stop_seconds=3", "resources.stop_timeout=4"]
+    with pytest.raises(PreflightError, match="both are set: remove stop_seconds"):
+        build_config("smoke", overrides)
+
+
+def test_today_s_names_warn_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    build_config("smoke", ["resources.stop_timeout=4"])
+    assert not [w for w in recwarn if issubclass(w.category, RenamedSetting)]

@@ -33,7 +33,7 @@ def away_until(clock, when, answer="stored"):
 
 def test_result_outlasts_ten_minutes_without_a_store(monkeypatch, capsys):
     clock = Clock(monkeypatch)
-    patience = Resources().store_patience
+    patience = Resources().store_timeout
     assert uploads.patiently(away_until(clock, 600), "the result", patience) == "stored"
     assert clock.now < 630
     assert clock.sleeps == [1, 2, 4, 8, 16] + [30] * 19  # 31 s, then the longest pause
