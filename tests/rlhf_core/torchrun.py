@@ -1,30 +1,53 @@
 """Starts real ranks for tests."""
 
+from __future__ import annotations
+
+import atexit
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+from tasks.launchers.fork_client import Template
+
 ROOT = Path(__file__).resolve().parents[2]
+HANGS = 1500.0  # seconds; a busy machine may need several minutes
+_server: Template | None = None
 
 
-def run_ranks(size: int, module: str, *files: str, env=None, timeout: float = 400):
-    """Run a module's `main(files)` on ranks under torchrun, as the launcher does; fails the test
-    with the output if it fails."""
-    command = [
-        sys.executable, "-W", "ignore", "-m", "rlhf_core.runtime.torchrun", str(size), module,
-        *files,
-    ]  # fmt: skip
+def run_ranks(
+    size: int, module: str, *files: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a module's `main(files)` on ranks under torchrun's agent, as the launcher does.
+
+    All ranks of a test process come from one fork server, which imports torch and transformers
+    once. Output and errors are both in `stdout`. Fails the test with the output if a rank fails.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
         **(env or {}),
     }
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+    global _server
+    if _server is None:
+        _server = Template(environment)
+        _server.warm("rlhf_core.__main__")
+        atexit.register(_server.close)
+    stage = _server.fork(size, module, files, environment)
+    assert stage is not None, "the fork server has ended"
+    watch = threading.Timer(HANGS, stage.kill)
+    watch.start()
+    try:
+        said = stage.stdout.read().decode("utf-8", "replace")
+        code = stage.wait()
+    finally:
+        watch.cancel()
+        stage.kill()
+        stage.stdout.close()
+    assert code == 0, f"exit code {code}\n{said[-6000:]}"
+    return subprocess.CompletedProcess([sys.executable, module, *files], code, said)
