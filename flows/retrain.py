@@ -1,4 +1,4 @@
-"""Scheduled retraining: nothing is done without new data, and nothing worse is published."""
+"""Scheduled retraining: it trains when there is new data, and publishes only a better model."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def rlhf_retrain(
     force: bool = False,
     jitter: Annotated[int, Field(ge=0, le=86_400)] = 0,
 ) -> State[Any]:
-    """Trains when data, model or settings are new, and publishes what passes the gates; what does
-    not is kept as a candidate.
+    """Trains when data, model or settings are new, and publishes a model that passes the gates.
+    One that fails a gate is kept as a candidate.
 
     Args:
         config: settings of the pipeline.
         gates: what the new model must reach, on its own and against the published one.
         force: train also when nothing is new.
-        jitter: seconds; it begins at a random moment within them. For a schedule's parameters: many
-            systems with one schedule do not begin all at once.
+        jitter: seconds; the run starts at a random moment within them. For the parameters of a
+            schedule that many systems have, so that they do not start all at once.
     """
     config = resolve_preset(config)
     log = get_run_logger()
     flow_run = runtime.flow_run.id
     if (other := schedule.done_by(flow_run)) is not None:
-        text = f"missed, and made good by the run that began at {other:%Y-%m-%d %H:%M:%S %Z}"
+        text = f"missed; the run of {other:%Y-%m-%d %H:%M:%S %Z} did its work"
         say(log, "note", "retrain", f"skipped: {text}")
         return Completed(name=schedule.SKIPPED, message=text)
     with watched():
@@ -73,31 +73,15 @@ def rlhf_retrain(
         say(log, "note", "retrain", text)
         return Completed(name="NothingNew", message=text)
     with watched():
-        measured = measurements(config)[-1]
-        stages.preflight(config, measured)
+        last_stage = measurements(config)[-1]
+        stages.preflight(config, last_stage)
         with recorded(run):
-            try:
-                for stage in pipeline(run):
-                    if stage == measured:
-                        break
-                verdict = _compare(run, gates)
-            except GateFailed as failed:  # one of the pipeline's own gates
-                text = f"not promoted: {failed}"
-                verdict = {"failed": ["pipeline"], "text": text, "markdown": text}
-            if not verdict["failed"]:
-                publish(run, run.artifacts_by_role["model"], run.stages["evaluate"].digest)
-            elif "evaluate" in run.stages:
-                keep_candidate(
-                    run,
-                    run.artifacts_by_role["model"],
-                    run.stages["evaluate"].digest,
-                    verdict["text"],
-                )
+            verdict = _train(run, gates, last_stage)
             report(run)
             create_markdown_artifact(
                 verdict["markdown"], key="promotion", description=verdict["text"]
             )
-    # Written last: a run that died in the middle is done again.
+    # Written last, so that a run that died in the middle is repeated.
     run.store.write_record(
         path,
         {"state": state, "time": now(), "run": run.id, "promoted": not verdict["failed"]},
@@ -107,8 +91,34 @@ def rlhf_retrain(
     return Completed(name=name, message=verdict["text"], data=run.summary())
 
 
+def _train(run: Run, gates: Gates, last_stage: str) -> dict[str, Any]:
+    """Run the pipeline, and publish the model or keep it as a candidate.
+
+    Args:
+        last_stage: the last one before publishing.
+
+    Returns:
+        The verdict of the gates, as `judge` gives it.
+    """
+    try:
+        for stage in pipeline(run):
+            if stage == last_stage:
+                break
+        verdict = _compare(run, gates)
+    except GateFailed as failed:  # one of the pipeline's own gates
+        text = f"not promoted: {failed}"
+        verdict = {"failed": ["pipeline"], "text": text, "markdown": text}
+    if "evaluate" in run.stages:
+        model, evaluation = run.artifacts_by_role["model"], run.stages["evaluate"].digest
+        if verdict["failed"]:
+            keep_candidate(run, model, evaluation, verdict["text"])
+        else:
+            publish(run, model, evaluation)
+    return verdict
+
+
 def _source_state(config: PipelineConfig, store: Store) -> str:
-    """A digest of the settings and of everything that they read."""
+    """Digest of the settings and of all data and models that they name."""
     parts = {
         "config": config.model_dump(mode="json", exclude={"resources", "launcher", "name"}),
         "model": model_fingerprint(config.model.source, config.model.revision),
@@ -120,7 +130,7 @@ def _source_state(config: PipelineConfig, store: Store) -> str:
 
 
 def _compare(run: Run, gates: Gates) -> dict[str, Any]:
-    """The challenger against the gates, and against the champion where there is one."""
+    """Judge the new model by the gates, and against the champion if there is one."""
     evaluation = read_evaluation(run.store, run.stages["evaluate"].digest)
     compared = compare_with_champion(run)
     comparison = read_evaluation(run.store, compared.digest) if compared is not None else None

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.listing import StoreUrl, open_now, size_text, table
+from flows.cli.listing import open_now, size_text, table
+from flows.cli.options import StoreUrl
 
 if TYPE_CHECKING:
     from rlhf_core.store import Store

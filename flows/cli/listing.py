@@ -1,4 +1,4 @@
-"""The commands that look at the store: `rlhf runs` and `rlhf artifacts ...` (gc: collecting.py)."""
+"""The commands that look at the store: `rlhf runs` and `rlhf artifacts ...` (gc: gc.py)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.cli.options import StoreUrl
+
 if TYPE_CHECKING:
     from rlhf_core.store import Artifact, Store
 
 artifacts = typer.Typer(
     help="What the store holds: list, show, tree, pull, verify, gc.", no_args_is_help=True
 )
-
-StoreUrl = Annotated[
-    str | None,
-    typer.Option("--store", help="Artifact store: a folder, file:// or s3:// (or $RLHF_STORE)."),
-]
 
 
 def runs(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.listing import StoreUrl, open_now, size_text, table, tree_lines
+from flows.cli.listing import open_now, size_text, table, tree_lines
+from flows.cli.options import StoreUrl
 
 if TYPE_CHECKING:
     from rlhf_core.store import Artifact, Store

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.listing import StoreUrl, open_now
+from flows.cli.listing import open_now
+from flows.cli.options import StoreUrl
 
 if TYPE_CHECKING:
     from rlhf_core.playground.catalogue import RunChoices

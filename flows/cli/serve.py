@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.cli.listing import StoreUrl, open_now
+from flows.cli.listing import open_now
+from flows.cli.options import StoreUrl, TrustRemoteCode
 
 KEY = "RLHF_API_KEY"
 
@@ -26,9 +27,7 @@ def serve(
     engine: Annotated[
         str, typer.Option(help="transformers, vllm, or auto: vllm where it is installed.")
     ] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that came with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     store: StoreUrl = None,
 ) -> None:  # fmt: skip
     """Serve a model to any OpenAI client: the newest published one, or any stage's."""

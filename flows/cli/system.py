@@ -59,7 +59,7 @@ class System:
 
 
 def folder() -> Path:
-    return rlhf_home() / "system"
+    return rlhf_home() / "system"  # flows.cli.main looks there for system.json
 
 
 def read() -> System | None:

@@ -9,7 +9,6 @@ import copy
 import difflib
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,20 +18,13 @@ from pydantic import ValidationError
 from rlhf_core.errors import ConfigError, PreflightError
 from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.pipeline.explain import _REPR, _short, explain
+from rlhf_core.pipeline.preset_files import preset_names, preset_text
 
 # Sections whose `resources` lie over the top-level `resources`.
 STAGE_SECTIONS = (
     *((stage,) for stage in get_args(TrainingStage)),
     ("evaluate",), ("lm_eval",), ("data", "preference"), ("data", "rounds"),
 )  # fmt: skip
-
-
-def preset_names() -> list[str]:
-    """Names of the presets that come with the project, sorted."""
-    folder = files("deployments") / "presets"
-    return sorted(
-        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
-    )
 
 
 def load_preset(name_or_path: str | Path) -> dict[str, Any]:
@@ -44,8 +36,7 @@ def load_preset(name_or_path: str | Path) -> dict[str, Any]:
     text = str(name_or_path)
     names = preset_names()
     if text in names:
-        resource = files("deployments") / "presets" / f"{text}.yaml"
-        return _parse(resource.read_text("utf-8"), f"preset {text}")
+        return _parse(preset_text(text), f"preset {text}")
     looks_like_a_path = "/" in text or text.endswith((".yaml", ".yml", ".json"))
     if not looks_like_a_path and not os.path.isfile(text):
         close = difflib.get_close_matches(text, names, 1)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from rlhf_core.store.local import free_bytes
-from rlhf_core.store.settings import rlhf_home
+from rlhf_core.system.home import rlhf_home
 
 log = logging.getLogger("rlhf_core.store")
 

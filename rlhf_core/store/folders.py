@@ -18,7 +18,8 @@ from rlhf_core.store.blobs import download_blob, remove_parts
 from rlhf_core.store.cache import hold, locked, make_room
 from rlhf_core.store.local import file_errors, hash_file, require_space
 from rlhf_core.store.parallel import FILES_AT_ONCE, in_parallel
-from rlhf_core.store.settings import read_settings, rlhf_home
+from rlhf_core.store.settings import read_settings
+from rlhf_core.system.home import rlhf_home
 
 
 def walk(folder: Path) -> dict[str, Path]:

@@ -10,8 +10,9 @@ from rlhf_core.errors import ConfigError
 from rlhf_core.store.artifact import check_path
 from rlhf_core.store.backend import Backend
 from rlhf_core.store.local import LocalBackend
-from rlhf_core.store.settings import StoreSettings, read_settings, rlhf_home
+from rlhf_core.store.settings import StoreSettings, read_settings
 from rlhf_core.store.store import Store
+from rlhf_core.system.home import rlhf_home
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[a-z0-9A-Z][a-zA-Z0-9._-]{1,254}")

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from rlhf_core.store.artifact import Artifact
-from rlhf_core.store.settings import rlhf_home
 from rlhf_core.store.store import Store
+from rlhf_core.system.home import rlhf_home
 
 
 def published_folder(name: str) -> Path:

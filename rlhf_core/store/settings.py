@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError
@@ -71,15 +70,3 @@ def read_settings() -> StoreSettings:
             for item in error.errors()
         )
         raise ConfigError(f"store settings are not valid: {problems}") from error
-
-
-def rlhf_home() -> Path:
-    """The folder for everything local: ``$RLHF_HOME``, else the nearest ``.rlhf`` folder upward
-    from the working directory, else ``./.rlhf`` (which need not exist yet)."""
-    if home := os.environ.get("RLHF_HOME"):
-        return Path(home).expanduser().absolute()
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / ".rlhf").is_dir():
-            return folder / ".rlhf"
-    return here / ".rlhf"

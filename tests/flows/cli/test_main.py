@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhf_core.pipeline.presets import preset_names
+from rlhf_core.pipeline.preset_files import preset_names
 from rlhf_core.store import open_store
 
 

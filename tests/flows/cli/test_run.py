@@ -98,7 +98,7 @@ def test_stopped_run_leaves_no_process_and_says_how_to_go_on(command, number, co
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == code, err
-    assert "The same command goes on from the last checkpoint" in err
+    assert "Run the same command again to resume from the last checkpoint" in err
     assert "Traceback" not in out + err
     assert psutil.wait_procs(family, timeout=2)[1] == []
     [path] = command.store.list_records("runs/")
@@ -118,7 +118,7 @@ def test_run_cancelled_on_the_servers_page_ends_as_cancelled(command, prefect_se
         out, err = process.communicate(timeout=40)
         assert api.get(f"/flow_runs/{run['id']}").json()["state_type"] == "CANCELLED"
     assert process.returncode == 143
-    assert "The same command goes on from the last checkpoint" in err
+    assert "Run the same command again to resume from the last checkpoint" in err
     assert "Traceback" not in out + err
     assert psutil.wait_procs(family, timeout=2)[1] == []
 
@@ -143,7 +143,7 @@ def test_signal_to_the_whole_group_ends_the_run_and_then_its_server(command, num
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == code, err
-    assert "The same command goes on from the last checkpoint" in err
+    assert "Run the same command again to resume from the last checkpoint" in err
     assert "Traceback" not in err
     assert psutil.wait_procs(family, timeout=5)[1] == []
     [path] = command.store.list_records("runs/")

@@ -7,11 +7,11 @@ from pydantic import BaseModel
 
 from rlhf_core.errors import ConfigError, PreflightError
 from rlhf_core.jobs import DataSettings, PipelineConfig, SampledPreferences
+from rlhf_core.pipeline.preset_files import preset_names
 from rlhf_core.pipeline.presets import (
     apply_overrides,
     build_config,
     load_preset,
-    preset_names,
     resolve_preset,
 )
 

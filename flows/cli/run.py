@@ -1,0 +1,192 @@
+"""The commands that run a pipeline: `rlhf run`, `stage`, `submit`, `retry` and `cancel`."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from flows.cli.completion import complete_stage
+from flows.cli.options import ConfigFile, Overrides, Preset, RunId, StoreUrl, Verbose
+from rlhf_core.errors import ConfigError, PreflightError
+from rlhf_core.system.secrets import hide
+
+if TYPE_CHECKING:
+    from rlhf_core.jobs import PipelineConfig
+
+
+def run(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    store: StoreUrl = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show the settings; start nothing.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the whole pipeline. Stages whose result is in the store are reused."""
+    settings = _settings(preset, config, overrides, store)
+    if dry_run:
+        _dry_run(settings)
+    else:
+        _run(settings, "publish", verbose)
+
+
+def stage(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="model, data, sft, label, reward, ppo, evaluate ...",
+            autocompletion=complete_stage,
+        ),
+    ],
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    store: StoreUrl = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run the pipeline up to one stage. Stages whose result is in the store are reused."""
+    from rlhf_core.pipeline.recipe import stage_names, steps
+
+    settings = _settings(preset, config, overrides, store)
+    names = stage_names(settings)
+    if name not in {*names, *(step.algorithm for step in steps(settings))}:
+        close = difflib.get_close_matches(name, names, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"There is no stage {name!r}.{hint} Stages: {', '.join(names)}.")
+    _run(settings, name, verbose)
+
+
+def submit(preset: Preset = None, config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Start a pipeline on the workers of a running system (`rlhf up`), and return."""
+    from flows.cli import remote
+    from rlhf_core.jobs import WorkPoolLauncher
+
+    settings = _settings(preset, config, overrides, None)
+    typer.echo(remote.submit(settings.model_copy(update={"launcher": WorkPoolLauncher()})))
+
+
+def retry(run: RunId = "last", store: StoreUrl = None, verbose: Verbose = False) -> None:
+    """Run a failed run again: finished stages are reused, the failed one resumes."""
+    from flows.cli import remote
+    from rlhf_core.store import open_store
+
+    url, settings = remote.retry(open_store(store), run)
+    if settings is None:
+        typer.echo(f"scheduled: {url}")
+    else:
+        _run(settings, "publish", verbose)
+
+
+def cancel(run: RunId = "last", store: StoreUrl = None) -> None:
+    """Cancel a run. Its processes end; its last checkpoint is kept."""
+    from flows.cli import remote
+    from rlhf_core.store import open_store
+
+    typer.echo(remote.cancel(open_store(store), run))
+
+
+# --------------------------------------------------------------------------- settings
+
+
+def _settings(
+    preset: str | None, config: Path | None, overrides: list[str] | None, store: str | None
+) -> PipelineConfig:
+    from rlhf_core.pipeline.presets import build_config
+
+    if preset is not None and config is not None:
+        raise typer.BadParameter("give --preset or --config, not both")
+    source: Any = {}
+    if preset is not None:
+        source = preset
+    elif config is not None:
+        source = _existing(config)
+    settings = build_config(source, overrides or [])
+    return settings if store is None else settings.model_copy(update={"store": store})
+
+
+def _existing(path: Path) -> Path:
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; needed is a YAML file with settings.")
+        if not path.exists():
+            raise ConfigError(f"There is no file {path}.")
+    except OSError as error:
+        raise ConfigError(f"Cannot read {str(path)[:300]}: {error.strerror}.") from error
+    return path.absolute()
+
+
+def _dry_run(settings: PipelineConfig) -> None:
+    import yaml
+
+    from rlhf_core.preflight.check import check
+
+    problems = check(settings)
+    shown = settings.model_dump(mode="json", exclude_unset=True)
+    typer.echo(hide(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()))
+    if problems:
+        raise PreflightError(problems)
+    typer.echo("\nPreflight passed; nothing was started.")
+
+
+# --------------------------------------------------------------------------- running
+
+
+def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
+    from flows.server import TemporaryServer, choose_server
+    from rlhf_core.store import open_store
+    from tasks.launchers import launcher_for
+
+    began = time.monotonic()
+    store = open_store(settings.store)
+    server = choose_server()
+    typer.echo(f"rlhf: {settings.name}")
+    typer.echo(f"  store     {store.url}")
+    waiting = "" if server.url else "; it takes some seconds to start"
+    typer.echo(f"  prefect   {server.text}{waiting}")
+    temporary = TemporaryServer() if server.url is None else None
+    # The stages' imports run in another process while this one imports Prefect.
+    launcher_for(settings.launcher).prepare()
+    from prefect.exceptions import Abort
+
+    from flows.cli.console import Console, take_over
+    from flows.rlhf import rlhf_pipeline
+
+    signal.signal(signal.SIGTERM, _terminated)
+    take_over(Console(verbose=verbose, link=server.url is not None))
+    if temporary is not None:
+        temporary.wait()
+    try:
+        summary = rlhf_pipeline(settings, until=until)  # type: ignore[call-overload]
+    except Abort:  # cancelled on the server's page
+        raise SystemExit(128 + signal.SIGTERM) from None
+    _print_summary(settings, summary, time.monotonic() - began)
+
+
+def _print_summary(settings: PipelineConfig, summary: dict[str, Any], took: float) -> None:
+    from tasks.events import seconds
+
+    results = summary["stages"].values()
+    reused = sum(result["reused"] for result in results)
+    note = f", {reused} of {len(results)} stages reused" if reused else ""
+    typer.echo(f"\nDone in {seconds(took)}{note}.")
+    if summary["model"]:
+        typer.echo(f"  model     {summary['model']}")
+    report = Path(summary["report"])
+    typer.echo(f"  report    {report.with_suffix('.html')}")
+    if (curves := report.with_name("curves.png")).exists():
+        typer.echo(f"  curves    {curves}")
+    if summary["model"]:
+        option = f" --store {shlex.quote(settings.store)}" if settings.store else ""
+        typer.echo(f"  chat      rlhf chat {settings.publish.name}{option}")
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
