@@ -26,6 +26,10 @@ Every command and its options. `--help` after any of them shows the same.
 
 An error that you can act on is one message on stderr, with exit code 1. Ctrl-C ends a run and all
 its processes with exit code 130, SIGTERM with 143.
+
+`rlhf --version` shows the versions of the main packages. After `rlhf --install-completion` the
+shell completes commands, options, presets, stages and run ids; `rlhf --show-completion` prints the
+script, to install it by hand.
 """
 
 

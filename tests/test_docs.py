@@ -62,6 +62,8 @@ def headings(page: Path) -> set[str]:
 def parse(arguments: list[str]) -> Any:
     """The command's context; raises what the command line would refuse."""
     command: Any = typer.main.get_command(app)
+    if arguments and arguments[0] in {o for param in command.params for o in param.opts}:
+        return None  # such as `rlhf --version`
     while arguments and hasattr(command, "commands"):
         assert arguments[0] in command.commands, f"there is no command {arguments[0]}"
         command = command.commands[arguments[0]]
