@@ -49,7 +49,9 @@ def commands(page: Path, program: str) -> list[list[str]]:
     found = []
     for line in lines:
         if re.match(rf"(\S*/)?{program}( |$)", line):
-            found.append(shlex.split(line, comments=True)[1:])
+            arguments = shlex.split(line, comments=True)[1:]
+            ends = (i for i, word in enumerate(arguments) if word in ("||", "&&", "|", ">", "&"))
+            found.append(arguments[: next(ends, None)])
     return found
 
 
