@@ -1,4 +1,4 @@
-"""What can be said about a data set before a GPU is taken: its first rows, without torch."""
+"""Checks a data source before a run starts, by reading its first rows. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import DataSettings, Purpose
 from rlhf_core.store import Store
 
-LOOKED_AT = 100
+ROWS_CHECKED = 100
 
 
 def check_source(
     settings: DataSettings, purpose: Purpose | None = None, store: Store | None = None
 ) -> list[str]:
-    """Problems of a data source, found by reading its first 100 rows; no text: none found.
+    """Problems found in the first ROWS_CHECKED rows of a data source, one text each.
 
     Args:
         purpose: what the rows are for; None checks only that they can be read.
-        store: where votes and thumbs are; None: the environment's.
+        store: holds the votes and thumbs; None: the store of the environment.
     """
     rows = open_rows(settings, store)
     try:
@@ -35,7 +35,7 @@ def check_source(
         if purpose is not None:
             check_purpose(format, purpose)
         good, bad = 0, ""
-        for raw in itertools.islice(rows, LOOKED_AT):
+        for raw in itertools.islice(rows, ROWS_CHECKED):
             if raw.dropped:
                 continue
             try:

@@ -14,15 +14,19 @@ from rlhf_core.store import Store, open_store
 
 
 def fingerprint(settings: DataSettings, store: Store | None = None) -> str:
-    """Identity of a source's contents: the same text as long as nothing in it changes.
+    """The identity of a source's contents; it changes when the contents change.
 
-    Local files: names and sha256 of their contents. S3: names, sizes and etags. Hub: the commit
-    that the revision names, or the revision when the hub cannot be asked. Built-in, and
-    reasoning-gym: the version of the package. Votes and thumbs: those that there are in the store
-    (None: the environment's).
+    - Local files: their names and the sha256 of their contents.
+    - S3: names, sizes and etags.
+    - Hub: the commit of the revision, or the revision if the hub does not answer.
+    - Built-in sets and reasoning-gym: the version of the package.
+    - Votes and thumbs: the records in the store.
+
+    Args:
+        store: holds the votes and thumbs; None: the store of the environment.
 
     Raises:
-        DataError, StoreUnavailable: as `find_files`; or there are no votes or thumbs.
+        DataError, StoreUnavailable: as `find_files`; or the store holds no votes or thumbs.
     """
     kind = source_kind(settings.source)
     if kind == "builtin":

@@ -1,7 +1,7 @@
-"""A function over a stream of pieces, in several processes, with results in order.
+"""Applies a function to a stream of items in several processes, with the results in order.
 
-Few pieces stay in this process. With many, at most two pieces per worker are under way, so memory
-does not grow with the stream. Workers end with this process, however it ends.
+A short stream is processed in this process. For a longer one at most two items per worker are in
+flight, so memory does not grow with the stream. Workers end with this process, however it ends.
 """
 
 from __future__ import annotations
@@ -20,36 +20,37 @@ from typing import Any
 from rlhf_core.errors import JobFailed
 from rlhf_core.system.cpus import cpu_cores
 
-SMALL = 6  # pieces up to which starting processes costs more than it saves
-MOST = 16
+MIN_ITEMS = 6  # pieces up to which starting processes costs more than it saves
+MAX_WORKERS = 16
 
 _work: Callable[[Any], Any] | None = None
 
 
 def ordered_map(
-    work: Callable[[Any], Any], pieces: Iterable[Any], workers: int | None = None
+    work: Callable[[Any], Any], items: Iterable[Any], workers: int | None = None
 ) -> Iterator[Any]:
-    """work(piece) for each piece, in order.
+    """work(item) for each item, in order.
 
     Args:
-        work: picklable.
-        workers: processes; None: one per core, 1: this process alone.
+        work: a picklable function.
+        workers: number of processes; None: one per core, 1: this process alone.
+
     Raises:
         JobFailed: a worker process died.
     """
-    count = min(workers or cpu_cores(), MOST)
-    stream = iter(pieces)
+    count = min(workers or cpu_cores(), MAX_WORKERS)
+    stream = iter(items)
     if count > 1:
-        first = list(itertools.islice(stream, SMALL))
+        first = list(itertools.islice(stream, MIN_ITEMS))
         stream = itertools.chain(first, stream)
-        if len(first) == SMALL:
+        if len(first) == MIN_ITEMS:
             yield from _in_processes(work, stream, count)
             return
-    for piece in stream:
-        yield work(piece)
+    for item in stream:
+        yield work(item)
 
 
-def _in_processes(work: Callable[[Any], Any], pieces: Iterable[Any], count: int) -> Iterator[Any]:
+def _in_processes(work: Callable[[Any], Any], items: Iterable[Any], count: int) -> Iterator[Any]:
     executor = ProcessPoolExecutor(
         count,
         mp_context=multiprocessing.get_context("spawn"),
@@ -58,8 +59,8 @@ def _in_processes(work: Callable[[Any], Any], pieces: Iterable[Any], count: int)
     )
     waiting: deque[Future[Any]] = deque()
     try:
-        for piece in pieces:
-            waiting.append(executor.submit(_run, piece))
+        for item in items:
+            waiting.append(executor.submit(_run, item))
             if len(waiting) >= 2 * count:
                 yield waiting.popleft().result()
         while waiting:
@@ -89,6 +90,6 @@ def _start(work: Callable[[Any], Any], parallelism: str | None) -> None:
         threading.Thread(target=follow, daemon=True).start()
 
 
-def _run(piece: Any) -> Any:
+def _run(item: Any) -> Any:
     assert _work is not None
-    return _work(piece)
+    return _work(item)

@@ -1,9 +1,9 @@
-"""The data stage: read, check, tokenise, drop, shuffle, split and write one data set.
+"""Prepares a data set: read, check, tokenise, deduplicate, shuffle, split and write.
 
-    source -> rows -> [parse, normalise, render, tokenise, limits] -> duplicates -> shuffle
-           -> max_samples -> train / held-out -> Arrow files and data card
+    source -> rows -> [parse, normalise, render, tokenise, limits] -> deduplicate -> shuffle
+           -> max_samples -> train / heldout -> Arrow files and data card
 
-The part in brackets runs in worker processes; a bounded number of rows is in memory at any time.
+The part in brackets runs in worker processes. Memory does not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.data.dataset.card import LISTED, DataCard
-from rlhf_core.data.dataset.seen import Seen
+from rlhf_core.data.dataset.card import MAX_LISTED, DataCard
+from rlhf_core.data.dataset.hash_set import HashSet
 from rlhf_core.data.dataset.shuffle import Shuffle
 from rlhf_core.data.dataset.writer import DatasetWriter
 from rlhf_core.data.encoding import templates
-from rlhf_core.data.encoding.encode import EXTRA, Piece, Plan, check_purpose, encode_piece
+from rlhf_core.data.encoding.encode import (
+    SCRATCH_COLUMNS,
+    EncodedBatch,
+    Plan,
+    check_purpose,
+    encode_batch,
+)
 from rlhf_core.data.parallel import ordered_map
 from rlhf_core.data.rows.detect import find_format
 from rlhf_core.data.rows.row import SKIP_HINT, RawRow
@@ -29,9 +35,9 @@ from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataJob, DataSettings
 from rlhf_core.store import Store
 
-PIECE_ROWS = 512
-PIECE_BYTES = 2**20
-SILENCE = 10.0  # seconds between two lines of progress
+BATCH_ROWS = 512
+BATCH_BYTES = 2**20
+LOG_SECONDS = 10.0  # between two progress lines
 
 Log = Callable[[str], None]
 
@@ -47,11 +53,17 @@ def prepare(
     """Write the data set into a folder, without publishing it.
 
     Args:
-        tokenizer: as `load_tokenizer` returns it; without a chat template it gets chatml.
-        workers: processes; None: one per core. Their number does not change a byte of the result.
-        store: where votes and thumbs are; None: the environment's.
+        tokenizer: as `load_tokenizer` returns it; one without a chat template gets chatml.
+        folder: is created; the Arrow files and the data card are written into it.
+        log: called with a progress line at most every LOG_SECONDS.
+        workers: number of processes; None: one per core. It does not change a byte of the result.
+        store: holds the votes and thumbs; None: the store of the environment.
+
+    Returns:
+        The data card, which is in the folder too.
+
     Raises:
-        DataError: the source, its format or a row cannot be used, or nothing is left.
+        DataError: the source, its format or a row cannot be used, or no row is left.
         ModelError: the tokenizer's chat template cannot be used.
     """
     if not tokenizer.chat_template:
@@ -70,113 +82,119 @@ def prepare(
     )
     if job.purpose == "pretrain" and job.max_length < 2:
         raise DataError(
-            f"{job.source}: max_length is {job.max_length}, but a piece of text holds a token and "
-            "the one that it predicts; set it to 2 or more."
+            f"{job.source}: max_length is {job.max_length}, but a sequence needs a token and the "
+            "next one that it predicts; set it to 2 or more."
         )
     plan = Plan(data_settings(job), format, job.purpose, job.seed)
-    work = functools.partial(encode_piece, plan, tokenizer)
+    encode = functools.partial(encode_batch, plan, tokenizer)
     writer = DatasetWriter(folder, job.purpose, plan.carried())
     try:
-        shuffle = Shuffle(writer.work, "_priority")
-        for batch in _kept(ordered_map(work, _pieces(rows), workers), card, writer.work, job, log):
+        shuffle = Shuffle(writer.scratch, "_priority")
+        encoded = ordered_map(encode, _batches(rows), workers)
+        for batch in _deduplicate(encoded, card, writer.scratch, job, log):
             shuffle.add(batch)
         _write(shuffle, writer, card, job)
-        _refuse_empty(writer, card, job)
+        _check_not_empty(writer, card, job)
         return writer.finish(card)
     finally:
         writer.clean()
 
 
 def data_settings(job: DataJob) -> DataSettings:
-    """The part of a job that describes its data set, without the fields of the job itself."""
+    """The fields of a job that describe its data set."""
     names = DataSettings.model_fields
     return DataSettings(**{name: getattr(job, name) for name in names})
 
 
-def _pieces(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
-    """Rows in lists that are bounded in rows and, as far as that is cheap to know, in bytes."""
-    piece: list[RawRow] = []
+def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
+    """Lists of at most BATCH_ROWS rows, and of about BATCH_BYTES of undecoded text."""
+    batch: list[RawRow] = []
     size = 0
     for raw in rows:
-        piece.append(raw)
+        batch.append(raw)
         size += len(raw.data) if isinstance(raw.data, bytes | str) else 0
-        if len(piece) >= PIECE_ROWS or size >= PIECE_BYTES:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
+        if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _kept(
-    pieces: Iterable[Piece], card: DataCard, work: Path, job: DataJob, log: Log
+def _deduplicate(
+    batches: Iterable[EncodedBatch], card: DataCard, scratch: Path, job: DataJob, log: Log
 ) -> Iterator[Any]:
-    """The rows that are no duplicates, with every other row entered into the card."""
+    """Record batches without duplicates; counts all rows in the card, and logs the progress.
+
+    Raises:
+        DataError: a bad row, with ``on_bad_row: error``.
+    """
     import pyarrow as pa
 
     dropped: Counter[str] = Counter()
     bad: Counter[str] = Counter()
     notes: Counter[str] = Counter()
-    seen = Seen(work / "texts.sqlite")
-    spoke = time.monotonic()
+    hashes = HashSet(scratch / "texts.sqlite")
+    logged_at = time.monotonic()
     try:
-        for piece in pieces:
-            card.read += piece.read
-            card.cut += piece.cut
-            dropped.update(piece.dropped)
-            notes.update(piece.notes)
-            for file, row, reason, message in piece.bad:
+        for batch in batches:
+            card.read += batch.read
+            card.cut += batch.cut
+            dropped.update(batch.dropped)
+            notes.update(batch.notes)
+            for file, row, reason, message in batch.bad:
                 if job.on_bad_row == "error":
                     raise DataError(f"{file}, row {row}: {message}. {SKIP_HINT}")
                 bad[reason] += 1
-                if len(card.bad_rows) < LISTED:
+                if len(card.bad_rows) < MAX_LISTED:
                     card.bad_rows.append(
                         {"file": file, "row": row, "reason": reason, "message": message}
                     )
-            if piece.rows is not None:
-                batch = piece.rows
+            if batch.rows is not None:
+                rows = batch.rows
                 if job.deduplicate:
-                    new = [seen.add(value) for value in batch.column("_text").to_pylist()]
+                    new = [hashes.add(value) for value in rows.column("_text").to_pylist()]
                     dropped["duplicate"] += len(new) - sum(new)
-                    batch = batch.filter(pa.array(new))
-                yield batch
-            if time.monotonic() - spoke > SILENCE:
-                spoke = time.monotonic()
+                    rows = rows.filter(pa.array(new))
+                yield rows
+            if time.monotonic() - logged_at > LOG_SECONDS:
+                logged_at = time.monotonic()
                 log(f"{card.read:,} rows read")
     finally:
-        seen.close()
+        hashes.close()
     card.dropped = {reason: count for reason, count in dropped.items() if count}
     card.bad, card.notes = dict(bad), dict(notes)
 
 
 def _write(shuffle: Shuffle, writer: DatasetWriter, card: DataCard, job: DataJob) -> None:
-    """Rows in shuffled order to their sides, until there are max_samples."""
+    """Write the shuffled rows to their splits, up to max_samples rows."""
     import numpy as np
     import pyarrow as pa
 
     left = job.max_samples
-    over = 0
+    cut_off = 0
     for rows in shuffle:
         if left is not None:
-            over += max(0, rows.num_rows - left)
+            cut_off += max(0, rows.num_rows - left)
             rows = rows.slice(0, left)
             left -= rows.num_rows
         hashes = rows.column("_prompt").to_numpy()
-        # The comparison of split.is_heldout, on numbers that stand for the prompts.
+        # The comparison of split.is_heldout, on the prompts' hashes.
         heldout = np.fromiter(
             (int(h) < job.heldout_fraction * 2.0**64 for h in hashes), dtype=bool, count=len(hashes)
         )
-        columns = rows.drop_columns(list(EXTRA))
+        columns = rows.drop_columns(list(SCRATCH_COLUMNS))
         writer.write("heldout", columns.filter(pa.array(heldout)), hashes[heldout].tolist())
         writer.write("train", columns.filter(pa.array(~heldout)), hashes[~heldout].tolist())
-    if over:
-        card.dropped["max_samples"] = over
+    if cut_off:
+        card.dropped["max_samples"] = cut_off
 
 
-def _refuse_empty(writer: DatasetWriter, card: DataCard, job: DataJob) -> None:
-    sides = {name: side.card.rows for name, side in writer.splits.items()}
-    if sides["train"] or (sides["heldout"] and job.heldout_fraction == 1.0):
+def _check_not_empty(writer: DatasetWriter, card: DataCard, job: DataJob) -> None:
+    """Raise DataError if no row is left for training, with the reasons and what to change."""
+    rows = {name: split.card.rows for name, split in writer.splits.items()}
+    if rows["train"] or (rows["heldout"] and job.heldout_fraction == 1.0):
         return
-    account = ", ".join(f"{n:,} {why}" for why, n in {**card.dropped, **card.bad}.items()) or "none"
+    reasons = ", ".join(f"{n:,} {why}" for why, n in {**card.dropped, **card.bad}.items())
     first = card.bad_rows[0] if card.bad_rows else None
     example = f" First bad row: {first['file']}, row {first['row']}: {first['message']}." if (
         first
@@ -186,10 +204,10 @@ def _refuse_empty(writer: DatasetWriter, card: DataCard, job: DataJob) -> None:
         "prompt_too_long": f"raise max_prompt_length (now {job.max_prompt_length})",
     }
     todo = [text for reason, text in advice.items() if reason in card.dropped]
-    if sides["heldout"]:
+    if rows["heldout"]:
         todo.append(f"lower heldout_fraction (now {job.heldout_fraction:g}) or add rows")
     raise DataError(
         f"{job.source}: no row is left to train on; {card.read:,} were read, "
-        f"{sides['heldout']:,} are held out, left out were: {account}.{example} "
+        f"{rows['heldout']:,} are held out, dropped or bad: {reasons or 'none'}.{example} "
         + (f"{'; '.join(todo).capitalize()}." if todo else "Check source, format and columns.")
     )

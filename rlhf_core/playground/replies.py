@@ -176,10 +176,10 @@ def error_text(error: Exception) -> str:
 
 def _check_special_tokens(chat_model: ChatModel, texts: Sequence[str]) -> None:
     """Raise DataError if a text contains one of the tokenizer's special tokens."""
-    from rlhf_core.data.encoding.templates import special_text
+    from rlhf_core.data.encoding.templates import find_special_token
 
     for text in texts:
-        if found := special_text(chat_model.tokenizer, text):
+        if found := find_special_token(chat_model.tokenizer, text):
             raise DataError(
                 f"The message contains {found!r}, which this model reads as a special token; take "
                 "it out of the text."

@@ -65,8 +65,8 @@ class Packing:
     def __init__(self, rows: Rows, end: int, length: int) -> None:
         self.rows, self.end, self.length = rows, end, length
         sizes = rows.lengths("input_ids")  # (N,)
-        needs = rows.at_ends("trainable")[0].astype(bool)  # (N,) the first token has a loss
-        last = np.roll(rows.at_ends("input_ids")[1], 1)  # (N,) of the row before
+        needs = rows.first_and_last("trainable")[0].astype(bool)  # (N,) the first token has a loss
+        last = np.roll(rows.first_and_last("input_ids")[1], 1)  # (N,) of the row before
         shares = needs & (last == end)
         shares[:1] = False
         self._put = needs & ~shares  # (N,) an end of text is put before the row

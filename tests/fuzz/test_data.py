@@ -14,7 +14,7 @@ from rlhf_core.data.dataset.card import DataCard
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.prepare import prepare
 from rlhf_core.data.rows.detect import detect_format
-from rlhf_core.data.rows.formats import SERVES, Example, normalise
+from rlhf_core.data.rows.formats import PURPOSES_OF, Example, normalise
 from rlhf_core.data.rows.row import BadRow, RawRow
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings
@@ -37,7 +37,7 @@ def one_row(draw: st.DrawFn) -> tuple[Any, str, str]:
     row = draw(SOUND[format])
     row = draw(spoilt(row)) if draw(st.booleans()) else row
     other = draw(st.sampled_from([format, format, *FORMATS]))
-    return row, other, draw(st.sampled_from(SERVES[other]))
+    return row, other, draw(st.sampled_from(PURPOSES_OF[other]))
 
 
 def test_a_row_is_understood_or_refused_with_a_reason() -> None:
@@ -105,7 +105,7 @@ def test_every_row_of_a_file_is_kept_dropped_or_refused(tmp_path: Path, tokenize
 
     def with_purpose(file: tuple[str, bytes, int, str]) -> Any:
         return st.tuples(
-            st.just(file), st.sampled_from(SERVES[file[3]]), st.sampled_from([0.0, 0.3])
+            st.just(file), st.sampled_from(PURPOSES_OF[file[3]]), st.sampled_from([0.0, 0.3])
         )
 
     try_cases("files", files().flatmap(with_purpose), check)
@@ -127,7 +127,7 @@ def test_a_damaged_file_ends_in_a_data_error_or_an_account(tmp_path: Path, token
         if isinstance(found, DataCard):
             account(found, tmp_path / "out")
         else:
-            assert str(source) in found or "serves" in found, found
+            assert str(source) in found or "can be used for" in found, found
         problems = check_source(DataSettings(source=str(source), on_bad_row="skip"), "sft")
         assert all(isinstance(problem, str) for problem in problems)
 
@@ -145,6 +145,6 @@ def test_parquet_columns_of_any_type_are_read_or_refused(tmp_path: Path, tokeniz
             account(found, tmp_path / "out")
             assert found.read == count
         else:
-            assert str(source) in found or "serves" in found, found
+            assert str(source) in found or "can be used for" in found, found
 
     try_cases("parquet types", typed_tables(), check)

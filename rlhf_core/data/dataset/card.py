@@ -1,4 +1,4 @@
-"""The data card: what was read, what was kept, and why the rest was not."""
+"""The data card: how many rows were read and kept, and why the others were not."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from rlhf_core.errors import DataError
 
-LISTED = 1000  # bad rows named one by one; the others are in the counts
+MAX_LISTED = 1000  # bad rows listed one by one; the others are only counted
 
 
 @dataclass
 class SplitCard:
-    """One side of the split. Lengths are in tokens, prompt and (longer) reply together."""
+    """One split. Lengths are in tokens, prompt and (longer) reply together."""
 
     rows: int = 0
     prompts: int = 0
@@ -27,18 +27,18 @@ class SplitCard:
 
 @dataclass
 class DataCard:
-    """Accounts for every row: read + cut = kept + dropped + bad (`check` holds it to that).
+    """Accounts for every row: read + cut = kept + dropped + bad (`check` asserts it).
 
     Attributes:
-        settings: what the data set was asked to be.
-        format: layout of the rows, as set or as found.
-        read: rows found in the source.
-        cut: further rows that documents gave which are too long for one (purpose pretrain).
-        kept: rows in the data set, both sides together.
-        dropped: reason -> rows that were left out by a setting.
-        bad: reason -> rows that could not be used (only with on_bad_row: skip).
-        bad_rows: {file, row, reason, message} of the first 1000 bad rows.
-        notes: remark -> rows that it applies to.
+        settings: the settings that the data set was prepared with.
+        format: of the rows, as set or as detected.
+        read: number of rows in the source.
+        cut: number of additional rows from splitting long documents (purpose pretrain).
+        kept: number of rows in the data set, both splits together.
+        dropped: reason -> number of rows that a setting left out.
+        bad: reason -> number of rows that could not be used (only with on_bad_row: skip).
+        bad_rows: {file, row, reason, message} of the first MAX_LISTED bad rows.
+        notes: remark -> number of rows that it applies to.
         splits: train and heldout.
         files: {name, rows, bytes, sha256} of each Arrow file.
         digest: sha256 over the Arrow files' names and contents.
@@ -61,7 +61,7 @@ class DataCard:
     digest: str = ""
 
     def check(self) -> None:
-        """Hold the card to its account; only a bug can break it."""
+        """Assert that every row is accounted for; only a bug can break it."""
         rest = sum(self.dropped.values()) + sum(self.bad.values())
         assert self.read + self.cut == self.kept + rest, (
             f"{self.read} rows read, {self.cut} more by cutting, {self.kept} kept, dropped "
@@ -69,7 +69,7 @@ class DataCard:
         )
 
     def summary(self) -> str:
-        """One line."""
+        """The row counts in one line."""
         parts = [f"{self.read:,} rows read"]
         parts += [f"{self.cut:,} more by cutting long ones"] if self.cut else []
         parts.append(f"{self.kept:,} kept")
@@ -80,7 +80,7 @@ class DataCard:
     def save(self, folder: Path) -> None:
         """Write card.json and card.md."""
         values = asdict(self)
-        if not self.cut:  # nearly always: such cards are what they were before there was cutting
+        if not self.cut:  # keeps the bytes of cards from before documents were split
             del values["cut"]
         text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
         (folder / "card.json").write_text(text + "\n", encoding="utf-8")
@@ -109,7 +109,7 @@ class DataCard:
             )
 
     def markdown(self) -> str:
-        """The card for people."""
+        """The card as Markdown."""
         lines = [
             f"# Data card: {self.source} for {self.purpose}",
             "",
@@ -147,7 +147,10 @@ class DataCard:
 
 
 def describe_lengths(counts: Counter[int]) -> tuple[dict[str, float], list[dict[str, int]]]:
-    """Mean and quantiles of a length -> rows count, and a histogram whose bins double.
+    """Mean and quantiles of lengths, and a histogram whose bins double in width.
+
+    Args:
+        counts: length in tokens -> number of rows.
 
     Returns:
         {"mean", "p50", "p90", "p99", "max"} and [{"from", "to", "rows"}], both ends included.

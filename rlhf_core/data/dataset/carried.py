@@ -1,7 +1,7 @@
-"""What a prompt carries beside its text: the answer, and what a reward needs besides.
+"""The columns `answer` and `extra`, which a prompts data set carries to the rewards.
 
-A data set has these columns only where its settings say so: `columns` names them, or the source is
-reasoning-gym. So the columns depend on the settings alone, never on what the rows happen to have.
+A data set has them only if its setting `columns` names them, or if the source is reasoning-gym. So
+the columns depend on the settings alone, never on the rows.
 """
 
 from __future__ import annotations
@@ -19,24 +19,28 @@ CARRIED = ("answer", "extra")
 
 
 def carried(settings: DataSettings) -> tuple[str, ...]:
-    """The columns that a prompts data set with these settings has beside the usual ones."""
+    """Which of `answer` and `extra` a prompts data set with these settings has."""
     if is_reasoning(settings.source):
         return CARRIED
     return tuple(name for name in CARRIED if name in settings.columns)
 
 
 def carried_values(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, str]:
-    """A row's values of these columns, as texts; "" where there is nothing.
+    """A row's values of these columns as texts; "" for a missing value.
 
     Raises:
-        BadRow: a value cannot be written as the column needs it.
+        BadRow: a value has a type that the column cannot hold.
     """
     write = {"answer": answer_text, "extra": extra_text}
     return {name: write[name](row.get(name)) for name in names}
 
 
 def answer_text(value: Any) -> str:
-    """A text or a number, as text; "" for null and NaN, which tables have in empty cells."""
+    """A text or a number as text; "" for null and NaN, the empty cells of tables.
+
+    Raises:
+        BadRow: the value is neither, or not valid UTF-8.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):
@@ -46,14 +50,18 @@ def answer_text(value: Any) -> str:
     if not isinstance(value, str):
         raise BadRow(
             "wrong_type",
-            f"column 'answer' holds a {type(value).__name__}; needed is a text or a number. What "
-            "else a reward needs goes into column 'extra'",
+            f"column 'answer' holds a {type(value).__name__}; expected a text or a number. Put "
+            "other data for a reward into column 'extra'",
         )
     return whole_text(value, "column 'answer'")
 
 
 def extra_text(value: Any) -> str:
-    """A JSON text; "" for null. A text that is a JSON object or array stays as it is."""
+    """A value as JSON text; "" for null. A text that is a JSON object or array stays unchanged.
+
+    Raises:
+        BadRow: the value cannot be written as JSON, or is not valid UTF-8.
+    """
     if value is None or value == "":
         return ""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):

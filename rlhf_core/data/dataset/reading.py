@@ -1,4 +1,4 @@
-"""Reading a data set: memory-mapped, by position, without importing `datasets`."""
+"""Reads a data set: memory-mapped, by index, without importing `datasets`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from rlhf_core.errors import DataError
 
 
 class Rows:
-    """One side of a data set.
+    """One split of a data set.
 
     Args:
         folder: of a dataset artifact.
         split: train or heldout.
-        purpose: what the rows must be for; several are alternatives, empty: anything.
+        purpose: the accepted purpose or purposes; empty: any.
+
     Raises:
-        DataError: the folder is not a data set, or one for another purpose.
+        DataError: the folder is not a data set, or is one for another purpose.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Rows:
         if wanted and self.purpose not in wanted:
             raise DataError(
                 f"The data set {self.folder} (from {self.card.source or 'unknown'}) is for "
-                f"{self.purpose}; needed is one for {' or '.join(wanted)}: prepare the data with "
+                f"{self.purpose}; expected one for {' or '.join(wanted)}: prepare the data with "
                 f"purpose {wanted[0]}."
             )
         if split not in SPLITS:
@@ -60,25 +61,25 @@ class Rows:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row as plain Python values; prompts always have `answer` and `extra`, "" if none."""
+        """A row as plain Python values; prompts always have `answer` and `extra`, "" if empty."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         index %= len(self)
         number = bisect.bisect_right(self._ends, index)
         batch = self._batches[number]
         at = index - (self._ends[number] - batch.num_rows)
-        return self._whole(batch.slice(at, 1).to_pylist()[0])
+        return self._with_carried(batch.slice(at, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._batches:
-            yield from map(self._whole, batch.to_pylist())
+            yield from map(self._with_carried, batch.to_pylist())
 
-    def _whole(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row; prompts get an empty text for what their data set does not carry."""
+    def _with_carried(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row; prompts get "" for the columns that their data set does not carry."""
         return {**dict.fromkeys(CARRIED, ""), **row} if self.purpose == "prompts" else row
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows at some positions, in that order."""
+        """The rows at these indices, in that order."""
         return [self[int(index)] for index in indices]
 
     def lengths(self, column: str) -> Any:
@@ -96,8 +97,10 @@ class Rows:
             none + [p.to_numpy(zero_copy_only=False).astype(np.int64) for p in parts]
         )
 
-    def at_ends(self, column: str) -> tuple[Any, Any]:
-        """First and last element of a list column's values, none of them empty: numpy, (N,) each.
+    def first_and_last(self, column: str) -> tuple[Any, Any]:
+        """First and last element of each of a list column's values: numpy int64, (N,) each.
+
+        No value may be empty.
 
         Raises:
             DataError: there is no such column of lists.

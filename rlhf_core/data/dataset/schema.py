@@ -1,13 +1,14 @@
 """The columns of a data set, by purpose.
 
-    sft, pretrain  input_ids, trainable (same length), prompt (text of the user's first turn), row
+    sft, pretrain  input_ids, trainable (the loss mask, same length), prompt (text of the user's
+                   first turn), row
     preference     prompt_ids, chosen_ids, rejected_ids, prompt (JSON messages), chosen, rejected,
                    row; the two replies' ids end with the end-of-turn token
     unpaired       prompt_ids, completion_ids (with the end-of-turn token), prompt (JSON messages),
                    completion, label (was it good?), row
     prompts        prompt_ids, prompt (JSON messages), reference (the data set's own reply or null),
-                   row; and, where the settings name them (carried.py), answer (text) and extra
-                   (JSON text), both "" where a row has none
+                   row; and, if the settings name them (carried.py), answer (text) and extra
+                   (JSON text), both "" for a row without one
 
 `row` is the number of the row in its source file. Files are Arrow IPC files named
 train-00000.arrow, heldout-00000.arrow and so on.
@@ -31,7 +32,10 @@ def schema(purpose: Purpose, carried: tuple[str, ...] = ()) -> Any:
     """The pyarrow schema; its metadata names the purpose.
 
     Args:
-        carried: columns of texts that stand before the last one.
+        carried: additional text columns (carried.py); they come before the last column.
+
+    Raises:
+        DataError: unknown purpose.
     """
     import pyarrow as pa
 
@@ -56,7 +60,7 @@ def schema(purpose: Purpose, carried: tuple[str, ...] = ()) -> Any:
 
 
 def sequence_lengths(purpose: Purpose, batch: Any) -> Any:
-    """Tokens of each row's longest sequence, numpy (N,): prompt and reply together."""
+    """Tokens of each row's longest sequence, prompt and reply together: numpy (N,)."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -71,7 +75,7 @@ def sequence_lengths(purpose: Purpose, batch: Any) -> Any:
 
 
 def trainable_tokens(purpose: Purpose, batch: Any) -> int:
-    """Tokens that a loss is computed on: of the loss mask, or of one or both replies."""
+    """Number of tokens that the loss covers: the loss mask, or the tokens of the replies."""
     import pyarrow.compute as pc
 
     if purpose == "prompts":
@@ -86,5 +90,5 @@ def trainable_tokens(purpose: Purpose, batch: Any) -> int:
 
 
 def dump_messages(messages: list[Message]) -> str:
-    """Messages as they stand in a `prompt` column; `json.loads` reads them."""
+    """Messages as JSON text for a `prompt` column; `json.loads` reads them."""
     return json.dumps(messages, ensure_ascii=False)

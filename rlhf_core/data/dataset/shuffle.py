@@ -1,8 +1,8 @@
 """A seeded shuffle of any number of rows in bounded memory.
 
-Every row carries a random 64-bit priority; the shuffled order is the order of the priorities. Rows
-are sorted in memory as long as they fit, else spread over files by the priority's first bits, each
-of which is sorted alone.
+Every row has a random 64-bit priority; the shuffled order is the order of the priorities. Rows are
+sorted in memory as long as they fit. Otherwise they are spread over files by the first bits of the
+priority, and each file is sorted on its own.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 BUCKETS = 256
-MEMORY = 24 * 2**20  # bytes of rows held
+MEMORY = 24 * 2**20  # bytes of rows in memory
 PART_ROWS = 1000
 
 
 class Shuffle:
-    """Record batches in, the same rows out in the order of the column `key` (uint64)."""
+    """Takes record batches and yields the same rows in the order of the column `key` (uint64).
+
+    Args:
+        folder: for temporary files.
+        memory: bytes of rows that are kept in memory.
+    """
 
     def __init__(self, folder: Path, key: str, memory: int = MEMORY) -> None:
         self._folder, self._key, self._memory = folder, key, memory
@@ -26,6 +31,7 @@ class Shuffle:
         self._files: dict[int, Any] = {}
 
     def add(self, batch: Any) -> None:
+        """Add the rows of a record batch."""
         if not batch.num_rows:
             return
         self._held.append(batch)
@@ -38,12 +44,12 @@ class Shuffle:
         import pyarrow.compute
 
         rows = pa.concat_batches(batches)
-        batches.clear()  # the parts are not needed beside the whole
+        batches.clear()  # frees the parts before the sorted copy is made
         order = pa.compute.sort_indices(rows, sort_keys=[(self._key, "ascending")])
         return rows.take(order)
 
     def _spill(self) -> None:
-        """Write the rows held to the files of their buckets."""
+        """Write the rows in memory to the files of their buckets."""
         import numpy as np
         import pyarrow as pa
 
@@ -63,7 +69,7 @@ class Shuffle:
             self._files[number].write_batch(rows.slice(start, end - start))
 
     def __iter__(self) -> Iterator[Any]:
-        """The shuffled rows, in batches; nothing can be added afterwards."""
+        """The shuffled rows in batches of at most PART_ROWS; no rows can be added afterwards."""
         import pyarrow as pa
 
         if not self._files:

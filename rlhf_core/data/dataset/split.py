@@ -1,7 +1,7 @@
-"""Which side of the train/held-out split a prompt falls on: a function of its text alone.
+"""Assigns a prompt to the train or heldout split by a hash of its text alone.
 
-The same prompt is on the same side in every data set, whatever its format, order or seed, so what
-is held out for the evaluation was held out in SFT, reward model and PPO too.
+The same prompt is in the same split of every data set, whatever its format, order or seed. So the
+prompts of the evaluation were held out in SFT, reward model and PPO too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SALT = b"rlhf-split-v1\0"
 def first_prompt(messages: Sequence[Message]) -> str:
     """The text that identifies a conversation's prompt: the user's turns before the first reply.
 
-    System messages do not count, so that a data set with them shares its split with one without.
+    System messages are ignored, so data sets with and without them share the same split.
     """
     texts = []
     for message in messages:
@@ -30,18 +30,18 @@ def first_prompt(messages: Sequence[Message]) -> str:
 
 
 def normalise_prompt(text: str) -> str:
-    """Text without differences in case, width and white space."""
+    """The text with case, character width and white space normalised."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def prompt_hash(text: str) -> int:
-    """64 bits that stand for a prompt."""
+    """A 64-bit hash of the normalised prompt."""
     digest = hashlib.sha256(SALT + normalise_prompt(text).encode("utf-8", "surrogatepass"))
     return int.from_bytes(digest.digest()[:8], "big")
 
 
 def is_heldout(prompt: str, fraction: float) -> bool:
-    """True for the given share of all prompts.
+    """Whether a prompt is held out; True for the given share of all prompts.
 
     Args:
         prompt: text as `first_prompt` returns it.

@@ -1,7 +1,7 @@
-"""The built-in chat templates, as Jinja source with two marks that `fill` replaces.
+"""The built-in chat templates: Jinja source with two placeholders that `fill` replaces.
 
-BOS is the text that the tokenizer puts before every sequence, END the token that ends a turn: the
-template's own if the vocabulary holds it as one token, else the tokenizer's eos token.
+BOS is the text that the tokenizer puts before every sequence. END is the end-of-turn token: the
+template's own if it is one token of the vocabulary, else the tokenizer's eos token.
 """
 
 from __future__ import annotations
@@ -89,5 +89,5 @@ SOURCES = {
 
 
 def fill(name: str, bos: str, end: str) -> str:
-    """The template's source for one tokenizer."""
+    """A template's source with the bos and end-of-turn texts of one tokenizer."""
     return SOURCES[name].replace(BOS, json.dumps(bos)).replace(END, json.dumps(end))

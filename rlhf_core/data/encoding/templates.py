@@ -1,15 +1,15 @@
-"""Chat templates: from messages to tokens, and which of the tokens are trained on.
+"""Chat templates: renders messages into segments, and says which ones the loss covers.
 
-A conversation is rendered once and cut at the ends of its prompts and replies; each piece is
-tokenised on its own. So the tokens of a prompt are the same whether a reply follows (SFT, reward
-model) or not (rollout, chat), and the trainable spans come from positions in the text, never from
-comparing token ids with a special token.
+A conversation is rendered once and cut at the ends of its prompts and replies; each segment is
+tokenised on its own. So a prompt has the same tokens whether a reply follows (SFT, reward model) or
+not (rollout, chat), and the loss mask comes from positions in the text, never from comparing token
+ids with a special token.
 
     system and user text, generation prompt | reply + end-of-turn token | ... | reply + end of turn
-    not trainable                           | trainable                 |     | trainable
+    loss mask false                         | true                      |     | true
 
-What a template writes after the last end-of-turn token (often a line feed) is left out: a rollout
-ends there too.
+Text after the last end-of-turn token (often a line feed) is left out, because a rollout ends there
+too.
 """
 
 from __future__ import annotations
@@ -24,38 +24,50 @@ from rlhf_core.data.encoding.builtin_templates import SOURCES, TURN_TOKENS, fill
 from rlhf_core.data.rows.row import Message
 from rlhf_core.errors import DataError, ModelError
 
-CHOICES = "set model.chat_template to one of " + ", ".join(SOURCES)
+ADVICE = "set model.chat_template to one of " + ", ".join(SOURCES)
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of a rendered conversation; `trainable` pieces are a reply and its end of turn."""
+    """A piece of a rendered conversation.
+
+    Attributes:
+        in_loss: True for a reply with its end-of-turn token, the part that the loss covers.
+    """
 
     text: str
-    trainable: bool
+    in_loss: bool
 
 
 @dataclass(frozen=True, slots=True)
-class _Facts:
-    """What is worth finding out once per tokenizer and template."""
+class _TemplateInfo:
+    """Cached facts about a tokenizer with its template.
+
+    Attributes:
+        key: template and vocabulary size that the facts are valid for.
+        end_text, end_id: the end-of-turn token.
+        special_tokens: matches any special token's text.
+        prefix: put before a text and removed after tokenisation, for tokenizers that add a space.
+    """
 
     key: tuple[str, int]
     end_text: str
     end_id: int
-    specials: re.Pattern[str] | None
-    lead: str  # written before a piece and taken off again, for tokenizers that prefix a space
+    special_tokens: re.Pattern[str] | None
+    prefix: str
 
 
-_FACTS: weakref.WeakKeyDictionary[Any, _Facts] = weakref.WeakKeyDictionary()
+_INFO: weakref.WeakKeyDictionary[Any, _TemplateInfo] = weakref.WeakKeyDictionary()
 
 
 def resolve_template(tokenizer: Any, name: str = "auto") -> str:
-    """Jinja source of a chat template that fits the tokenizer; assign it to `chat_template`.
+    """The Jinja source of a chat template for the tokenizer; assign it to `chat_template`.
 
     Args:
-        name: auto (the tokenizer's own, else chatml) or the name of a built-in template.
+        name: auto (the tokenizer's own template, else chatml) or the name of a built-in template.
+
     Raises:
-        ModelError: unknown name, or the tokenizer has no token that could end a turn.
+        ModelError: unknown name, or the tokenizer has no token that can end a turn.
     """
     own = getattr(tokenizer, "chat_template", None)
     if isinstance(own, dict):
@@ -64,7 +76,7 @@ def resolve_template(tokenizer: Any, name: str = "auto") -> str:
         return str(own)
     name = "chatml" if name == "auto" else name
     if name not in SOURCES:
-        raise ModelError(f"There is no chat template {name!r}; {CHOICES}, or to auto.")
+        raise ModelError(f"There is no chat template {name!r}; {ADVICE}, or to auto.")
     end = TURN_TOKENS.get(name, "")
     if not end or end not in tokenizer.get_vocab():
         end = tokenizer.eos_token
@@ -80,22 +92,22 @@ def resolve_template(tokenizer: Any, name: str = "auto") -> str:
 
 
 def end_of_turn(tokenizer: Any) -> tuple[str, int]:
-    """Text and id of the token that ends an assistant's turn, found by rendering one.
+    """Text and id of the token that ends an assistant's turn, read from a rendered example.
 
     Raises:
         ModelError: the tokenizer has no chat template, or its turns end without such a token.
     """
-    facts = _facts(tokenizer)
-    return facts.end_text, facts.end_id
+    info = _template_info(tokenizer)
+    return info.end_text, info.end_id
 
 
-def special_text(tokenizer: Any, text: str) -> str | None:
-    """The first special token whose text occurs in a message, if one does.
+def find_special_token(tokenizer: Any, text: str) -> str | None:
+    """The first special token whose text occurs in a message; None if there is none.
 
-    Such a message would be read as if the template had written the token: a turn could end in the
-    middle of a reply.
+    The tokenizer would read it as if the template had written it: a turn could end in the middle of
+    a reply.
     """
-    pattern = _facts(tokenizer).specials
+    pattern = _template_info(tokenizer).special_tokens
     match = pattern.search(text) if pattern else None
     return match.group() if match else None
 
@@ -103,34 +115,37 @@ def special_text(tokenizer: Any, text: str) -> str | None:
 def render(
     tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
 ) -> list[Segment]:
-    """A conversation in pieces: up to the last end of turn, or with a final generation prompt.
+    """Render a conversation into segments.
+
+    Args:
+        generation_prompt: end with the prompt for the next reply; else with the last end of turn.
 
     Raises:
-        DataError: the template refuses the conversation (roles out of order, no system message).
-        ModelError: the conversation's beginning changes when it goes on, so that a prompt would
-            have other tokens in training than in a rollout.
+        DataError: the template rejects the conversation (roles out of order, no system message).
+        ModelError: the template renders the start of a conversation differently once it continues,
+            so that a prompt would have other tokens in training than in a rollout.
     """
-    end = _facts(tokenizer).end_text
-    full = _apply(tokenizer, messages, generation_prompt)
+    end = _template_info(tokenizer).end_text
+    full = _apply_template(tokenizer, messages, generation_prompt)
     pieces: list[Segment] = []
     done = 0
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _apply(tokenizer, messages[:turn], True)
+        prompt = _apply_template(tokenizer, messages[:turn], True)
         if not full.startswith(prompt) or len(prompt) < done:
             if len(messages) == turn + 1 and prompt.startswith(full[:done]):
-                # The last reply is written otherwise than it is generated (a reasoning model's
-                # template opens its thinking for it): what is generated is what counts.
+                # The template renders the last reply differently from a generated one (a reasoning
+                # model's template opens the thinking block itself): take the generated form.
                 pieces.append(Segment(prompt[done:], False))
                 pieces.append(Segment(message["content"] + end, True))
                 return pieces
-            raise ModelError(_disagreement(turn, prompt, full))
+            raise ModelError(_prefix_mismatch(turn, prompt, full))
         stop = full.find(end, len(prompt))
         if stop < 0:
             raise ModelError(
                 f"The chat template does not end the assistant's turn (message {turn + 1}) with "
-                f"{end!r}, though it does so after a short one; {CHOICES}."
+                f"{end!r}, though it does so after a short one; {ADVICE}."
             )
         stop += len(end)
         pieces.append(Segment(full[done : len(prompt)], False))
@@ -142,19 +157,19 @@ def render(
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[Segment]:
-    """The messages before a reply, with the generation prompt. Errors as `render`."""
+    """Segments of the messages before a reply, with the generation prompt. Raises as `render`."""
     return render(tokenizer, messages, generation_prompt=True)
 
 
 def encode_segments(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each piece, tokenised on its own and without added special tokens."""
+    """Token ids of each text, tokenised on its own and without added special tokens."""
     if not texts:
         return []
-    lead = _facts(tokenizer).lead
-    if not lead:
+    prefix = _template_info(tokenizer).prefix
+    if not prefix:
         return _ids(tokenizer, texts)
-    start = _ids(tokenizer, [lead])[0]
-    rows = _ids(tokenizer, [lead + text for text in texts])
+    start = _ids(tokenizer, [prefix])[0]
+    rows = _ids(tokenizer, [prefix + text for text in texts])
     return [
         row[len(start) :] if row[: len(start)] == start else _ids(tokenizer, [text])[0]
         for row, text in zip(rows, texts, strict=True)
@@ -162,7 +177,7 @@ def encode_segments(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids from which a reply to the messages is generated. Errors as `render`."""
+    """Token ids of the prompt for a reply to the messages. Raises as `render`."""
     texts = [segment.text for segment in render_prompt(tokenizer, messages)]
     return [token for piece in encode_segments(tokenizer, texts) for token in piece]
 
@@ -179,7 +194,8 @@ def reply_text(tokenizer: Any, response_ids: Sequence[int]) -> str:
 # --------------------------------------------------------------------------- details
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+def _apply_template(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+    """The rendered text; template errors as ModelError or DataError, see `render`."""
     import jinja2
 
     try:
@@ -189,10 +205,10 @@ def _apply(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool)
             )
         )
     except jinja2.TemplateSyntaxError as error:
-        raise ModelError(f"The chat template is not valid Jinja ({error}); {CHOICES}.") from error
+        raise ModelError(f"The chat template is not valid Jinja ({error}); {ADVICE}.") from error
     except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"the chat template refuses turns of {roles}: {error}") from error
+        raise DataError(f"the chat template rejects turns of {roles}: {error}") from error
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -200,32 +216,32 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [list(row) for row in encoded["input_ids"]]
 
 
-def _find_lead(tokenizer: Any, end: str) -> str:
-    """A text after which pieces are tokenised as they stand; empty where none is needed.
+def _find_prefix(tokenizer: Any, end: str) -> str:
+    """A text after which the tokenizer adds no space; empty if it never adds one.
 
-    Sentencepiece-like tokenizers put a space before every text, or after every special token; a
-    reply would begin with a space that no template writes.
+    Sentencepiece-like tokenizers add a space before every text, or after every special token, so
+    that a reply would start with a space that the template does not write.
     """
 
-    def spaced(lead: str) -> bool:
-        skip = len(_ids(tokenizer, [lead])[0]) if lead else 0
-        first = tokenizer.convert_ids_to_tokens(_ids(tokenizer, [lead + "a"])[0][skip:])[:1]
+    def spaced(prefix: str) -> bool:
+        skip = len(_ids(tokenizer, [prefix])[0]) if prefix else 0
+        first = tokenizer.convert_ids_to_tokens(_ids(tokenizer, [prefix + "a"])[0][skip:])[:1]
         return not first or str(first[0])[:1] in ("▁", "Ġ")
 
-    return next((lead for lead in ("", end, "\n") if not spaced(lead)), "")
+    return next((prefix for prefix in ("", end, "\n") if not spaced(prefix)), "")
 
 
-def _facts(tokenizer: Any) -> _Facts:
+def _template_info(tokenizer: Any) -> _TemplateInfo:
     key = (str(getattr(tokenizer, "chat_template", None)), len(tokenizer))
-    facts = _FACTS.get(tokenizer)
-    if facts is None or facts.key != key:
-        facts = _FACTS[tokenizer] = _find_facts(tokenizer, key)
-    return facts
+    info = _INFO.get(tokenizer)
+    if info is None or info.key != key:
+        info = _INFO[tokenizer] = _read_template(tokenizer, key)
+    return info
 
 
-def _find_facts(tokenizer: Any, key: tuple[str, int]) -> _Facts:
+def _read_template(tokenizer: Any, key: tuple[str, int]) -> _TemplateInfo:
     if not getattr(tokenizer, "chat_template", None):
-        raise ModelError(f"The tokenizer has no chat template; {CHOICES}.")
+        raise ModelError(f"The tokenizer has no chat template; {ADVICE}.")
     added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
     for token in (tokenizer.eos_token, tokenizer.bos_token):
         if token:
@@ -235,9 +251,9 @@ def _find_facts(tokenizer: Any, key: tuple[str, int]) -> _Facts:
     } | set(tokenizer.all_special_tokens)
     probe = "Zebra answers 7"
     try:
-        text = _apply(tokenizer, [_user("Question 1"), _assistant(probe)], False)
+        text = _apply_template(tokenizer, [_user("Question 1"), _assistant(probe)], False)
     except DataError as error:
-        raise ModelError(f"The chat template fails on a plain question: {error}; {CHOICES}.") from (
+        raise ModelError(f"The chat template fails on a plain question: {error}; {ADVICE}.") from (
             error
         )
     tail = text[text.rfind(probe) + len(probe) :]
@@ -245,12 +261,12 @@ def _find_facts(tokenizer: Any, key: tuple[str, int]) -> _Facts:
     if found is None:
         shown = repr(tail[:40]) if tail else "nothing"
         raise ModelError(
-            "The chat template has no end-of-turn token: what follows a reply is "
-            f"{shown}, needed is one of the tokenizer's special tokens; {CHOICES}."
+            f"The chat template has no end-of-turn token: a reply is followed by {shown}, expected "
+            f"one of the tokenizer's special tokens; {ADVICE}."
         )
     end = found.group()
-    return _Facts(
-        key, end, added[end], _any_of(special) if special else None, _find_lead(tokenizer, end)
+    return _TemplateInfo(
+        key, end, added[end], _any_of(special) if special else None, _find_prefix(tokenizer, end)
     )
 
 
@@ -266,14 +282,14 @@ def _assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def _disagreement(turn: int, prompt: str, full: str) -> str:
+def _prefix_mismatch(turn: int, prompt: str, full: str) -> str:
     same = next(
         (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b),
         min(len(prompt), len(full)),
     )
     return (
-        f"The chat template writes the prompt of message {turn + 1} in two ways: alone it goes on "
-        f"with {prompt[same : same + 40]!r} at character {same + 1}, followed by its reply with "
-        f"{full[same : same + 40]!r}. Training and generation would see different prompts; "
-        f"{CHOICES}, or use single-turn conversations."
+        f"The chat template renders the prompt of message {turn + 1} in two ways: from character "
+        f"{same + 1} on it is {prompt[same : same + 40]!r} before generation, and "
+        f"{full[same : same + 40]!r} when the reply follows. Training and generation would see "
+        f"different prompts; {ADVICE}, or use single-turn conversations."
     )

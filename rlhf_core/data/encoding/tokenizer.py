@@ -1,8 +1,8 @@
-"""Loading a tokenizer without paying for torch.
+"""Loads a tokenizer without importing torch.
 
 `from transformers import AutoTokenizer` imports torch (3 to 6 s of CPU time). A folder with a
-tokenizer.json needs only the tokenizers backend, which loads in 0.8 s; AutoTokenizer stays the
-way for everything else (sentencepiece files without tokenizer.json, remote code, rarer models).
+tokenizer.json needs only the tokenizers backend, which loads in 0.8 s. AutoTokenizer loads the
+others: sentencepiece files without tokenizer.json, remote code, rarer models.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_core.errors import ModelError
 
-# What AutoTokenizer itself would pick for these; the same class without its import.
+# The classes that AutoTokenizer picks for these names, without its import.
 _GENERIC = {"TokenizersBackend", "PreTrainedTokenizer", "BloomTokenizer"}
 _SPECIAL = {"GPT2Tokenizer": "gpt2", "Qwen2Tokenizer": "qwen2", "LlamaTokenizer": "llama"}
 _MODELS = {"llama", "qwen2", "gpt2", "opt", "bloom", ""}
@@ -23,14 +23,18 @@ _MODELS = {"llama", "qwen2", "gpt2", "opt", "bloom", ""}
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder, with its special tokens and chat template.
 
+    Args:
+        trust_remote_code: run Python code that lies in the folder.
+
     Returns:
         A transformers tokenizer.
+
     Raises:
         ModelError: the folder holds no tokenizer, or one that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ModelError(f"There is no folder {folder}; needed is one with a tokenizer.json.")
+        raise ModelError(f"There is no folder {folder}; expected one with a tokenizer.json.")
     try:
         backend = _backend(folder)
         if backend is not None:
@@ -46,14 +50,14 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
         raise ModelError(
             f"The tokenizer in {folder} cannot be loaded ({type(error).__name__}: {error}). "
-            f"The folder holds {found}; needed is tokenizer.json with tokenizer_config.json, or "
-            "the files that the model's tokenizer class reads. Download the model again, or save "
-            "its tokenizer there with save_pretrained."
+            f"The folder holds {found}; expected tokenizer.json with tokenizer_config.json, or the "
+            "files that the model's tokenizer class reads. Download the model again, or save its "
+            "tokenizer there with save_pretrained."
         ) from error
 
 
 def _backend(folder: Path) -> Any:
-    """The class that reads the folder's tokenizer.json, or None when AutoTokenizer must decide."""
+    """The class that reads the folder's tokenizer.json; None if AutoTokenizer must pick it."""
     if not (folder / "tokenizer.json").is_file():
         return None
     config = _read_json(folder / "tokenizer_config.json")

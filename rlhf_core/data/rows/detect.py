@@ -15,20 +15,23 @@ from rlhf_core.jobs import DataSettings, Format, Purpose
 def find_format(
     rows: Iterator[RawRow], settings: DataSettings, purpose: Purpose | None = None
 ) -> tuple[Iterator[RawRow], Format]:
-    """The rows unchanged, and their format: as set, or that of the first row that can be read.
+    """All rows, and their format: as set, or that of the first readable row.
+
+    Args:
+        purpose: what the rows are for; see `detect_format`.
 
     Raises:
-        DataError: there is no row, or its columns belong to no format.
+        DataError: there are no rows, or the columns match no format.
     """
-    looked: list[RawRow] = []
+    seen: list[RawRow] = []
     for raw in rows:
-        looked.append(raw)
+        seen.append(raw)
         if raw.dropped:
             continue
         if settings.format != "auto":
-            return itertools.chain(looked, rows), settings.format
+            return itertools.chain(seen, rows), settings.format
         try:
-            return itertools.chain(looked, rows), detect_format(
+            return itertools.chain(seen, rows), detect_format(
                 raw.columns(settings.columns), purpose
             )
         except BadRow as bad:
@@ -36,23 +39,23 @@ def find_format(
             if readable or settings.on_bad_row == "error":
                 hint = "" if readable else f" {SKIP_HINT}"
                 raise DataError(f"{raw.where()}: {bad.message}.{hint}") from None
-    if looked:
+    if seen:
         raise DataError(
-            f"{settings.source}: none of its {len(looked):,} rows can be read; the last one "
-            f"({looked[-1].where()}) is {_problem(looked[-1])}."
+            f"{settings.source}: none of its {len(seen):,} rows can be read; the last one "
+            f"({seen[-1].where()}) is {_problem(seen[-1])}."
         )
     raise DataError(f"{settings.source} is empty: it has no rows; check the path and the file.")
 
 
 def detect_format(row: dict[str, Any], purpose: Purpose | None = None) -> Format:
-    """The format that a row's columns belong to.
+    """The format that matches a row's columns.
 
     Args:
-        purpose: what the rows are for. A column `label` may be anything, a category say; it makes
-            a row unpaired when it holds such a label, or when unpaired rows are wanted.
+        purpose: what the rows are for. A column `label` may also hold something else, such as a
+            category; the row is unpaired if the value is a label, or if the purpose is unpaired.
 
     Raises:
-        BadRow: none of the formats.
+        BadRow: the columns match no format.
     """
     has = row.keys()
     if {"chosen", "rejected"} <= has:
@@ -75,15 +78,16 @@ def detect_format(row: dict[str, Any], purpose: Purpose | None = None) -> Format
         return "text"
     raise BadRow(
         "unknown_format",
-        f"no format has the columns {names(row)}. Known are alpaca (instruction, input, output), "
-        "messages, sharegpt (conversations), prompt_completion (prompt, completion), hh (chosen, "
-        "rejected), preference (prompt, chosen, rejected), unpaired (prompt, completion, label), "
-        "prompt and text; rename columns with "
-        'the setting columns, for example {"prompt": "question", "completion": "answer"}',
+        f"no format has the columns {names(row)}. The formats are alpaca (instruction, input, "
+        "output), messages, sharegpt (conversations), prompt_completion (prompt, completion), hh "
+        "(chosen, rejected), preference (prompt, chosen, rejected), unpaired (prompt, completion, "
+        "label), prompt and text; rename columns with the setting columns, for example "
+        '{"prompt": "question", "completion": "answer"}',
     )
 
 
 def _problem(raw: RawRow) -> str:
+    """Why a row cannot be read."""
     try:
         raw.columns({})
     except BadRow as bad:

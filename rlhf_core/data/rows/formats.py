@@ -1,4 +1,4 @@
-"""Formats of a row: finding out which one it is, and bringing it to one shape.
+"""Converts rows of every supported format into one shape, `Example`.
 
 alpaca             instruction, input (may be missing), output
 messages           messages: [{"role": "system|user|assistant", "content": ...}, ...]
@@ -6,7 +6,7 @@ sharegpt           conversations: [{"from": "human|gpt|system", "value": ...}, .
 prompt_completion  prompt, completion (texts or messages)
 hh                 chosen, rejected: transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:"
 preference         prompt, chosen, rejected (texts or messages)
-unpaired           prompt, completion (texts or messages), label: was the reply good? (see labels)
+unpaired           prompt, completion (texts or messages), label: was the reply good? (see `labels`)
 prompt             prompt (text or messages)
 text               text
 """
@@ -20,7 +20,7 @@ from rlhf_core.data.rows.labels import read_label
 from rlhf_core.data.rows.row import BadRow, Message, names, short, whole_text
 from rlhf_core.jobs import Format, Purpose
 
-SERVES: dict[str, tuple[Purpose, ...]] = {
+PURPOSES_OF: dict[str, tuple[Purpose, ...]] = {
     "alpaca": ("sft", "prompts", "pretrain"),
     "messages": ("sft", "prompts", "pretrain"),
     "sharegpt": ("sft", "prompts", "pretrain"),
@@ -37,17 +37,18 @@ _SHAREGPT = {
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant",
 }  # fmt: skip
-_MARKS = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
+_TURN_PREFIXES = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
 
 
 @dataclass(slots=True)
 class Example:
-    """A row in one shape: either `text`, or messages with what is below of replies to them.
+    """A row in one shape.
 
     Attributes:
-        messages: a conversation, or the messages before a pair of replies or a labelled one.
+        messages: a conversation, or the messages before a pair of replies or a labelled reply;
+            empty if there is `text`.
         chosen, rejected: texts of a pair of replies.
-        text: plain text; the messages are empty then.
+        text: plain text.
         completion, label: text of a labelled reply, and whether it was good.
     """
 
@@ -60,10 +61,10 @@ class Example:
 
 
 def normalise(row: dict[str, Any], format: Format, purpose: Purpose) -> Example:
-    """A row in one shape, as far as the purpose needs it.
+    """Convert a row as far as the purpose needs it.
 
     Raises:
-        BadRow: a column is missing, has another type, or holds nothing of use.
+        BadRow: a column is missing, has the wrong type, or is empty.
     """
     if format == "text":
         return Example([], text=_text(row, "text"))
@@ -87,7 +88,7 @@ def normalise(row: dict[str, Any], format: Format, purpose: Purpose) -> Example:
             raise _wrong_type("input", extra, "text or nothing")
         question = _text(row, "instruction")
         if extra and extra.strip():
-            question += "\n\n" + _checked(extra, "column 'input'")
+            question += "\n\n" + _check_text(extra, "column 'input'")
         messages = [_message("user", question)]
         if purpose != "prompts" or row.get("output"):
             messages.append(_message("assistant", _text(row, "output")))
@@ -98,7 +99,7 @@ def normalise(row: dict[str, Any], format: Format, purpose: Purpose) -> Example:
     messages = _messages(row, "conversations", "from", "value", _SHAREGPT)
     system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages.insert(0, _message("system", _checked(system, "column 'system'")))
+        messages.insert(0, _message("system", _check_text(system, "column 'system'")))
     return _conversation(messages)
 
 
@@ -120,11 +121,11 @@ def _column(row: dict[str, Any], name: str) -> Any:
 
 
 def _wrong_type(name: str, value: Any, needed: str) -> BadRow:
-    found = "nothing (null)" if value is None else f"a {type(value).__name__}"
-    return BadRow("wrong_type", f"column {name!r} holds {found}; needed is {needed}")
+    found = "null" if value is None else f"a {type(value).__name__}"
+    return BadRow("wrong_type", f"column {name!r} holds {found}; expected {needed}")
 
 
-def _checked(value: str, name: str) -> str:
+def _check_text(value: str, name: str) -> str:
     if not value.strip():
         raise BadRow("no_text", f"{name} is empty")
     return whole_text(value, name)
@@ -136,7 +137,7 @@ def _text(row: dict[str, Any], name: str) -> str:
         raise BadRow("no_text", f"column {name!r} is null")
     if not isinstance(value, str):
         raise _wrong_type(name, value, "text")
-    return _checked(value, f"column {name!r}")
+    return _check_text(value, f"column {name!r}")
 
 
 def _messages(
@@ -152,28 +153,29 @@ def _messages(
         where = f"message {position} of column {name!r}"
         if not isinstance(item, dict) or not {role_key, text_key} <= item.keys():
             found = names(item) if isinstance(item, dict) else f"a {type(item).__name__}"
-            raise BadRow("wrong_type", f"{where} is {found}; needed are {role_key}, {text_key}")
+            raise BadRow("wrong_type", f"{where} is {found}; expected {role_key}, {text_key}")
         role = roles.get(str(item[role_key]).lower())
         if role is None:
             raise BadRow(
                 "unknown_role",
-                f"{where} has the {role_key} {short(item[role_key])}; known are {', '.join(roles)}",
+                f"{where} has the {role_key} {short(item[role_key])}; expected one of "
+                f"{', '.join(roles)}",
             )
         if item.get("tool_calls"):
-            raise BadRow("unsupported", f"{where} calls tools, which cannot be trained on here")
-        messages.append(_message(role, _checked(_parts(item[text_key], where), where)))
+            raise BadRow("unsupported", f"{where} has tool calls, which are not supported")
+        messages.append(_message(role, _check_text(_parts(item[text_key], where), where)))
     return messages
 
 
 def _parts(value: Any, where: str) -> str:
-    """A content: a text, or a list of parts that are all text."""
+    """A message's content as one text; it may be a list of text parts."""
     if value is None:
         return ""
     if isinstance(value, str):
         return value
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in texts):
-        raise BadRow("wrong_type", f"{where} is a {type(value).__name__}; needed is text")
+        raise BadRow("wrong_type", f"{where} is a {type(value).__name__}; expected text")
     return "".join(part["text"] for part in texts)
 
 
@@ -182,19 +184,19 @@ def _transcript(text: str, name: str) -> list[Message]:
     messages = []
     rest = "\n\n" + text.lstrip("\n")
     while rest.strip():
-        mark = next((mark for mark in _MARKS if rest.startswith(mark)), None)
-        if mark is None:
+        prefix = next((prefix for prefix in _TURN_PREFIXES if rest.startswith(prefix)), None)
+        if prefix is None:
             raise BadRow(
                 "not_a_transcript",
-                f"column {name!r} starts with {text[:30]!r}; needed is a transcript that starts "
+                f"column {name!r} starts with {text[:30]!r}; expected a transcript that starts "
                 'with "\\n\\nHuman:"',
             )
-        rest = rest[len(mark) :]
-        end = min((at for m in _MARKS if (at := rest.find(m)) >= 0), default=len(rest))
-        messages.append(_message(_MARKS[mark], rest[:end].strip()))
+        rest = rest[len(prefix) :]
+        end = min((at for m in _TURN_PREFIXES if (at := rest.find(m)) >= 0), default=len(rest))
+        messages.append(_message(_TURN_PREFIXES[prefix], rest[:end].strip()))
         rest = rest[end:]
     for position, message in enumerate(messages, 1):
-        _checked(message["content"], f"turn {position} of column {name!r}")
+        _check_text(message["content"], f"turn {position} of column {name!r}")
     return messages
 
 
@@ -209,7 +211,7 @@ def _prompt(row: dict[str, Any]) -> list[Message]:
 
 
 def _reply(row: dict[str, Any], name: str) -> list[Message]:
-    """A column with a reply: a text, or messages that end with it."""
+    """A column with a reply: a text, or messages that end with the reply."""
     if isinstance(_column(row, name), list):
         return _messages(row, name, "role", "content", _ROLES)
     return [_message("assistant", _text(row, name))]
@@ -217,7 +219,7 @@ def _reply(row: dict[str, Any], name: str) -> list[Message]:
 
 def _preference(row: dict[str, Any]) -> Example:
     chosen, rejected = _reply(row, "chosen"), _reply(row, "rejected")
-    # With whole conversations in the two columns, `prompt` only repeats their first message.
+    # If the two columns hold whole conversations, `prompt` only repeats their first message.
     if len(chosen) == 1 and len(rejected) == 1:
         prompt = _prompt(row)
         chosen, rejected = prompt + chosen, prompt + rejected
@@ -249,8 +251,8 @@ def _pair(chosen: list[Message], rejected: list[Message]) -> Example:
         )
         raise BadRow(
             "prompts_differ",
-            f"the prompts of chosen and rejected differ at turn {at + 1}; needed are two replies "
-            "to the same prompt",
+            f"the prompts of chosen and rejected differ at turn {at + 1}; expected two replies to "
+            "the same prompt",
         )
     example = _conversation(chosen[:-1])
     example.chosen, example.rejected = chosen[-1]["content"], rejected[-1]["content"]
@@ -262,5 +264,5 @@ def _conversation(messages: list[Message]) -> Example:
     if first is None:
         raise BadRow("no_text", "the conversation has no user message")
     if first == "assistant":
-        raise BadRow("role_order", "the conversation starts with the assistant, not with a user")
+        raise BadRow("role_order", "the conversation starts with the assistant, not with the user")
     return Example(messages)

@@ -1,10 +1,10 @@
-"""The label of a single reply: was it good?
+"""The label of a single reply: True for good, False for bad.
 
     true                 false               JSON and Parquet
     1                    0                   numbers, 1.0 and 0.0 too, as tables with gaps hold them
-    "true", "1"          "false", "0"        texts in any case: a .csv file holds nothing else
+    "true", "1"          "false", "0"        texts in any case, as in .csv files
 
-Anything else is refused: a rating or a missing label can be read in more than one way.
+Other values are errors: a rating or a missing label could be read in more than one way.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def read_label(value: Any) -> bool:
         BadRow: the value is no label.
     """
     if not is_label(value):
-        found = "nothing (null)" if value is None else short(value)
+        found = "null" if value is None else short(value)
         raise BadRow(
             "bad_label",
-            f"column 'label' holds {found}; needed is true or false (or 1, 0): was the reply good? "
-            "Turn ratings into one of the two; if the column is something else, set format to "
-            "prompt_completion or name another column in the setting columns",
+            f"column 'label' holds {found}; expected true or false (or 1, 0): was the reply good? "
+            "Convert ratings into one of the two; if the column means something else, set format "
+            "to prompt_completion or name another column in the setting columns",
         )
     return _TEXTS[value.strip().lower()] if isinstance(value, str) else bool(value)

@@ -1,4 +1,4 @@
-"""One row on its way from a file to the data set, and what can be wrong with it."""
+"""A row as its source holds it, and the errors of rows that cannot be used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
-LONGEST_MESSAGE = 1000  # characters; a row may hold anything, and every message reaches the card
+MAX_MESSAGE = 1000  # characters; messages quote the row and are listed in the data card
 SKIP_HINT = "Correct the row, or set on_bad_row: skip to leave such rows out and count them."
 
 
@@ -17,13 +17,13 @@ class BadRow(Exception):
     """A row that cannot be used.
 
     Args:
-        reason: short name under which the data card counts it.
-        message: what was found, what is needed and what to do.
+        reason: name under which the data card counts the row.
+        message: what was found, what was expected and what to do; cut to MAX_MESSAGE characters.
     """
 
     def __init__(self, reason: str, message: str) -> None:
-        if len(message) > LONGEST_MESSAGE:
-            message = f"{message[: LONGEST_MESSAGE - 200]} ... {message[-190:]}"
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[: MAX_MESSAGE - 200]} ... {message[-190:]}"
         super().__init__(reason, message)
         self.reason = reason
         self.message = message
@@ -31,13 +31,14 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """A row as its file holds it.
+    """A row before it is parsed.
 
     Attributes:
-        file: name to show to a person.
+        file: name of the file, for messages.
         number: from 1; the line of a .jsonl file, else the position of the row in its file.
-        data: columns by name, an undecoded JSON line, a bare text, or why it cannot be read.
-        dropped: reason for which the reader itself leaves the row out; empty: it does not.
+        data: columns by name, an undecoded JSON line, a plain text, or the BadRow that says why
+            it cannot be read.
+        dropped: reason for which the reader drops the row; empty: it keeps it.
     """
 
     file: str
@@ -46,10 +47,14 @@ class RawRow:
     dropped: str = ""
 
     def where(self) -> str:
+        """File and number, for messages."""
         return f"{self.file}, row {self.number}"
 
     def columns(self, renames: dict[str, str]) -> dict[str, Any]:
-        """The row's columns, under the names that its format expects.
+        """The row's columns under the names that its format expects.
+
+        Args:
+            renames: expected name -> name in the file.
 
         Raises:
             BadRow: invalid UTF-8, malformed JSON, not an object, or a renamed column is missing.
@@ -62,7 +67,7 @@ class RawRow:
         if not isinstance(value, dict):
             raise BadRow(
                 "not_an_object",
-                f"the row is a JSON {type(value).__name__}; needed is an object with columns",
+                f"the row is a JSON {type(value).__name__}; expected an object with columns",
             )
         if not renames:
             return value
@@ -79,13 +84,13 @@ class RawRow:
 
 
 def short(value: Any, longest: int = 60) -> str:
-    """A value for a message, cut where it is long."""
+    """A value as a message shows it: its repr in at most ``longest`` characters."""
     text = repr(value[: 2 * longest] if isinstance(value, str) else value)
     return text if len(text) <= longest else f"{text[: longest - 4]} ..."
 
 
 def names(row: dict[str, Any]) -> str:
-    """A row's column names for a message; the first twelve of them."""
+    """The names of a row's first twelve columns, for a message."""
     shown = [short(name, 40) for name in list(row)[:12]]
     more = [f"{len(row) - 12:,} more"] if len(row) > 12 else []
     return ", ".join(shown + more) or "no columns"
@@ -112,7 +117,7 @@ def parse_json(text: str) -> Any:
     """A JSON value.
 
     Raises:
-        BadRow: the text is not one JSON value, or an object in it has a key twice.
+        BadRow: the text is not one JSON value, or an object in it repeats a key.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -125,7 +130,7 @@ def parse_json(text: str) -> Any:
 
 
 def json_problem(error: ValueError | RecursionError) -> str:
-    """What Python's JSON reader stumbled over, in words about the file."""
+    """An error of Python's JSON parser, in words about the file."""
     if isinstance(error, RecursionError):
         return "lists or objects are nested too deeply to be read"
     if "integer string conversion" in str(error):
@@ -134,19 +139,22 @@ def json_problem(error: ValueError | RecursionError) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; Python alone would silently take the last of two values."""
+    """An object without repeated keys, of which Python would silently take the last one."""
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise BadRow("double_key", f"the key {short(twice)} is there twice in one object")
+        raise BadRow("double_key", f"the key {short(twice)} appears twice in one object")
     return value
 
 
 def whole_text(value: str, name: str) -> str:
-    """The text, if it can be written as UTF-8.
+    """The text, if it can be encoded as UTF-8.
+
+    Args:
+        name: of the column or message, for the error.
 
     Raises:
-        BadRow: it holds half a character.
+        BadRow: the text holds a lone surrogate.
     """
     if not value.isascii():
         try:

@@ -17,7 +17,8 @@ from rlhf_core.errors import DataError
 
 NAMES = ("chatterbot",)
 
-# Here the lines after the first are other answers to it; everywhere else they are a dialogue.
+# In these categories the lines after the first are alternative answers to it; in the others they
+# are a dialogue.
 _ALTERNATIVES = {"computer", "computers", "emociones", "emotion", "emotions"}
 
 
@@ -29,7 +30,7 @@ def version(name: str) -> str:
     """
     if name not in NAMES:
         known = ", ".join(f"builtin:{known}" for known in NAMES)
-        raise DataError(f"There is no built-in data set {name!r}; there is {known}.")
+        raise DataError(f"There is no built-in data set {name!r}; the known one is {known}.")
     try:
         return importlib.metadata.version("chatterbot-corpus")
     except importlib.metadata.PackageNotFoundError:
@@ -39,10 +40,13 @@ def version(name: str) -> str:
 
 
 def files(name: str, subset: str | None) -> list[tuple[str, Any]]:
-    """Category files of a subset: (name to show, readable resource), sorted.
+    """Category files of a subset: (name for messages, readable resource), sorted.
+
+    Args:
+        subset: "<language>" or "<language>:<category>,..."; None: english.
 
     Raises:
-        DataError: unknown data set, language or category, with what there is.
+        DataError: unknown data set, language or category; the text lists the known ones.
     """
     version(name)
     root = importlib.resources.files("chatterbot_corpus") / "data"
@@ -62,16 +66,16 @@ def files(name: str, subset: str | None) -> list[tuple[str, Any]]:
     categories = [part.strip() for part in wanted.split(",") if part.strip()] or sorted(found)
     if unknown := [category for category in categories if category not in found]:
         raise DataError(
-            f"builtin:{name} has no category {', '.join(unknown)} in {language}; there are "
-            f"{', '.join(sorted(found))}."
+            f"builtin:{name} has no category {', '.join(unknown)} in {language}; the categories "
+            f"are {', '.join(sorted(found))}."
         )
     return [(f"{name}:{language}/{category}.yml", found[category]) for category in categories]
 
 
 def rows(name: str, subset: str | None) -> Iterator[RawRow]:
-    """The conversations as rows of format `messages`; numbers count a category's conversations.
+    """The conversations as rows of format `messages`, numbered within their category.
 
-    A question with several answers becomes one row for each of them.
+    A question with several answers becomes one row per answer. Raises as `files`.
     """
     import yaml
 

@@ -1,10 +1,9 @@
-"""What people said on the page, kept in the store and read as a data set.
+"""Feedback that people gave on the page, saved in the store and read as a data set.
 
-A verdict is a record of its own, <noun>/<time>-<random>.json, which never changes, so that pages on
-several machines write beside each other. Their names sort by time: the verdicts up to one of them
-are the same set whoever reads it later, and a run that has begun does not see what comes after.
-
-No torch in here: the orchestrator asks for the fingerprint.
+Each vote or thumb is a record of its own, <folder>/<time>-<random>.json, which never changes, so
+that pages on several machines can write at the same time. The names sort by time: the records up to
+a given one are the same set for every later reader, and a run does not see feedback from after its
+start. Imports no torch, for the orchestrator.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
 
 @dataclass(frozen=True)
 class Candidate:
-    """A reply that a person saw.
+    """A reply that a person gave feedback on.
 
     Attributes:
-        model: what the page calls the model. digest: its artifact.
-        score: the reward model's; None: there was none.
+        model: its name on the page. digest: of its artifact.
+        score: of the reward model; None: no score.
     """
 
     text: str
@@ -37,87 +36,93 @@ class Candidate:
     digest: str
     score: float | None = None
 
-    def seen(self) -> dict[str, Any]:
-        """What a record keeps of it beside the text."""
+    def as_record(self) -> dict[str, Any]:
+        """What a record stores about the reply besides its text."""
         return {"name": self.model, "digest": self.digest, "score": self.score}
 
 
 @dataclass(frozen=True)
-class Verdicts:
-    """One kind of them.
+class FeedbackKind:
+    """A kind of feedback, such as votes.
 
     Attributes:
-        source: name of the data set that all of a store's are.
-        noun: for people, and the folder of the records.
-        columns: of the rows that they are.
-        how: what makes one.
+        source: the data source that stands for all of it in the run's store.
+        folder: of the records; also its name in messages.
+        columns: of the rows.
+        instruction: how people give it, for messages.
     """
 
     source: str
-    noun: str
+    folder: str
     columns: tuple[str, ...]
-    how: str
+    instruction: str
 
     def save(self, store: Store, record: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-        """Write one with the time; the path of its record.
+        """Write one record with the current time; returns its path.
+
+        Args:
+            record: the row's columns, and what else belongs to the kind.
+            details: further fields, such as the run and the user.
 
         Raises:
             StoreError: the store cannot be written to.
         """
         now = datetime.now(UTC)
-        path = f"{self.noun}/{now:%Y%m%dT%H%M%S.%f}Z-{uuid.uuid4().hex[:8]}.json"
+        path = f"{self.folder}/{now:%Y%m%dT%H%M%S.%f}Z-{uuid.uuid4().hex[:8]}.json"
         whole = {**record, "time": now.isoformat(timespec="seconds"), **details}
         store.write_record(path, whole, create=True)
         return path
 
     def count(self, store: Store) -> int:
-        """How many there are."""
-        return len(store.list_records(f"{self.noun}/"))
+        """Number of records in the store."""
+        return len(store.list_records(f"{self.folder}/"))
 
     def rows(self, store: Store, fingerprint: str = "") -> Iterator[RawRow]:
-        """All as rows, oldest first.
+        """The records as rows, oldest first.
 
         Args:
-            fingerprint: as `fingerprint` gave it: only those that it covers. Empty: all.
+            fingerprint: a result of `fingerprint`: read only the records that it covers. Empty:
+                all.
 
         Raises:
-            DataError: there are none, or they are no longer those of the fingerprint.
+            DataError: there are no records, or those of the fingerprint have changed.
         """
         records = self._read(store, fingerprint)
         if fingerprint and self._identity(records) != fingerprint:
             raise DataError(
-                f"The {self.noun} in {store.url} are no longer those that this run began with "
-                "(some were deleted or changed); start the run again to use them as they are now."
+                f"The {self.folder} in {store.url} are no longer those that this run started with "
+                "(some were deleted or changed); start the run again to use the current ones."
             )
         for number, (_, record) in enumerate(records, 1):
             row = {name: record[name] for name in self.columns if name in record}
             yield RawRow(self.source, number, row)
 
     def fingerprint(self, store: Store) -> str:
-        """Identity of all that are in a store; a new one changes it.
+        """The identity of all records in a store; every new record changes it.
 
         Raises:
-            DataError: there are none.
+            DataError: there are no records.
         """
         return self._identity(self._read(store, ""))
 
     def _read(self, store: Store, fingerprint: str) -> list[tuple[str, dict[str, Any]]]:
-        folder, last = f"{self.noun}/", fingerprint.rpartition("@")[2]
+        """(path, record) up to the newest record of the fingerprint."""
+        folder, last = f"{self.folder}/", fingerprint.rpartition("@")[2]
         paths = [p for p in sorted(store.list_records(folder)) if not last or p <= folder + last]
         records = in_parallel(store.read_record, paths, REQUESTS_AT_ONCE)
         found = [(p, r) for p, r in zip(paths, records, strict=True) if r is not None]
         if not found:
             raise DataError(
-                f"{self.source}: there are no {self.noun} in {store.url}; {self.how} with `rlhf "
-                "playground` (and the same --store), or name another source."
+                f"{self.source}: there are no {self.folder} in {store.url}; {self.instruction} "
+                "with `rlhf playground` (and the same --store), or name another source."
             )
         return found
 
     def _identity(self, records: list[tuple[str, dict[str, Any]]]) -> str:
-        """<noun>:<sha256 of names and rows>@<name of the newest>."""
+        """<folder>:<sha256 of paths and rows>@<name of the newest record>."""
         total = hashlib.sha256()
         for path, record in records:
             row = json.dumps([record.get(name) for name in self.columns], sort_keys=True)
             total.update(f"{path}\0{row}\n".encode("utf-8", "surrogatepass"))
-        newest = records[-1][0].removeprefix(f"{self.noun}/")
-        return f"{self.noun}:{total.hexdigest()[:32]}@{newest}"
+        newest = records[-1][0].removeprefix(f"{self.folder}/")
+        return f"{self.folder}:{total.hexdigest()[:32]}@{newest}"

@@ -18,13 +18,24 @@ from rlhf_core.jobs import DataSettings
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A data file: the name to show, and where it is."""
+    """A data file.
+
+    Attributes:
+        name: for messages.
+        path: on the local or remote file system.
+        remote: fsspec file system; None: local.
+    """
 
     name: str
     path: str
-    remote: Any = None  # fsspec file system; None: local
+    remote: Any = None
 
     def open(self) -> Any:
+        """A buffered binary stream.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
         try:
             if self.remote is None:
                 return Path(self.path).open("rb")
@@ -37,31 +48,34 @@ def find_files(settings: DataSettings) -> list[SourceFile]:
     """The data files of a local or s3 source, sorted by name.
 
     Raises:
-        DataError: there is none, or a single one has an unknown ending.
+        DataError: there is no data file, or one of an unknown type.
+        StoreUnavailable: S3 cannot be reached.
     """
     source = settings.source
     texts = settings.format == "text" or reader_of(source) is read_text
     found = (_s3_files if source_kind(source) == "s3" else _local_files)(source, texts)
     if not found:
         raise DataError(
-            f"{source}: no data file there; readable are {READABLE}, of which the last two in a "
-            "folder only with format: text (or name them: texts/*.txt). Check the path (relative "
-            f"paths start at {os.getcwd()})."
+            f"{source}: no data file found; supported are {READABLE}. Files of the last two types "
+            "in a folder are read only with format: text (or a pattern: texts/*.txt). Check the "
+            f"path (relative paths start at {os.getcwd()})."
         )
     for file in found:
         if reader_of(file.name) is None:
-            raise DataError(f"{file.name}: the ending is not known; readable are {READABLE}.")
+            raise DataError(f"{file.name}: unknown file type; supported are {READABLE}.")
         if not _is_data(file.name, texts):
             raise DataError(
-                f"{file.name}: a plain text among what {source} matches; set format: text to read "
-                "it as one, or narrow the pattern."
+                f"{file.name}: {source} matches this plain text file; set format: text to read it, "
+                "or narrow the pattern."
             )
     return found
 
 
 def _is_data(name: str, texts: bool) -> bool:
-    """Whether a file is read that nobody named. A text is where texts are asked for: else it is
-    about the data, as a README.md."""
+    """Whether a file of a folder is read.
+
+    A plain text is read only if texts are wanted; otherwise it is about the data, like a README.
+    """
     reader = reader_of(name)
     return reader is not None and (texts or reader is not read_text)
 
@@ -86,7 +100,7 @@ def _local_files(source: str, texts: bool) -> list[SourceFile]:
     if glob.has_magic(str(path)):
         matches = sorted(glob.glob(str(path), recursive=True))
         return [SourceFile(match, match) for match in matches if os.path.isfile(match)]
-    raise DataError(f"{source}: is neither a plain file nor a folder; give one of the two.")
+    raise DataError(f"{source} is neither a regular file nor a folder; give one of the two.")
 
 
 def s3_filesystem() -> Any:
@@ -105,7 +119,7 @@ def s3_filesystem() -> Any:
             "region_name": settings.region,
         },
         config_kwargs=botocore_options(settings),
-        use_listings_cache=False,  # it is wrong about what another client wrote or deleted
+        use_listings_cache=False,  # it misses what other clients write or delete
         skip_instance_cache=True,
     )
     fs.retries = settings.retries + 1
@@ -129,7 +143,7 @@ def _s3_files(source: str, texts: bool) -> list[SourceFile]:
             )
     except (OSError, PermissionError) as error:
         raise s3_error(source, error) from error
-    except Exception as error:  # botocore's own, such as missing credentials
+    except Exception as error:  # of botocore, such as missing credentials
         if isinstance(error, DataError):
             raise
         raise s3_error(source, error) from error
@@ -137,6 +151,7 @@ def _s3_files(source: str, texts: bool) -> list[SourceFile]:
 
 
 def s3_error(source: str, error: Exception) -> Exception:
+    """A DataError or StoreUnavailable for an error of s3fs."""
     if isinstance(error, FileNotFoundError):
         return DataError(f"{source}: there is no such bucket or object.")
     return StoreUnavailable(

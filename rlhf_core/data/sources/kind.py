@@ -17,10 +17,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def source_kind(source: str) -> str:
-    """builtin, reasoning, feedback, s3, local or hub; what exists or looks like a file is local.
+    """builtin, reasoning, feedback, s3, local or hub.
+
+    A source that exists as a file, or looks like a path, is local.
 
     Raises:
-        DataError: none of these.
+        DataError: the source is none of these.
     """
     if source.startswith("builtin:"):
         return "builtin"
@@ -34,8 +36,8 @@ def source_kind(source: str) -> str:
         if scheme[1] == "file":
             return "local"
         raise DataError(
-            f"{source}: {scheme[1]}:// is not readable; needed is a Hugging Face dataset id, a "
-            "path, an s3:// URL or builtin:chatterbot."
+            f"{source}: {scheme[1]}:// URLs are not supported; expected a Hugging Face dataset id, "
+            "a path, an s3:// URL or builtin:chatterbot."
         )
     path = local_path(source)
     looks = source.startswith(("/", ".", "~")) or reader_of(source) or glob.has_magic(source)
@@ -50,13 +52,13 @@ def local_path(source: str) -> Path:
     """The path that a local source names.
 
     Raises:
-        DataError: it is empty, or names the home of a user who is not known.
+        DataError: it is empty, or names the home of an unknown user.
     """
     text = source.removeprefix("file://")
     if not text.strip():
         raise DataError(
-            f"The source is {source!r}, which names nothing; needed is a Hugging Face dataset id, "
-            "a path, an s3:// URL or builtin:chatterbot."
+            f"The source {source!r} is empty; expected a Hugging Face dataset id, a path, an s3:// "
+            "URL or builtin:chatterbot."
         )
     try:
         return Path(text).expanduser()
@@ -65,7 +67,8 @@ def local_path(source: str) -> Path:
 
 
 def path_exists(path: Path) -> bool:
+    """Whether a path exists; False for one that the operating system rejects."""
     try:
         return path.exists()
-    except OSError:  # a name that is too long for a file: a hub id it may be
+    except OSError:  # the name is too long for a file; it may be a hub id
         return False

@@ -16,13 +16,13 @@ from rlhf_core.store import Store, open_store
 
 
 def open_rows(
-    settings: DataSettings, store: Store | None = None, known: str = ""
+    settings: DataSettings, store: Store | None = None, fingerprint: str = ""
 ) -> Iterator[RawRow]:
-    """All rows of the source, in order, a bounded part in memory at a time.
+    """All rows of the source, in order; a bounded part is in memory at a time.
 
     Args:
-        store: where votes and thumbs are; None: the environment's.
-        known: fingerprint of those to read, without what came later; empty: all.
+        store: holds the votes and thumbs; None: the store of the environment.
+        fingerprint: of the votes or thumbs to read, without later ones; empty: all.
 
     Raises:
         DataError: the source does not exist or is damaged beyond single rows.
@@ -34,7 +34,7 @@ def open_rows(
     elif kind == "reasoning":
         yield from reasoning.rows(settings.source)
     elif kind == "feedback":
-        yield from FEEDBACK[settings.source].rows(store or open_store(), known)
+        yield from FEEDBACK[settings.source].rows(store or open_store(), fingerprint)
     elif kind == "hub":
         yield from hub_rows(settings)
     else:

@@ -1,7 +1,7 @@
-"""Reading rows out of one open file, a bounded piece at a time.
+"""Reads rows from one open file: JSON Lines, JSON, CSV, Parquet or plain text.
 
-Every reader numbers its rows from 1 and yields what cannot be read as a row whose data is a BadRow,
-so that the caller decides between stopping and skipping.
+A bounded part of the file is in memory at a time. Rows are numbered from 1. A row that cannot be
+read is yielded with a BadRow as its data, so that the caller can stop or skip it.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from rlhf_core.data.sources.text_files import read_text
 from rlhf_core.errors import DataError
 from rlhf_core.system.git_lfs import LFS_MAGIC
 
-PIECE = 2**20
-LONGEST = 64 * 2**20  # bytes of one row
+READ_BYTES = 2**20
+MAX_ROW_BYTES = 64 * 2**20
 
 Reader = Callable[[IO[bytes], str], Iterator[RawRow]]
 
 
 def read_jsonl(stream: IO[bytes], name: str) -> Iterator[RawRow]:
-    """One JSON value per line; row numbers are line numbers, blank lines are no rows."""
+    """JSON Lines: one value per line. Row numbers are line numbers; blank lines are skipped.
+
+    Raises:
+        DataError: a line is longer than MAX_ROW_BYTES.
+    """
     number = 0
-    while line := stream.readline(LONGEST + 1):
+    while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
-        if len(line) > LONGEST:
+        if len(line) > MAX_ROW_BYTES:
             raise DataError(
-                f"{name}, line {number} is longer than {LONGEST:,} bytes; needed is one JSON "
-                "object per line. Is it a .json file with another ending?"
+                f"{name}, line {number} is longer than {MAX_ROW_BYTES:,} bytes; expected one JSON "
+                "object per line. Is it a .json file with the wrong file name?"
             )
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -45,10 +49,11 @@ def read_jsonl(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 def read_json(stream: IO[bytes], name: str) -> Iterator[RawRow]:
     """A JSON array of rows, or JSON objects one after another.
 
-    Malformed JSON ends with an error even where bad rows are skipped: without line ends nobody can
-    say where the next row begins.
+    Raises:
+        DataError: malformed JSON, even with ``on_bad_row: skip``: without line ends it is unknown
+            where the next row starts.
     """
-    text = _Window(stream, name)
+    text = _JsonStream(stream, name)
     array = text.peek() == "["
     if array:
         text.take(1)
@@ -60,18 +65,18 @@ def read_json(stream: IO[bytes], name: str) -> Iterator[RawRow]:
             text.take(1)
             text.peek()
         number += 1
-        # Passed on as text: it is parsed again, with the checks of a line, where the row is used.
+        # Yielded as text: a worker parses it again, with the checks of a JSON line.
         found = text.value(number)
         try:
             yield RawRow(name, number, found.encode("utf-8"))
         except UnicodeEncodeError:
             yield RawRow(name, number, BadRow("invalid_utf8", _NOT_UTF8))
     if array and not mark:
-        raise text.malformed(number + 1, "the file ends before the array's ']'; it is cut short")
+        raise text.malformed(number + 1, "the file ends before the array's ']'; it is truncated")
 
 
-class _Window:
-    """A text stream of which only the part around the current row is in memory."""
+class _JsonStream:
+    """A stream of JSON values; only the part around the current one is in memory."""
 
     def __init__(self, stream: IO[bytes], name: str) -> None:
         self.stream, self.name = stream, name
@@ -80,7 +85,8 @@ class _Window:
         self.text, self.position, self.ended = "", 0, False
         self.json = json.JSONDecoder()
 
-    def more(self, size: int = PIECE) -> bool:
+    def more(self, size: int = READ_BYTES) -> bool:
+        """Read up to ``size`` more bytes; False at the end of the stream."""
         if self.ended:
             return False
         data = self.stream.read(size)
@@ -92,7 +98,7 @@ class _Window:
         return True
 
     def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
+        """The next character that is not white space, without consuming it; empty at the end."""
         while True:
             while self.position < len(self.text) and self.text[self.position].isspace():
                 self.position += 1
@@ -102,15 +108,16 @@ class _Window:
                 return ""
 
     def take(self, count: int) -> None:
+        """Consume ``count`` characters."""
         self.position += count
 
     def value(self, number: int) -> str:
-        """The text of the JSON value that comes next."""
-        size = PIECE
+        """The text of the next JSON value; ``number`` is its row, for the error."""
+        size = READ_BYTES
         while True:
             try:
                 value, end = self.json.raw_decode(self.text, self.position)
-                # A number at the very end may go on in the next piece.
+                # A number at the very end may continue in the next read.
                 if end < len(self.text) or self.ended or not isinstance(value, int | float):
                     found = self.text[self.position : end]
                     self.position = end
@@ -120,13 +127,16 @@ class _Window:
                 problem = f"{error.msg} near {self.text[error.pos : error.pos + 40].strip()!r}"
             except (ValueError, RecursionError) as error:
                 problem = json_problem(error)
-            if len(self.text) - self.position > LONGEST:
-                raise self.malformed(number, f"{problem}; or the row exceeds {LONGEST:,} bytes")
+            if len(self.text) - self.position > MAX_ROW_BYTES:
+                raise self.malformed(
+                    number, f"{problem}; or the row exceeds {MAX_ROW_BYTES:,} bytes"
+                )
             if not self.more(size):
                 raise self.malformed(number, problem)
             size *= 2
 
     def malformed(self, number: int, problem: str) -> DataError:
+        """The error for row ``number``."""
         return DataError(
             f"{self.name}, row {number}: malformed JSON ({problem}). Such a row cannot be skipped "
             "inside a JSON array; correct the file, or convert it to .jsonl with one object per "
@@ -138,6 +148,7 @@ _NOT_UTF8 = "the row is not UTF-8; convert the file to UTF-8"
 
 
 def _surrogates(fields: list[str]) -> BadRow | None:
+    """The BadRow for fields with bytes that are not UTF-8, else None."""
     try:
         "".join(fields).encode("utf-8")
     except UnicodeEncodeError:
@@ -146,8 +157,12 @@ def _surrogates(fields: list[str]) -> BadRow | None:
 
 
 def read_csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
-    """Comma-separated values with a header line; row 1 is the first one after the header."""
-    csv.field_size_limit(LONGEST)
+    """Comma-separated values with a header line; row 1 is the first one after the header.
+
+    Raises:
+        DataError: the file is not CSV, or its header repeats a column.
+    """
+    csv.field_size_limit(MAX_ROW_BYTES)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, strict=True)
     header: list[str] | None = None
@@ -167,7 +182,7 @@ def read_csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
         if header is None:
             header = [field.strip() for field in fields]
             if len(set(header)) != len(header):
-                raise DataError(f"{name}: the header names a column twice: {', '.join(header)}.")
+                raise DataError(f"{name}: the header repeats a column: {', '.join(header)}.")
             continue
         number += 1
         if len(fields) != len(header):
@@ -181,7 +196,11 @@ def read_csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 
 
 def read_parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
-    """Parquet, in batches of rows."""
+    """Parquet, in batches of 256 rows.
+
+    Raises:
+        DataError: the file is not readable as Parquet, or repeats a column.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -191,7 +210,7 @@ def read_parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
         columns = file.schema_arrow.names
         if len(set(columns)) < len(columns):
             shown = ", ".join(columns[:20])
-            raise DataError(f"{name}: the file names a column twice: {shown}.")
+            raise DataError(f"{name}: the file repeats a column: {shown}.")
         for batch in file.iter_batches(batch_size=256, use_threads=False):
             for row in _rows(batch):
                 number += 1
@@ -204,9 +223,9 @@ def read_parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 
 
 def _rows(batch: Any) -> list[Any]:
-    """The rows of a batch; one with a value that Python cannot hold is a BadRow.
+    """The rows of a batch; a BadRow for one with a value that Python cannot represent.
 
-    Such are texts that are not UTF-8, times beyond the year 9999 and unknown time zones.
+    Examples are texts that are not UTF-8, times after the year 9999 and unknown time zones.
     """
     try:
         return list(batch.to_pylist())
@@ -215,6 +234,7 @@ def _rows(batch: Any) -> list[Any]:
 
 
 def _row(batch: Any) -> Any:
+    """The row of a batch of one, or its BadRow."""
     row = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
         try:
@@ -243,24 +263,24 @@ READABLE = ".json, .jsonl, .jsonl.gz, .parquet, .csv, .txt and .md"
 
 
 def reader_of(name: str) -> Reader | None:
-    """The reader for a file name, or None when its ending is not known."""
+    """The reader for a file name; None for an unknown type."""
     plain = name.lower().removesuffix(".gz")
     return next((read for ending, read in ENDINGS.items() if plain.endswith(ending)), None)
 
 
 def read_file(stream: io.BufferedReader, name: str) -> Iterator[RawRow]:
-    """The rows of an open file; .gz is unpacked on the way.
+    """The rows of an open file; .gz files are decompressed while reading.
 
     Raises:
-        DataError: unknown ending, a git-lfs pointer, or the file is damaged beyond single rows.
+        DataError: unknown type, a git-lfs pointer, or the file is damaged beyond single rows.
     """
     reader = reader_of(name)
     if reader is None:
-        raise DataError(f"{name}: the ending is not known; readable are {READABLE}.")
+        raise DataError(f"{name}: unknown file type; supported are {READABLE}.")
     if stream.peek(len(LFS_MAGIC)).startswith(LFS_MAGIC):
         raise DataError(
-            f"{name} is a git-lfs pointer; needed is the file that it stands for: run `git lfs "
-            "install && git lfs pull` where it was cloned."
+            f"{name} is a git-lfs pointer; expected the file that it points to: run `git lfs "
+            "install && git lfs pull` in its clone."
         )
     number = 0
     try:
@@ -272,6 +292,6 @@ def read_file(stream: io.BufferedReader, name: str) -> Iterator[RawRow]:
             yield row
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
-            f"{name}: the gzip data is damaged or cut short after row {number} ({error}); download "
-            "or pack it again."
+            f"{name}: the gzip data is damaged or truncated after row {number} ({error}); download "
+            "or compress it again."
         ) from None

@@ -1,4 +1,4 @@
-"""Thumbs: whether a person found a single reply good. No torch in here."""
+"""Thumbs: whether a person finds a single reply good. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_core.data.rows.row import Message
-from rlhf_core.data.sources.feedback import Candidate, Verdicts
+from rlhf_core.data.sources.feedback import Candidate, FeedbackKind
 from rlhf_core.errors import DataError
 from rlhf_core.store import Store
 
-THUMBS = Verdicts(
+THUMBS = FeedbackKind(
     "playground-thumbs", "thumbs", ("prompt", "completion", "label"), "judge some replies"
 )
-"""`data.unpaired.source` for all thumbs of the run's store: rows of format `unpaired`."""
+"""All thumbs of the run's store, as `data.unpaired.source`: rows of format `unpaired`."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Thumb:
 
     Attributes:
         prompt: the conversation before the reply; the last message is the user's.
-        good: up.
-        details: what else is kept of it (run, sampling, who).
+        good: True for a thumb up.
+        details: further fields of the record (run, sampling, user).
     """
 
     prompt: Sequence[Message]
@@ -34,7 +34,7 @@ class Thumb:
 
 
 def save_thumb(store: Store, thumb: Thumb) -> str:
-    """Write a thumb; the path of its record.
+    """Write a thumb; returns the path of its record.
 
     Raises:
         DataError: the reply is empty.
@@ -46,6 +46,6 @@ def save_thumb(store: Store, thumb: Thumb) -> str:
         "prompt": [dict(message) for message in thumb.prompt],
         "completion": thumb.reply.text,
         "label": thumb.good,
-        "model": thumb.reply.seen(),
+        "model": thumb.reply.as_record(),
     }
     return THUMBS.save(store, record, thumb.details)

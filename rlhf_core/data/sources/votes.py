@@ -1,4 +1,4 @@
-"""Votes: which of two replies to the same conversation a person found better. No torch in here."""
+"""Votes: which of two replies to the same conversation a person prefers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_core.data.rows.row import Message
-from rlhf_core.data.sources.feedback import Candidate, Verdicts
+from rlhf_core.data.sources.feedback import Candidate, FeedbackKind
 from rlhf_core.errors import DataError
 from rlhf_core.store import Store
 
-VOTES = Verdicts(
+VOTES = FeedbackKind(
     "playground-votes", "votes", ("prompt", "chosen", "rejected"), "compare some replies"
 )
-"""`data.preference.source` for all votes of the run's store: rows of format `preference`."""
+"""All votes of the run's store, as `data.preference.source`: rows of format `preference`."""
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One comparison.
+    """One comparison of two replies.
 
     Attributes:
         prompt: the conversation before the replies; the last message is the user's.
-        details: what else is kept of it (run, sampling, who).
+        details: further fields of the record (run, sampling, user).
     """
 
     prompt: Sequence[Message]
@@ -32,14 +32,14 @@ class Vote:
     details: dict[str, Any] = field(default_factory=dict)
 
     def problem(self) -> str:
-        """Why nothing can be learned from it: "empty", "identical", or "" if it can."""
+        """Why the replies are no preference pair: "empty" or "identical"; "" if they are one."""
         if not self.chosen.text.strip() or not self.rejected.text.strip():
             return "empty"
         return "identical" if self.chosen.text.strip() == self.rejected.text.strip() else ""
 
 
 def save_vote(store: Store, vote: Vote) -> str:
-    """Write a vote; the path of its record.
+    """Write a vote; returns the path of its record.
 
     Raises:
         DataError: a reply is empty, or both are the same.
@@ -51,6 +51,6 @@ def save_vote(store: Store, vote: Vote) -> str:
         "prompt": [dict(message) for message in vote.prompt],
         "chosen": vote.chosen.text,
         "rejected": vote.rejected.text,
-        "models": {"chosen": vote.chosen.seen(), "rejected": vote.rejected.seen()},
+        "models": {"chosen": vote.chosen.as_record(), "rejected": vote.rejected.as_record()},
     }
     return VOTES.save(store, record, vote.details)

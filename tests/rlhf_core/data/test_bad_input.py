@@ -23,27 +23,27 @@ def talk(*turns):
 ROWS = [
     (b'{"messages": [', "malformed_json", "malformed JSON at column 15"),
     (b'{"messages": "\xff"}', "invalid_utf8", "byte 15 of the line (0xff) is not UTF-8"),
-    (b'{"messages": "\\ud800"}', "wrong_type", "holds a str; needed is a list"),
+    (b'{"messages": "\\ud800"}', "wrong_type", "holds a str; expected a list"),
     (talk(("user", "\ud83d"), ("assistant", "b")), "invalid_utf8", "lone surrogate"),
-    ([1, 2], "not_an_object", "a JSON list; needed is an object"),
-    (b'{"messages": [], "a": {"b": 1, "b": 2}}', "double_key", "the key 'b' is there twice"),
+    ([1, 2], "not_an_object", "a JSON list; expected an object"),
+    (b'{"messages": [], "a": {"b": 1, "b": 2}}', "double_key", "the key 'b' appears twice"),
     (b'{"messages": ' + b"[" * 9999 + b"]" * 9999 + b"}", "malformed_json", "nested too deeply"),
     (b'{"messages": ' + b"9" * 5000 + b"}", "malformed_json", "a number has thousands of digits"),
     ({"text": "x"}, "missing_column", "no column 'messages'; the row has 'text'"),
     ({"messages": []}, "no_text", "'messages' is an empty list"),
-    ({"messages": None}, "wrong_type", "holds nothing (null)"),
+    ({"messages": None}, "wrong_type", "holds null"),
     ({"messages": ["a"]}, "wrong_type", "message 1 of column 'messages' is a str"),
     (talk(("user", ""), ("assistant", "b")), "no_text", "message 1 of column 'messages' is empty"),
     (talk(("user", "a"), ("assistant", " \n")), "no_text", "message 2"),
     (talk(("user", "a")), "nothing_to_train", "no assistant message"),
     (talk(("system", "a")), "no_text", "no user message"),
     (talk(("assistant", "a"), ("user", "b")), "role_order", "starts with the assistant"),
-    (talk(("wizard", "a")), "unknown_role", "role 'wizard'; known are system, user, assistant"),
+    (talk(("wizard", "a")), "unknown_role", "role 'wizard'; expected one of system, user"),
     (talk(("user", "a"), ("assistant", "b<|im_end|>c")), "special_token", "contains '<|im_end|>'"),
     (
         {"messages": [{"role": "user", "content": "a"},
                       {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
-        "unsupported", "calls tools",
+        "unsupported", "has tool calls",
     ),
 ]  # fmt: skip
 
@@ -83,8 +83,8 @@ PAIRS = [
      "turn 2 of column 'chosen' is empty"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a"},
      "'chosen' does not end with a reply"),
-    ({"chosen": "hello \n\nHuman: a", "rejected": "x"}, "needed is a transcript that starts"),
-    ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' holds a int; needed is text"),
+    ({"chosen": "hello \n\nHuman: a", "rejected": "x"}, "expected a transcript that starts"),
+    ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' holds a int; expected text"),
     ({"prompt": "a", "chosen": "b", "rejected": ""}, "column 'rejected' is empty"),
 ]  # fmt: skip
 
@@ -101,13 +101,13 @@ def test_bad_pair_is_refused(tmp_path, row, text):
 @pytest.mark.parametrize(
     ("row", "text"),
     [
-        *((row, f"'label' holds {found}; needed is true or false")
-          for row, found in (({"label": None}, "nothing (null)"), ({"label": 3}, "3"),
+        *((row, f"'label' holds {found}; expected true or false")
+          for row, found in (({"label": None}, "null"), ({"label": 3}, "3"),
                              ({"label": 0.5}, "0.5"), ({"label": "good"}, "'good'"),
                              ({"label": ""}, "''"), ({"label": [True]}, "[True]"))),
         ({}, "there is no column 'label'"),
         ({"label": True, "completion": ""}, "column 'completion' is empty"),
-        ({"label": True, "completion": 3}, "'completion' holds a int; needed is text"),
+        ({"label": True, "completion": 3}, "'completion' holds a int; expected text"),
         ({"label": True, "completion": [{"role": "user", "content": "a"}]},
          "'completion' does not end with a reply"),
         ({"label": True, "prompt": None}, "column 'prompt' is null"),
@@ -165,12 +165,12 @@ def test_long_prompt_is_dropped_and_counted(tmp_path):
     [
         ("/nowhere/a.jsonl", ["no such file or folder", "correct the path"]),
         ("builtin:nope", ["no built-in data set 'nope'", "builtin:chatterbot"]),
-        ("ftp://x/y", ["ftp:// is not readable"]),
-        ("", ["names nothing", "Hugging Face dataset id"]),
-        ("file://", ["names nothing"]),
+        ("ftp://x/y", ["ftp:// URLs are not supported"]),
+        ("", ["is empty", "Hugging Face dataset id"]),
+        ("file://", ["is empty"]),
         ("/" + "a" * 300 + ".jsonl", ["no such file or folder"]),
         ("~no-such-user/a.jsonl", ["home directory", "Give the whole path"]),
-        ("/dev/null", ["neither a plain file nor a folder"]),
+        ("/dev/null", ["neither a regular file nor a folder"]),
     ],
 )
 def test_missing_source_says_what_is_needed(tmp_path, source, words):
@@ -182,27 +182,27 @@ def test_missing_source_says_what_is_needed(tmp_path, source, words):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.tsv", b"hello", ["ending is not known", ".jsonl.gz, .parquet, .csv, .txt and .md"]),
+        ("a.tsv", b"hello", ["unknown file type", ".jsonl.gz, .parquet, .csv, .txt and .md"]),
         ("a.jsonl", b"", ["is empty", "no rows"]),
         ("a.json", b"[]", ["is empty", "no rows"]),
         ("a.json", b'[{"prompt": "a"}, {"prompt": ', ["row 2: malformed JSON", ".jsonl"]),
         ("a.json", b'[{"prompt": "a"} {"prompt": "b"}]', ["row 1: malformed JSON", "','"]),
-        ("a.json", b'[{"prompt": "a"}', ["cut short"]),
-        ("a.csv", b'a,a\n1,2\n', ["names a column twice"]),
+        ("a.json", b'[{"prompt": "a"}', ["is truncated"]),
+        ("a.csv", b'a,a\n1,2\n', ["repeats a column"]),
         ("a.csv", b'prompt\n"open', ["row 1: not CSV"]),
         ("a.csv", b'prompt,x\na\n', ["row 1: the row has 1 fields, the header has 2"]),
         ("a.parquet", b"version https://git-lfs", ["not readable as Parquet", "git-lfs"]),
         ("a.parquet", POINTER, ["is a git-lfs pointer", "git lfs pull"]),
         ("a.jsonl.gz", POINTER, ["is a git-lfs pointer", "git lfs pull"]),
         ("a.txt", POINTER, ["is a git-lfs pointer", "git lfs pull"]),
-        ("a.txt", b"", ["row 1: the file is empty", "give it text or remove it"]),
+        ("a.txt", b"", ["row 1: the file is empty", "add text or remove the file"]),
         ("a.md", b"\xef\xbb\xbf \n\n", ["row 1: the file is empty"]),
         ("a.txt", b"Hi\ncaf\xe9\n", ["row 1: line 2 of the file holds a byte (0xe9)", "iconv -f"]),
         ("a.txt", "Hi".encode("utf-16"), ["line 1 of the file holds a byte (0xff)"]),
         ("a.txt", "a\nb".encode("utf-16-le"), ["line 1 of the file holds a zero byte", "UTF-16"]),
         ("a.txt.gz", b"no gzip", ["gzip data is damaged", "after row 0"]),
         ("a.jsonl.gz", b"no gzip", ["gzip data is damaged", "after row 0"]),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9000)[:-30], ["damaged or cut short"]),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9000)[:-30], ["damaged or truncated"]),
         ("a.jsonl", b'{"question": "a"}\n', ["no format has the columns 'question'", "alpaca"]),
     ],
 )  # fmt: skip
@@ -254,7 +254,7 @@ def test_check_source_names_the_first_bad_row_and_is_quiet_otherwise(tmp_path):
     assert f"{bad}, row 2: there is no column 'messages'" in problem
     assert check_source(DataSettings(source=bad, on_bad_row="skip"), "sft") == []
     [problem] = check_source(DataSettings(source=good), "preference")
-    assert "serves sft" in problem
+    assert "can be used for sft" in problem
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_double_key_in_an_array_is_one_bad_row(tmp_path):
 def test_message_about_a_row_of_any_size_stays_short(tmp_path):
     wide = {f"column {number}": "x" for number in range(5000)} | {"y" * 100_000: 1}
     role = {"messages": [{"role": "r" * 100_000, "content": "x"}]}
-    for row, text in ((wide, "4,989 more"), (role, "known are system, user, assistant")):
+    for row, text in ((wide, "4,989 more"), (role, "expected one of system, user, assistant")):
         with pytest.raises(DataError) as error:
             prepared(tmp_path / "out", jsonl(tmp_path / "a.jsonl", [row]))
         assert text in str(error.value)
@@ -311,5 +311,5 @@ def test_parquet_with_an_unknown_time_zone_or_a_column_twice(tmp_path):
         prepared(tmp_path / "out", str(tmp_path / "a.parquet"), "prompts")
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["prompt", "prompt"])
     pq.write_table(twice, tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="names a column twice: prompt, prompt"):
+    with pytest.raises(DataError, match="repeats a column: prompt, prompt"):
         prepared(tmp_path / "out", str(tmp_path / "b.parquet"), "prompts")

@@ -90,7 +90,7 @@ def test_two_users_share_one_load(folder):
 
 
 def test_larger_than_the_limit_is_told_with_both_numbers(folder):
-    with pytest.raises(OutOfMemory, match=r"needs 2 MiB, the page may use 1 MiB.*--memory-gb"):
+    with pytest.raises(OutOfMemory, match=r"needs 2 MiB, but the page may use 1 MiB.*--memory-gb"):
         use(ModelPool(2**20), "a", folder(2**21), Loads())
 
 

@@ -47,7 +47,7 @@ def test_source_gives_questions_with_answers_and_entries(gym):
     }
     assert source_kind(source) == "reasoning"
     assert fingerprint(DataSettings(source=source)) == f"{source}@9.9"
-    assert len(rows("reasoning-gym:say")) == reasoning.SIZE
+    assert len(rows("reasoning-gym:say")) == reasoning.DEFAULT_SIZE
     assert rows("reasoning-gym:say?size=1&fixed=5")[0]["extra"]["reasoning_gym"]["options"] == {
         "fixed": 5
     }

@@ -151,7 +151,7 @@ def test_text_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         make(tmp_path, NewModelJob(**SMALL, text=heldout))
     with pytest.raises(DataError, match="changed after this run was started"):
         make(tmp_path, NewModelJob(**SMALL, text=text_file(tmp_path), fingerprint="local:1"))
-    with pytest.raises(DataError, match="not pretrain"):
+    with pytest.raises(DataError, match="not for pretrain"):
         make(tmp_path, NewModelJob(**SMALL, text=text_file(tmp_path, [{"prompt": "a"}])))
 
 

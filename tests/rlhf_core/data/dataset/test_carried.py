@@ -84,7 +84,7 @@ def test_row_without_the_named_column_or_with_another_type_is_bad(tmp_path):
     prepared(tmp_path / "out", source, "prompts", columns=columns, on_bad_row="skip")
     card = DataCard.load(tmp_path / "out")
     assert card.bad == {"missing_column": 1, "wrong_type": 1}
-    assert "holds a list; needed is a text or a number" in card.bad_rows[1]["message"]
+    assert "holds a list; expected a text or a number" in card.bad_rows[1]["message"]
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_rows_read_by_position(tmp_path):
 
 def test_rows_refuses_what_is_no_data_set(tmp_path):
     folder, _ = make(tmp_path, "a", alpaca(3))
-    with pytest.raises(DataError, match="is for sft; needed is one for preference"):
+    with pytest.raises(DataError, match="is for sft; expected one for preference"):
         Rows(folder, "train", "preference")
     assert len(Rows(folder, "train", ["pretrain", "sft"])) == 3
     with pytest.raises(DataError, match="there are train, heldout"):
@@ -205,7 +205,7 @@ def test_write_dataset_refuses_rows_of_another_shape(tmp_path):
     card = DataCard("preference")
     with pytest.raises(DataError, match="train row 1 has the columns"):
         write_dataset(tmp_path, "preference", {"train": [{"prompt": "a"}]}, card)
-    with pytest.raises(DataError, match="needed are prompt_ids"):
+    with pytest.raises(DataError, match="expected prompt_ids"):
         write_dataset(tmp_path, "preference", {"train": [{**PAIR, "row": "x"}]}, card)
     with pytest.raises(DataError, match="no split"):
         write_dataset(tmp_path, "preference", {"test": []}, card)

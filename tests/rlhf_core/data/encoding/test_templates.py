@@ -28,8 +28,8 @@ def test_builtin_template_trains_on_replies_and_their_ends(name, make):
     end, end_id = templates.end_of_turn(tokenizer)
     assert end_id == tokenizer.convert_tokens_to_ids(end)
     segments = templates.render(tokenizer, TALK)
-    assert [s.text for s in segments if s.trainable] == ["Hi, 你好" + end, "Fine." + end]
-    trained = templates.encode_segments(tokenizer, [s.text for s in segments if s.trainable])
+    assert [s.text for s in segments if s.in_loss] == ["Hi, 你好" + end, "Fine." + end]
+    trained = templates.encode_segments(tokenizer, [s.text for s in segments if s.in_loss])
     assert [piece[-1] for piece in trained] == [end_id, end_id]
     assert [tokenizer.decode(piece) for piece in trained] == ["Hi, 你好" + end, "Fine." + end]
 
@@ -134,7 +134,7 @@ def test_template_that_strips_earlier_thinking_works():
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "<think>y</think>d"},
     ]
-    trained = [s.text for s in templates.render(tokenizer, talk) if s.trainable]
+    trained = [s.text for s in templates.render(tokenizer, talk) if s.in_loss]
     assert trained == ["b<|im_end|>", "<think>y</think>d<|im_end|>"]
     whole = ids_of(tokenizer, templates.render(tokenizer, talk))
     prompt = templates.prompt_ids(tokenizer, talk[:3])
@@ -189,8 +189,8 @@ def test_template_that_refuses_a_conversation_says_why():
 
 def test_special_tokens_in_a_message_are_found():
     tokenizer = byte_tokenizer()
-    assert templates.special_text(tokenizer, "a <|im_end|> b") == "<|im_end|>"
-    assert templates.special_text(tokenizer, "a < b") is None
+    assert templates.find_special_token(tokenizer, "a <|im_end|> b") == "<|im_end|>"
+    assert templates.find_special_token(tokenizer, "a < b") is None
 
 
 def test_reply_text_ends_at_the_end_of_turn():

@@ -260,10 +260,18 @@ def test_turns_after_the_last_reply_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("row", "purpose", "words"),
     [
-        ({"prompt": "Hi"}, "sft", ["prompt serves prompts, not sft", "alpaca, messages"]),
-        ({"prompt": "a", "completion": "b"}, "unpaired", ["not unpaired", "the formats unpaired"]),
-        ({"text": "Hi"}, "preference", ["text serves", "one of the formats hh, preference"]),
-        ({"instruction": "a", "output": "b"}, "preference", ["alpaca serves sft"]),
+        ({"prompt": "Hi"}, "sft", ["prompt can be used for prompts, not for", "alpaca, mess"]),
+        (
+            {"prompt": "a", "completion": "b"},
+            "unpaired",
+            ["not for unpaired", "the formats unpaired"],
+        ),
+        (
+            {"text": "Hi"},
+            "preference",
+            ["text can be used for", "one of the formats hh, preference"],
+        ),
+        ({"instruction": "a", "output": "b"}, "preference", ["alpaca can be used for sft"]),
     ],
 )
 def test_impossible_purpose_says_what_the_format_serves(tmp_path, row, purpose, words):

@@ -14,7 +14,7 @@ from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.data.prepare import prepare
 from rlhf_core.data.rows.row import BadRow
-from rlhf_core.data.sources.text_files import PART, read_text
+from rlhf_core.data.sources.text_files import DOCUMENT_BYTES, read_text
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings
 from rlhf_core.stages.new_model import texts
@@ -40,8 +40,8 @@ def test_a_file_is_one_document(content, text):
 
 
 def test_a_file_of_exactly_one_part_is_not_cut():
-    assert [len(text) for text in documents(b"x" * PART)] == [PART]
-    assert [len(text) for text in documents(b"x" * (PART + 1))] == [PART, 1]
+    assert [len(text) for text in documents(b"x" * DOCUMENT_BYTES)] == [DOCUMENT_BYTES]
+    assert [len(text) for text in documents(b"x" * (DOCUMENT_BYTES + 1))] == [DOCUMENT_BYTES, 1]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -56,7 +56,7 @@ def test_without_empty_lines_it_is_cut_at_line_ends_and_never_within_a_character
     first, second = documents("\n".join(lines).encode())
     assert first.split("\n") == lines[:655] and second.split("\n") == lines[655:]
     for offset in range(4):
-        text = "z" * offset + "\U0001f600" * (PART // 2)
+        text = "z" * offset + "\U0001f600" * (DOCUMENT_BYTES // 2)
         assert "".join(documents(text.encode())) == text
 
 
@@ -72,7 +72,7 @@ def read_endless() -> tuple[int, int]:
     """Rows of a file of 200 parts, and the most bytes that were allocated meanwhile."""
 
     class Endless(io.RawIOBase):
-        left = 200 * PART
+        left = 200 * DOCUMENT_BYTES
 
         def read(self, size=-1):
             size = min(size, self.left)
@@ -91,7 +91,7 @@ def test_a_file_of_any_size_takes_the_memory_of_one_part():
     code = f"from {__name__} import read_endless; print(*read_endless())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     rows, peak = map(int, found.stdout.split())
-    assert rows >= 200 and peak < 8 * PART
+    assert rows >= 200 and peak < 8 * DOCUMENT_BYTES
 
 
 def test_pretraining_reads_a_pattern_of_texts(tmp_path):
@@ -144,7 +144,7 @@ def test_texts_beside_data_are_read_only_where_texts_are_asked_for(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "README.md").write_text("About the data.")
-    with pytest.raises(DataError, match=r"no data file there.*only with format: text"):
+    with pytest.raises(DataError, match=r"no data file found.*only with format: text"):
         prepared(tmp_path / "out", str(folder), "pretrain")
     assert len(prepared(tmp_path / "out", str(folder), "pretrain", format="text")) == 1
     jsonl(folder / "a.jsonl", [{"text": "Data."}])
@@ -152,5 +152,5 @@ def test_texts_beside_data_are_read_only_where_texts_are_asked_for(tmp_path):
     assert len(prepared(tmp_path / "out", str(folder), "pretrain")) == 1
     assert len(prepared(tmp_path / "out", str(folder), "pretrain", format="text")) == 2
     assert fingerprint(DataSettings(source=str(folder), format="text")) != auto
-    with pytest.raises(DataError, match=r"README\.md: a plain text among .*narrow the pattern"):
+    with pytest.raises(DataError, match=r"README\.md: .* matches this plain text file.*narrow the pattern"):
         prepared(tmp_path / "out", str(folder / "*"), "pretrain")
