@@ -46,6 +46,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
     """Run the stage until its last step is logged."""
+    from rlhf_core.jobs import OnlineJob
     from rlhf_core.runtime.context import StageContext
     from rlhf_core.runtime.rank import quieten
     from rlhf_core.store import open_store
@@ -66,8 +67,8 @@ def measure(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, 
                 raise Done
 
     module = importlib.import_module(job.module)
-    if hasattr(module, "roll_out"):
-        watch_rollouts(module, values if arguments.given else None, sequences)
+    if isinstance(job, OnlineJob):
+        watch_rollouts(values if arguments.given else None, sequences)
     store = open_store(f"file://{arguments.folder / 'store'}")
     with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Done):
         module.run(job, Context(store=store, key=job.key(), folder=Path(scratch)))
@@ -108,34 +109,24 @@ def real_tokens(row: str, values: dict[str, Any]) -> int:
     return 0
 
 
-def watch_rollouts(module: Any, values: dict[str, Any] | None, sequences: list[int]) -> None:
+def watch_rollouts(values: dict[str, Any] | None, sequences: list[int]) -> None:
     """Count the tokens of each rollout; put the workload's replies in the place of sampled ones."""
-    sample = module.roll_out
+    from rlhf_core.training.online import sampling
 
-    def roll_out(
-        job: Any, strategy: Any, policy: Any, source: Any, prompts: Any, *rest: Any
-    ) -> Any:
+    roll_out = sampling.roll_out
+
+    def watched(job: Any, strategy: Any, policy: Any, source: Any, prompts: Any, *rest: Any) -> Any:
         if values is None:
-            result = sample(job, strategy, policy, source, prompts, *rest)
+            replies = roll_out(job, strategy, policy, source, prompts, *rest)
         else:
-            result = replay(values, prompts, job.algorithm)
-        sequences.append(sum(len(s) for s in result["sequences"]))
-        return result
+            replies = [
+                sampling.SampledReply(ids, [0.0] * len(ids), False)
+                for ids in replies_of(values, prompts, job.algorithm)
+            ]
+        sequences.append(sum(len(p) + len(r.ids) for p, r in zip(prompts, replies, strict=True)))
+        return replies
 
-    module.roll_out = roll_out
-
-
-def replay(values: dict[str, Any], prompts: list[list[int]], algorithm: str) -> dict[str, Any]:
-    """The workload's replies, in the form of `roll_out`; a prompt's replies follow its number."""
-    import torch
-
-    places = replies_of(values, prompts, algorithm)
-    return {
-        "sequences": [[*p, *r] for p, r in zip(prompts, places, strict=True)],
-        "prompt_lengths": [len(p) for p in prompts],
-        "logprobs": [[0.0] * len(r) for r in places],
-        "finished": torch.tensor([False] * len(prompts)),
-    }
+    sampling.roll_out = watched
 
 
 def replies_of(values: dict[str, Any], prompts: list[list[int]], algorithm: str) -> list[list[int]]:

@@ -8,20 +8,17 @@ Details follow "The N+ implementation details of RLHF with PPO" (arXiv 2403.1703
 * A micro-batch is scored (old log-probabilities, values) with the same rows as it is first trained
   with, so that the ratio before the first update is 1 exactly, which is asserted.
 
-B prompts of a rollout (global), b rows of a micro-batch, S positions, T response positions.
+B replies of a rollout (global), b rows of a micro-batch, T response positions.
 """
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rlhf_core.data.dataset.reading import Rows
-from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import PPOJob
 from rlhf_core.losses.advantages import (
     explained_variance,
@@ -33,95 +30,51 @@ from rlhf_core.losses.advantages import (
 )
 from rlhf_core.losses.ppo import ppo_policy_loss, ppo_value_loss
 from rlhf_core.losses.reductions import Metrics
-from rlhf_core.models.loading import load_causal_lm, load_scalar_model, new_scalar_model
+from rlhf_core.models.loading import load_scalar_model, new_scalar_model
 from rlhf_core.nn.layers import choose_trainable
 from rlhf_core.nn.modules import ActorCritic, ScalarModel
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
-from rlhf_core.training.batching import batch_rows, learning_rate_scale
-from rlhf_core.training.checkpoint import Checkpointer
-from rlhf_core.training.nonfinite import failure
-from rlhf_core.training.online.batches import split_minibatches
-from rlhf_core.training.online.collapse import stop_if_collapsed
-from rlhf_core.training.online.engine import start_engine
-from rlhf_core.training.online.experience import Experience, score
-from rlhf_core.training.online.models import load_models, load_ptx, share_trunk
-from rlhf_core.training.online.report import inspect, some_samples, summarise
-from rlhf_core.training.online.sampling import roll_out
+from rlhf_core.training.online.experience import Experience, Targets, score
+from rlhf_core.training.online.report import report_and_save
+from rlhf_core.training.online.sampling import sample
+from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
 from rlhf_core.training.online.updates import MicroBatch, optimise
-from rlhf_core.training.optimizer import adamw
-from rlhf_core.training.policy import enable_checkpointing, new_policy, publish_last, save_policy
+from rlhf_core.training.policy import enable_checkpointing
 from rlhf_core.training.strategy import Strategy
 
 
 def run(job: PPOJob, context: StageContext) -> Artifact | None:
-    """Roll out, score, update; publish the policy. Rank 0 returns the artifact."""
+    """Sample, score, update; publish the policy. Rank 0 returns the artifact."""
     strategy = Strategy(job.resources, job.precision, job.max_grad_norm)
-    source = context.store.fetch(job.model)
-    prompts = Rows(context.store.fetch(job.prompts), "train", purpose="prompts")
-    ptx = load_ptx(job, context)
-
-    policy = new_policy(job, load_causal_lm(source)).to(strategy.device)
-    actor_critic = ActorCritic(policy, load_critic(job, source, strategy.device, context))
-    models = load_models(job, strategy, source, actor_critic, context)
-    rates = {
+    inputs = fetch_inputs(job, context)
+    policy = load_policy(job, inputs.source, strategy.device)
+    critic = load_critic(job, inputs.source, strategy.device, context)
+    learning_rates = {
         "policy.": job.learning_rate,
         "critic.": job.critic_learning_rate or 5 * job.learning_rate,
     }
-    strategy.prepare(actor_critic, adamw(actor_critic, job, rates))
-    share_trunk(job, strategy, models, context)
-    checkpointer = Checkpointer(context, strategy, job)
-    start, _ = checkpointer.restore()
-    engine = start_engine(job, strategy, source, prompts, context)
+    trained = ActorCritic(policy, critic)
+    stage = prepare(job, context, strategy, inputs, trained, learning_rates)
 
-    for step in range(start, job.steps):
-        began = time.perf_counter()
-        scale = learning_rate_scale(step, job.steps, job.warmup_fraction, job.schedule)
-        scale *= checkpointer.rate
-        strategy.set_learning_rate(scale)
+    for step in range(stage.start, job.steps):
         # 1. Sample a reply to each prompt.
-        rows = prompts.take(batch_rows(len(prompts), job.batch_size, step, job.seed))
-        prompt_ids = [r["prompt_ids"] for r in rows]
-        rollout = roll_out(job, strategy, policy.model, source, prompt_ids, step, engine)
-        rollout_seconds = time.perf_counter() - began
-        checkpointer.stop_if_asked(step)
-        # 2. Score it with all four models and the rules.
-        minibatches = split_minibatches(job.batch_size, job.minibatches)
-        experience = score(job, strategy, models, rollout, rows, minibatches)
-        # 3. Rewards and advantages.
-        add_advantages(job, experience)
-        checkpointer.stop_if_asked(step)
+        rollout = sample(stage, step)
+        # 2. Score them: policy, critic, reference, reward model, rules.
+        experience, first_pass = score(stage, step, rollout)
+        # 3. Rewards, and advantages by GAE.
+        targets = estimate_advantages(job, experience)
         # 4. Several epochs of clipped updates.
-        try:
-            update = optimise(
-                job,
-                strategy,
-                experience,
-                minibatches,
-                ptx,
-                step,
-                job.ppo_epochs,
-                partial(loss, job),
-            )  # fmt: skip
-        except NonFinite as error:
-            raise failure(error, checkpointer, step + 1, *inspect(experience)) from error
-        # 5. Report, check, save.
-        metrics = summarise(job, experience) | update
+        experience, metrics = optimise(
+            stage, step, experience, targets, first_pass, job.ppo_epochs, partial(loss, job)
+        )
+        # 5. Report and save.
         metrics["explained_variance"] = float(
-            explained_variance(experience.values, experience.returns, experience.mask)
+            explained_variance(experience.values, targets.returns, experience.response_mask)
         )
-        metrics["learning_rate"] = job.learning_rate * scale
-        metrics["rollout_seconds"] = rollout_seconds
-        metrics["tokens_per_second"] = float(experience.mask.sum()) / (time.perf_counter() - began)
-        context.log_metrics(step + 1, job.steps, metrics)
-        if context.main:
-            context.log_samples(step + 1, some_samples(models.tokenizer, experience))
-        stop_if_collapsed(
-            job, checkpointer, lambda w, folder: save_policy(actor_critic, w, folder, source)
-        )
-        checkpointer.after_step(step + 1, job.steps)
+        report_and_save(stage, step, experience, metrics)
 
-    return publish_last(job, context, strategy, checkpointer, actor_critic, source)
+    return publish(stage)
 
 
 def load_critic(
@@ -138,29 +91,30 @@ def load_critic(
     return critic.to(device)
 
 
-def add_advantages(job: PPOJob, experience: Experience) -> None:
-    """Whitened advantages (B,T) and returns (B,T) from scores, KL and values."""
-    mask, values = experience.mask, experience.values
+def estimate_advantages(job: PPOJob, experience: Experience) -> Targets:
+    """Advantages (B,T), whitened over the global batch, and returns (B,T), from the scores, the
+    KL to the reference and the critic's values."""
+    mask, values = experience.response_mask, experience.values  # (B,T) each
     assert values is not None
     rewards = token_rewards(
         experience.scores, experience.old_logprobs, experience.ref_logprobs, mask, job.kl_coef
-    )
-    advantages, experience.returns = gae(rewards, values, mask, job.gamma, job.gae_lambda)
-    stats = moments_to_stats(masked_moments(advantages, mask))  # already the global batch
-    experience.advantages = masked_whiten(advantages, mask, stats=stats)
+    )  # (B,T)
+    advantages, returns = gae(rewards, values, mask, job.gamma, job.gae_lambda)  # (B,T) each
+    stats = moments_to_stats(masked_moments(advantages, mask))  # every rank has the global batch
+    return Targets(masked_whiten(advantages, mask, stats=stats), returns)
 
 
-def loss(job: PPOJob, part: MicroBatch) -> tuple[Tensor, Metrics]:
-    """The clipped surrogate and the critic's clipped error; see `optimise`."""
-    now = part.experience
+def loss(job: PPOJob, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    """The clipped surrogate and the critic's clipped error."""
+    mask, tokens = micro_batch.response_mask, micro_batch.tokens
     policy_loss, policy = ppo_policy_loss(
-        part.logprobs, part.of(now.old_logprobs), part.of(now.advantages), part.mask,
-        job.clip_range, denominator=part.tokens,
+        micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.advantages, mask,
+        job.clip_range, denominator=tokens,
     )  # fmt: skip
-    assert part.values is not None
+    assert micro_batch.values is not None
     value_loss, value = ppo_value_loss(
-        part.values, part.of(now.values), part.of(now.returns), part.mask,
-        job.value_clip_range, denominator=part.tokens,
+        micro_batch.values, micro_batch.old_values, micro_batch.returns, mask,
+        job.value_clip_range, denominator=tokens,
     )  # fmt: skip
     metrics = {
         "policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(),

@@ -5,116 +5,67 @@ baseline the mean reward of the other replies to the prompt. Deviation from the 
 a reply is clipped as in PPO, which in the first update of a rollout (the only one by default)
 changes nothing.
 
-B replies of a rollout (global), b rows of a micro-batch, S positions, T response positions.
+B replies of a rollout (global), b rows of a micro-batch, T response positions.
 """
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 from torch import Tensor
 
-from rlhf_core.data.dataset.reading import Rows
-from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import RLOOJob
 from rlhf_core.losses.advantages import group_advantages, token_rewards
 from rlhf_core.losses.group import rloo_loss
 from rlhf_core.losses.ppo import kl_estimate
 from rlhf_core.losses.reductions import masked_sum
-from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.modules import Actor
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
-from rlhf_core.training.batching import batch_rows, learning_rate_scale
-from rlhf_core.training.checkpoint import Checkpointer
-from rlhf_core.training.nonfinite import failure
-from rlhf_core.training.online.batches import split_minibatches
-from rlhf_core.training.online.collapse import stop_if_collapsed
-from rlhf_core.training.online.engine import start_engine
-from rlhf_core.training.online.experience import score
-from rlhf_core.training.online.models import load_models, load_ptx, share_trunk
-from rlhf_core.training.online.report import inspect, some_samples, summarise
-from rlhf_core.training.online.sampling import roll_out
+from rlhf_core.training.online.experience import Targets, score
+from rlhf_core.training.online.report import flat_groups, report_and_save
+from rlhf_core.training.online.sampling import sample
+from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
 from rlhf_core.training.online.updates import MicroBatch, optimise
-from rlhf_core.training.optimizer import adamw
-from rlhf_core.training.policy import new_policy, publish_last, save_policy
 from rlhf_core.training.strategy import Strategy
 
 
 def run(job: RLOOJob, context: StageContext) -> Artifact | None:
-    """Roll out, score, update; publish the policy. Rank 0 returns the artifact."""
+    """Sample, score, update; publish the policy. Rank 0 returns the artifact."""
     strategy = Strategy(job.resources, job.precision, job.max_grad_norm)
-    source = context.store.fetch(job.model)
-    prompts = Rows(context.store.fetch(job.prompts), "train", purpose="prompts")
-    ptx = load_ptx(job, context)
+    inputs = fetch_inputs(job, context)
+    actor = Actor(load_policy(job, inputs.source, strategy.device))
+    stage = prepare(job, context, strategy, inputs, actor, {"": job.learning_rate})
 
-    policy = new_policy(job, load_causal_lm(source)).to(strategy.device)
-    actor = Actor(policy)
-    models = load_models(job, strategy, source, actor, context)
-    strategy.prepare(actor, adamw(actor, job, {"": job.learning_rate}))
-    share_trunk(job, strategy, models, context)
-    checkpointer = Checkpointer(context, strategy, job)
-    start, _ = checkpointer.restore()
-    engine = start_engine(job, strategy, source, prompts, context)
-
-    for step in range(start, job.steps):
-        began = time.perf_counter()
-        scale = learning_rate_scale(step, job.steps, job.warmup_fraction, job.schedule)
-        scale *= checkpointer.rate
-        strategy.set_learning_rate(scale)
-        # 1. Sample group_size replies to each prompt; a group's replies are neighbours.
-        rows = prompts.take(batch_rows(len(prompts), job.batch_size, step, job.seed))
-        rows = [row for row in rows for _ in range(job.group_size)]
-        prompt_ids = [r["prompt_ids"] for r in rows]
-        rollout = roll_out(job, strategy, policy.model, source, prompt_ids, step, engine)
-        rollout_seconds = time.perf_counter() - began
-        checkpointer.stop_if_asked(step)
+    for step in range(stage.start, job.steps):
+        # 1. Sample a group of replies to each prompt.
+        rollout = sample(stage, step, replies_per_prompt=job.group_size)
         # 2. Score them: policy, reference, reward model, rules.
-        minibatches = split_minibatches(job.replies, job.minibatches)
-        late = step > start and job.kl_coef == 0  # the KL is part of the reward
-        experience = score(job, strategy, models, rollout, rows, minibatches, late=late)
-        # 3. Advantages: the KL is part of a reply's reward.
+        no_kl = job.kl_coef == 0  # otherwise the rewards need the old log-probabilities
+        experience, first_pass = score(stage, step, rollout, defer_old_logprobs=no_kl)
+        # 3. Advantages: the reward, KL included, less the mean of the group's other replies.
         rewards = token_rewards(
             experience.scores, experience.old_logprobs, experience.ref_logprobs,
-            experience.mask, job.kl_coef,
+            experience.response_mask, job.kl_coef,
         ).sum(dim=1)  # (B,)  # fmt: skip
-        experience.advantages = group_advantages(rewards, job.group_size, "rloo")  # (B,)
-        checkpointer.stop_if_asked(step)
+        targets = Targets(group_advantages(rewards, job.group_size, "rloo"))  # (B,)
         # 4. Clipped updates.
-        try:
-            update = optimise(
-                job, strategy, experience, minibatches, ptx, step, job.epochs, partial(loss, job)
-            )
-        except NonFinite as error:
-            raise failure(error, checkpointer, step + 1, *inspect(experience)) from error
-        # 5. Report, check, save.
-        metrics = summarise(job, experience) | update
-        # A group of equal scores teaches nothing.
-        groups = experience.scores.view(-1, job.group_size)
-        metrics["flat_groups"] = float((groups.amax(1) == groups.amin(1)).float().mean())
-        metrics["learning_rate"] = job.learning_rate * scale
-        metrics["rollout_seconds"] = rollout_seconds
-        metrics["tokens_per_second"] = float(experience.mask.sum()) / (time.perf_counter() - began)
-        context.log_metrics(step + 1, job.steps, metrics)
-        if context.main:
-            context.log_samples(step + 1, some_samples(models.tokenizer, experience))
-        stop_if_collapsed(
-            job, checkpointer, lambda w, folder: save_policy(actor, w, folder, source)
+        experience, metrics = optimise(
+            stage, step, experience, targets, first_pass, job.epochs, partial(loss, job)
         )
-        checkpointer.after_step(step + 1, job.steps)
+        # 5. Report and save.
+        metrics["flat_groups"] = flat_groups(experience.scores, job.group_size)
+        report_and_save(stage, step, experience, metrics)
 
-    return publish_last(job, context, strategy, checkpointer, actor, source)
+    return publish(stage)
 
 
-def loss(job: RLOOJob, part: MicroBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
-    """REINFORCE on whole replies; see `optimise`."""
-    now = part.experience
-    old_logprobs = part.of(now.old_logprobs)  # (b,T)
-    found, metrics = rloo_loss(
-        part.logprobs, old_logprobs, part.of(now.advantages), part.mask, job.clip_range,
-        replies=part.replies,
+def loss(job: RLOOJob, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """REINFORCE on whole replies (section 3)."""
+    total, metrics = rloo_loss(
+        micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.advantages,
+        micro_batch.response_mask, job.clip_range, replies=micro_batch.replies,
     )  # fmt: skip
-    k3 = kl_estimate(old_logprobs, part.logprobs.detach(), "k3")  # (b,T)
-    approx_kl = float(masked_sum(k3, part.mask)) / part.tokens
-    return found, {"policy_loss": found.detach(), **metrics, "approx_kl": approx_kl}
+    k3 = kl_estimate(micro_batch.old_logprobs, micro_batch.logprobs.detach(), "k3")  # (b,T)
+    approx_kl = float(masked_sum(k3, micro_batch.response_mask)) / micro_batch.tokens
+    return total, {"policy_loss": total.detach(), **metrics, "approx_kl": approx_kl}

@@ -110,30 +110,6 @@ class Trunk:
                 stack.put(stack.whole)
 
 
-class States:
-    """What the trunk gave for each micro-batch of a rollout, kept for all passes over it."""
-
-    def __init__(self, trunk: Trunk | None) -> None:
-        self.trunk = trunk
-        self._found: dict[tuple[int, ...], Tensor] = {}
-
-    @contextlib.contextmanager
-    def of(self, positions: Sequence[int], input_ids: Tensor, mask: Tensor) -> Iterator[None]:
-        """Within it, models go on from the trunk's end, if there is a trunk.
-
-        Args:
-            positions: what the micro-batch is known by. input_ids, mask: (B,S) of it.
-        """
-        if self.trunk is None:
-            yield
-            return
-        key = tuple(positions)
-        if key not in self._found:
-            self._found[key] = self.trunk.run(input_ids, mask)
-        with self.trunk.replaced_by(self._found[key]):
-            yield
-
-
 def find_trunk(models: Sequence[nn.Module]) -> Trunk | None:
     """The trunk of some models, or None where they have none.
 

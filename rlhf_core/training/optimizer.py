@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from rlhf_core.jobs import TrainSettings
 
 
-def adamw(module: nn.Module, settings: TrainSettings, rates: dict[str, float]) -> Any:
+def adamw(module: nn.Module, settings: TrainSettings, rates: Mapping[str, float]) -> Any:
     """AdamW (betas 0.9/0.95, eps 1e-5) over what trains; no weight decay on biases and norms.
 
     Args:

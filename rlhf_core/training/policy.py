@@ -72,19 +72,3 @@ def publish_policy(
     artifact = context.publish(job, folder, metadata)
     checkpointer.finish()
     return artifact
-
-
-def publish_last(
-    job: OnlineJob,
-    context: StageContext,
-    strategy: Strategy,
-    checkpointer: Checkpointer,
-    trained: nn.Module,
-    source: Path,
-) -> Artifact | None:
-    """`publish_policy` with the metrics of the last rollout. Every rank calls."""
-    context.closing.close()
-    last = context.read_metrics()[-1] if context.main else {}
-    kept = {k: v for k, v in last.items() if k not in ("step", "total", "time")}
-    result = {"metrics": {"steps": job.steps, **kept}}
-    return publish_policy(job, context, strategy, checkpointer, trained, source, result)

@@ -87,5 +87,5 @@ def test_nan_in_ppo_keeps_the_rollout(place, inputs):
     tensors = load_file(
         place.store.fetch(diagnostic.digest, place.folder / "d") / "batch.safetensors"
     )
-    assert tensors["advantages"].shape == tensors["mask"].shape
-    assert len(tensors["mask"]) == 8
+    assert tensors["advantages"].shape == tensors["response_mask"].shape
+    assert len(tensors["response_mask"]) == 8

@@ -1,43 +1,63 @@
-"""A rollout's replies as minibatches and micro-batches."""
+"""A rollout's replies as minibatches and micro-batches, by the indices of the replies."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.nn.padding import Batch, mark_from
+from rlhf_core.system.seeds import derive_seed
 from rlhf_core.training.batching import split_batch
 from rlhf_core.training.strategy import Strategy
 
 
+class Update(NamedTuple):
+    """One optimizer step on a minibatch of a rollout."""
+
+    epoch: int
+    minibatch: int  # index in `split_minibatches`
+    number: int  # since the stage began
+
+
 def split_minibatches(replies: int, minibatches: int) -> list[list[int]]:
-    """Row numbers of a rollout, dealt out in turn."""
+    """Indices of the replies of each minibatch, dealt out in turn."""
     return [list(range(i, replies, minibatches)) for i in range(minibatches)]
+
+
+def update_order(seed: int, step: int, epochs: int, minibatches: int) -> Iterator[Update]:
+    """The updates of a rollout: the first epoch in order, later ones shuffled."""
+    for epoch in range(epochs):
+        order = range(minibatches)
+        if epoch > 0:
+            generator = np.random.default_rng(derive_seed(seed, step, epoch))
+            order = generator.permutation(minibatches).tolist()
+        for minibatch in order:
+            yield Update(epoch, minibatch, (step * epochs + epoch) * minibatches + minibatch)
 
 
 def micro_batches(
     job: OnlineJob, strategy: Strategy, sequences: Sequence[list[int]], minibatches: list[list[int]]
 ) -> list[list[int]]:
-    """This rank's micro-batches, as row numbers of the rollout, minibatch after minibatch."""
+    """Indices of the replies of this rank's micro-batches, minibatch after minibatch."""
     result = []
-    for rows in minibatches:
-        for positions in split_batch(
-            [len(sequences[r]) for r in rows],
+    for minibatch in minibatches:
+        for part in split_batch(
+            [len(sequences[i]) for i in minibatch],
             strategy.rank, strategy.world_size, job.resources.micro_batch_size, strategy.padding,
         ):  # fmt: skip
-            result.append([rows[p] for p in positions])
+            result.append([minibatch[i] for i in part])
     return result
 
 
 def collate_responses(
     sequences: Sequence[list[int]],
     prompt_lengths: Sequence[int],
-    positions: Sequence[int],
+    indices: Sequence[int],
     device: torch.device,
 ) -> Batch:
-    """The rows at some positions; loss_mask is True at response tokens."""
-    return mark_from(
-        [sequences[p] for p in positions], [prompt_lengths[p] for p in positions], device
-    )
+    """Some of the sequences as input_ids, mask and response mask, (b,S) each."""
+    return mark_from([sequences[i] for i in indices], [prompt_lengths[i] for i in indices], device)

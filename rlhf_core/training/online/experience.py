@@ -1,4 +1,4 @@
-"""What online algorithms learn from: replies to the prompts of a step, and what they are worth.
+"""What online algorithms learn from: the replies of a step and their scores.
 
 B replies of a rollout (global), b rows of a micro-batch, S positions, T response positions.
 """
@@ -9,145 +9,168 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_core.errors import TrainingFailure
 from rlhf_core.jobs import OnlineJob, VllmRollout
-from rlhf_core.nn.shared_trunk import States
 from rlhf_core.rewards import Rules
 from rlhf_core.runtime.distributed import Group
-from rlhf_core.training.online.batches import collate_responses, micro_batches
+from rlhf_core.training.online.batches import collate_responses, micro_batches, split_minibatches
+from rlhf_core.training.online.first_pass import FirstPass
 from rlhf_core.training.online.models import Models
-from rlhf_core.training.strategy import Strategy
+from rlhf_core.training.online.sampling import GlobalRollout
+from rlhf_core.training.online.stage import OnlineStage
 
 
-@dataclass
+@dataclass(frozen=True)
 class Experience:
-    """One rollout of the whole global batch, on every rank, on the CPU."""
+    """One rollout of the global batch with its log-probabilities and scores; every rank has all of
+    it, on the CPU. Log-probabilities are in nats; what is padding is 0."""
 
-    sequences: list[list[int]]  # B x (prompt + response)
-    prompt_lengths: list[int]  # B
-    finished: Tensor  # (B,) bool
-    mask: Tensor  # (B,T) bool, real response tokens
-    rollout_logprobs: Tensor  # (B,T)
-    old_logprobs: Tensor  # (B,T), of the policy before the rollout's updates
-    ref_logprobs: Tensor  # (B,T)
+    rollout: GlobalRollout
+    response_mask: Tensor  # (B,T) bool, real response tokens
+    rollout_logprobs: Tensor  # (B,T) as the engine computed them when it sampled
+    old_logprobs: Tensor  # (B,T) of the policy before the rollout's updates
+    ref_logprobs: Tensor  # (B,T) of the reference
+    values: Tensor | None  # (B,T) of PPO's critic before the rollout's updates
     components: dict[str, Tensor]  # name of a reward -> (B,), without its weight
     raw_scores: Tensor  # (B,) weighted sum of the components
     scores: Tensor  # (B,) raw_scores less the penalty for a missing end of turn
-    failures: dict[str, int]  # what kept a rule from being applied -> replies
-    states: States  # hidden states of this rank's micro-batches, where layers are shared
-    late: bool = False  # old_logprobs of the first minibatch are left to its update
-    values: Tensor | None = None  # (B,T) of PPO's critic
-    advantages: Tensor | None = None  # (B,T) or (B,), as the algorithm makes them of the scores
+    failures: dict[str, int]  # why a rule could not be applied -> replies
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What an algorithm makes of an experience, and its updates aim at."""
+
+    advantages: Tensor  # (B,T), or (B,): one for all tokens of a reply
     returns: Tensor | None = None  # (B,T) for PPO's critic
 
 
-@torch.no_grad()
+class ModelOutputs(NamedTuple):
+    """What the models say about one reply of T' tokens."""
+
+    columns: list[Tensor]  # (T',) each: old logprobs, reference logprobs, with a critic values
+    score: float | None  # of the reward model, if there is one
+
+
 def score(
-    job: OnlineJob,
-    strategy: Strategy,
-    models: Models,
-    rollout: dict[str, Any],
-    rows: list[dict[str, Any]],
-    minibatches: list[list[int]],
-    *,
-    late: bool = False,
-) -> Experience:
+    stage: OnlineStage, step: int, rollout: GlobalRollout, *, defer_old_logprobs: bool = False
+) -> tuple[Experience, FirstPass]:
     """Log-probabilities, values and rewards of a rollout.
 
-    The first minibatch is trained on before the policy has changed: what its update computes are
-    the old log-probabilities. Where nothing needs them sooner they are left to it, see `optimise`,
-    and are zeros until then.
-
     Args:
-        rollout: of `roll_out`. rows: of the prompt data set, one for each reply.
-        minibatches: rows that are trained on together, and so scored together.
-        late: nothing needs the old log-probabilities before that update. Not with a critic. Not in
-            a stage's first rollout, so that `optimise` sees there whether a pass can be repeated.
+        step: of the stage, from 0.
+        defer_old_logprobs: nothing needs the old log-probabilities of the first minibatch before
+            its update, which is to find them (see `FirstPass`). Never done in the first rollout of
+            a process, so that `optimise` can check there that a forward pass repeats itself.
     """
-    sequences, prompt_lengths = rollout["sequences"], rollout["prompt_lengths"]
-    group, found, states = strategy.group, [], States(models.trunk)
-    first = set(minibatches[0])
-    for positions in micro_batches(job, strategy, sequences, minibatches):
-        batch = collate_responses(sequences, prompt_lengths, positions, group.device)
-        loss_mask = batch[2]
-        with strategy.autocast(), states.of(positions, batch[0], batch[1]):
-            ref = models.reference(*batch, job.temperature)
-            if late and first.issuperset(positions):
-                old, values = torch.zeros_like(ref), None
-            else:
-                old, values, _ = models.trained(*batch, job.temperature)
-            scores = models.reward(batch[0], batch[1]) if models.reward is not None else None
-        tensors = [old, ref] if values is None else [old, ref, values]
-        for i, p in enumerate(positions):
-            columns = [x[i][loss_mask[i]].float().cpu() for x in tensors]
-            found.append((p, (columns, None if scores is None else float(scores[i]))))
-
-    shape = (len(sequences), max(len(x) for x in rollout["logprobs"]))
-    mask = torch.zeros(shape, dtype=torch.bool)
-    rollout_logprobs, *places = (torch.zeros(shape) for _ in range(1 + len(tensors)))
-    model_scores: list[Any] = []
-    for p, (columns, raw) in enumerate(group.in_order(found)):
-        n = len(columns[0])
-        mask[p, :n] = True
-        rollout_logprobs[p, :n] = torch.tensor(rollout["logprobs"][p])
-        for place, column in zip(places, columns, strict=True):
-            place[p, :n] = column
-        model_scores.append(raw)
-    components, failures = score_by_rules(models, group, rollout, rows)
+    job, models, group = stage.job, stage.models, stage.strategy.group
+    minibatches = split_minibatches(job.replies, job.minibatches)
+    defer = defer_old_logprobs and step > stage.start
+    first_pass = FirstPass(models.trunk, minibatches[0] if defer else ())
+    outputs = run_models(stage, rollout, minibatches, first_pass)
+    components, failures = score_by_rules(models, group, rollout)
     if models.reward is not None:
-        components = {"model": torch.tensor(model_scores), **components}
+        components = {"model": torch.tensor([o.score for o in outputs]), **components}
     raw_scores = sum(models.weights[name] * x.double() for name, x in components.items()).float()
-    finished = rollout["finished"]
+    columns = zip(*(o.columns for o in outputs), strict=True)
+    old_logprobs, ref_logprobs, *values = (pad_columns(c) for c in columns)  # (B,T) each
     experience = Experience(
-        sequences=sequences,
-        prompt_lengths=prompt_lengths,
-        finished=finished,
-        mask=mask,
-        rollout_logprobs=rollout_logprobs,
-        old_logprobs=places[0],
-        ref_logprobs=places[1],
-        values=places[2] if len(places) > 2 else None,
+        rollout=rollout,
+        response_mask=pad_columns([torch.ones(len(x)) for x in rollout.logprobs]).bool(),
+        rollout_logprobs=pad_columns([torch.tensor(x) for x in rollout.logprobs]),
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values[0] if values else None,
         components=components,
-        failures=failures,
-        states=states,
-        late=late,
         raw_scores=raw_scores,
         # A reply that was cut is scored as it stands, less the penalty.
-        scores=raw_scores - job.missing_eos_penalty * (~finished).float(),
+        scores=raw_scores - job.missing_eos_penalty * (~rollout.finished).float(),
+        failures=failures,
     )
-    if not late:
+    if not first_pass.unfinished:
         assert_same_policy(job, experience)
-    return experience
+    return experience, first_pass
 
 
-def add_late(
-    job: OnlineJob, group: Group, experience: Experience, micro: Sequence[list[int]]
-) -> None:
-    """Give every rank the old log-probabilities that the first update found on each.
+@torch.no_grad()
+def run_models(
+    stage: OnlineStage,
+    rollout: GlobalRollout,
+    minibatches: list[list[int]],
+    first_pass: FirstPass,
+) -> list[ModelOutputs]:
+    """What policy, reference, critic and reward model say about each reply, in their order, on
+    every rank; each rank runs its share.
 
-    Args:
-        micro: this rank's micro-batches.
-
-    Raises:
-        TrainingFailure: as `assert_same_policy`.
+    Replies are in the micro-batches in which they are trained first, so that both passes compute
+    the same numbers.
     """
-    old = experience.old_logprobs
-    for part in group.gather([(positions, old[positions]) for positions in micro]):
-        for positions, logprobs in part:
-            old[positions] = logprobs
-    experience.late = False
-    assert_same_policy(job, experience)
+    job, models, strategy = stage.job, stage.models, stage.strategy
+    found = []
+    for indices in micro_batches(job, strategy, rollout.sequences, minibatches):
+        batch = collate_responses(
+            rollout.sequences, rollout.prompt_lengths, indices, strategy.device
+        )
+        input_ids, mask, response_mask = batch  # (b,S) each
+        with strategy.autocast(), first_pass.shared_layers(indices, input_ids, mask):
+            ref = models.reference(*batch, job.temperature)  # (b,S)
+            if first_pass.defers(indices):
+                old, values = torch.zeros_like(ref), None
+            else:
+                old, values, _ = models.trained(*batch, job.temperature)  # (b,S)
+            scores = None if models.reward is None else models.reward(input_ids, mask)  # (b,)
+        outputs = [old, ref] if values is None else [old, ref, values]
+        for row, index in enumerate(indices):
+            columns = [x[row][response_mask[row]].float().cpu() for x in outputs]
+            found.append(
+                (index, ModelOutputs(columns, None if scores is None else float(scores[row])))
+            )
+    return strategy.group.in_order(found)
+
+
+def pad_columns(columns: Sequence[Tensor]) -> Tensor:
+    """One number for each token: (T',) of each of B replies -> fp32 (B,T), padded with zeros."""
+    result = torch.zeros(len(columns), max(len(c) for c in columns))
+    for row, column in enumerate(columns):
+        result[row, : len(column)] = column
+    return result
+
+
+def score_by_rules(
+    models: Models, group: Group, rollout: GlobalRollout
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Rule -> (B,) numbers, and reason -> replies to which a rule could not be applied, on every
+    rank; each rank scores its share."""
+    rules: Rules = models.rules
+    if not rules.names:
+        return {}, {}
+    before = Counter(rules.failures)
+    mine = range(group.rank, len(rollout.rows), group.size)
+    replies = [rollout.sequences[i][rollout.prompt_lengths[i] :] for i in mine]
+    by_rule = rules.score(
+        [json.loads(rollout.rows[i]["prompt"]) for i in mine],
+        [models.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies],
+        [rollout.rows[i] for i in mine],
+        [bool(rollout.finished[i]) for i in mine],
+    )
+    by_reply = group.interleave(list(zip(*by_rule, strict=True)))
+    components = {
+        name: torch.tensor([float(numbers[k]) for numbers in by_reply])
+        for k, name in enumerate(rules.names)
+    }
+    return components, dict(sum(group.gather(rules.failures - before), Counter()))
 
 
 def logprob_gap(experience: Experience) -> float:
     """Mean over the tokens of |log-probability in the rollout - in the trainer|, nats."""
-    gap = (experience.rollout_logprobs - experience.old_logprobs).abs() * experience.mask
-    return float(gap.sum() / experience.mask.sum())
+    gap = (experience.rollout_logprobs - experience.old_logprobs).abs()  # (B,T)
+    mask = experience.response_mask
+    return float((gap * mask).sum() / mask.sum())
 
 
 def assert_same_policy(job: OnlineJob, experience: Experience) -> None:
@@ -167,27 +190,3 @@ def assert_same_policy(job: OnlineJob, experience: Experience) -> None:
             f"{job.algorithm}.rollout.type to builtin, or precision to fp32; raise the bound only "
             "where rounding explains the difference."
         )
-
-
-def score_by_rules(
-    models: Models, group: Group, rollout: dict[str, Any], rows: list[dict[str, Any]]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Rule -> (B,) numbers and what went wrong -> replies, on every rank; each scores its share."""
-    rules: Rules = models.rules
-    if not rules.names:
-        return {}, {}
-    before = Counter(rules.failures)
-    mine = range(group.rank, len(rows), group.size)
-    replies = [rollout["sequences"][i][rollout["prompt_lengths"][i] :] for i in mine]
-    by_rule = rules.score(
-        [json.loads(rows[i]["prompt"]) for i in mine],
-        [models.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies],
-        [rows[i] for i in mine],
-        [bool(rollout["finished"][i]) for i in mine],
-    )
-    by_reply = group.interleave(list(zip(*by_rule, strict=True)))
-    components = {
-        name: torch.tensor([float(numbers[k]) for numbers in by_reply])
-        for k, name in enumerate(rules.names)
-    }
-    return components, dict(sum(group.gather(rules.failures - before), Counter()))

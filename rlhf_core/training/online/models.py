@@ -1,18 +1,14 @@
-"""What PPO, GRPO, RLOO and REINFORCE++ share beside the rollout: models, micro-batches, the end.
-
-b rows of a micro-batch, S positions, T response positions.
-"""
+"""The models of online algorithms: what is trained, the reference and the rewards."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.jobs import ModelReward, OnlineJob
 from rlhf_core.model_files.remote_code import is_trusted
@@ -33,19 +29,20 @@ class AdapterOff:
 
     @torch.no_grad()
     def __call__(
-        self, input_ids: Tensor, mask: Tensor, loss_mask: Tensor, temperature: float = 1.0
+        self, input_ids: Tensor, mask: Tensor, response_mask: Tensor, temperature: float = 1.0
     ) -> Tensor:
+        """Log-probabilities (b,S), as `Policy` gives them."""
         with self.policy.model.disable_adapter():  # type: ignore[operator]
-            return self.policy(input_ids, mask, loss_mask, temperature)
+            return self.policy(input_ids, mask, response_mask, temperature)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Models:
-    """`trained` trains, all else is frozen; reward is None when all rewards are rules."""
+    """`trained` is trained, all else is frozen."""
 
     trained: ActorCritic | Actor
     reference: Policy | AdapterOff
-    reward: ScalarModel | None
+    reward: ScalarModel | None  # None when all rewards are rules
     rules: Rules
     weights: dict[str, float]  # of each reward, by name
     tokenizer: Any  # None on ranks that decode nothing
@@ -90,26 +87,22 @@ def load_models(
     return Models(trained, reference, reward, rules, weights, tokenizer)
 
 
-def share_trunk(job: OnlineJob, strategy: Strategy, models: Models, context: StageContext) -> None:
-    """Let the models run the layers once that they have in common. After `strategy.prepare`.
+def share_trunk(
+    job: OnlineJob, strategy: Strategy, models: Models, context: StageContext
+) -> Models:
+    """The models, with the layers that they have in common. After `strategy.prepare`.
 
     Not with text that is mixed in, which goes through the policy alone and in the same pass.
     """
     if job.trainable_layers is None or strategy.kind == "gemini" or job.ptx_coef > 0:
-        return
+        return models
     assert isinstance(models.reference, Policy)  # adapters and trainable layers exclude each other
     whole: list[nn.Module] = [models.trained.policy.model, models.reference.model]
     if isinstance(models.trained, ActorCritic):
         whole.append(models.trained.critic.backbone)
     if models.reward is not None:
         whole.append(models.reward.backbone)
-    models.trunk = find_trunk(whole)
-    if models.trunk is not None:
-        context.log(f"the lower {models.trunk.depth} layers run once for all {len(whole)} models")
-
-
-def load_ptx(job: OnlineJob, context: StageContext) -> Rows | None:
-    """Rows of the language-modelling loss that is mixed in, if any is."""
-    if job.ptx is None or job.ptx_coef == 0:
-        return None
-    return Rows(context.store.fetch(job.ptx), "train", purpose=("sft", "pretrain"))
+    trunk = find_trunk(whole)
+    if trunk is not None:
+        context.log(f"the lower {trunk.depth} layers run once for all {len(whole)} models")
+    return replace(models, trunk=trunk)

@@ -1,26 +1,66 @@
-"""What the report shows of a rollout: sample replies, metrics, repetition."""
+"""What a step reports, and what follows from it: metrics, sample replies, the collapse's bounds."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.losses.ppo import kl_estimate
-from rlhf_core.training.online.experience import Experience, logprob_gap
+from rlhf_core.training.online.collapse import stop_if_collapsed
+from rlhf_core.training.online.experience import Experience, Targets, logprob_gap
+from rlhf_core.training.online.sampling import GlobalRollout
+from rlhf_core.training.online.stage import OnlineStage
+from rlhf_core.training.policy import save_policy
 
-SHOWN = 4  # replies of each rollout that are kept for people to look at
+SAMPLES = 4  # replies of each rollout that are kept for people to look at
+GRAM = 4  # tokens of the n-grams that `repetition` counts
 
 
-GRAM = 4  # tokens of the pieces that `repetition` counts
+def report_and_save(
+    stage: OnlineStage, step: int, experience: Experience, update: Mapping[str, float]
+) -> None:
+    """Log a step's metrics and samples, stop a policy that has collapsed, save a checkpoint where
+    one is due. Every rank calls.
+
+    Args:
+        step: from 0. update: the metrics of the step's updates.
+
+    Raises:
+        PolicyCollapse: the last rollouts are past a bound.
+        Preempted: the job was told to stop; the state is saved.
+    """
+    job, context, rollout = stage.job, stage.context, experience.rollout
+    metrics = summarise(job, experience) | dict(update)
+    metrics["rollout_seconds"] = rollout.seconds
+    tokens = float(experience.response_mask.sum())
+    metrics["tokens_per_second"] = tokens / (time.perf_counter() - rollout.began)
+    context.log_metrics(step + 1, job.steps, metrics)
+    if context.main:
+        context.log_samples(step + 1, some_samples(stage.models.tokenizer, experience))
+
+    def save(weights: dict[str, Tensor], folder: Path) -> None:
+        save_policy(stage.models.trained, weights, folder, stage.inputs.source)
+
+    stop_if_collapsed(job, stage.checkpointer, save)
+    stage.checkpointer.after_step(step + 1, job.steps)
+
+
+def flat_groups(scores: Tensor, group_size: int) -> float:
+    """Share of the groups whose scores (B,) are all equal: nothing is learned from them."""
+    groups = scores.view(-1, group_size)  # (G, group_size)
+    return float((groups.amax(1) == groups.amin(1)).float().mean())
 
 
 def some_samples(tokenizer: Any, experience: Experience) -> list[dict[str, Any]]:
     """The first replies of a rollout as text."""
-    found = []
-    for row in range(min(SHOWN, len(experience.sequences))):
-        ids, start = experience.sequences[row], experience.prompt_lengths[row]
+    rollout, found = experience.rollout, []
+    for row in range(min(SAMPLES, len(rollout.sequences))):
+        ids, start = rollout.sequences[row], rollout.prompt_lengths[row]
         prompt, reply = (
             tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:])
         )
@@ -29,21 +69,25 @@ def some_samples(tokenizer: Any, experience: Experience) -> list[dict[str, Any]]
     return found
 
 
-def inspect(experience: Experience) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def inspect(
+    experience: Experience, targets: Targets
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """A rollout for a person: rows of token ids, and tensors with one row for each."""
+    rollout = experience.rollout
     rows = [
         {"input_ids": sequence, "prompt_length": length}
-        for sequence, length in zip(experience.sequences, experience.prompt_lengths, strict=True)
+        for sequence, length in zip(rollout.sequences, rollout.prompt_lengths, strict=True)
     ]
-    whole = vars(experience) | {f"reward_{k}": v for k, v in experience.components.items()}
+    whole = vars(experience) | vars(targets) | {"finished": rollout.finished}
+    whole |= {f"reward_{name}": x for name, x in experience.components.items()}
     return rows, {name: value for name, value in whole.items() if isinstance(value, Tensor)}
 
 
 def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
     """Metrics of a rollout. KL in nats per reply, entropy in nats per token, length in tokens."""
-    mask = experience.mask
-    k1 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k1")
-    k3 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k3")
+    mask = experience.response_mask  # (B,T)
+    k1 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k1")  # (B,T)
+    k3 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k3")  # (B,T)
     tokens = mask.sum()
     return {
         "score": float(experience.raw_scores.mean()),
@@ -54,20 +98,20 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
         "kl_k3": float((k3 * mask).sum() / len(mask)),
         "length": float(tokens / len(mask)),
         "at_limit": float((mask.sum(dim=1) >= job.max_new_tokens).float().mean()),
-        "finished": float(experience.finished.float().mean()),
-        "repetition": repetition(experience),
+        "finished": float(experience.rollout.finished.float().mean()),
+        "repetition": repetition(experience.rollout),
         "entropy": float(-(experience.old_logprobs * mask).sum() / tokens),
         "rollout_logprob_gap": logprob_gap(experience),
     }
 
 
-def repetition(experience: Experience) -> float:
-    """Share of a reply's 4-grams of token ids that stood in it before, mean over the replies.
+def repetition(rollout: GlobalRollout) -> float:
+    """Share of a reply's 4-grams of token ids that came in it before, mean over the replies.
 
     0 for a reply of less than four tokens; a loop of p tokens in a reply of n has 1 - p / (n - 3).
     """
     shares = []
-    for sequence, start in zip(experience.sequences, experience.prompt_lengths, strict=True):
+    for sequence, start in zip(rollout.sequences, rollout.prompt_lengths, strict=True):
         reply = sequence[start:]
         grams = list(zip(*(reply[i:] for i in range(GRAM)), strict=False))
         shares.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)

@@ -1,18 +1,71 @@
-"""The rollout of an online algorithm: one reply to every prompt of a step."""
+"""The rollout of a step: replies to its prompts, sampled by all ranks together."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.models.saving import stop_tokens
 from rlhf_core.rollout.generate import generate, make_row_seeds
 from rlhf_core.rollout.vllm_engine import VllmEngine
+from rlhf_core.training.batching import batch_rows
+from rlhf_core.training.online.stage import OnlineStage
 from rlhf_core.training.strategy import Strategy
+
+
+class SampledReply(NamedTuple):
+    """One reply; its tokens end with the first end-of-turn token or at the length limit."""
+
+    ids: list[int]
+    logprobs: list[float]  # nats, one for each token
+    finished: bool  # ended with an end-of-turn token
+
+
+@dataclass(frozen=True)
+class GlobalRollout:
+    """The B replies of a step over all ranks, on every rank."""
+
+    rows: list[dict[str, Any]]  # B rows of the prompt data set, one for each reply
+    sequences: list[list[int]]  # B x (prompt + response) token ids
+    prompt_lengths: list[int]  # B, tokens
+    logprobs: list[list[float]]  # B x response length, nats, of the engine that sampled
+    finished: Tensor  # (B,) bool, ended with an end-of-turn token
+    began: float  # time.perf_counter() before sampling
+    seconds: float  # that sampling took
+
+
+def sample(stage: OnlineStage, step: int, replies_per_prompt: int = 1) -> GlobalRollout:
+    """Sample replies to the prompts of a step (from 0); those to one prompt are neighbours.
+
+    Raises:
+        Preempted: the job was told to stop meanwhile.
+    """
+    began = time.perf_counter()
+    job, prompts = stage.job, stage.inputs.prompts
+    rows = prompts.take(batch_rows(len(prompts), job.batch_size, step, job.seed))
+    rows = [row for row in rows for _ in range(replies_per_prompt)]
+    prompt_ids = [row["prompt_ids"] for row in rows]
+    replies = roll_out(
+        job, stage.strategy, stage.models.trained.policy.model, stage.inputs.source,
+        prompt_ids, step, stage.engine,
+    )  # fmt: skip
+    rollout = GlobalRollout(
+        rows=rows,
+        sequences=[[*p, *r.ids] for p, r in zip(prompt_ids, replies, strict=True)],
+        prompt_lengths=[len(p) for p in prompt_ids],
+        logprobs=[r.logprobs for r in replies],
+        finished=torch.tensor([r.finished for r in replies]),
+        began=began,
+        seconds=time.perf_counter() - began,
+    )
+    stage.checkpointer.stop_if_asked(step)
+    return rollout
 
 
 def roll_out(
@@ -23,16 +76,13 @@ def roll_out(
     prompt_ids: list[list[int]],
     step: int,
     engine: VllmEngine | None = None,
-) -> dict[str, Any]:
-    """Sample one reply to every prompt of the global batch, each rank its share.
+) -> list[SampledReply]:
+    """One reply to every prompt of the global batch, in their order, on every rank.
 
     Args:
         policy: the causal LM. source: its files.
-        prompt_ids: a prompt that stands there more than once gets as many different replies.
+        prompt_ids: a prompt that comes more than once gets as many different replies.
         engine: of `start_engine`; None: the built-in loop.
-
-    Returns:
-        On every rank, in the order of the prompts: sequences, prompt_lengths, finished, logprobs.
     """
     group = strategy.group
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
@@ -44,26 +94,14 @@ def roll_out(
     }  # fmt: skip
     prompts = [prompt_ids[i] for i in mine]
     if engine is not None:
-        rollout = engine.roll_out(policy, prompts, **options)
+        sampled = engine.roll_out(policy, prompts, **options)
     else:
         with strategy.autocast():
-            rollout = generate(policy, prompts, **options)
-    results = []
+            sampled = generate(policy, prompts, **options)
+    own = []
     for i in range(len(mine)):
-        real = rollout.response_mask[i]
-        results.append(
-            (
-                rollout.response_ids[i][real].tolist(),
-                rollout.logprobs[i][real].tolist(),
-                bool(rollout.finished[i]),
-            )
-        )
-    replies: list[Any] = [None] * len(prompt_ids)
-    for position, reply in zip(order, group.interleave(results), strict=True):
-        replies[position] = reply
-    return {
-        "sequences": [[*p, *r[0]] for p, r in zip(prompt_ids, replies, strict=True)],
-        "prompt_lengths": [len(p) for p in prompt_ids],
-        "logprobs": [r[1] for r in replies],
-        "finished": torch.tensor([r[2] for r in replies]),
-    }
+        real = sampled.response_mask[i]  # (T,)
+        ids, logprobs = sampled.response_ids[i][real], sampled.logprobs[i][real]
+        own.append(SampledReply(ids.tolist(), logprobs.tolist(), bool(sampled.finished[i])))
+    by_index = dict(zip(order, group.interleave(own), strict=True))
+    return [by_index[i] for i in range(len(prompt_ids))]

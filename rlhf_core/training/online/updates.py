@@ -1,182 +1,209 @@
-"""Updates on a rollout: passes over it, minibatches and micro-batches. What is minimised is each
-algorithm's own: a function from a `MicroBatch` to a loss.
+"""Updates on a rollout. Each algorithm has its own loss: a function from a `MicroBatch`.
 
-b rows of a micro-batch, S positions, T response positions.
+B replies of a rollout (global), b rows of a micro-batch, S positions, T response positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_core.data.dataset.reading import Rows
-from rlhf_core.errors import TrainingFailure
-from rlhf_core.jobs import OnlineJob
+from rlhf_core.errors import NonFinite, TrainingFailure
 from rlhf_core.losses.supervised import sft_loss
-from rlhf_core.nn.padding import Batch
-from rlhf_core.system.seeds import derive_seed
-from rlhf_core.training.batching import batch_rows, split_evenly
-from rlhf_core.training.language_modelling import collate, trained_tokens
-from rlhf_core.training.online.batches import collate_responses, micro_batches
-from rlhf_core.training.online.experience import Experience, add_late
+from rlhf_core.training.nonfinite import failure
+from rlhf_core.training.online.batches import (
+    Update,
+    collate_responses,
+    micro_batches,
+    split_minibatches,
+    update_order,
+)
+from rlhf_core.training.online.experience import Experience, Targets, assert_same_policy
+from rlhf_core.training.online.first_pass import FirstPass
+from rlhf_core.training.online.ptx import PtxBatch, ptx_batches
+from rlhf_core.training.online.report import inspect
+from rlhf_core.training.online.stage import OnlineStage
+from rlhf_core.training.schedule import set_learning_rate
 from rlhf_core.training.strategy import Strategy
 
 
-@dataclass
+@dataclass(frozen=True)
 class MicroBatch:
-    """What a loss sees of a micro-batch.
+    """What a loss sees of b replies; only `logprobs` and `values` have a gradient."""
 
-    Attributes:
-        logprobs: (b,T) of the policy as it is now, with their gradient.
-        values: (b,T) of PPO's critic likewise, else None.
-        mask: (b,T) bool.
-        replies, tokens: of the minibatch over all ranks: what sums are divided by.
-    """
-
-    experience: Experience
-    positions: list[int]
-    logprobs: Tensor
-    values: Tensor | None
-    mask: Tensor
-    replies: float
-    tokens: float
-
-    def of(self, whole: Tensor | None) -> Tensor:
-        """These rows of one of the experience's tensors."""
-        assert whole is not None
-        return whole[self.positions].to(self.mask.device)
+    logprobs: Tensor  # (b,T) of the policy as it is now
+    old_logprobs: Tensor  # (b,T) of the policy before the rollout's updates
+    ref_logprobs: Tensor  # (b,T)
+    response_mask: Tensor  # (b,T) bool
+    advantages: Tensor  # (b,T) or (b,)
+    values: Tensor | None  # (b,T) of PPO's critic as it is now
+    old_values: Tensor | None  # (b,T)
+    returns: Tensor | None  # (b,T)
+    replies: float  # of the minibatch over all ranks, by which sums are divided
+    tokens: float  # the same of its response tokens
 
 
 Loss = Callable[[MicroBatch], tuple[Tensor, Mapping[str, float | Tensor]]]
-"""The part's share of the loss, and of metrics that sum over micro-batches and ranks; approx_kl
-must be one of them."""
+"""The micro-batch's share of the loss, and of metrics that sum over micro-batches and ranks;
+approx_kl must be one of them."""
 
 
 def optimise(
-    job: OnlineJob,
-    strategy: Strategy,
-    experience: Experience,
-    minibatches: list[list[int]],
-    ptx: Rows | None,
+    stage: OnlineStage,
     step: int,
+    experience: Experience,
+    targets: Targets,
+    first_pass: FirstPass,
     epochs: int,
-    loss_of: Loss,
-) -> dict[str, float]:
-    """Passes over the rollout, one optimizer step per minibatch. Finds what `score` left to the
-    first of them.
+    loss: Loss,
+) -> tuple[Experience, dict[str, float]]:
+    """Epochs over the rollout, one optimizer step for each minibatch.
 
     Returns:
-        Means over all updates of the loss's metrics, ptx_loss and the gradient norm.
+        The experience, with the old log-probabilities that scoring left to the first update; and
+        means over all updates of the loss's metrics, ptx_loss, grad_norm and learning_rate.
+
+    Raises:
+        NonFinite: a loss or gradient is NaN or infinite; the batch is saved.
+        Preempted: the job was told to stop.
+        TrainingFailure: the first update sees other log-probabilities than scoring or sampling.
     """
+    job, strategy, checkpointer = stage.job, stage.strategy, stage.checkpointer
+    checkpointer.stop_if_asked(step)
+    learning_rate = set_learning_rate(job, strategy, checkpointer, step, job.steps)
+    minibatches = split_minibatches(job.replies, job.minibatches)
     history: list[dict[str, float]] = []
-    for epoch, index, number in passes(job.seed, step, epochs, job.minibatches):
-        rows = minibatches[index]
-        tokens = float(experience.mask[rows].sum())
-        micro = micro_batches(job, strategy, experience.sequences, [rows])
-        extra = ptx_batches(job, strategy, ptx, len(rows), number, len(micro))
-        sums: dict[str, float] = {}
-        gap = 0.0
-        for i, positions in enumerate(micro):
-            batch = collate_responses(
-                experience.sequences, experience.prompt_lengths, positions, strategy.device
+    try:
+        for update in update_order(job.seed, step, epochs, job.minibatches):
+            shares, gap = accumulate_gradients(
+                stage, experience, targets, first_pass, minibatches[update.minibatch], update, loss
             )
-            with strategy.micro_batch(last=i == len(micro) - 1):
-                part, ptx_logprobs = forward_micro_batch(
-                    job, strategy, experience, positions, batch, len(rows), tokens, extra[i]
-                )
-                if experience.late:
-                    experience.old_logprobs[positions] = part.logprobs.detach().cpu()
-                loss, metrics = loss_of(part)
-                shares = {name: float(value) for name, value in metrics.items()}
-                shares["ptx_loss"] = 0.0
-                if extra[i] is not None:
-                    mixed_in, count = extra[i]
-                    ptx_term, _ = sft_loss(ptx_logprobs, mixed_in[2], denominator=count)
-                    loss = loss + job.ptx_coef * ptx_term
-                    shares["ptx_loss"] = ptx_term.item()
-                strategy.backward(loss)
-            sums = {name: sums.get(name, 0.0) + share for name, share in shares.items()}
-            gap = max(gap, log_ratio_gap(part))
-        if experience.late:
-            add_late(job, strategy.group, experience, micro)
-        elif epoch == 0 and index == 0:
-            assert_ratio_is_one(strategy, gap)
-        grad_norm = strategy.step()
-        totals = strategy.group.sum(torch.tensor([*sums.values()], dtype=torch.float64)).tolist()
-        history.append(dict(zip(sums, totals, strict=True)) | {"grad_norm": grad_norm})
-    return mean_over_updates(history, ptx is not None)
+            if first_pass.unfinished:
+                old_logprobs = first_pass.complete(experience.old_logprobs, strategy.group)
+                experience = replace(experience, old_logprobs=old_logprobs)
+                assert_same_policy(job, experience)
+            elif update.epoch == update.minibatch == 0:
+                assert_ratio_is_one(strategy, gap)
+            grad_norm = strategy.step()
+            sums = strategy.group.sum(list(shares.values())).tolist()
+            history.append(dict(zip(shares, sums, strict=True)) | {"grad_norm": grad_norm})
+    except NonFinite as error:
+        raise failure(error, checkpointer, step + 1, *inspect(experience, targets)) from error
+    metrics = mean_over_updates(history, mixed_in=stage.inputs.ptx is not None)
+    return experience, metrics | {"learning_rate": learning_rate}
+
+
+def accumulate_gradients(
+    stage: OnlineStage,
+    experience: Experience,
+    targets: Targets,
+    first_pass: FirstPass,
+    minibatch: list[int],
+    update: Update,
+    loss: Loss,
+) -> tuple[dict[str, float], float]:
+    """Forward and backward over this rank's micro-batches of a minibatch.
+
+    Args:
+        minibatch: indices of its replies.
+
+    Returns:
+        This rank's shares of the metrics, and the largest |log-ratio| of its tokens.
+    """
+    job, strategy = stage.job, stage.strategy
+    micro = micro_batches(job, strategy, experience.rollout.sequences, [minibatch])
+    mixed_in = ptx_batches(
+        job, strategy, stage.inputs.ptx,
+        replies=len(minibatch), update=update.number, micro_batches=len(micro),
+    )  # fmt: skip
+    tokens = float(experience.response_mask[minibatch].sum())
+    shares: dict[str, float] = {}
+    gap = 0.0
+    for i, (indices, ptx) in enumerate(zip(micro, mixed_in, strict=True)):
+        with strategy.micro_batch(last=i == len(micro) - 1):
+            micro_batch, ptx_logprobs = forward_micro_batch(
+                stage, experience, targets, first_pass, indices, len(minibatch), tokens, ptx
+            )
+            total, metrics = loss(micro_batch)
+            found = {name: float(value) for name, value in metrics.items()} | {"ptx_loss": 0.0}
+            if ptx is not None:
+                assert ptx_logprobs is not None
+                ptx_loss, _ = sft_loss(ptx_logprobs, ptx.batch[2], denominator=ptx.tokens)
+                total = total + job.ptx_coef * ptx_loss
+                found["ptx_loss"] = ptx_loss.item()
+            strategy.backward(total)
+        shares = {name: shares.get(name, 0.0) + value for name, value in found.items()}
+        gap = max(gap, log_ratio_gap(micro_batch))
+    return shares, gap
 
 
 def forward_micro_batch(
-    job: OnlineJob,
-    strategy: Strategy,
+    stage: OnlineStage,
     experience: Experience,
-    positions: list[int],
-    batch: Batch,
+    targets: Targets,
+    first_pass: FirstPass,
+    indices: list[int],
     replies: int,
     tokens: float,
-    extra: tuple[Batch, float] | None,
+    ptx: PtxBatch | None,
 ) -> tuple[MicroBatch, Tensor | None]:
-    """The forward pass of a micro-batch, and the log-probabilities of what is mixed in."""
-    assert strategy.module is not None
-    with experience.states.of(positions, batch[0], batch[1]):
-        logprobs, values, mixed_in = strategy.module(
-            *batch, job.temperature, None if extra is None else extra[0]
-        )
-    mask = experience.mask[positions].to(strategy.device)  # (b,T)
-    seen = [None if x is None else aligned(x, batch[2], mask) for x in (logprobs, values)]
-    assert seen[0] is not None
-    part = MicroBatch(experience, positions, seen[0], seen[1], mask, float(replies), tokens)
-    return part, mixed_in
-
-
-def passes(seed: int, step: int, epochs: int, minibatches: int) -> Iterator[tuple[int, int, int]]:
-    """The updates of a rollout: the first pass in order, later ones shuffled.
-
-    Yields:
-        Epoch and minibatch, and the number of the update since the stage began.
-    """
-    for epoch in range(epochs):
-        order = range(minibatches)
-        if epoch > 0:
-            generator = np.random.default_rng(derive_seed(seed, step, epoch))
-            order = generator.permutation(minibatches).tolist()
-        for index in order:
-            yield epoch, index, (step * epochs + epoch) * minibatches + index
-
-
-def ptx_batches(
-    job: OnlineJob, strategy: Strategy, ptx: Rows | None, count: int, number: int, micro: int
-) -> list[tuple[Batch, float] | None]:
-    """As many language-modelling rows as the minibatch has replies, in as many
-    parts, with their count.
+    """Forward pass of the trained module over some replies.
 
     Args:
-        count: rows. number: of the update, see `passes`. micro: micro-batches of this rank.
+        indices: of the replies. replies, tokens: of the minibatch.
+
+    Returns:
+        What the loss sees, and the log-probabilities of the rows that are mixed in.
     """
-    if ptx is None:
-        return [None] * micro
-    rows = ptx.take(batch_rows(len(ptx), count, number, derive_seed(job.seed, 0x907)))
-    tokens = float(sum(trained_tokens(r) for r in rows))
-    lengths = [len(r["input_ids"]) for r in rows]
-    parts = split_evenly(lengths, strategy.rank, strategy.world_size, micro)
-    return [(collate([rows[p] for p in part], strategy.device), tokens) for part in parts]
+    strategy, rollout = stage.strategy, experience.rollout
+    assert strategy.module is not None
+    batch = collate_responses(rollout.sequences, rollout.prompt_lengths, indices, strategy.device)
+    input_ids, mask, flat_mask = batch  # (b,S) each
+    with first_pass.shared_layers(indices, input_ids, mask):
+        flat_logprobs, flat_values, ptx_logprobs = strategy.module(
+            *batch, stage.job.temperature, None if ptx is None else ptx.batch
+        )  # (b,S) each
+
+    def part(whole: Tensor) -> Tensor:
+        return whole[indices].to(strategy.device)
+
+    response_mask = part(experience.response_mask)  # (b,T)
+    logprobs = align(flat_logprobs, flat_mask, response_mask)  # (b,T)
+    if first_pass.defers(indices):
+        first_pass.record(indices, logprobs)
+        old_logprobs = logprobs.detach()
+    else:
+        old_logprobs = part(experience.old_logprobs)
+    micro_batch = MicroBatch(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        ref_logprobs=part(experience.ref_logprobs),
+        response_mask=response_mask,
+        advantages=part(targets.advantages),
+        values=None if flat_values is None else align(flat_values, flat_mask, response_mask),
+        old_values=None if experience.values is None else part(experience.values),
+        returns=None if targets.returns is None else part(targets.returns),
+        replies=float(replies),
+        tokens=tokens,
+    )
+    return micro_batch, ptx_logprobs
 
 
-def aligned(flat: Tensor, loss_mask: Tensor, mask: Tensor) -> Tensor:
-    """(b,S) at the loss mask -> fp32 (b,T) at the mask's, with its gradient."""
-    zeros = torch.zeros(mask.shape, device=flat.device)
-    return zeros.masked_scatter(mask, flat.float()[loss_mask])
+def align(flat: Tensor, flat_mask: Tensor, response_mask: Tensor) -> Tensor:
+    """(b,S) at the True positions of one mask -> fp32 (b,T) at those of the other, with its
+    gradient."""
+    zeros = torch.zeros(response_mask.shape, device=flat.device)
+    return zeros.masked_scatter(response_mask, flat.float()[flat_mask])
 
 
-def log_ratio_gap(part: MicroBatch) -> float:
+def log_ratio_gap(micro_batch: MicroBatch) -> float:
     """Largest |log-ratio| of a real token."""
-    gap = part.logprobs.detach() - part.of(part.experience.old_logprobs)
-    return float((gap.abs() * part.mask).max())
+    gap = micro_batch.logprobs.detach() - micro_batch.old_logprobs  # (b,T)
+    return float((gap.abs() * micro_batch.response_mask).max())
 
 
 def assert_ratio_is_one(strategy: Strategy, gap: float) -> None:
@@ -194,10 +221,10 @@ def assert_ratio_is_one(strategy: Strategy, gap: float) -> None:
         )
 
 
-def mean_over_updates(history: Sequence[dict[str, float]], ptx: bool) -> dict[str, float]:
+def mean_over_updates(history: Sequence[dict[str, float]], *, mixed_in: bool) -> dict[str, float]:
     """Means over a rollout's updates; approx_kl is the last one's, which is the farthest."""
     mean = {k: float(np.mean([h[k] for h in history])) for k in history[0]}
     mean["approx_kl"] = history[-1]["approx_kl"]
-    if not ptx:
+    if not mixed_in:
         del mean["ptx_loss"]
     return mean

@@ -7,7 +7,7 @@ import pytest
 from rlhf_core.errors import TrainingFailure
 from rlhf_core.jobs import GRPOJob, PPOJob, ReinforcePPJob, Resources, RLOOJob
 from rlhf_core.nn import modules
-from rlhf_core.training.online import experience
+from rlhf_core.training.online import experience, updates
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +69,7 @@ def test_training_ends_in_the_same_bytes(inputs, name, rows, stages, monkeypatch
     rows.clear()
     module = importlib.import_module(job.module)
     whole = module.score
-    monkeypatch.setattr(module, "score", lambda *given, **_: whole(*given))
+    monkeypatch.setattr(module, "score", lambda *arguments, **_: whole(*arguments))
     assert stages.run_here(job, f"first-update-{name}-whole") == found
     assert (sum(rows) - fewer) / (ROLLOUTS - 1) == saved
 
@@ -92,7 +92,8 @@ def test_replies_of_another_policy_are_found_in_the_first_update(inputs, stages,
         if len(judged) == 2:
             raise TrainingFailure("another policy")
 
-    monkeypatch.setattr(experience, "assert_same_policy", watched)
+    for module in (experience, updates):
+        monkeypatch.setattr(module, "assert_same_policy", watched)
     with pytest.raises(TrainingFailure, match="another policy"):
         stages.run_here(job, "first-update-other-policy")
     assert max(judged) < 1e-4, "the log-probabilities are there when they are judged"

@@ -7,8 +7,9 @@ from rlhf_core.jobs import GRPOJob, PPOJob, Resources
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.backbone import backbone_hidden
 from rlhf_core.nn.layers import transformer_layers
-from rlhf_core.nn.shared_trunk import States, Trunk, find_trunk
+from rlhf_core.nn.shared_trunk import Trunk, find_trunk
 from rlhf_core.training.online import models as online
+from rlhf_core.training.online.first_pass import FirstPass
 from tests.rlhf_core.tiny_models import copy_of
 
 
@@ -31,10 +32,10 @@ def test_models_go_on_from_the_trunk_with_the_same_numbers(tmp_path, architectur
     ids = torch.randint(3, 900, (2, 7))
     mask = torch.ones_like(ids).bool()
     mask[1, 5:] = False
-    states = States(trunk)
+    first_pass = FirstPass(trunk)
     for model in (trained, other):
         want = backbone_hidden(model, ids, mask)
-        with states.of([4, 5], ids, mask):
+        with first_pass.shared_layers([4, 5], ids, mask):
             found = backbone_hidden(model, ids, mask)
         assert torch.equal(found[mask], want[mask])
     names = [name for name, _ in trained.named_parameters()]
@@ -53,7 +54,7 @@ def test_gradients_are_the_same_with_checkpointing_too(tmp_path):
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
         trunk = find_trunk([model, load_causal_lm(folder).requires_grad_(False)]) if share else None
-        with States(trunk).of([0, 1], ids, mask):
+        with FirstPass(trunk).shared_layers([0, 1], ids, mask):
             loss = backbone_hidden(model, ids, mask)[mask].square().mean()
         loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

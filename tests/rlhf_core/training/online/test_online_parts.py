@@ -11,11 +11,10 @@ from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.layers import choose_trainable
 from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.padding import pad_right
-from rlhf_core.training.online.batches import split_minibatches
+from rlhf_core.training.online.batches import split_minibatches, update_order
 from rlhf_core.training.online.collapse import judge
 from rlhf_core.training.online.models import AdapterOff
 from rlhf_core.training.online.report import repetition
-from rlhf_core.training.online.updates import passes
 from tests.rlhf_core.tiny_models import copy_of
 
 DIGESTS = {"model": "a" * 64, "prompts": "b" * 64, "reward_model": "c" * 64}
@@ -85,16 +84,16 @@ def test_short_stage_is_judged_at_its_end():
 
 def test_repetition_counts_pieces_that_stood_before():
     # 1 2 3 4 1 2 3 4 1: the grams 1234 2341 3412 4123 1234 2341, of which two are repeated
-    experience = SimpleNamespace(
+    rollout = SimpleNamespace(
         sequences=[[7, 7, 7, 7, 7, 1, 2, 3, 4, 1, 2, 3, 4, 1], [7, 1, 1, 1]],
         prompt_lengths=[5, 1],
     )
-    assert repetition(experience) == pytest.approx((2 / 6 + 0.0) / 2)
+    assert repetition(rollout) == pytest.approx((2 / 6 + 0.0) / 2)
 
 
 def test_updates_of_a_rollout_are_numbered_over_the_stage():
     assert split_minibatches(6, 2) == [[0, 2, 4], [1, 3, 5]]
-    found = list(passes(seed=0, step=3, epochs=2, minibatches=2))
+    found = list(update_order(seed=0, step=3, epochs=2, minibatches=2))
     assert [(e, i) for e, i, _ in found[:2]] == [(0, 0), (0, 1)]
     assert sorted(number for _, _, number in found) == [12, 13, 14, 15]
 

@@ -1,0 +1,97 @@
+"""The beginning and the end of an online stage, which all online algorithms have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.jobs import OnlineJob
+from rlhf_core.models.loading import load_causal_lm
+from rlhf_core.nn.modules import Actor, ActorCritic, Policy
+from rlhf_core.rollout.vllm_engine import VllmEngine
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.store import Artifact
+from rlhf_core.training.checkpoint import Checkpointer
+from rlhf_core.training.online.engine import start_engine
+from rlhf_core.training.online.models import Models, load_models, share_trunk
+from rlhf_core.training.online.ptx import load_ptx
+from rlhf_core.training.optimizer import adamw
+from rlhf_core.training.policy import new_policy, publish_policy
+from rlhf_core.training.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an online stage takes from the store, beside the reward model."""
+
+    source: Path  # folder of the SFT model: start of the policy, and the reference
+    prompts: Rows
+    ptx: Rows | None  # rows of the language-modelling loss that is mixed in
+
+
+@dataclass(frozen=True)
+class OnlineStage:
+    """What every step of an online stage works with."""
+
+    job: OnlineJob
+    context: StageContext
+    strategy: Strategy
+    inputs: Inputs
+    models: Models
+    checkpointer: Checkpointer
+    engine: VllmEngine | None  # None: the built-in sampling loop
+    start: int  # steps that were finished before, from a checkpoint
+
+
+def fetch_inputs(job: OnlineJob, context: StageContext) -> Inputs:
+    """The SFT model's folder and the data sets."""
+    return Inputs(
+        source=context.store.fetch(job.model),
+        prompts=Rows(context.store.fetch(job.prompts), "train", purpose="prompts"),
+        ptx=load_ptx(job, context),
+    )
+
+
+def load_policy(job: OnlineJob, source: Path, device: torch.device) -> Policy:
+    """The SFT model as the policy that will be trained."""
+    return new_policy(job, load_causal_lm(source)).to(device)
+
+
+def prepare(
+    job: OnlineJob,
+    context: StageContext,
+    strategy: Strategy,
+    inputs: Inputs,
+    trained: Actor | ActorCritic,
+    learning_rates: Mapping[str, float],
+) -> OnlineStage:
+    """Load the frozen models, make the optimizer, restore the newest checkpoint, start the engine.
+
+    Args:
+        trained: what the algorithm trains, on its device.
+        learning_rates: peak rates by the prefix of the parameters' names, see `adamw`.
+    """
+    models = load_models(job, strategy, inputs.source, trained, context)
+    strategy.prepare(trained, adamw(trained, job, learning_rates))
+    models = share_trunk(job, strategy, models, context)
+    checkpointer = Checkpointer(context, strategy, job)
+    start, _ = checkpointer.restore()
+    engine = start_engine(job, strategy, inputs.source, inputs.prompts, context)
+    return OnlineStage(job, context, strategy, inputs, models, checkpointer, engine, start)
+
+
+def publish(stage: OnlineStage) -> Artifact | None:
+    """Publish the policy with the metrics of the last rollout. Every rank calls; rank 0 returns the
+    artifact."""
+    job, context = stage.job, stage.context
+    context.closing.close()  # the engine
+    last = context.read_metrics()[-1] if context.main else {}
+    metrics = {k: v for k, v in last.items() if k not in ("step", "total", "time")}
+    return publish_policy(
+        job, context, stage.strategy, stage.checkpointer, stage.models.trained,
+        stage.inputs.source, {"metrics": {"steps": job.steps, **metrics}},
+    )  # fmt: skip
