@@ -103,6 +103,14 @@ def test_dry_run_shows_settings_and_starts_nothing(rlhf):
     assert not (rlhf.home / ".rlhf/runs").exists()
 
 
+def test_old_name_of_a_setting_is_one_line_of_warning(rlhf):
+    old = ("--set", "resources.stop_seconds=5", "--set", "ppo.resources.stop_seconds=6")
+    done = rlhf("run", "--preset", "smoke", *old, "--dry-run", code=0)
+    assert "stop_timeout: 5" in done.stdout and "stop_seconds" not in done.stdout
+    [line] = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert line.startswith("Warning: the setting stop_seconds is now called stop_timeout;")
+
+
 def test_presets_are_listed_with_a_sentence(rlhf):
     lines = rlhf("presets", code=0).stdout.splitlines()
     assert [line.split()[0] for line in lines] == preset_names()

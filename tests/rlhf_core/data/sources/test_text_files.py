@@ -152,5 +152,7 @@ def test_texts_beside_data_are_read_only_where_texts_are_asked_for(tmp_path):
     assert len(prepared(tmp_path / "out", str(folder), "pretrain")) == 1
     assert len(prepared(tmp_path / "out", str(folder), "pretrain", format="text")) == 2
     assert fingerprint(DataSettings(source=str(folder), format="text")) != auto
-    with pytest.raises(DataError, match=r"README\.md: .* matches this plain text file.*narrow the pattern"):
+    with pytest.raises(
+        DataError, match=r"README\.md: .* matches this plain text file.*narrow the pattern"
+    ):
         prepared(tmp_path / "out", str(folder / "*"), "pretrain")
