@@ -22,28 +22,28 @@ INTRODUCTION = """\
 
 # Settings
 
-Every setting of a run, with its default. A preset, or a file given with `--config`, holds only what
-differs; one setting is given by its path:
+Every setting of a run, with its default. A preset, or a file for `--config`, holds only what
+differs from the defaults. `--set` changes one setting by its path:
 
 ```bash
 rlhf run --preset demo --set ppo.kl_coef=0.1 --set sft.trainable_layers= --set 'sft.lora={rank: 8}'
 ```
 
 An empty value (`--set sft.trainable_layers=`) means "none". `rlhf run --dry-run` checks a
-configuration and shows what it sets. A stage's own `resources` lie over the top-level ones: only
-what differs need be given.
+configuration and shows what it sets. A stage's own `resources` override the top-level ones, setting
+by setting.
 """
 
 ENVIRONMENT = """\
 ## Environment
 
-Not part of a run's settings, so never in a job, a log or an artifact.
+These variables are not settings of a run. They never enter a job, a log or an artifact.
 
 | variable | what it does |
 | --- | --- |
-| `RLHF_STORE` | URL of the artifact store, when `store` and `--store` are not given |
-| `RLHF_HOME` | folder for everything local; else the nearest `.rlhf` upward, else a new one |
-| `PREFECT_API_URL` | the Prefect server to use; without one a run starts a server of its own |
+| `RLHF_STORE` | URL of the artifact store, unless `store` or `--store` is given |
+| `RLHF_HOME` | folder for local files; default: the nearest `.rlhf` upward, else a new one |
+| `PREFECT_API_URL` | Prefect server to use; without one, a run starts a server of its own |
 | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` | keys of an S3 store |
 """
 
@@ -61,7 +61,7 @@ def render() -> str:
     parts = [INTRODUCTION, "## Top level\n", _table(schema)]
     for name, places in paths.items():
         parts += [f"\n## {name}\n", f"{models[name].get('description', '')}\n"]
-        parts += [f"Found at: {', '.join(f'`{place}`' for place in places)}.\n"]
+        parts += [f"At: {', '.join(f'`{place}`' for place in places)}.\n"]
         parts += [_table(models[name])]
     parts += ["", ENVIRONMENT.rstrip("\n")]
     for name, field in StoreSettings.model_json_schema()["properties"].items():

@@ -183,7 +183,7 @@ def job_class(algorithm: str) -> type[BaseJob]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError(f"a key is there twice in an object with the keys {list(value)[:20]}")
+        raise ValueError(f"an object has a key twice; its keys: {list(value)[:20]}")
     return value
 
 
@@ -199,7 +199,7 @@ def parse_job(text: str | bytes) -> Job:
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply to be read") from None
     if not isinstance(data, dict):
-        raise ValueError(f"it holds a JSON {type(data).__name__}; needed is an object")
+        raise ValueError(f"it holds a JSON {type(data).__name__}, but a job is an object")
     for candidate in get_args(Job):
         if candidate.model_fields["algorithm"].default == data.get("algorithm"):
             return cast(Job, candidate.model_validate(data))  # one class's errors, not seven's

@@ -1,4 +1,4 @@
-"""What every settings class and every job has.
+"""The base of all settings and jobs.
 
 Units: lengths in tokens, learning rates per optimizer step, KL in nats, times in seconds.
 """
@@ -35,11 +35,11 @@ class RenamedSetting(FutureWarning):
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, strict about names, described by their docstrings."""
+    """Base of all settings: frozen, no unknown names, described by the docstrings of its fields."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(),
-        allow_inf_nan=False,  # JSON has neither: what was written down would read as nothing
+        allow_inf_nan=False,  # JSON has neither, so a job file could not hold them
     )  # fmt: skip
 
     renamed: ClassVar[Mapping[str, str]] = {}  # old name of a setting -> its name today
@@ -67,7 +67,7 @@ class Settings(BaseModel):
     @field_validator("*")
     @classmethod
     def _whole_characters(cls, value: Any) -> Any:
-        """Texts that could not be written into a job file are refused."""
+        """Refuse texts that a job file could not hold."""
         texts = value.items() if isinstance(value, dict) else [value]
         try:
             for text in texts:
@@ -85,7 +85,7 @@ def _strings(value: Any) -> list[str]:
 
 
 class Resources(Settings):
-    """Where and how a stage runs. None of it changes what the stage computes or its stage key."""
+    """Where and how a stage runs. These settings change neither its result nor its stage key."""
 
     renamed: ClassVar[Mapping[str, str]] = {
         "stop_seconds": "stop_timeout",
@@ -93,39 +93,38 @@ class Resources(Settings):
     }
 
     ranks: PositiveInt = 1
-    """Training processes (one GPU each, or one share of the CPU cores)."""
+    """Number of training processes, one per GPU. On a CPU they share the cores."""
     strategy: Strategy = "ddp"
-    """How model and optimizer are spread over the ranks (ColossalAI Booster plugin)."""
+    """How model and optimizer are sharded over the ranks (ColossalAI Booster plugin)."""
     micro_batch_size: PositiveInt = 8
-    """Sequences (pairs where the data are pairs) of a batch's greatest length per rank in one
-    forward and backward pass; of shorter ones it takes up to as many as have as many tokens. The
-    number of passes per step follows."""
+    """Rows per rank in one forward and backward pass, counted at the batch's greatest length. Of
+    shorter rows a pass takes as many as have no more tokens. A row is a sequence, or a pair."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the ranks; auto takes the GPUs if there are any."""
+    """Device of the ranks. auto: GPUs if there are any, else the CPU."""
     threads: PositiveInt | None = None
-    """CPU threads per rank; empty: the machine's cores divided by the ranks."""
+    """CPU threads per rank. Empty: the machine's cores divided by the ranks."""
     checkpoint_every: PositiveInt = 50
-    """Optimizer steps (rollouts for PPO) between two checkpoints."""
+    """Optimizer steps between two checkpoints; rollouts in online RL."""
     keep_checkpoints: PositiveInt = 2
-    """Number of newest checkpoints that are kept while the stage runs."""
+    """How many of the newest checkpoints are kept while the stage runs."""
     collective_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 1800
-    """Seconds after which a rank that waits for another one gives up; the job then ends with every
-    rank's Python stack in its log, and is tried again from its last checkpoint."""
+    """Seconds that a rank waits for the others. Then the job ends with every rank's Python stack in
+    its log, and is retried from its last checkpoint."""
     stop_timeout: Annotated[int, Field(ge=1, le=27)] = 15
     """Seconds that ranks have after SIGTERM (a cancelled run, a drained node) to finish their step
-    and store a checkpoint; torchrun kills after 30."""
+    and store a checkpoint. torchrun kills them after 30."""
     store_timeout: Annotated[int, Field(ge=0, le=LARGEST)] = 900
-    """Seconds for which a finished stage waits for a store that is away before it gives up;
-    checkpoints are tried again for as long as training goes on."""
+    """Seconds that a finished stage waits for an unreachable store. Uploads of checkpoints are
+    retried for as long as training goes on."""
 
 
 class BaseJob(Settings):
-    """A stage that can be run: settings plus inputs by digest.
+    """A stage that can be run: settings, and inputs by digest.
 
-    `version` is raised whenever the algorithm's code starts to compute something else, so that
-    older results are not reused; `module` is the module whose `run(job, context)` does the work.
+    Raise `version` when the code computes something else, so that older results are not reused.
+    `module` is the module whose `run(job, context)` does the work.
     """
 
     version: ClassVar[int] = 1
@@ -137,23 +136,23 @@ class BaseJob(Settings):
     )  # of the key
 
     seed: Seed = 0
-    """Seed of every random choice of the stage."""
+    """Seed of all random choices of the stage."""
     trust_remote_code: bool = False
-    """Run Python code that came with the model, as model.trust_remote_code says."""
+    """Allow Python code that comes with the model, as model.trust_remote_code says."""
 
     def placement(self) -> Resources:
-        """Where the job runs: one rank if the job has no say in it."""
+        """Where the job runs; one rank if it has no field `resources`."""
         resources = getattr(self, "resources", None)
         return resources if isinstance(resources, Resources) else Resources()
 
     def current_version(self) -> int:
-        """The version that counts in the key; a job may have another for some settings only."""
+        """The version in the key. A job class may return another one for some settings."""
         return self.version
 
     def key_settings(self) -> dict[str, Any]:
-        """What of the job counts in its key: algorithm and all settings but placement and trust.
+        """The part of the job that its key covers: all settings except placement and trust.
 
-        `on_nonfinite` counts when it is a factor: the result may then be another one.
+        `on_nonfinite` counts when it is a factor, because the result may then differ.
         """
         settings = self.model_dump(mode="json", exclude=set(self.excluded_from_key))
         if settings.get("on_nonfinite") == "fail":
@@ -161,19 +160,19 @@ class BaseJob(Settings):
         return settings
 
     def key(self) -> str:
-        """Stage key: sha256 over version and `key_settings`."""
+        """The stage key: sha256 of version and `key_settings`."""
         payload = {"version": self.current_version(), "job": self.key_settings()}
         text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def fail_fast_variant(self) -> Self:
-        """The same job, but failing at a non-finite loss: equal to this one up to the first."""
+        """The same job, failing at the first non-finite loss; equal to this one until then."""
         if "on_nonfinite" not in type(self).model_fields:
             return self
         return self.model_copy(update={"on_nonfinite": "fail"})
 
     def inputs(self) -> dict[str, str]:
-        """Input name -> artifact digest, for every input that is given."""
+        """Input name -> artifact digest, of the inputs that are set."""
         return {
             name: value
             for name, field in type(self).model_fields.items()
@@ -182,7 +181,7 @@ class BaseJob(Settings):
 
     @classmethod
     def roles(cls) -> dict[str, str]:
-        """Field of each input -> what a pipeline gives it, see `job_input`."""
+        """Field of each input -> its role, see `job_input`."""
         fields = cls.model_fields.items()
         return {name: str(_extra(f)["input"] or name) for name, f in fields if "input" in _extra(f)}
 
@@ -191,8 +190,8 @@ def job_input(role: str = "", **kwargs: Any) -> Any:
     """A field that names an artifact by its digest.
 
     Args:
-        role: what the pipeline puts there: "model" (the newest language model), "reward_model",
-            "ptx", or a data set by its purpose; empty: the field's name says it.
+        role: what the pipeline passes: "model" (the newest language model), "reward_model", "ptx",
+            or a data set by its purpose. Empty: the field's name is the role.
     """
     return Field(json_schema_extra={"input": role}, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Judges that are asked over the network."""
+"""Judges behind a network endpoint."""
 
 from __future__ import annotations
 
@@ -29,44 +29,45 @@ PLACES = ("{prompt}", "{first}", "{second}")
 
 
 class EndpointJudgeSettings(Settings):
-    """A judge behind an OpenAI-compatible endpoint (chat completions). It is asked for each pair of
-    replies twice, in both orders; unless both answers prefer the same reply it is a tie."""
+    """A judge behind an OpenAI-compatible endpoint (chat completions). It compares each pair of
+    replies twice, in both orders. A reply wins only if it wins both times; otherwise it is a
+    tie."""
 
     type: Literal["endpoint"] = "endpoint"
-    """Kind of judge."""
+    """Type of the judge."""
     url: str
     """Base URL of the API, such as https://api.openai.com/v1 or http://localhost:8000/v1."""
     model: Annotated[str, Field(min_length=1)]
-    """Name of the model, as the endpoint calls it."""
+    """Name of the model at the endpoint."""
     key_variable: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")] | None = None
-    """Name of the environment variable with the key, such as OPENAI_API_KEY (never the key itself);
-    it is read where the stage runs. Empty: no key is sent."""
+    """Name of the environment variable with the API key, such as OPENAI_API_KEY; never the key
+    itself. It is read where the stage runs. Empty: no key is sent."""
     template: str = TEMPLATE
-    """What the judge is asked, with the places {prompt}, {first} and {second}. It must ask for an
-    answer that ends in [[A]], [[B]] or [[C]] (equal)."""
+    """The question, with the placeholders {prompt}, {first} and {second}. It must ask for an answer
+    that ends in [[A]], [[B]] or [[C]] (equally good)."""
     max_new_tokens: PositiveInt = 512
-    """Longest answer; models that think first need more."""
+    """Longest answer in tokens. Reasoning models need more."""
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """How the endpoint calls max_new_tokens."""
+    """Name of the token limit in the request: newer OpenAI models take max_completion_tokens."""
     temperature: Annotated[float, Field(ge=0.0)] | None = 0.0
-    """Sampling temperature of the answers; empty: not sent, for models that refuse it."""
+    """Sampling temperature of the answers. Empty: not sent, for models that reject it."""
     parallel: Annotated[int, Field(ge=1, le=256)] = 8
-    """Requests at once."""
+    """Number of requests in flight at once."""
     timeout: Annotated[float, Field(gt=0.0, le=3600.0)] = 60.0
-    """Seconds that a request may take."""
+    """Time limit of a request in seconds."""
     retries: Annotated[int, Field(ge=0, le=100)] = 5
-    """Further tries of a request that failed (no answer, 429, 5xx) or gave no verdict, with growing
-    pauses, or as long ones as the endpoint asks for."""
+    """Retries of a request that failed (no answer, 429, 5xx) or gave no verdict. Pauses grow, or
+    follow the endpoint's Retry-After."""
     max_unclear: Fraction = 0.05
-    """Share of the questions that may end without a verdict after all tries; those count as ties,
-    more of them fail the stage."""
+    """Largest fraction of questions without a verdict after all retries. They count as ties; more
+    of them fail the stage."""
 
     @field_validator("url")
     @classmethod
     def _is_a_base(cls, value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("needed is a URL such as https://api.openai.com/v1")
+            raise ValueError("not a base URL; use one such as https://api.openai.com/v1")
         _ = parts.port  # raises ValueError when it is none
         if parts.username or parts.password or parts.query:
             raise ValueError(

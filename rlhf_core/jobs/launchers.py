@@ -1,4 +1,4 @@
-"""How stages are started."""
+"""Launchers: how stages are started."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from rlhf_core.jobs.base import LARGEST, Settings
 
 
 class LocalLauncher(Settings):
-    """Runs a stage as torchrun on this machine, as a child of the flow's process."""
+    """Runs a stage with torchrun on this machine, as a child of the flow's process."""
 
     type: Literal["local"] = "local"
-    """Launcher kind."""
+    """Type of the launcher."""
 
 
 class WorkPoolLauncher(Settings):
-    """Runs a stage as a flow run of its own on a GPU work pool; they share the store, no disk."""
+    """Runs a stage as a flow run of its own on a GPU work pool. Pipeline and worker share the
+    store, no disk."""
 
     type: Literal["work_pool"] = "work_pool"
-    """Launcher kind."""
+    """Type of the launcher."""
     deployment: str = "rlhf-job/gpu-job"
-    """Deployment of the flow that runs one job, as flow/deployment."""
+    """Deployment of the flow that runs one job, as FLOW/DEPLOYMENT."""
     queue_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 86_400
-    """Seconds that a stage may wait for a free slot of the pool before it fails."""
+    """Seconds that a stage waits for a free slot of the pool before it fails."""
 
 
 Launcher = LocalLauncher | WorkPoolLauncher

@@ -1,4 +1,4 @@
-"""Reinforcement learning: algorithms that sample from the model that they train."""
+"""Online reinforcement learning: algorithms that sample from the model they train."""
 
 from __future__ import annotations
 
@@ -15,61 +15,62 @@ GroupSize = Annotated[int, Field(ge=2, le=1024)]
 
 
 class OnlineSettings(TrainSettings):
-    """What all algorithms share that sample, score and update."""
+    """Settings that all online algorithms share."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
     """Peak learning rate of the policy."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    """Course of the learning rate after the warm-up (cosine and linear end at 0)."""
+    """Learning rate after the warm-up. cosine and linear end at 0."""
     steps: PositiveInt = 100
-    """Rollouts."""
+    """Number of rollouts."""
     batch_size: PositiveInt = 64
-    """Prompts per rollout over all ranks; one reply each."""
+    """Prompts per rollout over all ranks, with one reply each."""
     minibatches: PositiveInt = 1
-    """Optimizer steps per pass."""
+    """Optimizer steps per epoch over a rollout."""
     max_new_tokens: PositiveInt = 128
-    """Longest reply."""
+    """Longest reply in tokens."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Sampling temperature; log-probabilities are taken at it."""
+    """Sampling temperature. Log-probabilities are computed at the same temperature."""
     rollout: Rollout = BuiltinRollout()
-    """What replies are sampled with."""
+    """The engine that samples replies."""
     rewards: tuple[Reward, ...] = (ModelReward(),)
-    """What is optimised: a weighted sum of the reward model's score and of rules."""
+    """The objective: a weighted sum of the reward model's score and of rules."""
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.05
     """Weight of the per-token KL penalty to the SFT model."""
     clip_range: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Bound of the probability ratio's deviation from 1."""
+    """The probability ratio is clipped to 1 - clip_range and 1 + clip_range."""
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
-    """Taken off the score of a reply that was cut at max_new_tokens."""
+    """Subtracted from the score of a reply that was cut at max_new_tokens."""
     ptx_coef: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the language-modelling loss mixed in (PPO-ptx), whichever the algorithm; 0 switches
-    it off."""
+    """Weight of a language-modelling loss mixed into each step (PPO-ptx), for every online
+    algorithm. 0: off."""
     collapse_window: PositiveInt = 5
-    """Rollouts over whose mean the bounds below are judged; fewer where there are fewer steps."""
+    """The bounds below apply to means over this many rollouts, or over all steps if there are
+    fewer."""
     max_kl: Annotated[float, Field(gt=0.0)] = 100.0
-    """The stage fails when the KL to the SFT model (nats per reply, mean) exceeds this."""
+    """The stage fails when the mean KL to the SFT model (nats per reply) exceeds this."""
     max_repetition: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.9
-    """The stage fails when this share of the 4-grams of a reply (mean) were in it before; a reply
-    of less than 14 tokens cannot reach 0.9. Empty: no bound."""
+    """The stage fails when the mean fraction of repeated 4-grams in a reply exceeds this. Replies
+    of fewer than 14 tokens cannot reach 0.9. Empty: no bound."""
     min_length: Annotated[float, Field(gt=0.0)] | None = 1.5
-    """The stage fails when replies (mean, tokens, the end of turn included) are shorter than this;
-    at 1.5 half of them are empty. Empty: no bound."""
+    """The stage fails when the mean reply length (tokens, end of turn included) falls below this.
+    At 1.5 half of the replies are empty. Empty: no bound."""
     max_length: Annotated[float, Field(gt=0.0)] | None = None
-    """The stage fails when replies (mean, tokens) are longer than this, which max_new_tokens allows
-    each of them. Empty: no bound, for replies that are to grow."""
+    """The stage fails when the mean reply length (tokens) exceeds this; it must be below
+    max_new_tokens. Empty: no bound, when replies should grow."""
     min_entropy: Annotated[float, Field(gt=0.0)] | None = None
-    """The stage fails when the entropy (nats per token, mean) falls below this: replies no longer
-    differ, so that nothing more is learned. Empty: no bound."""
+    """The stage fails when the mean entropy (nats per token) falls below this: replies no longer
+    differ, so there is nothing left to learn from. Empty: no bound."""
     max_unfinished: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """The stage fails when more than this share of replies ends without an end-of-turn token.
-    Empty: no bound, for replies that are cut on purpose."""
+    """The stage fails when more than this fraction of replies has no end-of-turn token. Empty: no
+    bound, when replies are cut on purpose."""
 
     @field_validator("rewards")
     @classmethod
     def _some_rewards(cls, rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
         models = sum(isinstance(r, ModelReward) for r in rewards)
         if not rewards:
-            raise ValueError("rewards is empty, so that there is nothing to learn; give it one")
+            raise ValueError("rewards is empty, so there is nothing to learn; add a reward")
         if models > 1:
             raise ValueError(
                 f'rewards has {models} entries of type "model", but there is one reward model; '
@@ -82,12 +83,12 @@ class OnlineSettings(TrainSettings):
         least, most, longest = self.min_length, self.max_length, self.max_new_tokens
         if least is not None and least > longest:
             raise ValueError(
-                f"min_length is {least:g} and max_new_tokens {longest}, so that every reply would "
+                f"min_length is {least:g} and max_new_tokens {longest}, so every reply would "
                 "be too short; clear min_length or raise max_new_tokens"
             )
         if most is not None and most >= longest:
             raise ValueError(
-                f"max_length is {most:g} and max_new_tokens {longest}, so that no reply could be "
+                f"max_length is {most:g} and max_new_tokens {longest}, so no reply could be "
                 "too long; lower max_length, or clear it"
             )
         if least is not None and most is not None and least > most:
@@ -106,25 +107,25 @@ class OnlineSettings(TrainSettings):
 
 
 class OnlineJob(OnlineSettings, BaseJob):
-    """Inputs of an online algorithm."""
+    """An online algorithm's settings and inputs."""
 
     kind: ClassVar[str] = "model"
-    critic: ClassVar[bool] = False  # which can start from a reward model that scores nothing
+    critic: ClassVar[bool] = False  # a critic can start from a reward model that scores nothing
 
     model: Digest = job_input()
     """SFT model: start of the policy, and the reference."""
     reward_model: Digest | None = job_input(default=None)
-    """Reward model; empty when all rewards are rules."""
+    """Reward model. Empty when all rewards are rules."""
     prompts: Digest = job_input()
     """Data set of purpose prompts."""
     ptx: Digest | None = job_input(default=None)
-    """Data set of purpose sft or pretrain that is mixed in when ptx_coef is above 0."""
+    """Data set of purpose sft or pretrain, mixed in when ptx_coef is above 0."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""
 
     def key_settings(self) -> dict[str, Any]:
-        """Without the built-in rollout and the usual bounds of the length, which jobs had before
-        there were others, and without how much memory vLLM gets."""
+        """Leaves out default values of later settings (built-in rollout, length bounds), so that
+        older results keep their keys, and vLLM's memory, which changes no result."""
         settings = super().key_settings()
         for name in ("min_length", "max_length"):
             if settings[name] == OnlineSettings.model_fields[name].default:
@@ -141,7 +142,7 @@ class OnlineJob(OnlineSettings, BaseJob):
     def _mixed_in_is_there(self) -> Self:
         if self.ptx_coef > 0 and self.ptx is None:
             raise ValueError(
-                f"ptx_coef is {self.ptx_coef:g} but ptx is empty, so that nothing would be mixed "
+                f"ptx_coef is {self.ptx_coef:g} but ptx is empty, so nothing would be mixed "
                 "in; give a data set of purpose sft or pretrain, or set ptx_coef to 0"
             )
         return self
@@ -155,27 +156,27 @@ class OnlineJob(OnlineSettings, BaseJob):
             )
         if self.reward_model is not None and not (self.wants_reward_model or self.critic):
             raise ValueError(
-                'reward_model is given but rewards has no entry of type "model", so that it would '
+                'reward_model is given but rewards has no entry of type "model", so it would '
                 "not be used; add one, or clear reward_model"
             )
         return self
 
 
 class PPOSettings(OnlineSettings):
-    """Proximal policy optimisation against the reward model."""
+    """Proximal policy optimisation with a critic (arXiv 1707.06347)."""
 
     critic_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Peak learning rate of the critic; empty: the policy's times 5."""
+    """Peak learning rate of the critic. Empty: five times the policy's."""
     ppo_epochs: PositiveInt = 4
-    """Passes over each rollout."""
+    """Epochs over each rollout."""
     value_clip_range: Annotated[float, Field(gt=0.0)] = 0.2
-    """Bound of the value's change from the rollout's value."""
+    """A value is clipped to this distance from the rollout's value."""
     value_coef: Annotated[float, Field(ge=0.0)] = 0.1
     """Weight of the value loss."""
     gamma: Fraction = 1.0
     """Discount per token."""
     gae_lambda: Fraction = 0.95
-    """GAE's lambda."""
+    """Lambda of generalised advantage estimation (GAE)."""
 
 
 class PPOJob(PPOSettings, OnlineJob):
@@ -185,23 +186,23 @@ class PPOJob(PPOSettings, OnlineJob):
     critic: ClassVar[bool] = True
 
     algorithm: Literal["ppo"] = "ppo"
-    """Job kind."""
+    """Name of the algorithm."""
     reward_model: Digest | None = job_input(default=None)
-    """Reward model, and start of the critic; empty when all rewards are rules: the critic then
+    """Reward model, and start of the critic. Empty when all rewards are rules; the critic then
     starts from the SFT model."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""
 
 
 class GroupSettings(OnlineSettings):
-    """What algorithms share that compare several replies to one prompt."""
+    """Settings of algorithms that compare several replies to one prompt."""
 
     batch_size: PositiveInt = 16
-    """Prompts per rollout over all ranks; group_size replies each."""
+    """Prompts per rollout over all ranks, with group_size replies each."""
     group_size: GroupSize = 8
-    """Replies to each prompt, which are compared with each other."""
+    """Replies to each prompt."""
     epochs: PositiveInt = 1
-    """Passes over each rollout."""
+    """Epochs over each rollout."""
 
     @property
     def replies(self) -> int:
@@ -209,16 +210,17 @@ class GroupSettings(OnlineSettings):
 
 
 class GRPOSettings(GroupSettings):
-    """Group relative policy optimisation: a group's mean and deviation instead of a critic."""
+    """Group relative policy optimisation (arXiv 2402.03300): the group's mean and standard
+    deviation replace the critic."""
 
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.04
-    """Weight of the KL to the SFT model, which is a term of the loss."""
+    """Weight of the KL to the SFT model, a term of the loss."""
     scale_rewards: bool = True
-    """Divide by the deviation of a group's scores; false (Dr. GRPO): prompts on which replies
-    hardly differ count for less."""
+    """Divide advantages by the standard deviation of the group's scores. false (Dr. GRPO): prompts
+    whose replies hardly differ weigh less."""
     average: Literal["reply", "token"] = "reply"
-    """reply: mean over each reply's tokens, then over replies, as in the paper; bad replies then
-    tend to grow. token: mean over all tokens of the rollout (Dr. GRPO, DAPO)."""
+    """How the loss is averaged. reply: over each reply's tokens, then over replies, as in the
+    paper; bad replies then tend to grow. token: over all tokens of the rollout (Dr. GRPO, DAPO)."""
 
 
 class GRPOJob(GRPOSettings, OnlineJob):
@@ -227,16 +229,17 @@ class GRPOJob(GRPOSettings, OnlineJob):
     module: ClassVar[str] = "rlhf_core.algorithms.grpo"
 
     algorithm: Literal["grpo"] = "grpo"
-    """Job kind."""
+    """Name of the algorithm."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""
 
 
 class RLOOSettings(GroupSettings):
-    """REINFORCE leave-one-out: the baseline of a reply is the mean of the others in its group."""
+    """REINFORCE leave-one-out (arXiv 2402.14740): a reply's baseline is the mean of the other
+    replies in its group."""
 
     group_size: GroupSize = 4
-    """Replies to each prompt, which are compared with each other."""
+    """Replies to each prompt."""
 
 
 class RLOOJob(RLOOSettings, OnlineJob):
@@ -245,18 +248,19 @@ class RLOOJob(RLOOSettings, OnlineJob):
     module: ClassVar[str] = "rlhf_core.algorithms.rloo"
 
     algorithm: Literal["rloo"] = "rloo"
-    """Job kind."""
+    """Name of the algorithm."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""
 
 
 class ReinforcePPSettings(OnlineSettings):
-    """REINFORCE++: per-token rewards whitened over the global batch, one reply to each prompt."""
+    """REINFORCE++ (arXiv 2501.03262): per-token rewards, whitened over the global batch, with one
+    reply to each prompt."""
 
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.01
     """Weight of the per-token KL penalty to the SFT model."""
     epochs: PositiveInt = 1
-    """Passes over each rollout."""
+    """Epochs over each rollout."""
     gamma: Fraction = 1.0
     """Discount per token."""
 
@@ -267,6 +271,6 @@ class ReinforcePPJob(ReinforcePPSettings, OnlineJob):
     module: ClassVar[str] = "rlhf_core.algorithms.reinforce_pp"
 
     algorithm: Literal["reinforce_pp"] = "reinforce_pp"
-    """Job kind."""
+    """Name of the algorithm."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""

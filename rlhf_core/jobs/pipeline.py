@@ -1,4 +1,4 @@
-"""One run of the pipeline."""
+"""The configuration of one run of the pipeline."""
 
 from __future__ import annotations
 
@@ -20,72 +20,71 @@ Preset = Literal[
     "none", "smoke", "demo", "dpo", "simpo", "orpo", "kto", "grpo", "rloo", "reinforce_pp",
     "iterative-dpo", "grpo-rules", "pretrain", "bloom-560m", "llama-7b",
 ]  # fmt: skip
-"""Settings that come with the project, in deployments/presets."""
+"""The presets in deployments/presets."""
 
 TrainingStage = Literal[
     "pretrain", "sft", "reward", "dpo", "simpo", "orpo", "kto", "ppo", "grpo", "rloo",
     "reinforce_pp",
 ]  # fmt: skip
-"""Algorithms that train: each has a section of settings of its name, and a job."""
+"""Stages that train. Each has a section of settings of the same name, and a job."""
 
 
 class PipelineConfig(Settings):
-    """Everything a run of the pipeline depends on. The defaults run on an empty machine."""
+    """Everything that a run depends on. The defaults run on an empty machine."""
 
     preset: Preset = "none"
-    """Settings to start from; what is set below to something else than its default lies over
-    them."""
+    """Preset to start from. Settings below that differ from their default override it."""
     name: Slug = "rlhf"
-    """Name of the run, shown in lists."""
+    """Name of the run in lists."""
     seed: Seed = 0
-    """Seed of every shuffle, split, initialisation and sample."""
+    """Seed of all shuffles, splits, initialisations and samples."""
     store: str | None = None
-    """URL of the artifact store (file:// or s3://); empty: $RLHF_STORE, else .rlhf/store here."""
+    """URL of the artifact store (file:// or s3://). Empty: $RLHF_STORE, else .rlhf/store here."""
     stages: tuple[TrainingStage, ...] = ("sft", "reward", "ppo")
-    """Training stages in their order. Each language model goes on from the one before it; reward
-    trains the reward model beside it."""
+    """Training stages in their order. Each starts from the newest language model; reward trains the
+    reward model beside it."""
     rounds: Annotated[int, Field(ge=1, le=100)] = 1
-    """How often the stages after sft and reward are repeated, each time from the newest policy. In
-    several rounds, preference pairs are sampled anew in each, as data.rounds says."""
+    """How often the stages after sft and reward run, each time from the newest policy. With more
+    than one round, each samples new preference pairs, as data.rounds says."""
     model: ModelSettings = ModelSettings()
     """Base model."""
     new_model: NewModelSettings | None = None
-    """Make the base model from nothing, with a tokenizer of the text in data.pretrain, instead of
-    importing one; model then counts for nothing but its trust_remote_code."""
+    """Create the base model from scratch instead of importing one: random weights, and a tokenizer
+    trained on data.pretrain. Of model, only trust_remote_code is then used."""
     reward_model: str | None = None
-    """Reward model that is there already, when reward is not among the stages: artifact:DIGEST,
-    local folder, or Hugging Face id."""
+    """An existing reward model, when reward is not among the stages: artifact:DIGEST, a local
+    folder or a Hugging Face id."""
     data: DataConfig = DataConfig()
     """Data sets."""
     resources: Resources = Resources()
-    """Placement of every stage that has none of its own."""
+    """Placement of all stages. A stage's own resources override it."""
     pretrain: PretrainSettings = PretrainSettings()
-    """Pretraining on plain text, where stages has pretrain."""
+    """Settings of the stage pretrain."""
     sft: SFTSettings = SFTSettings()
-    """Supervised fine-tuning, where stages has sft."""
+    """Settings of the stage sft."""
     reward: RewardSettings = RewardSettings()
-    """Reward model, where stages has reward."""
+    """Settings of the stage reward."""
     dpo: DPOSettings = DPOSettings()
-    """Direct preference optimisation, where stages has dpo."""
+    """Settings of the stage dpo."""
     simpo: SimPOSettings = SimPOSettings()
-    """SimPO, where stages has simpo."""
+    """Settings of the stage simpo."""
     orpo: ORPOSettings = ORPOSettings()
-    """ORPO, where stages has orpo."""
+    """Settings of the stage orpo."""
     kto: KTOSettings = KTOSettings()
-    """KTO, where stages has kto."""
+    """Settings of the stage kto."""
     ppo: PPOSettings = PPOSettings()
-    """PPO, where stages has ppo."""
+    """Settings of the stage ppo."""
     grpo: GRPOSettings = GRPOSettings()
-    """GRPO, where stages has grpo."""
+    """Settings of the stage grpo."""
     rloo: RLOOSettings = RLOOSettings()
-    """RLOO, where stages has rloo."""
+    """Settings of the stage rloo."""
     reinforce_pp: ReinforcePPSettings = ReinforcePPSettings()
-    """REINFORCE++, where stages has reinforce_pp."""
+    """Settings of the stage reinforce_pp."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Evaluation."""
     lm_eval: LmEvalSettings | None = None
-    """Standard benchmarks after the evaluation, by the package lm-eval; empty: not run."""
+    """Standard benchmarks after the evaluation (package lm-eval). Empty: not run."""
     publish: PublishSettings = PublishSettings()
-    """Publishing."""
+    """Name of the published model, and its approval."""
     launcher: Launcher = LocalLauncher()
     """How stages are started."""

@@ -22,26 +22,26 @@ NotNegative = Annotated[float, Field(ge=0.0)]
 
 
 class DPOSettings(TrainSettings):
-    """Direct preference optimisation: the policy is its own reward model (arXiv 2305.18290)."""
+    """Direct preference optimisation (arXiv 2305.18290): the policy is its own reward model."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
     """Peak learning rate."""
     warmup_fraction: Fraction = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0."""
     epochs: PositiveInt = 1
-    """Passes over the training pairs."""
+    """Epochs over the training pairs."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps at most; empty: as many as the epochs need."""
+    """Most optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 64
     """Pairs per optimizer step over all ranks and micro-batches."""
     beta: Positive = 0.1
-    """How strongly the policy is held to the model it starts from; smaller moves further. With the
-    loss ipo it is the paper's tau: the margin aimed at is 1 / (2 beta) nats."""
+    """How strongly the policy is held to its start; a smaller value moves further. With loss ipo it
+    is the paper's tau: the target margin is 1 / (2 beta) nats."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """sigmoid: DPO; ipo: the squared distance to a margin (arXiv 2310.12036), which overfits less
-    where the pairs' labels are certain."""
+    """sigmoid: DPO. ipo: squared distance to a margin (arXiv 2310.12036), which overfits less when
+    the labels are certain."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-    """Share of the pairs that are taken to be labelled the wrong way round (conservative DPO)."""
+    """Assumed fraction of pairs with swapped labels (conservative DPO)."""
 
     @model_validator(mode="after")
     def _smoothing_is_of_the_sigmoid(self) -> Self:
@@ -54,61 +54,62 @@ class DPOSettings(TrainSettings):
 
 
 class SimPOSettings(TrainSettings):
-    """Simple preference optimisation: mean log-probabilities, no reference (arXiv 2405.14734)."""
+    """Simple preference optimisation (arXiv 2405.14734): mean log-probabilities, no reference
+    model."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
-    """Peak learning rate; much more makes replies repeat themselves."""
+    """Peak learning rate. A much larger one makes replies repeat themselves."""
     warmup_fraction: Fraction = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0."""
     epochs: PositiveInt = 1
-    """Passes over the training pairs."""
+    """Epochs over the training pairs."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps at most; empty: as many as the epochs need."""
+    """Most optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 128
     """Pairs per optimizer step over all ranks and micro-batches."""
     beta: Positive = 2.0
     """Scale of the mean log-probabilities per token."""
     gamma: NotNegative = 1.0
-    """Margin aimed at, in the unit of beta times nats per token; the paper's advice is about half
-    of beta."""
+    """Target margin, in beta times nats per token. The paper recommends about half of beta."""
 
 
 class ORPOSettings(TrainSettings):
-    """Odds ratio preference optimisation: fine-tuning and preference in one (arXiv 2403.07691)."""
+    """Odds ratio preference optimisation (arXiv 2403.07691): fine-tuning and preferences in one
+    stage."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 8e-6
     """Peak learning rate."""
     warmup_fraction: Fraction = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0."""
     epochs: PositiveInt = 1
-    """Passes over the training pairs; a model without fine-tuning before needs several."""
+    """Epochs over the training pairs. A model that was not fine-tuned before needs several."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps at most; empty: as many as the epochs need."""
+    """Most optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 64
     """Pairs per optimizer step over all ranks and micro-batches."""
     orpo_lambda: NotNegative = 0.1
-    """Weight of the odds-ratio term beside the cross-entropy of the chosen replies."""
+    """Weight of the odds-ratio term; the cross-entropy of the chosen replies has weight 1."""
 
 
 class KTOSettings(TrainSettings):
-    """Kahneman-Tversky optimisation: single replies marked good or bad (arXiv 2402.01306)."""
+    """Kahneman-Tversky optimisation (arXiv 2402.01306): single replies labelled good or bad."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 5e-7
     """Peak learning rate."""
     warmup_fraction: Fraction = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0."""
     epochs: PositiveInt = 1
-    """Passes over the training rows."""
+    """Epochs over the training rows."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps at most; empty: as many as the epochs need."""
+    """Most optimizer steps. Empty: as many as the epochs need."""
     batch_size: Annotated[int, Field(ge=2, le=LARGEST)] = 32
-    """Replies per optimizer step over all ranks and micro-batches; the estimate of the KL to the
-    reference takes prompts and replies of one batch, so small ones make it noisy."""
+    """Replies per optimizer step over all ranks and micro-batches. The KL to the reference is
+    estimated within a batch, so small batches make it noisy."""
     beta: Positive = 0.1
-    """How strongly the policy is held to the model it starts from; smaller moves further."""
+    """How strongly the policy is held to its start; a smaller value moves further."""
     desirable_weight: NotNegative = 1.0
-    """Weight of the good replies. The paper's advice for unequal numbers: weight times number of
-    the good ones should be 1 to 4/3 of that of the bad ones."""
+    """Weight of the good replies. The paper recommends, for unequal numbers: weight times number of
+    the good replies is 1 to 4/3 times that of the bad ones."""
     undesirable_weight: NotNegative = 1.0
     """Weight of the bad replies."""
 
@@ -116,7 +117,7 @@ class KTOSettings(TrainSettings):
     def _something_counts(self) -> Self:
         if self.desirable_weight == self.undesirable_weight == 0:
             raise ValueError(
-                "desirable_weight and undesirable_weight are both 0, so that nothing would be "
+                "desirable_weight and undesirable_weight are both 0, so nothing would be "
                 "learned; set one above 0"
             )
         return self
@@ -129,13 +130,13 @@ class DPOJob(DPOSettings, BaseJob):
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["dpo"] = "dpo"
-    """Job kind."""
+    """Name of the algorithm."""
     model: Digest = job_input()
-    """SFT model: where the policy starts, and the reference."""
+    """SFT model: start of the policy, and the reference."""
     data: Digest = job_input("preference")
     """Data set of purpose preference."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""
 
 
 class SimPOJob(SimPOSettings, BaseJob):
@@ -145,13 +146,13 @@ class SimPOJob(SimPOSettings, BaseJob):
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["simpo"] = "simpo"
-    """Job kind."""
+    """Name of the algorithm."""
     model: Digest = job_input()
-    """SFT model: where the policy starts."""
+    """SFT model: start of the policy."""
     data: Digest = job_input("preference")
     """Data set of purpose preference."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""
 
 
 class ORPOJob(ORPOSettings, BaseJob):
@@ -161,13 +162,13 @@ class ORPOJob(ORPOSettings, BaseJob):
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["orpo"] = "orpo"
-    """Job kind."""
+    """Name of the algorithm."""
     model: Digest = job_input()
-    """Where the policy starts; no fine-tuning is needed before."""
+    """Start of the policy; it needs no fine-tuning before."""
     data: Digest = job_input("preference")
     """Data set of purpose preference."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""
 
 
 class KTOJob(KTOSettings, BaseJob):
@@ -177,14 +178,15 @@ class KTOJob(KTOSettings, BaseJob):
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["kto"] = "kto"
-    """Job kind."""
+    """Name of the algorithm."""
     model: Digest = job_input()
-    """Where the policy starts, and the reference."""
+    """Start of the policy, and the reference."""
     data: Digest = job_input("unpaired")
-    """Data set of purpose unpaired, or of purpose preference: each pair is a good and a bad one."""
+    """Data set of purpose unpaired; or of purpose preference, each pair as a good and a bad
+    reply."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""
 
 
 PreferenceJob = DPOJob | SimPOJob | ORPOJob | KTOJob
-"""Any of these."""
+"""A job of any preference stage."""

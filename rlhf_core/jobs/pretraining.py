@@ -1,4 +1,4 @@
-"""Language modelling on plain text: a model made from nothing, and (continued) pretraining."""
+"""Language modelling on plain text: a model from scratch, and (continued) pretraining."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte has a token of its
 
 
 class NewModelSettings(Settings):
-    """An untrained model with a tokenizer made from the text; the defaults give 10 M parameters."""
+    """An untrained model with a tokenizer trained on the text. The defaults give 10 M
+    parameters."""
 
     architecture: Literal["llama", "qwen2", "gpt2"] = "llama"
-    """Kind of decoder."""
+    """Architecture of the decoder."""
     hidden_size: PositiveInt = 320
-    """Width; a multiple of heads."""
+    """Hidden size, a multiple of heads."""
     layers: PositiveInt = 6
-    """Transformer layers."""
+    """Number of transformer layers."""
     heads: PositiveInt = 5
-    """Attention heads."""
+    """Number of attention heads."""
     vocabulary: Annotated[int, Field(ge=SMALLEST_VOCABULARY, le=LARGEST)] = 8192
-    """Tokens of the byte-level BPE tokenizer at most, special ones included; a short text gives
-    fewer."""
+    """Largest vocabulary of the byte-level BPE tokenizer, special tokens included. A short text
+    gives fewer tokens."""
     max_length: Annotated[int, Field(ge=2, le=LARGEST)] = 1024
-    """Longest sequence that the model can read, in tokens."""
+    """Context length in tokens."""
     tie_embeddings: bool = True
-    """Use the token embedding as vocabulary head too."""
+    """Share the weights of the token embedding with the vocabulary head."""
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
@@ -48,42 +49,42 @@ class NewModelSettings(Settings):
         if rest or (rotary and width % 2):
             kind = "an even multiple" if rotary else "a multiple"
             raise ValueError(
-                f"hidden_size is {self.hidden_size} and heads {self.heads}; needed is {kind} of "
-                f"heads: take hidden_size {self.heads * (width + width % 2 or 2)}, say"
+                f"hidden_size is {self.hidden_size}, but must be {kind} of heads, which is "
+                f"{self.heads}: use {self.heads * (width + width % 2 or 2)}, for example"
             )
         return self
 
 
 class NewModelJob(NewModelSettings, BaseJob):
-    """Makes a model from nothing: tokenizer from the text, weights from the seed."""
+    """Makes a model from scratch: tokenizer from the text, weights from the seed."""
 
     module: ClassVar[str] = "rlhf_core.stages.new_model"
     kind: ClassVar[str] = "model"
     torchrun: ClassVar[bool] = False
 
     algorithm: Literal["new_model"] = "new_model"
-    """Job kind."""
+    """Name of the algorithm."""
     text: DataSettings
-    """Text that the tokenizer is made from; rows that it holds out are left out here too."""
+    """Text to train the tokenizer on; without the rows that it holds out."""
     fingerprint: str = ""
-    """Identity of the text's contents, so that a changed file gives a new tokenizer."""
+    """Fingerprint of the text, so that a changed file gives a new tokenizer."""
 
 
 class PretrainSettings(TrainSettings):
     """Pretraining: next-token prediction on packed plain text, before the other stages."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 5e-5
-    """Peak learning rate; a model made from nothing wants about ten times more."""
+    """Peak learning rate. A model from scratch needs about ten times more."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     """AdamW weight decay (not on biases and norms)."""
     epochs: PositiveInt = 1
-    """Passes over the text; each token is trained on once in each."""
+    """Epochs over the text. Each epoch trains on every token once."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps at most; empty: as many as the epochs need."""
+    """Most optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 32
     """Packed sequences per optimizer step over all ranks and micro-batches."""
     length: Annotated[int, Field(ge=2, le=LARGEST)] = 512
-    """Tokens of a packed sequence, at most as many as the model can read."""
+    """Length of a packed sequence in tokens, at most the model's context length."""
 
 
 class PretrainJob(PretrainSettings, BaseJob):
@@ -93,10 +94,10 @@ class PretrainJob(PretrainSettings, BaseJob):
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["pretrain"] = "pretrain"
-    """Job kind."""
+    """Name of the algorithm."""
     model: Digest = job_input()
-    """Model to go on from: an imported or a new one."""
+    """Model to start from: an imported or a new one."""
     data: Digest = job_input("pretrain")
     """Data set of purpose pretrain."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""

@@ -24,54 +24,55 @@ class EvaluateSettings(Settings):
     """Comparison of the base, SFT and finished models on held-out prompts."""
 
     max_prompts: PositiveInt = 128
-    """Held-out prompts at most."""
+    """Most held-out prompts."""
     max_new_tokens: PositiveInt | None = None
-    """Longest reply; empty: ppo.max_new_tokens."""
+    """Longest reply in tokens. Empty: as in the last stage that samples replies."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature of the replies."""
     judge: Literal["none", "vader"] = "none"
-    """Gold judge that training never sees, reported beside the reward model."""
+    """Gold judge, which online RL never sees, reported beside the reward model. vader: a sentiment
+    lexicon."""
     judge_endpoint: EndpointJudgeSettings | None = None
-    """A judge behind an OpenAI-compatible endpoint, asked for each prompt whether the finished
-    model's reply or that of the model it started from is better; empty: none."""
+    """Judge behind an OpenAI-compatible endpoint. It compares the finished model's reply to each
+    prompt with that of the model before the alignment. Empty: none."""
     against_champion: bool = False
-    """Compare the finished model also with the champion of publish.name, where there is one: on the
-    same held-out prompts, by the same judges. min_win_rate is then about that comparison."""
+    """Also compare the finished model with the champion of publish.name, if there is one: on the
+    same prompts, with the same judges. min_win_rate then applies to this comparison."""
     samples: PositiveInt = 8
-    """Prompts shown with each model's reply in the report."""
+    """Prompts whose replies the report shows."""
     min_win_rate: Fraction | None = None
-    """Gate: the run stops before publishing when the finished model's replies beat those of the
-    model it started from (of the champion, with against_champion) on less than this share of the
-    prompts; empty: no gate."""
+    """Gate: the run stops before publishing when the finished model wins on a smaller fraction of
+    the prompts, against the model before the alignment (with against_champion: the champion).
+    Empty: no gate."""
     max_length_ratio: Annotated[float, Field(gt=0.0)] | None = None
-    """Gate: the run stops before publishing when its replies are longer than this many times those
-    of the model it started from; empty: no gate."""
+    """Gate: the run stops before publishing when the mean reply is longer than this many times that
+    of the model before the alignment. Empty: no gate."""
     resources: Resources | None = None
-    """Placement of this stage; empty: the pipeline's."""
+    """Placement of this stage. Empty: the pipeline's."""
 
 
 class PublishSettings(Settings):
-    """The finished model."""
+    """Publishing of the finished model."""
 
     name: Slug = "chat-model"
-    """Name under which the model is published and found by `rlhf chat`."""
+    """Name of the published model, for `rlhf chat`, `rlhf serve` and `rlhf models`."""
     approval: Literal["none", "manual"] = "none"
-    """manual: the run waits before publishing, with the report and a form on its page."""
+    """manual: the run pauses before publishing, with the report and a form on its Prefect page."""
     approval_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 604_800
-    """Seconds that it waits for the decision before it fails."""
+    """Seconds that the run waits for the decision before it fails."""
 
 
 class Gates(Settings):
-    """Bounds that a retrained model must keep before it is published."""
+    """Gates of a retraining: bounds that the new model must keep to be published."""
 
     min_reward_accuracy: Fraction = 0.5
-    """Accuracy of the reward model on held-out pairs, at least."""
+    """Lowest accuracy of the reward model on held-out pairs."""
     max_kl: Annotated[float, Field(gt=0.0)] = 50.0
-    """KL of the new model to its SFT model, nats per reply, at most."""
+    """Largest KL of the new model to its SFT model, in nats per reply."""
     min_win_rate: Fraction = 0.5
-    """Share of held-out prompts on which the new model's reply beats the published model's (the
-    SFT model's where none is published), at least; judged by the gold judge where there is one,
-    else by the new reward model."""
+    """Lowest fraction of held-out prompts on which the new model wins against the published one, or
+    against the SFT model when none is published. The gold judge decides if there is one, else the
+    new reward model."""
 
 
 class EvaluateJob(EvaluateSettings, BaseJob):
@@ -85,20 +86,20 @@ class EvaluateJob(EvaluateSettings, BaseJob):
     }  # fmt: skip
 
     algorithm: Literal["evaluate"] = "evaluate"
-    """Job kind."""
+    """Name of the stage."""
     max_new_tokens: PositiveInt = 128
-    """Longest reply."""
+    """Longest reply in tokens."""
     base: Digest = job_input()
     """Base model."""
     sft: Digest | None = job_input(default=None)
-    """Model that the alignment started from, and the reference of the KL; empty: base."""
+    """Model before the alignment, and the reference of the KL. Empty: base."""
     policy: Digest = job_input("model")
     """The finished model."""
     reward_model: Digest | None = job_input(default=None)
-    """Reward model, where there is one."""
+    """Reward model, if there is one."""
     prompts: Digest = job_input()
     """Data set of purpose prompts."""
     sft_data: Digest | None = job_input("sft", default=None)
     """Data set of purpose sft, for the held-out loss."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""

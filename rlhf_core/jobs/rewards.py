@@ -1,6 +1,6 @@
-"""Rewards of online reinforcement learning: what scores a reply. They are summed with weights.
+"""Rewards of online reinforcement learning: a weighted sum of scores of a reply.
 
-Most rules give 1 for what is wanted and 0 for its opposite; a negative weight turns a rule around.
+Most rules return 1 for a wanted reply and 0 for the opposite; a negative weight inverts a rule.
 docs/rewards.md has the table.
 """
 
@@ -17,44 +17,44 @@ Seconds = Annotated[float, Field(gt=0.0, le=LARGEST)]
 
 
 class WeightedReward(Settings):
-    """What every reward has."""
+    """The base of all rewards."""
 
     weight: float = 1.0
-    """Factor of the reward in the sum; a negative one turns it around."""
+    """Factor of this reward in the sum. A negative one inverts it."""
 
 
 class ModelReward(WeightedReward):
     """Score of the trained reward model."""
 
     type: Literal["model"] = "model"
-    """Reward kind."""
+    """Type of the reward."""
 
 
 class LengthReward(WeightedReward):
-    """1 at the target length, one half at target ± width, towards 0 beyond: 1 / (1 + d²) with
-    d = (length - target) / width, which still tells a far reply from a farther one."""
+    """Length of the reply: 1 / (1 + d²) with d = (length - target) / width. 1 at the target, 1/2 at
+    target ± width, towards 0 beyond."""
 
     type: Literal["length"] = "length"
-    """Reward kind."""
+    """Type of the reward."""
     target: Annotated[float, Field(ge=0.0, le=LARGEST)]
-    """Length that gets 1, in `unit`."""
+    """Length with reward 1, in `unit`."""
     width: Annotated[float, Field(gt=0.0, le=LARGEST)]
-    """Distance from the target at which the reward is one half, in `unit`."""
+    """Distance from the target with reward 1/2, in `unit`."""
     unit: Literal["words", "characters"] = "words"
-    """What is counted; a Chinese or Japanese character is a word."""
+    """Unit of the length. A Chinese or Japanese character is a word."""
 
 
 class RegexReward(WeightedReward):
-    """1 where the pattern matches, else 0."""
+    """1 if the pattern matches, else 0."""
 
     type: Literal["regex"] = "regex"
-    """Reward kind."""
+    """Type of the reward."""
     pattern: str
-    """Regular expression (package `regex`, which knows all that Python's `re` does)."""
+    """Regular expression (package `regex`, a superset of Python's `re`)."""
     mode: Literal["search", "fullmatch"] = "search"
-    """search: it matches somewhere in the reply; fullmatch: it matches the whole reply."""
+    """search: match anywhere in the reply. fullmatch: match the whole reply."""
     ignore_case: bool = False
-    """Upper and lower case are the same."""
+    """Ignore upper and lower case."""
 
     @field_validator("pattern")
     @classmethod
@@ -63,14 +63,15 @@ class RegexReward(WeightedReward):
 
 
 class MustEndReward(WeightedReward):
-    """1 where the reply ends as it must, else 0."""
+    """1 if the reply ends as required, else 0."""
 
     type: Literal["must_end"] = "must_end"
-    """Reward kind."""
+    """Type of the reward."""
     endings: tuple[str, ...] = ()
-    """Texts with one of which the reply must end, white space after it aside; empty: any."""
+    """Texts; the reply must end with one of them, before trailing white space. Empty: any
+    ending."""
     end_of_turn: bool = True
-    """The reply must have ended with its end-of-turn token, so must not have been cut."""
+    """Require the end-of-turn token: the reply was not cut."""
 
     @field_validator("endings")
     @classmethod
@@ -84,67 +85,67 @@ class MustEndReward(WeightedReward):
     def _something_to_look_for(cls, value: bool, info: ValidationInfo) -> bool:
         if not value and not info.data.get("endings", True):
             raise ValueError(
-                "endings is empty and end_of_turn is false, so that every reply would get 1; give "
+                "endings is empty and end_of_turn is false, so every reply would get 1; give "
                 "endings, or set end_of_turn"
             )
         return value
 
 
 class ForbiddenWordsReward(WeightedReward):
-    """0 where one of the words occurs, else 1."""
+    """0 if one of the words occurs, else 1."""
 
     type: Literal["forbidden_words"] = "forbidden_words"
-    """Reward kind."""
+    """Type of the reward."""
     words: tuple[str, ...]
-    """Words or phrases, found in any case and only as whole words; in Chinese and Japanese, which
-    put nothing between words, anywhere."""
+    """Words or phrases. They match in any case and only as whole words; in Chinese and Japanese,
+    which do not separate words, anywhere."""
 
     @field_validator("words")
     @classmethod
     def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value or any(not word.strip() for word in value):
             found = "holds an empty text" if value else "is empty"
-            raise ValueError(f"words {found}; needed is at least one word, and none that is empty")
+            raise ValueError(f"words {found}; give at least one word, and no empty ones")
         return value
 
 
 class RepetitionReward(WeightedReward):
-    """1 less the share of n-grams that occurred before in the reply: 1 where nothing repeats."""
+    """1 minus the fraction of repeated n-grams in the reply: 1 if nothing repeats."""
 
     type: Literal["repetition"] = "repetition"
-    """Reward kind."""
+    """Type of the reward."""
     n: PositiveInt = 3
-    """Words of an n-gram; a Chinese or Japanese character is a word."""
+    """Length of an n-gram in words. A Chinese or Japanese character is a word."""
 
 
 class LanguageReward(WeightedReward):
-    """Share of the words that are in a language's script, 0 to 1; 0 without any letter.
+    """Fraction of the words in a language's script, 0 to 1; 0 without any letter.
 
-    It goes by script alone: French counts as English, Japanese kanji as Chinese.
+    Only the script counts: French counts as English, Japanese kanji as Chinese.
     """
 
     type: Literal["language"] = "language"
-    """Reward kind."""
+    """Type of the reward."""
     language: Literal["english", "chinese"]
     """english: words of Latin letters; chinese: Han characters, each one a word."""
 
 
 class AnswerReward(WeightedReward):
-    """1 where the reply has the row's answer (column `answer` of the prompts), else 0."""
+    """1 if the reply contains the row's answer (column `answer` of the prompts), else 0."""
 
     type: Literal["answer"] = "answer"
-    """Reward kind."""
+    """Type of the reward."""
     match: Literal["exact", "numeric"] = "exact"
-    """exact: equal but for case, width, white space, and punctuation at both ends; numeric: the
+    """exact: equal, ignoring case, width, white space, and punctuation at both ends. numeric: the
     last numbers of both are equal (1,234.5, 3/4, 1 1/2, 50%, 1e-3)."""
     pattern: str | None = None
-    r"""Regular expression whose last match in the reply has the answer, in its first group that
-    took part: `####\s*(.*)`, say. A reply without it gets 0. It is used on the row's answer too,
-    where it matches there. Empty: the whole reply."""
+    r"""Regular expression that finds the answer: the first group of its last match in the reply,
+    for example `####\s*(.*)`. No match: 0. It also applies to the row's answer if it matches there.
+    Empty: the whole reply is the answer."""
     tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-6
-    """Relative difference up to which two numbers are equal."""
+    """Largest relative difference of two equal numbers."""
     without_answer: float | None = None
-    """Reward on a row that has no answer, or with numeric no number in it; empty: an error."""
+    """Reward for rows without an answer (numeric: without a number in it). Empty: an error."""
 
     @field_validator("pattern")
     @classmethod
@@ -153,25 +154,25 @@ class AnswerReward(WeightedReward):
 
 
 class SentimentReward(WeightedReward):
-    """Sentiment of the reply, -1 (negative) to 1 (positive), by VADER's English lexicon."""
+    """Sentiment of the reply by VADER's English lexicon, -1 (negative) to 1 (positive)."""
 
     type: Literal["sentiment"] = "sentiment"
-    """Reward kind."""
+    """Type of the reward."""
 
 
 class ReasoningGymReward(WeightedReward):
-    """0 to 1 by the verifier of the row's reasoning-gym task (prompts from reasoning-gym:TASK)."""
+    """Score of the row's reasoning-gym verifier, 0 to 1, for prompts from reasoning-gym:TASK."""
 
     type: Literal["reasoning_gym"] = "reasoning_gym"
-    """Reward kind."""
+    """Type of the reward."""
     pattern: str | None = r"(?s)<answer>\s*(.*?)\s*</answer>"
-    """Regular expression whose last match in the reply has the answer, in its first group that
-    took part; a reply without it gets 0. Empty: the whole reply is the answer."""
+    """Regular expression that finds the answer: the first group of its last match in the reply. No
+    match: 0. Empty: the whole reply is the answer."""
     time_limit: Seconds = 5.0
-    """Seconds that a verifier may take for one reply; one that takes longer is ended and the reply
-    gets 0, which is counted."""
+    """Time limit of the verifier for one reply in seconds. Beyond it, the reply gets 0 and is
+    counted."""
     without_answer: float | None = None
-    """Reward on a row that is none of reasoning-gym's; empty: an error."""
+    """Reward for rows that are not from reasoning-gym. Empty: an error."""
 
     @field_validator("pattern")
     @classmethod
@@ -180,17 +181,17 @@ class ReasoningGymReward(WeightedReward):
 
 
 class PythonReward(WeightedReward):
-    """What a function of your own gives, called with a batch of replies."""
+    """Result of your own function, called with a batch of replies."""
 
     type: Literal["python"] = "python"
-    """Reward kind."""
+    """Type of the reward."""
     function: str
-    """package.module:function; the module must be importable where the stage runs."""
+    """package.module:function. The module must be importable where the stage runs."""
     version: str = ""
-    """Change this whenever the function computes something else: a finished stage is reused as long
-    as its settings are the same, and the function's code is not part of them."""
+    """Change this when the function computes something else. A finished stage is reused while its
+    settings stay the same, and the function's code is not part of them."""
     time_limit: Seconds = 60.0
-    """Seconds that one call may take; the stage fails when it takes longer."""
+    """Time limit of one call in seconds. The stage fails beyond it."""
 
     @field_validator("function")
     @classmethod
@@ -198,7 +199,7 @@ class PythonReward(WeightedReward):
         name = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
         if not re.fullmatch(f"{name}:{name}", value):
             raise ValueError(
-                f"{value[:100]!r} is not the path of a function; needed is "
+                f"{value[:100]!r} is not the path of a function; use "
                 "package.module:function, such as my_rewards:brevity"
             )
         return value
@@ -217,7 +218,7 @@ Reward = (
     | ReasoningGymReward
     | PythonReward
 )
-"""One reward; a plain union (`Field(discriminator=...)` breaks Prefect's form)."""
+"""A reward; a plain union, because `Field(discriminator=...)` breaks Prefect's form."""
 
 
 def _compiles(pattern: str) -> str:

@@ -1,4 +1,4 @@
-"""What replies are sampled with, while a policy is trained on them."""
+"""Rollout engines: what samples the replies in online reinforcement learning."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from rlhf_core.jobs.base import PositiveInt, Settings
 
 
 class BuiltinRollout(Settings):
-    """The decode loop of this project, in the model that is trained: nothing to install."""
+    """This project's decode loop, in the model that is trained. Nothing to install."""
 
     type: Literal["builtin"] = "builtin"
-    """Rollout kind."""
+    """Type of the engine."""
 
 
 class VllmRollout(Settings):
-    """vLLM in the training process of each rank; it gets the new weights before every rollout."""
+    """vLLM in the training process of each rank. It gets the new weights before every rollout."""
 
     excluded_from_key: ClassVar[frozenset[str]] = frozenset(
         {"gpu_memory_utilization", "cpu_cache_mib"}
     )
 
     type: Literal["vllm"] = "vllm"
-    """Rollout kind."""
+    """Type of the engine."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
-    """Share of each GPU that the engine takes while it samples (weights, keys and values); it gives
-    it back for the updates. Does not change the stage key."""
+    """Fraction of each GPU's memory for the engine (weights and KV cache) while it samples. It is
+    freed for the updates. Not part of the stage key."""
     cpu_cache_mib: PositiveInt = 512
-    """MiB of main memory per rank for keys and values where the ranks run on the CPU, which keeps
-    them. Does not change the stage key."""
+    """KV cache per rank in MiB when the ranks run on the CPU, where it is not freed. Not part of
+    the stage key."""
     max_logprob_gap: Annotated[float, Field(gt=0.0)] = 0.2
-    """The stage fails when the log-probabilities of a rollout's tokens (nats, mean of the absolute
-    difference) differ by more between engine and trainer: the replies are then another policy's."""
+    """Largest mean absolute difference (nats) of the log-probabilities of engine and trainer.
+    Beyond it the stage fails: the replies are another policy's."""
 
 
 Rollout = BuiltinRollout | VllmRollout

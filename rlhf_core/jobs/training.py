@@ -1,4 +1,4 @@
-"""What all training stages share; supervised fine-tuning and the reward model."""
+"""Settings of all training stages; supervised fine-tuning and the reward model."""
 
 from __future__ import annotations
 
@@ -19,44 +19,45 @@ from rlhf_core.jobs.base import (
 
 
 class LoRA(Settings):
-    """Low-rank adapters (peft), merged into the weights that are published and kept beside them."""
+    """Low-rank adapters (peft). They are merged into the published weights, and kept beside
+    them."""
 
     rank: PositiveInt = 8
     """Rank of the update matrices."""
     alpha: Annotated[float, Field(gt=0.0)] = 16.0
     """Scale: the update is multiplied by alpha / rank."""
     targets: tuple[str, ...] | None = None
-    """Names of the linear layers that get an adapter; empty: all linear layers but the head."""
+    """Names of the linear layers that get an adapter. Empty: all linear layers except the head."""
 
 
 class TrainSettings(Settings):
-    """What all training stages share."""
+    """Settings that all training stages share."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up (cosine and linear end at 0)."""
+    """Learning rate after the warm-up. cosine and linear end at 0."""
     warmup_fraction: Fraction = 0.03
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0."""
     batch_size: PositiveInt = 32
     """Rows per optimizer step over all ranks and micro-batches."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW weight decay (not on biases and norms)."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    """The gradient's norm is clipped to this."""
+    """The norm of the gradient is clipped to this."""
     precision: Precision = "bf16"
-    """fp32, bf16 or fp16 (GPU only) arithmetic; master weights and optimizer are fp32. On a CPU
-    without bf16 arithmetic the strategy ddp computes in fp32 where this is bf16."""
+    """Precision of forward and backward; fp16 needs a GPU. Master weights and optimizer are fp32.
+    On a CPU without bf16 arithmetic, ddp computes bf16 stages in fp32."""
     on_nonfinite: Literal["fail"] | Annotated[float, Field(gt=0.0, lt=1.0)] = "fail"
-    """What a NaN or infinite loss or gradient does: fail, or go on from the last checkpoint with
-    the learning rate times this factor (twice at most; the result says so)."""
+    """What to do at a NaN or infinite loss or gradient: fail, or resume from the last checkpoint
+    with the learning rate times this factor, at most twice. The result records it."""
     lora: LoRA | None = None
-    """Train low-rank adapters instead of the weights."""
+    """Train low-rank adapters instead of the weights. Empty: off."""
     trainable_layers: PositiveInt | None = None
-    """Train only the top n transformer layers, the last norm and the heads; empty: everything. In
+    """Train only the top n transformer layers, the last norm and the heads. Empty: everything. In
     online RL the layers below run once for policy, reference, critic and reward model."""
     resources: Resources | None = None
-    """Placement of this stage; empty: the pipeline's."""
+    """Placement of this stage. Empty: the pipeline's."""
 
     @model_validator(mode="after")
     def _one_way_to_freeze(self) -> Self:
@@ -73,9 +74,9 @@ class SFTSettings(TrainSettings):
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-5
     """Peak learning rate."""
     epochs: PositiveInt = 1
-    """Passes over the training rows."""
+    """Epochs over the training rows."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps at most; empty: as many as the epochs need."""
+    """Most optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 32
     """Sequences per optimizer step over all ranks and micro-batches."""
 
@@ -86,25 +87,26 @@ class RewardSettings(TrainSettings):
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-5
     """Peak learning rate."""
     epochs: PositiveInt = 1
-    """Passes over the training pairs; more than one overfits quickly."""
+    """Epochs over the training pairs. More than one overfits quickly."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps at most; empty: as many as the epochs need."""
+    """Most optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 32
     """Pairs per optimizer step over all ranks and micro-batches."""
     loss: Literal["log_sig", "log_exp"] = "log_sig"
-    """-log sigmoid(c - r) or log(1 + exp(r - c)): the same function under its two names."""
+    """-log sigmoid(c - r) or log(1 + exp(r - c)): two names of the same function."""
     pooling: Literal["last", "mean"] = "last"
-    """What the head reads: the hidden state of the last token, or the mean over all tokens so far.
+    """Input of the head: the hidden state of the last token, or the mean over all tokens so far.
     The mean needs far fewer pairs when replies are short or cut."""
     head: Literal["random", "probe"] = "random"
-    """Start of the head: random, or a logistic regression on the untrained model's states whose
-    penalty is cross-validated over prompts (LP-FT), which needs far fewer pairs."""
+    """Start of the head: random, or a linear probe, which needs far fewer pairs. probe: logistic
+    regression on the untrained model's states, penalty cross-validated over prompts (LP-FT)."""
     normalization_prompts: PositiveInt = 64
-    """Training prompts whose SFT replies set the scores' mean to 0 and deviation to 1."""
+    """Training prompts whose SFT replies set the mean score to 0 and its standard deviation to
+    1."""
     max_new_tokens: PositiveInt = 64
-    """Longest of those SFT replies when they have to be sampled."""
+    """Longest of these SFT replies in tokens, when they have to be sampled."""
     min_heldout_accuracy: Fraction | None = None
-    """Gate: the run stops after this stage when the accuracy on held-out pairs is lower; empty: no
+    """Gate: the run stops after this stage when the accuracy on held-out pairs is lower. Empty: no
     gate."""
 
 
@@ -115,13 +117,13 @@ class SFTJob(SFTSettings, BaseJob):
     kind: ClassVar[str] = "model"
 
     algorithm: Literal["sft"] = "sft"
-    """Job kind."""
+    """Name of the algorithm."""
     model: Digest = job_input()
     """Base model."""
     data: Digest = job_input("sft")
     """Data set of purpose sft."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""
 
 
 class RewardJob(RewardSettings, BaseJob):
@@ -134,10 +136,10 @@ class RewardJob(RewardSettings, BaseJob):
     }
 
     algorithm: Literal["reward"] = "reward"
-    """Job kind."""
+    """Name of the algorithm."""
     model: Digest = job_input()
-    """SFT model: the reward model starts from its weights."""
+    """SFT model whose weights the reward model starts from."""
     data: Digest = job_input("preference")
     """Data set of purpose preference."""
     resources: Resources = Resources()
-    """Placement."""
+    """Placement of the job."""

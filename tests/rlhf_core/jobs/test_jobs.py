@@ -16,15 +16,15 @@ from rlhf_core.runtime.job_file import read_job
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"0", "JSON int; needed is an object"),
-        (b"[]", "JSON list; needed is an object"),
+        (b"0", "JSON int, but a job is an object"),
+        (b"[]", "JSON list, but a job is an object"),
         (b"null", "JSON NoneType"),
         (b"[" * 99_999, "nested too deeply"),
         (b"\xff", "utf-8"),
         (b"", "Expecting value"),
         (b'{"algorithm": "nope"}', "algorithm: Input should be 'sft'"),
         (b'{"algorithm": ["sft"]}', "algorithm: Input should be 'sft'"),
-        (b'{"algorithm": "sft", "algorithm": "data"}', "a key is there twice"),
+        (b'{"algorithm": "sft", "algorithm": "data"}', "an object has a key twice"),
         (b'{"algorithm": "sft", "learning_rate": NaN}', "learning_rate: Input should be a finite"),
         (b'{"algorithm": "import_model", "seed": -1}', "greater than or equal to 0"),
         (b'{"algorithm": "import_model", "revision": "\\ud800"}', "half a character"),

@@ -298,7 +298,7 @@ def test_limits_have_the_names_that_the_endpoint_knows(endpoint: Endpoint) -> No
     ("changes", "text"),
     [
         ({"key_variable": "sk-0123456789"}, "should match pattern"),  # a key instead of a name
-        ({"url": "localhost:8000"}, "needed is a URL"),
+        ({"url": "localhost:8000"}, "not a base URL"),
         ({"url": "https://me:pass@host/v1"}, "key_variable"),
         ({"url": "http://host:99999999/v1"}, "[Pp]ort"),
         ({"template": "{prompt} {first} [[A]] [[B]]"}, r"lacks \{second\}"),

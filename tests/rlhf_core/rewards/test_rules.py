@@ -209,8 +209,8 @@ def test_names_and_weights_are_those_of_the_rules():
         ({"type": "must_end", "end_of_turn": False}, "every reply would get 1"),
         ({"type": "must_end", "endings": [""]}, "with which every reply ends"),
         ({"type": "length", "target": 5, "width": 0}, "greater than 0"),
-        ({"type": "python", "function": "my_rewards.brevity"}, "needed is package.module:function"),
-        ({"type": "python", "function": "os:system('x')"}, "needed is package.module:function"),
+        ({"type": "python", "function": "my_rewards.brevity"}, "use package.module:function"),
+        ({"type": "python", "function": "os:system('x')"}, "use package.module:function"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(value, message):

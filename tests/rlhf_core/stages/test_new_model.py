@@ -158,8 +158,8 @@ def test_text_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 15}, "hidden_size is 15 and heads 2; needed is an even multiple"),
-        ({"hidden_size": 6}, "even multiple of heads: take hidden_size 8"),
+        ({"hidden_size": 15}, "hidden_size is 15, but must be an even multiple"),
+        ({"hidden_size": 6}, "even multiple of heads, which is 2: use 8"),
         ({"vocabulary": 259}, "greater than or equal to 260"),
     ],
 )

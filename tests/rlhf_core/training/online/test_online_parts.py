@@ -102,12 +102,12 @@ def test_updates_of_a_rollout_are_numbered_over_the_stage():
     ("change", "said"),
     [
         ({"reward_model": None}, "but reward_model is empty; give a reward model"),
-        ({"rewards": ()}, "rewards is empty, so that there is nothing to learn"),
+        ({"rewards": ()}, "rewards is empty, so there is nothing to learn"),
         ({"rewards": (ModelReward(), ModelReward())}, '2 entries of type "model"'),
         ({"group_size": 1}, "greater than or equal to 2"),
         ({"ptx_coef": 0.5}, "ptx_coef is 0.5 but ptx is empty"),
-        ({"max_new_tokens": 1}, "min_length is 1.5 and max_new_tokens 1, so that every reply"),
-        ({"max_length": 128}, "max_length is 128 and max_new_tokens 128, so that no reply could"),
+        ({"max_new_tokens": 1}, "min_length is 1.5 and max_new_tokens 1, so every reply"),
+        ({"max_length": 128}, "max_length is 128 and max_new_tokens 128, so no reply could"),
         ({"min_length": 9, "max_length": 8}, "min_length 9 is above max_length 8"),
     ],
 )
