@@ -16,7 +16,7 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 
 from flows.notify import PREFIX
 from tasks.assets import PUBLISHED
-from tasks.watch import FOUND_DEAD
+from tasks.watch import DECLARED_DEAD
 
 SILENCE_SECONDS = 150
 """A run that says nothing for so long is dead: five heartbeats with
@@ -56,7 +56,7 @@ def lost_runs() -> AutomationCore:
         actions=[
             ChangeFlowRunState(
                 state="CRASHED",
-                message=f"{FOUND_DEAD} {SILENCE_SECONDS} s: its process or machine was lost",
+                message=f"{DECLARED_DEAD} {SILENCE_SECONDS} s: its process or machine was lost",
             )
         ],
     )

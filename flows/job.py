@@ -16,13 +16,13 @@ from rlhf_core.jobs import Job
 from rlhf_core.preflight.settings import check_placement
 from rlhf_core.store import open_store, rlhf_home
 from rlhf_core.system.machine import this_machine
-from tasks.events import say, without_tracebacks
+from tasks.events import hide_expected_tracebacks, log_event
 from tasks.launchers import Launch, LocalTorchrun
 from tasks.launchers.failures import state_name
 from tasks.progress import Lines, Progress
-from tasks.watch import watched
+from tasks.watch import stop_when_cancelled
 
-without_tracebacks()
+hide_expected_tracebacks()
 
 
 @flow(name="rlhf-job", persist_result=False)
@@ -39,10 +39,10 @@ def rlhf_job(
     """
     log = get_run_logger()
     if pipeline:
-        say(log, "note", "", f"{stage} of the pipeline {url_for('flow-run', pipeline)}")
+        log_event(log, "note", "", f"{stage} of the pipeline {url_for('flow-run', pipeline)}")
     run_id = str(runtime.flow_run.id)[:8]
     folder = rlhf_home() / "jobs" / f"{run_id}-{runtime.flow_run.run_count or 1}-{stage}"
-    with watched(pipeline):
+    with stop_when_cancelled(pipeline):
         try:
             opened = open_store(store)
             problems = [p for job in jobs for p in check_placement(job, this_machine())]

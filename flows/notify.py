@@ -16,7 +16,7 @@ PREFIX = "rlhf-notify"
 """Blocks with such a name are used, whatever their type: one made in the UI is as good."""
 
 SECRET = "RLHF_NOTIFY_SECRET"
-ASKED = {
+SECRET_PROMPTS = {
     "webhook": "URL to post to",
     "slack": "URL of the Slack incoming webhook",
     "email": "SendGrid API key",
@@ -27,7 +27,7 @@ def save(kind: Kind, secret: str, sender: str | None = None, to: list[str] | Non
     """Store an address on the server, in the place of an earlier one of its kind.
 
     Args:
-        secret: what `ASKED` says.
+        secret: what `SECRET_PROMPTS` says.
         sender, to: e-mail addresses, for email.
 
     Returns:
@@ -39,7 +39,7 @@ def save(kind: Kind, secret: str, sender: str | None = None, to: list[str] | Non
     name = f"{PREFIX}-{kind}"
     if kind != "email" and not secret.startswith(("http://", "https://")):
         raise ConfigError(
-            f"{ASKED[kind]} was expected, beginning with https://; nothing was saved."
+            f"{SECRET_PROMPTS[kind]} was expected, beginning with https://; nothing was saved."
         )
     if kind == "email" and not (secret and sender and to):
         raise ConfigError(
@@ -77,4 +77,4 @@ def read_secret(kind: Kind) -> str:
     """From the environment, else from the keyboard without an echo."""
     import typer
 
-    return os.environ.get(SECRET) or str(typer.prompt(ASKED[kind], hide_input=True))
+    return os.environ.get(SECRET) or str(typer.prompt(SECRET_PROMPTS[kind], hide_input=True))

@@ -21,18 +21,18 @@ from rlhf_core.errors import GateFailed
 from rlhf_core.jobs import Gates, PipelineConfig
 from rlhf_core.model_files.source import fingerprint as model_fingerprint
 from rlhf_core.pipeline.presets import resolve_preset
-from rlhf_core.pipeline.recipe import data_sets, measurements
+from rlhf_core.pipeline.recipe import data_sets, evaluation_stages
 from rlhf_core.store import Store
 from tasks import stages
-from tasks.events import say, without_tracebacks
+from tasks.events import hide_expected_tracebacks, log_event
 from tasks.gates import judge
 from tasks.publish import compare_with_champion, keep_candidate, publish
 from tasks.reporting.evaluation import read_evaluation
 from tasks.reporting.report import report
 from tasks.run import Run, new_run_id, now, recorded
-from tasks.watch import watched
+from tasks.watch import stop_when_cancelled
 
-without_tracebacks()
+hide_expected_tracebacks()
 
 
 @flow(name="rlhf-retrain", flow_run_name="retrain {config.publish.name}", persist_result=False)
@@ -55,11 +55,11 @@ def rlhf_retrain(
     config = resolve_preset(config)
     log = get_run_logger()
     flow_run = runtime.flow_run.id
-    if (other := schedule.done_by(flow_run)) is not None:
+    if (other := schedule.superseded_at(flow_run)) is not None:
         text = f"missed; the run of {other:%Y-%m-%d %H:%M:%S %Z} did its work"
-        say(log, "note", "retrain", f"skipped: {text}")
+        log_event(log, "note", "retrain", f"skipped: {text}")
         return Completed(name=schedule.SKIPPED, message=text)
-    with watched():
+    with stop_when_cancelled():
         schedule.wait(jitter, flow_run, log)
     began = time.monotonic()
     run = Run(
@@ -70,10 +70,10 @@ def rlhf_retrain(
     last = run.store.read_record(path) or {}
     if last.get("state") == state and not force:
         text = f"no new data since {last.get('time')} ({time.monotonic() - began:.1f} s)"
-        say(log, "note", "retrain", text)
+        log_event(log, "note", "retrain", text)
         return Completed(name="NothingNew", message=text)
-    with watched():
-        last_stage = measurements(config)[-1]
+    with stop_when_cancelled():
+        last_stage = evaluation_stages(config)[-1]
         stages.preflight(config, last_stage)
         with recorded(run):
             verdict = _train(run, gates, last_stage)
@@ -86,7 +86,7 @@ def rlhf_retrain(
         path,
         {"state": state, "time": now(), "run": run.id, "promoted": not verdict["failed"]},
     )
-    say(log, "note", "retrain", verdict["text"])
+    log_event(log, "note", "retrain", verdict["text"])
     name = "Rejected" if verdict["failed"] else "Promoted"
     return Completed(name=name, message=verdict["text"], data=run.summary())
 

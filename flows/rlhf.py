@@ -17,19 +17,19 @@ from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.presets import resolve_preset
 from tasks import stages
-from tasks.events import say, without_tracebacks
+from tasks.events import hide_expected_tracebacks, log_event
 from tasks.gates import check_evaluation
 from tasks.launchers import launcher_for
-from tasks.publish import compare_with_champion, keep_candidate, keep_collapsed, publish
+from tasks.publish import compare_with_champion, keep_candidate, keep_last_good_policy, publish
 from tasks.reporting.curves import prepare
 from tasks.reporting.evaluation import read_evaluation
 from tasks.reporting.report import render, report
 from tasks.run import Run, new_run_id, recorded
-from tasks.watch import watched
+from tasks.watch import stop_when_cancelled
 
 Stage = Literal["model", "data", "label", TrainingStage, "evaluate", "lm_eval", "publish"]
 
-without_tracebacks()
+hide_expected_tracebacks()
 
 
 @flow(name="rlhf-pipeline", flow_run_name="{config.name}", persist_result=False)
@@ -51,12 +51,12 @@ def rlhf_pipeline(
     run = Run(
         config, new_run_id(flow_run, runtime.flow_run.scheduled_start_time), flow_run=flow_run
     )
-    say(
+    log_event(
         get_run_logger(), "run", "", f"run {run.id}, store {run.store.url}",
         id=run.id, name=config.name, store=run.store.url, url=run.page,
     )  # fmt: skip
     approval.check(config)
-    with watched():
+    with stop_when_cancelled():
         stages.preflight(config, until)
         threading.Thread(target=prepare, name="imports", daemon=True).start()
         with recorded(run):
@@ -93,14 +93,14 @@ def pipeline(run: Run) -> Iterator[str]:
                 result = stages.TRAIN[step.algorithm](run, step, artifacts)
             except JobFailed as failed:
                 if failed.candidate:
-                    raise keep_collapsed(run, failed) from None
+                    raise keep_last_good_policy(run, failed) from None
                 raise
             artifacts[result.kind] = result.digest
-            if step.algorithm in recipe.PREPARING and result.kind == "model":
+            if step.algorithm in recipe.BEFORE_ALIGNMENT and result.kind == "model":
                 artifacts["start"] = result.digest
         yield step.algorithm if step.round + 1 >= run.config.rounds else step.name
 
-    if not recipe.makes_a_model(run.config):
+    if not recipe.produces_model(run.config):
         return
     evaluation = stages.evaluate(run, artifacts)
     settings, made_by = run.config.evaluate, recipe.model_stages(run.config)[-1]

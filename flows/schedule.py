@@ -7,12 +7,12 @@ import time
 from datetime import datetime
 from uuid import UUID
 
-from tasks.events import Log, say
+from tasks.events import Log, log_event
 
 SKIPPED = "Skipped"
 
 
-def done_by(flow_run: str | None) -> datetime | None:
+def superseded_at(flow_run: str | None) -> datetime | None:
     """When another run of the same schedule began that does this one's work, if there is one.
 
     A worker that was away for three nights finds three runs waiting. The first to begin sees
@@ -54,5 +54,5 @@ def wait(jitter: int, flow_run: str | None, log: Log) -> None:
     if not jitter:
         return
     seconds = random.Random(flow_run).uniform(0, jitter)
-    say(log, "note", "retrain", f"begins in {seconds:.0f} s, of at most {jitter} s")
+    log_event(log, "note", "retrain", f"begins in {seconds:.0f} s, of at most {jitter} s")
     time.sleep(seconds)

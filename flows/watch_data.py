@@ -13,13 +13,13 @@ from prefect.states import Completed
 from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.jobs import DataSettings
 from rlhf_core.store import open_store
-from tasks.events import say, without_tracebacks
+from tasks.events import hide_expected_tracebacks, log_event
 from tasks.run import now
 
 NEW_DATA = "rlhf.data.new"
 """The event; anyone may send it, see docs/operations.md."""
 
-without_tracebacks()
+hide_expected_tracebacks()
 
 
 @flow(name="rlhf-watch-data", flow_run_name="watch {source}", persist_result=False)
@@ -47,5 +47,5 @@ def rlhf_watch_data(source: str, store: str | None = None) -> State[None]:
         resource={"prefect.resource.id": f"rlhf.data.{name}", "prefect.resource.name": source},
     )
     opened.write_record(path, record)  # last: said twice is better than never
-    say(get_run_logger(), "note", "watch", f"{source} has changed")
+    log_event(get_run_logger(), "note", "watch", f"{source} has changed")
     return Completed(name="NewData", message=f"{source} has changed; sent {NEW_DATA}")

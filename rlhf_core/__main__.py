@@ -1,6 +1,6 @@
 """One rank of one or more jobs: `torchrun ... -m rlhf_core FOLDER/job.json [FOLDER/job.json ...]`.
 
-Several jobs run one after another in the same process, which saves the imports of small stages.
+Several jobs run one after another in the same process, so that modules are imported once.
 Exit code 0: every job's artifact is in the store. 1: error-<rank>.json says why not.
 """
 
@@ -11,7 +11,7 @@ import sys
 
 from rlhf_core.runtime.rank import main, preload
 
-__all__ = ["main", "preload"]  # torchrun's agent and the fork server ask this module for both
+__all__ = ["main", "preload"]  # torchrun's agent and the fork server use both
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]

@@ -15,7 +15,7 @@ Kind = Literal["run", "start", "line", "progress", "done", "retry", "note", "fai
 Log = logging.Logger | logging.LoggerAdapter[Any]
 
 
-def say(log: Log, kind: Kind, stage: str, text: str, **fields: Any) -> None:
+def log_event(log: Log, kind: Kind, stage: str, text: str, **fields: Any) -> None:
     """Log one event of a stage."""
     level = logging.WARNING if kind == "retry" else logging.INFO
     shown = text if kind == "line" or not stage else f"{stage}: {text}"
@@ -91,7 +91,7 @@ def _benchmarks(metrics: dict[str, Any]) -> list[str]:
     return found
 
 
-def in_one_cell(text: object, limit: int = 400) -> str:
+def table_cell(text: object, limit: int = 400) -> str:
     """Any text in one cell of a Markdown table: nothing in it is taken for Markdown or HTML."""
     plain = " ".join(str(text).split())
     plain = plain if len(plain) <= limit else plain[: limit - 1] + "…"
@@ -120,7 +120,7 @@ class ExpectedErrors(logging.Filter):
         return True
 
 
-def without_tracebacks() -> None:
+def hide_expected_tracebacks() -> None:
     """Install `ExpectedErrors` on the loggers of flow and task runs, once."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logger = logging.getLogger(name)

@@ -12,7 +12,7 @@ from rlhf_core.jobs import Job
 from rlhf_core.runtime import candidates
 from rlhf_core.store import Artifact
 from tasks import assets, out_of_memory
-from tasks.events import Log, headline, say, seconds
+from tasks.events import Log, headline, log_event, seconds
 from tasks.launchers import Launch, launcher_for
 from tasks.progress import Lines, Progress
 from tasks.run import Run, StageResult, elapsed
@@ -54,7 +54,7 @@ def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str
     )
     ranks = next(iter(jobs.values())).placement().ranks
     torchrun = next(iter(jobs.values())).torchrun
-    say(log, "start", stage, f"starting ({ranks} ranks)" if torchrun else "starting")
+    log_event(log, "start", stage, f"starting ({ranks} ranks)" if torchrun else "starting")
     progress = Progress(stage, log)
     try:
         outcomes = launcher_for(run.config.launcher).run(launch, Lines(stage, log), progress)
@@ -75,7 +75,7 @@ def _with_candidate(run: Run, jobs: Mapping[str, Job], error: JobFailed) -> JobF
     """The failure with the model that the job left, whichever machine it ran on."""
     [job] = jobs.values()  # a training stage
     try:
-        left = candidates.noted(run.store, job.key())
+        left = candidates.read(run.store, job.key())
     except StoreError:  # must not hide the reason
         left = None
     return JobFailed(str(error), error.category, left.digest if left else "")
@@ -90,7 +90,7 @@ def _note(
         reused=reused, seconds=took, metrics=metrics,
     )  # fmt: skip
     how = "reused" if reused else f"done in {seconds(took)}"
-    say(
+    log_event(
         log, "done", name, f"{how}, {artifact.ref}  {headline(metrics)}".rstrip(),
         reused=reused, seconds=took, ref=artifact.ref, metrics=metrics,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def _attempt_folder(base: Path) -> Path:
 # --------------------------------------------------------------------------- retries
 
 
-def worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
+def should_retry(task: Any, task_run: Any, state: Any) -> bool:
     """Prefect's retry_condition_fn: True for failures that another attempt can mend."""
     error = state.data
     category = getattr(error, "category", None)
@@ -129,5 +129,5 @@ def worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
         text += ", with half the micro-batch"
     if category == "rate_lowered":
         text += ", with a lower learning rate"
-    say(task_run_logger(task_run, task), "retry", task.name, text)
+    log_event(task_run_logger(task_run, task), "retry", task.name, text)
     return True

@@ -14,8 +14,8 @@ from rlhf_core.jobs import Job, TrainSettings
 from rlhf_core.preflight.memory import estimate, ways_to_fit
 from rlhf_core.store import Store
 
-HALVED_AT_MOST = 2
-LESS = 0.75  # of what did not fit: settings that need no more are worth a try
+MAX_HALVINGS = 2
+FRACTION_TO_TRY = 0.75  # of what did not fit: settings that need no more are worth a try
 
 
 def fit(store: Store, job: Job) -> Job:
@@ -37,7 +37,7 @@ def shrink(store: Store, job: Job, error: JobFailed) -> JobFailed:
     halved = int(found.get("halved", 0))
     size = _half(job, tried)
     text = f"{error}\n{_estimate(store, _with_micro_batch(job, tried), error)}".rstrip()
-    if size is None or halved >= HALVED_AT_MOST:
+    if size is None or halved >= MAX_HALVINGS:
         why = (
             f"micro_batch_size was halved {halved} times already and is {tried}"
             if halved and size is not None
@@ -122,7 +122,7 @@ def _ways(store: Store, job: Job, error: JobFailed) -> list[str]:
         place = job.placement()
         now = estimate(config, job, place, stage, max_length=length, device=device).total
         found = ways_to_fit(
-            config, job, place, stage, int(LESS * now), max_length=length, device=device
+            config, job, place, stage, int(FRACTION_TO_TRY * now), max_length=length, device=device
         )
     shorter = (
         "shorter data (max_length), max_new_tokens" if job.algorithm != "sft" else "max_length"

@@ -8,7 +8,7 @@ import time
 from typing import Any
 from uuid import UUID
 
-from tasks.events import Log, headline, in_one_cell, say, seconds
+from tasks.events import Log, headline, log_event, seconds, table_cell
 from tasks.reporting.curves import draw
 
 PROGRESS_SECONDS = 3.0  # between two updates of the progress that people see
@@ -56,7 +56,7 @@ class Progress:
                 text += f"  {seconds(left)} left"
         if when - self._shown >= PROGRESS_SECONDS or step == total:
             self._shown = when
-            say(self.log, "progress", self.stage, text, step=step, total=total, left=left)
+            log_event(self.log, "progress", self.stage, text, step=step, total=total, left=left)
             self._show("progress", 100.0 * step / max(1, total), text)
         if when - self._drawn >= LIVE_SECONDS and self._lines:
             self._drawn = when
@@ -77,7 +77,7 @@ class Progress:
     def _replies(self) -> str:
         rows = ["| prompt | reply | score |", "| --- | --- | ---: |"]
         for sample in self._samples["samples"]:
-            cells = [in_one_cell(sample.get(name, "")) for name in ("prompt", "reply")]
+            cells = [table_cell(sample.get(name, "")) for name in ("prompt", "reply")]
             rows.append(f"| {' | '.join(cells)} | {sample.get('score', '')} |")
         return "\n".join(rows)
 
@@ -115,4 +115,4 @@ class Lines:
 
     def __call__(self, line: str) -> None:
         if not STEP.match(line):
-            say(self.log, "line", self.stage, line)
+            log_event(self.log, "line", self.stage, line)

@@ -18,8 +18,8 @@ from rlhf_core.errors import JobFailed, ModelError, RLHFError
 from rlhf_core.store import Artifact, FileEntry, registry
 from rlhf_core.store.published_folder import materialise, published_folder
 from tasks import assets
-from tasks.events import say, seconds
-from tasks.reporting.benchmarks import STAGE, measured
+from tasks.events import log_event, seconds
+from tasks.reporting.benchmarks import STAGE, benchmarks_digest
 from tasks.reporting.model_card import model_card
 from tasks.run import Run, StageResult, elapsed
 from tasks.stages import compare, stage
@@ -38,7 +38,7 @@ def publish(run: Run, policy: str, evaluation: str) -> StageResult:
     """
     began = time.monotonic()
     name = run.config.publish.name
-    key = publish_key(name, policy, evaluation, measured(run))
+    key = publish_key(name, policy, evaluation, benchmarks_digest(run))
     artifact, reused = published_artifact(run, "publish", key, policy, evaluation)
     if registry.promote(run.store, name, artifact.digest, run=run.id) is not None:
         assets.published(run.store, name, artifact, run.id)
@@ -58,14 +58,14 @@ def keep_candidate(run: Run, policy: str, evaluation: str | None, reason: str) -
     """
     began = time.monotonic()
     name = run.config.publish.name
-    key = publish_key(name, policy, evaluation, measured(run))
+    key = publish_key(name, policy, evaluation, benchmarks_digest(run))
     artifact, reused = published_artifact(run, "candidate", key, policy, evaluation)
     registry.add_candidate(run.store, name, artifact.digest, run=run.id, reason=reason)
     what = f"as a candidate of {name}: {reason}"
     return _done(run, "candidate", key, artifact, reused, began, what)
 
 
-def keep_collapsed(run: Run, failed: JobFailed) -> JobFailed:
+def keep_last_good_policy(run: Run, failed: JobFailed) -> JobFailed:
     """Keep the last good policy of a collapsed one as a candidate.
 
     Args:
@@ -110,7 +110,7 @@ def _done(
         reused=reused, seconds=elapsed(began),
     )  # fmt: skip
     how = "reused" if reused else f"done in {seconds(result.seconds)}"
-    say(
+    log_event(
         get_run_logger(), "done", stage, f"{how}, {artifact.ref} {what}",
         reused=reused, seconds=result.seconds, ref=artifact.ref, metrics={},
     )  # fmt: skip
@@ -141,7 +141,7 @@ def make_artifact(run: Run, name: str, policy: str, evaluation: str | None) -> A
             f"artifact {source.ref} holds no config.json with .safetensors files but "
             f"{', '.join(sorted(files)[:8])}; it cannot be published as a model."
         )
-    digest = measured(run)
+    digest = benchmarks_digest(run)
     benchmarks = {STAGE: digest} if digest else {}
     files["README.md"] = model_card(run, name, policy, evaluation).encode()
     judged = {} if evaluation is None else {"evaluation": evaluation}

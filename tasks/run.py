@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from rlhf_core.errors import StoreError
 from rlhf_core.jobs import PipelineConfig
 from rlhf_core.store import Store, open_store, rlhf_home
-from rlhf_core.system.secrets import hide
+from rlhf_core.system.secrets import redact
 
 log = logging.getLogger("rlhf")
 
@@ -111,7 +111,7 @@ class Run:
 
     def finish(self, state: str, error: BaseException | None = None) -> None:
         """Write how the run ended; a store that is down must not hide the reason."""
-        text = None if error is None else hide(str(error)) or type(error).__name__
+        text = None if error is None else redact(str(error)) or type(error).__name__
         category = getattr(error, "category", None) if error is not None else None
         try:
             self.save(state=state, ended=now(), error=text, category=category)

@@ -37,8 +37,8 @@ from rlhf_core.model_files.source import fingerprint as model_fingerprint
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import reply_length
 from rlhf_core.preflight.check import check
-from tasks.events import say
-from tasks.execute import run_jobs, worth_a_retry
+from tasks.events import log_event
+from tasks.execute import run_jobs, should_retry
 from tasks.gates import check_reward
 from tasks.run import Run, StageResult
 
@@ -53,12 +53,12 @@ def stage(name: str) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         return StageTask(  # type: ignore[return-value]
-            _showing_reuse(function),
+            _report_reuse(function),
             name=name,
             task_run_name=name,
             retries=len(RETRY_DELAYS),
             retry_delay_seconds=RETRY_DELAYS,
-            retry_condition_fn=worth_a_retry,
+            retry_condition_fn=should_retry,
             cache_policy=NO_CACHE,
             persist_result=False,
         )
@@ -74,7 +74,7 @@ class StageTask(Task[..., Any]):
         return returned.result() if isinstance(returned, State) else returned
 
 
-def _showing_reuse(function: Callable[..., Any]) -> Callable[..., Any]:
+def _report_reuse(function: Callable[..., Any]) -> Callable[..., Any]:
     """A stage whose results were all in the store ends as Cached, and says what was reused."""
 
     @functools.wraps(function)
@@ -92,10 +92,10 @@ def _showing_reuse(function: Callable[..., Any]) -> Callable[..., Any]:
 @stage("preflight")
 def preflight(config: PipelineConfig, until: str = "publish") -> None:
     """Everything that can be known before anything starts, in one list."""
-    problems = check(config) + recipe.check_last(config, until)
+    problems = check(config) + recipe.check_until(config, until)
     if problems:
         raise PreflightError(problems)
-    say(get_run_logger(), "note", "preflight", "passed")
+    log_event(get_run_logger(), "note", "preflight", "passed")
 
 
 @stage("model")
@@ -105,19 +105,19 @@ def import_model(run: Run) -> StageResult:
         text = run.config.data.pretrain
         assert text is not None, "checked by the preflight"
         new = NewModelJob(
-            **values(run.config.new_model),
+            **settings_fields(run.config.new_model),
             seed=run.config.seed,
             text=text,
             fingerprint=data_fingerprint(text),
         )
-        return run_one(run, "model", new)
+        return run_job(run, "model", new)
     settings = run.config.model
     job = ImportModelJob(
-        **values(settings),
+        **settings_fields(settings),
         seed=run.config.seed,
         fingerprint=model_fingerprint(settings.source, settings.revision),
     )
-    return run_one(run, "model", job)
+    return run_job(run, "model", job)
 
 
 @stage("reward-model")
@@ -134,7 +134,7 @@ def import_reward(run: Run, source: str, model: str) -> StageResult:
         trust_remote_code=run.config.model.trust_remote_code,
         fingerprint=model_fingerprint(source, None),
     )
-    return run_one(run, "reward-model", job)
+    return run_job(run, "reward-model", job)
 
 
 @stage("data")
@@ -146,7 +146,7 @@ def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
     """
     jobs = {
         setting.rpartition(".")[2]: DataJob(
-            **values(settings),
+            **settings_fields(settings),
             seed=run.config.seed,
             purpose=purpose,
             model=model,
@@ -167,11 +167,11 @@ def label(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult
     inputs = {name: artifacts[role] for name, role in LabelJob.roles().items() if role in artifacts}
     if settings.labeller != "reward_model":
         inputs.pop("reward_model", None)
-    job = LabelJob(**trained(run, settings, step), **inputs)
-    return run_one(run, step.name, job)
+    job = LabelJob(**job_fields(run, settings, step), **inputs)
+    return run_job(run, step.name, job)
 
 
-def _trains(algorithm: str) -> Callable[..., StageResult]:
+def _training_task(algorithm: str) -> Callable[..., StageResult]:
     @stage(algorithm)
     def train(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult:
         """A training stage.
@@ -181,9 +181,9 @@ def _trains(algorithm: str) -> Callable[..., StageResult]:
         """
         roles = recipe.roles(run.config, algorithm)
         inputs = {name: artifacts[role] for name, role in roles.items() if role in artifacts}
-        settings = trained(run, recipe.section(run.config, algorithm), step)
+        settings = job_fields(run, recipe.section(run.config, algorithm), step)
         job = cast(Job, step.job(**settings, **inputs))
-        result = run_one(run, step.name, job)
+        result = run_job(run, step.name, job)
         wrong = check_reward(run.config.reward, result.metrics) if algorithm == "reward" else None
         if wrong is not None:
             raise GateFailed(wrong)
@@ -192,7 +192,7 @@ def _trains(algorithm: str) -> Callable[..., StageResult]:
     return train
 
 
-TRAIN = {algorithm: _trains(algorithm) for algorithm in get_args(TrainingStage)}
+TRAIN = {algorithm: _training_task(algorithm) for algorithm in get_args(TrainingStage)}
 """The task of each training stage."""
 
 
@@ -208,11 +208,11 @@ def benchmark(run: Run, artifacts: dict[str, str]) -> StageResult:
     settings = run.config.lm_eval
     assert settings is not None, "no stage of a run without these settings"
     job = LmEvalJob(
-        **trained(run, settings),
+        **job_fields(run, settings),
         fingerprint=tasks_fingerprint(settings.include_path),
         **{name: artifacts[role] for name, role in LmEvalJob.roles().items()},
     )
-    return run_one(run, "lm_eval", job)
+    return run_job(run, "lm_eval", job)
 
 
 @stage("compare")
@@ -231,7 +231,7 @@ def run_evaluation(run: Run, name: str, artifacts: dict[str, str]) -> StageResul
     Args:
         artifacts: digests by role; "base", "model" and "start", which the alignment started from.
     """
-    settings = trained(run, run.config.evaluate)
+    settings = job_fields(run, run.config.evaluate)
     settings["max_new_tokens"] = reply_length(run.config)
     start = artifacts.get("start")
     job = EvaluateJob(
@@ -243,26 +243,26 @@ def run_evaluation(run: Run, name: str, artifacts: dict[str, str]) -> StageResul
         prompts=artifacts["prompts"],
         sft_data=artifacts.get("sft"),
     )
-    return run_one(run, name, job)
+    return run_job(run, name, job)
 
 
-def run_one(run: Run, name: str, job: Job) -> StageResult:
+def run_job(run: Run, name: str, job: Job) -> StageResult:
     """The result of a stage of one job."""
     return run_jobs(run, name, {name: job}, get_run_logger())[0]
 
 
-def values(settings: Settings) -> dict[str, Any]:
+def settings_fields(settings: Settings) -> dict[str, Any]:
     """The fields of a settings object, but for its placement."""
     names = [name for name in type(settings).model_fields if name != "resources"]
     return {name: getattr(settings, name) for name in names}
 
 
-def trained(run: Run, settings: Settings, step: recipe.Step | None = None) -> dict[str, Any]:
+def job_fields(run: Run, settings: Settings, step: recipe.Step | None = None) -> dict[str, Any]:
     """The fields of a stage that runs on ranks: settings, seed, and the placement that holds."""
     own: Resources | None = getattr(settings, "resources", None)
     resources = own or run.config.resources
     return {
-        **values(settings),
+        **settings_fields(settings),
         "seed": run.config.seed + (step.round if step else 0),  # each round has its own order
         "resources": resources,
         "trust_remote_code": run.config.model.trust_remote_code,

@@ -23,12 +23,12 @@ from prefect.exceptions import Abort, TerminationSignal
 from prefect.states import Cancelled, Running
 
 POLL_SECONDS = 4.0
-FOUND_DEAD = "no heartbeat for"  # how the automation's message begins (flows/automations.py)
+DECLARED_DEAD = "no heartbeat for"  # how the automation's message begins (flows/automations.py)
 GRACE_SECONDS = 6.0  # for the worker, which is told too and knows better how
 
 
 @contextlib.contextmanager
-def watched(pipeline: str | None = None) -> Iterator[None]:
+def stop_when_cancelled(pipeline: str | None = None) -> Iterator[None]:
     """While the block runs, interrupt it once its flow run, or the pipeline's, is cancelled.
     Without a flow run it does nothing.
 
@@ -96,13 +96,13 @@ class _Watch(threading.Thread):
 
     def _revive(self, client: Any) -> None:
         state = client.read_flow_run(self.own).state
-        if found_dead(state) and not self.done.is_set():
+        if declared_dead(state) and not self.done.is_set():
             alive: State[Any] = Running(
                 message="its process lives; the server had missed its heartbeats"
             )
             client.set_flow_run_state(self.own, alive, force=True)
 
 
-def found_dead(state: State[Any] | None) -> bool:
+def declared_dead(state: State[Any] | None) -> bool:
     """Whether a run was declared lost for its silence, which may be an error."""
-    return bool(state and state.is_crashed() and (state.message or "").startswith(FOUND_DEAD))
+    return bool(state and state.is_crashed() and (state.message or "").startswith(DECLARED_DEAD))

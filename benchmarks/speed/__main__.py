@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.speed import report, workload
 from benchmarks.speed.flops import share
 from rlhf_core.system.cpus import cpu_cores
-from tasks.launchers.local import WAITING
+from tasks.launchers.local import OPENMP_WAIT
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -144,8 +144,8 @@ def run(row: str, side: str, folder: Path, threads: int, *more: str) -> dict[str
     """One measurement: its line of JSON."""
     other = {"rollout": "generate", "scoring": "whole-logits"}
     # Threads wait as our launcher lets them wait, and the peer's as they do by default.
-    environment = {k: v for k, v in os.environ.items() if k not in WAITING}
-    environment |= {"OMP_NUM_THREADS": str(threads)} | (WAITING if side == "ours" else {})
+    environment = {k: v for k, v in os.environ.items() if k not in OPENMP_WAIT}
+    environment |= {"OMP_NUM_THREADS": str(threads)} | (OPENMP_WAIT if side == "ours" else {})
     peers = ROOT / ".venv-bench" / "bin" / "python"
     if row not in STAGES:
         part = row if side == "ours" else other[row]

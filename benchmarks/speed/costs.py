@@ -31,7 +31,7 @@ from flows.server import QUIET, TemporaryServer
 from rlhf_core.jobs import parse_job
 from rlhf_core.system.cpus import cpu_cores
 from tasks.launchers import fork_client
-from tasks.launchers.local import WAITING, command, start
+from tasks.launchers.local import OPENMP_WAIT, command, start
 
 BIN = Path(sys.executable).parent
 PARTS = ("startup", "pipeline", "demo", "samples", "length", "ranks", "vocabulary")
@@ -143,16 +143,16 @@ def first_step_of_a_run(home: Path, url: str, number: int, again: bool) -> float
     settings = {"name": name, "stages": "[sft]", "resources.ranks": 1, "sft.learning_rate": rate}
     options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
     before = set((home / "runs").glob("*"))
-    run_preset("smoke", home, surroundings(home, url), *options)
+    run_preset("smoke", home, base_environment(home, url), *options)
     (run_folder,) = set((home / "runs").glob("*")) - before
     (metrics,) = run_folder.glob("**/sft/metrics.jsonl")
     first = json.loads(metrics.read_text().splitlines()[0])["time"]
     return float(first - (metrics.parent / "job.json").stat().st_mtime)
 
 
-def surroundings(home: Path, url: str) -> dict[str, str]:
+def base_environment(home: Path, url: str) -> dict[str, str]:
     """The environment of a run whose home is a folder of its own."""
-    environment = {**os.environ, **WAITING, "RLHF_HOME": str(home), "PREFECT_API_URL": url}
+    environment = {**os.environ, **OPENMP_WAIT, "RLHF_HOME": str(home), "PREFECT_API_URL": url}
     environment.pop("RLHF_STORE", None)
     return environment
 
@@ -233,7 +233,7 @@ class Watch:
                 self.idle += now - before
             before = now
             for pid, (name, seconds) in names.items():
-                if not name.startswith((*self.STAGES, "rlhf template")):
+                if not name.startswith((*self.STAGES, "rlhf forkserver")):
                     self._spent.setdefault(pid, [seconds, seconds])[1] = seconds
 
     def _descendants(self) -> dict[int, tuple[str, float]]:
@@ -254,7 +254,7 @@ def beside_stages(
     for number in range(repeats + 1 if repeats > 1 else 1):
         with tempfile.TemporaryDirectory() as work:
             home = Path(work)
-            environment = surroundings(home, url)
+            environment = base_environment(home, url)
             began = time.time()
             with watch or contextlib.nullcontext():
                 run_preset(preset, home, environment)

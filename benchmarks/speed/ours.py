@@ -48,10 +48,10 @@ def measure(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, 
     """Run the stage until its last step is logged."""
     from rlhf_core.jobs import OnlineJob
     from rlhf_core.runtime.context import StageContext
-    from rlhf_core.runtime.rank import quieten
+    from rlhf_core.runtime.rank import silence_libraries
     from rlhf_core.store import open_store
 
-    quieten()
+    silence_libraries()
     job = make_job(arguments, values)
     marks: list[float] = []
     work: list[float] = []

@@ -13,7 +13,7 @@ import sys
 import typer
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.system.secrets import SHORTEST
+from rlhf_core.system.secrets import MIN_LENGTH
 
 
 def is_local(host: str) -> bool:
@@ -46,9 +46,9 @@ def password_for(host: str, variable: str, what: str) -> str | None:
                 "or start the command at a terminal, where it is asked for."
             )
         password = str(typer.prompt(f"Password for {what}", hide_input=True))
-    if len(password) < SHORTEST:
+    if len(password) < MIN_LENGTH:
         raise ConfigError(
             f"The password for {what} has {len(password)} characters; needed are at least "
-            f"{SHORTEST}."
+            f"{MIN_LENGTH}."
         )
     return password

@@ -101,7 +101,7 @@ class Console(logging.Handler):
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
 
 
-def take_over(console: Console) -> None:
+def install_console(console: Console) -> None:
     """Put the console in the place of Prefect's own; its logs to the server stay as they are."""
     from prefect.logging.configuration import setup_logging
 

@@ -54,13 +54,13 @@ def gc(
     limits = Limits(keep=max(keep_days * 86_400, grace), grace=grace)
 
     def roots() -> set[str]:
-        return set(needed(opened, timedelta(seconds=limits.keep), keep_archived))
+        return set(digests_in_use(opened, timedelta(seconds=limits.keep), keep_archived))
 
     found = (opened.collect if yes else opened.find_garbage)(roots, limits)
     _show(found, yes)
 
 
-def needed(store: Store, young: timedelta, archived: int) -> Iterator[str]:
+def digests_in_use(store: Store, young: timedelta, archived: int) -> Iterator[str]:
     """Digests of models (so many archived versions of each), and those that runs name."""
     from flows.cli.lookup import read_runs
     from rlhf_core.store.registry import kept_digests
@@ -72,7 +72,7 @@ def needed(store: Store, young: timedelta, archived: int) -> Iterator[str]:
     now = datetime.now(UTC)
     for run in read_runs(store):
         # One that did not end counts however long ago its last stage was: an approval takes time.
-        if run.get("state") not in FINISHED or now - _active(run) <= young:
+        if run.get("state") not in FINISHED or now - _last_active(run) <= young:
             yield from _digests(store, run)
 
 
@@ -89,7 +89,7 @@ def _digests(store: Store, record: dict[str, Any]) -> Iterator[str]:
             continue
 
 
-def _active(run: dict[str, Any]) -> datetime:
+def _last_active(run: dict[str, Any]) -> datetime:
     """When the run was last heard of; a record that does not say so counts as new."""
     for name in ("updated", "ended", "started"):
         try:

@@ -21,7 +21,7 @@ from flows.cli.serve import serve
 from rlhf_core import __version__
 from rlhf_core.errors import RLHFError
 from rlhf_core.system.home import rlhf_home
-from rlhf_core.system.secrets import hide
+from rlhf_core.system.secrets import redact
 
 app = typer.Typer(
     name="rlhf",
@@ -236,13 +236,13 @@ def main() -> None:
     except Exception as error:
         crash = rlhf_home() / "crash.log"
         crash.parent.mkdir(parents=True, exist_ok=True)
-        crash.write_text(hide(traceback.format_exc()))
+        crash.write_text(redact(traceback.format_exc()))
         _fail(f"{type(error).__name__}: {error}\nThis was not expected. Details: {crash}")
 
 
 def _fail(text: str) -> NoReturn:
     sys.stdout.flush()
-    text = hide(text)
+    text = redact(text)
     typer.echo(f"\nError: {text}" if "\n" in text else f"Error: {text}", err=True)
     raise SystemExit(1)
 

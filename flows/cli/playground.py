@@ -99,9 +99,9 @@ def _results(record: dict[str, Any], kind: str) -> dict[str, str]:
 
 def _name(stage: str) -> str:
     """What people call a stage's model."""
-    from rlhf_core.pipeline.recipe import label_of
+    from rlhf_core.pipeline.recipe import display_name
 
-    return "base" if stage == "model" else label_of(stage)
+    return "base" if stage == "model" else display_name(stage)
 
 
 def _published(store: Store) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ import typer
 from flows.cli.completion import complete_stage
 from flows.cli.options import ConfigFile, Overrides, Preset, RunId, StoreUrl, Verbose
 from rlhf_core.errors import ConfigError, PreflightError
-from rlhf_core.system.secrets import hide
+from rlhf_core.system.secrets import redact
 
 if TYPE_CHECKING:
     from rlhf_core.jobs import PipelineConfig
@@ -136,7 +136,7 @@ def _dry_run(settings: PipelineConfig) -> None:
 
     problems = check(settings)
     shown = settings.model_dump(mode="json", exclude_unset=True)
-    typer.echo(hide(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()))
+    typer.echo(redact(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()))
     if problems:
         raise PreflightError(problems)
     typer.echo("\nPreflight passed; nothing was started.")
@@ -162,11 +162,11 @@ def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
     launcher_for(settings.launcher).prepare()
     from prefect.exceptions import Abort
 
-    from flows.cli.console import Console, take_over
+    from flows.cli.console import Console, install_console
     from flows.rlhf import rlhf_pipeline
 
     signal.signal(signal.SIGTERM, _terminated)
-    take_over(Console(verbose=verbose, link=server.url is not None))
+    install_console(Console(verbose=verbose, link=server.url is not None))
     if temporary is not None:
         temporary.wait()
     try:

@@ -111,7 +111,7 @@ def up(options: Options) -> System:
             (options.port, "the Prefect server", "--port"),
             (options.s3_port, "the S3 server", "--s3-port"),
         ):
-            if port and _taken(port):
+            if port and _port_in_use(port):
                 raise ConfigError(
                     f"Port {port} of 127.0.0.1, wanted for {what}, is in use by another program; "
                     f"end that, or choose another port with {option}."
@@ -135,7 +135,7 @@ def up(options: Options) -> System:
         if process is not None and process.poll() is not None:
             break
         time.sleep(0.3)
-    failed = _last() or "it did not become ready in time"
+    failed = _last_error() or "it did not become ready in time"
     down()
     raise StoreUnavailable(f"The system did not start: {failed}\nLogs: {folder()}")
 
@@ -159,7 +159,7 @@ def down() -> bool:
     return True
 
 
-def _taken(port: int) -> bool:
+def _port_in_use(port: int) -> bool:
     import socket
 
     with socket.socket() as probe:
@@ -171,7 +171,7 @@ def _taken(port: int) -> bool:
     return False
 
 
-def _last() -> str:
+def _last_error() -> str:
     with contextlib.suppress(OSError, ValueError):
         return str(json.loads((folder() / "system.json").read_text()).get("error", ""))
     return ""
@@ -185,7 +185,7 @@ class Supervisor:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.parts: dict[str, tuple[list[str], dict[str, str], ProcessTree]] = {}
+        self.services: dict[str, tuple[list[str], dict[str, str], ProcessTree]] = {}
         me = psutil.Process()
         self.system = System(pid=me.pid, started=me.create_time())
 
@@ -199,15 +199,15 @@ class Supervisor:
             self._write()
             while True:
                 time.sleep(2)
-                self._look_after()
+                self._restart_ended()
         except Exception as error:
             self.system.phase, self.system.error = "failed", f"{error}"
             self._write()
             raise
         finally:
             for name in ("gpu", "control", "server", "s3"):  # those who use others first
-                if name in self.parts:
-                    self.parts[name][2].end(15)
+                if name in self.services:
+                    self.services[name][2].terminate(15)
 
     def _start_all(self) -> None:
         home = folder()
@@ -237,8 +237,8 @@ class Supervisor:
         )
         self._wait("server", lambda: unreachable(environment["PREFECT_API_URL"], 2.0))
         full = {**environment, **store}
-        self._call("deployments", [sys.executable, "-m", "flows.deploy", str(self.options.slots)],
-                   full)  # fmt: skip
+        deploy = [sys.executable, "-m", "flows.deploy", str(self.options.slots)]
+        self._run_to_end("deployments", deploy, full)
         for pool in ("control", "gpu"):
             self._start(
                 pool,
@@ -270,9 +270,9 @@ class Supervisor:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 preexec_fn=partial(die_with_parent, signal.SIGTERM),
             )  # fmt: skip
-        self.parts[name] = (command, dict(environment), ProcessTree(process))
+        self.services[name] = (command, dict(environment), ProcessTree(process))
 
-    def _call(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
+    def _run_to_end(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
         done = subprocess.run(
             command, env={**os.environ, **environment}, cwd=folder(), capture_output=True,
             text=True, timeout=120,
@@ -285,7 +285,7 @@ class Supervisor:
         deadline = time.monotonic() + START_SECONDS - 60
         found = ""
         while time.monotonic() < deadline:
-            if self.parts[name][2].process.poll() is not None:
+            if self.services[name][2].process.poll() is not None:
                 raise StoreUnavailable(f"{name} ended by itself; see {folder() / f'{name}.log'}")
             found = problem()
             if not found:
@@ -293,9 +293,9 @@ class Supervisor:
             time.sleep(0.3)
         raise StoreUnavailable(f"{name} is not ready: {found}; see {folder() / f'{name}.log'}")
 
-    def _look_after(self) -> None:
-        for name, (command, environment, tree) in list(self.parts.items()):
-            tree.look()
+    def _restart_ended(self) -> None:
+        for name, (command, environment, tree) in list(self.services.items()):
+            tree.refresh()
             if tree.process.poll() is not None:
                 print(f"{name} ended with exit code {tree.process.returncode}; starting it again")
                 self._start(name, command, environment)

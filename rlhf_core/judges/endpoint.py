@@ -21,7 +21,7 @@ import httpx
 
 from rlhf_core.errors import ConfigError, JudgeError
 from rlhf_core.jobs.judging import EndpointJudgeSettings
-from rlhf_core.system.secrets import HIDDEN, hide
+from rlhf_core.system.secrets import REDACTED, redact
 
 Verdict = Literal["first", "second", "tie", "unclear"]
 
@@ -214,7 +214,7 @@ class EndpointJudge:
 
     def _hidden(self, text: str) -> str:
         """Without the key, whatever its variable is called; endpoints like to repeat it."""
-        return hide(text.replace(self._key, HIDDEN) if self._key else text)
+        return redact(text.replace(self._key, REDACTED) if self._key else text)
 
 
 UNCLEAR = "no verdict"

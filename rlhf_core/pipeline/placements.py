@@ -19,8 +19,8 @@ def placements(config: PipelineConfig) -> dict[str, Resources]:
             sections[name] = labelling
         else:
             sections[step.algorithm] = recipe.section(config, step.algorithm)
-    if recipe.makes_a_model(config):
-        sections |= {name: getattr(config, name) for name in recipe.measurements(config)}
+    if recipe.produces_model(config):
+        sections |= {name: getattr(config, name) for name in recipe.evaluation_stages(config)}
     return {
         name: getattr(settings, "resources", None) or config.resources
         for name, settings in sections.items()

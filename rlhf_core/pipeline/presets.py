@@ -184,7 +184,7 @@ def build_config(
         if base in seen:
             raise ConfigError(f"preset {_short(base)} is laid over itself; give it another one.")
         seen.append(base)
-        settings = _lay_over(load_preset(str(base)), settings)
+        settings = _merge(load_preset(str(base)), settings)
     settings = merge_resources(settings)
     try:
         return PipelineConfig.model_validate(settings)
@@ -218,12 +218,12 @@ def _difference(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any
     return result
 
 
-def _lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(dict(below))
     for key, value in above.items():
         old = result.get(key)
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[key] = _lay_over(old, value) if both else value  # type: ignore[arg-type]
+        result[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
     return result
 
 

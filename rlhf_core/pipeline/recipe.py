@@ -23,7 +23,7 @@ from rlhf_core.jobs import (
     job_class,
 )
 
-PREPARING = ("pretrain", "sft", "reward")
+BEFORE_ALIGNMENT = ("pretrain", "sft", "reward")
 """Stages before the alignment: rounds do not repeat them."""
 
 LABELS = {"reward": "reward model", "simpo": "SimPO", "reinforce_pp": "REINFORCE++",
@@ -76,7 +76,7 @@ def _labelled(before: list[Step], number: int | None = None) -> bool:
 
 def split(config: PipelineConfig) -> tuple[list[str], list[str]]:
     """The stages that run once, and those of each round."""
-    first = next((i for i, s in enumerate(config.stages) if s not in PREPARING), None)
+    first = next((i for i, s in enumerate(config.stages) if s not in BEFORE_ALIGNMENT), None)
     if first is None:
         return list(config.stages), []
     return list(config.stages[:first]), list(config.stages[first:])
@@ -85,10 +85,10 @@ def split(config: PipelineConfig) -> tuple[list[str], list[str]]:
 def policy_label(config: PipelineConfig) -> str:
     """What people call the run's finished model: by the last stage that made one."""
     made = model_stages(config)
-    return label_of(made[-1]) if made else "base"
+    return display_name(made[-1]) if made else "base"
 
 
-def label_of(stage: str) -> str:
+def display_name(stage: str) -> str:
     """What people call a stage's model, "ppo-2" too."""
     algorithm, _, number = stage.partition("-")
     label = LABELS.get(algorithm, algorithm.upper())
@@ -100,23 +100,23 @@ def model_stages(config: PipelineConfig) -> list[str]:
     return [stage for stage in config.stages if job_class(stage).kind == "model"]
 
 
-def makes_a_model(config: PipelineConfig) -> bool:
+def produces_model(config: PipelineConfig) -> bool:
     """Whether there is a new language model to evaluate and publish in the end."""
     return bool(model_stages(config))
 
 
 def stage_names(config: PipelineConfig) -> list[str]:
     """Everything that `until` may name, in order."""
-    last = [*measurements(config), "publish"] if makes_a_model(config) else []
+    last = [*evaluation_stages(config), "publish"] if produces_model(config) else []
     return ["model", "data", *(step.name for step in steps(config)), *last]
 
 
-def measurements(config: PipelineConfig) -> list[str]:
+def evaluation_stages(config: PipelineConfig) -> list[str]:
     """The stages between the newest model and its publishing, in order."""
     return ["evaluate"] if config.lm_eval is None else ["evaluate", "lm_eval"]
 
 
-def check_last(config: PipelineConfig, until: str) -> list[str]:
+def check_until(config: PipelineConfig, until: str) -> list[str]:
     """Whether a run has the stage that is to be its last."""
     names = stage_names(config)
     known = {*names, *(step.algorithm for step in steps(config))}
@@ -172,7 +172,7 @@ def data_sets(config: PipelineConfig) -> Iterator[tuple[Purpose, str, DataSettin
         yield "pretrain", "data.pretrain", data.pretrain
     if "sft" in needed or ("ptx" in needed and data.ptx is None):
         yield "sft", "data.sft", data.sft
-    if "prompts" in needed or makes_a_model(config):
+    if "prompts" in needed or produces_model(config):
         yield "prompts", "data.prompts", data.prompts
     if "preference" in needed and isinstance(data.preference, DataSettings):
         yield "preference", "data.preference", data.preference
@@ -193,7 +193,7 @@ def problems(config: PipelineConfig) -> list[str]:
     found += [
         f"stages has {late} after {repeated[0]}; put it before: it prepares what comes after it"
         for late in repeated
-        if late in PREPARING
+        if late in BEFORE_ALIGNMENT
     ]
     if config.rounds > 1 and not repeated:
         found.append(
@@ -214,7 +214,7 @@ def problems(config: PipelineConfig) -> list[str]:
             "stages has pretrain, but data.pretrain is empty; give it a source of plain text, such "
             "as {source: texts/*.txt, format: text}"
         )
-    if config.lm_eval is not None and config.stages and not makes_a_model(config):
+    if config.lm_eval is not None and config.stages and not produces_model(config):
         found.append(
             f"lm_eval is set, but stages {list(config.stages)} make no language model that it "
             "could measure; clear lm_eval"

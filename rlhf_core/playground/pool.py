@@ -18,7 +18,7 @@ from typing import Any
 
 from rlhf_core.errors import OutOfMemory
 from rlhf_core.model_files.folder_check import read_tensors
-from rlhf_core.system.host_memory import amount
+from rlhf_core.system.host_memory import format_bytes
 from rlhf_core.system.machine import this_machine
 
 log = logging.getLogger("rlhf_core.playground")
@@ -85,8 +85,9 @@ class ModelPool:
         """The slot of a model, with this thread as a user; a new slot has no model yet."""
         if size > self.limit:
             raise OutOfMemory(
-                f"The model needs {amount(size)}, but the page may use {amount(self.limit)} in "
-                "all: restart it with a larger --memory-gb, or choose a smaller model."
+                f"The model needs {format_bytes(size)}, but the page may use "
+                f"{format_bytes(self.limit)} in all: restart it with a larger --memory-gb, or "
+                "choose a smaller model."
             )
         with self._changed:
             while True:
@@ -111,7 +112,7 @@ class ModelPool:
             if self._total() + size <= self.limit:
                 break
             if slot.users == 0:
-                log.info("unloaded model %s (%s)", digest[:12], amount(slot.size))
+                log.info("unloaded model %s (%s)", digest[:12], format_bytes(slot.size))
                 del self._slots[digest]
                 slot.model = None
                 _free_memory()

@@ -1,14 +1,14 @@
-"""What a running stage knows besides its job: store, rank, folder, metrics, and how to publish.
+"""What a running stage has besides its job: store, rank, job folder, metrics and publishing.
 
 The contract between launcher and stage is a *job folder*:
 
     job.json         the job, written by the launcher
     metrics.jsonl    one line per step: step, total, time (s) and the stage's metrics (rank 0)
-    samples.jsonl    one line per step: step and some samples (prompt, reply, score), to look at
+    samples.jsonl    one line per step: step and some samples (prompt, reply, score)
     result.json      {"artifact", "kind", "key"}: written when the artifact is in the store
-    error-<rank>.json  {"category", "message", "time"}: why this rank gave up
+    error-<rank>.json  {"category", "message", "time"}: why this rank failed
 
-The store's URL comes in the environment (RLHF_STORE), its credentials in the usual AWS variables.
+RLHF_STORE has the store's URL; the usual AWS variables have its credentials.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import Job
 from rlhf_core.runtime.stopping import stop
-from rlhf_core.runtime.uploads import patiently
+from rlhf_core.runtime.uploads import retry_while_unavailable
 from rlhf_core.store import Artifact, Store
 
 
@@ -36,14 +36,13 @@ class StageContext:
     """Handed to every `run(job, context)`.
 
     Attributes:
-        store: where inputs come from and the result goes.
+        store: holds the inputs and gets the result.
         key: the job's stage key.
-        folder: the job folder; scratch space that is gone after the run.
+        folder: the job folder; scratch space that is deleted after the run.
         rank, world_size, local_rank: of this process.
-        patience: seconds for which a result waits for a store that is away.
-        lowered: see Checkpointer.lowered; told in the result's metadata.
-        closing: what the stage has started and must end, before its result is published or, when
-            it fails, after it.
+        store_timeout: seconds for which publishing retries while the store is unavailable.
+        lowered: see Checkpointer.lowered; part of the result's metadata.
+        closing: what the stage has to close: before its result is published, or after it fails.
     """
 
     store: Store
@@ -52,7 +51,7 @@ class StageContext:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    patience: float = 900.0
+    store_timeout: float = 900.0
     lowered: list[dict[str, Any]] = field(default_factory=list)
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
     _writer: Any = field(default=None, repr=False)
@@ -60,7 +59,7 @@ class StageContext:
 
     @classmethod
     def from_environment(cls, store: Store, job: Job, folder: Path) -> StageContext:
-        """Ranks as torchrun's environment gives them; one rank without it."""
+        """The rank that torchrun's variables name; a single rank without them."""
         return cls(
             store=store,
             key=job.key(),
@@ -68,7 +67,7 @@ class StageContext:
             rank=int(os.environ.get("RANK", "0")),
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            patience=job.placement().store_timeout,
+            store_timeout=job.placement().store_timeout,
         )
 
     @property
@@ -88,7 +87,7 @@ class StageContext:
         return path
 
     def log(self, message: str) -> None:
-        """One line for the person who watches; only rank 0 speaks."""
+        """Print one line; rank 0 only, a no-op elsewhere."""
         if self.main:
             print(message, flush=True)
 
@@ -113,11 +112,11 @@ class StageContext:
             print(f"step {step}/{total}  {shown}", flush=True)
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Append what a person would look at: prompt, reply and score of some samples; rank 0 only.
+        """Append prompt, reply and score of some samples to samples.jsonl; rank 0 only.
 
         Args:
             step: finished steps, from 1.
-            samples: of one form: {"prompt": str, "reply": str, "score": float}.
+            samples: each {"prompt": str, "reply": str, "score": float}.
         """
         if self.main:
             line = {"step": step, "samples": list(samples)}
@@ -137,7 +136,7 @@ class StageContext:
         writer.add_event(event(step=step, wall_time=time.time(), summary=summary(value=values)))
 
     def _wandb(self, project: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Weights & Biases, only where RLHF_WANDB_PROJECT asks for it.
+        """Log to Weights & Biases, if RLHF_WANDB_PROJECT is set.
 
         Without an API key it logs offline, so that it never prompts.
 
@@ -176,13 +175,14 @@ class StageContext:
     ) -> Artifact:
         """Publish the stage's result and bind it to the stage key. Call on rank 0 only.
 
-        Without ``bind`` it is an artifact that nobody takes for the stage's result.
+        The job and metrics.jsonl are stored with the artifact, so that the stage can be repeated
+        and its curves drawn later.
 
-        The job itself and metrics.jsonl travel with the artifact, so that it can be repeated and
-        its curves drawn later.
+        Args:
+            bind: False publishes an artifact that is not the stage's result.
 
         Raises:
-            StoreError: the store could not take it, and was waited for; nothing half is visible.
+            StoreError: publishing failed, after retries; no partial artifact is visible.
         """
         stop.phase = "leaving"
         if self._writer is not None:
@@ -204,4 +204,4 @@ class StageContext:
             )
             return self.store.commit_stage(self.key, artifact) if bind else artifact
 
-        return patiently(send, "the result", self.patience)
+        return retry_while_unavailable(send, "the result", self.store_timeout)

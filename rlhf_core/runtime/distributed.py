@@ -1,7 +1,7 @@
-"""The ranks of a stage: device, process group and the few collectives that stages use.
+"""The ranks of a stage: device, process group, and the collectives that stages use.
 
-Kept apart from `strategy` because labelling and evaluation need ranks but neither ColossalAI nor
-an optimizer, and importing ColossalAI costs seconds in every process.
+Separate from `strategy`, because labelling and evaluation need ranks but neither ColossalAI nor an
+optimizer, and importing ColossalAI takes seconds in each process.
 """
 
 from __future__ import annotations

@@ -1,22 +1,23 @@
-"""A process that imports what stages need once, and forks each stage from itself.
+"""The fork server: a process that imports what stages need once, and forks each stage from itself.
 
     python -m rlhf_core.runtime.fork_server SOCKET
 
-SOCKET is the descriptor of a Unix socket (see `tasks.launchers.fork_client` for the other end).
-Each message brings descriptors: a file with a request, where the stage's output goes, and a
-pipe for its state; or the first alone, and then what stages need is imported and none is forked.
-The request is JSON:
+SOCKET is the descriptor of a Unix socket; `tasks.launchers.fork_client` has the other end. Each
+message passes descriptors: a file with the request, the stage's output, and a pipe for its state.
+A message with the request alone preloads what the stage needs and forks nothing. The request is
+JSON:
 
-    ranks        number of ranks under torchrun's agent; 0: one plain process
-    module       as `rlhf_core.runtime.torchrun` takes it
+    ranks        number of ranks under torchrun's agent; 0: one process without torchrun
+    module       as for `rlhf_core.runtime.torchrun`
     files        job files
-    environment  of the stage, whole
+    environment  all environment variables of the stage
 
-The pipe gets the stage's process id in a line, and when it has ended its exit code, or the negated
-number of the signal that ended it. The process ends when the socket is closed at the other end,
-and then the kernel sends SIGTERM to the stages that are left; or after `IDLE_SECONDS` in which
-nothing was asked for. Linux only, and not for stages on GPUs: what has touched CUDA cannot be
-forked.
+The pipe gets a line with the stage's process id. When the stage has ended, it gets a line with the
+exit code, or with the negated number of the signal that ended it.
+
+The server exits when the socket is closed, and the kernel then sends SIGTERM to its stages. It also
+exits after `IDLE_SECONDS` without a request. Linux only, and not for stages on GPUs: a process that
+has used CUDA cannot be forked.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ from rlhf_core.system.cpus import set_threads
 from rlhf_core.system.processes import die_with_parent, name_process
 
 IDLE_SECONDS = 600.0
-# A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group: the stages answer
-# them, and this process ends with the one that started it.
+# A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group. The stages handle
+# them; the server exits with the process that started it.
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-class Template:
-    """What the process does.
+class ForkServer:
+    """Forks stages on request.
 
     Attributes:
-        stages: descriptor of a stage's process -> its id and the pipe for its state.
+        stages: pidfd of a stage -> its process id and the pipe for its state.
     """
 
     def __init__(self, control: socket.socket) -> None:
@@ -55,64 +56,64 @@ class Template:
         self._selector.register(control, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        """Fork stages until the other end is closed, or nobody asks any more."""
+        """Fork stages until the socket is closed or there was no request for a while."""
         while events := self._selector.select(None if self.stages else IDLE_SECONDS):
             for key, _ in events:
                 if key.fd != self.control.fileno():
-                    self._ended(key.fd)
-                elif not self._asked():
+                    self._report_exit(key.fd)
+                elif not self._handle_request():
                     return
 
-    def _asked(self) -> bool:
-        """Take a message; False when there will be none any more."""
+    def _handle_request(self) -> bool:
+        """Handle one message; False when the socket is closed."""
         _, descriptors, *_ = socket.recv_fds(self.control, 1, 3)
         if not descriptors:
             return False
-        asked, *answers = descriptors
-        with open(asked, encoding="utf-8") as file:
+        request_file, *replies = descriptors
+        with open(request_file, encoding="utf-8") as file:
             request = json.load(file)
         preload(request)
-        if not answers:
+        if not replies:
             return True
-        output, state = answers
-        # a signal that comes before the stage listens to it waits
+        output, state = replies
+        # a signal that comes before the stage has its handlers is delivered afterwards
         signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         if (pid := os.fork()) == 0:
-            self._forget()
+            self._close_inherited()
             os.close(state)
-            be_stage(request, output)
+            run_stage(request, output)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
         os.close(output)
-        watched = os.pidfd_open(pid)
-        self.stages[watched] = (pid, state)
-        self._selector.register(watched, selectors.EVENT_READ)
+        pidfd = os.pidfd_open(pid)
+        self.stages[pidfd] = (pid, state)
+        self._selector.register(pidfd, selectors.EVENT_READ)
         try:
             os.write(state, b"%d\n" % pid)
-        except OSError:  # whoever asked has been stopped meanwhile
+        except OSError:  # the client has been stopped meanwhile
             os.kill(pid, signal.SIGTERM)
         return True
 
-    def _ended(self, watched: int) -> None:
-        self._selector.unregister(watched)
-        pid, state = self.stages.pop(watched)
+    def _report_exit(self, pidfd: int) -> None:
+        self._selector.unregister(pidfd)
+        pid, state = self.stages.pop(pidfd)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         with contextlib.suppress(OSError):
             os.write(state, b"%d\n" % code)
         os.close(state)
-        os.close(watched)
+        os.close(pidfd)
 
-    def _forget(self) -> None:
-        """In a stage: nothing here is its business."""
+    def _close_inherited(self) -> None:
+        """In a stage: close the server's descriptors."""
         self._selector.close()
         self.control.close()
-        for watched, (_, state) in self.stages.items():
-            os.close(watched)
+        for pidfd, (_, state) in self.stages.items():
+            os.close(pidfd)
             os.close(state)
 
 
 def preload(request: dict[str, Any]) -> None:
-    """Import what the stage needs, for it and for those that come after it. What is wrong with it,
-    the stage will say."""
+    """Import what the stage needs, for it and for later ones. Errors are left for the stage to
+    report."""
     with contextlib.suppress(Exception):
         entry = importlib.import_module(request["module"])
         if hasattr(entry, "preload"):
@@ -121,8 +122,8 @@ def preload(request: dict[str, Any]) -> None:
             importlib.import_module("rlhf_core.runtime.torchrun")
 
 
-def be_stage(request: dict[str, Any], output: int) -> None:
-    """What a forked process does; it does not return."""
+def run_stage(request: dict[str, Any], output: int) -> None:
+    """Run a stage in the forked process; does not return."""
     code = 1
     try:
         parent = os.getppid()
@@ -139,19 +140,19 @@ def be_stage(request: dict[str, Any], output: int) -> None:
         os.environ.clear()
         os.environ.update(request["environment"])
         code = run(request)
-    except SystemExit as left:
-        code = left.code if isinstance(left.code, int) else 1
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        # a normal exit would also do what the template wants done at its own
+        # a normal exit would also run the server's exit handlers
         os._exit(code)
 
 
 def run(request: dict[str, Any]) -> int:
-    """The stage; its exit code."""
+    """Run the stage; returns its exit code."""
     files = list(request["files"])
     if request["ranks"]:
         from rlhf_core.runtime.torchrun import launch
@@ -166,8 +167,8 @@ def main() -> None:
     """Entry point."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    name_process("rlhf template")
-    Template(socket.socket(fileno=int(sys.argv[1]))).serve()
+    name_process("rlhf forkserver")
+    ForkServer(socket.socket(fileno=int(sys.argv[1]))).serve()
     os._exit(0)
 
 

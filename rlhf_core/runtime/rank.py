@@ -1,7 +1,7 @@
-"""What one rank does with its job files: run each job, or say why it failed.
+"""One rank: it runs its job files, or writes why one failed.
 
-An exception becomes a category (`rlhf_core.errors`) in `error-<rank>.json`, from which the
-orchestrator decides whether to try again.
+An exception is written to `error-<rank>.json` with its category (`rlhf_core.errors`). From the
+category the orchestrator decides whether to retry.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.job_file import read_job
 from rlhf_core.runtime.stopping import stop, write_error
 from rlhf_core.store import Store, open_store
-from rlhf_core.system.host_memory import amount, peak_memory
+from rlhf_core.system.host_memory import format_bytes, peak_memory
 from rlhf_core.system.processes import die_with_parent, name_process
-from rlhf_core.system.secrets import hide
+from rlhf_core.system.secrets import redact
 
 
 def run_job(job: Job, store: Store, folder: Path) -> None:
-    """Run one job on this rank; reuse the artifact when the store already holds it."""
+    """Run one job on this rank, or reuse the artifact if the store has it."""
     context = StageContext.from_environment(store, job, folder)
     artifact = store.stage_result(context.key)
     if artifact is None:
@@ -49,61 +49,59 @@ def run_job(job: Job, store: Store, folder: Path) -> None:
         partial.replace(folder / "result.json")
 
 
-# CUDA's and NCCL's words; torch's allocator on the host; the C library's; C++'s; cuBLAS's.
-MEMORY = re.compile(
+# In messages of CUDA, NCCL, torch's host allocator, the C library, C++ and cuBLAS.
+OUT_OF_MEMORY = re.compile(
     r"out of memory|can.?t allocate memory|cannot allocate memory|bad_alloc|ALLOC_FAILED",
-    re.IGNORECASE,
+    re.I,
 )
-
-
-# gloo's and NCCL's words for a collective operation that another rank did not join in time.
-WAITED = re.compile(r"timed out waiting|collective operation timeout|wait timeout", re.IGNORECASE)
+# In messages of gloo and NCCL about a collective operation that a rank did not join in time.
+TIMED_OUT = re.compile(r"timed out waiting|collective operation timeout|wait timeout", re.I)
 
 
 def classify(error: BaseException) -> str:
     """Category of an error (see rlhf_core.errors)."""
     if isinstance(error, RLHFError):
         return error.category
-    if any(is_memory(e) for e in reasons(error)):
+    if any(is_out_of_memory(e) for e in causes(error)):
         return "oom"
-    return "hang" if WAITED.search(str(error)) else "internal"
+    return "hang" if TIMED_OUT.search(str(error)) else "internal"
 
 
-def reasons(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and what it was raised from: a library may hide a lack of memory in its own."""
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and its chain of causes: a library may wrap an out-of-memory error in its own."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def is_memory(error: BaseException) -> bool:
-    """Whether an allocator found nothing more to give."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    return MEMORY.search(str(error)) is not None
+    return OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def describe(error: BaseException, category: str, rank: str, job: Job | None) -> str:
-    """What the error file says."""
+    """The message of the error file."""
     text = str(error) or type(error).__name__
     if isinstance(error, RLHFError):
         return text
     if category == "oom":
-        peak = ", ".join(f"{amount(size)} {where}" for where, size in peak_memory().items())
+        peak = ", ".join(f"{format_bytes(size)} {where}" for where, size in peak_memory().items())
         first = text.splitlines()[0]
         return f"rank {rank} ran out of memory: {first}\nPeak of rank {rank}: {peak}."
     if category == "hang" and job is not None:
         seconds = job.placement().collective_timeout
         return (
-            f"rank {rank} waited {seconds} s (resources.collective_timeout) for another rank that "
-            "did not come; the log has the Python stack of every rank. If ranks of this job may "
-            f"differ by so much, raise it.\n{text.splitlines()[0]}"
+            f"rank {rank} waited {seconds} s (resources.collective_timeout) for another rank in a "
+            "collective operation; the log has the Python stack of every rank. If ranks of this "
+            f"job can legitimately be this far apart, raise the timeout.\n{text.splitlines()[0]}"
         )
     return f"{type(error).__name__}: {text}"
 
 
-def quieten() -> None:
-    """Keep the notices of libraries out of the log: none of them can be acted on by a user."""
+def silence_libraries() -> None:
+    """Keep warnings of libraries out of the log: users cannot act on any of them."""
     for module in ("colossalai", "torch", "transformers", "bitsandbytes", "peft"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?$")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -111,38 +109,39 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def first_to_go() -> None:
-    """If memory runs out, the kernel is to end a rank, not the orchestrator or a server."""
+def prefer_as_oom_victim() -> None:
+    """If memory runs out, let the kernel kill a rank rather than the orchestrator or a server."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
 
 
-# What every model class of transformers brings in when the first one is asked for.
-MODELS = ("transformers.modeling_utils", "transformers.models.auto.modeling_auto")
+# What transformers imports with the first model class.
+MODEL_MODULES = ("transformers.modeling_utils", "transformers.models.auto.modeling_auto")
 
 
 def preload(files: list[str]) -> None:
-    """Import what jobs will import, before ranks are forked. What is wrong, the ranks will say.
+    """Import what jobs need, before ranks are forked. Errors are left for the ranks to report.
 
-    Without files: what all jobs that train need.
+    Args:
+        files: job files; empty: import what every training job needs.
     """
     if not files:
-        for module in ("rlhf_core.runtime.torchrun", *MODELS):
+        for module in ("rlhf_core.runtime.torchrun", *MODEL_MODULES):
             importlib.import_module(module)
     for file in files:
         with contextlib.suppress(Exception):
             job = read_job(Path(file))
-            for module in (job.module, *(MODELS if job.torchrun else ())):
+            for module in (job.module, *(MODEL_MODULES if job.torchrun else ())):
                 importlib.import_module(module)
 
 
 def main(arguments: list[str]) -> int:
-    """What a rank does with its job files; returns the exit code."""
-    die_with_parent()  # torchrun, or whoever started this rank
-    first_to_go()
-    faulthandler.enable()  # NCCL's watchdog, say, ends a process by SIGABRT
+    """Run the job files on this rank; returns the exit code."""
+    die_with_parent()  # torchrun, or the process that started the only rank
+    prefer_as_oom_victim()
+    faulthandler.enable()  # NCCL's watchdog, for one, ends a process by SIGABRT
     stop.install()
-    quieten()
+    silence_libraries()
     rank = os.environ.get("RANK", "0")
     name_process(f"rlhf rank {rank}" if "RANK" in os.environ else "rlhf stage")
     for argument in arguments:
@@ -155,10 +154,11 @@ def main(arguments: list[str]) -> int:
         except Exception as error:
             category = classify(error)
             if category in ("internal", "hang", "oom"):
-                print(hide(f"rank {rank}:\n{traceback.format_exc()}"), file=sys.stderr, flush=True)
-            message = hide(describe(error, category, rank, job))
+                text = redact(f"rank {rank}:\n{traceback.format_exc()}")
+                print(text, file=sys.stderr, flush=True)
+            message = redact(describe(error, category, rank, job))
             print(f"ERROR ({category}): {message}", file=sys.stderr, flush=True)
             write_error(path.parent, rank, category, message)
-            stop.settle(message if category == "internal" else "")
+            stop.wait_before_failing(message if category == "internal" else "")
             return 1
     return 0

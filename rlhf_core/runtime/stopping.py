@@ -1,10 +1,10 @@
-"""SIGTERM and SIGINT in a rank: write a checkpoint and leave, within seconds.
+"""SIGTERM and SIGINT in a rank: write a checkpoint and exit, within seconds.
 
-torchrun passes both on to its ranks, and also sends SIGTERM to the ranks that are left when one has
-died. A training loop asks at its steps' ends whether it is to stop (see Checkpointer). Whatever
-does not ask, or cannot because it waits for a rank that is gone, is ended by a thread: signals
-reach it through a pipe, also while the main thread is inside a collective operation, where Python's
-own handlers do not run.
+torchrun forwards both signals to its ranks. When a rank has died, it sends SIGTERM to the others.
+A training loop checks after each step whether it should stop (see Checkpointer). A thread ends
+everything else: code that does not check, and a rank that waits for one that has died. The thread
+gets signals through a pipe, because Python's own handlers do not run while the main thread is
+inside a collective operation.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Literal
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
-LOOK_SECONDS = 0.1
-NOTICE_SECONDS = 5.0  # that torchrun has to notice the rank whose end is another one's failure
-# What the other ranks say when one of them has gone.
-RANK_GONE = re.compile(
+POLL_SECONDS = 0.1
+NOTICE_SECONDS = 5.0  # for torchrun to notice the rank that died first
+# In the errors of the other ranks when one has died.
+PEER_LOST = re.compile(
     r"connection (reset|closed|refused)|broken pipe|gloo|nccl|c10d|tcpstore|store\b.*\btimeout"
     r"|socket|timed out|process ?group|distbackenderror|collective",
     re.IGNORECASE,
@@ -34,26 +34,26 @@ _FORKED = ("rlhf_core/runtime/torchrun.py", "rlhf_core/runtime/fork_server.py")
 
 
 class Stop:
-    """What a rank knows about being told to stop.
+    """Whether, and how, this rank has to stop.
 
     Attributes:
-        asked: the job was told to stop.
-        phase: "idle" leaves at once; "training" at the end of a step, or when another rank is gone;
-            "leaving" needs no other rank any more, and is waited for.
-        seconds: time between the signal and the end, whatever happens.
+        requested: a signal told the job to stop.
+        phase: "idle" exits at once; "training" exits after the step, or when another rank has
+            died; "leaving" needs no other rank and is allowed to finish.
+        seconds: longest time between the signal and the exit.
         folder: job folder, for the error file.
-        uploading: whether a checkpoint is on its way to the store.
+        uploading: whether a checkpoint is being uploaded.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self.phase: Literal["idle", "training", "leaving"] = "idle"
         self.seconds = 15.0
         self.folder: Path | None = None
         self.uploading: Callable[[], bool] = lambda: False
 
     def install(self) -> None:
-        """Take over both signals. Call once, in the main thread."""
+        """Handle both signals. Call once, in the main thread."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -65,51 +65,53 @@ class Stop:
     def _wait(self, reading: int) -> None:
         while (number := os.read(reading, 1)[0]) not in NAMES:
             pass
-        self.asked = True
+        self.requested = True
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
-            useless = self.phase == "idle" or (self.phase == "training" and _a_rank_is_gone())
+            useless = self.phase == "idle" or (self.phase == "training" and _rank_died())
             if useless and not self.uploading():
                 break
-            time.sleep(LOOK_SECONDS)
-        self._leave(NAMES[signal.Signals(number)])
+            time.sleep(POLL_SECONDS)
+        self._exit(NAMES[signal.Signals(number)])
 
-    def settle(self, message: str) -> None:
-        """Before this process ends for a failure: let a checkpoint that is on its way arrive, and,
-        where the message says that another rank is gone, let torchrun notice that one first. It
-        names the rank whose end it sees, and ends the others.
+    def wait_before_failing(self, message: str) -> None:
+        """Wait before this process exits with a failure.
+
+        A checkpoint that is being uploaded is finished. If the message says that another rank has
+        died, torchrun is given time to notice that rank first: it reports the exit that it sees
+        first, and ends the other ranks.
         """
         self.phase = "idle"
         end = time.monotonic() + self.seconds
         while self.uploading() and time.monotonic() < end:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         end = time.monotonic() + NOTICE_SECONDS
-        while RANK_GONE.search(message) and time.monotonic() < end:
-            time.sleep(LOOK_SECONDS)
+        while PEER_LOST.search(message) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
 
-    def _leave(self, name: str) -> None:
-        """End this process from the thread."""
+    def _exit(self, name: str) -> None:
+        """End this process; runs in the thread."""
         rank = os.environ.get("RANK", "0")
         reason = f"stopped by {name}"
         if self.phase == "training":
             print(stacks(rank), file=sys.stderr, flush=True)
         if self.phase == "leaving":
-            reason += f" before the store had taken everything, which {self.seconds:g} s were given"
+            reason += f" before the upload had finished; it had {self.seconds:g} s (stop_seconds)"
         if self.phase != "idle":
-            reason += "; the last checkpoint in the store holds"
-        if self.phase != "training" or not _a_rank_is_gone():  # else that rank has the reason
+            reason += "; the last checkpoint in the store is intact"
+        if self.phase != "training" or not _rank_died():  # else that rank has the reason
             write_error(self.folder, rank, "preempted", reason)
         os._exit(1)
 
 
 def _ordinary_signals() -> None:
-    """A child that is forked from a rank can be ended as any other process."""
+    """Restore the default handlers in a child that is forked from a rank."""
     signal.set_wakeup_fd(-1)
     for number in NAMES:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _a_rank_is_gone() -> bool:
+def _rank_died() -> bool:
     """Whether torchrun has fewer ranks on this machine than it started."""
     import psutil
 
@@ -131,14 +133,14 @@ def stacks(rank: str) -> str:
         if ident != threading.get_ident():
             parts.append(f"rank {rank}, thread {names.get(ident, ident)}:")
             frames = traceback.extract_stack(frame)
-            # what stands above the rank's own code is the agent that it was forked from
+            # the outer frames are those of the agent that the rank was forked from
             own = [i for i, f in enumerate(frames) if f.filename.endswith(_FORKED)]
             parts.append("".join(traceback.format_list(frames[max(own, default=0) :])).rstrip())
     return "\n".join(parts)
 
 
 def write_error(folder: Path | None, rank: str, category: str, message: str) -> None:
-    """error-<rank>.json of a job folder, unless this rank has given a reason already."""
+    """Write error-<rank>.json to a job folder, unless this rank has written one."""
     if folder is None or not folder.is_dir() or (folder / f"error-{rank}.json").exists():
         return
     value = {"category": category, "message": message, "time": time.time()}

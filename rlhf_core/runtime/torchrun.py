@@ -1,14 +1,14 @@
-"""torchrun for ranks on this machine's CPUs: its agent imports what the jobs need, then forks them.
+"""torchrun for ranks on this machine's CPUs: its agent imports what the jobs need and forks ranks.
 
     python -m rlhf_core.runtime.torchrun RANKS MODULE FOLDER/job.json [FOLDER/job.json ...]
 
-MODULE has `main(files) -> exit code`, which is what a rank does, and may have `preload(files)`,
-which imports what the ranks will need.
+MODULE has `main(files) -> exit code`, which runs a rank, and may have `preload(files)`, which
+imports what the ranks need.
 
-torchrun's own command imports torch and then starts every rank as a new interpreter, which imports
-torch anew, and transformers, and the stage: more than half of a small stage's time to its first
-step. The agent, the rendezvous and the report of failures are torchrun's own; only the start of
-the ranks differs. Not for GPUs: a process that has touched CUDA cannot be forked.
+torchrun's own command starts each rank as a new interpreter, which imports torch, transformers and
+the stage again. That takes more than half of the time to the first step of a small stage. Agent,
+rendezvous and failure reports are torchrun's own; only the start of the ranks differs. Not for
+GPUs: a process that has used CUDA cannot be forked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rlhf_core.system.processes import name_process
 
 
 def rank(module: str, files: list[str]) -> None:
-    """What a forked rank does."""
+    """Run a forked rank."""
     name_process(f"rlhf rank {os.environ['RANK']}")
     for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # not the agent's handlers
         signal.signal(name, signal.SIG_DFL)
@@ -40,14 +40,14 @@ def rank(module: str, files: list[str]) -> None:
     sys.stderr.flush()
     if code:
         os._exit(code)
-    # The agent waits for all ranks, then each ends at once: the collective threads of a process
-    # group can block an interpreter's ordinary exit.
+    # The agent waits for all ranks, then each exits at once: the threads of a process group can
+    # block the interpreter's normal exit.
     util.Finalize(None, os._exit, (0,), exitpriority=sys.maxsize)
 
 
 @record
 def launch(ranks: int, module: str, files: list[str]) -> None:
-    """Be the agent of so many ranks.
+    """Run the agent of this many ranks.
 
     Raises:
         ChildFailedError: a rank failed; the message is torchrun's report.
@@ -58,7 +58,7 @@ def launch(ranks: int, module: str, files: list[str]) -> None:
         max_nodes=1,
         nproc_per_node=ranks,
         run_id=uuid.uuid4().hex,
-        # the rendezvous is on the loopback address, at a port of its own choice
+        # the rendezvous chooses a free port of the loopback address
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",

@@ -1,4 +1,4 @@
-"""Checkpoints go to the store in the background, and a store that is away is waited for."""
+"""Uploads checkpoints in the background, and retries while the store is unavailable."""
 
 from __future__ import annotations
 
@@ -11,49 +11,53 @@ from typing import TypeVar
 
 from rlhf_core.errors import StoreError, StoreUnavailable
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries, doubled each time
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two attempts, doubled each time
 
 Result = TypeVar("Result")
 
 
-def pause_after(failures: int) -> float:
-    """Seconds to wait after so many failures in a row."""
+def backoff_seconds(failures: int) -> float:
+    """Seconds to wait after this many failures in a row."""
     return min(FIRST_PAUSE * 2.0 ** (failures - 1), LONGEST_PAUSE)
 
 
-def patiently(call: Callable[[], Result], what: str, patience: float) -> Result:
-    """The result of a call to the store, repeated while the store is away.
+def retry_while_unavailable(call: Callable[[], Result], what: str, timeout: float) -> Result:
+    """The result of a call to the store, which is repeated while the store is unavailable.
+
+    Args:
+        what: is sent, for the warnings.
+        timeout: seconds after which no further attempt is made.
 
     Raises:
-        StoreUnavailable: it was away for more than `patience` seconds.
+        StoreUnavailable: the store was unavailable for longer than `timeout`.
     """
     began, failures = time.monotonic(), 0
     while True:
         try:
             return call()
         except StoreUnavailable as error:
-            left = began + patience - time.monotonic()
+            left = began + timeout - time.monotonic()
             if left <= 0:
                 raise
             failures += 1
-            pause = min(pause_after(failures), left)
+            pause = min(backoff_seconds(failures), left)
             print(
-                f"WARNING: {what} waits for the store, {left:.0f} s more at most: {error}",
+                f"WARNING: {what} waits for the store, at most {left:.0f} s more: {error}",
                 flush=True,
             )
             time.sleep(pause)
 
 
 class Uploader:
-    """Publishes the newest of the folders that it is given, again and again until it succeeds.
+    """Publishes the newest folder that it was given, and retries until it succeeds.
 
-    A folder that was not sent yet when a newer one comes is dropped, so that at most two lie on
-    this machine's disk: one under way, one that waits.
+    A newer folder replaces one that still waits, so that at most two are on this machine's disk:
+    the one being uploaded, and the one that waits.
     """
 
     def __init__(self, publish: Callable[[Path, int], None]) -> None:
         """Args:
-        publish: sends a folder, the state after so many steps; may raise anything.
+        publish: uploads a folder, which is the state after a step; may raise anything.
         """
         self._publish = publish
         self._changed = threading.Condition()
@@ -62,7 +66,7 @@ class Uploader:
         self._thread: threading.Thread | None = None
 
     def put(self, folder: Path, step: int) -> None:
-        """Hand over a folder, which is removed when it is in the store. Returns at once."""
+        """Queue a folder, which is removed when it is in the store. Returns at once."""
         with self._changed:
             self._replace((folder, step))
             self._changed.notify_all()
@@ -71,15 +75,19 @@ class Uploader:
             self._thread.start()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until everything is in the store, or for so long; whether it is."""
+        """Wait until everything is in the store; returns whether it is.
+
+        Args:
+            seconds: longest wait; None: no limit.
+        """
         with self._changed:
-            if seconds != 0:  # somebody waits: pauses between tries become short
+            if seconds != 0:  # a caller waits: the pauses between attempts become short
                 self._hurried = True
                 self._changed.notify_all()
             return self._changed.wait_for(lambda: not (self._waiting or self._busy), seconds)
 
     def close(self) -> None:
-        """Drop what waits, and wait for what is under way."""
+        """Drop the folder that waits, and wait for the running upload."""
         with self._changed:
             self._closed = True
             self._replace(None)
@@ -112,24 +120,24 @@ class Uploader:
                 self._busy = False
                 self._changed.notify_all()
                 if not done:  # a newer one is tried at the same pace
-                    pause = pause_after(failures)
+                    pause = backoff_seconds(failures)
                     self._changed.wait_for(lambda: self._closed or self._hurried, pause)
                     if self._hurried:
                         self._changed.wait_for(lambda: self._closed, FIRST_PAUSE)
 
     def _try(self, folder: Path, step: int, failures: int, since: float) -> bool:
-        """Whether the folder needs no further try."""
+        """Whether the folder needs no further attempt."""
         try:
             self._publish(folder, step)
         except StoreError as error:
             if failures == 0:
                 print(
-                    f"WARNING: checkpoint {step} is not stored yet: {error}. Training goes on; "
-                    "the newest checkpoint is tried again until the store takes it.",
+                    f"WARNING: checkpoint {step} is not stored yet: {error}. Training continues; "
+                    "the upload of the newest checkpoint is retried.",
                     flush=True,
                 )
             return False
-        except Exception as error:  # only a bug; training goes on, the next one may do
+        except Exception as error:  # a bug; training continues, the next checkpoint may succeed
             print(f"WARNING: checkpoint {step} was not stored: {error!r}", flush=True)
             return True
         if failures:

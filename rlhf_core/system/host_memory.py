@@ -1,6 +1,6 @@
-"""Memory of processes, as the kernel counts it: peaks, and what its out-of-memory killer did.
+"""Memory of processes, as the kernel counts it: peaks, and kills by its out-of-memory killer.
 
-No torch in here; a rank that has torch reports the GPU's peak as well.
+Does not import torch. In a rank that has imported it, the GPU's peak is reported as well.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from rlhf_core.system.cgroups import CGROUP, PROC, group_folders
 
 
-def amount(size: int) -> str:
-    """Bytes for people."""
+def format_bytes(size: int) -> str:
+    """A number of bytes as text."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes that this process had at its peak: "in main memory", and per GPU if torch uses one."""
+    """Peak memory of this process in bytes: "in main memory", and on its GPU if torch uses one."""
     peaks = {"in main memory": resident_peak(os.getpid())}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -29,7 +29,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def resident_peak(pid: int, proc: Path = PROC) -> int:
-    """Bytes of main memory that a process had at its peak; 0 when it cannot be read."""
+    """Peak resident memory of a process in bytes; 0 when it cannot be read."""
     try:
         status = (proc / str(pid) / "status").read_text()
     except OSError:
@@ -39,10 +39,10 @@ def resident_peak(pid: int, proc: Path = PROC) -> int:
 
 
 def oom_kills(proc: Path = PROC, cgroup: Path = CGROUP) -> dict[str, int]:
-    """Counter -> processes that the kernel has ended for lack of memory so far.
+    """File of a counter -> processes that the kernel has killed for lack of memory so far.
 
-    The control group of this process, which its children share, counts its own members only, and
-    all causes. Where it has no counter (a host's root group) the whole machine's is taken.
+    The counter of this process's control group covers its members only, its children included.
+    Where there is none (a host's root group), the counter of the whole machine is read.
     """
     for folder in group_folders("memory", proc, cgroup):
         for name in ("memory.events", "memory.oom_control"):  # versions 2 and 1

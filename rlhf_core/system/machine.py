@@ -1,4 +1,4 @@
-"""What the machine has: GPUs, cores, memory, disk. No torch in here."""
+"""What the machine has: GPUs, cores, memory, disk. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rlhf_core.system.cpus import cpu_cores
 
 @dataclass(frozen=True)
 class Machine:
-    """What a stage can be given.
+    """The resources that this process may use.
 
     Attributes:
-        gpus: number of GPUs that this process may use.
-        gpu_memory: bytes of the smallest of them, 0 without GPUs.
-        cores: CPU cores that this process may use.
-        ram: bytes of main memory that this process may use.
-        gpu_name: as the driver says it.
-        gpu_free: bytes free on the fullest of them.
+        gpus: number of GPUs.
+        gpu_memory: memory of the smallest GPU in bytes; 0 without GPUs.
+        cores: CPU cores.
+        ram: main memory in bytes.
+        gpu_name: the driver's name of the first GPU.
+        gpu_free: free memory in bytes of the GPU that has least.
     """
 
     gpus: int = 0
@@ -34,7 +34,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """This machine, asked in milliseconds: nvidia-smi for the GPUs, the kernel for the rest."""
+    """This machine: GPUs from nvidia-smi, the rest from the kernel. Takes milliseconds."""
     import psutil
 
     gpus = _gpus()
@@ -49,7 +49,7 @@ def this_machine() -> Machine:
 
 
 def _gpus() -> list[tuple[str, int, int]]:
-    """Name, bytes in all and bytes free of each GPU that CUDA_VISIBLE_DEVICES leaves visible."""
+    """Name, memory and free memory (bytes) of each GPU that CUDA_VISIBLE_DEVICES makes visible."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -67,7 +67,7 @@ def _gpus() -> list[tuple[str, int, int]]:
 
 
 def parse_gpus(table: str, visible: str | None) -> list[tuple[str, int, int]]:
-    """Rows of nvidia-smi's CSV (index, uuid, name, MiB total, MiB free), as far as visible.
+    """The visible GPUs in nvidia-smi's CSV (index, uuid, name, MiB total, MiB free).
 
     Args:
         visible: $CUDA_VISIBLE_DEVICES: indices or uuids; None shows all, "" none.
@@ -89,7 +89,7 @@ def parse_gpus(table: str, visible: str | None) -> list[tuple[str, int, int]]:
             else next((i for uuid, i in uuids.items() if name and uuid.startswith(name)), None)
         )
         if index is None:
-            break  # as CUDA does: an unknown one hides all that follow
+            break  # as in CUDA: an unknown GPU hides all after it
         chosen.append(found[index])
     return chosen
 
@@ -109,7 +109,7 @@ def memory_limits(proc: Path = PROC, cgroup: Path = CGROUP) -> list[int]:
 
 
 def free_disk(path: Path) -> int:
-    """Bytes free where a path is, or will be."""
+    """Free bytes of the disk that a path is on, or will be on."""
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent

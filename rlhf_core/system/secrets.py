@@ -1,7 +1,7 @@
-"""Keys that come in the environment must not go into logs, records and messages.
+"""Keeps secrets of the environment out of logs, records and messages.
 
-Nothing here is a setting: credentials are never part of a job or of a configuration. What a library
-or a person's own code prints is passed through `hide` before it is written down.
+Credentials are never part of a job or of a configuration. Output of libraries and of users' code
+passes through `redact` before it is written.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 
-HIDDEN = "***"
-SHORTEST = 8  # characters; a shorter value would blot out ordinary words
+REDACTED = "***"
+MIN_LENGTH = 8  # characters; redacting a shorter value would hit ordinary words
 _NAMES = re.compile(
     r"SECRET|TOKEN|PASSW|API_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH_STRING|DATABASE_CONNECTION_URL"
     r"|_KEY$",
@@ -25,13 +25,13 @@ def secrets() -> list[str]:
     found = {
         value
         for name, value in os.environ.items()
-        if len(value) >= SHORTEST and _NAMES.search(name) and not _HARMLESS.search(name)
+        if len(value) >= MIN_LENGTH and _NAMES.search(name) and not _HARMLESS.search(name)
     }
     return sorted(found, key=len, reverse=True)
 
 
-def hide(text: str) -> str:
-    """A text without the secrets of this process's environment and without passwords in URLs."""
+def redact(text: str) -> str:
+    """Replace the secrets of this process's environment, and passwords in URLs, by ***."""
     for secret in secrets():
-        text = text.replace(secret, HIDDEN)
-    return _IN_URL.sub(rf"\1{HIDDEN}@", text)
+        text = text.replace(secret, REDACTED)
+    return _IN_URL.sub(rf"\1{REDACTED}@", text)

@@ -73,7 +73,7 @@ class Checkpointer:
         Raises:
             Preempted: the job was told to stop, and the checkpoint is in the store.
         """
-        if not self.strategy.group.any(stop.asked):
+        if not self.strategy.group.any(stop.requested):
             return
         if step > self._saved:
             self.save(step, counters or {})

@@ -1,4 +1,4 @@
-"""Launchers: they start, watch, cancel and collect torchrun jobs, and know nothing of training."""
+"""Launchers: they start, watch and cancel torchrun jobs, and collect their results."""
 
 from tasks.launchers.base import Launch, Launcher, Outcome
 from tasks.launchers.local import LocalTorchrun

@@ -1,4 +1,4 @@
-"""What a launcher is asked, and what it answers."""
+"""The interface of launchers: `Launch` in, `Outcome` out."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ LineSink = Callable[[str], None]
 """Takes one line of the ranks' output; called from a thread of the launcher."""
 
 ProgressSink = Callable[[dict[str, Any]], None]
-"""Takes the newest line of metrics.jsonl (step, total, time and the stage's metrics), and now and
-then {"usage": Markdown table of what the ranks use}."""
+"""Takes the newest line of metrics.jsonl (step, total, time and the stage's metrics), and from time
+to time {"usage": Markdown table of the ranks' memory and CPU load}."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Launch:
     """One process group to start.
 
     Attributes:
-        name: for people, such as "sft".
-        jobs: job folder (made by the launcher) -> job; they run one after another.
+        name: of the stage, such as "sft"; for messages.
+        jobs: job folder (made by the launcher) -> job; the jobs run one after another.
         store: URL of the artifact store.
-        log: file that gets every line of output.
+        log: file that gets all output.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one job left in the store."""
+    """The result of one job: an artifact in the store."""
 
     artifact: str
     kind: str
@@ -44,14 +44,18 @@ class Outcome:
 
 
 class Launcher(Protocol):
-    """Starts a launch and waits for its end."""
+    """Starts a launch and waits for its results."""
 
     def prepare(self) -> None:
-        """Begin in the background what the first launch would otherwise wait for."""
+        """Start work in the background that the first launch would otherwise wait for."""
 
-    def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:
-        """Returns one outcome per job, in order; leaves no process behind, however it ends.
+    def run(self, launch: Launch, on_output: LineSink, on_progress: ProgressSink) -> list[Outcome]:
+        """Run the jobs; returns one outcome per job, in order. Leaves no process behind.
+
+        Args:
+            on_output: gets each line of the ranks' output.
+            on_progress: gets metrics and resource usage.
 
         Raises:
-            JobFailed: the ranks ended without an artifact; its category is the failing rank's own.
+            JobFailed: a job has no result; the category is that of the rank that failed.
         """

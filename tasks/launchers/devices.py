@@ -1,7 +1,7 @@
-"""No device is given to two jobs: one lock file per GPU of this machine.
+"""Reserves GPUs: one lock file per GPU of this machine, so that no GPU is given to two jobs.
 
-The kernel frees a lock when its holder dies, however it dies, so that nothing has to be cleaned up.
-On a machine without GPUs there is nothing to lock, unless RLHF_DEVICES names devices.
+The kernel releases a lock when its holder exits, so that nothing has to be cleaned up. A machine
+without GPUs has nothing to lock, unless RLHF_DEVICES names devices.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rlhf_core.errors import ConfigError
 from rlhf_core.system.machine import this_machine
 
 POLL_SECONDS = 1.0
-SAY_AGAIN_SECONDS = 60.0
+REPORT_SECONDS = 60.0
 
 
 def devices() -> list[str]:
-    """Numbers of the devices that jobs on this machine share: RLHF_DEVICES ("0,1"), else
-    CUDA_VISIBLE_DEVICES, else all GPUs; empty without any."""
+    """Ids of the devices that jobs on this machine share: RLHF_DEVICES ("0,1"), else
+    CUDA_VISIBLE_DEVICES, else all GPUs."""
     for name in ("RLHF_DEVICES", "CUDA_VISIBLE_DEVICES"):
         if name in os.environ:
             return [part.strip() for part in os.environ[name].split(",") if part.strip()]
@@ -33,14 +33,15 @@ def devices() -> list[str]:
 
 
 @contextlib.contextmanager
-def reserved(count: int, owner: str, say: Callable[[str], None]) -> Iterator[list[str]]:
-    """Holds `count` devices while the block runs; waits until so many are free.
+def reserved(count: int, owner: str, report: Callable[[str], None]) -> Iterator[list[str]]:
+    """Reserve `count` devices while the block runs; waits until that many are free.
 
     Args:
-        owner: for the message of those who wait.
-        say: told, now and then, who holds the devices that are waited for.
+        owner: name of the job, for the messages of jobs that wait.
+        report: gets a message from time to time that names the holders of busy devices.
+
     Yields:
-        The devices' numbers; empty where the machine has none.
+        The devices' ids; empty on a machine without devices.
 
     Raises:
         ConfigError: the machine has fewer devices.
@@ -52,16 +53,18 @@ def reserved(count: int, owner: str, say: Callable[[str], None]) -> Iterator[lis
     if count > len(known):
         raise ConfigError(
             f"{owner} needs {count} devices, and this machine has {len(known)} "
-            f"({', '.join(known)}): lower resources.ranks, or send it to a larger machine."
+            f"({', '.join(known)}): lower resources.ranks, or use a larger machine."
         )
-    said = 0.0
+    reported = 0.0
     while True:
-        held, holders = _take(known, count, owner)
+        held, holders = _try_lock(known, count, owner)
         if held:
             break
-        if time.monotonic() - said > SAY_AGAIN_SECONDS or said == 0.0:
-            said = time.monotonic()
-            say(f"waiting for {count} free devices of {len(known)}; held by {', '.join(holders)}")
+        if time.monotonic() - reported > REPORT_SECONDS or reported == 0.0:
+            reported = time.monotonic()
+            report(
+                f"waiting for {count} free devices of {len(known)}; held by {', '.join(holders)}"
+            )
         time.sleep(POLL_SECONDS)
     try:
         yield list(held)
@@ -70,8 +73,8 @@ def reserved(count: int, owner: str, say: Callable[[str], None]) -> Iterator[lis
             file.close()
 
 
-def _take(known: list[str], count: int, owner: str) -> tuple[dict[str, IO[str]], list[str]]:
-    """All or nothing: `count` locked devices, or none and who holds the others."""
+def _try_lock(known: list[str], count: int, owner: str) -> tuple[dict[str, IO[str]], list[str]]:
+    """Lock `count` devices; if there are not enough, none, and the holders of the others."""
     held: dict[str, IO[str]] = {}
     holders: list[str] = []
     for device in known:

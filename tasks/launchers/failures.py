@@ -1,4 +1,4 @@
-"""Why a process group ended: from error files, exit codes and torchrun's own output."""
+"""Diagnoses a failed process group: from error files, exit codes and torchrun's output."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import JobFailed
-from rlhf_core.runtime.stopping import RANK_GONE
-from rlhf_core.system.secrets import hide
+from rlhf_core.runtime.stopping import PEER_LOST
+from rlhf_core.system.secrets import redact
 
-# What a failed stage's flow run is called in Prefect, by category.
+# Name of a failed stage's Prefect state, by category.
 STATE_NAMES = {
     "config": "ConfigurationError",
     "data": "DataError",
@@ -37,7 +37,7 @@ RANK_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 # torchrun's summary: "  rank      : 1 (local_rank: 1)", then "  exitcode  : -9 (pid: 4242) ..."
 SUMMARY_RANK = re.compile(r"^\s*rank\s+: (\d+) ")
 SUMMARY_EXIT = re.compile(r"^\s*exitcode\s+: (-?\d+) ")
-# torchrun, when it was itself told to stop: "Received SIGTERM death signal, shutting down workers"
+# torchrun, when it has got a signal itself: "Received SIGTERM death signal, shutting down workers"
 STOPPED = re.compile(r"Received \S+ death signal|got signal: (2|15)$")
 
 
@@ -52,12 +52,15 @@ def category_of(name: str | None) -> str:
 
 
 class DeadRank:
-    """Finds in torchrun's output which rank died first: `found` is (rank, exit code); `stopped` is
-    whether torchrun was told to stop.
+    """Finds in torchrun's output which rank died first.
 
-    torchrun names the exit that it *noticed* first, which may be a rank that gave up because
-    another was killed. The summary lists them all: there a signal outranks an ordinary exit,
-    except SIGTERM, by which torchrun itself ends the rest.
+    torchrun names the exit that it *noticed* first, which may be that of a rank that failed because
+    another was killed. Its summary lists all ranks: there a signal takes precedence over an exit
+    code, except SIGTERM, which torchrun itself sends to the other ranks.
+
+    Attributes:
+        found: (rank, exit code), or None.
+        stopped: whether torchrun got a signal to stop.
     """
 
     def __init__(self) -> None:
@@ -65,8 +68,8 @@ class DeadRank:
         self.stopped = False
         self._rank: int | None = None
 
-    def see(self, line: str) -> None:
-        """Take in one line of output."""
+    def feed(self, line: str) -> None:
+        """Process one line of output."""
         self.stopped = self.stopped or STOPPED.search(line) is not None
         if self.found is None:
             if match := RANK_FAILED.search(line):
@@ -87,7 +90,7 @@ def read_errors(folders: Iterable[Path]) -> list[dict[str, Any]]:
             try:
                 error = json.loads(path.read_text())
             except (OSError, ValueError):
-                continue  # cut short by a kill: the exit code tells
+                continue  # cut off by a kill; the exit code has the reason
             errors.append({**error, "rank": path.stem.removeprefix("error-")})
     return sorted(errors, key=lambda error: float(error.get("time", 0)))
 
@@ -102,25 +105,25 @@ def diagnose(
     stopped: bool = False,
     out_of_memory: str = "",
 ) -> JobFailed:
-    """The failure in one message that ends with where the log is.
+    """The failure as one message, which ends with the log's path.
 
     Args:
-        dead_rank: (rank, exit code) that torchrun named first, if it did.
-        stopped: torchrun was told to stop, not by this process.
-        out_of_memory: what shows that the kernel has ended a process for lack of memory.
+        dead_rank: (rank, exit code) of the rank that died first, if torchrun named one.
+        stopped: torchrun got a signal to stop that this process did not send.
+        out_of_memory: evidence that the kernel has killed a process for lack of memory.
     """
     errors = read_errors(folders)
     real = [e for e in errors if e["category"] != "internal"]
-    own = [e for e in errors if e["category"] == "internal" and not RANK_GONE.search(e["message"])]
+    own = [e for e in errors if e["category"] == "internal" and not PEER_LOST.search(e["message"])]
     killed = dead_rank is not None and dead_rank[1] < 0
     by_kernel = bool(out_of_memory) and -signal.SIGKILL in (returncode, (dead_rank or (0, 0))[1])
     if by_kernel:
         who = f"rank {dead_rank[0]}" if killed and dead_rank is not None else "the process"
-        category, text = "oom", f"{who} was ended by the kernel for lack of memory{out_of_memory}"
+        category, text = "oom", f"{who} was killed by the kernel for lack of memory{out_of_memory}"
     elif real:
         category, text = real[0]["category"], real[0]["message"]
     elif stopped:
-        category, text = "preempted", "its processes were told to stop"
+        category, text = "preempted", "its processes got a signal to stop"
     elif killed and dead_rank is not None:
         category, text = "lost", f"rank {dead_rank[0]} {_signal(-dead_rank[1])}"
     elif own:
@@ -131,8 +134,8 @@ def diagnose(
         category, text = "lost", f"rank {errors[0]['rank']} lost the others: {errors[0]['message']}"
     else:
         code = dead_rank[1] if dead_rank else returncode
-        category, text = "internal", f"ended with exit code {code} and said no reason"
-    return JobFailed(f"{name} failed: {shorten(hide(text))}\nFull log: {log}", category)
+        category, text = "internal", f"ended with exit code {code} and without a message"
+    return JobFailed(f"{name} failed: {shorten(redact(text))}\nFull log: {log}", category)
 
 
 def _signal(number: int) -> str:
@@ -146,5 +149,5 @@ def _signal(number: int) -> str:
 
 
 def shorten(text: str, limit: int = 1500) -> str:
-    """Messages become a Prefect state: the start is kept, and the end is cut."""
+    """Cut a long text at its end: messages become part of a Prefect state."""
     return text if len(text) <= limit else text[: limit - 4].rstrip() + " ..."

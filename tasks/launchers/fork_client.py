@@ -1,5 +1,5 @@
-"""This process's template: where stages on CPUs are forked from, so that what they import is
-imported once and not by every stage (see `rlhf_core.runtime.fork_server`)."""
+"""Client of the fork server, from which stages on CPUs are forked, so that their modules are
+imported once instead of once per stage (see `rlhf_core.runtime.fork_server`)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import IO
 
 import psutil
 
-# Variables that libraries read when they are imported begin so. Stages for which they differ are
-# not forked from the same template. The number of threads is set in each stage.
+# Prefixes of variables that libraries read when they are imported. Stages for which one of them
+# differs need different fork servers. The number of threads is set in each stage.
 READ_AT_IMPORT = (
     "ATEN_", "DNNL_", "GOMP_", "HF_", "KMP_", "LD_", "MALLOC_", "MKL_", "OMP_", "ONEDNN_",
     "OPENBLAS_", "PYTHON", "TOKENIZERS_", "TORCH", "TRANSFORMERS_",
@@ -27,8 +27,8 @@ READ_AT_IMPORT = (
 POLL_SECONDS = 0.1
 
 
-class Template:
-    """The template process. It ends when `close` is called, or with this process, however."""
+class ForkServer:
+    """A running fork server. It exits when `close` is called, or when this process exits."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.key = _key(environment)
@@ -47,20 +47,20 @@ class Template:
     def fork(
         self, ranks: int, module: str, files: Sequence[str], environment: dict[str, str]
     ) -> Forked | None:
-        """A stage, once it is there; None when the template is not there any more."""
+        """Fork a stage and wait for its process id; None if the server has exited."""
         request = {"ranks": ranks, "module": module, "files": [*files], "environment": environment}
-        output, theirs = os.pipe()
-        state, their_state = os.pipe()
+        output, stage_output = os.pipe()
+        state, stage_state = os.pipe()
         stage = None
         try:
             try:
-                self._ask(request, theirs, their_state)
+                self._send(request, stage_output, stage_state)
             except OSError:
                 return None
             finally:
-                for descriptor in (theirs, their_state):
+                for descriptor in (stage_output, stage_state):
                     os.close(descriptor)
-            # not for ever at once: this thread may be told to stop
+            # in short waits, so that a signal can stop this thread
             while not _readable(state, POLL_SECONDS):
                 pass
             if first := _line(state):
@@ -72,40 +72,40 @@ class Template:
                 os.close(state)
                 os.close(output)
 
-    def warm(self, module: str) -> None:
-        """Let it import what stages of this module need; does not wait for it."""
-        with contextlib.suppress(OSError):  # it is gone, which the next stage will notice
-            self._ask({"ranks": 0, "module": module, "files": []})
+    def preload(self, module: str) -> None:
+        """Let the server import what stages of this module need; does not wait for it."""
+        with contextlib.suppress(OSError):  # it has exited; the next `fork` handles that
+            self._send({"ranks": 0, "module": module, "files": []})
 
-    def _ask(self, request: dict[str, object], *answers: int) -> None:
-        asked = os.memfd_create("request")
+    def _send(self, request: dict[str, object], *replies: int) -> None:
+        file = os.memfd_create("request")
         try:
-            os.write(asked, json.dumps(request).encode())
-            os.lseek(asked, 0, os.SEEK_SET)
+            os.write(file, json.dumps(request).encode())
+            os.lseek(file, 0, os.SEEK_SET)
             with self._lock:
-                socket.send_fds(self._control, [b"."], [asked, *answers])
+                socket.send_fds(self._control, [b"."], [file, *replies])
         finally:
-            os.close(asked)
+            os.close(file)
 
     @property
     def busy(self) -> bool:
-        """Whether a stage of it runs."""
+        """Whether one of its stages is running."""
         return any(stage.poll() is None for stage in self._stages)
 
     def close(self) -> None:
-        """End it with the stages that it has, and wait until it is gone."""
+        """Kill the server and its stages, and wait for the server's exit."""
         if self.owner != os.getpid():
             return
         self._control.close()
-        self._process.kill()  # its stages are sent SIGTERM by the kernel
+        self._process.kill()  # the kernel then sends SIGTERM to its stages
         self._process.wait()
 
 
 class Forked:
-    """A stage's process: what of `subprocess.Popen` is needed of it.
+    """A forked stage, with the part of `subprocess.Popen`'s interface that launchers need.
 
     Attributes:
-        stdout: everything that it and its children print.
+        stdout: output of the stage and its children.
         returncode: exit code, or the negated number of the signal that ended it; None while it
             runs.
     """
@@ -117,28 +117,31 @@ class Forked:
         self._lock = threading.Lock()
 
     def poll(self) -> int | None:
-        """The returncode, if it is known by now."""
+        """The returncode, or None while the stage runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.wait(0)
         return None
 
     def wait(self, timeout: float | None = None) -> int:
-        """The returncode.
+        """Wait for the returncode.
+
+        Args:
+            timeout: seconds; None waits without a limit.
 
         Raises:
-            subprocess.TimeoutExpired: it runs after so many seconds still.
+            subprocess.TimeoutExpired: the stage still runs.
         """
         with self._lock:
             if self.returncode is None:
                 if not _readable(self._state, timeout):
                     raise subprocess.TimeoutExpired(f"stage {self.pid}", timeout or 0)
                 line = _line(self._state)
-                # nothing: the template has been killed, and with it this stage is told to end
-                self.returncode = int(line) if line else self._outlived(timeout)
+                # no line: the server was killed, and the kernel has sent this stage SIGTERM
+                self.returncode = int(line) if line else self._wait_without_server(timeout)
                 os.close(self._state)
             return self.returncode
 
-    def _outlived(self, timeout: float | None) -> int:
+    def _wait_without_server(self, timeout: float | None) -> int:
         with contextlib.suppress(psutil.NoSuchProcess):
             try:
                 psutil.Process(self.pid).wait(timeout)
@@ -155,77 +158,77 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def send_signal(self, number: int) -> None:
-        """Any signal, to a process that runs."""
+        """Send a signal, if the stage still runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
 
 _lock = threading.Lock()
-_current: Template | None = None
+_current: ForkServer | None = None
 
 
-def warm(module: str, environment: dict[str, str]) -> None:
-    """Start this process's template, if there is none, and let it import in the background what
-    every stage needs: the first one is to find it there."""
+def preload(module: str, environment: dict[str, str]) -> None:
+    """Start this process's fork server, if there is none, and let it import what every stage needs
+    in the background, so that the first stage does not wait for it."""
     global _current
     if sys.platform != "linux":
         return
     with _lock:
         if _current is not None and _current.owner == os.getpid():
             return
-        _current = Template(environment)
-    _current.warm(module)
+        _current = ForkServer(environment)
+    _current.preload(module)
 
 
 def fork(
     ranks: int, module: str, files: Sequence[str], environment: dict[str, str]
 ) -> Forked | None:
-    """A stage, forked from this process's template, which is started if there is none.
+    """Fork a stage from this process's fork server, which is started if there is none.
 
     Args:
-        ranks: under torchrun; 0: one plain process.
+        ranks: number of ranks under torchrun; 0: one process without torchrun.
 
     Returns:
-        None where it cannot be done; it has to be started as a process of its own then.
+        The stage; None if it cannot be forked and has to be started as a new process.
     """
     global _current
     if sys.platform != "linux":
         return None
-    for _ in range(2):  # an idle one has left
+    for _ in range(2):  # the second time if an idle server has exited
         with _lock:
-            template = _current
-            if template is None or template.owner != os.getpid():
-                template = _current = Template(environment)
-        if template.key != _key(environment):
-            if template.busy:
+            server = _current
+            if server is None or server.owner != os.getpid():
+                server = _current = ForkServer(environment)
+        if server.key != _key(environment):
+            if server.busy:
                 return None
             close()
             continue
-        if (stage := template.fork(ranks, module, files, environment)) is not None:
+        if (stage := server.fork(ranks, module, files, environment)) is not None:
             return stage
         with _lock:
-            if _current is template:
+            if _current is server:
                 _current = None
-        template.close()
+        server.close()
     return None
 
 
 def close() -> None:
-    """End this process's template, if there is one; a later stage starts another."""
+    """Stop this process's fork server, if there is one; a later stage starts another."""
     global _current
     with _lock:
-        template, _current = _current, None
-    if template is not None:
-        template.close()
+        server, _current = _current, None
+    if server is not None:
+        server.close()
 
 
 atexit.register(close)
 
 
 def _key(environment: dict[str, str]) -> dict[str, str]:
-    """What has to be alike for a stage to be forked; a module's first place is the folder in which
-    Python was started."""
+    """What a stage and the server that forks it have in common: variables, and the working folder,
+    from which Python may import."""
     found = {k: v for k, v in environment.items() if k.startswith(READ_AT_IMPORT)}
     with contextlib.suppress(OSError):  # a folder that has been deleted
         found[""] = os.getcwd()
@@ -233,14 +236,14 @@ def _key(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _readable(descriptor: int, timeout: float | None) -> bool:
-    """Whether there is something to read, or an end, within so many seconds."""
+    """Whether there are bytes to read, or the end of the file, within this many seconds."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
 def _line(descriptor: int) -> str:
-    """Up to a line's end; empty when there is none to come."""
+    """One line, without its end; empty at the end of the file."""
     found = b""
     while not found.endswith(b"\n"):
         if not (byte := os.read(descriptor, 1)):

@@ -1,4 +1,4 @@
-"""The `local` launcher: torchrun as a child of the flow's process."""
+"""The `local` launcher: it runs torchrun as a child of the flow's process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import IO, Any
 from rlhf_core.jobs import Job
 from rlhf_core.system.cpus import cpu_cores
 from rlhf_core.system.processes import die_with_parent, python_path
-from rlhf_core.system.secrets import hide
+from rlhf_core.system.secrets import redact
 from tasks.launchers import fork_client
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.devices import reserved
@@ -29,109 +29,109 @@ from tasks.launchers.failures import DeadRank, diagnose
 from tasks.launchers.processes import ProcessTree
 from tasks.launchers.usage import Memory, table
 
-# Run as `python -m MODULE FOLDER/job.json`, and as MODULE.main([...]) in ranks that are forked;
-# tests put a stand-in here.
+# Run as `python -m MODULE FOLDER/job.json`, or as MODULE.main([...]) in forked ranks; tests put a
+# stub here.
 MODULE = "rlhf_core.__main__"
 POLL_SECONDS = 0.25
-USAGE_SECONDS = 10.0  # between two looks at what the ranks use
-LOOK_SECONDS = 2.0  # between two looks at the descendants
-KILL_SECONDS = 1.0  # that ranks have to end after the time that they were given
-# torchrun's own lines ("W1122 10:00:00.000000 4242 torch/distributed/..."); its report of a failed
-# rank starts with one of level E and runs to the end.
+USAGE_SECONDS = 10.0  # between two reports of the ranks' usage
+REFRESH_SECONDS = 2.0  # between two searches for descendants
+KILL_SECONDS = 1.0  # after a job's stop_seconds, before SIGKILL
+# torchrun's own lines ("W1122 10:00:00.000000 4242 torch/distributed/..."). Its report of a failed
+# rank starts with such a line of level E and is the last of the output.
 TORCHRUN = re.compile(r"^\[?([WEIC])\d{4} .*torch/(distributed|elastic|_)")
 
 
-KEPT_IN_STORE = ("scratch", "checkpoint", "resume")  # big, and what counts of it is in the store
+DELETED_AFTERWARDS = ("scratch", "checkpoint", "resume")  # large; results are in the store
 
 
 class LocalTorchrun:
     """Runs a launch on this machine; torchrun stays in the flow's process group."""
 
-    def __init__(self, patience: float | None = None) -> None:
+    def __init__(self, grace_seconds: float | None = None) -> None:
         """Args:
-        patience: seconds between SIGTERM and SIGKILL when a run is stopped; None: what the job
-            gives its ranks, and a little more.
+        grace_seconds: between SIGTERM and SIGKILL when a run is stopped; None: the job's
+            stop_seconds and a little more.
         """
-        self.patience = patience
+        self.grace_seconds = grace_seconds
 
     def prepare(self) -> None:
-        """See `Launcher.prepare`. Imports what stages need, beside what this process does."""
-        fork_client.warm(MODULE, surroundings())
+        """See `Launcher.prepare`. Starts the fork server, which imports what stages need."""
+        fork_client.preload(MODULE, base_environment())
 
-    def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:
-        """See `Launcher.run`. The job folders stay, without what is big in them."""
+    def run(self, launch: Launch, on_output: LineSink, on_progress: ProgressSink) -> list[Outcome]:
+        """See `Launcher.run`. Job folders are kept, except for their large contents."""
         for folder, job in launch.jobs.items():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "job.json").write_text(job.model_dump_json(indent=1))
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         jobs = list(launch.jobs.values())
-        with self._devices(launch.name, jobs, on_line) as devices:
-            return self._run(launch, jobs, devices, on_line, on_progress)
+        with self._devices(launch.name, jobs, on_output) as devices:
+            return self._run(launch, jobs, devices, on_output, on_progress)
 
     def _devices(
-        self, name: str, jobs: list[Job], say: LineSink
+        self, name: str, jobs: list[Job], report: LineSink
     ) -> contextlib.AbstractContextManager[list[str]]:
-        """The devices of a job's ranks, one each; none for one that takes none."""
+        """One device per rank; none for a job that runs on the CPU."""
         placement = jobs[0].placement()
         if not jobs[0].torchrun or placement.device == "cpu":
             return contextlib.nullcontext([])
-        return reserved(placement.ranks, name, say)
+        return reserved(placement.ranks, name, report)
 
     def _run(
         self,
         launch: Launch,
         jobs: list[Job],
         devices: list[str],
-        on_line: LineSink,
+        on_output: LineSink,
         on_progress: ProgressSink,
     ) -> list[Outcome]:
         files = [folder / "job.json" for folder in launch.jobs]
         process = start(jobs, files, launch.store, devices)
         tree, memory = ProcessTree(process), Memory()
-        reader = _Reader(process, launch.log, on_line)
+        reader = _Reader(process, launch.log, on_output)
         try:
             reader.start()
             names = ("samples.jsonl", "metrics.jsonl")
             tails = [_Tail(folder / name) for folder in launch.jobs for name in names]
             self._watch(tree, memory, tails, on_progress)
         except BaseException:  # a cancelled run raises TerminationSignal, Ctrl-C KeyboardInterrupt
-            on_line("stopping the processes of this stage")
-            reader.hidden = True  # what they say about being stopped is in the log file
+            on_output("stopping the processes of this stage")
+            reader.hidden = True  # their messages about being stopped go to the log file only
             raise
         finally:
-            tree.end(self._patience(jobs) if process.returncode is None else 0.0)
+            tree.terminate(self._grace_seconds(jobs) if process.returncode is None else 0.0)
             reader.join(5)
             for folder in launch.jobs:
-                for inner in KEPT_IN_STORE:
+                for inner in DELETED_AFTERWARDS:
                     shutil.rmtree(folder / inner, ignore_errors=True)
         outcomes = [_outcome(folder) for folder in launch.jobs]
-        if None in outcomes:  # else all is in the store, whatever ended the processes then
+        if None in outcomes:  # else all results are in the store, and the exit does not matter
             raise diagnose(
                 launch.name, launch.jobs, process.wait(), reader.dead_rank, launch.log,
-                stopped=reader.stopped, out_of_memory=memory.killed(),
+                stopped=reader.stopped, out_of_memory=memory.oom_report(),
             )  # fmt: skip
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _patience(self, jobs: list[Job]) -> float:
-        if self.patience is not None:
-            return self.patience
+    def _grace_seconds(self, jobs: list[Job]) -> float:
+        if self.grace_seconds is not None:
+            return self.grace_seconds
         return max(job.placement().stop_timeout for job in jobs) + KILL_SECONDS
 
     def _watch(
         self, tree: ProcessTree, memory: Memory, tails: list[_Tail], on_progress: ProgressSink
     ) -> None:
-        running, looked, asked = True, 0.0, time.monotonic()
+        running, refreshed, reported = True, 0.0, time.monotonic()
         while running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 tree.process.wait(POLL_SECONDS)
             running = tree.process.returncode is None
-            if time.monotonic() - looked > LOOK_SECONDS:
-                looked = time.monotonic()
-                tree.look()
-            memory.look(tree.living())
-            if time.monotonic() - asked > USAGE_SECONDS:
-                asked = time.monotonic()
-                if usage := table(tree.living()):
+            if time.monotonic() - refreshed > REFRESH_SECONDS:
+                refreshed = time.monotonic()
+                tree.refresh()
+            memory.sample(tree.alive())
+            if time.monotonic() - reported > USAGE_SECONDS:
+                reported = time.monotonic()
+                if usage := table(tree.alive()):
                     on_progress({"usage": usage})
             for tail in tails:
                 if (newest := tail.newest()) is not None:
@@ -141,7 +141,7 @@ class LocalTorchrun:
 def start(
     jobs: list[Job], files: list[Path], store: str, devices: Sequence[str] = ()
 ) -> subprocess.Popen[bytes] | fork_client.Forked:
-    """The process of a launch: torchrun's agent, or the only rank. It ends if this one does."""
+    """Start a launch: torchrun's agent, or the only rank. It ends when this process ends."""
     variables = environment(jobs, store, devices)
     if not devices:
         ranks = jobs[0].placement().ranks if jobs[0].torchrun else 0
@@ -160,11 +160,11 @@ def start(
 
 
 def command(jobs: list[Job], files: list[Path], devices: Sequence[str] = ()) -> list[str]:
-    """The command line of a process that is not forked; the rendezvous is on the loopback address,
-    at a port of its own choice.
+    """The command line of a launch that is not forked. torchrun's rendezvous chooses a free port of
+    the loopback address.
 
     Args:
-        devices: GPUs of the ranks. Without any, torchrun's agent forks its ranks.
+        devices: GPUs of the ranks; empty: torchrun's agent forks its ranks.
     """
     ranks, names = str(jobs[0].placement().ranks), [str(file) for file in files]
     if not jobs[0].torchrun:
@@ -178,28 +178,28 @@ def command(jobs: list[Job], files: list[Path], devices: Sequence[str] = ()) -> 
     ]  # fmt: skip
 
 
-# Threads that spin cost a factor of 7 on shared cores, and threads that go to sleep at once a
-# fifth of the time of small models: they spin for some 20 microseconds, then they sleep.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
+# OpenMP threads that wait: spinning for long is 7 times slower on shared cores, sleeping at once is
+# a fifth slower with small models. So they spin for about 20 microseconds and then sleep.
+OPENMP_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 
 
 def environment(jobs: list[Job], store: str, devices: Sequence[str] = ()) -> dict[str, str]:
-    """Of a launch's processes."""
+    """Environment of a launch's processes."""
     placement = jobs[0].placement()
     ranks = placement.ranks if jobs[0].torchrun else 1
     threads = placement.threads or max(1, cpu_cores() // ranks)
     return {
-        **surroundings(),
+        **base_environment(),
         "OMP_NUM_THREADS": str(threads),
         "RLHF_STORE": store,
         **({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
     }
 
 
-def surroundings() -> dict[str, str]:
-    """This process's environment, and what all ranks need; what the user has set stays."""
-    quiet = {
-        **WAITING,
+def base_environment() -> dict[str, str]:
+    """This process's environment with defaults that all ranks need; the user's values win."""
+    defaults = {
+        **OPENMP_WAIT,
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "disabled",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -211,9 +211,9 @@ def surroundings() -> dict[str, str]:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONWARNINGS": "ignore",
-        "GLOO_SOCKET_IFNAME": "lo",  # one machine: no look-up of a host name that may not resolve
+        "GLOO_SOCKET_IFNAME": "lo",  # one machine; its host name may not resolve
     }
-    return {**quiet, **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
+    return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
 
 
 def _outcome(folder: Path) -> Outcome | None:
@@ -224,13 +224,13 @@ def _outcome(folder: Path) -> Outcome | None:
 
 
 class _Reader(threading.Thread):
-    """Copies the ranks' output to a file and, but for torchrun's own reports, to a sink."""
+    """Copies the ranks' output to a file and, except for torchrun's reports, to a callback."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes] | fork_client.Forked, log: Path, on_line: LineSink
+        self, process: subprocess.Popen[bytes] | fork_client.Forked, log: Path, on_output: LineSink
     ) -> None:
         super().__init__(name=f"output of {process.pid}", daemon=True)
-        self.process, self.log, self.on_line = process, log, on_line
+        self.process, self.log, self.on_output = process, log, on_output
         self._dead = DeadRank()
         self.hidden = False
 
@@ -238,35 +238,35 @@ class _Reader(threading.Thread):
         assert self.process.stdout is not None
         with self.log.open("a", encoding="utf-8") as file, self.process.stdout as pipe:
             for raw in _lines(pipe):
-                line = hide(raw.decode("utf-8", "replace").rstrip())
+                line = redact(raw.decode("utf-8", "replace").rstrip())
                 file.write(line + "\n")
                 file.flush()
-                if line and not self._is_torchruns(line):
-                    self.on_line(line)
+                if line and not self._is_from_torchrun(line):
+                    self.on_output(line)
 
-    def _is_torchruns(self, line: str) -> bool:
-        self._dead.see(line)
+    def _is_from_torchrun(self, line: str) -> bool:
+        self._dead.feed(line)
         return self.hidden or self.dead_rank is not None or TORCHRUN.match(line) is not None
 
     @property
     def dead_rank(self) -> tuple[int, int] | None:
-        """(rank, exit code) of the rank whose death ended the job, if torchrun named one."""
+        """(rank, exit code) of the rank that died first, if torchrun named one."""
         return self._dead.found
 
     @property
     def stopped(self) -> bool:
-        """Whether torchrun was told to stop."""
+        """Whether torchrun got a signal to stop."""
         return self._dead.stopped
 
 
 def _lines(pipe: IO[bytes]) -> Any:
-    """Lines, with a carriage return of a progress bar taken as a line's end."""
+    """Lines; of a line with carriage returns (a progress bar) only the last part."""
     for raw in pipe:
         yield raw.rstrip(b"\r\n").rpartition(b"\r")[2]
 
 
 class _Tail:
-    """The newest whole line of a growing JSONL file."""
+    """Reads the newest complete line of a growing JSONL file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -280,11 +280,11 @@ class _Tail:
                 data = file.read()
         except OSError:
             return None
-        whole = data.rpartition(b"\n")[0]
-        if not whole:
+        complete = data.rpartition(b"\n")[0]
+        if not complete:
             return None
-        self.offset += len(whole) + 1
+        self.offset += len(complete) + 1
         with contextlib.suppress(ValueError):
-            value = json.loads(whole.rpartition(b"\n")[2])
+            value = json.loads(complete.rpartition(b"\n")[2])
             return value if isinstance(value, dict) else None
         return None

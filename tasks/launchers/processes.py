@@ -1,5 +1,5 @@
-"""Ending a process tree for good. torchrun gives its ranks sessions of their own, so signals to a
-process group do not reach them: what counts is who descends from whom."""
+"""Terminates a whole process tree. torchrun starts its ranks in new sessions, so that signals to a
+process group do not reach them; descendants are followed instead."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from tasks.launchers.fork_client import Forked
 
 
 class ProcessTree:
-    """A child process and everything that ever descended from it, as far as it was looked at.
+    """A child process and all descendants that `refresh` has seen.
 
-    Descendants are remembered, so that those whose parent died first are still found. psutil
-    compares start times: a process that got the number of a dead one is never touched.
+    Descendants are remembered, so that they are found after their parent has died. psutil compares
+    start times, so that a process that reuses the id of a dead one is never signalled.
     """
 
     def __init__(self, process: subprocess.Popen[bytes] | Forked) -> None:
         self.process = process
         self._known: dict[int, psutil.Process] = {}
 
-    def look(self) -> None:
-        """Note the descendants of this moment."""
+    def refresh(self) -> None:
+        """Remember the current descendants."""
         for root in (self.process.pid, *self._known):
             with contextlib.suppress(psutil.Error):
                 for child in psutil.Process(root).children(recursive=True):
                     self._known.setdefault(child.pid, child)
 
-    def living(self) -> list[psutil.Process]:
+    def alive(self) -> list[psutil.Process]:
         """Known descendants that still run."""
-        return [child for child in self._known.values() if _lives(child)]
+        return [child for child in self._known.values() if _alive(child)]
 
-    def end(self, patience: float) -> None:
-        """SIGTERM to the process, which ends its own children; after `patience` seconds SIGKILL
-        to it and to every descendant."""
-        self.look()
+    def terminate(self, grace_seconds: float) -> None:
+        """Send SIGTERM to the process, which ends its own children; after `grace_seconds` send
+        SIGKILL to it and to every descendant."""
+        self.refresh()
         if self.process.poll() is None:
             self.process.terminate()
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline and (self.process.poll() is None or self.living()):
+        deadline = time.monotonic() + grace_seconds
+        while time.monotonic() < deadline and (self.process.poll() is None or self.alive()):
             time.sleep(0.1)
-            self.look()
-        for child in self.living():
+            self.refresh()
+        for child in self.alive():
             with contextlib.suppress(psutil.Error):
                 child.kill()
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        psutil.wait_procs(self.living(), timeout=5)
+        psutil.wait_procs(self.alive(), timeout=5)
 
 
-def _lives(process: psutil.Process) -> bool:
+def _alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""What the ranks of a job use: memory and load, as `nvidia-smi` and `top` would show them."""
+"""Memory and CPU load of a job's ranks, as `nvidia-smi` and `top` show them."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from collections.abc import Iterable
 
 import psutil
 
-from rlhf_core.system.host_memory import amount, oom_kills, resident_peak
+from rlhf_core.system.host_memory import format_bytes, oom_kills, resident_peak
 
 GIB = 2**30
 
 
 class Memory:
-    """The peak of each rank, and whether the kernel has ended a process for lack of memory."""
+    """Peak memory of each rank, and whether the kernel has killed a process for lack of memory."""
 
     def __init__(self) -> None:
         self._before = oom_kills()
         self._peaks: dict[str, int] = {}  # name of a process -> bytes
         self._names: dict[int, str] = {}  # pid -> name of the process
 
-    def look(self, processes: Iterable[psutil.Process]) -> None:
-        """Note the peaks so far; call often, as a process that is gone has none."""
+    def sample(self, processes: Iterable[psutil.Process]) -> None:
+        """Record the peaks so far. Call often: the peak of a dead process cannot be read."""
         for process in processes:
             if process.pid not in self._names:
                 rank = rank_of(process)
                 if rank is None:
-                    continue  # not one, or none yet
+                    continue  # no rank, or not named yet
                 self._names[process.pid] = f"rank {rank}"
             name = self._names[process.pid]
             self._peaks[name] = max(resident_peak(process.pid), self._peaks.get(name, 0))
 
-    def killed(self) -> str:
-        """What shows that the kernel has killed, for people; empty when it has not."""
+    def oom_report(self) -> str:
+        """Evidence that the kernel has killed a process; empty if there is none."""
         for path, count in oom_kills().items():
             if count > self._before.get(path, count):
-                peaks = ", ".join(f"{k} {amount(v)}" for k, v in sorted(self._peaks.items()))
+                peaks = ", ".join(f"{k} {format_bytes(v)}" for k, v in sorted(self._peaks.items()))
                 seen = f"\nMain memory at the peak, as last seen: {peaks}" if peaks else ""
                 return f" (oom_kill in {path} rose from {self._before[path]} to {count}){seen}"
         return ""
 
 
 def rank_of(process: psutil.Process) -> int | None:
-    """The rank that a process has named itself as; None if it is none."""
+    """The rank in the name that a process gave itself; None for other processes."""
     with contextlib.suppress(psutil.Error):
         if match := re.fullmatch(r"rlhf rank (\d+)", process.name()):
             return int(match[1])
@@ -53,9 +53,9 @@ def rank_of(process: psutil.Process) -> int | None:
 
 
 def table(processes: Iterable[psutil.Process]) -> str:
-    """Markdown table with one line per rank; empty when none is found.
+    """Markdown table with one row per rank; empty without ranks.
 
-    CPU load is that since the last call for the same process objects, in percent of one core.
+    CPU load is measured since the last call for the same process objects, in percent of one core.
     """
     gpu = gpu_memory()
     rows = []
@@ -75,7 +75,7 @@ def table(processes: Iterable[psutil.Process]) -> str:
 
 
 def gpu_memory() -> dict[int, int]:
-    """Process -> bytes on its GPU; empty without nvidia-smi."""
+    """Process id -> memory on its GPU in bytes; empty without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory",

@@ -1,8 +1,8 @@
-"""The `work_pool` launcher: a stage's job as a flow run of its own, on a worker with GPUs.
+"""The `work_pool` launcher: it runs a stage as a child flow run, on a worker with GPUs.
 
-Parent and worker share the store and the Prefect server, nothing else. A flow run is found again by
-a tag with the job's key: a parent that was killed and is retried goes on with the child that still
-lives, and two pipelines that need the same result wait for one child.
+Parent and worker share only the store and the Prefect server. A child has a tag with the job's key:
+a parent that was killed and is retried adopts the child that still runs, and two pipelines that
+need the same result wait for the same child.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from rlhf_core.store import open_store
 from tasks.events import parse_progress
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.failures import category_of
-from tasks.watch import found_dead
+from tasks.watch import declared_dead
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun, State
 
 POLL_SECONDS = 2.0
-WAIT_SAID_EVERY = 60.0  # seconds between two messages about what is waited for
-SERVER_PATIENCE = 900.0  # seconds without the server before a stage gives up
-RECORDING_SECONDS = 20.0  # that a server is given to write down a task
-OTHERS = 3  # children of other pipelines that are waited for before one's own is started
-REVIVAL = timedelta(seconds=20)
-LATE = timedelta(seconds=10)  # a log line may reach the server this long after a younger one
+WAIT_REPORT_SECONDS = 60.0  # between two messages about what a child waits for
+SERVER_TIMEOUT = 900.0  # seconds without the server before a stage gives up
+RECORDING_SECONDS = 20.0  # within which the server has recorded a task
+MAX_ADOPTED = 3  # children that are adopted, one after another, before giving up
+REVIVAL_TIME = timedelta(seconds=20)
+LOG_DELAY = timedelta(seconds=10)  # a log line may reach the server this long after a newer one
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class WorkPool:
-    """Runs a launch on a worker of the deployment's work pool, and waits for it."""
+    """Runs a launch on a worker of the deployment's work pool."""
 
     def __init__(self, settings: WorkPoolLauncher) -> None:
         self.settings = settings
@@ -65,37 +65,40 @@ class WorkPool:
         return get_client(sync_client=True)
 
     def prepare(self) -> None:
-        """See `Launcher.prepare`. The workers do it."""
+        """See `Launcher.prepare`. Nothing to do: imports happen on the workers."""
 
-    def run(self, launch: Launch, on_line: LineSink, on_progress: ProgressSink) -> list[Outcome]:
+    def run(self, launch: Launch, on_output: LineSink, on_progress: ProgressSink) -> list[Outcome]:
         """See `Launcher.run`. If the caller is interrupted, the child is cancelled."""
         key = shared_key(launch.jobs.values())
-        for _ in range(OTHERS):
+        for _ in range(MAX_ADOPTED):
             child, own, new = self._find_or_start(key, launch)
-            on_line(f"flow run {child.name} ({child.id}){'' if new else ', started earlier'}")
-            state = self._follow(child.id, on_line, on_progress)
+            on_output(f"flow run {child.name} ({child.id}){'' if new else ', started earlier'}")
+            state = self._wait_for_end(child.id, on_output, on_progress)
             if (outcomes := _outcomes(launch)) is not None:
                 return outcomes
             if not (state.is_cancelled() and not own):
                 raise _failure(launch.name, child, state)
-            on_line("another pipeline cancelled it; starting anew")
-        raise JobFailed(f"{launch.name} failed: cancelled {OTHERS} times by other pipelines")
+            on_output("another pipeline cancelled it; starting a new one")
+        raise JobFailed(f"{launch.name} failed: cancelled {MAX_ADOPTED} times by other pipelines")
 
     # ------------------------------------------------------------------ start
 
     def _find_or_start(self, key: str, launch: Launch) -> tuple[FlowRun, bool, bool]:
-        """The living child of this job, or a new one; whether it is this run's own, and new.
+        """The running child of this job, or a new one.
 
-        The server refuses to make two children of one idempotency key, so that parents who look at
-        the same moment get the same child.
+        The server creates one child per idempotency key, so that parents that ask at the same time
+        get the same child.
+
+        Returns:
+            The child, whether this run is its parent, and whether it is new.
         """
-        earlier = self._ask(lambda: self._children(key))
+        earlier = self._retry(lambda: self._children(key))
         parent = runtime.flow_run.id or ""
         for child in earlier:
             if child.state is not None and not child.state.is_final() and not _ending(child):
                 return child, _parent_of(child) == parent, False
         try:
-            deployment = self._ask(
+            deployment = self._retry(
                 lambda: self._client.read_deployment_by_name(self.settings.deployment)
             )
         except ObjectNotFound:
@@ -110,7 +113,7 @@ class WorkPool:
             "store": launch.store,
             "pipeline": parent or None,
         }
-        child = self._ask(
+        child = self._retry(
             lambda: self._create(
                 deployment.id,
                 parameters=parameters,
@@ -119,14 +122,14 @@ class WorkPool:
                 idempotency_key=f"{key}:{len(earlier)}",
             )
         )
-        own = _parent_of(child) == parent  # another pipeline may have been faster
+        own = _parent_of(child) == parent  # False if another pipeline was faster
         return child, own, own
 
     def _create(self, deployment: UUID, **what: Any) -> FlowRun:
-        """A child of this task.
+        """Create a child of this task.
 
-        A server writes a task down some time after it began, a second or more when stages follow
-        fast because they are reused, and refuses a child of a task that it does not know yet.
+        The server records a task up to a few seconds after its start, and refuses a child of a
+        task that it has not recorded. So the request is repeated for a while.
         """
         task = _task_run_id()
         began = time.monotonic()
@@ -140,7 +143,7 @@ class WorkPool:
                 if task is None or not unknown:
                     raise
                 if time.monotonic() - began > RECORDING_SECONDS:
-                    task = None  # the tag `parent:` still says whose child it is
+                    task = None  # the tag `parent:` still names the parent
             time.sleep(0.2)
 
     def _children(self, key: str) -> list[FlowRun]:
@@ -152,46 +155,48 @@ class WorkPool:
 
     # ------------------------------------------------------------------ follow
 
-    def _follow(self, child: UUID, on_line: LineSink, on_progress: ProgressSink) -> State[Any]:
+    def _wait_for_end(
+        self, child: UUID, on_output: LineSink, on_progress: ProgressSink
+    ) -> State[Any]:
         """Wait for the end; pass on lines and progress meanwhile."""
         logs = _Logs(child)
-        waits = _Waiting(self.settings, on_line)
+        waits = _Waiting(self.settings, on_output)
         try:
             while True:
-                run = self._ask(lambda: self._client.read_flow_run(child))
-                for message in self._ask(lambda: logs.new(self._client)):
+                run = self._retry(lambda: self._client.read_flow_run(child))
+                for message in self._retry(lambda: logs.new(self._client)):
                     progress = parse_progress(message)
                     if progress is None:
-                        on_line(message)
+                        on_output(message)
                     else:
                         on_progress(progress)
                 state = run.state
                 assert state is not None
-                if state.is_final() and not self._may_live(state):
+                if state.is_final() and not self._may_revive(state):
                     return state
                 if state.is_scheduled() or state.is_pending():
-                    waits.look(self._client, run)
+                    waits.report(self._client, run)
                 time.sleep(POLL_SECONDS)
         except BaseException as stop:
-            # Cancelled, or out of patience: the child must not go on alone.
-            on_line("cancelling the flow run of this stage")
+            # Cancelled, or timed out: the child must not run on alone.
+            on_output("cancelling the flow run of this stage")
             self._cancel(child, stop)
             raise
 
     @staticmethod
-    def _may_live(state: State[Any]) -> bool:
-        """A run that was declared dead for its silence has some seconds to say that it lives."""
-        return found_dead(state) and datetime.now(UTC) - state.timestamp < REVIVAL
+    def _may_revive(state: State[Any]) -> bool:
+        """Whether a run that was declared dead for missing heartbeats may still report itself."""
+        return declared_dead(state) and datetime.now(UTC) - state.timestamp < REVIVAL_TIME
 
     def _cancel(self, child: UUID, reason: BaseException) -> None:
         message = f"the pipeline was stopped ({type(reason).__name__})"
         try:
             self._client.set_flow_run_state(child, Cancelling(message=message), force=False)
-        except Exception as error:  # the child watches its parent, and ends by itself
+        except Exception as error:  # the child watches its parent, and ends itself
             print(f"WARNING: flow run {child} could not be cancelled: {error}", flush=True)
 
-    def _ask(self, call: Callable[[], Answer]) -> Answer:
-        """The server's answer; a server that is away for a while is waited for."""
+    def _retry(self, call: Callable[[], Result]) -> Result:
+        """The result of a call to the server, which is repeated while the server is unavailable."""
         began = time.monotonic()
         while True:
             try:
@@ -204,16 +209,16 @@ class WorkPool:
                 problem: Exception = error
             except httpx.HTTPError as error:
                 problem = error
-            if time.monotonic() - began > SERVER_PATIENCE:
+            if time.monotonic() - began > SERVER_TIMEOUT:
                 raise JobFailed(
-                    f"the Prefect server did not answer for {SERVER_PATIENCE:.0f} s: {problem}",
+                    f"the Prefect server did not answer for {SERVER_TIMEOUT:.0f} s: {problem}",
                     category="lost",
                 ) from problem
             time.sleep(POLL_SECONDS)
 
 
 class _Logs:
-    """A flow run's log messages, each once, also those that come late."""
+    """A flow run's log messages, each once, including those that arrive late."""
 
     def __init__(self, flow_run: UUID) -> None:
         self.flow_run = flow_run
@@ -221,7 +226,7 @@ class _Logs:
         self._newest: datetime | None = None
 
     def new(self, client: Any) -> list[str]:
-        after = None if self._newest is None else self._newest - LATE
+        after = None if self._newest is None else self._newest - LOG_DELAY
         found = []
         offset = 0
         while True:
@@ -245,14 +250,14 @@ class _Logs:
 
 
 class _Waiting:
-    """Says what a flow run that has not started waits for."""
+    """Reports why a flow run has not started yet."""
 
-    def __init__(self, settings: WorkPoolLauncher, on_line: LineSink) -> None:
-        self.settings, self.on_line = settings, on_line
+    def __init__(self, settings: WorkPoolLauncher, on_output: LineSink) -> None:
+        self.settings, self.on_output = settings, on_output
         self.began = time.monotonic()
-        self.said = self.began - WAIT_SAID_EVERY + 10  # not before ten seconds have gone
+        self.reported = self.began - WAIT_REPORT_SECONDS + 10  # first after ten seconds
 
-    def look(self, client: Any, run: FlowRun) -> None:
+    def report(self, client: Any, run: FlowRun) -> None:
         now = time.monotonic()
         if now - self.began > self.settings.queue_timeout:
             raise JobFailed(
@@ -261,15 +266,15 @@ class _Waiting:
                 "raise it.",
                 category="queue",
             )
-        if now - self.said < WAIT_SAID_EVERY:
+        if now - self.reported < WAIT_REPORT_SECONDS:
             return
-        self.said = now
+        self.reported = now
         with contextlib.suppress(httpx.HTTPError):
-            self.on_line(f"waiting: {why_it_waits(client, run)}")
+            self.on_output(f"waiting: {why_it_waits(client, run)}")
 
 
 def why_it_waits(client: Any, run: FlowRun) -> str:
-    """What a scheduled flow run waits for, for people."""
+    """Why a scheduled flow run has not started, in one sentence."""
     pool = run.work_pool_name or ""
     workers = [w for w in client.read_workers_for_work_pool(pool) if w.status == "ONLINE"]
     if not workers:
@@ -283,15 +288,15 @@ def why_it_waits(client: Any, run: FlowRun) -> str:
     names = [r.name for r in busy if r.work_pool_name == pool and r.id != run.id]
     return (
         f"pool {pool} with {len(workers)} worker{'s' if len(workers) > 1 else ''} is busy with "
-        f"{', '.join(names) or 'nothing; it starts within seconds'}"
+        f"{', '.join(names) or 'nothing; the run starts within seconds'}"
     )
 
 
-# --------------------------------------------------------------------------- small things
+# --------------------------------------------------------------------------- helpers
 
 
 def shared_key(jobs: Iterable[Job]) -> str:
-    """One key for jobs that run in one process group: 32 hexadecimal digits."""
+    """Key of jobs that run in one process group: 32 hexadecimal digits."""
     return hashlib.sha256(" ".join(job.key() for job in jobs).encode()).hexdigest()[:32]
 
 
@@ -309,7 +314,7 @@ def _ending(child: FlowRun) -> bool:
 
 
 def _outcomes(launch: Launch) -> list[Outcome] | None:
-    """What the jobs left in the store, whoever ran them; None if one is missing."""
+    """The jobs' results in the store, whoever made them; None if one is missing."""
     store = open_store(launch.store)
     found = [(job, store.stage_result(job.key())) for job in launch.jobs.values()]
     if any(artifact is None for _, artifact in found):

@@ -10,14 +10,14 @@ from typing import Any
 from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.pipeline import recipe
 from rlhf_core.store import Store
-from tasks.events import in_one_cell
+from tasks.events import table_cell
 from tasks.run import Run
 
 STAGE = "lm_eval"
 FILE = "lm_eval.json"
 
 
-def measured(run: Run) -> str | None:
+def benchmarks_digest(run: Run) -> str | None:
     """Digest of the run's benchmarks; None where none were made."""
     result = run.stages.get(STAGE)
     return result.digest if result else None
@@ -25,7 +25,7 @@ def measured(run: Run) -> str | None:
 
 def benchmarks_of(run: Run) -> str:
     """The run's benchmarks in Markdown; empty where none were made."""
-    digest = measured(run)
+    digest = benchmarks_digest(run)
     if digest is None:
         return ""
     return Benchmarks(read(run.store, digest), recipe.policy_label(run.config)).markdown()
@@ -71,8 +71,8 @@ class Benchmarks:
         about = (self.data.get("tasks") or {}).get(task) or {}
         models = self.data.get("models") or {}
         cells = [
-            in_one_cell(task),
-            in_one_cell(key.removesuffix(",none")) + _arrow(about, key.partition(",")[0]),
+            table_cell(task),
+            table_cell(key.removesuffix(",none")) + _arrow(about, key.partition(",")[0]),
             _count(about),
             str(about.get("num_fewshot", "–")),
             *(_pm(((models.get(m) or {}).get(task) or {}).get(key)) for m in ("base", "policy")),

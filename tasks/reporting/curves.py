@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_core.pipeline.recipe import label_of
+from rlhf_core.pipeline.recipe import display_name
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -34,7 +34,7 @@ def draw(metrics: Mapping[str, Lines], width: int = 3) -> bytes | None:
                 if isinstance(line.get(name), int | float)
             ]
             if points:
-                panels.append((f"{label_of(stage)}: {title}", points))
+                panels.append((f"{display_name(stage)}: {title}", points))
     if not panels:
         return None
     prepare()

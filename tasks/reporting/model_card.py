@@ -83,7 +83,7 @@ def model_card(run: Run, name: str, policy: str, evaluation: str | None) -> str:
 
 
 def _steps(run: Run) -> str:
-    labels = [recipe.label_of(stage) for stage in run.config.stages]
+    labels = [recipe.display_name(stage) for stage in run.config.stages]
     again = f" (in {run.config.rounds} rounds)" if run.config.rounds > 1 else ""
     return ", ".join(labels) + again
 

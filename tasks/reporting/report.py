@@ -16,7 +16,7 @@ from prefect.logging import get_run_logger
 
 from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.store import Store
-from tasks.events import headline, in_one_cell, say, seconds
+from tasks.events import headline, log_event, seconds, table_cell
 from tasks.reporting.benchmarks import benchmarks_of
 from tasks.reporting.curves import draw
 from tasks.reporting.evaluation import comparison_of, evaluation_of, read_samples
@@ -45,7 +45,9 @@ def report(run: Run) -> None:
         key="report",
         description=f"Report of run {run.id}",
     )
-    say(get_run_logger(), "note", "report", f"{run.report} ({seconds(time.monotonic() - began)})")
+    log_event(
+        get_run_logger(), "note", "report", f"{run.report} ({seconds(time.monotonic() - began)})"
+    )
 
 
 def render(run: Run, has_curves: bool) -> str:
@@ -116,7 +118,7 @@ def _dropped(metrics: dict[str, Any]) -> str:
 def _sample(sample: dict[str, Any], names: dict[str, str]) -> str:
     judges = [judge for judge in ("reward", "gold") if sample.get(judge)]
     rows = [
-        f"> {in_one_cell(sample.get('prompt', ''))}",
+        f"> {table_cell(sample.get('prompt', ''))}",
         "",
         f"| | {' | '.join(['reply', *judges])} |",
     ]
@@ -125,7 +127,7 @@ def _sample(sample: dict[str, Any], names: dict[str, str]) -> str:
         if name in sample:
             scores = [sample[judge].get(name) for judge in judges]
             cells = ["" if score is None else f"{score:.2f}" for score in scores]
-            rows.append(f"| {' | '.join([label, in_one_cell(sample[name]), *cells])} |")
+            rows.append(f"| {' | '.join([label, table_cell(sample[name]), *cells])} |")
     return "\n".join(rows)
 
 

@@ -95,6 +95,6 @@ def test_rank_ended_by_the_kernel_is_recognised(place, inputs, small_group):
     job = make_job(inputs, "sft", {"ranks": 2})
     grab = {"what": "grab", "rank": 1, "mib": 3000, "update": 3}
     said = place.run(job, [grab], within=small_group)
-    assert "FAILED oom: stage failed: rank 1 was ended by the kernel for lack of memory" in said
+    assert "FAILED oom: stage failed: rank 1 was killed by the kernel for lack of memory" in said
     assert f"(oom_kill in {small_group}/memory.oom_control rose from 0 to 1)" in said
     assert "\nMain memory at the peak, as last seen: rank 0 " in said

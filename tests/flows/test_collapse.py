@@ -9,7 +9,7 @@ import pytest
 from rlhf_core.errors import JobFailed
 from rlhf_core.jobs import BaseJob, parse_job
 from rlhf_core.pipeline.presets import build_config
-from rlhf_core.runtime.candidates import noted
+from rlhf_core.runtime import candidates
 from rlhf_core.store import open_store, registry
 from rlhf_core.store.collect import Limits
 
@@ -101,4 +101,4 @@ def test_same_collapse_again_is_one_version_and_one_that_left_nothing_none(pipel
     assert version.reason == "collapsed at step 9"
     policy = pipeline.store.get(pipeline.store.get(version.digest).metadata["policy"])
     job = parse_job(json.dumps(policy.metadata["job"]))
-    assert noted(pipeline.store, job.key()) == policy
+    assert candidates.read(pipeline.store, job.key()) == policy

@@ -9,11 +9,11 @@ import sys
 import threading
 from pathlib import Path
 
-from tasks.launchers.fork_client import Template
+from tasks.launchers.fork_client import ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 HANGS = 1500.0  # seconds; a busy machine may need several minutes
-_server: Template | None = None
+_server: ForkServer | None = None
 
 
 def run_ranks(
@@ -35,8 +35,8 @@ def run_ranks(
     }
     global _server
     if _server is None:
-        _server = Template(environment)
-        _server.warm("rlhf_core.__main__")
+        _server = ForkServer(environment)
+        _server.preload("rlhf_core.__main__")
         atexit.register(_server.close)
     stage = _server.fork(size, module, files, environment)
     assert stage is not None, "the fork server has ended"

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tasks.watch import FOUND_DEAD
+from tasks.watch import DECLARED_DEAD
 from tests.system.conftest import kill_with_family, until
 
 pytestmark = [
@@ -114,7 +114,7 @@ def test_run_that_was_found_dead_in_error_says_that_it_lives(system):
     started(system)
     [child] = system.children(run, "sft")
     for found in (run, child["id"]):
-        state = {"type": "CRASHED", "message": f"{FOUND_DEAD} 150 s: its process was lost"}
+        state = {"type": "CRASHED", "message": f"{DECLARED_DEAD} 150 s: its process was lost"}
         system.post(f"/flow_runs/{found}/set_state", {"state": state, "force": True})
     until(lambda: system.run(run)["state_type"] == "RUNNING", 20)
     until(lambda: system.run(child["id"])["state_type"] == "RUNNING", 20)

@@ -20,7 +20,7 @@ class FakeLauncher:
     def __init__(self, store, *failures):
         self.store, self.failures, self.launches = store, list(failures), []
 
-    def run(self, launch, on_line, on_progress):
+    def run(self, launch, on_output, on_progress):
         self.launches.append(launch)
         launch.log.parent.mkdir(parents=True)
         if self.failures:

@@ -135,7 +135,7 @@ class _OncePerPlace(logging.Filter):
         return new
 
 
-def quieten(main: bool) -> None:
+def silence_libraries(main: bool) -> None:
     """The harness's warnings, each once, on rank 0; its notices nowhere."""
     logger = logging.getLogger("lm_eval")
     handler = logging.StreamHandler(sys.stdout)

@@ -49,13 +49,13 @@ def run(job: LmEvalJob, context: StageContext) -> Artifact | None:
     """Measure both models, one after the other. Rank 0 returns the artifact."""
     if not installed():
         raise ConfigError(f"the package lm-eval is not installed where the stage runs; {INSTALL}")
-    from rlhf_core.evaluation.harness.loading import load_tasks, quieten
+    from rlhf_core.evaluation.harness.loading import load_tasks, silence_libraries
     from rlhf_core.evaluation.harness.shared import SharedLM
 
     os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork this process for its bootstrap
 
     group = Group(job.resources)
-    quieten(False)  # the harness warns of being given a loaded model
+    silence_libraries(False)  # the harness warns of being given a loaded model
     loaded = load_tasks(job) if context.main else None
     found: dict[str, Any] = {}
     for name in MODELS:
@@ -71,10 +71,10 @@ def run(job: LmEvalJob, context: StageContext) -> Artifact | None:
         if loaded is None:
             lm.serve()
         else:
-            quieten(True)
+            silence_libraries(True)
             found[name] = measure(lm, loaded, job)
             lm.dismiss()
-            quieten(False)
+            silence_libraries(False)
         del lm
     if loaded is None:
         return None

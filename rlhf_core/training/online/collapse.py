@@ -134,7 +134,7 @@ def publish_candidate(
         checkpointer.settle(min(UPLOAD_SECONDS, job.resources.collective_timeout / 2))
         good = checkpointer.weights_before(before)
         if good is None:
-            candidates.note(context.store, context.key, None)
+            candidates.write(context.store, context.key, None)
             return (
                 f"No checkpoint from before these rollouts (step {max(before, 0)} or earlier) is "
                 f"kept; {job.algorithm}.resources.checkpoint_every is "
@@ -142,7 +142,7 @@ def publish_candidate(
                 f"{job.resources.keep_checkpoints}."
             )
         step, weights = good
-        artifact = candidates.noted(context.store, context.key)
+        artifact = candidates.read(context.store, context.key)
         if artifact is None or artifact.metadata["metrics"]["steps"] != step:
             folder = context.scratch("candidate")
             save(weights, folder)
@@ -154,7 +154,7 @@ def publish_candidate(
                 "candidate": True, "reason": reason, "collapsed": found, "metrics": {"steps": step}
             }  # fmt: skip
             artifact = context.publish(job, folder, metadata, bind=False)
-            candidates.note(context.store, context.key, artifact)
+            candidates.write(context.store, context.key, artifact)
     except StoreError as error:  # must not hide the reason
         return f"The last good policy could not be published: {error}"
     return (

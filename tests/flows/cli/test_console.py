@@ -8,7 +8,7 @@ from prefect.exceptions import FailedRun
 
 from flows.cli.console import Console
 from rlhf_core.errors import DataError
-from tasks.events import ExpectedErrors, headline, say
+from tasks.events import ExpectedErrors, headline, log_event
 
 
 class Text(io.StringIO):
@@ -31,8 +31,8 @@ def shown():
 
 def test_stage_is_one_line_with_time_artifact_and_numbers(shown):
     fields = {"reused": False, "seconds": 12.3, "ref": "model/ab", "metrics": {"loss": 1.25}}
-    say(shown.log, "done", "sft", "done", **fields)
-    say(shown.log, "done", "ppo", "reused", **{**fields, "reused": True})
+    log_event(shown.log, "done", "sft", "done", **fields)
+    log_event(shown.log, "done", "ppo", "reused", **{**fields, "reused": True})
     assert shown() == [
         "✓ sft             12 s         model/ab                     loss 1.25",
         "= ppo             reused       model/ab                     loss 1.25",
@@ -41,7 +41,7 @@ def test_stage_is_one_line_with_time_artifact_and_numbers(shown):
 
 def test_progress_in_a_file_is_a_line_now_and_then(shown):
     for step in range(5):
-        say(shown.log, "progress", "sft", f"step {step}/5")
+        log_event(shown.log, "progress", "sft", f"step {step}/5")
     assert shown() == ["  sft             step 0/5"]
 
 

@@ -17,7 +17,7 @@ from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import parse_job
 from rlhf_core.jobs.base import Settings
 from rlhf_core.rollout.vllm_engine import VllmEngine
-from rlhf_core.runtime.rank import MODELS, quieten, run_job
+from rlhf_core.runtime.rank import MODEL_MODULES, run_job, silence_libraries
 from rlhf_core.runtime.stopping import stop
 from rlhf_core.store import open_store
 from rlhf_core.training.checkpoint import Checkpointer
@@ -56,11 +56,11 @@ def stopping_after(last):
     """A way through `after_step` on which the job is told to stop once."""
 
     def after_step(self, step, total, counters=None):
-        stop.asked = step == last
+        stop.requested = step == last
         try:
             AFTER_STEP(self, step, total, counters)
         finally:
-            stop.asked = False
+            stop.requested = False
 
     return after_step
 
@@ -81,12 +81,12 @@ def forgetting_after(count):
 
 
 def preload(files: list[str]) -> None:
-    for module in MODELS:
+    for module in MODEL_MODULES:
         importlib.import_module(module)
 
 
 def main(files: list[str]) -> None:
-    quieten()
+    silence_libraries()
     rules = online.Rules
     for entry in json.loads(Path(files[0]).read_text()):
         job, folder = parse_job(json.dumps(entry["job"])), Path(entry["folder"])

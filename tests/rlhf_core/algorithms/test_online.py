@@ -18,7 +18,7 @@ from rlhf_core.jobs import (
     Resources,
     RLOOJob,
 )
-from rlhf_core.runtime.candidates import noted
+from rlhf_core.runtime import candidates
 from rlhf_core.store import Store, open_store
 from tests.rlhf_core.algorithms.stages import weight_hashes
 from tests.rlhf_core.torchrun import run_ranks
@@ -280,7 +280,7 @@ def test_collapse_publishes_the_last_good_policy_as_a_candidate(one_rank, two_ra
     assert run.artifact is None, "a retry must not take it for the result"
 
     [candidate] = [a for a in store.list("model") if a.metadata.get("candidate")]
-    assert candidate.ref in said and noted(store, job.key()) == candidate
+    assert candidate.ref in said and candidates.read(store, job.key()) == candidate
     reason = f"collapsed at step {at}: kl {means[-1]:.4g} above max_kl {job.max_kl:g}; weights of"
     assert candidate.metadata["reason"] == f"{reason} step {at - 2}"
     assert candidate.metadata["collapsed"]["value"] == pytest.approx(means[-1])
@@ -298,4 +298,4 @@ def test_collapse_before_the_first_checkpoint_has_no_candidate(one_rank):
     assert "No checkpoint from before these rollouts" in run.said
     assert "checkpoint_every is 1000" in run.said
     assert not [a for a in run.store.list("model") if a.metadata.get("candidate")]
-    assert noted(run.store, run.job.key()) is None
+    assert candidates.read(run.store, run.job.key()) is None

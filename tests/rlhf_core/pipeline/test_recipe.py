@@ -85,20 +85,20 @@ def test_stages_that_cannot_follow_each_other_are_named(settings, expected):
 
 def test_last_stage_must_be_one_of_the_run():
     config = PipelineConfig(stages=("sft",))
-    assert recipe.check_last(config, "sft") == []
-    assert recipe.check_last(config, "ppo") == [
+    assert recipe.check_until(config, "sft") == []
+    assert recipe.check_until(config, "ppo") == [
         "until is ppo, but this run has no such stage; its stages are model, data, sft, "
         "evaluate, publish"
     ]
-    assert recipe.check_last(PipelineConfig(rounds=2), "ppo-1") == []
+    assert recipe.check_until(PipelineConfig(rounds=2), "ppo-1") == []
     assert recipe.stage_names(PipelineConfig(stages=("reward",)))[-1] == "reward"
     measured = PipelineConfig(lm_eval={"tasks": ["piqa"]})
     assert recipe.stage_names(measured)[-3:] == ["evaluate", "lm_eval", "publish"]
-    assert recipe.check_last(measured, "lm_eval") == []
-    assert "has no such stage" in recipe.check_last(config, "lm_eval")[0]
+    assert recipe.check_until(measured, "lm_eval") == []
+    assert "has no such stage" in recipe.check_until(config, "lm_eval")[0]
 
 
 def test_finished_model_is_named_after_the_last_stage_that_made_one():
     assert recipe.policy_label(PipelineConfig()) == "PPO"
     assert recipe.policy_label(PipelineConfig(stages=("sft", "reward"))) == "SFT"
-    assert recipe.label_of("ppo-2") == "PPO, round 2"
+    assert recipe.display_name("ppo-2") == "PPO, round 2"

@@ -19,7 +19,7 @@ if sys.argv[3] == "uploading":
     stop.uploading = lambda: time.monotonic() < until
 def stuck():
     print("ready", flush=True)
-    while not (sys.argv[3] == "asks" and stop.asked):
+    while not (sys.argv[3] == "asks" and stop.requested):
         time.sleep(0.05)
 stuck()
 print("left the loop", flush=True)
@@ -77,5 +77,5 @@ def test_upload_is_waited_for(rank):
 def test_upload_that_does_not_end_is_told(rank):
     _, took, _, err, error = rank("leaving")
     assert took > 1.4
-    assert "before the store had taken everything, which 1.5 s were given" in error["message"]
+    assert "before the upload had finished; it had 1.5 s (stop_seconds)" in error["message"]
     assert err == ""

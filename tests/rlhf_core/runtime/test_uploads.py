@@ -34,16 +34,18 @@ def away_until(clock, when, answer="stored"):
 def test_result_outlasts_ten_minutes_without_a_store(monkeypatch, capsys):
     clock = Clock(monkeypatch)
     patience = Resources().store_timeout
-    assert uploads.patiently(away_until(clock, 600), "the result", patience) == "stored"
+    assert (
+        uploads.retry_while_unavailable(away_until(clock, 600), "the result", patience) == "stored"
+    )
     assert clock.now < 630
     assert clock.sleeps == [1, 2, 4, 8, 16] + [30] * 19  # 31 s, then the longest pause
-    assert "the result waits for the store, 900 s more at most" in capsys.readouterr().out
+    assert "the result waits for the store, at most 900 s more" in capsys.readouterr().out
 
 
 def test_patience_ends(monkeypatch):
     clock = Clock(monkeypatch)
     with pytest.raises(StoreUnavailable):
-        uploads.patiently(away_until(clock, 1e9), "the result", 100)
+        uploads.retry_while_unavailable(away_until(clock, 1e9), "the result", 100)
     assert clock.now == 100
 
 
@@ -54,7 +56,7 @@ def test_what_waiting_cannot_mend_is_raised_at_once(monkeypatch):
         raise StoreError("no space left")
 
     with pytest.raises(StoreError):
-        uploads.patiently(full, "the result", 100)
+        uploads.retry_while_unavailable(full, "the result", 100)
     assert clock.now == 0
 
 

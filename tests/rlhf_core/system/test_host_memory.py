@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from rlhf_core.system.host_memory import amount, oom_kills, resident_peak
+from rlhf_core.system.host_memory import format_bytes, oom_kills, resident_peak
 
 
 def write(path, text):
@@ -52,4 +52,4 @@ sys.stdin.read()"""
 
 
 def test_amounts_are_readable():
-    assert [amount(x) for x in (3 * 2**29, 5 * 2**20)] == ["1.50 GiB", "5 MiB"]
+    assert [format_bytes(x) for x in (3 * 2**29, 5 * 2**20)] == ["1.50 GiB", "5 MiB"]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, SecretStr
 
 from rlhf_core.jobs import EndpointJudgeSettings, Job, PipelineConfig
 from rlhf_core.store.settings import StoreSettings
-from rlhf_core.system.secrets import hide
+from rlhf_core.system.secrets import redact
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from rlhf_core.system.secrets import hide
 )  # fmt: skip
 def test_secret_of_the_environment_is_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "marked-0123456789")
-    assert hide("a marked-0123456789, b") == "a ***, b"
+    assert redact("a marked-0123456789, b") == "a ***, b"
 
 
 @pytest.mark.parametrize(
@@ -35,18 +35,18 @@ def test_secret_of_the_environment_is_hidden(name: str, monkeypatch: pytest.Monk
 )  # fmt: skip
 def test_other_values_stay(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
-    assert hide(f"a {value}") == f"a {value}"
+    assert redact(f"a {value}") == f"a {value}"
 
 
 def test_password_in_a_url_is_hidden() -> None:
-    assert hide("at http://me:pass@host:80/x?a=b@c now") == "at http://***@host:80/x?a=b@c now"
-    assert hide("at http://host:80/me@x") == "at http://host:80/me@x"
+    assert redact("at http://me:pass@host:80/x?a=b@c now") == "at http://***@host:80/x?a=b@c now"
+    assert redact("at http://host:80/me@x") == "at http://host:80/me@x"
 
 
 def test_longer_secret_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_TOKEN", "abcdefgh")
     monkeypatch.setenv("B_TOKEN", "abcdefgh-more")
-    assert hide("x abcdefgh-more y") == "x *** y"
+    assert redact("x abcdefgh-more y") == "x *** y"
 
 
 def fields(model: type[BaseModel], seen: set[type]) -> Iterator[tuple[str, object]]:

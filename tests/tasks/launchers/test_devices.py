@@ -47,17 +47,17 @@ def test_no_device_is_given_twice(hold):
 
 def test_waiting_says_who_holds_them_and_a_dead_holder_frees_them(hold):
     process, _ = hold(2, "sft of run-1")
-    said = []
+    reported = []
 
-    def say(text):
-        said.append(text)
+    def report(text):
+        reported.append(text)
         process.kill()
 
     began = time.monotonic()
-    with reserved(2, "ppo", say) as held:
+    with reserved(2, "ppo", report) as held:
         assert len(held) == 2
     assert time.monotonic() - began < 10
-    assert said[0].startswith("waiting for 2 free devices of 3; held by sft of run-1 (device ")
+    assert reported[0].startswith("waiting for 2 free devices of 3; held by sft of run-1 (device ")
 
 
 def test_more_than_there_are_is_refused(hold):

@@ -56,7 +56,7 @@ def test_kernels_killer_wins_over_what_the_others_say(report):
     others = {0: ("hang", "rank 0 waited", 1)}
     found = report(others, dead_rank=(1, -9), out_of_memory=KERNEL)
     assert found[0] == "oom"
-    assert "rank 1 was ended by the kernel for lack of memory (oom_kill in /x" in found[1]
+    assert "rank 1 was killed by the kernel for lack of memory (oom_kill in /x" in found[1]
     assert report({}, returncode=-9, out_of_memory=KERNEL)[0] == "oom"
 
 
@@ -69,7 +69,8 @@ def test_crash_while_the_kernel_kills_elsewhere_is_a_crash(report):
 
 
 def test_stopped_torchrun_is_preempted_unless_a_rank_has_a_reason(report):
-    assert report({}, stopped=True) == ("preempted", "sft failed: its processes were told to stop")
+    message = "sft failed: its processes got a signal to stop"
+    assert report({}, stopped=True) == ("preempted", message)
     assert report({0: ("data", "row 7", 1)}, stopped=True)[0] == "data"
 
 
@@ -83,7 +84,7 @@ def test_stopped_torchrun_is_preempted_unless_a_rank_has_a_reason(report):
 )
 def test_torchrun_says_when_it_is_told_to_stop(line, stopped):
     dead = DeadRank()
-    dead.see(line)
+    dead.feed(line)
     assert dead.stopped == stopped
 
 
@@ -115,5 +116,5 @@ def test_a_killed_rank_outranks_one_that_lost_it_but_not_one_that_torchrun_ended
 ):
     dead = DeadRank()
     for line in [NOTICED_FIRST, *SUMMARY.format(code, name).splitlines()]:
-        dead.see(line)
+        dead.feed(line)
     assert dead.found == expected

@@ -23,7 +23,7 @@ D = "0" * 64
 def none_is_left():
     yield
     fork_client.close()
-    assert not [p for p in psutil.Process().children() if p.name() == "rlhf template"]
+    assert not [p for p in psutil.Process().children() if p.name() == "rlhf forkserver"]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def sft_job(seed=0, ranks=2, threads=1):
 
 
 def running():
-    [found] = [p for p in psutil.Process().children() if p.name() == "rlhf template"]
+    [found] = [p for p in psutil.Process().children() if p.name() == "rlhf forkserver"]
     return found
 
 
@@ -106,7 +106,7 @@ def test_use_of_forked_ranks_is_shown(stub, store, tmp_path, monkeypatch):
     """In /proc they have the command line and the environment of the fork_client."""
     stub(sft=["wait:1.5"])
     monkeypatch.setattr(local, "USAGE_SECONDS", 0.1)
-    monkeypatch.setattr(local, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(local, "REFRESH_SECONDS", 0.1)
     folder, seen = tmp_path / "job", []
     made = Launch("stage", {folder: sft_job()}, store.url, folder / "log.txt")
     LocalTorchrun().run(made, lambda line: None, seen.append)
@@ -131,7 +131,7 @@ def test_template_leaves_when_nobody_asks(monkeypatch):
     monkeypatch.setattr(process, "IDLE_SECONDS", 0.2)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        process.Template(theirs).serve()  # returns
+        process.ForkServer(theirs).serve()  # returns
 
 
 def test_killed_template_ends_its_stage_and_the_next_has_another(launch, stub, tmp_path, store):

@@ -32,10 +32,10 @@ def launch(tmp_path, store, *jobs):
     return Launch("stage", dict(zip(folders, jobs, strict=True)), store.url, folder / "log.txt")
 
 
-def run(tmp_path, store, *jobs, patience=20.0):
+def run(tmp_path, store, *jobs, grace_seconds=20.0):
     lines, progress = [], []
     launched = launch(tmp_path, store, *jobs)
-    outcomes = LocalTorchrun(patience).run(launched, lines.append, progress.append)
+    outcomes = LocalTorchrun(grace_seconds).run(launched, lines.append, progress.append)
     return outcomes, lines, progress
 
 
@@ -149,7 +149,7 @@ def stop(number, frame): raise KeyboardInterrupt
 signal.signal(signal.SIGTERM, stop)
 folder = Path(sys.argv[1])
 job = SFTJob(model="0" * 64, data="0" * 64, resources=Resources(ranks=2))
-LocalTorchrun(patience=float(sys.argv[3])).run(
+LocalTorchrun(grace_seconds=float(sys.argv[3])).run(
     Launch("sft", {folder: job}, sys.argv[2], folder / "log.txt"), print, print)
 """
 
@@ -159,10 +159,11 @@ def parent(tmp_path, store, stub):
     """A process that runs the launcher, with two ranks that sleep; ended afterwards."""
     started = []
 
-    def start(behaviour, patience):
+    def start(behaviour, grace_seconds):
         pids = stub(sft=[behaviour])
         process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PARENT), tmp_path / "job", store.url, patience],
+            [sys.executable, "-c", textwrap.dedent(PARENT), tmp_path / "job", store.url,
+             grace_seconds],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         started.append(process)

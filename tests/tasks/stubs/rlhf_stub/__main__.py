@@ -26,7 +26,7 @@ from rlhf_core.jobs import parse_job
 from rlhf_core.runtime import candidates
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import open_store
-from rlhf_core.system.secrets import hide
+from rlhf_core.system.secrets import redact
 
 ERRORS = {
     "oom": OutOfMemory, "data": DataError, "store": StoreUnavailable, "config": ConfigError,
@@ -98,7 +98,7 @@ def run(path: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"good")
         metadata = {"reason": "collapsed at step 9", "metrics": {"steps": 7}}
         left = context.publish(job, folder, metadata, bind=False)
-        candidates.note(context.store, context.key, left)
+        candidates.write(context.store, context.key, left)
         planned = "collapse"
     act(planned, context.rank, path.parent)
     if not context.main:
@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> int:
         except Exception as error:
             category = error.category if isinstance(error, RLHFError) else "internal"
             message = str(error) if category != "internal" else f"{type(error).__name__}: {error}"
-            value = {"category": category, "message": hide(message), "time": time.time()}
+            value = {"category": category, "message": redact(message), "time": time.time()}
             rank = os.environ.get("RANK", "0")
             (path.parent / f"error-{rank}.json").write_text(json.dumps(value))
             print(f"ERROR ({category}): {message}", file=sys.stderr)
