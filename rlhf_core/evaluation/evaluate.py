@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,101 @@ from rlhf_core.nn.padding import mark_from
 from rlhf_core.rollout.replies import Reply, fast_inference, sample_replies
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.distributed import Group
-from rlhf_core.store import Artifact
+from rlhf_core.store import Artifact, Store
 from rlhf_core.training.batching import split_batch
 from rlhf_core.training.language_modelling import heldout_loss
 
 Sequences = list[tuple[list[int], int]]  # prompt + reply, and the prompt's length
 
 
+MODELS = ("base", "sft", "policy")
+"""Names in the report, and fields of the job."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an evaluation reads.
+
+    Attributes:
+        rows: held-out prompts.
+        sft_rows: held-out rows for the language-modelling loss, if the job names a data set.
+        folders: name in `MODELS` -> the model's files.
+        start: the model that the alignment started from: the reference.
+    """
+
+    rows: list[dict[str, Any]]
+    sft_rows: Rows | None
+    folders: dict[str, Path]
+    start: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one model, with an entry for each prompt.
+
+    Attributes:
+        rewards: of the reward model; empty without one.
+        kl: to the reference, nats per reply.
+        heldout: loss and perplexity; empty without held-out rows.
+    """
+
+    replies: list[Reply]
+    rewards: list[float]
+    kl: list[float]
+    heldout: dict[str, float]
+
+
 def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
-    """Sample, score, compare. Rank 0 returns the artifact."""
+    """Sample, score, compare. Rank 0 returns the artifact.
+
+    Raises:
+        DataError: no prompts were held out.
+    """
     group = Group(job.resources)
-    store = context.store
+    inputs = load_inputs(job, context.store)
+    reference = load_policy(inputs.folders[inputs.start], group)
+    reward = None
+    if job.reward_model is not None:
+        reward = load_scalar_model(context.store.fetch(job.reward_model)).requires_grad_(False)
+        reward.to(group.device)
+    found: dict[str, Measured] = {}
+    for stream, (name, folder) in enumerate(inputs.folders.items()):
+        model = reference
+        if name != inputs.start:
+            model = load_policy(folder, group)
+            share_frozen(reference, model, *([reward] if reward is not None else []))
+        found[name] = measure(job, inputs, group, folder, stream, model, reference, reward)
+        if reward is not None:
+            context.log(f"{name}: mean reward {mean(found[name].rewards):.3f}")
+    if not context.main:
+        return None
+
+    tokenizer = load_tokenizer(inputs.folders["policy"], is_trusted(inputs.folders["policy"]))
+    texts = {name: [r.text(tokenizer) for r in m.replies] for name, m in found.items()}
+    prompts = [prompt_text(row["prompt"]) for row in inputs.rows]
+    gold = judge_all(job, prompts, texts)
+    result = numbers(found, gold, inputs.start)
+    if job.reward_model is not None:
+        trained = context.store.get(job.reward_model).metadata.get("metrics", {})
+        result["reward_model"] = trained.get("heldout", {})
+    if job.judge_endpoint is not None:
+        judge = EndpointJudge(job.judge_endpoint)
+        wins = judge.compare(prompts, texts["policy"], texts[inputs.start])
+        result["win_rate"]["judge"] = win_rate(wins, [0.5] * len(wins))
+        result["judge"] = {"model": job.judge_endpoint.model, **judge.counts}
+        context.log(f"{job.judge_endpoint.model} prefers the policy's reply on {mean(wins):.0%}")
+    folder = context.scratch("result")
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_samples(folder / "samples.jsonl", prompts, texts, found, gold)
+    return context.publish(job, folder, {"metrics": result})
+
+
+def load_inputs(job: EvaluateJob, store: Store) -> Inputs:
+    """Fetch the models' files, the held-out prompts and the held-out rows.
+
+    Raises:
+        DataError: no prompts were held out.
+    """
     prompts = Rows(store.fetch(job.prompts), "heldout", purpose="prompts")
     if len(prompts) == 0:
         raise DataError(
@@ -49,92 +134,83 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
     sft_rows = None
     if job.sft_data is not None:
         sft_rows = Rows(store.fetch(job.sft_data), "heldout", purpose="sft")
-    rows = prompts.take(list(range(min(job.max_prompts, len(prompts)))))
-    prompt_ids = [r["prompt_ids"] for r in rows]
     digests = {name: getattr(job, name) for name in MODELS}
     folders = {name: store.fetch(digest) for name, digest in digests.items() if digest}
-    start = "sft" if "sft" in folders else "base"
+    rows = prompts.take(list(range(min(job.max_prompts, len(prompts)))))
+    return Inputs(rows, sft_rows, folders, "sft" if "sft" in folders else "base")
+
+
+def load_policy(folder: Path, group: Group) -> Policy:
+    """A frozen model on this rank's device."""
+    return Policy(load_causal_lm(folder)).requires_grad_(False).to(group.device)
+
+
+def measure(
+    job: EvaluateJob,
+    inputs: Inputs,
+    group: Group,
+    folder: Path,
+    stream: int,
+    model: Policy,
+    reference: Policy,
+    reward: ScalarModel | None,
+) -> Measured:
+    """Sample one model's replies to all prompts and score them, by all ranks together.
+
+    Args:
+        folder: the model's files. stream: a number of its own, for the random numbers.
+    """
     micro = job.resources.micro_batch_size
+    prompt_ids = [row["prompt_ids"] for row in inputs.rows]
+    replies = sample_replies(
+        model.model, folder, prompt_ids, group, seed=job.seed, stream=stream,
+        max_new_tokens=job.max_new_tokens, temperature=job.temperature,
+    )  # fmt: skip
+    sequences = [([*p, *r.ids], len(p)) for p, r in zip(prompt_ids, replies, strict=True)]
+    heldout = {}
+    with fast_inference(group):
+        rewards, kl = score_replies(
+            sequences, model, reference, reward, group, micro, job.temperature
+        )
+        if inputs.sft_rows is not None:
+            heldout = heldout_loss(model, inputs.sft_rows, group, micro, None)
+    return Measured(replies, rewards if reward is not None else [], kl, heldout)
 
-    reference = Policy(load_causal_lm(folders[start])).requires_grad_(False).to(group.device)
-    reward = None
-    if job.reward_model is not None:
-        reward = load_scalar_model(store.fetch(job.reward_model)).requires_grad_(False)
-        reward.to(group.device)
-    replies: dict[str, list[Reply]] = {}
-    scores: dict[str, list[float]] = {}
-    kl: dict[str, list[float]] = {}
-    heldout: dict[str, Any] = {}
-    for stream, (name, folder) in enumerate(folders.items()):
-        model = reference
-        if name != start:
-            model = Policy(load_causal_lm(folder)).requires_grad_(False).to(group.device)
-            share_frozen(reference, model, *([reward] if reward is not None else []))
-        replies[name] = sample_replies(
-            model.model, folder, prompt_ids, group, seed=job.seed, stream=stream,
-            max_new_tokens=job.max_new_tokens, temperature=job.temperature,
-        )  # fmt: skip
-        sequences = [([*p, *r.ids], len(p)) for p, r in zip(prompt_ids, replies[name], strict=True)]
-        with fast_inference(group):
-            rewards, kl[name] = score_replies(
-                sequences, model, reference, reward, group, micro, job.temperature
-            )
-        if reward is not None:
-            scores[name] = rewards
-        loss = {}
-        if sft_rows is not None:
-            with fast_inference(group):
-                loss = heldout_loss(model, sft_rows, group, micro, None)
-        if loss:
-            heldout[name] = {
-                "loss": loss["heldout_loss"], "perplexity": loss["heldout_perplexity"]
-            }  # fmt: skip
-        if reward is not None:
-            context.log(f"{name}: mean reward {mean(scores[name]):.3f}")
-    if not context.main:
-        return None
 
-    tokenizer = load_tokenizer(folders["policy"], is_trusted(folders["policy"]))
-    texts = {name: [r.text(tokenizer) for r in replies[name]] for name in replies}
-    shown = [prompt_text(r["prompt"]) for r in rows]
-    gold = judge_all(job, shown, texts)
+def numbers(found: dict[str, Measured], gold: dict[str, list[float]], start: str) -> dict[str, Any]:
+    """The report's numbers of each model, and of the policy beside the model that it started from.
+
+    Args:
+        gold: the judge's scores by model; empty without a judge.
+    """
+    policy, reference = found["policy"], found[start]
     result: dict[str, Any] = {
         "models": {
             name: {
-                **(spread("reward", scores[name]) if scores else {}),
+                **(spread("reward", m.rewards) if m.rewards else {}),
                 **(spread("gold", gold[name]) if gold else {}),
-                **spread("kl", kl[name]),
-                "length_mean": mean([len(r.ids) for r in replies[name]]),
-                "finished": mean([r.finished for r in replies[name]]),
-                "n": len(rows),
+                **spread("kl", m.kl),
+                "length_mean": mean([len(r.ids) for r in m.replies]),
+                "finished": mean([r.finished for r in m.replies]),
+                "n": len(m.replies),
             }
-            for name in folders
+            for name, m in found.items()
         },
-        "win_rate": {"reward": win_rate(scores["policy"], scores[start])} if scores else {},
-        "heldout": heldout,
+        "win_rate": {},
+        "heldout": {
+            name: {"loss": m.heldout["heldout_loss"], "perplexity": m.heldout["heldout_perplexity"]}
+            for name, m in found.items()
+            if m.heldout
+        },
         "reward_model": {},
     }
-    if job.reward_model is not None:
-        trained = store.get(job.reward_model).metadata.get("metrics", {})
-        result["reward_model"] = trained.get("heldout", {})
+    if policy.rewards:
+        result["win_rate"]["reward"] = win_rate(policy.rewards, reference.rewards)
     if gold:
         result["win_rate"]["gold"] = win_rate(gold["policy"], gold[start])
         gains = [a - b for a, b in zip(gold["policy"], gold[start], strict=True)]
         result["gold_gain"] = {"mean": mean(gains), "se": standard_error(gains)}
-    if job.judge_endpoint is not None:
-        judge = EndpointJudge(job.judge_endpoint)
-        wins = judge.compare(shown, texts["policy"], texts[start])
-        result["win_rate"]["judge"] = win_rate(wins, [0.5] * len(wins))
-        result["judge"] = {"model": job.judge_endpoint.model, **judge.counts}
-        context.log(f"{job.judge_endpoint.model} prefers the policy's reply on {mean(wins):.0%}")
-    folder = context.scratch("result")
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_samples(folder / "samples.jsonl", shown, texts, scores, gold)
-    return context.publish(job, folder, {"metrics": result})
-
-
-MODELS = ("base", "sft", "policy")
-"""Names in the report, and fields of the job."""
+    return result
 
 
 @torch.no_grad()
@@ -152,21 +228,16 @@ def score_replies(
     Without a reward model the first list is of zeros.
     """
     found: list[tuple[int, tuple[float, float]]] = []
-    for positions in split_batch([len(s) for s, _ in sequences], group.rank, group.size, micro):
-        input_ids, mask, loss_mask = mark_from(
-            [sequences[p][0] for p in positions], [sequences[p][1] for p in positions],
-            group.device,
-        )  # fmt: skip
-        scores = kl = torch.zeros(len(positions))
+    for indices in split_batch([len(s) for s, _ in sequences], group.rank, group.size, micro):
+        ids, prompt_lengths = zip(*(sequences[i] for i in indices), strict=True)
+        batch = mark_from(ids, prompt_lengths, group.device)  # (b,S) each
+        scores = kl = torch.zeros(len(indices))  # (b,)
         if reward is not None:
-            scores = reward(input_ids, mask)
+            scores = reward(batch[0], batch[1])  # (b,)
         if policy is not reference:
-            gap = policy(input_ids, mask, loss_mask, temperature) - reference(
-                input_ids, mask, loss_mask, temperature
-            )
-            kl = gap.sum(dim=1)
-        pairs = zip(scores.tolist(), kl.tolist(), strict=True)
-        found += zip(positions, pairs, strict=True)
+            log_ratio = policy(*batch, temperature) - reference(*batch, temperature)  # (b,S)
+            kl = log_ratio.sum(dim=1)  # (b,)
+        found += zip(indices, zip(scores.tolist(), kl.tolist(), strict=True), strict=True)
     merged = group.in_order(found)
     return [score for score, _ in merged], [kl for _, kl in merged]
 
@@ -196,16 +267,17 @@ def write_samples(
     path: Path,
     prompts: Sequence[str],
     texts: dict[str, list[str]],
-    scores: dict[str, list[float]],
+    found: dict[str, Measured],
     gold: dict[str, list[float]],
 ) -> None:
     """One line per prompt: prompt, each model's reply, reward and gold scores."""
+    rewards = {name: m.rewards for name, m in found.items() if m.rewards}
     with path.open("w") as file:
         for i, prompt in enumerate(prompts):
             line: dict[str, Any] = {"prompt": prompt}
             line |= {name: texts[name][i] for name in texts}
-            if scores:
-                line["reward"] = {name: round(scores[name][i], 4) for name in scores}
+            if rewards:
+                line["reward"] = {name: round(rewards[name][i], 4) for name in rewards}
             if gold:
                 line["gold"] = {name: round(gold[name][i], 4) for name in gold}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
