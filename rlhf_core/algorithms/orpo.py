@@ -3,124 +3,64 @@ and a term that makes them more likely than the rejected ones, in one stage with
 
 The paper's loss (equation 6) is L_SFT + lambda L_OR. L_SFT is here the mean over all chosen tokens
 of the global batch, as in the SFT stage, so that a token weighs the same in a long reply.
+
+b pairs of a micro-batch; a tensor (b,2) has columns for chosen and rejected responses.
 """
 
 from __future__ import annotations
 
-import time
+from functools import partial
 
-import torch
 from torch import Tensor
 
-from rlhf_core.data.dataset.reading import Rows
-from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import ORPOJob
 from rlhf_core.losses.preference import orpo_odds_loss
-from rlhf_core.losses.reductions import Metrics, sequence_logps
-from rlhf_core.models.loading import load_causal_lm
+from rlhf_core.losses.reductions import Metrics
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
-from rlhf_core.training.batching import batch_rows, learning_rate_scale, split_batch, steps_in
 from rlhf_core.training.checkpoint import Checkpointer
-from rlhf_core.training.nonfinite import failure
-from rlhf_core.training.policy import prepare_policy
-from rlhf_core.training.preference import (
-    PAIR_METRICS,
-    by_pair,
-    collate_replies,
-    heldout_metrics,
-    pair_length,
-    pair_logps,
-    pair_replies,
-    pair_response_lengths,
-    pair_tokens,
-    publish_results,
+from rlhf_core.training.pairs import (
+    ScoredPairs,
+    prepare_pairs,
+    report_and_save,
+    score_heldout,
+    take_pairs,
+    update_on_pairs,
 )
-from rlhf_core.training.strategy import Strategy
-
-METRICS = ("nll", "odds_loss", *PAIR_METRICS)
+from rlhf_core.training.preference import heldout_metrics, publish_results
 
 
 def run(job: ORPOJob, context: StageContext) -> Artifact | None:
     """Train, evaluate on held-out pairs, publish. Every rank calls; rank 0 returns the artifact."""
-    resources = job.resources
-    strategy = Strategy(resources, job.precision, job.max_grad_norm)
-    source = context.store.fetch(job.model)
-    data = context.store.fetch(job.data)
-    train = Rows(data, "train", purpose="preference")
-    heldout = Rows(data, "heldout", purpose="preference")
-
-    module = prepare_policy(job, load_causal_lm(source), strategy)
-    checkpointer = Checkpointer(context, strategy, job)
-    total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
+    stage = prepare_pairs(job, context)
+    checkpointer = Checkpointer(context, stage.strategy, job)
     start, _ = checkpointer.restore()
 
-    for step in range(start, total):
-        began = time.perf_counter()
-        # 1. The global batch of pairs, and both terms' denominators.
-        rows = train.take(batch_rows(len(train), job.batch_size, step, job.seed))
-        chosen_tokens = sum(len(r["chosen_ids"]) for r in rows)
-        scale = learning_rate_scale(step, total, job.warmup_fraction, job.schedule)
-        scale *= checkpointer.rate
-        strategy.set_learning_rate(scale)
-        # 2. Chosen and rejected of a pair go through the model in one pass.
-        micro = split_batch(
-            [pair_length(r) for r in rows],
-            strategy.rank, strategy.world_size, resources.micro_batch_size, strategy.padding,
-        )  # fmt: skip
-        sums = torch.zeros(1 + len(METRICS), dtype=torch.float64)
-        try:
-            for i, positions in enumerate(micro):
-                batch = collate_replies(pair_replies([rows[p] for p in positions]), strategy.device)
-                with strategy.micro_batch(last=i == len(micro) - 1):
-                    logprobs = strategy.module(*batch)  # (2b,S)
-                    logps = by_pair(sequence_logps(logprobs, batch[2]))  # (b,2)
-                    lengths = by_pair(batch[2].sum(dim=1))  # (b,2)
-                    loss, metrics = orpo_loss(job, logps, lengths, len(rows), chosen_tokens)
-                    strategy.backward(loss)
-                sums += torch.tensor([loss.item(), *(float(metrics[k]) for k in METRICS)])
-            # 3. Update.
-            grad_norm = strategy.step()
-        except NonFinite as error:
-            raise failure(error, checkpointer, step + 1, rows, positions) from error
-        # 4. Report and save.
-        found = strategy.group.sum(sums).tolist()
-        seconds = time.perf_counter() - began
-        context.log_metrics(
-            step + 1, total,
-            {
-                **dict(zip(("loss", *METRICS), found, strict=True)),
-                "learning_rate": job.learning_rate * scale,
-                "grad_norm": grad_norm,
-                "tokens_per_second": sum(pair_tokens(r) for r in rows) / seconds,
-            },
-        )  # fmt: skip
-        checkpointer.after_step(step + 1, total)
+    for step in range(start, stage.total):
+        # 1. The global batch of pairs.
+        batch = take_pairs(stage, step)
+        # 2. Update.
+        metrics = update_on_pairs(stage, checkpointer, step, batch, partial(loss, job))
+        # 3. Report and save.
+        report_and_save(stage, checkpointer, step, batch, metrics)
 
-    results: dict[str, float] = {"steps": total}
-    if len(heldout):
-        micro_size, everything = resources.micro_batch_size, range(len(heldout))
-        logps = pair_logps(module, heldout, everything, strategy, micro_size)  # (n,2)
-        lengths = pair_response_lengths(heldout)  # (n,2)
-        loss, metrics = orpo_loss(job, logps, lengths, len(heldout), int(lengths[:, 0].sum()))
-        results |= heldout_metrics((loss, metrics)) | {"heldout_nll": float(metrics["nll"])}
-    return publish_results(job, context, strategy, checkpointer, module, source, results)
+    results: dict[str, float] = {"steps": stage.total}
+    if len(stage.heldout):
+        total, found = loss(job, score_heldout(stage))
+        results |= heldout_metrics(total, found) | {"heldout_nll": float(found["nll"])}
+    return publish_results(
+        job, context, stage.strategy, checkpointer, stage.module, stage.source, results
+    )
 
 
-def orpo_loss(
-    job: ORPOJob, logps: Tensor, lengths: Tensor, pairs: int, chosen_tokens: int
-) -> tuple[Tensor, Metrics]:
-    """Cross-entropy of the chosen replies plus orpo_lambda times the odds-ratio term.
-
-    Args:
-        logps, lengths: (b,2) log-probability (nats) and tokens of chosen and rejected responses.
-        pairs, chosen_tokens: of the global batch.
+def loss(job: ORPOJob, pairs: ScoredPairs) -> tuple[Tensor, Metrics]:
+    """Equation 6: cross-entropy of the chosen replies plus orpo_lambda times the odds-ratio term.
 
     Returns:
         The loss, and ``nll`` (nats per token), ``odds_loss`` and the metrics of the odds.
     """
-    nll = -logps[:, 0].sum() / chosen_tokens
-    means = logps / lengths  # (b,2)
-    odds_loss, metrics = orpo_odds_loss(*means.unbind(1), denominator=float(pairs))
+    nll = -pairs.logps[:, 0].sum() / pairs.chosen_tokens
+    means = pairs.logps / pairs.lengths  # (b,2)
+    odds_loss, metrics = orpo_odds_loss(*means.unbind(1), denominator=float(pairs.pairs))
     metrics |= {"nll": nll.detach(), "odds_loss": odds_loss.detach()}
     return nll + job.orpo_lambda * odds_loss, metrics

@@ -1,27 +1,32 @@
-"""Pretraining: next-token prediction on plain text, from any model or one made from nothing.
+"""Pretraining: next-token prediction on plain text, from any model or one made from scratch.
 
 The text is packed (see `rlhf_core.training.packing`): documents follow each other with an
 end-of-text token between them, in sequences of one length, and every token is trained on once
 per epoch. Attention stays within a document where the architecture can do that (llama, qwen2, gpt2
-and their like; it is tried out); for the others the sequences are read as one text across
+and their like; a trial run tells); for the others the sequences are read as one text across
 documents, as GPT-3 was trained (arXiv 2005.14165, section 2.4), and the log and the result's
 metadata say so.
 
 Two things differ from supervised fine-tuning: the last batch of an epoch holds what is left,
 instead of being dropped, and its loss is the mean over its own tokens.
+
+b sequences of a micro-batch, S positions.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
-from rlhf_core.errors import ConfigError, NonFinite
+from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import PretrainJob
 from rlhf_core.losses.supervised import sft_loss
 from rlhf_core.model_files.remote_code import is_trusted
@@ -29,10 +34,9 @@ from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.modules import Policy
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
-from rlhf_core.training.batching import learning_rate_scale, split_batch
+from rlhf_core.training.batching import split_batch
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.language_modelling import loss_per_token
-from rlhf_core.training.nonfinite import failure
 from rlhf_core.training.packing import (
     Packed,
     Packing,
@@ -42,7 +46,9 @@ from rlhf_core.training.packing import (
     steps_per_epoch,
 )
 from rlhf_core.training.policy import prepare_policy, publish_policy
+from rlhf_core.training.schedule import set_learning_rate
 from rlhf_core.training.strategy import Strategy
+from rlhf_core.training.updates import update_on_batch
 
 
 def run(job: PretrainJob, context: StageContext) -> Artifact | None:
@@ -70,47 +76,27 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
     for step in range(start, total):
         began = time.perf_counter()
         # 1. The global batch; every rank knows all of it, so the denominator needs no exchange.
-        batch = [train[i] for i in batch_sequences(len(train), job.batch_size, step, job.seed)]
+        numbers = batch_sequences(len(train), job.batch_size, step, job.seed)
+        batch = [train[n] for n in numbers]
         tokens = sum(sequence.tokens for sequence in batch)
         # An epoch's last batch may not divide by the ranks; each needs as many backward passes.
         batch += [Packed([train.end], [0], [False])] * (-len(batch) % strategy.world_size)
-        scale = learning_rate_scale(step, total, job.warmup_fraction, job.schedule)
-        scale *= checkpointer.rate
-        strategy.set_learning_rate(scale)
-        # 2. Forward and backward over this rank's micro-batches.
-        micro = split_batch(
+        learning_rate = set_learning_rate(job, strategy, checkpointer, step, total)
+        # 2. Update.
+        micro_batches = split_batch(
             [len(sequence.ids) for sequence in batch],
             strategy.rank, strategy.world_size, resources.micro_batch_size,
         )  # fmt: skip
-        loss_sum = 0.0
-        try:
-            for i, numbers in enumerate(micro):
-                input_ids, mask, loss_mask, positions = collate(
-                    [batch[n] for n in numbers], strategy.device, separate=separate
-                )
-                with strategy.micro_batch(last=i == len(micro) - 1):
-                    logprobs = strategy.module(  # (B,S)
-                        input_ids, mask, loss_mask, position_ids=positions
-                    )
-                    loss, _ = sft_loss(logprobs, loss_mask, denominator=max(tokens, 1))
-                    strategy.backward(loss)
-                loss_sum += loss.item()
-            # 3. Update.
-            grad_norm = strategy.step()
-        except NonFinite as error:
-            rows = [vars(sequence) for sequence in batch]
-            raise failure(error, checkpointer, step + 1, rows, numbers) from error
-        # 4. Report and save.
-        seconds = time.perf_counter() - began
-        context.log_metrics(
-            step + 1, total,
-            {
-                "loss": float(strategy.group.sum([loss_sum])[0]),
-                "learning_rate": job.learning_rate * scale,
-                "grad_norm": grad_norm,
-                "tokens_per_second": tokens / seconds,
-            },
+        metrics = update_on_batch(
+            strategy, checkpointer, step, [vars(sequence) for sequence in batch], micro_batches,
+            partial(loss, strategy, batch, tokens, separate),
         )  # fmt: skip
+        # 3. Report and save.
+        metrics |= {
+            "learning_rate": learning_rate,
+            "tokens_per_second": tokens / (time.perf_counter() - began),
+        }
+        context.log_metrics(step + 1, total, metrics)
         checkpointer.after_step(step + 1, total)
 
     metrics = heldout_loss(module, heldout, strategy, resources.micro_batch_size, separate)
@@ -120,6 +106,29 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
         "documents_separated": separate,
     }
     return publish_policy(job, context, strategy, checkpointer, module, source, result)
+
+
+def loss(
+    strategy: Strategy,
+    batch: Sequence[Packed],
+    tokens: int,
+    separate: bool,
+    indices: list[int],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy over all tokens of the global batch.
+
+    Args:
+        batch: the global batch. tokens: those that it trains on.
+        separate: keep the documents of a sequence apart.
+        indices: of the micro-batch's sequences in the global batch.
+    """
+    assert strategy.module is not None
+    input_ids, mask, loss_mask, position_ids = collate(
+        [batch[i] for i in indices], strategy.device, separate=separate
+    )  # (b,S) each
+    logprobs = strategy.module(input_ids, mask, loss_mask, position_ids=position_ids)  # (b,S)
+    total, _ = sft_loss(logprobs, loss_mask, denominator=max(tokens, 1))
+    return total, {}
 
 
 def packings(job: PretrainJob, source: Path, data: Path) -> tuple[Packing, Packing]:

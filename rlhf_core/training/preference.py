@@ -1,5 +1,4 @@
-"""What the stages of preference optimisation share: batches of replies, and what a model says
-about many of them.
+"""Batches of replies for preference optimisation, and their log-probabilities.
 
 A *reply* here is a prompt's token ids and a response's; a *pair* is a chosen and a rejected reply
 to one prompt. A response's log-probability is the sum over its tokens, the end of turn included.
@@ -7,7 +6,6 @@ to one prompt. A response's log-probability is the sum over its tokens, the end 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +26,12 @@ from rlhf_core.training.policy import publish_policy
 from rlhf_core.training.strategy import Strategy
 
 Reply = tuple[list[int], list[int]]  # prompt ids, response ids
-PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 
 
 def collate_replies(
     replies: Sequence[Reply], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids (B,S), mask (B,S) bool and loss_mask (B,S) bool, True at the responses' tokens."""
+    """input_ids (B,S), mask (B,S) bool and response_mask (B,S) bool."""
     whole = [[*prompt, *response] for prompt, response in replies]
     return mark_from(whole, [len(prompt) for prompt, _ in replies], device)
 
@@ -61,7 +58,7 @@ def pair_response_lengths(rows: Rows) -> Tensor:
 
 
 def visited(rows: int, job: PreferenceJob, total: int) -> list[int]:
-    """Numbers of the rows that `total` steps will look at, in order; fewer than all of them when
+    """Numbers of the rows that `total` steps will train on, in order; fewer than all of them when
     max_steps ends the stage before the first epoch does."""
     steps = (batch_rows(rows, job.batch_size, step, job.seed) for step in range(total))
     return sorted({number for numbers in steps for number in numbers})
@@ -99,7 +96,7 @@ def pair_logps(
 ) -> Tensor:
     """Log-probabilities (n,2) of both responses of the pairs with these numbers.
 
-    NaN stands in the rows that were not asked for, so that no loss can take them for something.
+    The other rows are NaN, so that no loss can use them by mistake.
 
     Args:
         micro: pairs in one pass.
@@ -119,31 +116,8 @@ def pair_logps(
     return result
 
 
-def reference_pairs(
-    module: Policy, train: Rows, heldout: Rows, job: PreferenceJob, total: int,
-    strategy: Strategy, context: StageContext,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the model says before it is trained about the pairs that training will see, and about
-    the held-out ones: (n,2) and (m,2).
-
-    Call it before a checkpoint is restored: a stage that goes on must be held to the same
-    reference, not to a half-trained model. No second model is in memory for it, then or later.
-    """
-    began = time.perf_counter()
-    micro = job.resources.micro_batch_size
-    numbers = visited(len(train), job, total)
-    reference = pair_logps(module, train, numbers, strategy, micro)
-    heldout_reference = pair_logps(module, heldout, range(len(heldout)), strategy, micro)
-    context.log(
-        f"reference log-probabilities of {len(numbers) + len(heldout)} pairs in "
-        f"{time.perf_counter() - began:.1f} s"
-    )
-    return reference, heldout_reference
-
-
-def heldout_metrics(found: tuple[Tensor, Metrics]) -> dict[str, float]:
+def heldout_metrics(loss: Tensor, metrics: Metrics) -> dict[str, float]:
     """A loss over all held-out rows, its accuracy and margin, under their published names."""
-    loss, metrics = found
     return {
         "heldout_loss": float(loss),
         "heldout_accuracy": float(metrics["accuracy"]),
@@ -160,7 +134,8 @@ def publish_results(
     source: Path,
     metrics: Mapping[str, Any],
 ) -> Artifact | None:
-    """`publish_policy` with the numbers told before. Every rank calls."""
+    """Log the stage's metrics, publish them with the policy. Every rank calls; rank 0 returns the
+    artifact."""
     context.log("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     result = {"metrics": dict(metrics)}
     return publish_policy(job, context, strategy, checkpointer, module, source, result)

@@ -12,6 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.nn.modules import ScalarModel, last_real
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.training.batching import split_batch
+from rlhf_core.training.preference import collate_pairs, pair_length
+from rlhf_core.training.strategy import Strategy
+
 PENALTIES = (100.0, 300.0, 1000.0, 3000.0, 10000.0)
 FOLDS = 4
 
@@ -68,3 +75,30 @@ def logistic(x: Tensor, l2: float) -> Tensor:
 
     optimizer.step(closure)  # type: ignore[arg-type]
     return weight.detach()
+
+
+@torch.no_grad()
+def probe_head(
+    module: ScalarModel, train: Rows, strategy: Strategy, micro: int, context: StageContext
+) -> None:
+    """Start the head as a linear probe on the untrained model, computed by all ranks together."""
+    group = strategy.group
+    module.to(group.device)
+    rows = train.take(list(range(len(train))))
+    found: list[tuple[int, Tensor]] = []
+    for positions in split_batch([pair_length(r) for r in rows], group.rank, group.size, 2 * micro):
+        input_ids, mask = collate_pairs([rows[p] for p in positions], group.device)
+        with strategy.autocast():
+            states = module.states(input_ids, mask).float()  # (2b,S,d)
+        last = last_real(mask)
+        pooled = states[torch.arange(len(last), device=group.device), last].cpu()  # (2b,d)
+        chosen, rejected = pooled.chunk(2)
+        found += [
+            (p, torch.stack(pair)) for p, *pair in zip(positions, chosen, rejected, strict=True)
+        ]
+    pairs = torch.stack(group.in_order(found))  # (n,2,d)
+    with torch.enable_grad():
+        weight, l2, accuracy = fit_probe(pairs[:, 0], pairs[:, 1], [r["prompt"] for r in rows])
+    module.head.weight.copy_(weight.unsqueeze(0))
+    module.head.bias.zero_()
+    context.log(f"probe on {len(rows)} pairs: cross-validated accuracy {accuracy:.3f} (l2 {l2:g})")

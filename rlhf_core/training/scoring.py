@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from rlhf_core.nn.modules import ScalarModel
 from rlhf_core.nn.padding import pad_right
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.training.batching import split_batch
+from rlhf_core.training.strategy import Strategy
 
 
 @torch.no_grad()
@@ -27,3 +29,12 @@ def score_sequences(
         scores = module(input_ids.to(group.device), mask.to(group.device))
         found += zip(positions, scores.tolist(), strict=True)
     return group.in_order(found)
+
+
+def score_all(
+    module: ScalarModel, sequences: Sequence[Sequence[int]], strategy: Strategy, micro: int
+) -> Tensor:
+    """Scores (n,) fp64 of sequences, in their order, computed by all ranks together."""
+    with strategy.autocast():
+        scores = score_sequences(module, sequences, strategy.group, micro)
+    return torch.tensor(scores, dtype=torch.float64)

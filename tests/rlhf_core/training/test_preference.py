@@ -1,23 +1,14 @@
-"""What the preference stages share, on one process and without an optimizer."""
-
-import contextlib
-from types import SimpleNamespace
+"""Batches of pairs and their log-probabilities, on one process and without an optimizer."""
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
-from rlhf_core.algorithms.kto import LabelledReplies, look_ahead, reply_logps, reported, strangers
-from rlhf_core.algorithms.orpo import orpo_loss
-from rlhf_core.data.dataset.reading import Rows
-from rlhf_core.data.dataset.writer import write_dataset
-from rlhf_core.errors import DataError
-from rlhf_core.jobs import DPOJob, DPOSettings, KTOJob, KTOSettings, ORPOJob
-from rlhf_core.models.random_model import make_model, make_tokenizer
-from rlhf_core.nn.modules import Policy
-from rlhf_core.runtime.distributed import Group
+from rlhf_core.algorithms import dpo, orpo
+from rlhf_core.jobs import DPOJob, DPOSettings, KTOSettings, ORPOJob
 from rlhf_core.training.batching import batch_rows
+from rlhf_core.training.pairs import ScoredPairs
 from rlhf_core.training.preference import (
     by_pair,
     collate_replies,
@@ -27,60 +18,9 @@ from rlhf_core.training.preference import (
     pair_tokens,
     visited,
 )
+from tests.rlhf_core.training.alone import ALONE, CPU, PAIRS, logp
 
-CPU = torch.device("cpu")
 DIGESTS = {"model": "0" * 64, "data": "1" * 64}
-
-
-class One(Group):
-    """The group of one process, without a process group."""
-
-    def __init__(self) -> None:
-        self.rank, self.size, self.device = 0, 1, CPU
-
-
-ALONE = SimpleNamespace(
-    group=One(),
-    device=CPU,
-    autocast=contextlib.nullcontext,
-)
-PAIRS = [
-    {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 2], "rejected_ids": [9, 10, 11, 2]},
-    {"prompt_ids": [5], "chosen_ids": [12, 13, 2], "rejected_ids": [2]},
-    {"prompt_ids": [20, 21], "chosen_ids": [22, 2], "rejected_ids": [23, 2]},
-]
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return Policy(make_model("llama", make_tokenizer(), seed=0).eval())
-
-
-@pytest.fixture
-def pairs(tmp_path):
-    rows = [row | {"prompt": "[]", "chosen": "", "rejected": "", "row": i}
-            for i, row in enumerate(PAIRS)]  # fmt: skip
-    write_dataset(tmp_path, "preference", {"train": rows}, {"source": "test"})
-    return Rows(tmp_path, "train")
-
-
-def unpaired(folder, labels, prompts=None):
-    rows = [
-        {"prompt_ids": [(prompts or range(99))[i]], "completion_ids": [30 + i, 2], "label": label,
-         "prompt": "[]", "completion": "", "row": i}
-        for i, label in enumerate(labels)
-    ]  # fmt: skip
-    write_dataset(folder, "unpaired", {"train": rows}, {"source": "test"})
-    return LabelledReplies(Rows(folder, "train", ["unpaired", "preference"]))
-
-
-def logp(policy, prompt, response):
-    """The oracle: the model's own logits, one sequence at a time and without padding."""
-    ids = torch.tensor([[*prompt, *response]])
-    with torch.no_grad():
-        logits = policy.model(input_ids=ids).logits[0].double()
-    steps = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
-    return float(steps[torch.arange(len(response)), torch.tensor(response)].sum())
 
 
 def test_collated_replies_mark_the_response_alone():
@@ -115,60 +55,17 @@ def test_only_rows_that_training_will_see_are_visited():
     assert visited(8, job, 50) == list(range(8)), "each once, however often"
 
 
-def test_a_pair_is_a_good_and_a_bad_reply(pairs):
-    replies = LabelledReplies(pairs)
-    rows = replies.take([0, 3, 4])
-    assert len(replies) == 6
-    assert [r["completion_ids"] for r in rows] == [[8, 2], [2], [22, 2]]
-    assert [r["prompt_ids"] for r in rows] == [[5, 6, 7], [5], [20, 21]]
-    assert [r["label"] for r in rows] == [True, False, True]
-    assert replies.lengths == ([3, 3, 1, 1, 2, 2], [2, 4, 3, 1, 2, 2])
-
-
-def test_strangers_are_replies_to_another_prompt():
-    rows = [{"prompt_ids": [p]} for p in (1, 1, 2, 3)]
-    assert strangers(rows, [70, 71, 72, 73]) == [(70, 72), (71, 72), (72, 73), (73, 70)]
-    assert strangers(rows[:2], [70, 71]) == [(70, 71), (71, 70)], "nobody else is there"
-    assert strangers(rows[:1], [70]) == [(70, 70)]
-    assert strangers([], []) == []
-
-
-def test_a_prompt_with_the_response_of_another_row(policy, tmp_path):
-    replies = unpaired(tmp_path, [True, False])
-    job = KTOJob(**DIGESTS)
-    found = reply_logps(policy, replies, [(0, 0), (0, 1), (1, 0)], ALONE, job)
-    for (prompt, response), value in found.items():
-        assert value == pytest.approx(logp(policy, [prompt], [30 + response, 2]), rel=1e-5)
-
-
-def test_look_ahead_knows_all_that_will_be_asked(tmp_path):
-    replies = unpaired(tmp_path, [True, False, True, False])
-    job = KTOJob(**DIGESTS, batch_size=2, epochs=2)
-    asked = look_ahead(replies, job, 4)
-    assert {(i, i) for i in range(4)} <= set(asked) and asked == sorted(set(asked))
-    for step in range(4):
-        a, b = batch_rows(4, 2, step, 0)
-        assert {(a, b), (b, a)} <= set(asked)
-
-
-@pytest.mark.parametrize(("label", "words"), [(True, "are good"), (False, "are bad")])
-def test_replies_of_one_kind_are_refused(tmp_path, label, words):
-    replies = unpaired(tmp_path, [label] * 4)
-    with pytest.raises(DataError, match=words):
-        look_ahead(replies, KTOJob(**DIGESTS, batch_size=2), 2)
-
-
-def test_rewards_are_means_over_their_kind_and_left_out_without_one():
-    rows = [{"label": True}, {"label": True}, {"label": False}]
-    assert reported([0.5, 1.0, 2.0, 3.0, 4.0], rows) == {
-        "loss": 0.5, "accuracy": 1.0, "margin": 2.0, "chosen_reward": 1.5, "rejected_reward": 4.0,
-    }  # fmt: skip
-    assert "rejected_reward" not in reported([0.5, 1.0, 2.0, 3.0, 0.0], rows[:2])
+def test_dpo_compares_with_the_reference_of_the_same_rows():
+    reference = torch.tensor([[9.0, 9.0], [-13.0, -14.5]], dtype=torch.float64)
+    pairs = ScoredPairs([1], torch.tensor([[-12.0, -15.0]]), torch.tensor([[4, 5]]), 1, 4)
+    loss, metrics = dpo.loss(DPOJob(**DIGESTS, beta=0.1), reference, pairs)
+    assert loss.item() == pytest.approx(0.620957, abs=1e-6)
+    assert metrics["margin"].item() == pytest.approx(0.15, abs=1e-6)
 
 
 def test_orpo_loss_adds_both_terms():
-    logps, lengths = torch.tensor([[-2.4, -4.5]]), torch.tensor([[2, 3]])
-    loss, metrics = orpo_loss(ORPOJob(**DIGESTS, orpo_lambda=0.5), logps, lengths, 1, 2)
+    pairs = ScoredPairs([0], torch.tensor([[-2.4, -4.5]]), torch.tensor([[2, 3]]), 1, 2)
+    loss, metrics = orpo.loss(ORPOJob(**DIGESTS, orpo_lambda=0.5), pairs)
     assert metrics["nll"].item() == pytest.approx(1.2)
     assert metrics["odds_loss"].item() == pytest.approx(0.510652, abs=1e-6)  # means -1.2, -1.5
     assert loss.item() == pytest.approx(1.2 + 0.255326, abs=1e-6)

@@ -1,0 +1,60 @@
+"""Replies with which a reward model's scores are normalised, and their scores' mean and spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.encoding.tokenizer import load_tokenizer
+from rlhf_core.jobs import RewardJob
+from rlhf_core.model_files.remote_code import is_trusted
+from rlhf_core.models.loading import load_causal_lm
+from rlhf_core.models.saving import stop_tokens
+from rlhf_core.nn.modules import ScalarModel
+from rlhf_core.rollout.generate import generate, make_row_seeds
+from rlhf_core.runtime.context import StageContext
+from rlhf_core.training.scoring import score_all
+from rlhf_core.training.strategy import Strategy
+
+
+def sft_replies(
+    job: RewardJob, context: StageContext, strategy: Strategy, source: Path, train: Rows
+) -> list[list[int]]:
+    """Prompt + SFT reply of some training prompts, as token ids.
+
+    Pairs that were sampled from this very model are such replies already; else they are sampled.
+    """
+    count = min(job.normalization_prompts, len(train))
+    rows = train.take(list(range(count)))
+    sampled = context.store.get(job.data).metadata.get("sampled_from") == job.model
+    if sampled:
+        return [[*r["prompt_ids"], *r[k]] for r in rows for k in ("chosen_ids", "rejected_ids")]
+    model = load_causal_lm(source).to(strategy.device)
+    tokenizer = load_tokenizer(source, is_trusted(source))
+    group = strategy.group
+    mine = list(range(count))[group.rank :: group.size]
+    with strategy.autocast():
+        rollout = generate(
+            model,
+            [rows[i]["prompt_ids"] for i in mine],
+            max_new_tokens=job.max_new_tokens,
+            eos_ids=stop_tokens(source),
+            pad_id=tokenizer.pad_token_id or 0,
+            row_seeds=make_row_seeds(job.seed, 0, mine),
+        )
+    replies = [rollout.response_ids[i][rollout.response_mask[i]].tolist() for i in range(len(mine))]
+    whole = group.interleave(replies)
+    return [[*row["prompt_ids"], *reply] for row, reply in zip(rows, whole, strict=True)]
+
+
+def score_mean_and_std(
+    module: ScalarModel, sequences: Sequence[Sequence[int]], strategy: Strategy, micro: int
+) -> tuple[float, float]:
+    """Mean and standard deviation of the scores of sequences; 1 for a single one. Every rank calls.
+
+    Args:
+        micro: sequences in one pass on one rank.
+    """
+    scores = score_all(module, sequences, strategy, micro)  # (n,)
+    return float(scores.mean()), float(scores.std()) if len(scores) > 1 else 1.0

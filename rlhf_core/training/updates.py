@@ -1,0 +1,52 @@
+"""One optimizer step of a stage that trains on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_core.errors import NonFinite
+from rlhf_core.training.checkpoint import Checkpointer
+from rlhf_core.training.nonfinite import failure
+from rlhf_core.training.strategy import Strategy
+
+Loss = Callable[[list[int]], tuple[Tensor, Mapping[str, float | Tensor]]]
+"""Indices in the global batch of a micro-batch's rows -> the micro-batch's share of the loss, and
+of metrics that sum over micro-batches and ranks."""
+
+
+def update_on_batch(
+    strategy: Strategy,
+    checkpointer: Checkpointer,
+    step: int,
+    rows: Sequence[Mapping[str, Any]],
+    micro_batches: Sequence[list[int]],
+    loss: Loss,
+) -> dict[str, float]:
+    """Forward and backward over this rank's micro-batches, then clip and update. Every rank calls.
+
+    Args:
+        step: from 0. rows: the global batch.
+        micro_batches: indices in it of the rows of each of this rank's micro-batches.
+
+    Returns:
+        Of the global batch: loss, the loss's metrics and grad_norm.
+
+    Raises:
+        NonFinite: the loss or a gradient is NaN or infinite; the batch is saved.
+    """
+    shares: dict[str, float] = {}
+    try:
+        for i, indices in enumerate(micro_batches):
+            with strategy.micro_batch(last=i == len(micro_batches) - 1):
+                total, metrics = loss(indices)
+                strategy.backward(total)
+            found = {"loss": total.item(), **{k: float(v) for k, v in metrics.items()}}
+            shares = {name: shares.get(name, 0.0) + value for name, value in found.items()}
+        grad_norm = strategy.step()
+    except NonFinite as error:
+        raise failure(error, checkpointer, step + 1, rows, indices) from error
+    sums = strategy.group.sum(list(shares.values())).tolist()
+    return dict(zip(shares, sums, strict=True)) | {"grad_norm": grad_norm}
