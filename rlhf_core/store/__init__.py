@@ -1,4 +1,4 @@
-"""The artifact store: publish folders, name them by content, fetch them verified."""
+"""The artifact store: publishes folders, names them by their content, fetches them verified."""
 
 from rlhf_core.store.artifact import Artifact, FileEntry
 from rlhf_core.store.open import open_store

@@ -1,4 +1,4 @@
-"""What an artifact is: files, kind, metadata and parents, named by the digest of its manifest."""
+"""An artifact: files, kind, metadata and parents, named by the digest of its manifest."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Artifact:
 
     @property
     def ref(self) -> str:
-        """A short name for people, ``kind/digest[:12]``; the store resolves it."""
+        """A short name for people, ``kind/digest[:12]``; `Store.get` accepts it."""
         return f"{self.kind}/{self.digest[:12]}"
 
     def file(self, path: str) -> FileEntry:
-        """The entry of one file. Raises ConfigError with the files that there are."""
+        """The entry of one file. Raises ConfigError, listing the files, for an unknown path."""
         for entry in self.files:
             if entry.path == path:
                 return entry
@@ -77,7 +77,7 @@ def check_path(path: str) -> str:
             problem = "is not valid UTF-8"
     if problem:
         raise ConfigError(
-            f"path {path!r} {problem}; needed is a relative path such as 'weights/a.safetensors'"
+            f"path {path!r} {problem}; expected a relative path such as 'weights/a.safetensors'"
         )
     return path
 
@@ -87,16 +87,16 @@ def check_kind(kind: str) -> str:
     if not KIND.fullmatch(kind):
         raise ConfigError(
             f"artifact kind {kind!r} is not a slug; use lower-case letters, digits, '.', '_', '-' "
-            "(1 to 64 characters, first a letter or digit)"
+            "(1 to 64 characters, starting with a letter or digit)"
         )
     return kind
 
 
 def check_files(files: Iterable[FileEntry]) -> tuple[FileEntry, ...]:
-    """Files in path order. Raises ConfigError for unsafe, double or clashing paths.
+    """Files in path order. Raises ConfigError for unsafe, duplicate or clashing paths.
 
-    Paths that differ in case or in the form of their accents only clash too: on file systems that
-    ignore it, one file would quietly take the place of the other.
+    Paths clash if they differ only in case or in their Unicode form: on a file system that ignores
+    the difference, one file would silently replace the other.
     """
     ordered = tuple(sorted(files))
     seen: dict[str, str] = {}
@@ -106,7 +106,7 @@ def check_files(files: Iterable[FileEntry]) -> tuple[FileEntry, ...]:
         if (other := seen.get(folded)) is not None:
             double = f"the same as {other!r} on a file system that ignores case"
             raise ConfigError(
-                f"path {entry.path!r} is {'there twice' if other == entry.path else double}; each "
+                f"path {entry.path!r} is {'a duplicate' if other == entry.path else double}; each "
                 "file needs its own path"
             )
         if not SHA256.fullmatch(entry.sha256) or entry.size < 0:
@@ -125,18 +125,25 @@ def _folded(path: str) -> str:
 
 
 def plain_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """``value`` as JSON gives it back (tuples become lists). Raises ConfigError if it cannot."""
+    """``value`` after a JSON round trip (tuples become lists).
+
+    Args:
+        what: names the value in the error.
+
+    Raises:
+        ConfigError: the value is not a JSON object.
+    """
     try:
         copy = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{what} is not plain JSON ({error}); convert it first") from error
     if not isinstance(copy, dict):
-        raise ConfigError(f"{what} is a JSON {type(copy).__name__}; needed is an object")
+        raise ConfigError(f"{what} is a JSON {type(copy).__name__}; expected an object")
     return copy
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
-    """The one JSON text of a value: sorted keys, no spaces, UTF-8."""
+    """The canonical JSON text of a value: sorted keys, no spaces, UTF-8."""
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
@@ -160,7 +167,14 @@ def make_artifact(
     parents: Sequence[str],
     created: str | None = None,
 ) -> Artifact:
-    """Check the parts, and name them by their digest. Raises ConfigError."""
+    """An artifact with its digest, after checking its parts.
+
+    Args:
+        created: ISO 8601, UTC; None: now.
+
+    Raises:
+        ConfigError: a kind, path, digest or metadata is invalid.
+    """
     for parent in parents:
         if not SHA256.fullmatch(parent):
             raise ConfigError(
@@ -180,13 +194,20 @@ def make_artifact(
 
 
 def dump_manifest(artifact: Artifact) -> bytes:
-    """The manifest's bytes, made for people to read as well."""
+    """The manifest as indented JSON."""
     value = {**_digested(artifact), "created": artifact.created}
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
 
 
 def parse_manifest(data: bytes, key: str, digest: str) -> Artifact:
-    """Read a manifest and check it against its name. Raises ArtifactCorrupt."""
+    """Parse a manifest and check it against its digest.
+
+    Args:
+        key: where it is in the store, for the error.
+
+    Raises:
+        ArtifactCorrupt: it is malformed, or its content has another digest.
+    """
     try:
         value = json.loads(data)
         if value["schema"] != SCHEMA:

@@ -1,4 +1,4 @@
-"""What the store needs of a place that keeps bytes under keys."""
+"""The interface of a storage backend: bytes under keys."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Entry:
-    """One value: its key, bytes, and when it was written (seconds since 1970, by the clock of the
-    place)."""
+    """A listed value.
+
+    Attributes:
+        size: in bytes.
+        modified: when it was written, in seconds since 1970 by the backend's clock.
+    """
 
     key: str
     size: int
@@ -19,55 +23,58 @@ class Entry:
 
 
 class Backend(Protocol):
-    """Keys are relative posix paths. Every write is atomic: a reader sees all of it or nothing.
+    """A key-value store. Keys are relative posix paths. Every write is atomic.
 
-    All methods raise StoreError or StoreUnavailable, with a message for people, and are safe to
-    call from several threads and, after a fork, from the child.
+    All methods raise StoreError or StoreUnavailable. They may be called from several threads and,
+    after a fork, from the child.
     """
 
     url: str
     remote: bool
-    """True when bytes travel over a network, so that a corrupt download is worth repeating."""
+    """True if the bytes come over a network, so that a corrupt download should be retried."""
 
     def size(self, key: str) -> int | None:
-        """Bytes under the key, or None when there is nothing."""
+        """Size of the value in bytes; None if there is no such key."""
 
     def read(self, key: str) -> bytes | None:
-        """The whole value, or None when there is nothing."""
+        """The whole value; None if there is no such key."""
 
     def write(self, key: str, data: bytes) -> None:
-        """Put a value, replacing what was there."""
+        """Write a value, replacing an existing one."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put a value if there is none; exactly one of several racing callers gets True."""
+        """Write a value unless the key exists; exactly one of several racing callers gets True."""
 
     def upload(self, source: Path, key: str, size: int, *, replace: bool) -> None:
-        """Put a file of ``size`` bytes. With ``replace=False`` a value that came first stays."""
+        """Write a file of ``size`` bytes. With ``replace=False`` an existing value stays."""
 
     def download(self, key: str, destination: Path, size: int) -> str | None:
-        """Write the value into a file (not atomic, not compared with anything); the sha256 of what
-        is in the file then, in hex, or None when there is nothing under the key."""
+        """Copy the value into a file, which is not atomic.
+
+        Returns:
+            The sha256 of the file, in hex; None if there is no such key. It is not verified.
+        """
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
-        """The value in order, in pieces of some MiB; ends early where the value does."""
+        """The value in order, in chunks of some MiB; stops early if the value is shorter."""
 
     def keys(self, prefix: str) -> list[str]:
-        """All keys that start with the prefix (a string, not a folder), sorted."""
+        """All keys that start with the string ``prefix``, sorted."""
 
     def entries(self, prefix: str) -> list[Entry]:
-        """As ``keys``, with size and time."""
+        """As `keys`, with size and time."""
 
     def folders(self, prefix: str) -> list[str]:
-        """Names directly below the folder ``prefix`` that may have keys below them, sorted."""
+        """Names of the folders directly below the folder ``prefix``, sorted."""
 
     def delete(self, key: str) -> None:
-        """Remove a value; nothing happens when there is none."""
+        """Remove a value, if there is one."""
 
     def sweep(self, older_than: float) -> int:
-        """Remove what killed writers left more than so many seconds ago; how many it was."""
+        """Remove unfinished uploads older than so many seconds; returns their number."""
 
-    def within(self, prefix: str) -> Backend:
-        """The same place, seen from below a prefix."""
+    def scoped(self, prefix: str) -> Backend:
+        """The same storage with all keys below a prefix."""
 
-    def impatient(self) -> Backend:
-        """The same place with short time limits and no retries, for a preflight."""
+    def with_short_timeouts(self) -> Backend:
+        """The same storage with short timeouts and few retries, for a preflight."""

@@ -1,4 +1,4 @@
-"""Blobs: files by their content. Uploads that skip what is there, downloads that are verified."""
+"""Blobs: files named by their sha256. Uploads skip existing blobs, downloads are verified."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ _PART = re.compile(r"\.[0-9a-f]{32}\.part")
 
 
 def blob_key(sha256: str) -> str:
+    """The key of a blob."""
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Bytes that go into the store: a file, or a value in memory."""
+    """Content to publish: a file or bytes.
+
+    Attributes:
+        stamp: size in bytes and mtime in ns of the file when it was hashed.
+    """
 
     entry: FileEntry
     content: Path | bytes
@@ -33,16 +38,16 @@ class Source:
 
 
 def read_source(path: str, content: Path | bytes) -> Source:
-    """Hash a file or value. Raises ConfigError for a link or anything but a plain file."""
+    """Hash a file or bytes. Raises ConfigError for anything but a regular file."""
     if isinstance(content, bytes):
         return Source(FileEntry(path, len(content), hashlib.sha256(content).hexdigest()), content)
     if content.is_symlink():
         raise ConfigError(
-            f"{content} is a symbolic link; an artifact holds plain files only: copy what it "
-            "points to (cp -L) first"
+            f"{content} is a symbolic link; an artifact holds regular files only: copy its target "
+            "(cp -L) first"
         )
     if not content.is_file():
-        raise ConfigError(f"{content} is not a plain file; an artifact holds plain files only")
+        raise ConfigError(f"{content} is not a regular file; an artifact holds regular files only")
     with file_errors(content):
         stamp = _stamp(content)
         return Source(FileEntry(path, stamp[0], hash_file(content)), content, stamp)
@@ -54,15 +59,22 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def upload_blob(backend: Backend, source: Source, *, force: bool = False) -> int:
-    """Put a source unless a blob of its size is there; bytes sent.
+    """Upload a source unless a blob of its size exists.
 
-    Raises StoreError when the file changed while it was read: its blob is then removed.
+    Args:
+        force: upload it even then.
+
+    Returns:
+        Number of bytes sent.
+
+    Raises:
+        StoreError: the file changed while it was read; its blob is removed again.
     """
     entry, key = source.entry, blob_key(source.entry.sha256)
     found = backend.size(key)
     if found == entry.size and not force:
         return 0
-    # A blob of another size is what something outside this code left; the right bytes replace it.
+    # A blob of another size was not written by this code; replace it with the right bytes.
     replace = force or found is not None
     if isinstance(source.content, bytes):
         if replace:
@@ -82,9 +94,13 @@ def upload_blob(backend: Backend, source: Source, *, force: bool = False) -> int
 
 
 def download_blob(backend: Backend, entry: FileEntry, target: Path, owner: str) -> None:
-    """Write a verified file, atomically. Raises ArtifactCorrupt; ``target`` is then not there.
+    """Download and verify a blob into a file, atomically.
 
-    ``owner`` names the artifact in the message.
+    Args:
+        owner: names the artifact in the error.
+
+    Raises:
+        ArtifactCorrupt: the blob is missing or damaged; ``target`` does not exist then.
     """
     part = target.with_name(f".{uuid.uuid4().hex}.part")  # as remove_parts looks for it
     found = "the blob is missing"
@@ -94,24 +110,24 @@ def download_blob(backend: Backend, entry: FileEntry, target: Path, owner: str) 
             for _ in range(DOWNLOAD_TRIES if backend.remote else 1):
                 sha256 = backend.download(blob_key(entry.sha256), part, entry.size)
                 if sha256 is not None:
-                    found = compare(entry, part.stat().st_size, sha256)
+                    found = blob_problem(entry, part.stat().st_size, sha256)
                     if not found:
                         os.replace(part, target)
                         return
     finally:
         part.unlink(missing_ok=True)
-    raise corrupt(backend, entry, found, owner)
+    raise corrupt_error(backend, entry, found, owner)
 
 
 def remove_parts(folder: Path, keep: Set[str]) -> None:
-    """Remove what killed downloads left below a folder, but no file of the artifact itself."""
+    """Remove the temporary files of killed downloads below a folder, except paths in ``keep``."""
     for path in folder.rglob(".*.part"):
         if _PART.fullmatch(path.name) and path.relative_to(folder).as_posix() not in keep:
             path.unlink()
 
 
 def check_blob(backend: Backend, entry: FileEntry) -> str:
-    """Read a blob to its end; what is wrong with it, or ''."""
+    """Read a blob to its end; returns what is wrong with it, or ''."""
     key = blob_key(entry.sha256)
     size = backend.size(key)
     if size is None:
@@ -119,11 +135,11 @@ def check_blob(backend: Backend, entry: FileEntry) -> str:
     digest = hashlib.sha256()
     for chunk in backend.chunks(key, size):
         digest.update(chunk)
-    return compare(entry, size, digest.hexdigest())
+    return blob_problem(entry, size, digest.hexdigest())
 
 
-def compare(entry: FileEntry, size: int, sha256: str) -> str:
-    """What is wrong with bytes of this size and hash, or ''."""
+def blob_problem(entry: FileEntry, size: int, sha256: str) -> str:
+    """What is wrong with a blob of this size (bytes) and hash, or ''."""
     if size != entry.size:
         return f"it has {size:,} bytes instead of {entry.size:,}"
     if sha256 != entry.sha256:
@@ -131,9 +147,10 @@ def compare(entry: FileEntry, size: int, sha256: str) -> str:
     return ""
 
 
-def corrupt(backend: Backend, entry: FileEntry, found: str, owner: str) -> ArtifactCorrupt:
+def corrupt_error(backend: Backend, entry: FileEntry, found: str, owner: str) -> ArtifactCorrupt:
+    """The error for a damaged file of the artifact ``owner``."""
     return ArtifactCorrupt(
         f"file {entry.path!r} of artifact {owner} is damaged in {backend.url} "
         f"({blob_key(entry.sha256)}): {found}; repair it from a good copy (Store.repair), or "
-        "delete the artifact and make it again"
+        "delete the artifact and run its stage again"
     )

@@ -1,8 +1,8 @@
-"""The artifacts' local copies: how much room they may take, and which of them go first.
+"""The local cache of artifacts: locks, and eviction of the least recently used copies.
 
-cache/artifacts/<digest>     complete and verified; a name with a dot in front is neither
+cache/artifacts/<digest>     complete and verified; names with a leading dot are unfinished
 cache/stamps/<digest>.json   sizes and times of its files when they were verified
-cache/use/<digest>.lock      locked by every process that uses it; its time is the last use
+cache/use/<digest>.lock      locked by every process that uses it; its mtime is the last use
 cache/locks/...              locked while a folder is being filled or removed
 """
 
@@ -29,10 +29,11 @@ _held: dict[Path, IO[str]] = {}
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Let one process of this machine at a time work on a folder; the lock ends with it.
+    """Lock a folder against the other processes of this machine, until the block or process ends.
 
-    False where the file system has no locks: processes may then do the work twice, and the final
-    rename stays safe.
+    Yields:
+        False if the file system has no locks: two processes may then do the same work, and the
+        final rename is still safe.
     """
     with open(_lock_file(folder), "w") as file:
         held = False
@@ -49,9 +50,12 @@ def _lock_file(folder: Path) -> Path:
     return path
 
 
-def hold(cache: Path, digest: str) -> None:
-    """Note the use, and keep the artifact's folder for as long as this process lives, or one that
-    it forks. To be called with the folder locked."""
+def mark_in_use(cache: Path, digest: str) -> None:
+    """Record the use of an artifact's folder, and protect it from eviction.
+
+    The protection lasts as long as this process or one that it forks. The caller holds the
+    folder's lock.
+    """
     path = cache / "use" / f"{digest}.lock"
     if path not in _held:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,12 +66,16 @@ def hold(cache: Path, digest: str) -> None:
     os.utime(path)
 
 
-def make_room(cache: Path, needed: int, limit: float, wanted: str) -> None:
-    """Remove copies that no process uses, the least recently used first, until ``needed`` bytes
-    more are within ``limit`` and fit on the disk; or until all that may go are gone.
+def evict(cache: Path, needed: int, limit: float, wanted: str) -> None:
+    """Remove unused copies, the least recently used first, to make room for a new one.
+
+    It stops when ``needed`` more bytes are within the limit and fit on the disk, or when only
+    copies in use are left.
 
     Args:
-        wanted: digest of the artifact that the room is for; what is there of it stays.
+        needed: bytes of the new copy.
+        limit: bytes that the cache may take.
+        wanted: digest of the new copy; its unfinished files stay.
     """
     sizes = {folder: _size(folder) for folder in (cache / "artifacts").iterdir()}
     total, free = sum(sizes.values()), free_bytes(cache)
@@ -86,17 +94,17 @@ def make_room(cache: Path, needed: int, limit: float, wanted: str) -> None:
 
 
 def _digest(folder: Path) -> str:
-    """Of a copy, ``<digest>``, or of one that is being made or removed, ``.<digest>.…part``."""
+    """The digest of a copy, ``<digest>``, or of an unfinished one, ``.<digest>.…part``."""
     return folder.name.lstrip(".")[:64]
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files; those that another process removes meanwhile count as nothing."""
+    """Bytes of the files in a folder; files that another process removes meanwhile count as 0."""
     total = 0
-    for place, _, names in os.walk(folder):  # which passes over a folder that has gone
+    for parent, _, names in os.walk(folder):  # yields nothing for a missing folder
         for name in names:
             with suppress(FileNotFoundError):
-                total += os.stat(os.path.join(place, name)).st_size
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 
@@ -109,7 +117,7 @@ def _last_use(cache: Path, folder: Path) -> float:
 
 
 def _remove(cache: Path, folder: Path) -> bool:
-    """Remove a copy unless a process fills or uses it, or there is no way to tell."""
+    """Remove a copy unless a process fills or uses it, or the file system has no locks."""
     digest = _digest(folder)
     use = cache / "use" / f"{digest}.lock"
     use.parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +128,8 @@ def _remove(cache: Path, folder: Path) -> bool:
             fcntl.flock(using, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return False
-        with suppress(FileNotFoundError):  # another process was first
-            # Renamed first, so that nobody finds a folder from which files are missing.
+        with suppress(FileNotFoundError):  # another process was faster
+            # Renamed before it is deleted, so that nobody sees a folder with missing files.
             os.rename(folder, gone)
             if folder.name == digest:
                 (cache / "stamps" / f"{digest}.json").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Garbage: what no kept artifact reaches. Found by reading all manifests, deleted on demand."""
+"""Garbage collection: finds and deletes what no kept artifact references."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from typing import Any
 from rlhf_core.errors import ArtifactCorrupt
 from rlhf_core.store.artifact import Artifact, parse_manifest
 from rlhf_core.store.backend import Backend, Entry
-from rlhf_core.store.leases import FLAG, LEASES, Flag
+from rlhf_core.store.leases import FLAG, LEASES, CollectionFlag
 from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
 from rlhf_core.store.refs import MANIFEST
 
 log = logging.getLogger("rlhf_core.store")
 
 SCOPES = "checkpoints"
-BATCH = 64  # deletions between two looks at the flag
-LEASE = 3600.0  # seconds that a lease counts at least, however short the grace period is
+BATCH = 64  # deletions between two checks of the flag
+LEASE_SECONDS = 3600.0  # a lease is valid for at least this long, however short the grace period
 Roots = Callable[[], Set[str]]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Ages in seconds, by the clock of the place that keeps the bytes.
+    """Ages in seconds, by the backend's clock.
 
     Attributes:
-        keep: an artifact that was published, or found as a stage's result, more recently stays.
-        grace: nothing that was written more recently is deleted, whatever it is; longer than any
-            upload takes.
+        keep: artifacts that were published or reused by a stage more recently are kept.
+        grace: nothing that was written more recently is deleted; longer than any upload takes.
     """
 
     keep: float
@@ -43,16 +42,16 @@ class Limits:
 
 @dataclass
 class Garbage:
-    """What is to go, in the order of deletion.
+    """What a collection deletes, in the order of deletion.
 
     Attributes:
-        artifacts: ``kind/digest[:12]`` and when it was made, as far as its manifest can be read.
-        manifests, blobs, checkpoints: keys and their bytes; checkpoints are all keys below
-            `checkpoints/`.
+        artifacts: (``kind/digest[:12]``, creation time or "" if the manifest is unreadable).
+        manifests, blobs: their entries. checkpoints: all entries below `checkpoints/`.
         others: stage records without an artifact, old leases, probes and records of `memory/` and
             `candidates/`.
-        notes: why something that might go stays.
-        kept: how many artifacts stay.
+        notes: why something that looks like garbage is kept.
+        kept: number of artifacts that stay.
+        uploads: number of unfinished uploads that were removed.
     """
 
     artifacts: list[tuple[str, str]] = field(default_factory=list)
@@ -66,40 +65,47 @@ class Garbage:
 
     @property
     def entries(self) -> list[Entry]:
+        """All entries to delete."""
         return [*self.manifests, *self.others, *self.blobs, *self.checkpoints]
 
     @property
     def size(self) -> int:
-        """Bytes of everything that is to go."""
+        """Bytes of all entries to delete."""
         return sum(entry.size for entry in self.entries)
 
 
 def find_garbage(backend: Backend, roots: Roots, limits: Limits) -> Garbage:
-    """What a collection would delete now; nothing is deleted."""
+    """What a collection would delete now; nothing is deleted. Arguments as for `collect`."""
     now = _clock(backend)
     garbage = _find_all(backend, roots, limits, now)
     for scope in backend.folders(SCOPES):
-        below = _find_all(backend.within(f"{SCOPES}/{scope}"), set, limits, now).entries
+        below = _find_all(backend.scoped(f"{SCOPES}/{scope}"), set, limits, now).entries
         garbage.checkpoints += [_below(scope, entry) for entry in below]
     return garbage
 
 
 def collect(backend: Backend, roots: Roots, limits: Limits) -> Garbage:
-    """Delete the garbage; what was deleted. Safe beside writers, see `claims`.
+    """Delete the garbage and return it. Writers may run at the same time, see `leases`.
+
+    Args:
+        roots: gives the digests to keep, together with their parents; called once no new writer
+            can start.
+        limits: ages below which nothing is deleted.
 
     Raises:
-        StoreError: it could not go on; what is kept is untouched, and the next one finds the rest.
+        StoreError: it failed midway; kept artifacts are untouched, and the next run deletes the
+            rest.
     """
     now = _clock(backend)
-    with Flag(backend) as flag:
+    with CollectionFlag(backend) as flag:
         garbage = _find_all(backend, roots, limits, now)
         _delete(backend, garbage, flag)
     for scope in backend.folders(SCOPES):
-        place = backend.within(f"{SCOPES}/{scope}")
-        if _find_all(place, set, limits, now).entries:
-            with Flag(place) as flag:
-                found = _find_all(place, set, limits, now)
-                _delete(place, found, flag)
+        scoped = backend.scoped(f"{SCOPES}/{scope}")
+        if _find_all(scoped, set, limits, now).entries:
+            with CollectionFlag(scoped) as flag:
+                found = _find_all(scoped, set, limits, now)
+                _delete(scoped, found, flag)
             garbage.checkpoints += [_below(scope, entry) for entry in found.entries]
     garbage.uploads = backend.sweep(limits.grace)
     return garbage
@@ -110,7 +116,7 @@ def _below(scope: str, entry: Entry) -> Entry:
 
 
 def _clock(backend: Backend) -> float:
-    """The time at the place: a server's clock may differ from ours, and ages go by its own."""
+    """The backend's time, in seconds since 1970; a server's clock may differ from ours."""
     key = f"gc/clock-{uuid.uuid4().hex}.json"
     backend.write(key, b"{}")
     try:
@@ -146,7 +152,7 @@ class _Listing:
 def _list_all(backend: Backend, roots: Roots, limits: Limits, now: float) -> _Listing:
     """Leases first, then stage records and roots, then manifests; `leases` says why."""
     leases = backend.entries(LEASES)
-    lease_age = max(limits.grace, LEASE)
+    lease_age = max(limits.grace, LEASE_SECONDS)
     leased = [_json(backend, e) for e in leases if now - e.modified <= lease_age]
     stages = {entry.key: entry for entry in backend.entries("stages/")}
     read_all = in_parallel(lambda e: _json(backend, e), stages.values(), REQUESTS_AT_ONCE)
@@ -165,7 +171,7 @@ def _list_all(backend: Backend, roots: Roots, limits: Limits, now: float) -> _Li
 def _find_all(backend: Backend, roots: Roots, limits: Limits, now: float) -> Garbage:
     """The garbage of one store or scope."""
     listing = _list_all(backend, roots, limits, now)
-    kept = _reached(_wanted(listing, limits), listing.artifacts)
+    kept = _reachable(_wanted(listing, limits), listing.artifacts)
     present = kept & listing.manifests.keys()
     garbage = Garbage(kept=len(present))
     for digest in listing.manifests.keys() - kept:
@@ -176,9 +182,9 @@ def _find_all(backend: Backend, roots: Roots, limits: Limits, now: float) -> Gar
     garbage.others = _old_records(backend, listing, limits, present)
     if unread := sorted(present - listing.artifacts.keys()):
         garbage.notes.append(
-            "no file is deleted: it is not known which ones belong to "
+            "no file is deleted, because the manifest of "
             + ", ".join(_ref(listing.manifests[digest]) for digest in unread)
-            + ", whose manifest is damaged; publish that again, or delete it"
+            + " is damaged and its files are unknown; publish it again, or delete it"
         )
         return garbage
     named = {
@@ -221,7 +227,7 @@ def _old_records(
         for key, entry in listing.stages.items()
         if listing.older(entry, limits.keep) and listing.results[key].get("digest") not in present
     ]
-    found += [e for e in listing.leases if listing.older(e, max(limits.grace, LEASE))]
+    found += [e for e in listing.leases if listing.older(e, max(limits.grace, LEASE_SECONDS))]
     # A stage that once ran out of memory and has not run since: it would start as configured.
     found += [e for e in backend.entries("memory/") if listing.older(e, limits.keep)]
     # Output of a failed stage: by now a version of a model, or abandoned.
@@ -236,7 +242,7 @@ def _ref(manifest: Entry) -> str:
     return f"{kind}/{digest[:12]}"
 
 
-def _reached(wanted: Iterable[str], artifacts: dict[str, Artifact]) -> set[str]:
+def _reachable(wanted: Iterable[str], artifacts: dict[str, Artifact]) -> set[str]:
     """The wanted digests, their parents, and so on."""
     found: set[str] = set()
     todo = list(wanted)
@@ -258,7 +264,7 @@ def _manifest(backend: Backend, digest: str, entry: Entry) -> Artifact | None:
 
 
 def _json(backend: Backend, entry: Entry) -> dict[str, Any]:
-    """A small record; {} when it is gone or none."""
+    """A small JSON record; {} if it is missing or not an object."""
     try:
         value = json.loads(backend.read(entry.key) or b"{}")
     except ValueError:
@@ -266,10 +272,9 @@ def _json(backend: Backend, entry: Entry) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _delete(backend: Backend, garbage: Garbage, flag: Flag) -> None:
-    """Manifests first: killed in the middle, it leaves blobs that nothing names, never the
-    reverse."""
-    quick = backend.impatient()  # a deletion must be over long before the flag is stale
+def _delete(backend: Backend, garbage: Garbage, flag: CollectionFlag) -> None:
+    """Delete manifests before blobs, so that a kill leaves unused blobs but no broken artifact."""
+    quick = backend.with_short_timeouts()  # a deletion must end long before the flag is stale
     entries = garbage.entries
     for start in range(0, len(entries), BATCH):
         flag.check()

@@ -1,4 +1,4 @@
-"""Folders on this machine: reading one to publish it, and filling one with verified files."""
+"""Local folders: lists the files to publish, and fetches artifacts into verified folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_core.errors import ArtifactCorrupt, ConfigError
 from rlhf_core.store.artifact import Artifact, FileEntry, check_path
 from rlhf_core.store.backend import Backend
 from rlhf_core.store.blobs import download_blob, remove_parts
-from rlhf_core.store.cache import hold, locked, make_room
+from rlhf_core.store.cache import evict, locked, mark_in_use
 from rlhf_core.store.local import file_errors, hash_file, require_space
 from rlhf_core.store.parallel import FILES_AT_ONCE, in_parallel
 from rlhf_core.store.settings import read_settings
@@ -23,18 +23,22 @@ from rlhf_core.system.home import rlhf_home
 
 
 def walk(folder: Path) -> dict[str, Path]:
-    """All files below a folder by their posix path. Raises ConfigError for links and no files."""
+    """All files below a folder by their relative posix path.
+
+    Raises:
+        ConfigError: the folder does not exist, is empty, or holds a symbolic link.
+    """
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; a folder with the artifact's files is needed")
+        raise ConfigError(f"{folder} is not a folder; expected one with the artifact's files")
     found: dict[str, Path] = {}
     with file_errors(folder):
-        for parent, folders, names in os.walk(folder, onerror=_raise):
+        for parent, folders, names in os.walk(folder, onerror=_reraise):
             for name in [*folders, *names]:
                 path = Path(parent) / name
                 if path.is_symlink():
                     raise ConfigError(
-                        f"{path} is a symbolic link; an artifact holds plain files only: copy "
-                        "what it points to (cp -rL) first"
+                        f"{path} is a symbolic link; an artifact holds regular files only: copy "
+                        "its target (cp -rL) first"
                     )
             for name in names:
                 path = Path(parent) / name
@@ -44,33 +48,33 @@ def walk(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _raise(error: OSError) -> None:
+def _reraise(error: OSError) -> None:
     raise error
 
 
 def fetch_cached(backend: Backend, artifact: Artifact) -> Path:
     """The artifact's folder in the local cache, complete and verified.
 
-    A folder that is there is not read again unless a file's size or time has changed since it was
-    verified; a file that was changed is replaced. It stays for as long as this process lives; for a
-    new one, others that nobody uses may have to go (RLHF_STORE_CACHE_GB).
+    An existing folder is read again only if a file's size or time has changed since it was
+    verified; changed files are replaced. The folder stays as long as this process lives. To make
+    room for a new one, unused folders may be evicted (RLHF_STORE_CACHE_GB).
     """
     cache = rlhf_home() / "cache"
     folder = cache / "artifacts" / artifact.digest
-    stamps = cache / "stamps" / f"{artifact.digest}.json"
+    stamps_file = cache / "stamps" / f"{artifact.digest}.json"
     with file_errors(cache), locked(folder) as alone:
-        for place in (folder.parent, stamps.parent):
-            place.mkdir(parents=True, exist_ok=True)
-        hold(cache, artifact.digest)
-        known = _read_stamps(stamps)
-        if folder.is_dir() and all(_is_as(folder, e, known) for e in artifact.files):
+        for parent in (folder.parent, stamps_file.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        mark_in_use(cache, artifact.digest)
+        stamps = _read_stamps(stamps_file)
+        if folder.is_dir() and all(_is_verified(folder, e, stamps) for e in artifact.files):
             return folder
         limit = read_settings().cache_gb * 1e9
-        make_room(cache, artifact.size, limit, artifact.digest)
+        evict(cache, artifact.size, limit, artifact.digest)
         if folder.is_dir():
-            _fill(backend, artifact, folder, known)
+            _fill(backend, artifact, folder, stamps)
         else:
-            # One name per machine: the next fetch goes on from what a killed one had verified.
+            # One name per machine, so that a fetch continues where a killed one stopped.
             owner = socket.gethostname() if alone else uuid.uuid4().hex
             part = folder.with_name(f".{artifact.digest}.{owner}.part")
             try:
@@ -79,14 +83,14 @@ def fetch_cached(backend: Backend, artifact: Artifact) -> Path:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
             _move(part, folder, artifact)
-        _write_stamps(stamps, folder, artifact)
+        _write_stamps(stamps_file, folder, artifact)
         return folder
 
 
 def fetch_to(backend: Backend, artifact: Artifact, destination: Path) -> Path:
-    """Make ``destination`` the artifact's folder. Raises ConfigError when it holds other files."""
+    """Fetch the artifact into ``destination``. Raises ConfigError if that holds other files."""
     with file_errors(destination), locked(destination):
-        if _holds(destination, artifact):
+        if _contains(destination, artifact):
             return destination
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
             raise ConfigError(
@@ -103,10 +107,11 @@ def fetch_to(backend: Backend, artifact: Artifact, destination: Path) -> Path:
         return destination
 
 
-def _fill(backend: Backend, artifact: Artifact, folder: Path, known: Mapping[str, Any]) -> None:
+def _fill(backend: Backend, artifact: Artifact, folder: Path, stamps: Mapping[str, Any]) -> None:
+    """Download the files that are missing or not verified."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_parts(folder, {entry.path for entry in artifact.files})
-    todo = [e for e in artifact.files if not _is_as(folder, e, known, rehash=True)]
+    todo = [e for e in artifact.files if not _is_verified(folder, e, stamps, rehash=True)]
     require_space(folder, sum(entry.size for entry in todo))
 
     def fetch(entry: FileEntry) -> None:
@@ -119,29 +124,32 @@ def _move(part: Path, folder: Path, artifact: Artifact) -> None:
     try:
         os.rename(part, folder)
     except OSError:
-        # On a file system whose locks do not hold, another process may have been first.
-        if not _holds(folder, artifact):
+        # Without working locks another process may have been faster.
+        if not _contains(folder, artifact):
             raise
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _holds(folder: Path, artifact: Artifact) -> bool:
+def _contains(folder: Path, artifact: Artifact) -> bool:
+    """Whether a folder holds exactly the artifact's files, verified by their sha256."""
     if not folder.is_dir() or not artifact.files:
         return False
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
     return there == {e.path for e in artifact.files} and all(
-        _is_as(folder, entry, {}, rehash=True) for entry in artifact.files
+        _is_verified(folder, entry, {}, rehash=True) for entry in artifact.files
     )
 
 
-def _is_as(folder: Path, entry: FileEntry, known: Mapping[str, Any], rehash: bool = False) -> bool:
-    """True when the file is as it was when last verified, or (``rehash``) verifies now."""
+def _is_verified(
+    folder: Path, entry: FileEntry, stamps: Mapping[str, Any], rehash: bool = False
+) -> bool:
+    """Whether a file is unchanged since it was verified, or (``rehash``) verifies now."""
     path = folder / entry.path
     try:
         info = path.lstat()
         if path.is_symlink() or not path.is_file() or info.st_size != entry.size:
             return False
-        if known.get(entry.path) == [info.st_size, info.st_mtime_ns]:
+        if stamps.get(entry.path) == [info.st_size, info.st_mtime_ns]:
             return True
         return rehash and hash_file(path) == entry.sha256
     except OSError:

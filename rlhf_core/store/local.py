@@ -1,4 +1,4 @@
-"""The store's backend for a local or mounted file system."""
+"""The backend for a local or mounted file system."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 @contextmanager
 def file_errors(where: Path) -> Iterator[None]:
-    """Turn operating-system errors about ``where`` into StoreErrors that say what to do."""
+    """Convert operating-system errors about ``where`` into StoreErrors with advice."""
     try:
         yield
     except OSError as error:
-        place = error.filename2 or error.filename or where  # of a copy, where it goes
+        path = error.filename2 or error.filename or where  # for a copy: its destination
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = free_bytes(where)
             raise StoreError(
-                f"no space left for {place} ({free:,} bytes free); make room there or point "
+                f"no space left for {path} ({free:,} bytes free); free some space or point "
                 "RLHF_STORE or RLHF_HOME at a larger disk"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise StoreUnavailable(
-                f"{place} cannot be used ({error.strerror}); needed is a folder that this user "
-                "may write to: correct its permissions, RLHF_STORE or RLHF_HOME"
+                f"{path} cannot be used ({error.strerror}); expected a folder that this user may "
+                "write to: correct its permissions, RLHF_STORE or RLHF_HOME"
             ) from error
-        raise StoreError(f"file operation on {place} failed: {error.strerror or error}") from error
+        raise StoreError(f"file operation on {path} failed: {error.strerror or error}") from error
 
 
 def hash_file(path: Path) -> str:
@@ -49,7 +49,7 @@ def hash_file(path: Path) -> str:
 
 
 def free_bytes(where: Path) -> int:
-    """Free bytes of the disk that ``where`` lies on, or will lie on."""
+    """Free bytes of the disk that holds ``where``, which need not exist yet."""
     for folder in (where, *where.absolute().parents):
         if folder.exists():
             return shutil.disk_usage(folder).free
@@ -57,16 +57,16 @@ def free_bytes(where: Path) -> int:
 
 
 def require_space(where: Path, needed: int) -> None:
-    """Raise StoreError when the disk below ``where`` has fewer than ``needed`` bytes free."""
+    """Raise StoreError if the disk of ``where`` has fewer than ``needed`` bytes free."""
     free = free_bytes(where)
     if free < needed:
         raise StoreError(
-            f"{needed:,} bytes are needed at {where}, {free:,} are free; make room there or point "
+            f"{where} needs {needed:,} bytes, but only {free:,} are free; free some space or point "
             "RLHF_STORE or RLHF_HOME at a larger disk"
         )
 
 
-def _names(folder: Path) -> list[str]:
+def _list_names(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
     except FileNotFoundError:
@@ -100,20 +100,20 @@ class LocalBackend:
     def write(self, key: str, data: bytes) -> None:
         with file_errors(self.root), self._temporary() as temporary:
             temporary.write_bytes(data)
-            self._place(temporary, self.root / key)
+            self._move(temporary, self.root / key)
 
     def create(self, key: str, data: bytes) -> bool:
         with file_errors(self.root), self._temporary() as temporary:
             temporary.write_bytes(data)
-            return self._place_new(temporary, self.root / key)
+            return self._move_new(temporary, self.root / key)
 
     def upload(self, source: Path, key: str, size: int, *, replace: bool) -> None:
         with file_errors(self.root), self._temporary() as temporary:
             shutil.copyfile(source, temporary, follow_symlinks=False)
             if replace:
-                self._place(temporary, self.root / key)
+                self._move(temporary, self.root / key)
             else:
-                self._place_new(temporary, self.root / key)
+                self._move_new(temporary, self.root / key)
 
     def download(self, key: str, destination: Path, size: int) -> str | None:
         with file_errors(destination):
@@ -135,7 +135,7 @@ class LocalBackend:
         base = self.root / folder
         keys: list[str] = []
         with file_errors(self.root):
-            for name in _names(base):
+            for name in _list_names(base):
                 if not name.startswith(start) or name == TMP:
                     continue
                 if (base / name).is_dir():
@@ -159,14 +159,14 @@ class LocalBackend:
     def folders(self, prefix: str) -> list[str]:
         with file_errors(self.root):
             base = self.root / prefix
-            return sorted(n for n in _names(base) if n != TMP and (base / n).is_dir())
+            return sorted(n for n in _list_names(base) if n != TMP and (base / n).is_dir())
 
     def delete(self, key: str) -> None:
         target = self.root / key
         with file_errors(self.root):
             target.unlink(missing_ok=True)
             for folder in target.parents:
-                # Folders that became empty only; rmdir refuses any other.
+                # Remove empty folders; rmdir fails for the others.
                 if folder == self.root or self.root not in folder.parents:
                     break
                 try:
@@ -186,10 +186,10 @@ class LocalBackend:
                     continue
         return removed
 
-    def within(self, prefix: str) -> LocalBackend:
+    def scoped(self, prefix: str) -> LocalBackend:
         return LocalBackend(self.root / prefix, self.base)
 
-    def impatient(self) -> LocalBackend:
+    def with_short_timeouts(self) -> LocalBackend:
         return self
 
     @contextmanager
@@ -202,33 +202,33 @@ class LocalBackend:
         finally:
             file.unlink(missing_ok=True)
 
-    def _place(self, temporary: Path, target: Path) -> None:
-        self._in_folder(target, lambda: os.replace(temporary, target))
+    def _move(self, temporary: Path, target: Path) -> None:
+        self._into_folder(target, lambda: os.replace(temporary, target))
 
-    def _place_new(self, temporary: Path, target: Path) -> bool:
+    def _move_new(self, temporary: Path, target: Path) -> bool:
         try:
-            self._in_folder(target, lambda: os.link(temporary, target))
+            self._into_folder(target, lambda: os.link(temporary, target))
             return True
         except FileExistsError:
             return False
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-        # Some network file systems have no hard links; they do have locks that end with a process.
+        # Some network file systems have no hard links, but locks that end with the process.
         with open(self.base / TMP / "create.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if target.exists():
                 return False
-            self._place(temporary, target)
+            self._move(temporary, target)
             return True
 
     @staticmethod
-    def _in_folder(target: Path, move: Callable[[], None]) -> None:
+    def _into_folder(target: Path, move: Callable[[], None]) -> None:
         for last in (False, False, False, True):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 return move()
             except FileNotFoundError:
-                # A delete elsewhere may have removed the folder, which was empty for a moment.
+                # A concurrent delete may have removed the folder while it was empty.
                 if last:
                     raise

@@ -1,4 +1,4 @@
-"""From a URL to a store."""
+"""Opens a store by its URL."""
 
 from __future__ import annotations
 
@@ -21,8 +21,14 @@ _BUCKET = re.compile(r"[a-z0-9A-Z][a-zA-Z0-9._-]{1,254}")
 def open_store(url: str | None = None, settings: StoreSettings | None = None) -> Store:
     """The store at ``file://<folder>``, a plain path, or ``s3://<bucket>[/<prefix>]``.
 
-    Without a URL: ``$RLHF_STORE``, else ``file://<rlhf_home()>/store``. Nothing is contacted yet;
-    ``Store.check`` does. Raises ConfigError for any other URL and for settings that are not valid.
+    It contacts no server; `Store.check` does.
+
+    Args:
+        url: None: ``$RLHF_STORE``, else ``file://<rlhf_home()>/store``.
+        settings: for S3; None: those of the environment.
+
+    Raises:
+        ConfigError: another kind of URL, or invalid settings.
     """
     url = url or os.environ.get("RLHF_STORE") or f"file://{rlhf_home() / 'store'}"
     match = _SCHEME.fullmatch(url)
@@ -51,7 +57,7 @@ def open_store(url: str | None = None, settings: StoreSettings | None = None) ->
         backend = S3Backend(S3Client(bucket, settings or read_settings()), prefix)
     else:
         raise ConfigError(
-            f"store URL scheme {scheme!r} is not known; use file:///path/to/folder or "
+            f"store URL scheme {scheme!r} is not supported; use file:///path/to/folder or "
             "s3://bucket/prefix"
         )
     return Store(backend)

@@ -14,7 +14,11 @@ R = TypeVar("R")
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], threads: int) -> list[R]:
-    """Results in the items' order; after a first failure nothing more is started, and it raises."""
+    """The function's results in the order of the items.
+
+    Raises:
+        The first exception of a call; the calls that have not started are cancelled.
+    """
     todo = list(items)
     if len(todo) <= 1:
         return [function(item) for item in todo]

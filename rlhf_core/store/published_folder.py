@@ -1,4 +1,4 @@
-"""A published model as a plain folder, which other programs read while it is replaced."""
+"""A published model as a plain folder for other programs, replaced in one step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from rlhf_core.system.home import rlhf_home
 
 
 def published_folder(name: str) -> Path:
-    """Where this machine keeps a published model."""
+    """The folder of a published model on this machine."""
     return rlhf_home() / "published" / name
 
 
 def materialise(store: Store, artifact: Artifact, folder: Path) -> Path:
-    """The artifact's files in a plain folder; one that was there is replaced in one step."""
+    """Fetch the artifact into a plain folder; an existing one is replaced in one step.
+
+    Raises:
+        StoreError: as `Store.fetch`.
+    """
     mark = folder.parent / f".{folder.name}.digest"
     if folder.is_dir() and mark.is_file() and mark.read_text() == artifact.digest:
         return folder

@@ -1,4 +1,4 @@
-"""Making an artifact: hash, send what is not there, check it once more, write the manifest."""
+"""Publishes an artifact: hash the files, upload new blobs, check them, write the manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlhf_core.store.artifact import (
 )
 from rlhf_core.store.backend import Backend
 from rlhf_core.store.blobs import Source, blob_key, read_source, upload_blob
-from rlhf_core.store.leases import claim
+from rlhf_core.store.leases import lease
 from rlhf_core.store.parallel import FILES_AT_ONCE, REQUESTS_AT_ONCE, in_parallel
 from rlhf_core.store.refs import manifest_key
 
@@ -35,7 +35,7 @@ def publish(
     metadata: Mapping[str, Any] | None,
     parents: Sequence[str],
 ) -> Artifact:
-    """See Store.publish_derived. Killed at any moment it leaves blobs, never a broken artifact."""
+    """See `Store.publish_derived`. A kill leaves unused blobs, but never a broken artifact."""
     began = time.monotonic()
     check_kind(kind)
     fresh: list[tuple[str, Path | bytes]] = []
@@ -54,11 +54,11 @@ def publish(
     sent = in_parallel(
         lambda source: upload_blob(backend, source), distinct.values(), FILES_AT_ONCE
     )
-    # What was there already may be old, and about to be collected.
+    # Reused blobs may be old, and about to be collected.
     reused = len({entry.sha256 for entry in entries}) > sum(n > 0 for n in sent)
     published = None if reused else _commit_new(backend, artifact)
     if published is None:
-        with claim(backend, artifact):
+        with lease(backend, artifact):
             sent += in_parallel(
                 lambda source: upload_blob(backend, source), distinct.values(), FILES_AT_ONCE
             )
@@ -73,20 +73,20 @@ def publish(
 
 @contextmanager
 def holding(backend: Backend, artifact: Artifact) -> Iterator[Artifact]:
-    """See Store.holding."""
-    with claim(backend, artifact):
+    """See `Store.holding`."""
+    with lease(backend, artifact):
         if backend.size(manifest_key(artifact.kind, artifact.digest)) is None:
             raise ArtifactNotFound(f"artifact {artifact.ref} is not in {backend.url} any more")
         if missing := incomplete(backend, artifact):
             raise ArtifactCorrupt(
                 f"{artifact.ref} in {backend.url} has lost files: {'; '.join(missing)}; "
-                "`rlhf artifacts verify` tells more"
+                "`rlhf artifacts verify` shows the details"
             )
         yield artifact
 
 
 def incomplete(backend: Backend, artifact: Artifact) -> list[str]:
-    """The files whose blob is missing or has another size, one text each."""
+    """One text for each file whose blob is missing or has the wrong size."""
 
     def check(entry: FileEntry) -> str:
         size = backend.size(blob_key(entry.sha256))
@@ -100,10 +100,10 @@ def incomplete(backend: Backend, artifact: Artifact) -> list[str]:
 
 
 def _commit_new(backend: Backend, artifact: Artifact) -> Artifact | None:
-    """Write the manifest if all blobs are there; None when there is a manifest already."""
+    """Write the manifest; None if it exists already. Raises StoreError if a blob is missing."""
     if missing := incomplete(backend, artifact):
         raise StoreError(
-            f"{backend.url} does not hold what was to be published as {artifact.kind}: "
+            f"{backend.url} lacks files of the {artifact.kind} to publish: "
             + "; ".join(missing)
             + "; publish again, and take entries only from artifacts of this store"
         )
@@ -112,7 +112,7 @@ def _commit_new(backend: Backend, artifact: Artifact) -> Artifact | None:
 
 
 def _renew(backend: Backend, artifact: Artifact) -> Artifact:
-    """The artifact that was published before, with the age of a new one: a collector goes by it."""
+    """The artifact that was published earlier, rewritten so that a collector sees it as new."""
     key = manifest_key(artifact.kind, artifact.digest)
     data = backend.read(key) or dump_manifest(artifact)
     earlier = parse_manifest(data, key, artifact.digest)

@@ -1,4 +1,4 @@
-"""Small JSON records beside the artifacts: stage results, runs, model versions."""
+"""Small JSON records in the store: stage results, runs, model versions."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def record_key(path: str) -> str:
     parts = check_path(path).split("/")
     if len(parts) < 2 or not path.endswith(".json") or _RESERVED & set(parts):
         raise ConfigError(
-            f"record path {path!r} is not like 'runs/2024-05-01.json': needed is a folder other "
-            f"than {', '.join(sorted(_RESERVED))}, and a name that ends in .json"
+            f"record path {path!r} is invalid; expected one like 'runs/2024-05-01.json', in a "
+            f"folder other than {', '.join(sorted(_RESERVED))}"
         )
     return path
 
 
 def write_record(backend: Backend, path: str, value: Mapping[str, Any], create: bool) -> bool:
+    """See `Store.write_record`."""
     key = record_key(path)
     text = json.dumps(plain_json(value, f"record {path}"), indent=1, sort_keys=True)
     if create:
@@ -34,6 +35,7 @@ def write_record(backend: Backend, path: str, value: Mapping[str, Any], create: 
 
 
 def read_record(backend: Backend, path: str) -> dict[str, Any] | None:
+    """See `Store.read_record`."""
     data = backend.read(record_key(path))
     if data is None:
         return None
@@ -41,17 +43,18 @@ def read_record(backend: Backend, path: str) -> dict[str, Any] | None:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ArtifactCorrupt(
-            f"record {path} in {backend.url} is not JSON ({error}); delete it and make it again"
+            f"record {path} in {backend.url} is not JSON ({error}); delete it and write it again"
         ) from error
     if not isinstance(value, dict):
         raise ArtifactCorrupt(
             f"record {path} in {backend.url} holds a {type(value).__name__} instead of an object; "
-            "delete it and make it again"
+            "delete it and write it again"
         )
     return value
 
 
 def list_records(backend: Backend, prefix: str) -> list[str]:
+    """See `Store.list_records`."""
     check_path(prefix.rstrip("/"))
     keys = backend.keys(prefix)
     return [k for k in keys if k.endswith(".json") and not _RESERVED & set(k.split("/"))]

@@ -1,4 +1,4 @@
-"""From what a person types to one artifact."""
+"""Resolves an artifact reference, such as `model/1a2b3c`, to one artifact."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from rlhf_core.errors import ArtifactNotFound, ConfigError
 from rlhf_core.store.artifact import KIND
 from rlhf_core.store.backend import Backend
 
-SHORTEST = 6
-_HEX = re.compile(rf"[0-9a-f]{{{SHORTEST},64}}")
+MIN_DIGITS = 6
+_HEX = re.compile(rf"[0-9a-f]{{{MIN_DIGITS},64}}")
 MANIFEST = re.compile(r"artifacts/([^/]+)/([0-9a-f]{64})/manifest\.json")
 
 
 def manifest_key(kind: str, digest: str) -> str:
+    """The key of an artifact's manifest."""
     return f"artifacts/{kind}/{digest}/manifest.json"
 
 
 def find_refs(backend: Backend, kind: str | None, start: str = "") -> list[tuple[str, str]]:
-    """(kind, digest) of each artifact of a kind, or of all, whose digest starts with ``start``."""
+    """(kind, digest) of each artifact whose digest starts with ``start``; ``kind`` None: any."""
     if kind is None and not start:
         prefixes = ["artifacts/"]
     else:
@@ -30,12 +31,17 @@ def find_refs(backend: Backend, kind: str | None, start: str = "") -> list[tuple
 
 
 def resolve(backend: Backend, ref: str) -> tuple[str, str]:
-    """(kind, digest) of the one artifact that ``ref`` names; see Store.get."""
+    """(kind, digest) of the one artifact that ``ref`` names; see `Store.get`.
+
+    Raises:
+        ConfigError: malformed, or several artifacts match.
+        ArtifactNotFound: no artifact matches.
+    """
     kind, slash, start = ref.strip().rpartition("/")
     start = start.lower()
     if not _HEX.fullmatch(start) or (slash and not KIND.fullmatch(kind)):
         raise ConfigError(
-            f"{ref!r} is not an artifact reference; needed are {SHORTEST} to 64 hex digits, such "
+            f"{ref!r} is not an artifact reference; expected {MIN_DIGITS} to 64 hex digits, such "
             f"as 'model/1a2b3c4d' or '1a2b3c4d'"
         )
     if kind and len(start) == 64:
@@ -45,7 +51,9 @@ def resolve(backend: Backend, ref: str) -> tuple[str, str]:
         return found[0]
     if found:
         shown = ", ".join(f"{k}/{d[:16]}" for k, d in found[:8])
-        raise ConfigError(f"{ref!r} names {len(found)} artifacts ({shown}); add digits or the kind")
+        raise ConfigError(
+            f"{ref!r} matches {len(found)} artifacts ({shown}); add digits or the kind"
+        )
     raise ArtifactNotFound(_not_found(backend, ref, kind, start))
 
 
@@ -59,4 +67,4 @@ def _not_found(backend: Backend, ref: str, kind: str, start: str) -> str:
     names = {d[: len(start)]: f"{k}/{d[:12]}" for k, d in refs if not kind or k == kind}
     near = difflib.get_close_matches(start, names, n=3, cutoff=0.5)
     shown = [names[d] for d in near] or list(names.values())[:3] or sorted({k for k, _ in refs})
-    return f"{message}; near to it: {', '.join(shown)}"
+    return f"{message}; closest: {', '.join(shown)}"

@@ -1,16 +1,15 @@
-"""What a model's name stands for: candidates, one champion, and those that were it before.
+"""The model registry: per model name, candidates, one champion and archived versions.
 
     models/<name>/log/<number>.json     a transition; created once, never changed
-    models/<name>/<time>-<digest>.json  a publication from before there was a log
+    models/<name>/<time>-<digest>.json  a publication from before the log existed
 
-The state is what the transitions amount to, in their order. A writer reads the log to its end,
-decides, and creates the record with the next number; where another was first it reads and decides
-again. So transitions at one moment come one after the other whatever the clocks say, and a writer
-that was killed has left a whole one or none. Each record names the champion after it, which is all
-that most readers want.
+The state follows from the transitions in their order. A writer reads the log to its end, decides,
+and creates the record with the next number; if another writer was faster, it reads and decides
+again. So concurrent transitions are ordered without clocks, and a killed writer leaves a complete
+record or none. Each record names the champion after it, so most readers read only the last one.
 
-Publications without a log count as promotions; the first writer takes them over into the log, and
-later ones too, should an older version of this program go on publishing.
+Publications without a log count as promotions. The next writer merges them into the log, including
+those that an older version of this program adds later.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from typing import Any
 from rlhf_core.errors import ArtifactNotFound, ConfigError, StoreError
 from rlhf_core.store.store import Store
 from rlhf_core.store.versions import (
-    LIVED,
+    CHAMPION_ACTIONS,
     Model,
     Transition,
     digest_of,
@@ -38,30 +37,30 @@ from rlhf_core.store.versions import (
 )
 
 ATTEMPTS = 200
-"""Times that a writer may lose to others before it gives up; each loss is another's success."""
+"""How often a writer retries after losing a race; each loss is another writer's success."""
 
 
 def model_names(store: Store) -> list[str]:
-    """Names that have a version, sorted."""
+    """All model names, sorted."""
     return sorted({path.split("/")[1] for path in store.list_records("models/")})
 
 
 def champion(store: Store, name: str) -> str | None:
-    """Digest of the published artifact of a name; None where nothing was promoted."""
+    """Digest of the published artifact of a name; None if no version was promoted."""
     end = read_end(store, name)
-    if end.late and (record := store.read_record(end.late[-1])) is not None:
-        return digest_of(record, end.late[-1])
+    if end.unmerged and (record := store.read_record(end.unmerged[-1])) is not None:
+        return digest_of(record, end.unmerged[-1])
     return str(end.last.get("champion") or "") or None
 
 
 def newest_champion(store: Store) -> str | None:
-    """Digest of the champion that became it last, of all names; None where there is none."""
+    """Digest of the most recently promoted champion of all names; None if there is none."""
     found = [read_model(store, name) for name in model_names(store)]
     changes = [
         (last.time, model.champion.digest)
         for model in found
         if model.champion
-        for last in [t for t in model.history if t.action in LIVED][-1:]
+        for last in [t for t in model.history if t.action in CHAMPION_ACTIONS][-1:]
     ]
     return max(changes)[1] if changes else None
 
@@ -70,7 +69,7 @@ def read_model(store: Store, name: str) -> Model:
     """All versions of a name.
 
     Raises:
-        ArtifactNotFound: nobody published or kept anything under that name.
+        ArtifactNotFound: there is no version under that name.
     """
     model = read_log(store, name)[0] if "/" not in name else None
     if model is not None and model.versions:
@@ -86,33 +85,33 @@ def read_model(store: Store, name: str) -> Model:
 def promote(
     store: Store, name: str, digest: str, *, run: str = "", reason: str = ""
 ) -> Transition | None:
-    """Make an artifact the champion of a name; the one that was it is archived.
+    """Make an artifact the champion of a name; the previous champion is archived.
 
     Returns:
-        What was written; None when it was the champion already.
+        The transition; None if the artifact was the champion already.
 
     Raises:
-        ArtifactNotFound, ArtifactCorrupt: the artifact is not there, or not whole.
+        ArtifactNotFound, ArtifactCorrupt: the artifact is missing or incomplete.
     """
 
-    def decide(model: Model) -> Transition | None:
+    def choose(model: Model) -> Transition | None:
         if model.champion and model.champion.digest == digest:
             return None
         return Transition(0, "promote", digest, run, reason=reason)
 
     with store.holding(digest):
-        return _write(store, name, decide)
+        return _write(store, name, choose)
 
 
 def add_candidate(
     store: Store, name: str, digest: str, *, run: str = "", reason: str = ""
 ) -> Transition | None:
-    """Keep an artifact under a name without publishing it; the champion stays.
+    """Register an artifact as a candidate; the champion stays.
 
-    Returns and raises as `promote`; a champion does not become a candidate.
+    Returns and raises as `promote`. A champion does not become a candidate.
     """
 
-    def decide(model: Model) -> Transition | None:
+    def choose(model: Model) -> Transition | None:
         version = model.version(digest)
         if version and (
             version.state == "champion"
@@ -122,77 +121,80 @@ def add_candidate(
         return Transition(0, "candidate", digest, run, reason=reason)
 
     with store.holding(digest):
-        return _write(store, name, decide)
+        return _write(store, name, choose)
 
 
 def rollback(store: Store, name: str, *, reason: str = "") -> Transition:
-    """Make the champion before this one champion again.
+    """Make the previous champion the champion again.
 
     Raises:
-        ArtifactNotFound: there was none before, or its artifact is gone.
-        StoreError: somebody else changed the champion meanwhile: look again, then decide.
+        ArtifactNotFound: there is no previous champion, or its artifact is gone.
+        StoreError: another writer changed the champion meanwhile.
     """
     model = read_model(store, name)
     now = model.champion
     if now is None or len(model.champions) < 2:
-        was = f"version {now.number} is the first one" if now else "it has none"
+        cause = f"version {now.number} is the first one" if now else "it has no champion"
         raise ArtifactNotFound(
-            f"{name} had no champion before this one ({was}); `rlhf models promote {name} VERSION` "
+            f"{name} has no previous champion ({cause}); `rlhf models promote {name} VERSION` "
             "publishes any version."
         )
     before = model.champions[-2]
 
-    def decide(current: Model) -> Transition | None:
+    def choose(current: Model) -> Transition | None:
         if current.champions != model.champions:
             found = current.champion
             raise StoreError(
-                f"The champion of {name} changed while it was to be rolled back from version "
-                f"{now.number}: it is version {found.number if found else 'none'} now. Nothing "
-                f"was done; look with `rlhf models show {name}` and try again."
+                f"The champion of {name} changed during the rollback from version {now.number}: it "
+                f"is version {found.number if found else 'none'} now. Nothing was changed; look "
+                f"with `rlhf models show {name}` and try again."
             )
         return Transition(0, "rollback", before, reason=reason)
 
     try:
         with store.holding(before):
-            written = _write(store, name, decide)
+            written = _write(store, name, choose)
     except ArtifactNotFound as error:
         version = model.version(before)
         raise ArtifactNotFound(
-            f"The champion of {name} before this one, version {version.number if version else '?'},"
-            f" is gone from the store ({error}); `rlhf models list {name}` shows what is there, "
-            f"`rlhf models promote {name} VERSION` publishes it."
+            f"The previous champion of {name}, version {version.number if version else '?'}, is "
+            f"gone from the store ({error}); `rlhf models list {name}` shows the versions, "
+            f"`rlhf models promote {name} VERSION` publishes one."
         ) from error
     assert written is not None
     return written
 
 
 def archive(store: Store, name: str, digest: str, *, reason: str = "") -> Transition | None:
-    """Give up a candidate: a collection of garbage may delete it some day.
+    """Archive a version, so that a garbage collection may delete it later.
 
     Returns:
-        What was written; None when it was archived already.
+        The transition; None if the version was archived already.
 
     Raises:
         ConfigError: it is the champion.
     """
 
-    def decide(model: Model) -> Transition | None:
+    def choose(model: Model) -> Transition | None:
         version = model.version(digest)
         if version is not None and version.state == "champion":
             raise ConfigError(
-                f"Version {version.number} is the champion of {name}; promote another one, or roll "
-                "back, and it is archived by that."
+                f"Version {version.number} is the champion of {name}; promote another version, or "
+                "roll back, which archives it."
             )
         if version is not None and version.state == "archived":
             return None
         return Transition(0, "archive", digest, reason=reason)
 
-    return _write(store, name, decide)
+    return _write(store, name, choose)
 
 
 def kept_digests(store: Store, archived: int) -> set[str]:
-    """Digests that a collection of garbage keeps: of every name the champion, the candidates and
-    the last so many that were archived."""
+    """Digests that a garbage collection keeps.
+
+    Args:
+        archived: number of archived versions to keep per name, beside champion and candidates.
+    """
     found: set[str] = set()
     for name in model_names(store):
         model = read_log(store, name)[0]
@@ -202,45 +204,48 @@ def kept_digests(store: Store, archived: int) -> set[str]:
 
 
 def _write(
-    store: Store, name: str, decide: Callable[[Model], Transition | None]
+    store: Store, name: str, choose: Callable[[Model], Transition | None]
 ) -> Transition | None:
-    """Append what ``decide`` makes of the state, or nothing."""
+    """Append the transition that ``choose`` returns for the current state, if any."""
     for _ in range(ATTEMPTS):
         model, end = read_log(store, name)
         number = number_of(end.paths[-1]) + 1 if end.paths else 1
-        told: Transition | None = None
-        if end.late:  # these first, in a record of their own
+        transition: Transition | None = None
+        if end.unmerged:  # merged first, in a record of their own
             last = [t for t in model.history if t.number == 0]
-            value: dict[str, Any] = {"versions": [_plain(t) for t in last]}
+            value: dict[str, Any] = {"versions": [_as_record(t) for t in last]}
             after = model
         else:
-            told = decide(model)
-            if told is None:
+            transition = choose(model)
+            if transition is None:
                 return None
-            told = replace(
-                told, number=number, time=datetime.now(UTC).isoformat(timespec="microseconds")
+            transition = replace(
+                transition, number=number, time=datetime.now(UTC).isoformat(timespec="microseconds")
             )
-            value = _plain(told)
-            after = fold(name, [*model.history, told])
+            value = _as_record(transition)
+            after = fold(name, [*model.history, transition])
         value |= {
-            "id": uuid.uuid4().hex,  # two writers' records differ, whatever they say
+            "id": uuid.uuid4().hex,  # makes the records of two writers differ
             "name": name,
             "champion": after.champion.digest if after.champion else "",
-            "taken": end.late[-1] if end.late else str(end.last.get("taken") or ""),
+            "taken": end.unmerged[-1] if end.unmerged else str(end.last.get("taken") or ""),
         }
         path = f"models/{name}/log/{number:08}.json"
         if not store.write_record(path, value, create=True):
             time.sleep(random.uniform(0, 0.05))
-        elif told is not None:
-            return told
+        elif transition is not None:
+            return transition
     raise StoreError(
-        f"the log of {name} in {store.url} could not be appended to: {ATTEMPTS} times somebody "
-        "else was first, or the store does not show what was written; try again"
+        f"appending to the log of {name} in {store.url} failed: another writer was faster "
+        f"{ATTEMPTS} times, or the store does not show what was written; try again"
     )
 
 
-def _plain(told: Transition) -> dict[str, Any]:
+def _as_record(transition: Transition) -> dict[str, Any]:
     return {
-        "action": told.action, "digest": told.digest, "run": told.run, "time": told.time,
-        "reason": told.reason,
-    }  # fmt: skip
+        "action": transition.action,
+        "digest": transition.digest,
+        "run": transition.run,
+        "time": transition.time,
+        "reason": transition.reason,
+    }

@@ -1,4 +1,4 @@
-"""Where a store is, how patiently it is spoken to, and what is kept of it on this machine."""
+"""Settings of the store: endpoint, timeouts and the size of the local cache."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class StoreSettings(BaseSettings):
     the least recently used go, but none that a running process uses: those may exceed it."""
 
     def endpoint_name(self) -> str:
-        """The endpoint as it may be shown to people: without user name and password."""
+        """The endpoint without user name and password, for messages."""
         url = (
             self.endpoint
             or os.environ.get("AWS_ENDPOINT_URL_S3")
@@ -61,7 +61,7 @@ class StoreSettings(BaseSettings):
 
 
 def read_settings() -> StoreSettings:
-    """The settings of the environment. Raises ConfigError, naming the variables."""
+    """The settings of the environment. Raises ConfigError, which names the invalid variables."""
     try:
         return StoreSettings()
     except ValidationError as error:

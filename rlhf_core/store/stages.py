@@ -1,4 +1,4 @@
-"""Stage records: which artifact is the result of a stage key."""
+"""Stage records: map a stage key to the artifact that is its result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _path(key: str) -> str:
 def stage_result(
     backend: Backend, key: str, read: Callable[[str, str], Artifact]
 ) -> Artifact | None:
-    """See Store.stage_result. ``read`` gives the artifact of a kind and digest."""
+    """See `Store.stage_result`. ``read`` returns the artifact of a kind and digest."""
     record = read_record(backend, _path(key))
     if record is None:
         return None
@@ -34,7 +34,7 @@ def stage_result(
     except KeyError:
         log.warning("stage record %s names no artifact; the stage counts as not done", key)
         return None
-    # Written again, as it is: its age keeps a collector from the artifact that is reused now.
+    # Rewritten unchanged: its new age protects the reused artifact from a collector.
     write_record(backend, _path(key), record, create=False)
     wait_for_collector(backend)
     if backend.size(manifest_key(artifact.kind, artifact.digest)) is None:
@@ -48,13 +48,13 @@ def stage_result(
 def commit_stage(
     backend: Backend, key: str, artifact: Artifact, read: Callable[[str, str], Artifact]
 ) -> Artifact:
-    """See Store.commit_stage."""
+    """See `Store.commit_stage`."""
     record = {"kind": artifact.kind, "digest": artifact.digest}
     if write_record(backend, _path(key), record, create=True):
         return artifact
     winner = stage_result(backend, key, read)
     if winner is not None:
         return winner
-    # What the record names is gone, so there is no winner to agree with.
+    # The winner's artifact is gone, so this one takes its place.
     write_record(backend, _path(key), record, create=False)
     return artifact

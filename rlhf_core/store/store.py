@@ -1,11 +1,11 @@
-"""The artifact store: files by content, and manifests that make sets of them appear at once.
+"""The artifact store: blobs named by their content, and manifests that publish sets of them.
 
 Layout:
     blobs/sha256/ab/<sha256>                      never changes
     artifacts/<kind>/<digest>/manifest.json       written last, created once
     stages/<key>.json, runs/…, models/…           small JSON records
-    leases/…, gc/…                                of writers and a collector, see claims
-    <prefix>/…                                    the same again, for a scoped store
+    leases/…, gc/…                                of writers and a collector, see `leases`
+    <prefix>/…                                    the same layout, for a scoped store
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from rlhf_core.store.artifact import (
 from rlhf_core.store.backend import Backend
 from rlhf_core.store.blobs import (
     blob_key,
+    blob_problem,
     check_blob,
-    compare,
-    corrupt,
+    corrupt_error,
     read_source,
     upload_blob,
 )
@@ -51,8 +51,8 @@ log = logging.getLogger("rlhf_core.store")
 class Store:
     """Artifacts and records at one URL. Safe to use from threads, and after a fork.
 
-    Every method raises StoreUnavailable when the place cannot be reached, refuses the key or is
-    full, StoreError when it fails otherwise, and ConfigError for arguments that cannot be meant.
+    Every method raises StoreUnavailable if the storage cannot be reached, denies access or is full,
+    StoreError if it fails otherwise, and ConfigError for invalid arguments.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -61,6 +61,7 @@ class Store:
 
     @property
     def url(self) -> str:
+        """The URL, without credentials."""
         return self._backend.url
 
     def __repr__(self) -> str:
@@ -79,10 +80,17 @@ class Store:
         metadata: Mapping[str, Any] | None = None,
         parents: Sequence[str] = (),
     ) -> Artifact:
-        """Publish all files below a folder; files that the store holds are not sent again.
+        """Publish all files below a folder; files that the store has are not uploaded again.
 
-        Publishing the same files, kind, metadata and parents again returns the artifact that is
-        there. Raises ConfigError for a symbolic link or an empty folder.
+        Publishing the same files, kind, metadata and parents again returns the existing artifact.
+
+        Args:
+            kind: a slug, such as "model".
+            metadata: plain JSON.
+            parents: digests of the artifacts that it was made from.
+
+        Raises:
+            ConfigError: a symbolic link, or an empty folder.
         """
         return self.publish_derived(
             kind=kind, files=walk(Path(folder)), metadata=metadata, parents=parents
@@ -96,20 +104,32 @@ class Store:
         metadata: Mapping[str, Any] | None = None,
         parents: Sequence[str] = (),
     ) -> Artifact:
-        """Publish files by their path in the artifact: local files, bytes, or entries of artifacts
-        in this store, whose content is taken over without being sent."""
+        """Publish files by their path in the artifact; else as `publish`.
+
+        Args:
+            files: path -> local file, bytes, or the entry of an artifact in this store, whose
+                content is reused without an upload.
+        """
         return publish(self._backend, kind, files, metadata, parents)
 
     # Artifacts: reading
 
     def get(self, ref: str) -> Artifact:
-        """The artifact that a digest, a unique start of one (6 digits or more) or ``kind/start``
-        names. Raises ArtifactNotFound with what comes near, ConfigError when several match."""
+        """The artifact of a reference.
+
+        Args:
+            ref: a digest, the start of one (at least 6 digits), or ``kind/start``.
+
+        Raises:
+            ArtifactNotFound: no artifact matches; the text names close ones.
+            ConfigError: several artifacts match.
+            ArtifactCorrupt: its manifest is damaged.
+        """
         kind, digest = resolve(self._backend, ref)
         return self._read(kind, digest)
 
     def _read(self, kind: str, digest: str) -> Artifact:
-        # A record that someone has written may hold anything, a path out of the store too.
+        # A record could hold anything, even a path that leads out of the store.
         if not all(isinstance(part, str) for part in (kind, digest)) or not (
             KIND.fullmatch(kind) and SHA256.fullmatch(digest)
         ):
@@ -123,7 +143,7 @@ class Store:
         return artifact
 
     def list(self, kind: str | None = None) -> builtins.list[Artifact]:
-        """All artifacts, newest first. One whose manifest is damaged is left out with a warning."""
+        """All artifacts, newest first; those with a damaged manifest are skipped with a warning."""
 
         def read(ref: tuple[str, str]) -> Artifact | None:
             try:
@@ -133,7 +153,7 @@ class Store:
             except StoreUnavailable:
                 raise
             except StoreError as error:
-                log.warning("left out of the list: %s", error)
+                log.warning("not listed: %s", error)
                 return None
 
         refs = find_refs(self._backend, kind if kind is None else check_kind(kind))
@@ -145,8 +165,7 @@ class Store:
         )
 
     def lineage(self, digest: str) -> dict[str, Artifact | None]:
-        """An artifact, its parents, theirs, and so on, by digest; None for those that are gone or
-        damaged."""
+        """An artifact and all its ancestors by digest; None for a missing or damaged one."""
 
         def read(digest: str) -> Artifact | None:
             try:
@@ -166,12 +185,15 @@ class Store:
         return known
 
     def fetch(self, ref: str, destination: Path | None = None) -> Path:
-        """The artifact's files in a local folder, each verified against its sha256.
+        """Fetch the artifact's files into a local folder, each verified against its sha256.
 
-        Without ``destination`` it is a cache below ``rlhf_home()``, to be read only, which all
-        processes of a machine share: they wait for the first one's download. With one, the folder
-        must be new or empty (or hold exactly this artifact) and appears complete or not at all.
-        Raises ArtifactCorrupt when the stored bytes are not those of the manifest.
+        Args:
+            destination: a new or empty folder, or one with exactly this artifact; it appears
+                complete or not at all. None: a read-only folder in the cache below ``rlhf_home()``,
+                which all processes of a machine share; they wait for one download.
+
+        Raises:
+            ArtifactCorrupt: the stored bytes do not match the manifest.
         """
         artifact = self.get(ref)
         if destination is None:
@@ -179,7 +201,12 @@ class Store:
         return fetch_to(self._backend, artifact, Path(destination))
 
     def read_bytes(self, ref: str, path: str) -> bytes:
-        """One file, whole and in memory, verified. Raises ArtifactCorrupt."""
+        """The verified bytes of one file.
+
+        Raises:
+            ConfigError: the artifact has no such file.
+            ArtifactCorrupt: the stored bytes do not match the manifest.
+        """
         artifact = self.get(ref)
         entry = artifact.file(path)
         found = ""
@@ -188,23 +215,23 @@ class Store:
             if data is None:
                 found = "the blob is missing"
                 continue
-            found = compare(entry, len(data), hashlib.sha256(data).hexdigest())
+            found = blob_problem(entry, len(data), hashlib.sha256(data).hexdigest())
             if not found:
                 return data
-        raise corrupt(self._backend, entry, found, artifact.ref)
+        raise corrupt_error(self._backend, entry, found, artifact.ref)
 
     def verify(self, ref: str) -> builtins.list[str]:
-        """Read every blob of an artifact again; the problems found, one text each."""
+        """Read every blob of an artifact; returns the problems, one text each."""
         artifact = self.get(ref)
 
         def check(entry: FileEntry) -> str:
             found = check_blob(self._backend, entry)
-            return found and str(corrupt(self._backend, entry, found, artifact.ref))
+            return found and str(corrupt_error(self._backend, entry, found, artifact.ref))
 
         return [text for text in in_parallel(check, artifact.files, FILES_AT_ONCE) if text]
 
     def repair(self, ref: str, folder: Path) -> builtins.list[str]:
-        """Put damaged blobs right from a folder with good copies; the problems that remain."""
+        """Replace damaged blobs with good copies from a folder; returns the remaining problems."""
         artifact = self.get(ref)
         for entry in artifact.files:
             copy = Path(folder) / entry.path
@@ -215,28 +242,38 @@ class Store:
         return self.verify(f"{artifact.kind}/{artifact.digest}")
 
     def holding(self, ref: str) -> AbstractContextManager[Artifact]:
-        """The artifact, whole, and out of a collector's reach until the block ends: for a record
-        that is to name it. Raises ArtifactNotFound, or ArtifactCorrupt when files are missing."""
+        """The complete artifact, protected from a collector until the block ends.
+
+        Use it while writing a record that names the artifact.
+
+        Raises:
+            ArtifactNotFound: there is no such artifact.
+            ArtifactCorrupt: files are missing.
+        """
         return holding(self._backend, self.get(ref))
 
     def delete(self, digest: str, *, blobs: bool = False) -> None:
-        """Remove an artifact, and with ``blobs`` those of its blobs that no other artifact in this
-        store (or scoped store) names.
+        """Remove an artifact.
 
-        With ``blobs`` nothing else may publish to the same store meanwhile: it could take over a
-        blob that is about to go. Raises ArtifactNotFound.
+        Args:
+            blobs: remove its blobs too, unless another artifact of this (or this scoped) store
+                names them. Nobody may publish to the store meanwhile, since a publisher could reuse
+                a blob that is about to be deleted.
+
+        Raises:
+            ArtifactNotFound: there is no such artifact.
         """
         kind, digest = resolve(self._backend, digest)
         artifact = None
         try:
             artifact = self._read(kind, digest)
         except ArtifactCorrupt as error:
-            log.warning("deleting %s/%s, whose blobs are not known: %s", kind, digest[:12], error)
+            log.warning("deleting %s/%s without its blobs: %s", kind, digest[:12], error)
         self._backend.delete(manifest_key(kind, digest))
         self._artifacts.pop(digest, None)
         if not blobs or artifact is None:
             return
-        # A manifest that cannot be read may name any blob: _read raises, and nothing is removed.
+        # An unreadable manifest may name any blob: _read raises, and no blob is removed.
         rest = in_parallel(
             lambda ref: self._read(*ref), find_refs(self._backend, None), REQUESTS_AT_ONCE
         )
@@ -247,12 +284,17 @@ class Store:
     # Records
 
     def write_record(self, path: str, value: Mapping[str, Any], *, create: bool = False) -> bool:
-        """Write JSON, replacing what is there. With ``create`` only if nothing is: exactly one of
-        several racing callers gets True."""
+        """Write a JSON record.
+
+        Args:
+            path: ``<folder>/…/<name>.json``.
+            create: write only if there is no record yet; exactly one of several racing callers
+                gets True. Otherwise an existing record is replaced.
+        """
         return records.write_record(self._backend, path, value, create)
 
     def read_record(self, path: str) -> dict[str, Any] | None:
-        """A record, or None when there is none. Raises ArtifactCorrupt when it is not JSON."""
+        """A record, or None if there is none. Raises ArtifactCorrupt if it is not JSON."""
         return records.read_record(self._backend, path)
 
     def list_records(self, prefix: str) -> builtins.list[str]:
@@ -260,58 +302,69 @@ class Store:
         return records.list_records(self._backend, prefix)
 
     def delete_record(self, path: str) -> None:
-        """Remove a record; nothing happens when there is none."""
+        """Remove a record, if there is one."""
         self._backend.delete(records.record_key(path))
 
     def stage_result(self, key: str) -> Artifact | None:
-        """The complete artifact that a stage key stands for; None when the stage must run."""
+        """The complete result of a stage key; None if the stage must run."""
         return stages.stage_result(self._backend, key, self._read)
 
     def commit_stage(self, key: str, artifact: Artifact) -> Artifact:
-        """Make an artifact a stage's result; the winner's artifact when another was first."""
+        """Record an artifact as a stage's result; returns the winner's if another was faster."""
         return stages.commit_stage(self._backend, key, artifact, self._read)
 
     # The store itself
 
     def scoped(self, prefix: str) -> Store:
         """The same layout below a prefix, with blobs of its own."""
-        return Store(self._backend.within(check_path(prefix.strip("/"))))
+        return Store(self._backend.scoped(check_path(prefix.strip("/"))))
 
     def find_garbage(self, roots: Roots, limits: Limits) -> Garbage:
-        """What `collect` would delete now: artifacts that none of ``roots`` (digests) reaches by
-        its parents, files that no kept artifact names, and what killed writers left."""
+        """What `collect` would delete now. Arguments as for `collect`."""
         return find_garbage(self._backend, roots, limits)
 
     def collect(self, roots: Roots, limits: Limits) -> Garbage:
-        """Delete the garbage, and return what it was. Safe beside anyone who publishes, reuses a
-        stage's result or writes checkpoints; ``roots`` is called once nobody can start to."""
+        """Delete the garbage and return it.
+
+        Garbage are artifacts that no root reaches through its parents, files that no kept artifact
+        names, and leftovers of killed writers. Others may publish, reuse stage results and write
+        checkpoints at the same time.
+
+        Args:
+            roots: returns the digests to keep; called once no new writer can start.
+            limits: ages below which nothing is deleted.
+        """
         found = collect(self._backend, roots, limits)
         self._artifacts.clear()
         return found
 
     def sweep(self, older_than: float = 86_400) -> int:
-        """Remove what killed uploads left more than so many seconds ago; how many it was."""
+        """Remove unfinished uploads older than so many seconds; returns their number."""
         return self._backend.sweep(older_than)
 
     def ping(self) -> None:
-        """Raise StoreUnavailable, within about 15 seconds, when the place does not answer, refuses
-        the key or is not there. Only reads."""
-        self._backend.impatient().keys("probes/")
+        """Check by reading, within about 15 seconds, that the storage can be used.
+
+        Raises:
+            StoreUnavailable: it does not answer, denies access or does not exist.
+        """
+        self._backend.with_short_timeouts().keys("probes/")
 
     def check(self) -> None:
         """Write, read and delete a probe, within about 15 seconds.
 
-        Raises StoreUnavailable, naming the place and the setting to correct.
+        Raises:
+            StoreUnavailable: this failed; the text names the URL and the setting to correct.
         """
-        backend = self._backend.impatient()
+        backend = self._backend.with_short_timeouts()
         key, data = f"probes/{uuid.uuid4().hex}", b"rlhf"
         created = backend.create(key, data)  # nothing to remove when this fails
         try:
             again = backend.create(key, b"second")
             if not created or again or backend.read(key) != data:
                 raise StoreUnavailable(
-                    f"{self.url} does not keep its first writer's value (If-None-Match is ignored "
-                    "or reads are stale); needed is a store with conditional writes, such as AWS "
+                    f"{self.url} does not keep the first writer's value (it ignores If-None-Match, "
+                    "or reads are stale); expected a store with conditional writes, such as AWS "
                     "S3, MinIO, Ceph or SeaweedFS"
                 )
             backend.keys("probes/")

@@ -1,4 +1,4 @@
-"""The store's backend for S3 and servers that speak it."""
+"""The backend for S3 and compatible servers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_core.store.backend import Entry
 from rlhf_core.store.local import file_errors
 from rlhf_core.store.parallel import in_parallel
 from rlhf_core.store.s3.client import TRANSFERS_AT_ONCE, S3Client
-from rlhf_core.store.s3.parts import Following, Region, Slice, md5
+from rlhf_core.store.s3.parts import FileRegion, FileSlice, PartHasher, md5
 
 log = logging.getLogger("rlhf_core.store")
 
@@ -50,7 +50,7 @@ class S3Backend:
         with file_errors(source), open(source, "rb") as file:
             if size <= 2 * PART:
                 with self.client.slots:
-                    body = self._slice(file.fileno(), 0, size) if size else b""
+                    body = self._file_slice(file.fileno(), 0, size) if size else b""
                     self._put(key, body, replace=replace)
             else:
                 self._upload_parts(file.fileno(), key, size, replace)
@@ -65,12 +65,12 @@ class S3Backend:
             with open(destination, "w+b") as file:
                 descriptor = file.fileno()
                 os.ftruncate(descriptor, size)
-                following = Following(descriptor, size, PART)
+                following = PartHasher(descriptor, size, PART)
 
                 def part(start: int) -> bool:
                     end = min(start + PART, size)
                     with self.client.slots:
-                        into = Region(descriptor, start, end - start, self._patience)
+                        into = FileRegion(descriptor, start, end - start, self._patience)
                         if self._range(key, start, end, into) is None:
                             return False
                     following.arrived(start)
@@ -124,10 +124,10 @@ class S3Backend:
                 "UploadIdMarker": reply["NextUploadIdMarker"],
             }
 
-    def within(self, prefix: str) -> S3Backend:
+    def scoped(self, prefix: str) -> S3Backend:
         return S3Backend(self.client, self._key(prefix))
 
-    def impatient(self) -> S3Backend:
+    def with_short_timeouts(self) -> S3Backend:
         settings = self.client.settings
         quick = {
             "connect_timeout": min(settings.connect_timeout, 5.0),
@@ -142,13 +142,13 @@ class S3Backend:
 
     @property
     def _patience(self) -> float:
-        """Seconds that a part may take more than on the slowest link."""
+        """Seconds that a part may take beyond its time on the slowest link."""
         return self.client.settings.connect_timeout + self.client.settings.read_timeout
 
-    def _slice(self, descriptor: int, start: int, size: int) -> Slice:
-        return Slice(descriptor, start, size, self._patience)
+    def _file_slice(self, descriptor: int, start: int, size: int) -> FileSlice:
+        return FileSlice(descriptor, start, size, self._patience)
 
-    def _put(self, key: str, data: bytes | Slice, *, replace: bool) -> bool:
+    def _put(self, key: str, data: bytes | FileSlice, *, replace: bool) -> bool:
         condition: dict[str, Any] = {} if replace else {"IfNoneMatch": "*"}
         tries: list[int] = []
         reply = self.client.request(
@@ -162,7 +162,7 @@ class S3Backend:
             **condition,
         )
         if reply is None and len(tries) > 1 and isinstance(data, bytes):
-            # The first try may have been ours, with only its reply lost.
+            # The first try may have succeeded, with only its reply lost.
             return self.read(key) == data
         return reply is not None
 
@@ -175,7 +175,7 @@ class S3Backend:
         def part(start: int) -> dict[str, Any]:
             number = start // step + 1
             with self.client.slots:
-                body = self._slice(descriptor, start, min(step, size - start))
+                body = self._file_slice(descriptor, start, min(step, size - start))
                 reply = self.client.request(
                     "upload_part",
                     "uploading",
@@ -193,7 +193,7 @@ class S3Backend:
                 "complete_multipart_upload",
                 "finishing an upload",
                 conflict=None,
-                missing=None,  # our own first try, with only its reply lost; size is checked later
+                missing=None,  # the first try succeeded, its reply was lost; size is checked later
                 MultipartUpload={"Parts": parts},
                 **target,
                 **condition,
@@ -212,8 +212,8 @@ class S3Backend:
         except Exception as error:
             log.warning("could not end the upload of %s (sweep removes it later): %s", key, error)
 
-    def _range(self, key: str, start: int, end: int, into: Region | None = None) -> Any:
-        """The reply; None when there is no such key, {} when it ends before ``start``."""
+    def _range(self, key: str, start: int, end: int, into: FileRegion | None = None) -> Any:
+        """The reply; None if there is no such key, {} if the value ends before ``start``."""
         return self.client.request(
             "get_object",
             "reading",

@@ -1,7 +1,7 @@
-"""One request to an S3 server: its connection, its time limits, its retries.
+"""Sends requests to an S3 server, with time limits and retries.
 
-botocore brings credentials, signatures and a pool of connections that threads share. Retries are
-made here and nowhere else, so that they do not multiply.
+botocore provides credentials, signatures and a connection pool that threads share. All retries are
+made here, so that they do not multiply.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rlhf_core.store.s3.errors import (
     status_of,
     to_store_error,
 )
-from rlhf_core.store.s3.parts import Region, Slice
+from rlhf_core.store.s3.parts import FileRegion, FileSlice
 from rlhf_core.store.settings import StoreSettings
 
 log = logging.getLogger("rlhf_core.store")
 
-TRANSFERS_AT_ONCE = 10  # parts of all files together; with more, boto3 was no faster either
+TRANSFERS_AT_ONCE = 10  # parts of all files together; more were not faster, with boto3 neither
 
 
 def botocore_options(settings: StoreSettings) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def botocore_options(settings: StoreSettings) -> dict[str, Any]:
 
 
 class Connection:
-    """What must not cross a fork: the client and the locks."""
+    """A botocore client and its locks, which must not be used after a fork."""
 
     def __init__(self, settings: StoreSettings) -> None:
         import botocore.session  # here, so that a file store never pays for it
@@ -66,7 +66,7 @@ class Connection:
 
 
 class S3Client:
-    """Makes requests to one bucket; shared by all backends of a store and safe across a fork."""
+    """Sends requests to one bucket; shared by all backends of a store and safe across a fork."""
 
     def __init__(self, bucket: str, settings: StoreSettings) -> None:
         self.bucket = bucket
@@ -75,18 +75,23 @@ class S3Client:
         self._connecting = threading.Lock()
 
     def __reduce__(self) -> tuple[type[S3Client], tuple[str, StoreSettings]]:
-        # A connection holds locks and keys; what is unpickled makes its own.
+        # A connection holds locks and credentials; an unpickled client opens its own.
         return S3Client, (self.bucket, self.settings)
 
     @property
     def slots(self) -> threading.BoundedSemaphore:
-        """To be held while a part is moved."""
+        """Limits the parts in transfer: acquire it for each part."""
         return self.connected().slots
 
     def connected(self) -> Connection:
+        """The connection of this process, opened on first use.
+
+        Raises:
+            StoreUnavailable: a profile or an endpoint is invalid.
+        """
         connection = self._connection
         if connection is None or connection.pid != os.getpid():
-            # A lock that a forked parent's thread held would stay locked here for good.
+            # After a fork, a lock that a thread of the parent held would never be released.
             if connection is not None:
                 self._connecting = threading.Lock()
             with self._connecting:
@@ -94,7 +99,7 @@ class S3Client:
                 if connection is None or connection.pid != os.getpid():
                     try:
                         connection = self._connection = Connection(self.settings)
-                    except Exception as error:  # a profile that is not there, a URL that is none
+                    except Exception as error:  # an unknown profile, a malformed URL
                         raise self._explained(error, "connecting") from error
         return connection
 
@@ -103,7 +108,7 @@ class S3Client:
         method: str,
         action: str,
         tries: list[int] | None = None,
-        into: Region | None = None,
+        into: FileRegion | None = None,
         **arguments: Any,
     ) -> Any:
         """One call of the S3 API, repeated while the failure is transient.
@@ -137,7 +142,7 @@ class S3Client:
                 raise
             except Exception as error:
                 if into is not None and into.failure is not None:
-                    raise into.failure from None  # of this machine's disk, not of the server
+                    raise into.failure from None  # the local disk failed, not the server
                 if "missing" in answers and is_missing(error):
                     return answers["missing"]
                 if "conflict" in answers and is_conflict(error):
@@ -146,7 +151,7 @@ class S3Client:
                     return answers["past_end"]
                 if attempt > self.settings.retries or not is_transient(error):
                     raise self._explained(error, action) from error
-                pause = min(0.4 * 2**attempt, 3.0)  # eleven seconds in all: a failure is told in 30
+                pause = min(0.4 * 2**attempt, 3.0)  # about 11 s in all, so it fails within 30 s
                 log.warning(
                     "%s at %s failed (%s), try %d of %d in %.1f s",
                     action, self.bucket, type(error).__name__,
@@ -154,8 +159,8 @@ class S3Client:
                 )  # fmt: skip
                 time.sleep(pause)
 
-    def _once(self, method: str, into: Region | None, arguments: dict[str, Any]) -> Any:
-        if isinstance(body := arguments.get("Body"), Slice):
+    def _once(self, method: str, into: FileRegion | None, arguments: dict[str, Any]) -> Any:
+        if isinstance(body := arguments.get("Body"), FileSlice):
             body.seek(0)  # an earlier try has read some of it
         call = getattr(self.connected().client, method)
         reply = call(Bucket=self.bucket, **arguments)

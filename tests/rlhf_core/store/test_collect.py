@@ -167,7 +167,7 @@ def test_writer_waits_for_a_collection_and_sends_again_what_it_took(
 def test_collector_that_died_does_not_hold_up_writers_for_ever(
     store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "STALE", 1.0)
+    monkeypatch.setattr(leases, "STALE_SECONDS", 1.0)
     store.publish(folder, kind="model")
     store._backend.write(leases.FLAG, b'{"beat": 1}')
     store.publish(folder, kind="model", metadata={"n": 2})
@@ -178,10 +178,10 @@ def test_collector_that_was_taken_for_dead_stops(
     store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = store.publish(folder, kind="model")
-    monkeypatch.setattr(leases, "BEAT", 0.05)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.05)
     delete = collect._delete
 
-    def overtaken(backend: object, garbage: object, flag: leases.Flag) -> None:
+    def overtaken(backend: object, garbage: object, flag: leases.CollectionFlag) -> None:
         end = time.monotonic() + 20
         while not flag._lost and time.monotonic() < end:
             store._backend.delete(leases.FLAG)  # between its look and its write it is put back
@@ -189,7 +189,7 @@ def test_collector_that_was_taken_for_dead_stops(
         delete(backend, garbage, flag)  # type: ignore[arg-type]
 
     monkeypatch.setattr(collect, "_delete", overtaken)
-    with pytest.raises(StoreError, match="could not keep up its mark"):
+    with pytest.raises(StoreError, match="could not renew its flag"):
         store.collect(set, EVERYTHING)
     assert store.verify(artifact.digest) == []
 

@@ -201,7 +201,7 @@ def test_empty_and_missing_folders_are_refused(tmp_path: Path) -> None:
         store.publish(tmp_path / "nothing", kind="model")
     with pytest.raises(ConfigError, match="is not a folder"):
         store.publish(tmp_path / "missing", kind="model")
-    with pytest.raises(ConfigError, match="not a plain file"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         store.publish_derived(kind="model", files={"a": tmp_path})
 
 
