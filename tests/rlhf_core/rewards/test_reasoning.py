@@ -67,8 +67,8 @@ def test_source_becomes_a_data_set_that_the_reward_reads(gym, tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("say?size=0", "size is '0'; needed is a whole number from 1"),
-        ("say?seed=x", "seed is 'x'; needed is a whole number from 0"),
+        ("say?size=0", "size is '0'; expected an integer from 1"),
+        ("say?seed=x", "seed is 'x'; expected an integer from 0"),
         ("say?size", "write reasoning-gym:TASK\\?size=500&seed=0"),
         ("sing", "has no task 'sing'; there are say, tuples"),
         ("say?fixed=-1", "fixed must be positive; correct the options"),

@@ -61,7 +61,7 @@ def test_paths_with_spaces_and_other_scripts_are_kept() -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([FileEntry("a", 1, SHA), FileEntry("a", 1, SHA)], "twice"),
+        ([FileEntry("a", 1, SHA), FileEntry("a", 1, SHA)], "duplicate"),
         ([FileEntry("a", 1, SHA), FileEntry("a/b", 1, SHA)], "also a folder"),
         ([FileEntry("a", 1, "short")], "sha256"),
         ([FileEntry("README.md", 1, SHA), FileEntry("readme.md", 1, SHA)], "ignores case"),

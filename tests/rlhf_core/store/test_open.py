@@ -24,7 +24,7 @@ def test_store_url_comes_from_argument_environment_or_home(
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("gs://bucket/x", r"'gs' is not known; use file:///path/to/folder or s3://"),
+        ("gs://bucket/x", r"'gs' is not supported; use file:///path/to/folder or s3://"),
         ("s3://", "names no bucket"),
         ("s3://bucket/../other", r"'\.\.' part"),
         ("s3://key:secret@bucket/x", "AWS_SECRET_ACCESS_KEY"),
@@ -68,7 +68,7 @@ def test_place_that_is_no_folder_is_reported(tmp_path: Path) -> None:
 def test_full_disk_is_reported_with_both_numbers(tmp_path: Path, folder: Path) -> None:
     from rlhf_core.store.local import file_errors, require_space
 
-    with pytest.raises(StoreError, match=r"1,000,000,000,000,000,000 bytes are needed .* are free"):
+    with pytest.raises(StoreError, match=r"1,000,000,000,000,000,000 bytes, but only .* are free"):
         require_space(tmp_path / "not" / "yet", 10**18)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x")
     with (

@@ -245,7 +245,7 @@ def test_two_who_roll_back_at_one_moment_go_back_once(
         thread.join(60)
     errors = [each for each in found if isinstance(each, StoreError)]
     assert len(found) == 2 and len(errors) == 1
-    assert "changed while it was to be rolled back from version 3: it is version 2" in str(errors)
+    assert "changed during the rollback from version 3: it is version 2" in str(errors)
     model = registry.read_model(store, "chat")
     assert model.champion is not None and model.champion.number == 2
 

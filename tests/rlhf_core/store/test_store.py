@@ -101,7 +101,7 @@ def test_ambiguous_reference_lists_the_candidates(store: Store) -> None:
     # Manifests whose digests share a start cannot be made; their names are enough here.
     for digit in "01":
         store._backend.write(f"artifacts/model/{'abcdef' + digit * 58}/manifest.json", b"{}")
-    with pytest.raises(ConfigError, match=r"names 2 artifacts.*abcdef0000.*abcdef1111"):
+    with pytest.raises(ConfigError, match=r"matches 2 artifacts.*abcdef0000.*abcdef1111"):
         store.get("abcdef")
 
 
