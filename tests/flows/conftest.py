@@ -1,17 +1,26 @@
 """A real Prefect server for all flow tests, and the stand-in for the ranks."""
 
+import contextlib
 import os
-import subprocess
-import sys
-from pathlib import Path
+import shutil
+import sqlite3
 
 import pytest
+from filelock import FileLock
 
+from tests import forked
 from tests.tasks.conftest import store, stub  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="session")
-def prefect_server():
+def shared_folder(tmp_path_factory):
+    """A folder that all worker processes of this test session have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def prefect_server(shared_folder, tmp_path_factory):
     """URL of a temporary server's API; flows in this process use it too."""
     from flows.server import QUIET
 
@@ -19,8 +28,34 @@ def prefect_server():
     from prefect.settings import PREFECT_API_URL
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=180):
+    folder, made = tmp_path_factory.mktemp("prefect"), shared_folder / "prefect.db"
+    with contextlib.ExitStack() as stack:
+        # Migrations take longer than a start: the first server's database is the others' too.
+        with FileLock(shared_folder / "prefect.lock"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("prefect.testing.utilities.mkdtemp", lambda: str(folder))
+            if made.exists():
+                shutil.copy(made, folder / "prefect-test.db")
+            stack.enter_context(prefect_test_harness(server_startup_timeout=180))
+            if not made.exists():
+                _copy_database(folder / "prefect-test.db", made)
         yield PREFECT_API_URL.value()
+
+
+def _copy_database(source, target):
+    """As it is now, while a server uses it."""
+    partial = target.with_suffix(".part")
+    with (
+        contextlib.closing(sqlite3.connect(source)) as old,
+        contextlib.closing(sqlite3.connect(partial)) as new,
+    ):
+        old.backup(new)
+    partial.rename(target)
+
+
+@pytest.fixture(scope="session")
+def prefect_database(prefect_server, shared_folder):
+    """A database with all tables, for servers that a test starts."""
+    return shared_folder / "prefect.db"
 
 
 @pytest.fixture
@@ -32,11 +67,9 @@ def rlhf(tmp_path, monkeypatch):
     home.mkdir()
 
     def run(*arguments, code=None, env=None):
-        process = subprocess.run(
-            [sys.executable, "-m", "flows.cli.main", *map(str, arguments)],
-            cwd=home, capture_output=True, text=True, timeout=280,
-            env={**os.environ, "RLHF_HOME": str(home / ".rlhf"), "PYTHONPATH": str(ROOT),
-                 **(env or {})},
+        process = forked.run(
+            "-m", "flows.cli.main", *map(str, arguments), cwd=home,
+            env={**os.environ, "RLHF_HOME": str(home / ".rlhf"), **(env or {})},
         )  # fmt: skip
         if code is not None:
             assert process.returncode == code, process.stdout + process.stderr
@@ -44,6 +77,3 @@ def rlhf(tmp_path, monkeypatch):
 
     run.home = home
     return run
-
-
-ROOT = Path(__file__).parents[2]

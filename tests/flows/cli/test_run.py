@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,18 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def command(tmp_path, prefect_server):
-    """Starts `rlhf run --preset smoke` on the stand-in; ended afterwards."""
+def command(tmp_path, prefect_server, prefect_database):
+    """Starts `rlhf run --preset smoke` on the stand-in; ended afterwards.
+
+    Without a server it starts one, on a database that has its tables already unless `fresh`.
+    """
     started = []
     (tmp_path / "pids").mkdir()
 
-    def start(plan=None, server=prefect_server, torchrun=True):
+    def start(plan=None, server=prefect_server, torchrun=True, fresh=False):
+        if server is None and not fresh:
+            (tmp_path / "home/prefect").mkdir(parents=True)
+            shutil.copy(prefect_database, tmp_path / "home/prefect/prefect.db")
         (tmp_path / "plan.json").write_text(json.dumps(plan or {}))
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "RLHF_"))},
@@ -124,7 +131,7 @@ def test_run_cancelled_on_the_servers_page_ends_as_cancelled(command, prefect_se
 
 
 def test_temporary_server_ends_with_the_run(command):
-    process = command({"import_model": ["data"]}, server=None, torchrun=False)
+    process = command({"import_model": ["data"]}, server=None, torchrun=False, fresh=True)
     family = []
     while process.poll() is None:
         family = children(process) or family

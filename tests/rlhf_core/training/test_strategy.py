@@ -1,5 +1,6 @@
 """Sharded and replicated training on real gloo ranks give one result."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def test_bf16_stays_near_fp32(results, kind):
         np.testing.assert_allclose(half, results[1]["ddp-fp32"]["losses"], rtol=5e-3)
 
 
+@functools.cache
 def plain_torch_losses() -> list[float]:
     """The same training without ColossalAI, ranks or micro-batches, in a process of its own."""
     code = """

@@ -1,0 +1,161 @@
+"""Python programs for tests, forked from a process that has imported what they need.
+
+As `python -m MODULE` and `python -c CODE`, without the start of an interpreter and its imports:
+0.6 s for the command line, 7 s for torch and transformers. The processes come from the product's
+own fork server, in which this module is what it calls.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.launchers.fork_client import Forked, ForkServer
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = (
+    "flows.cli.main", "flows.cli.lookup", "rlhf_core.jobs", "rlhf_core.pipeline.presets",
+    "rlhf_core.pipeline.recipe", "rlhf_core.preflight.check", "rlhf_core.store.registry",
+)  # fmt: skip
+MODELS = ("torch", "rlhf_core.chat.model", "transformers.modeling_utils",
+          "transformers.models.auto.modeling_auto")  # fmt: skip
+_servers: dict[Sequence[str], ForkServer] = {}
+
+
+class Process:
+    """A running program; what tests use of `subprocess.Popen`."""
+
+    def __init__(self, stage: Forked, out: Path, err: Path) -> None:
+        self._stage, self._out, self._err = stage, out, err
+        self.pid = stage.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._stage.returncode
+
+    def poll(self) -> int | None:
+        return self._stage.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        return self._stage.wait(timeout)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end; standard output and standard error."""
+        self.wait(timeout)
+        return self._out.read_text(), self._err.read_text()
+
+    def send_signal(self, number: int) -> None:
+        self._stage.send_signal(number)
+
+    def kill(self) -> None:
+        self._stage.kill()
+
+
+def start(
+    *command: str,
+    cwd: Path,
+    env: Mapping[str, str],
+    needs: Sequence[str] = COMMANDS,
+    together: bool = False,
+    new_session: bool = False,
+) -> Process:
+    """Start a program.
+
+    Args:
+        command: "-m", module, arguments; or "-c", code, arguments.
+        needs: modules that the process it is forked from has imported.
+        together: standard error goes where standard output goes.
+    """
+    folder = Path(tempfile.mkdtemp(dir=_folder()))
+    out, err = folder / "out", folder / ("out" if together else "err")
+    plan = {"command": command, "cwd": str(cwd), "out": str(out), "err": str(err),
+            "new_session": new_session}  # fmt: skip
+    stage = _server(needs).fork(0, "tests.forked", [json.dumps(plan)], dict(env))
+    assert stage is not None, "the fork server has ended"
+    stage.stdout.close()
+    return Process(stage, out, err)
+
+
+def run(
+    *command: str,
+    cwd: Path,
+    env: Mapping[str, str],
+    needs: Sequence[str] = COMMANDS,
+    timeout: float = 280,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end (see `start`)."""
+    process = start(*command, cwd=cwd, env=env, needs=needs)
+    try:
+        out, err = process.communicate(timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(command, process.wait(), out, err)
+
+
+def _folder() -> str:
+    global _made
+    if _made is None:
+        _made = tempfile.TemporaryDirectory(prefix="rlhf-forked-")
+    return _made.name
+
+
+_made: tempfile.TemporaryDirectory[str] | None = None
+
+
+def _server(needs: Sequence[str]) -> ForkServer:
+    if needs not in _servers:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RLHF_TEST_NEEDS": ",".join(needs)}
+        _servers[needs] = ForkServer(environment)
+        atexit.register(_servers[needs].close)
+    return _servers[needs]
+
+
+# ------------------------------------------------------------------ in the forked process
+
+
+def preload(files: list[str]) -> None:
+    """See `rlhf_core.runtime.fork_server`."""
+    for name in os.environ["RLHF_TEST_NEEDS"].split(","):
+        importlib.import_module(name)
+
+
+def main(files: list[str]) -> int:
+    """Run the program; returns its exit code."""
+    plan: dict[str, Any] = json.loads(files[0])
+    os.environ.pop("RLHF_TEST_NEEDS", None)
+    if plan["new_session"]:
+        os.setsid()
+    os.chdir(plan["cwd"])
+    for standard, path in ((0, os.devnull), (1, plan["out"]), (2, plan["err"])):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, standard)
+        os.close(opened)
+    kind, what, *arguments = plan["command"]
+    sys.argv = [what if kind == "-m" else kind, *arguments]
+    code = 0
+    try:
+        if kind == "-m":
+            sys.modules.pop(what, None)  # runpy warns of a module that is imported already
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as left:
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    finally:
+        with contextlib.suppress(Exception):
+            threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    return code
