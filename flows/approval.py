@@ -1,4 +1,4 @@
-"""A person's word before a model is published (`publish.approval: manual`)."""
+"""Manual approval before a model is published (`publish.approval: manual`)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rlhf_core.jobs import PipelineConfig
 
 
 class Decision(RunInput):
-    """The form that the run's page shows."""
+    """The form on the run's page."""
 
     decision: Literal["approve", "reject"] = "approve"
-    """Publish the model, or end the run without."""
+    """Publish the model, or end the run without publishing."""
     reason: str = ""
-    """Kept with the run."""
+    """Stored in the run's record."""
 
 
 def check(config: PipelineConfig) -> None:
-    """Refuse a run whose question nobody could answer.
+    """Refuse a run that nobody could approve.
 
     Raises:
         PreflightError: approval is manual and the Prefect server ends with the run.
@@ -33,21 +33,21 @@ def check(config: PipelineConfig) -> None:
     if config.publish.approval == "manual" and not pages:
         raise PreflightError(
             [
-                "publish.approval is manual, but this run has a temporary Prefect server, whose "
-                "pages nobody can open; start a system with `make up`, or set it to none"
+                "publish.approval is manual, but this run has a temporary Prefect server without "
+                "pages; start a system with `make up`, or set publish.approval to none"
             ]
         )
 
 
 def ask(config: PipelineConfig, report: str) -> Decision:
-    """Wait for a person. On a worker the run's process ends meanwhile, and starts again after.
+    """Pause the run until a person decides. On a worker the process exits, and starts again later.
 
     Args:
         report: Markdown shown above the form.
 
     Raises:
-        prefect.exceptions.Pause: the process has to end now; the run goes on when it is resumed.
-        prefect.exceptions.FlowPauseTimeout: nobody answered within publish.approval_timeout.
+        prefect.exceptions.Pause: the process has to exit; the run continues when it is resumed.
+        prefect.exceptions.FlowPauseTimeout: no decision within publish.approval_timeout.
     """
     form = Decision.with_initial_data(description=report)
     timeout = config.publish.approval_timeout

@@ -1,6 +1,6 @@
-"""Automations that come with the project, made or brought up to date on a server.
+"""The project's automations on a Prefect server: lost runs, and notifications.
 
-`prefect automation create` makes a duplicate each time; these are found again by their names.
+`prefect automation create` makes a duplicate each time; `apply` updates those of the same name.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from tasks.assets import PUBLISHED
 from tasks.watch import DECLARED_DEAD
 
 SILENCE_SECONDS = 150
-"""A run that says nothing for so long is dead: five heartbeats with
-PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30, so that neither a busy run is, nor one whose server was away
-for a minute. One that is declared dead after a longer absence revives itself (tasks/watch.py)."""
+"""A run without heartbeats for this long is declared dead. That is five heartbeats with
+PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30, so that a busy run, or a server that was unavailable for a
+minute, does not matter. After a longer outage a live run corrects its state (tasks/watch.py)."""
 
 
 def lost_runs() -> AutomationCore:
-    """A run without heartbeats is marked as crashed, which frees its slot and lets it be retried.
+    """Mark a run without heartbeats as crashed, which frees its slot and allows a retry.
 
-    It only looks at runs that have sent one: a run whose heartbeats are off is never taken for
-    dead.
+    It applies only to runs that have sent a heartbeat, so not to runs whose heartbeats are off.
     """
     return AutomationCore(
         name="rlhf: a run without heartbeats has crashed",
-        description=f"No heartbeat for {SILENCE_SECONDS} s: its process or its machine has gone.",
+        description=f"No heartbeat for {SILENCE_SECONDS} s: the process or machine was lost.",
         enabled=True,
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
@@ -63,7 +62,7 @@ def lost_runs() -> AutomationCore:
 
 
 def failed_runs(blocks: list[UUID]) -> AutomationCore:
-    """Tells about a pipeline or a retraining that failed or crashed; not about single attempts."""
+    """Notify of a pipeline or retraining that failed or crashed; not of attempts of its stages."""
     return AutomationCore(
         name="rlhf: tell that a run has failed",
         description="Sends to every notification block whose name begins with rlhf-notify.",
@@ -93,7 +92,7 @@ def failed_runs(blocks: list[UUID]) -> AutomationCore:
 
 
 def published_models(blocks: list[UUID]) -> AutomationCore:
-    """Tells about a new version of a published model."""
+    """Notify of a new version of a published model."""
     return AutomationCore(
         name="rlhf: tell that a model was published",
         description="Sends to every notification block whose name begins with rlhf-notify.",
@@ -115,13 +114,13 @@ def published_models(blocks: list[UUID]) -> AutomationCore:
 
 
 def apply() -> list[str]:
-    """Make them, or bring them up to date; returns their names. Those that tell someone exist
-    only while there is someone to tell."""
+    """Create or update the automations; returns their names. Notifications exist only while there
+    is a notification block."""
     client: Any = get_client(sync_client=True)
     blocks = _notification_blocks(client)
-    telling = [failed_runs(blocks), published_models(blocks)]
-    wanted = [lost_runs(), *(telling if blocks else [])]
-    for automation in wanted:
+    notifications = [failed_runs(blocks), published_models(blocks)]
+    automations = [lost_runs(), *(notifications if blocks else [])]
+    for automation in automations:
         found = client.read_automations_by_name(automation.name)
         if found:
             client.update_automation(found[0].id, automation)
@@ -129,10 +128,10 @@ def apply() -> list[str]:
             client.create_automation(automation)
         for extra in found[1:]:
             client.delete_automation(extra.id)
-    for unwanted in [] if blocks else telling:
+    for unwanted in [] if blocks else notifications:
         for found in client.read_automations_by_name(unwanted.name):
             client.delete_automation(found.id)
-    return [automation.name for automation in wanted]
+    return [automation.name for automation in automations]
 
 
 def _notification_blocks(client: Any) -> list[UUID]:

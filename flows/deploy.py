@@ -1,4 +1,4 @@
-"""Work pools, deployments and automations on a Prefect server; run again, it changes nothing."""
+"""Creates work pools, deployments and automations on a Prefect server. Idempotent."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from prefect.exceptions import ObjectAlreadyExists
 from flows import automations
 
 POOLS = {
-    "control": "Pipelines: they wait for jobs and hold no GPU.",
+    "control": "Pipelines: they wait for jobs and use no GPU.",
     "gpu": "Stages' jobs: torchrun on a machine with GPUs.",
 }
 
 
 def apply(slots: int | None = None) -> None:
-    """Make what is missing.
+    """Create what is missing, and update the rest.
 
     Args:
-        slots: jobs that the gpu pool runs at once; None leaves what is set.
+        slots: jobs that the gpu pool runs at once; None does not change it.
     """
     client: Any = get_client(sync_client=True)
     template = json.loads((files("deployments") / "work_pools/process.json").read_text())

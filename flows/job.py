@@ -1,4 +1,4 @@
-"""The flow of one stage on a GPU worker: what the `work_pool` launcher submits."""
+"""The flow that runs one stage on a GPU worker; the `work_pool` launcher submits it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ hide_expected_tracebacks()
 def rlhf_job(
     stage: str, jobs: list[Job], store: str | None = None, pipeline: str | None = None
 ) -> State[Any]:
-    """Runs jobs with torchrun on this machine; the results go to the store.
+    """Runs jobs with torchrun on this machine, and publishes their results to the store.
 
     Args:
-        stage: name for people, such as sft.
+        stage: name of the stage, such as sft.
         jobs: they run one after another in the same processes.
         store: URL of the artifact store; empty: this worker's RLHF_STORE.
-        pipeline: id of the flow run that waits for the results; when it is cancelled, so is this.
+        pipeline: id of the flow run that waits for the results; this run is cancelled with it.
     """
     log = get_run_logger()
     if pipeline:
@@ -60,6 +60,6 @@ def rlhf_job(
             log.error("%s", error)
             APILogHandler().flush()
             return Failed(name=state_name(category), message=str(error))
-    # What the ranks said is at the server before the state that ends the parent's reading.
+    # The server has all log records before the state at which the parent stops reading them.
     APILogHandler().flush()
     return Completed(message=", ".join(f"{o.kind}/{o.artifact[:12]}" for o in outcomes))

@@ -1,7 +1,7 @@
-"""Who is told when a run fails or a model is published: notification blocks of the Prefect server.
+"""Notifications of failed runs and published models: notification blocks on the Prefect server.
 
-An address is a secret (whoever has a Slack webhook's URL can post there). It lives encrypted in the
-server's database, and is read from the environment or typed in, never given as an argument.
+An address is a secret: anyone who has a Slack webhook's URL can post there. It is stored encrypted
+in the server's database, and comes from the environment or a prompt, never from an argument.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rlhf_core.errors import ConfigError
 
 Kind = Literal["webhook", "slack", "email"]
 PREFIX = "rlhf-notify"
-"""Blocks with such a name are used, whatever their type: one made in the UI is as good."""
+"""All blocks whose name starts like this are used, including those made in the UI."""
 
 SECRET = "RLHF_NOTIFY_SECRET"
 SECRET_PROMPTS = {
@@ -24,17 +24,17 @@ SECRET_PROMPTS = {
 
 
 def save(kind: Kind, secret: str, sender: str | None = None, to: list[str] | None = None) -> str:
-    """Store an address on the server, in the place of an earlier one of its kind.
+    """Store an address on the server; it replaces an earlier one of the same kind.
 
     Args:
-        secret: what `SECRET_PROMPTS` says.
+        secret: the URL or key that `SECRET_PROMPTS` describes.
         sender, to: e-mail addresses, for email.
 
     Returns:
         The block's name.
 
     Raises:
-        ConfigError: the address is not one.
+        ConfigError: the address is not valid.
     """
     name = f"{PREFIX}-{kind}"
     if kind != "email" and not secret.startswith(("http://", "https://")):
@@ -43,8 +43,8 @@ def save(kind: Kind, secret: str, sender: str | None = None, to: list[str] | Non
         )
     if kind == "email" and not (secret and sender and to):
         raise ConfigError(
-            "email needs a SendGrid API key, --sender and at least one --to; for a mail server of "
-            "your own, post to a webhook that sends mail."
+            "email needs a SendGrid API key, --sender and at least one --to; to use your own mail "
+            "server, post to a webhook that sends mail."
         )
     try:
         _block(kind, secret, sender, to).save(name=name, overwrite=True)
@@ -74,7 +74,7 @@ def _block(kind: Kind, secret: str, sender: str | None, to: list[str] | None) ->
 
 
 def read_secret(kind: Kind) -> str:
-    """From the environment, else from the keyboard without an echo."""
+    """The secret from the environment, or else from a prompt without echo."""
     import typer
 
     return os.environ.get(SECRET) or str(typer.prompt(SECRET_PROMPTS[kind], hide_input=True))

@@ -37,9 +37,9 @@ def rlhf_pipeline(
     config: PipelineConfig = PipelineConfig(),  # noqa: B008 (frozen)
     until: Stage = "publish",
 ) -> dict[str, Any] | State[dict[str, Any]]:
-    """Data, the training stages of the configuration, evaluation and publishing.
+    """Runs data preparation, the training stages, evaluation and publishing.
 
-    A stage whose result is in the store already is reused, whoever made it.
+    Results that are in the store are reused, whichever run made them.
 
     Args:
         config: all settings of the run.
@@ -71,7 +71,7 @@ def rlhf_pipeline(
 
 
 def pipeline(run: Run) -> Iterator[str]:
-    """Yields the name of each stage when it is done."""
+    """Run the stages one after another; yields the name of each when it is done."""
     artifacts = run.artifacts_by_role
     artifacts["base"] = artifacts["start"] = artifacts["model"] = stages.import_model(run).digest
     if run.config.reward_model is not None:

@@ -1,4 +1,4 @@
-"""What Prefect's schedules leave open: runs that were missed, and all systems beginning at once."""
+"""Additions to Prefect's schedules: missed runs are skipped, and starts are spread (jitter)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SKIPPED = "Skipped"
 
 
 def superseded_at(flow_run: str | None) -> datetime | None:
-    """When another run of the same schedule began that does this one's work, if there is one.
+    """Start of another run of the same schedule that covers this one; None without such a run.
 
-    A worker that was away for three nights finds three runs waiting. The first to begin sees
-    everything that is new; the others, due before it began, would repeat it. Runs that were not
-    started by a schedule are always their own.
+    After three nights without a worker, three runs are waiting. The first to start processes all
+    new data; the others, which were due before it started, would repeat its work. A run that no
+    schedule has started is never superseded.
     """
     if not flow_run:
         return None
@@ -50,9 +50,9 @@ def superseded_at(flow_run: str | None) -> datetime | None:
 
 
 def wait(jitter: int, flow_run: str | None, log: Log) -> None:
-    """Sleep for a time within `jitter` seconds that is this run's own, also when it is retried."""
+    """Sleep for up to `jitter` seconds. A retry of the run sleeps equally long."""
     if not jitter:
         return
     seconds = random.Random(flow_run).uniform(0, jitter)
-    log_event(log, "note", "retrain", f"begins in {seconds:.0f} s, of at most {jitter} s")
+    log_event(log, "note", "retrain", f"starts in {seconds:.0f} s (jitter of up to {jitter} s)")
     time.sleep(seconds)

@@ -1,5 +1,7 @@
-"""Which Prefect server a command uses; decided, and put into the environment, before Prefect is
-imported. Where none runs, a temporary one is started in a child process."""
+"""Chooses the Prefect server of a command, and sets the environment before Prefect is imported.
+
+Where no server runs, a temporary one is started in a child process.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
 }
-# Prefect's own words for a server that ends with its client, and has no pages.
+# Prefect's variables for a server that ends with its client and has no pages.
 TEMPORARY = {
     "PREFECT_SERVER_UI_ENABLED": "0",
     "PREFECT__SERVER_EPHEMERAL": "1",
@@ -42,11 +44,11 @@ temporary: TemporaryServer | None = None  # this process's
 
 @dataclass(frozen=True)
 class Server:
-    """The server that is used.
+    """The chosen server.
 
     Attributes:
-        url: of its API, None for a temporary one.
-        text: for people; says why it is this one.
+        url: of its API; None for a temporary server.
+        text: the server, and why it was chosen, for the user.
     """
 
     url: str | None
@@ -54,20 +56,20 @@ class Server:
 
 
 def choose_server() -> Server:
-    """Set the environment for Prefect, and say which server it will find."""
+    """Set the environment for Prefect; returns the server that Prefect will use."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     url, origin = _configured()
     if "PREFECT_HOME" not in os.environ and origin != "profile":
         home = rlhf_home() / "prefect"
-        home.mkdir(parents=True, exist_ok=True)  # Prefect itself makes no parents
+        home.mkdir(parents=True, exist_ok=True)  # Prefect does not create parent folders
         os.environ["PREFECT_HOME"] = str(home)
     if url is not None:
         problem = unreachable(url, 5.0)
         if problem is None:
             return Server(url, url)
-        where = "PREFECT_API_URL" if origin == "environment" else "The Prefect profile"
-        reason = f"{where} names {url}, which does not answer: {problem}"
+        where = "PREFECT_API_URL" if origin == "environment" else "the Prefect profile's URL"
+        reason = f"{where} is {url}, which does not answer: {problem}"
     elif unreachable(DEFAULT_URL, 1.0) is None:
         os.environ["PREFECT_API_URL"] = DEFAULT_URL
         return Server(DEFAULT_URL, f"{DEFAULT_URL} (found running)")
@@ -80,16 +82,15 @@ def choose_server() -> Server:
 
 
 class TemporaryServer:
-    """A Prefect server for one command, on the database in PREFECT_HOME.
+    """A Prefect server for one command, with the database in PREFECT_HOME.
 
-    It starts while the command imports Prefect, and ends with this process, however that ends.
-    Signals to the command's process group, as Ctrl-C or a service manager send them, do not reach
-    it: the command has to report to it what has become of its runs.
+    It starts while the command imports Prefect, and ends when this process ends. It has its own
+    session, so that signals to the command's process group (Ctrl-C, a service manager) do not reach
+    it: the command still has to report the final states of its runs.
     """
 
     def __init__(self) -> None:
-        """Start it, and set PREFECT_API_URL. Call it in the main thread, before Prefect is
-        imported."""
+        """Start it and set PREFECT_API_URL. Call in the main thread, before Prefect is imported."""
         global temporary
         temporary = self
         [port] = free_ports(1)
@@ -98,10 +99,10 @@ class TemporaryServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         found = find_spec("prefect")
         assert found is not None and found.origin is not None
-        place = str(Path(found.origin).parents[1])  # and not the folder that the user is in
+        packages = str(Path(found.origin).parents[1])  # not the user's working folder
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "uvicorn", "--app-dir", place, "--factory",
+                [sys.executable, "-m", "uvicorn", "--app-dir", packages, "--factory",
                  "prefect.server.api.server:create_app", "--host", "127.0.0.1",
                  "--port", str(port), "--log-level", "error", "--lifespan", "on"],
                 env={**os.environ, **TEMPORARY}, start_new_session=True,
@@ -112,23 +113,23 @@ class TemporaryServer:
         os.environ["PREFECT_API_URL"] = self.url
 
     def wait(self) -> None:
-        """Until it answers.
+        """Wait until the server answers.
 
         Raises:
-            ConfigError: it has ended, or does not answer.
+            ConfigError: it has exited, or does not answer.
         """
         end = time.monotonic() + START_SECONDS
         while (problem := unreachable(self.url, 5.0)) is not None:
             code = self._process.poll()
             if code is not None or time.monotonic() > end:
-                what = problem if code is None else f"it ended with exit code {code}"
+                what = problem if code is None else f"it exited with code {code}"
                 raise ConfigError(
                     f"The temporary Prefect server did not start: {what}.\nIts log: {self.log}"
                 )
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """End it; what it was told is in its database."""
+        """Stop the server. Its database keeps the runs."""
         self._process.terminate()
         try:
             self._process.wait(5)
@@ -138,7 +139,7 @@ class TemporaryServer:
 
 
 def unreachable(url: str, timeout: float) -> str | None:
-    """Why no Prefect server answers there; None when one does."""
+    """Why no Prefect server answers at a URL; None if one does."""
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout) as reply:
             healthy = json.loads(reply.read(1000))
@@ -148,11 +149,11 @@ def unreachable(url: str, timeout: float) -> str | None:
         return str(getattr(error.reason, "strerror", None) or error.reason)
     except (OSError, ValueError) as error:
         return str(error) or type(error).__name__
-    return None if healthy is True else "what answers there is not a Prefect server"
+    return None if healthy is True else "something else than a Prefect server answers there"
 
 
 def _configured() -> tuple[str | None, str]:
-    """The URL that the user has set, and where."""
+    """The URL that the user has configured, and where: environment, profile or nowhere."""
     if url := os.environ.get("PREFECT_API_URL"):
         return url, "environment"
     home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()

@@ -1,4 +1,4 @@
-"""Looks whether data has changed, and tells the server: the event that starts a retraining."""
+"""Watches a data source, and sends the event that starts a retraining when it changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tasks.events import hide_expected_tracebacks, log_event
 from tasks.run import now
 
 NEW_DATA = "rlhf.data.new"
-"""The event; anyone may send it, see docs/operations.md."""
+"""Name of the event. Other programs can send it too, see docs/operations.md."""
 
 hide_expected_tracebacks()
 
@@ -29,7 +29,7 @@ def rlhf_watch_data(source: str, store: str | None = None) -> State[None]:
     Args:
         source: path, pattern or s3:// prefix, playground-votes or playground-thumbs, as in a data
             section's source.
-        store: URL of the artifact store, which remembers what was seen; empty: RLHF_STORE.
+        store: URL of the artifact store, which records the last fingerprint; empty: RLHF_STORE.
     """
     opened = open_store(store)
     name = hashlib.sha256(source.encode()).hexdigest()[:16]
@@ -37,7 +37,7 @@ def rlhf_watch_data(source: str, store: str | None = None) -> State[None]:
     seen = (opened.read_record(path) or {}).get("fingerprint")
     found = fingerprint(DataSettings(source=source), opened)
     if found == seen:
-        return Completed(name="NothingNew", message=f"{source} is as it was")
+        return Completed(name="NothingNew", message=f"{source} has not changed")
     record = {"source": source, "fingerprint": found, "time": now()}
     if seen is None:
         opened.write_record(path, record)
@@ -46,6 +46,6 @@ def rlhf_watch_data(source: str, store: str | None = None) -> State[None]:
         event=NEW_DATA,
         resource={"prefect.resource.id": f"rlhf.data.{name}", "prefect.resource.name": source},
     )
-    opened.write_record(path, record)  # last: said twice is better than never
+    opened.write_record(path, record)  # last: an event twice is better than none
     log_event(get_run_logger(), "note", "watch", f"{source} has changed")
     return Completed(name="NewData", message=f"{source} has changed; sent {NEW_DATA}")

@@ -1,4 +1,4 @@
-"""Every exception that this project raises for a reason a user can act on.
+"""Exceptions with a message for the user.
 
     RLHFError                   category, exit code; str() is the whole message for the user
     ├── ConfigError             "config"     a setting is unknown, contradictory or out of range
@@ -10,18 +10,18 @@
     │   ├── ArtifactCorrupt     "store"
     │   └── StoreUnavailable    "store"      unreachable, refused, full: worth a retry
     ├── OutOfMemory             "oom"        retried with half the micro-batch
-    ├── Preempted               "preempted"  told to stop; goes on from the checkpoint it wrote
+    ├── Preempted               "preempted"  got a signal; a retry resumes from its checkpoint
     ├── TrainingFailure         "training"
     │   ├── NonFinite           "nonfinite"  a loss or gradient is NaN or infinite
     │   │   └── RateLowered     "rate_lowered"  the same; retried with a lower learning rate
     │   └── PolicyCollapse      "collapse"   KL, repetition or the like left its bound
-    ├── GateFailed              "gate"       a result misses a bound that the settings declare
-    ├── JudgeError              "judge"      a judge's endpoint refuses, fails or cannot be read
+    ├── GateFailed              "gate"       a result violates a bound of the settings
+    ├── JudgeError              "judge"      a judge's endpoint fails or gives unreadable answers
     └── JobFailed               "job"        a launched process died; category is the process's own
 
-The category travels from a rank's error file to the orchestrator, which decides from it alone
-whether a retry can help; `RETRYABLE` has those for which it can. "hang", a rank that waited for
-another one for too long, has no class: it is read off a library's error.
+A rank writes the category to its error file. The orchestrator decides from it whether to retry:
+`RETRYABLE` lists the categories for which a retry can help. "hang", a rank that waited too long for
+another one, has no class: the category comes from a library's error.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ class OutOfMemory(RLHFError):
 
 
 class Preempted(RLHFError):
-    """The job was told to stop, and did so after a checkpoint: another attempt goes on from it."""
+    """The job got a signal to stop and wrote a checkpoint, from which another attempt resumes."""
 
     category = "preempted"
 
 
 class TrainingFailure(RLHFError):
-    """Training cannot go on; the last good checkpoint is kept."""
+    """Training cannot continue; the last good checkpoint is kept."""
 
     category = "training"
 
@@ -114,8 +114,8 @@ class NonFinite(TrainingFailure):
 
 
 class RateLowered(NonFinite):
-    """A loss or a gradient norm is NaN or infinite, and another attempt goes on from the last
-    checkpoint with the lower learning rate that `on_nonfinite` says."""
+    """A loss or a gradient norm is NaN or infinite, and another attempt resumes from the last
+    checkpoint with the lower learning rate that `on_nonfinite` sets."""
 
     category = "rate_lowered"
 
@@ -127,15 +127,15 @@ class PolicyCollapse(TrainingFailure):
 
 
 class GateFailed(RLHFError):
-    """A stage's result misses a bound that the settings declare. What was made stays in the store;
-    another attempt would give the same."""
+    """A stage's result violates a bound of the settings. The result is kept in the store; another
+    attempt would give the same."""
 
     category = "gate"
 
 
 class JudgeError(RLHFError):
-    """The endpoint of a judge refused, failed more often than is tried again, or gave answers that
-    cannot be read."""
+    """The endpoint of a judge refused, failed after all retries, or gave answers that cannot be
+    read."""
 
     category = "judge"
 
@@ -145,8 +145,8 @@ class JobFailed(RLHFError):
 
     Args:
         message: what to show the user.
-        category: the category that the failing process reported, "lost" when it reported nothing.
-        candidate: digest of a model that it left all the same (see rlhf_core.runtime.candidates).
+        category: the category that the failed process reported; "lost" if it reported none.
+        candidate: digest of the last good model, or "" (see rlhf_core.runtime.candidates).
     """
 
     def __init__(self, message: str, category: str = "lost", candidate: str = "") -> None:

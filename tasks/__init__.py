@@ -1,4 +1,4 @@
-"""Prefect tasks, one per stage, and the launchers that run their jobs. No torch in here.
+"""Prefect tasks, one per stage, and the launchers that run their jobs. Does not import torch.
 
-Nothing is imported here: launchers start before Prefect is there.
+This file imports nothing: launchers are used before Prefect is imported.
 """

@@ -1,4 +1,4 @@
-"""Prefect's asset events: what was made, and from what, for whoever listens to the server's events.
+"""Prefect's asset events: which artifact was made from which others.
 
 The open-source server has no page for assets; the run's report draws the same lineage.
 """
@@ -14,16 +14,16 @@ from prefect.settings import PREFECT_API_URL
 from rlhf_core.store import Artifact, Store
 
 PUBLISHED = "rlhf.model.published"
-"""The event of a new champion of a published name."""
+"""Event: a published name has a new champion."""
 
 
 def asset_key(store: Store, artifact: Artifact) -> str:
-    """The URL under which the artifact's manifest lies."""
+    """URL of the artifact's manifest."""
     return f"{store.url.rstrip('/')}/artifacts/{artifact.kind}/{artifact.digest}"
 
 
 def made(store: Store, stage: str, artifact: Artifact, metrics: dict[str, Any]) -> None:
-    """A stage has made an artifact out of its parents."""
+    """Emit that a stage has made an artifact from its parents."""
     parents = [store.get(digest) for digest in artifact.parents]
     _emit(
         event="prefect.asset.materialization.succeeded",
@@ -34,12 +34,12 @@ def made(store: Store, stage: str, artifact: Artifact, metrics: dict[str, Any]) 
 
 
 def reused(store: Store, stage: str, artifact: Artifact) -> None:
-    """A stage has found its artifact in the store."""
+    """Emit that a stage has reused an artifact of the store."""
     _emit(event="prefect.asset.referenced", resource=_asset(store, artifact, stage))
 
 
 def published(store: Store, name: str, artifact: Artifact, run_id: str) -> None:
-    """An artifact is the champion of a name now."""
+    """Emit that an artifact is the new champion of a name."""
     _emit(
         event=PUBLISHED,
         resource={"prefect.resource.id": f"rlhf.model.{name}", "prefect.resource.name": name},
@@ -63,6 +63,6 @@ def _related(store: Store, artifact: Artifact) -> dict[str, str]:
 
 
 def _emit(**event: Any) -> None:
-    # Without either Prefect would start a server to send it to.
+    # Without a flow run or a server, Prefect would start a server for the event.
     if runtime.flow_run.id or PREFECT_API_URL.value():
         emit_event(**event)

@@ -1,7 +1,7 @@
-"""What a run says while it goes on: one log record per event.
+"""Events of a run, as log records.
 
-The text is what Prefect's log shows. The record's attribute `rlhf` holds the same as data, from
-which the command line's console is drawn; records without it are Prefect's own.
+Prefect's log shows the record's text. The attribute `rlhf` has the same as data, which the console
+of `rlhf run` shows; records without it are Prefect's own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def log_event(log: Log, kind: Kind, stage: str, text: str, **fields: Any) -> Non
 
 
 def seconds(value: float) -> str:
-    """A duration for people: 0.3 s, 42 s, 3 min 20 s."""
+    """A duration as text: 0.3 s, 42 s, 3 min 20 s."""
     if value < 9.95:
         return f"{value:.1f} s"
     if value < 120:
@@ -37,14 +37,14 @@ PROGRESS = re.compile(r"(?:[a-z_-]+: )?(step (\d+)/(\d+)(?:  .*)?)")
 
 
 def parse_progress(message: str) -> dict[str, Any] | None:
-    """The numbers of a progress message, as another process logged it; None for any other."""
+    """The numbers of a progress message that another process logged; None for other messages."""
     match = PROGRESS.fullmatch(message)
     if match is None:
         return None
     return {"step": int(match[2]), "total": int(match[3]), "text": match[1]}
 
 
-# Metrics worth a place in one line, in order; what a stage does not have is left out.
+# Metrics of the headline, in order; a stage has some of them.
 HEADLINES = (
     ("loss", "loss"), ("heldout_loss", "held-out loss"), ("accuracy", "accuracy"),
     ("score", "score"), ("gold", "gold"),
@@ -53,17 +53,17 @@ HEADLINES = (
 
 
 def headline(metrics: dict[str, Any]) -> str:
-    """The most telling numbers of a stage in one line."""
+    """The main numbers of a stage in one line."""
     shown = []
-    if "read" in metrics and "kept" in metrics:  # of a data set
+    if "read" in metrics and "kept" in metrics:  # a data set
         return f"{metrics['kept']:,} of {metrics['read']:,} rows"
-    if "train_pairs" in metrics:  # of the label stage
+    if "train_pairs" in metrics:  # the label stage
         return f"{metrics['train_pairs']:,} pairs, {metrics.get('heldout_pairs', 0):,} held out"
     heldout = metrics.get("heldout")
-    if isinstance(heldout, dict) and "accuracy" in heldout:  # of the reward model
+    if isinstance(heldout, dict) and "accuracy" in heldout:  # a reward model
         interval = f" ({heldout['low']:.2f} to {heldout['high']:.2f})" if "low" in heldout else ""
         shown.append(f"held-out accuracy {heldout['accuracy']:.2f}{interval}")
-    models = metrics.get("models")  # of an evaluation
+    models = metrics.get("models")  # an evaluation
     if isinstance(models, dict) and "policy" in models:
         start = "sft" if "sft" in models else "base"
         for name in ("reward", "gold"):
@@ -80,7 +80,7 @@ def headline(metrics: dict[str, Any]) -> str:
 
 
 def _benchmarks(metrics: dict[str, Any]) -> list[str]:
-    """The first metric of a few tasks, of base and finished model."""
+    """The first metric of the first tasks, of base and final model."""
     models, found = metrics.get("models") or {}, []
     for task in (metrics.get("shown") or [])[:3]:
         before, after = ((models.get(name) or {}).get(task) or {} for name in ("base", "policy"))
@@ -92,7 +92,7 @@ def _benchmarks(metrics: dict[str, Any]) -> list[str]:
 
 
 def table_cell(text: object, limit: int = 400) -> str:
-    """Any text in one cell of a Markdown table: nothing in it is taken for Markdown or HTML."""
+    """Escape a text for one cell of a Markdown table, so that it has no Markdown or HTML."""
     plain = " ".join(str(text).split())
     plain = plain if len(plain) <= limit else plain[: limit - 1] + "…"
     plain = html.escape(plain, quote=False)
@@ -100,10 +100,10 @@ def table_cell(text: object, limit: int = 400) -> str:
 
 
 class ExpectedErrors(logging.Filter):
-    """Takes the traceback off Prefect's log records about errors that are meant for the user.
+    """Removes the traceback from Prefect's log records about errors with a message for the user.
 
-    Where a flow returned a failed state, Prefect's engine logs that once more, as an exception;
-    the state has been logged before, and that record is dropped.
+    When a flow returns a failed state, Prefect's engine logs the state and then an exception; the
+    second record is dropped.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -121,7 +121,7 @@ class ExpectedErrors(logging.Filter):
 
 
 def hide_expected_tracebacks() -> None:
-    """Install `ExpectedErrors` on the loggers of flow and task runs, once."""
+    """Install `ExpectedErrors` on the loggers of flow and task runs."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logger = logging.getLogger(name)
         if not any(isinstance(f, ExpectedErrors) for f in logger.filters):

@@ -1,4 +1,4 @@
-"""Runs jobs: reuses what the store has under their stage keys, and launches the rest."""
+"""Runs jobs: results that the store has under the jobs' stage keys are reused, others are made."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tasks.run import Run, StageResult, elapsed
 
 
 def run_jobs(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> list[StageResult]:
-    """The results of jobs that may share one process group, in order.
+    """The results of jobs, in order. Jobs without a result are launched in one process group.
 
     Args:
-        stage: name of the group, for people.
+        stage: name of the group, for messages.
         jobs: name of each result in the run's record -> job.
 
     Raises:
@@ -72,11 +72,11 @@ def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str
 
 
 def _with_candidate(run: Run, jobs: Mapping[str, Job], error: JobFailed) -> JobFailed:
-    """The failure with the model that the job left, whichever machine it ran on."""
+    """The failure with the last good policy that the job left in the store."""
     [job] = jobs.values()  # a training stage
     try:
         left = candidates.read(run.store, job.key())
-    except StoreError:  # must not hide the reason
+    except StoreError:  # must not replace the reason of the failure
         left = None
     return JobFailed(str(error), error.category, left.digest if left else "")
 
@@ -102,7 +102,7 @@ def _note(
 
 
 def _attempt_folder(base: Path) -> Path:
-    """A new folder for every attempt: a job folder holds one attempt's files."""
+    """A new folder for each attempt, since a job folder has the files of one attempt."""
     folder, number = base, 1
     while folder.exists():
         number += 1
@@ -114,7 +114,7 @@ def _attempt_folder(base: Path) -> Path:
 
 
 def should_retry(task: Any, task_run: Any, state: Any) -> bool:
-    """Prefect's retry_condition_fn: True for failures that another attempt can mend."""
+    """Prefect's retry_condition_fn: True for failures for which another attempt can help."""
     error = state.data
     category = getattr(error, "category", None)
     if category not in RETRYABLE:

@@ -1,9 +1,9 @@
-"""Gates: bounds that a result must keep before the run goes on, or before a model is published.
+"""Gates: bounds on metrics that decide whether a run continues, or a model is published.
 
-The settings of a stage hold its gates (`check_...`: a failed one ends the run); a retraining has
-some of its own (`judge`: a failed one leaves a candidate). All bounds are on the point estimate,
-which does not move with the number of held-out rows as the end of an interval does; the interval is
-shown beside it.
+The settings of a stage have its gates (`check_...`): if one fails, the run ends. A retraining has
+gates of its own (`judge`): if one fails, the model is kept as a candidate. Bounds apply to the
+point estimate, which does not depend on the number of held-out rows as the end of an interval does;
+the interval is shown beside it.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def check_reward(settings: RewardSettings, metrics: Mapping[str, Any]) -> str | 
     beside = f"; a trivial judge reaches {max(trivial):.3g}" if trivial else ""
     return (
         f"The reward model's accuracy on {found.get('n', '?')} held-out pairs is {accuracy:.3g}"
-        f"{_interval(found)}, needed is at least {bound:g} (reward.min_heldout_accuracy){beside}. "
+        f"{_interval(found)}, expected at least {bound:g} (reward.min_heldout_accuracy){beside}. "
         "What usually helps: more pairs, or clearer ones (data.preference.min_margin); with few "
-        "pairs reward.head=probe and reward.pooling=mean; a larger learning rate where the "
-        "training accuracy is low too. What was made stays in the store: with a lower bound the "
-        "run goes on from it."
+        "pairs, reward.head=probe and reward.pooling=mean; if the training accuracy is low too, a "
+        "larger learning rate. The reward model is kept in the store: with a lower bound the run "
+        "continues from it."
     )
 
 
@@ -52,26 +52,28 @@ def check_evaluation(
     stage: str,
     comparison: Mapping[str, Any] | None = None,
 ) -> str | None:
-    """What is wrong with a finished model, one sentence for each gate; None when it passes.
+    """What is wrong with the final model, one sentence for each gate; None when it passes.
 
     Args:
         evaluation: evaluation.json.
         stage: the algorithm that made the model, whose settings the advice is about.
-        comparison: the same with the champion in the place of the model that it started from.
+        comparison: evaluation.json in which the champion takes the place of the start model.
     """
     found = [_win_rate(settings.min_win_rate, evaluation, stage, comparison)]
     found += [_length(settings.max_length_ratio, evaluation, stage)]
     wrong = [text for text in found if text]
     if not wrong:
         return None
-    return " ".join([*wrong, "The model stays in the store; with other bounds the run goes on."])
+    return " ".join(
+        [*wrong, "The model is kept in the store; with other bounds the run continues."]
+    )
 
 
-def _leash(stage: str) -> tuple[str, str]:
-    """What lets a stage's model move further from its start, and what holds it back."""
+def _drift_settings(stage: str) -> tuple[str, str]:
+    """Settings that let a stage's model drift further from its start, and that hold it back."""
     fields = job_class(stage).model_fields
     for name in ("kl_coef", "beta"):
-        if name in fields and stage != "simpo":  # whose beta is a scale, without a reference
+        if name in fields and stage != "simpo":  # its beta is a scale; it has no reference model
             return f"a lower {stage}.{name}", f"a higher {stage}.{name}"
     return f"a higher {stage}.learning_rate", f"a lower {stage}.learning_rate"
 
@@ -94,16 +96,16 @@ def _win_rate(
         )
     if value >= bound:
         return None
-    freer, tighter = _leash(stage)
+    freer, tighter = _drift_settings(stage)
     learned_from = (
         "a reward model of higher accuracy" if _online(stage) else "more or clearer pairs"
     )
     return (
         f"The model's replies win{against} on {value:.3g} of {rate.get('n', '?')} prompts"
-        f"{_interval(rate)} as judged by {judged_by}, needed is at least {bound:g} "
-        f"(evaluate.min_win_rate). What usually helps: more steps, {freer}, {learned_from}; where "
-        f"the reward rose and another judge disagrees, fewer steps or {tighter}. More "
-        "evaluate.max_prompts make the number surer."
+        f"{_interval(rate)} as judged by {judged_by}, expected at least {bound:g} "
+        f"(evaluate.min_win_rate). What usually helps: more steps, {freer}, {learned_from}; if the "
+        f"reward rose but another judge disagrees, fewer steps or {tighter}. With more "
+        "evaluate.max_prompts the estimate is more certain."
     )
 
 
@@ -119,15 +121,15 @@ def _length(bound: float | None, evaluation: Mapping[str, Any], stage: str) -> s
         )
     if after <= bound * before:
         return None
-    tighter = _leash(stage)[1]
+    tighter = _drift_settings(stage)[1]
     more = f" or {stage}.missing_eos_penalty" if _online(stage) else ""
     ratio = f"{after / before:.3g} times" if before else "not to be compared with"
     return (
         f"The model's replies have {after:.4g} tokens, {ratio} the {before:.4g} of the model it "
-        f"started from; needed is at most {bound:g} times (evaluate.max_length_ratio). To grow "
-        "is the commonest way to please a reward model. What usually helps: pairs in which the "
-        "longer reply is not the better one by rule (see the baseline of the reward model's "
-        f"accuracy), {tighter}{more}, fewer steps."
+        f"started from; expected at most {bound:g} times (evaluate.max_length_ratio). Longer "
+        "replies are the most common way to exploit a reward model. What usually helps: pairs in "
+        "which the longer reply is not usually the better one (see the baseline of the reward "
+        f"model's accuracy), {tighter}{more}, fewer steps."
     )
 
 
@@ -138,14 +140,15 @@ def _online(stage: str) -> bool:
 def judge(
     gates: Gates, evaluation: Mapping[str, Any], comparison: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Every gate with its number.
+    """Check every gate of a retraining.
 
     Args:
         evaluation: evaluation.json of base, SFT and new model.
-        comparison: the same with the published model in the place of "sft"; None without one.
+        comparison: evaluation.json with the published model in the place of "sft"; None without
+            a published model.
 
     Returns:
-        failed: names of the gates that were not passed; text: one line; markdown: a table.
+        failed: names of the failed gates; text: one line; markdown: a table.
     """
     rows = list(_checks(gates, evaluation, comparison))
     failed = [name for name, *_, passed in rows if not passed]
@@ -158,7 +161,7 @@ def judge(
     ]
     if failed:
         first = next(row for row in rows if row[0] == failed[0])
-        text = f"not promoted: {first[0]} is {_shown(first[1])}, needed is {first[2]}"
+        text = f"not promoted: {first[0]} is {_shown(first[1])}, expected {first[2]}"
     else:
         text = f"promoted: {len(rows)} of {len(rows)} gates passed"
     return {"failed": failed, "text": text, "markdown": "\n".join(lines)}
@@ -180,15 +183,15 @@ def _checks(
 
 
 def _judged(evaluation: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Who judged, and the win rate: a judge that training never saw comes before the reward
-    model."""
+    """A judge's name and win rate. A judge that training did not use takes precedence over the
+    reward model."""
     rates = evaluation.get("win_rate") or {}
     judged_by = next((name for name in rates if name != "reward"), "reward")
     return judged_by, rates.get(judged_by) or {}
 
 
 def _policy(models: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The finished model; older evaluations called it ppo."""
+    """The final model; older evaluations called it ppo."""
     return models.get("policy") or models.get("ppo") or {}
 
 

@@ -1,7 +1,7 @@
-"""What running out of memory changes: half the micro-batch for the next attempt, twice at most.
+"""Retries after an out-of-memory error: with half the micro-batch, at most twice.
 
-The accumulation follows from the batch size, so the stage computes the same, under its key. What
-was found is kept in the store, so that a run that is started again need not find it out again.
+Gradient accumulation follows from the batch size, so the stage computes the same result under the
+same key. The micro-batch that fits is recorded in the store, for runs that are started again.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from rlhf_core.preflight.memory import estimate, ways_to_fit
 from rlhf_core.store import Store
 
 MAX_HALVINGS = 2
-FRACTION_TO_TRY = 0.75  # of what did not fit: settings that need no more are worth a try
+FRACTION_TO_TRY = 0.75  # of the memory that did not fit; settings below it are proposed
 
 
 def fit(store: Store, job: Job) -> Job:
-    """The job with the micro-batch that is left after it ran out of memory; as it is if it did
-    not, or if its placement was changed since."""
+    """The job with the micro-batch that was recorded after it ran out of memory; unchanged if there
+    is no record, or if its placement has changed since."""
     found = _record(store, job)
     return job if found is None else _with_micro_batch(job, found["micro_batch_size"])
 
 
 def shrink(store: Store, job: Job, error: JobFailed) -> JobFailed:
-    """Note half the micro-batch for the next attempt.
+    """Record half the micro-batch for the next attempt.
 
     Returns:
-        The failure with the estimate and what comes next; of category "memory", which is not tried
-        again, when nothing is left to try.
+        The failure with the memory estimate and the next step. Its category is "memory", which is
+        not retried, if the micro-batch cannot be halved again.
     """
     found = _record(store, job) or {}
     tried = int(found.get("micro_batch_size", job.placement().micro_batch_size))
@@ -46,7 +46,7 @@ def shrink(store: Store, job: Job, error: JobFailed) -> JobFailed:
             else "the stage has no micro-batch"
         )
         ways = _ways(store, _with_micro_batch(job, tried), error)
-        return JobFailed(f"{text}\nNot tried again: {why}. Set {'; or '.join(ways)}.", "memory")
+        return JobFailed(f"{text}\nNot retried: {why}. Set {'; or '.join(ways)}.", "memory")
     value = {
         "placement": job.placement().model_dump(mode="json"),
         "micro_batch_size": size,
@@ -61,7 +61,7 @@ def shrink(store: Store, job: Job, error: JobFailed) -> JobFailed:
 
 
 def forget(store: Store, job: Job) -> None:
-    """Remove the note of a stage that is done."""
+    """Remove the record of a stage that has finished."""
     if _record(store, job) is not None:
         store.delete_record(_path(job))
 
@@ -79,7 +79,7 @@ def _record(store: Store, job: Job) -> dict[str, Any] | None:
 
 
 def _half(job: Job, size: int) -> int | None:
-    """The largest micro-batch up to half of a size that divides each rank's share of a batch."""
+    """The largest micro-batch of at most half the size that divides a rank's share of a batch."""
     if not hasattr(job, "resources"):
         return None
     share = getattr(job, "batch_size", 0) // getattr(job, "minibatches", 1)
@@ -102,7 +102,7 @@ def _with_micro_batch(job: Job, size: int) -> Job:
 
 
 def _estimate(store: Store, job: Job, error: JobFailed) -> str:
-    """The estimate in one line; empty for stages that have none."""
+    """The memory estimate in one line; empty for stages without one."""
     known = _known(store, job, error)
     if known is None or not isinstance(job, TrainSettings):
         return ""
@@ -112,7 +112,7 @@ def _estimate(store: Store, job: Job, error: JobFailed) -> str:
 
 
 def _ways(store: Store, job: Job, error: JobFailed) -> list[str]:
-    """Settings that need clearly less, by their names."""
+    """Settings that need clearly less memory."""
     if not hasattr(job, "resources"):
         return ["fewer rows (max_samples), or run the stage on a machine with more memory"]
     prefix = job.algorithm if job.algorithm != "label" else "data.preference"
@@ -136,7 +136,7 @@ def _ways(store: Store, job: Job, error: JobFailed) -> list[str]:
 def _known(
     store: Store, job: Job, error: JobFailed
 ) -> tuple[dict[str, Any], int, Literal["cpu", "cuda"], str] | None:
-    """Model configuration, longest sequence, device and stage; None where they cannot be told."""
+    """Model configuration, longest sequence, device and stage; None if they cannot be read."""
     if not isinstance(job, TrainSettings):
         return None
     stage = job.algorithm
@@ -151,5 +151,5 @@ def _known(
             length += getattr(job, "max_new_tokens", 0)
         estimate(config, job, job.placement(), stage, max_length=length, device=device)
     except (StoreError, ValueError, KeyError, TypeError):
-        return None  # advice must not hide the failure
+        return None  # advice must not replace the failure
     return config, length, device, stage

@@ -1,4 +1,4 @@
-"""What is seen of a stage while it runs: the newest step, curves, and what its processes use."""
+"""Shows a running stage: the newest step, curves, sampled replies, and resource usage."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from uuid import UUID
 from tasks.events import Log, headline, log_event, seconds, table_cell
 from tasks.reporting.curves import draw
 
-PROGRESS_SECONDS = 3.0  # between two updates of the progress that people see
+PROGRESS_SECONDS = 3.0  # between two progress updates
 LIVE_SECONDS = 20.0  # between two drawings of the curves
-LIVE_LINES = 2000  # of which the curves are drawn
+LIVE_LINES = 2000  # newest lines of metrics, of which the curves are drawn
 STEP = re.compile(r"step \d+/\d+ ")
 
 
 class Progress:
-    """Shows the newest metrics: as events, as a progress artifact, and as a page with curves.
+    """Shows the newest metrics as events, as a progress artifact, and as a page with curves.
 
-    Takes lines of metrics.jsonl and samples.jsonl, and {"usage": text} about the processes.
+    It is called with lines of metrics.jsonl and samples.jsonl, and with {"usage": text}.
     """
 
     def __init__(self, stage: str, log: Log) -> None:
@@ -63,7 +63,7 @@ class Progress:
             self._show("live", self.page(text), f"{self.stage} while it runs")
 
     def page(self, text: str) -> str:
-        """Markdown with the newest numbers, the curves so far, and what the processes use."""
+        """Markdown with the newest numbers, curves, replies and resource usage."""
         parts = [f"**{self.stage}**: {text}"]
         if curves := draw({self.stage: self._lines}):
             image = base64.b64encode(curves).decode()
@@ -82,7 +82,7 @@ class Progress:
         return "\n".join(rows)
 
     def _show(self, kind: str, data: float | str, description: str) -> None:
-        """Make or update the stage's artifact of a kind."""
+        """Create or update the stage's artifact of a kind."""
         from prefect.artifacts import MarkdownArtifact, ProgressArtifact, update_progress_artifact
         from prefect.client.orchestration import get_client
         from prefect.client.schemas.actions import ArtifactUpdate
@@ -103,12 +103,12 @@ class Progress:
                 get_client(sync_client=True).update_artifact(
                     self._artifacts[kind], ArtifactUpdate(data=data, description=description)
                 )
-        except Exception as error:  # a server that is away must not end a training
+        except Exception as error:  # an unavailable server must not end a training
             self.log.warning("%s of %s not shown in Prefect: %s", kind, self.stage, error)
 
 
 class Lines:
-    """The ranks' output; lines about steps are left to `Progress` (the log file has them all)."""
+    """Logs the ranks' output, except for lines about steps, which `Progress` shows."""
 
     def __init__(self, stage: str, log: Log) -> None:
         self.stage, self.log = stage, log

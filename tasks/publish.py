@@ -1,8 +1,7 @@
-"""Publishing: the aligned model with its model card, as an artifact and as a plain folder.
+"""Publishing: the final model with its model card, as an artifact and as a folder of files.
 
-A version is champion of its name, or a candidate that somebody may promote (store/registry.py).
-
-Nothing is copied in the store: the artifact takes over the aligned model's files by content.
+A version is champion of its name, or a candidate that can be promoted (store/registry.py). Nothing
+is copied in the store: the artifact refers to the model's files by content.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ NOT_PUBLISHED = {"metrics.jsonl", "README.md"}
 
 @stage("publish")
 def publish(run: Run, policy: str, evaluation: str) -> StageResult:
-    """The aligned model under the name `publish.name`.
+    """Publish the final model under the name `publish.name`, and make it champion.
 
     Args:
-        policy: digest of the aligned model.
+        policy: digest of the final model.
         evaluation: digest of its evaluation.
     """
     began = time.monotonic()
@@ -42,7 +41,7 @@ def publish(run: Run, policy: str, evaluation: str) -> StageResult:
     artifact, reused = published_artifact(run, "publish", key, policy, evaluation)
     if registry.promote(run.store, name, artifact.digest, run=run.id) is not None:
         assets.published(run.store, name, artifact, run.id)
-    newest = registry.champion(run.store, name)  # another run's, where that was promoted since
+    newest = registry.champion(run.store, name)  # another run may have promoted its own since
     shown = run.store.get(newest) if newest else artifact
     run.model_folder = materialise(run.store, shown, published_folder(name))
     return _done(run, "publish", key, artifact, reused, began, f"as {name}")
@@ -50,11 +49,11 @@ def publish(run: Run, policy: str, evaluation: str) -> StageResult:
 
 @stage("candidate")
 def keep_candidate(run: Run, policy: str, evaluation: str | None, reason: str) -> StageResult:
-    """The aligned model as a candidate of the name `publish.name`; what is published stays.
+    """Keep the model as a candidate of the name `publish.name`; the champion does not change.
 
     Args:
-        policy, evaluation: as for `publish`; None: it was not evaluated.
-        reason: why it was not published, for whoever may promote it.
+        policy, evaluation: as for `publish`; evaluation None: the model was not evaluated.
+        reason: why it was not published.
     """
     began = time.monotonic()
     name = run.config.publish.name
@@ -66,13 +65,13 @@ def keep_candidate(run: Run, policy: str, evaluation: str | None, reason: str) -
 
 
 def keep_last_good_policy(run: Run, failed: JobFailed) -> JobFailed:
-    """Keep the last good policy of a collapsed one as a candidate.
+    """Keep the last good policy of a collapsed training as a candidate.
 
     Args:
-        failed: has a `candidate`.
+        failed: a failure with a `candidate`.
 
     Returns:
-        The same failure with what can be done with it.
+        The failure with a message that names the candidate.
     """
     name = run.config.publish.name
     try:
@@ -81,9 +80,9 @@ def keep_last_good_policy(run: Run, failed: JobFailed) -> JobFailed:
         number = registry.read_model(run.store, name).find(kept.digest).number
         text = (
             f"It is kept as version {number} of {name}, a candidate: `rlhf models show {name} "
-            f"{number}` describes it, `rlhf chat {kept.digest[:12]}` talks to it."
+            f"{number}` shows it, `rlhf chat {kept.digest[:12]}` starts a chat with it."
         )
-    except RLHFError as error:  # must not hide the reason
+    except RLHFError as error:  # must not replace the reason of the failure
         text = f"It could not be kept as a candidate of {name}: {error}"
     return JobFailed(f"{failed}\n{text}", failed.category, failed.candidate)
 
@@ -91,7 +90,7 @@ def keep_last_good_policy(run: Run, failed: JobFailed) -> JobFailed:
 def published_artifact(
     run: Run, stage: str, key: str, policy: str, evaluation: str | None
 ) -> tuple[Artifact, bool]:
-    """The artifact, and whether it was there already."""
+    """The published artifact, and whether it was reused."""
     artifact = run.store.stage_result(key)
     if artifact is not None:
         return artifact, True
@@ -104,7 +103,7 @@ def published_artifact(
 def _done(
     run: Run, stage: str, key: str, artifact: Artifact, reused: bool, began: float, what: str
 ) -> StageResult:
-    """The stage's result, in the log and in the run."""
+    """Log the stage's result and add it to the run."""
     result = StageResult(
         stage=stage, digest=artifact.digest, kind=artifact.kind, key=key,
         reused=reused, seconds=elapsed(began),
@@ -120,17 +119,17 @@ def _done(
 def publish_key(
     name: str, policy: str, evaluation: str | None, benchmarks: str | None = None
 ) -> str:
-    """Stage key of a published model: its card shows evaluation and benchmarks."""
+    """Stage key of a published model, whose card shows evaluation and benchmarks."""
     parts = ["publish", VERSION, name, policy, evaluation]
     parts += [benchmarks] if benchmarks else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def make_artifact(run: Run, name: str, policy: str, evaluation: str | None) -> Artifact:
-    """Publish the model's own files with a model card beside them.
+    """Publish the model's files with a model card.
 
     Raises:
-        ModelError: the aligned model's artifact is not a Hugging Face model folder.
+        ModelError: the model's artifact is not a Hugging Face model folder.
     """
     source = run.store.get(policy)
     files: dict[str, Path | FileEntry | bytes] = {
@@ -154,7 +153,7 @@ def make_artifact(run: Run, name: str, policy: str, evaluation: str | None) -> A
 
 
 def champion(run: Run) -> str | None:
-    """Digest of the policy that is published under the run's name now."""
+    """Digest of the policy of the current champion of the run's name."""
     published = registry.champion(run.store, run.config.publish.name)
     if published is None:
         return None
@@ -163,8 +162,8 @@ def champion(run: Run) -> str | None:
 
 
 def compare_with_champion(run: Run) -> StageResult | None:
-    """The finished model and the champion on the same held-out prompts; None where there is no
-    champion, or where it is this very model."""
+    """Evaluate the final model and the champion on the same held-out prompts; None without a
+    champion, or if the champion is this model."""
     found = champion(run)
     if found is None or found == run.artifacts_by_role["model"]:
         return None

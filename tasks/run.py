@@ -1,4 +1,4 @@
-"""One run of the pipeline: its settings, its store, its folder, and the record that others read."""
+"""One run of the pipeline: settings, store, folder, and the run's record in the store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("rlhf")
 
 
 class StageResult(BaseModel):
-    """What a stage hands on: small, everything else is in the store."""
+    """The result of a stage: a small reference; the data are in the store."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,12 +39,12 @@ class StageResult(BaseModel):
 
     @property
     def ref(self) -> str:
-        """kind/digest[:12], which every `rlhf artifacts` command understands."""
+        """kind/digest[:12], which all `rlhf artifacts` commands take."""
         return f"{self.kind}/{self.digest[:12]}"
 
 
 class Run:
-    """Handed to every task. A plain class: Prefect looks into dataclasses and models."""
+    """Passed to every task. Not a dataclass, since Prefect searches those for futures."""
 
     def __init__(
         self,
@@ -59,9 +59,8 @@ class Run:
         self.store = store or open_store(config.store)
         self.folder = rlhf_home() / "runs" / run_id
         self.stages: dict[str, StageResult] = {}
-        self.artifacts_by_role: dict[
-            str, str
-        ] = {}  # role of a stage's input (see job_input) -> digest
+        # role of a stage's input (see job_input) -> digest
+        self.artifacts_by_role: dict[str, str] = {}
         self.model_folder: Path | None = None
         self.report: Path | None = None
         self.decision: dict[str, Any] = {}  # of the person who approved or rejected it
@@ -76,7 +75,7 @@ class Run:
 
     @property
     def page(self) -> str | None:
-        """Where the run is watched in the browser."""
+        """URL of the run's page on the Prefect server."""
         return url_for("flow-run", self.flow_run) if self.flow_run else None
 
     def begin(self) -> None:
@@ -95,13 +94,13 @@ class Run:
         self.save(state="running", ended=None, error=None)
 
     def add(self, result: StageResult) -> StageResult:
-        """Note a finished stage."""
+        """Add a finished stage."""
         self.stages[result.stage] = result
         self.save()
         return result
 
     def save(self, **changes: Any) -> None:
-        """Write the record as it is now."""
+        """Write the record."""
         self._record |= changes
         self._record |= {
             "updated": now(),
@@ -110,7 +109,7 @@ class Run:
         self.store.write_record(self.record_path, self._record)
 
     def finish(self, state: str, error: BaseException | None = None) -> None:
-        """Write how the run ended; a store that is down must not hide the reason."""
+        """Write how the run ended; an unavailable store must not replace the reason."""
         text = None if error is None else redact(str(error)) or type(error).__name__
         category = getattr(error, "category", None) if error is not None else None
         try:
@@ -119,7 +118,7 @@ class Run:
             log.warning("the record of run %s could not be written: %s", self.id, problem)
 
     def summary(self) -> dict[str, Any]:
-        """What the flow returns."""
+        """The flow's return value."""
         return {
             "run": self.id,
             "stages": {name: r.model_dump() for name, r in self.stages.items()},
@@ -130,7 +129,7 @@ class Run:
 
 @contextlib.contextmanager
 def recorded(run: Run) -> Iterator[Run]:
-    """Keeps the run's record true, however the block ends."""
+    """Write the run's record, with its final state however the block ends."""
     run.begin()
     try:
         yield run
@@ -147,7 +146,7 @@ def recorded(run: Run) -> Iterator[Run]:
 
 
 def new_run_id(flow_run_id: str | None, scheduled: datetime | None = None) -> str:
-    """Time and the first digits of the flow run's id, so that its retry is the same run."""
+    """Scheduled time and first digits of the flow run's id, so that a retry has the same id."""
     when = scheduled or datetime.now(UTC)
     return f"{when:%Y%m%d-%H%M%S}-{(flow_run_id or os.urandom(4).hex())[:8]}"
 

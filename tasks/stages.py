@@ -1,7 +1,7 @@
-"""One Prefect task per stage: each describes its job and runs it, or finds its result.
+"""One Prefect task per stage: each makes its job and runs it, or reuses its result.
 
-Call them directly, never with .submit(): a submitted task's thread does not get the exception
-that a cancelled run raises, and its processes would go on.
+Call them directly, never with .submit(): the thread of a submitted task does not get the exception
+that cancels a run, and its processes would run on.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def stage(name: str) -> Callable[[Function], Function]:
-    """A task that is tried again when that can help; the store, not Prefect, knows its results."""
+    """A task that is retried when a retry can help. The store caches results, not Prefect."""
 
     def decorate(function: Function) -> Function:
         return StageTask(  # type: ignore[return-value]
@@ -67,7 +67,7 @@ def stage(name: str) -> Callable[[Function], Function]:
 
 
 class StageTask(Task[..., Any]):
-    """A task that may end in a state of its own choice; the caller gets the result all the same."""
+    """A task that may return a Prefect state; its caller gets the state's result."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         returned = super().__call__(*args, **kwargs)
@@ -75,7 +75,7 @@ class StageTask(Task[..., Any]):
 
 
 def _report_reuse(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A stage whose results were all in the store ends as Cached, and says what was reused."""
+    """End a stage in the state Cached if all its results were reused."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -91,7 +91,7 @@ def _report_reuse(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @stage("preflight")
 def preflight(config: PipelineConfig, until: str = "publish") -> None:
-    """Everything that can be known before anything starts, in one list."""
+    """Check settings and resources before anything starts; reports all problems in one list."""
     problems = check(config) + recipe.check_until(config, until)
     if problems:
         raise PreflightError(problems)
@@ -100,7 +100,7 @@ def preflight(config: PipelineConfig, until: str = "publish") -> None:
 
 @stage("model")
 def import_model(run: Run) -> StageResult:
-    """The base model, in the store: imported, or made from nothing."""
+    """Import the base model into the store, or make a new one from scratch."""
     if run.config.new_model is not None:
         text = run.config.data.pretrain
         assert text is not None, "checked by the preflight"
@@ -122,7 +122,7 @@ def import_model(run: Run) -> StageResult:
 
 @stage("reward-model")
 def import_reward(run: Run, source: str, model: str) -> StageResult:
-    """A reward model that was there before, in the store.
+    """Import an existing reward model into the store.
 
     Args:
         model: digest of the base model, whose vocabulary it must share.
@@ -139,10 +139,13 @@ def import_reward(run: Run, source: str, model: str) -> StageResult:
 
 @stage("data")
 def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
-    """The data sets by their names in the settings, prepared in one process: imports take long.
+    """Prepare the data sets, all in one process, because its imports take long.
 
     Args:
         model: digest of the base model, whose tokenizer is used.
+
+    Returns:
+        Name of the data set in the settings -> result.
     """
     jobs = {
         setting.rpartition(".")[2]: DataJob(
@@ -162,7 +165,7 @@ def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
 
 @stage("label")
 def label(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult:
-    """Preference pairs: replies of the newest model, compared by the labeller."""
+    """Make preference pairs: replies of the newest model, compared by the labeller."""
     _, settings = recipe.label_settings(run.config, step)
     inputs = {name: artifacts[role] for name, role in LabelJob.roles().items() if role in artifacts}
     if settings.labeller != "reward_model":
@@ -174,10 +177,10 @@ def label(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult
 def _training_task(algorithm: str) -> Callable[..., StageResult]:
     @stage(algorithm)
     def train(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult:
-        """A training stage.
+        """Run a training stage.
 
         Args:
-            artifacts: role of an input (see `job_input`) -> digest of what there is.
+            artifacts: role of an input (see `job_input`) -> digest.
         """
         roles = recipe.roles(run.config, algorithm)
         inputs = {name: artifacts[role] for name, role in roles.items() if role in artifacts}
@@ -198,13 +201,13 @@ TRAIN = {algorithm: _training_task(algorithm) for algorithm in get_args(Training
 
 @stage("evaluate")
 def evaluate(run: Run, artifacts: dict[str, str]) -> StageResult:
-    """The base model, the one that the alignment started from, and the finished one."""
+    """Evaluate the base model, the model that the alignment started from, and the final one."""
     return run_evaluation(run, "evaluate", artifacts)
 
 
 @stage("lm_eval")
 def benchmark(run: Run, artifacts: dict[str, str]) -> StageResult:
-    """The base model and the finished one on standard benchmarks."""
+    """Run standard benchmarks on the base model and the final one."""
     settings = run.config.lm_eval
     assert settings is not None, "no stage of a run without these settings"
     job = LmEvalJob(
@@ -217,19 +220,20 @@ def benchmark(run: Run, artifacts: dict[str, str]) -> StageResult:
 
 @stage("compare")
 def compare(run: Run, artifacts: dict[str, str], champion: str) -> StageResult:
-    """The finished model against a published one on the same held-out prompts.
+    """Evaluate the final model against a published one on the same held-out prompts.
 
     Args:
-        champion: digest of the published model's policy; it stands where SFT stands otherwise.
+        champion: digest of the published policy, which takes the place of the SFT model.
     """
     return run_evaluation(run, "compare", {**artifacts, "start": champion})
 
 
 def run_evaluation(run: Run, name: str, artifacts: dict[str, str]) -> StageResult:
-    """The result of an evaluation of three models.
+    """Run an evaluation of up to three models.
 
     Args:
-        artifacts: digests by role; "base", "model" and "start", which the alignment started from.
+        artifacts: role -> digest, with "base", "model" (the final one) and "start" (the model
+            that the alignment started from).
     """
     settings = job_fields(run, run.config.evaluate)
     settings["max_new_tokens"] = reply_length(run.config)
@@ -247,23 +251,24 @@ def run_evaluation(run: Run, name: str, artifacts: dict[str, str]) -> StageResul
 
 
 def run_job(run: Run, name: str, job: Job) -> StageResult:
-    """The result of a stage of one job."""
+    """Run a stage that has one job."""
     return run_jobs(run, name, {name: job}, get_run_logger())[0]
 
 
 def settings_fields(settings: Settings) -> dict[str, Any]:
-    """The fields of a settings object, but for its placement."""
+    """The fields of a settings object, without its placement."""
     names = [name for name in type(settings).model_fields if name != "resources"]
     return {name: getattr(settings, name) for name in names}
 
 
 def job_fields(run: Run, settings: Settings, step: recipe.Step | None = None) -> dict[str, Any]:
-    """The fields of a stage that runs on ranks: settings, seed, and the placement that holds."""
+    """The fields of a job that runs on ranks: settings, seed, and its placement."""
     own: Resources | None = getattr(settings, "resources", None)
     resources = own or run.config.resources
     return {
         **settings_fields(settings),
-        "seed": run.config.seed + (step.round if step else 0),  # each round has its own order
+        "seed": run.config.seed
+        + (step.round if step else 0),  # another order of the data in each round
         "resources": resources,
         "trust_remote_code": run.config.model.trust_remote_code,
     }

@@ -1,9 +1,8 @@
-"""Each flow run looks at its own state, and a stage's run at that of the pipeline that wants it.
+"""Polls the state of a flow run, and of the pipeline that waits for it, on the server.
 
-A run that is cancelled ends, also where no worker is left to tell it: Prefect leaves it to the
-worker to stop a run's process, and when that was killed, or the run was started by hand, nobody
-does. And a run that was found dead in error says that it lives: when the server was away for some
-minutes, it has missed the heartbeats of healthy runs.
+A cancelled run stops itself. Prefect leaves that to the worker, which may have been killed, or may
+not exist for a run that was started by hand. A run that was declared dead by mistake sets itself to
+running: a server that was unavailable for some minutes has missed the heartbeats of healthy runs.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from prefect.exceptions import Abort, TerminationSignal
 from prefect.states import Cancelled, Running
 
 POLL_SECONDS = 4.0
-DECLARED_DEAD = "no heartbeat for"  # how the automation's message begins (flows/automations.py)
-GRACE_SECONDS = 6.0  # for the worker, which is told too and knows better how
+DECLARED_DEAD = "no heartbeat for"  # start of the automation's message (flows/automations.py)
+GRACE_SECONDS = 6.0  # in which the worker, if there is one, stops the run itself
 
 
 @contextlib.contextmanager
 def stop_when_cancelled(pipeline: str | None = None) -> Iterator[None]:
-    """While the block runs, interrupt it once its flow run, or the pipeline's, is cancelled.
-    Without a flow run it does nothing.
+    """Interrupt the block when its flow run, or the pipeline's, is cancelled. Does nothing outside
+    of a flow run.
 
     Args:
         pipeline: id of the flow run that waits for this one.
 
     Raises:
-        Abort: it was interrupted; the flow run is marked as cancelled. Prefect's engine takes a
-            signal that no worker announced for a crash, and would say so.
+        Abort: the block was interrupted, and the flow run is marked as cancelled. Prefect's engine
+            would report a signal that no worker sent as a crash.
     """
     own = runtime.flow_run.id
     if not own or threading.current_thread() is not threading.main_thread():
@@ -59,7 +58,9 @@ def stop_when_cancelled(pipeline: str | None = None) -> Iterator[None]:
 def _mark_cancelled(run: UUID) -> None:
     from prefect.client.orchestration import get_client
 
-    with contextlib.suppress(Exception):  # the server is away: its automation finds the run dead
+    with contextlib.suppress(
+        Exception
+    ):  # the server is unavailable; its automation will declare the run dead
         get_client(sync_client=True).set_flow_run_state(
             run, Cancelled(message="cancelled; every process has ended"), force=True
         )
@@ -75,10 +76,10 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         from prefect.client.orchestration import get_client
 
-        client = get_client(sync_client=True)  # of this thread's own
+        client = get_client(sync_client=True)  # a client for this thread
         seen: float | None = None
         while not self.done.wait(POLL_SECONDS):
-            with contextlib.suppress(Exception):  # a server that is away: look again
+            with contextlib.suppress(Exception):  # the server is unavailable; poll again
                 if any(self._cancelled(client, i) for i in (self.own, self.pipeline) if i):
                     seen = seen or time.monotonic()
                 else:
@@ -98,11 +99,11 @@ class _Watch(threading.Thread):
         state = client.read_flow_run(self.own).state
         if declared_dead(state) and not self.done.is_set():
             alive: State[Any] = Running(
-                message="its process lives; the server had missed its heartbeats"
+                message="the process is alive; the server had missed its heartbeats"
             )
             client.set_flow_run_state(self.own, alive, force=True)
 
 
 def declared_dead(state: State[Any] | None) -> bool:
-    """Whether a run was declared lost for its silence, which may be an error."""
+    """Whether a run was declared crashed for missing heartbeats, which may be a mistake."""
     return bool(state and state.is_crashed() and (state.message or "").startswith(DECLARED_DEAD))

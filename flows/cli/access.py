@@ -1,7 +1,7 @@
-"""Who may reach a page or an API that a command opens: this machine, or whoever knows a password.
+"""Access to the pages and APIs that commands serve: from this machine only, or with a password.
 
-A password comes from the environment or the keyboard, never as an argument: the list of processes
-shows arguments to everyone on the machine.
+A password comes from the environment or a prompt, never from an argument: the process list shows
+arguments to every user of the machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlhf_core.system.secrets import MIN_LENGTH
 
 
 def is_local(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Whether an address can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -27,14 +27,14 @@ def is_local(host: str) -> bool:
 
 
 def password_for(host: str, variable: str, what: str) -> str | None:
-    """The password to ask for; None: only this machine can come, and nobody set one.
+    """The password that protects a server; None on a loopback address without one.
 
     Args:
-        variable: environment variable that may hold it.
+        variable: environment variable that may have the password.
         what: is protected, for the prompt.
 
     Raises:
-        ConfigError: others can come and there is no password, or it is too short.
+        ConfigError: other machines have access and there is no password, or it is too short.
     """
     password = os.environ.get(variable)
     if not password and is_local(host):
@@ -42,13 +42,13 @@ def password_for(host: str, variable: str, what: str) -> str | None:
     if not password:
         if not sys.stdin.isatty():
             raise ConfigError(
-                f"--host {host} lets other machines in, and there is no password: set {variable}, "
-                "or start the command at a terminal, where it is asked for."
+                f"--host {host} gives other machines access, and there is no password: set "
+                f"{variable}, or start the command in a terminal, which prompts for it."
             )
         password = str(typer.prompt(f"Password for {what}", hide_input=True))
     if len(password) < MIN_LENGTH:
         raise ConfigError(
-            f"The password for {what} has {len(password)} characters; needed are at least "
+            f"The password for {what} has {len(password)} characters; expected at least "
             f"{MIN_LENGTH}."
         )
     return password

@@ -1,6 +1,6 @@
-"""What a person sees of a run: the events of `tasks.events`, drawn line by line.
+"""The terminal output of a run: the events of `tasks.events`, one line each.
 
-On a terminal the newest progress stays in one last line; in a file it is a line now and then.
+On a terminal, progress is rewritten in the last line; in a file, it is a line from time to time.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, TextIO
 
 from tasks.events import headline, seconds
 
-PROGRESS_SECONDS = 8.0  # between two lines of progress where they cannot be rewritten
+PROGRESS_SECONDS = 8.0  # between two lines of progress in a file
 NAME_WIDTH = 16
 
 
 class Console(logging.Handler):
-    """Draws run events; of other log records only warnings, and of Prefect's own nothing that
-    repeats an error which the command itself is about to show."""
+    """Prints run events, and warnings of other loggers; not Prefect's records about failed runs,
+    since the command prints the error itself."""
 
     def __init__(
         self, stream: TextIO | None = None, verbose: bool = False, link: bool = False
@@ -28,7 +28,7 @@ class Console(logging.Handler):
         super().__init__()
         self.out = stream or sys.stdout
         self.verbose = verbose
-        self.link = link  # to the run in the user interface: worth showing if the server stays
+        self.link = link  # whether to print the run's URL: only if the server outlives the run
         self.live = self.out.isatty() and os.environ.get("TERM") != "dumb"
         self.colour = self.live and "NO_COLOR" not in os.environ
         self._transient = False
@@ -39,7 +39,7 @@ class Console(logging.Handler):
         try:
             event = getattr(record, "rlhf", None)
             if isinstance(event, dict):
-                self._draw(event)
+                self._print_event(event)
             elif record.levelno >= logging.WARNING and not record.name.startswith(
                 ("prefect.flow_runs", "prefect.task_runs", "prefect.flow_engine")
             ):
@@ -47,7 +47,7 @@ class Console(logging.Handler):
         except Exception:
             self.handleError(record)
 
-    def _draw(self, event: dict[str, Any]) -> None:
+    def _print_event(self, event: dict[str, Any]) -> None:
         kind, stage, text = event["kind"], event["stage"], event["text"]
         if kind == "run":
             self.line(f"  run       {event['id']}")
@@ -57,7 +57,7 @@ class Console(logging.Handler):
         elif kind == "start":
             self._stage("·", stage, text, "36")
         elif kind == "progress":
-            self._draw_progress(stage, text)
+            self._print_progress(stage, text)
         elif kind == "done":
             reused = event["reused"]
             took = "reused" if reused else seconds(event["seconds"])
@@ -70,7 +70,7 @@ class Console(logging.Handler):
         elif kind == "line" and (self.verbose or not text.startswith("ERROR (")):
             self.line(self._paint("2", f"      {text}"))
 
-    def _draw_progress(self, stage: str, text: str) -> None:
+    def _print_progress(self, stage: str, text: str) -> None:
         line = f"  {stage:<{NAME_WIDTH}}{text}"
         if self.live:
             width = shutil.get_terminal_size().columns
@@ -87,7 +87,7 @@ class Console(logging.Handler):
         self.line(f"{self._paint(colour, mark)} {stage:<{NAME_WIDTH}}{text}")
 
     def line(self, text: str) -> None:
-        """One line that stays."""
+        """Print a line that is not rewritten."""
         if self._transient:
             self.out.write("\r\x1b[2K")
             self._transient = False
@@ -102,7 +102,7 @@ class Console(logging.Handler):
 
 
 def install_console(console: Console) -> None:
-    """Put the console in the place of Prefect's own; its logs to the server stay as they are."""
+    """Replace Prefect's console handler. Logging to the Prefect server is not changed."""
     from prefect.logging.configuration import setup_logging
 
     setup_logging()

@@ -1,4 +1,4 @@
-"""Two versions of a model side by side: settings, numbers, what each was made from, size."""
+"""Compares two versions of a model: settings, metrics, lineage, size."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rlhf_core.errors import StoreError
 from rlhf_core.store import Artifact, Store
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-NOT_COMPARED = {"resources", "algorithm", "trust_remote_code"}  # none changes what comes out
+NOT_COMPARED = {"resources", "algorithm", "trust_remote_code"}  # they do not change the result
 
 
 def evaluated(store: Store, artifact: Artifact) -> dict[str, Any]:
-    """The numbers of a published model's evaluation and benchmarks; {} where they are gone."""
+    """Metrics of a published model's evaluation and benchmarks; {} if they are not in the store."""
     found = _metrics(store, "evaluation", artifact.metadata.get("evaluation"))
     benchmarks = _metrics(store, "benchmarks", artifact.metadata.get("lm_eval"))
     if benchmarks:
@@ -22,7 +22,7 @@ def evaluated(store: Store, artifact: Artifact) -> dict[str, Any]:
 
 
 def _metrics(store: Store, kind: str, digest: Any) -> dict[str, Any]:
-    """The numbers in an artifact's metadata; {} where there are none."""
+    """The metrics in an artifact's metadata; {} if there are none."""
     try:
         found = store.get(f"{kind}/{digest}").metadata.get("metrics") if digest else None
     except (StoreError, ValueError):
@@ -31,7 +31,7 @@ def _metrics(store: Store, kind: str, digest: Any) -> dict[str, Any]:
 
 
 def headline(metrics: dict[str, Any]) -> dict[str, float]:
-    """The few numbers of an evaluation that one looks at first, by their names in tables."""
+    """The main metrics of an evaluation, by their names in tables."""
     found: dict[str, float] = {}
     for judge, rate in (metrics.get("win_rate") or {}).items():
         if isinstance(rate, dict) and isinstance(rate.get("rate"), int | float):
@@ -48,11 +48,11 @@ def headline(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def difference(store: Store, left: Artifact, right: Artifact) -> dict[str, Any]:
-    """What differs between two published models.
+    """The differences between two published models.
 
     Returns:
-        settings, metrics: name -> [left, right], of those that differ; lineage: stage -> [left,
-        right] as kind/digest, of all; size: bytes of both.
+        settings, metrics: name -> [left, right] of those that differ; lineage: stage -> [left,
+        right] as kind/digest of all; size: bytes of both.
     """
     made = [_stages(store, artifact) for artifact in (left, right)]
     jobs = [
@@ -78,7 +78,7 @@ def difference(store: Store, left: Artifact, right: Artifact) -> dict[str, Any]:
 
 
 def flat(value: dict[str, Any]) -> dict[str, Any]:
-    """Nested names joined by points."""
+    """A nested mapping with dotted keys."""
     found: dict[str, Any] = {}
     for key, part in value.items():
         if isinstance(part, dict) and part:
@@ -93,7 +93,7 @@ def _names_artifact(value: Any) -> bool:
 
 
 def _stages(store: Store, artifact: Artifact) -> dict[str, Artifact]:
-    """What it was made from, by stage, oldest first; a stage's repetitions are numbered."""
+    """The artifacts of its lineage by stage, oldest first; repeated stages are numbered."""
     found: dict[str, Artifact] = {}
     known = [a for a in store.lineage(artifact.digest).values() if a is not None]
     for each in sorted(known, key=lambda a: (a.created, a.digest)):

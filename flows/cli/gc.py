@@ -1,4 +1,4 @@
-"""`rlhf artifacts gc`: what is kept, and deleting the rest."""
+"""`rlhf artifacts gc`: deletes artifacts that nothing refers to."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ _SOURCE = re.compile(r"artifact:(?:[a-z0-9._-]+/)?([0-9a-f]{6,64})\b")
 
 
 def gc(
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete; else only show.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete; otherwise only list.")] = False,
     keep_days: Annotated[
-        float, typer.Option(min=0, help="Runs and artifacts of so many days stay.")
+        float, typer.Option(min=0, help="Keep runs and artifacts of the last days.")
     ] = 30,
     grace_hours: Annotated[
         float,
-        typer.Option(min=0, help="Nothing younger goes; longer than any upload takes."),
+        typer.Option(min=0, help="Keep everything younger; must be longer than an upload."),
     ] = 24,
     keep_archived: Annotated[
-        int, typer.Option(min=0, help="So many archived versions of each model stay.")
+        int, typer.Option(min=0, help="Archived versions of each model to keep.")
     ] = KEPT_ARCHIVED,
     store: StoreUrl = None,
 ) -> None:
-    """Delete what nothing needs any more: first look, then add --yes.
+    """Delete artifacts that nothing refers to. Lists them first; --yes deletes them.
 
-    Kept are: each model's champion, candidates and last archived versions; what a run that was
-    active within --keep-days, is running or waits for an approval has used or made; every artifact
-    and checkpoint of those days; and all that those were made from. The rest goes: artifacts with
-    the files that no other one shares, stage results, checkpoints, and what killed writers left.
-    Runs, their records and models may be made and published meanwhile. Records of runs and the
-    history of models are not deleted.
+    It keeps each model's champion, candidates and newest archived versions; the inputs and results
+    of runs that were active within --keep-days, are running or wait for an approval; all artifacts
+    and checkpoints of those days; and the lineage of all of these. It deletes the other artifacts
+    with files that no kept artifact shares, stage results, checkpoints, and leftovers of writers
+    that were killed. Other runs can train and publish meanwhile. Records of runs and the history of
+    models are never deleted.
     """
     from rlhf_core.store.collect import Limits
 
@@ -61,7 +61,12 @@ def gc(
 
 
 def digests_in_use(store: Store, young: timedelta, archived: int) -> Iterator[str]:
-    """Digests of models (so many archived versions of each), and those that runs name."""
+    """Digests of models, and those in the records of runs.
+
+    Args:
+        young: runs that were active within it are kept.
+        archived: archived versions of each model to keep.
+    """
     from flows.cli.lookup import read_runs
     from rlhf_core.store.registry import kept_digests
 
@@ -71,13 +76,13 @@ def digests_in_use(store: Store, young: timedelta, archived: int) -> Iterator[st
             yield from _digests(store, store.read_record(path) or {})
     now = datetime.now(UTC)
     for run in read_runs(store):
-        # One that did not end counts however long ago its last stage was: an approval takes time.
+        # A run that has not ended counts whatever its age: it may wait for an approval.
         if run.get("state") not in FINISHED or now - _last_active(run) <= young:
             yield from _digests(store, run)
 
 
 def _digests(store: Store, record: dict[str, Any]) -> Iterator[str]:
-    """Everything in a record that looks like a digest: too much is kept rather than too little."""
+    """Everything in a record that looks like a digest. Keeping too much does no harm."""
     from rlhf_core.errors import RLHFError
 
     text = json.dumps(record)
@@ -85,12 +90,12 @@ def _digests(store: Store, record: dict[str, Any]) -> Iterator[str]:
     for start in _SOURCE.findall(text):
         try:
             yield store.get(start).digest
-        except RLHFError:  # gone, or never was
+        except RLHFError:  # no such artifact (any more)
             continue
 
 
 def _last_active(run: dict[str, Any]) -> datetime:
-    """When the run was last heard of; a record that does not say so counts as new."""
+    """Time of the run's last update; now, if the record has none."""
     for name in ("updated", "ended", "started"):
         try:
             found = datetime.fromisoformat(run[name])
@@ -120,6 +125,6 @@ def _show(found: Garbage, deleted: bool) -> None:
         f"other records: {size_text(found.size)}. {found.kept} artifacts are kept."
     )
     if found.uploads:
-        typer.echo(f"Ended {found.uploads} uploads that killed writers had left.")
+        typer.echo(f"Aborted {found.uploads} uploads of writers that were killed.")
     if not deleted and found.entries:
-        typer.echo("Nothing was deleted; --yes does it.")
+        typer.echo("Nothing was deleted; add --yes to delete.")

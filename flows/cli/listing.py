@@ -1,4 +1,4 @@
-"""The commands that look at the store: `rlhf runs` and `rlhf artifacts ...` (gc: gc.py)."""
+"""The commands that read the store: `rlhf runs` and `rlhf artifacts ...` (gc is in gc.py)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from rlhf_core.store import Artifact, Store
 
 artifacts = typer.Typer(
-    help="What the store holds: list, show, tree, pull, verify, gc.", no_args_is_help=True
+    help="Artifacts in the store: list, show, tree, pull, verify, gc.", no_args_is_help=True
 )
 
 
 def runs(
     store: StoreUrl = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many.")] = 20,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, help="Number of runs to show.")
+    ] = 20,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The whole records, one JSON object a line.")
+        bool, typer.Option("--json", help="Print complete records, one JSON object per line.")
     ] = False,
 ) -> None:
     """List the runs, newest first."""
@@ -53,7 +55,7 @@ def runs(
 
 @artifacts.command("list")
 def list_artifacts(
-    kind: Annotated[str | None, typer.Option("--kind", "-k", help="Only this kind.")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", "-k", help="List only this kind.")] = None,
     store: StoreUrl = None,
 ) -> None:
     """List the artifacts, newest first."""
@@ -107,7 +109,7 @@ def show_tree(
     ref: Annotated[str, typer.Argument(help="Digest, kind/start, stage or published name.")],
     store: StoreUrl = None,
 ) -> None:
-    """Show what an artifact was made from: its parents, theirs, and so on to the base model."""
+    """Show an artifact's lineage: its parents, their parents, and so on to the base model."""
     from flows.cli.lookup import find_any
 
     opened = open_now(store)
@@ -117,14 +119,14 @@ def show_tree(
 
 
 def tree_lines(digest: str, known: dict[str, Artifact | None]) -> list[str]:
-    """One line per parent, below what it was made into. What was shown before is named only."""
+    """One line per artifact, its parents indented below it. Parents are shown once."""
     shown: set[str] = set()
     lines: list[str] = []
 
     def walk(digest: str, first: str, rest: str) -> None:
         artifact = known.get(digest)
         if artifact is None:
-            lines.append(f"{first}{digest[:12]}  (gone or damaged)")
+            lines.append(f"{first}{digest[:12]}  (missing or damaged)")
             return
         about = f"{_what(artifact)}  {size_text(artifact.size)}".strip()
         parents = list(dict.fromkeys(artifact.parents))
@@ -144,10 +146,10 @@ def tree_lines(digest: str, known: dict[str, Artifact | None]) -> list[str]:
 @artifacts.command("pull")
 def pull_artifact(
     ref: Annotated[str, typer.Argument(help="Digest, kind/start, stage or published name.")],
-    folder: Annotated[Path, typer.Argument(help="New or empty folder to put the files into.")],
+    folder: Annotated[Path, typer.Argument(help="New or empty folder for the files.")],
     store: StoreUrl = None,
 ) -> None:
-    """Copy an artifact's files into a folder, verified."""
+    """Copy an artifact's files to a folder, and verify them."""
     from flows.cli.lookup import find_any
 
     opened = open_now(store)
@@ -157,10 +159,10 @@ def pull_artifact(
 
 @artifacts.command("verify")
 def verify_artifacts(
-    refs: Annotated[list[str] | None, typer.Argument(help="Digests; none: all.")] = None,
+    refs: Annotated[list[str] | None, typer.Argument(help="Digests; default: all.")] = None,
     store: StoreUrl = None,
 ) -> None:
-    """Read every byte again and compare it with its manifest."""
+    """Read all files and compare them with the checksums in their manifests."""
     opened = open_now(store)
     chosen = [opened.get(ref) for ref in refs] if refs else opened.list()
     bad = 0
@@ -170,7 +172,7 @@ def verify_artifacts(
         typer.echo(f"{artifact.ref:<30} {'damaged' if problems else 'ok'}")
         for problem in problems:
             typer.echo(f"  {problem}", err=True)
-    typer.echo(f"{len(chosen) - bad} of {len(chosen)} whole.")
+    typer.echo(f"{len(chosen) - bad} of {len(chosen)} intact.")
     if bad:
         raise typer.Exit(1)
 
@@ -179,10 +181,10 @@ def verify_artifacts(
 
 
 def open_now(url: str | None) -> Store:
-    """The store, once it has answered: a person does not wait as long as a training run does.
+    """Open a store and check that it answers. Commands do not retry for as long as training does.
 
     Raises:
-        StoreUnavailable: it did not, within half a minute.
+        StoreUnavailable: no answer within half a minute.
     """
     from rlhf_core.store import open_store
 

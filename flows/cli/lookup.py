@@ -1,4 +1,4 @@
-"""From what a person types to what the store holds: models by name, stage or digest; runs."""
+"""Looks up models, artifacts and runs by what a user types: name, stage, digest or run id."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIGEST = re.compile(r"([a-z0-9._-]+/)?[0-9a-f]{6,64}")
 
 
 def read_runs(store: Store) -> list[dict[str, Any]]:
-    """The records of all runs, newest first; one whose process has died says so."""
+    """The records of all runs, newest first. A run whose process is gone has the state "died"."""
     records = [store.read_record(path) for path in store.list_records("runs/")]
     runs = [record for record in records if record is not None]
     for run in runs:
@@ -28,7 +28,7 @@ def read_runs(store: Store) -> list[dict[str, Any]]:
 
 
 def _alive(run: dict[str, Any]) -> bool:
-    """False only if the run's process was on this machine and is gone."""
+    """False if the run's process was on this machine and is gone."""
     if run.get("host") != socket.gethostname():
         return True
     pid = run.get("pid")
@@ -36,11 +36,11 @@ def _alive(run: dict[str, Any]) -> bool:
 
 
 def find_model(store: Store, wanted: str | None) -> Artifact:
-    """The model that was published last, or the one that a name (its champion), a stage of the
-    newest run that has it, or a digest stands for.
+    """A model by published name (its champion), by stage of the newest run that has it, or by
+    digest; None: the model that was published last.
 
     Raises:
-        ArtifactNotFound: nothing answers to it.
+        ArtifactNotFound: there is no such model.
     """
     names = registry.model_names(store)
     if wanted is None or wanted in names:
@@ -53,9 +53,7 @@ def find_model(store: Store, wanted: str | None) -> Artifact:
     if DIGEST.fullmatch(wanted):
         artifact = store.get(wanted)
         if artifact.kind not in MODEL_KINDS:
-            raise ArtifactNotFound(
-                f"{artifact.ref} is a {artifact.kind}, not a model one can talk to."
-            )
+            raise ArtifactNotFound(f"{artifact.ref} is a {artifact.kind}, not a language model.")
         return artifact
     stages = sorted({name for run in records for name in _models_of(run)})
     close = difflib.get_close_matches(wanted, [*names, *stages], 1)
@@ -68,15 +66,15 @@ def find_model(store: Store, wanted: str | None) -> Artifact:
 
 
 def _champion(store: Store, name: str | None) -> Artifact:
-    """The champion of a name; without one, the one that became it last."""
+    """The champion of a name; without a name, the newest champion of all."""
     digest = registry.champion(store, name) if name else registry.newest_champion(store)
     if digest is not None:
         return store.get(digest)
     names = [name] if name else registry.model_names(store)
     if names:
         raise ArtifactNotFound(
-            f"{' and '.join(names)} in {store.url} has candidates but no champion: look with "
-            f"`rlhf models list`, then `rlhf models promote {names[0]} VERSION`."
+            f"{' and '.join(names)} in {store.url} has candidates but no champion: list them "
+            f"with `rlhf models list`, then `rlhf models promote {names[0]} VERSION`."
         )
     raise ArtifactNotFound(
         f"No model is published in {store.url} yet; `rlhf run --preset demo` makes one."
@@ -92,7 +90,7 @@ def find_any(store: Store, wanted: str) -> Artifact:
     """An artifact of any kind, by published name, stage of the newest run that has it, or digest.
 
     Raises:
-        ArtifactNotFound: nothing answers to it.
+        ArtifactNotFound: there is no such artifact.
     """
     names = registry.model_names(store)
     if wanted in names:
@@ -103,7 +101,7 @@ def find_any(store: Store, wanted: str) -> Artifact:
             return store.get(stage["digest"])
     if not DIGEST.fullmatch(wanted):
         raise ArtifactNotFound(
-            f"There is no artifact {wanted!r} in {store.url}; needed is a digest from `rlhf "
+            f"There is no artifact {wanted!r} in {store.url}; expected a digest from `rlhf "
             f"artifacts list`, a stage such as ppo, or a published name "
             f"({', '.join(names) or 'none'})."
         )

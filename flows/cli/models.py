@@ -1,4 +1,4 @@
-"""The commands `rlhf models ...`: the versions of a published name, and which of them is live."""
+"""The commands `rlhf models ...`: versions of published models, and their champions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ models = typer.Typer(
     help="Published models: list, show, promote, rollback, archive, diff.", no_args_is_help=True
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a model, as publish.name.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Published name (publish.name).")]
 Wanted = Annotated[
-    str, typer.Argument(metavar="VERSION", help="Number of a version, or start of its digest.")
+    str,
+    typer.Argument(metavar="VERSION", help="Number of a version, or start of its digest."),
 ]
-Reason = Annotated[str, typer.Option("--reason", help="Why, for the history.")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+Reason = Annotated[str, typer.Option("--reason", help="Reason, for the history.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 SHORTER = {"win rate (reward)": "win (reward)", "win rate (gold)": "win (gold)",
            "reward accuracy": "accuracy"}  # fmt: skip
 
@@ -30,12 +31,12 @@ SHORTER = {"win rate (reward)": "win (reward)", "win rate (gold)": "win (gold)",
 @models.command("list")
 def list_models(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Only the versions of this model.")
+        str | None, typer.Argument(metavar="NAME", help="List only this model.")
     ] = None,
     as_json: AsJson = False,
     store: StoreUrl = None,
 ) -> None:
-    """List the versions: candidates, champions, and those that were champion before."""
+    """List the versions: champions, candidates and archived ones."""
     import json
 
     from rlhf_core.store import registry
@@ -64,12 +65,13 @@ def list_models(
 def show_model(
     name: Name,
     version: Annotated[
-        str | None, typer.Argument(metavar="VERSION", help="Number or digest; none: the champion.")
+        str | None,
+        typer.Argument(metavar="VERSION", help="Number or digest; default: the champion."),
     ] = None,
     as_json: AsJson = False,
     store: StoreUrl = None,
 ) -> None:
-    """Show one version, what it was made from, and the history of its name."""
+    """Show one version, its lineage, and the history of its name."""
     import json
 
     import yaml
@@ -89,7 +91,7 @@ def show_model(
     if as_json:
         typer.echo(json.dumps({**line, "history": history}, ensure_ascii=False))
         return
-    size = "gone from the store" if line["size"] is None else size_text(line["size"])
+    size = "not in the store" if line["size"] is None else size_text(line["size"])
     typer.echo(yaml.safe_dump({**line, "size": size}, sort_keys=False, allow_unicode=True))
     if line["size"] is not None:
         for text in tree_lines(chosen.digest, opened.lineage(chosen.digest)):
@@ -106,7 +108,7 @@ def show_model(
 
 @models.command()
 def promote(name: Name, version: Wanted, reason: Reason = "", store: StoreUrl = None) -> None:
-    """Make a version the champion: what `rlhf chat` and the next retraining take."""
+    """Make a version the champion, which `rlhf chat` and the next retraining use."""
     from rlhf_core.store import registry
 
     opened = open_now(store)
@@ -117,7 +119,7 @@ def promote(name: Name, version: Wanted, reason: Reason = "", store: StoreUrl = 
 
 @models.command()
 def rollback(name: Name, reason: Reason = "", store: StoreUrl = None) -> None:
-    """Make the champion before this one champion again."""
+    """Make the previous champion the champion again."""
     from rlhf_core.store import registry
 
     opened = open_now(store)
@@ -127,7 +129,7 @@ def rollback(name: Name, reason: Reason = "", store: StoreUrl = None) -> None:
 
 @models.command()
 def archive(name: Name, version: Wanted, reason: Reason = "", store: StoreUrl = None) -> None:
-    """Give up a candidate; `rlhf artifacts gc` may delete it some day."""
+    """Archive a candidate. `rlhf artifacts gc` may delete it later."""
     from rlhf_core.store import registry
 
     opened = open_now(store)
@@ -139,12 +141,12 @@ def archive(name: Name, version: Wanted, reason: Reason = "", store: StoreUrl = 
 @models.command()
 def diff(
     name: Name,
-    left: Annotated[str, typer.Argument(metavar="A", help="A version, by number or digest.")],
-    right: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    left: Annotated[str, typer.Argument(metavar="A", help="Version, by number or digest.")],
+    right: Annotated[str, typer.Argument(metavar="B", help="Version to compare with.")],
     as_json: AsJson = False,
     store: StoreUrl = None,
 ) -> None:
-    """Show what two versions differ in: settings of their jobs, metrics, lineage, size."""
+    """Compare two versions: settings of their jobs, metrics, lineage, size."""
     import json
 
     from flows.cli.diff import difference
@@ -173,7 +175,7 @@ def diff(
 
 
 def _described(opened: Store, model: Model) -> list[dict[str, Any]]:
-    """The versions of a model with what their artifacts tell."""
+    """The versions of a model with size and metrics of their artifacts."""
     from flows.cli.diff import evaluated, headline
     from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound
     from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
@@ -203,13 +205,13 @@ def _described(opened: Store, model: Model) -> list[dict[str, Any]]:
 
 def _short(line: dict[str, Any]) -> str:
     if line["size"] is None:
-        return "gone from the store"
+        return "not in the store"
     shown = ((SHORTER.get(name, name), value) for name, value in line["metrics"].items())
     return ", ".join(f"{name} {value:.3g}" for name, value in shown) or "-"
 
 
 def _switched(opened: Store, name: str, changed: bool) -> None:
-    """Tell what is champion now, also those who listen, and bring the plain folder up to date."""
+    """Print the champion, update its published folder, and emit the event of a new champion."""
     from rlhf_core.store import registry
     from rlhf_core.store.published_folder import materialise, published_folder
 
@@ -227,7 +229,7 @@ def _switched(opened: Store, name: str, changed: bool) -> None:
 
 
 def _announce(opened: Store, name: str, artifact: Artifact) -> None:
-    """The event of a new champion, where there is a Prefect server."""
+    """Emit the event of a new champion, if there is a Prefect server."""
     from prefect.settings import PREFECT_API_URL
 
     if PREFECT_API_URL.value():

@@ -1,4 +1,4 @@
-"""`rlhf playground`: the page to try models on. What it shows is in rlhf_core/playground."""
+"""`rlhf playground`: a page to compare models. Its contents are in rlhf_core/playground."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 PASSWORD = "RLHF_PLAYGROUND_PASSWORD"
 RUNS_SHOWN = 50
-FIRST = ["model", "pretrain", "sft"]  # in the order in which they run; others come after them
+FIRST = ["model", "pretrain", "sft"]  # sorted first, in this order
 
 
 def playground(
     host: Annotated[
-        str, typer.Option(help="Address to listen on; another one than this machine's own asks "
-                               f"for a password (${PASSWORD}, or typed in).")
+        str, typer.Option(help="Address to listen on. If other machines can reach it, the "
+                               f"command needs a password (${PASSWORD}, or from a prompt).")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 7860,
     memory_gb: Annotated[
@@ -55,7 +55,7 @@ def playground(
 
 
 def catalogue(store: Store) -> list[RunChoices]:
-    """What can be compared: the models of each run, newest run first, and the published ones."""
+    """The models that can be compared: those of each run, newest run first, and published ones."""
     from flows.cli.lookup import read_runs
     from rlhf_core.playground.catalogue import RunChoices
 
@@ -81,9 +81,9 @@ def _models(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _results(record: dict[str, Any], kind: str) -> dict[str, str]:
-    """Stage -> digest, in the order in which stages come; a record does not keep it."""
+    """Stage -> digest, in the order of the stages, which a record does not have."""
 
-    def place(stage: str) -> tuple[int, int, str]:
+    def position(stage: str) -> tuple[int, int, str]:
         algorithm, _, number = stage.partition("-")
         early = FIRST.index(algorithm) if algorithm in FIRST else len(FIRST)
         return early, int(number) if number.isdigit() else 0, algorithm
@@ -94,11 +94,11 @@ def _results(record: dict[str, Any], kind: str) -> dict[str, str]:
         for stage, result in stages.items()
         if result.get("kind") == kind and result.get("digest")
     }
-    return {stage: found[stage] for stage in sorted(found, key=place)}
+    return {stage: found[stage] for stage in sorted(found, key=position)}
 
 
 def _name(stage: str) -> str:
-    """What people call a stage's model."""
+    """Display name of a stage's model."""
     from rlhf_core.pipeline.recipe import display_name
 
     return "base" if stage == "model" else display_name(stage)
@@ -118,12 +118,12 @@ def _published(store: Store) -> tuple[Any, ...]:
         except StoreUnavailable:
             raise
         except StoreError:
-            continue  # its artifact has gone, or its record is damaged; the others are there
+            continue  # its artifact is missing or its record is damaged
     return tuple(found)
 
 
 def _reward_model(record: dict[str, Any]) -> str | None:
-    """Digest of the newest reward model of a run, trained in it or given to it."""
+    """Digest of a run's newest reward model, trained by the run or imported."""
     trained = [*_results(record, "reward_model").values()]
     if trained:
         return trained[-1]

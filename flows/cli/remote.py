@@ -1,4 +1,4 @@
-"""Commands about runs on a Prefect server: `rlhf submit`, `rlhf retry`, `rlhf cancel`."""
+"""Runs on a Prefect server: `rlhf submit`, `rlhf retry`, `rlhf cancel`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CANCEL_SECONDS = 60
 
 
 def submit(config: PipelineConfig) -> str:
-    """Start a pipeline on the server's workers; returns where it can be watched.
+    """Start a pipeline on the server's workers; returns the URL of its page.
 
     Raises:
         ConfigError: no server runs, or the pipeline is not deployed there.
@@ -46,8 +46,8 @@ def retry(store: Store, wanted: str) -> tuple[str, PipelineConfig | None]:
     """Schedule a failed run again, under its own name and id.
 
     Returns:
-        Where it can be watched, and None; or, for a run that no worker can take up (it was started
-        by hand), its configuration for the caller to run.
+        URL of its page, and None; or, for a run that was not started on a worker, "" and its
+        configuration for the caller to run.
 
     Raises:
         ConfigError: there is no such run, or it has not failed.
@@ -97,15 +97,15 @@ def cancel(store: Store, wanted: str) -> str:
             return str(state.name)
         time.sleep(1)
     raise RLHFError(
-        f"Run {record['id']} was told to end but has not within {CANCEL_SECONDS} s: see {ui()}"
+        f"Run {record['id']} was cancelled but has not ended within {CANCEL_SECONDS} s: see {ui()}"
     )
 
 
 def find_run(store: Store, wanted: str) -> dict[str, Any]:
-    """The record of a run, by its id, the start of it, a flow run's id, or `last`.
+    """The record of a run by its id, its first characters, its flow run's id, or `last`.
 
     Raises:
-        ConfigError: none or several answer.
+        ConfigError: no run, or several, match.
     """
     from flows.cli.lookup import read_runs
 
@@ -124,7 +124,7 @@ def find_run(store: Store, wanted: str) -> dict[str, Any]:
 
 
 def ui() -> str:
-    """Address of the server's pages."""
+    """URL of the server's pages."""
     return str(_client().api_url).rstrip("/").removesuffix("/api")
 
 

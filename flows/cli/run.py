@@ -121,7 +121,7 @@ def _settings(
 def _existing(path: Path) -> Path:
     try:
         if path.is_dir():
-            raise ConfigError(f"{path} is a folder; needed is a YAML file with settings.")
+            raise ConfigError(f"{path} is a folder; expected a YAML file with settings.")
         if not path.exists():
             raise ConfigError(f"There is no file {path}.")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`rlhf serve`: a model over an OpenAI-compatible API. The server is in rlhf_core/serving."""
+"""`rlhf serve`: an OpenAI-compatible API for a model. The server is in rlhf_core/serving."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def serve(
         str | None, typer.Argument(help="Published name, stage (sft, ppo) or digest.")
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; another one than this machine's own asks "
-                               f"for an API key (${KEY}, or typed in).")
+        str, typer.Option(help="Address to listen on. If other machines can reach it, the "
+                               f"command needs an API key (${KEY}, or from a prompt).")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the API.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="Model name for clients; none: the published name.")
+        str | None, typer.Option(help="Model name for clients; default: the published name.")
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="transformers, vllm, or auto: vllm where it is installed.")
+        str, typer.Option(help="transformers, vllm, or auto: vllm if it is installed.")
     ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     store: StoreUrl = None,

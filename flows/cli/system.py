@@ -1,8 +1,8 @@
 """A whole system on one machine: `rlhf up` and `rlhf down`.
 
-One supervisor process in the background starts a Prefect server, an S3 server and two workers, one
-per work pool; it keeps them running, and ends them all, and only them, when it is told to. Whoever
-runs `rlhf` while it is up uses its server and its store.
+A supervisor process in the background starts a Prefect server, an S3 server and two workers, one
+per work pool. It restarts a process that exits, and stops them all on `rlhf down`. Other `rlhf`
+commands use the running system's server and store.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ STOP_SECONDS = 45
 
 @dataclass
 class System:
-    """What runs, as others read it from system.json.
+    """A running system, as system.json describes it.
 
     Attributes:
-        pid, started: of the supervisor; together they name a process for good.
+        pid, started: id and start time of the supervisor; together they identify a process.
         phase: starting, ready, or failed.
     """
 
@@ -63,7 +63,7 @@ def folder() -> Path:
 
 
 def read() -> System | None:
-    """The system of this folder, if its supervisor lives."""
+    """The system of this folder, if its supervisor is running."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         system = System(**json.loads((folder() / "system.json").read_text()))
         return system if system.alive() else None
@@ -71,7 +71,7 @@ def read() -> System | None:
 
 
 def join() -> None:
-    """Use the running system's server and store, where the user has not chosen others."""
+    """Use the running system's server and store, unless the environment names others."""
     system = read()
     if system is not None and system.phase == "ready":
         for name, value in system.environment.items():
@@ -83,11 +83,11 @@ def join() -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """How a system is started.
+    """Options of `rlhf up`.
 
     Attributes:
         port: of the Prefect server.
-        s3_port: of the S3 server; 0 takes a free one. None: artifacts lie in files.
+        s3_port: of the S3 server; 0 takes a free one; None keeps artifacts in files.
         slots: jobs that the gpu pool runs at once.
         host: address that the Prefect server listens on.
     """
@@ -99,11 +99,11 @@ class Options:
 
 
 def up(options: Options) -> System:
-    """Start everything, and wait until it is ready; what runs already stays.
+    """Start the system, unless it is running, and wait until it is ready.
 
     Raises:
-        ConfigError: a port is taken.
-        StoreUnavailable: something did not start; the message names its log.
+        ConfigError: a port is in use.
+        StoreUnavailable: a process did not start; the message names its log.
     """
     system = read()
     if system is None:
@@ -113,8 +113,8 @@ def up(options: Options) -> System:
         ):
             if port and _port_in_use(port):
                 raise ConfigError(
-                    f"Port {port} of 127.0.0.1, wanted for {what}, is in use by another program; "
-                    f"end that, or choose another port with {option}."
+                    f"Port {port} of 127.0.0.1, for {what}, is in use by another program; stop "
+                    f"that program, or choose another port with {option}."
                 )
         folder().mkdir(parents=True, exist_ok=True)
         folder().chmod(0o700)
@@ -141,7 +141,7 @@ def up(options: Options) -> System:
 
 
 def down() -> bool:
-    """End what `up` started, and nothing else. False when nothing ran."""
+    """Stop what `up` started, and nothing else; False if no system was running."""
     system = read()
     if system is None:
         return False
@@ -181,7 +181,7 @@ def _last_error() -> str:
 
 
 class Supervisor:
-    """Starts the parts one after another, and starts one again that ended by itself."""
+    """Starts the system's processes one after another, and restarts one that exits."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -205,7 +205,7 @@ class Supervisor:
             self._write()
             raise
         finally:
-            for name in ("gpu", "control", "server", "s3"):  # those who use others first
+            for name in ("gpu", "control", "server", "s3"):  # clients before servers
                 if name in self.services:
                     self.services[name][2].terminate(15)
 
@@ -218,7 +218,7 @@ class Supervisor:
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
                 "prefect.server.concurrency.lease_storage.filesystem"
             ),
-            # A worker asks for events that it missed; a cancellation among them ends the retry.
+            # A worker replays events that it missed; an old cancellation would cancel the retry.
             "PREFECT_SERVER_EVENTS_MAXIMUM_WEBSOCKET_BACKFILL": "PT2S",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
@@ -254,7 +254,7 @@ class Supervisor:
         self.system.environment = shared
 
     def _start_s3(self, data: Path) -> dict[str, str]:
-        """A SeaweedFS server with keys of its own; returns what its clients need."""
+        """Start a SeaweedFS server with new keys; returns the environment of its clients."""
         server = Seaweed(data, self.options.s3_port or 0)
         self._start("s3", server.command, server.environment)
         self._wait("s3", server.problem)
@@ -286,7 +286,7 @@ class Supervisor:
         found = ""
         while time.monotonic() < deadline:
             if self.services[name][2].process.poll() is not None:
-                raise StoreUnavailable(f"{name} ended by itself; see {folder() / f'{name}.log'}")
+                raise StoreUnavailable(f"{name} exited; see {folder() / f'{name}.log'}")
             found = problem()
             if not found:
                 return
@@ -297,7 +297,7 @@ class Supervisor:
         for name, (command, environment, tree) in list(self.services.items()):
             tree.refresh()
             if tree.process.poll() is not None:
-                print(f"{name} ended with exit code {tree.process.returncode}; starting it again")
+                print(f"{name} exited with code {tree.process.returncode}; restarting it")
                 self._start(name, command, environment)
 
     def _write(self) -> None:

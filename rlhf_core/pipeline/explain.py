@@ -1,4 +1,4 @@
-"""Messages for settings that do not validate: what was found, what is needed, the closest name."""
+"""Messages for invalid settings: the value found, what is needed, the closest name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_core.jobs import PipelineConfig
 
 
 def explain(error: ValidationError, model: type[BaseModel], value: Any) -> list[str]:
-    """One text per problem: path of the field, value found, what is needed.
+    """One text per problem: path of the setting, value found, what is needed.
 
     Args:
         error: what validating `value` as `model` raised.
@@ -28,7 +28,7 @@ def explain(error: ValidationError, model: type[BaseModel], value: Any) -> list[
 
 
 def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str | None:
-    """None for an error of a union's variant that the input does not mean."""
+    """The text of one error; None if it is about a variant of a union that the input is not."""
     names: list[str] = []
     here: type[BaseModel] | None = model
     parts = list(item["loc"])
@@ -36,7 +36,7 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
     variants: list[type[BaseModel]] = []
     tags: list[str] = []
     for part in parts:
-        if isinstance(part, int):  # a place in a list, whose entries are of the field's variants
+        if isinstance(part, int):  # index of a list, whose items are of the field's variants
             names.append(str(part))
             inside = isinstance(value, list | tuple) and part < len(value)
             value = value[part] if inside else None
@@ -71,7 +71,7 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
     if kind == "string_pattern_mismatch":
         message = f"a text like {message.rpartition(' pattern ')[2]}"
     needed = message.removeprefix("Input should be ").removeprefix("a valid ").split(", unable")[0]
-    return f"{path}: found {_short(item['input'])}, needed is {needed}."
+    return f"{path}: found {_short(item['input'])}, expected {needed}."
 
 
 def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> str:
@@ -79,11 +79,11 @@ def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> st
     close = difflib.get_close_matches(last, valid, 1, 0.6)
     close = close or [name for name in valid if last and (last in name or name in last)][:1]
     paths = _paths(PipelineConfig)
-    if ".".join(names) in paths:  # of the union's other variant
+    if ".".join(names) in paths:  # a setting of another variant
         parent = ".".join(names[:-1])
         return (
-            f"{'.'.join(names)} does not go with this {parent}.source; leave it out, or on the "
-            f"command line replace the whole section: --set '{parent}={{source: ...}}'."
+            f"{'.'.join(names)} is not a setting for this {parent}.source; leave it out, or "
+            f"replace the whole section on the command line: --set '{parent}={{source: ...}}'."
         )
     if not close:  # the right name in the wrong section
         elsewhere = [p for p in paths if p.rsplit(".", 1)[-1] == last]
@@ -103,7 +103,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _variant(variants: list[type[BaseModel]], value: Any) -> type[BaseModel]:
-    """The variant that the input means: by its `source` or `type`, else by the names it uses."""
+    """The variant of the input: by its `source` or `type`, else by the settings that it has."""
     if isinstance(value, Mapping):
         for tag in ("type", "source"):
             for model in variants:
@@ -117,7 +117,7 @@ def _variant(variants: list[type[BaseModel]], value: Any) -> type[BaseModel]:
 
 
 def _tags(variants: list[type[BaseModel]]) -> list[str]:
-    """The `type` of each variant, where all have one."""
+    """The `type` of each variant that has one."""
     fields = [model.model_fields.get("type") for model in variants]
     return [str(get_args(field.annotation)[0]) for field in fields if field is not None]
 
@@ -141,7 +141,7 @@ def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _short(value: Any, longest: int = 60, *, bare: bool = False) -> str:
-    """A value for a message, cut where it is long; whatever it holds can be printed."""
+    """A printable value for a message, cut to `longest` characters."""
     if isinstance(value, str):
         text = value[: 2 * longest] if bare else repr(value[: 2 * longest])
     else:

@@ -1,4 +1,4 @@
-"""Where each stage of a configuration runs, and what preflight asks of it. No torch."""
+"""Where each stage of a configuration runs, and its longest sequences. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_core.system.machine import Machine
 
 
 def placements(config: PipelineConfig) -> dict[str, Resources]:
-    """Setting name of each stage that runs on ranks -> where it runs."""
+    """Setting name of each stage that runs on ranks -> its resources."""
     sections: dict[str, Any] = {}
     for step in recipe.steps(config):
         if step.algorithm == "label":
@@ -30,7 +30,7 @@ def placements(config: PipelineConfig) -> dict[str, Resources]:
 def trained_stages(
     config: PipelineConfig,
 ) -> Iterator[tuple[str, TrainSettings, Resources, int]]:
-    """The stages that train: name, settings, placement, and the longest sequence in tokens."""
+    """The stages that train: name, settings, resources, and the longest sequence in tokens."""
     preference, prompts = config.data.preference, config.data.prompts
     longest = prompts.max_prompt_length or prompts.max_length
     pairs = (
@@ -38,7 +38,7 @@ def trained_stages(
         if isinstance(preference, SampledPreferences)
         else preference.max_length
     )
-    places = placements(config)
+    placed = placements(config)
     for stage in config.stages:
         settings = recipe.section(config, stage)
         lengths = {
@@ -50,11 +50,16 @@ def trained_stages(
             lengths["unpaired"] = config.data.unpaired.max_length
         lengths["prompts"] = longest + getattr(settings, "max_new_tokens", 0)
         roles = recipe.roles(config, stage).values()
-        yield stage, settings, places[stage], max(lengths[r] for r in roles if r in lengths)
+        yield (
+            stage,
+            settings,
+            placed[stage],
+            max(lengths[r] for r in roles if r in lengths),
+        )
 
 
 def reply_length(config: PipelineConfig) -> int:
-    """Longest reply in the evaluation: its own setting, else that of the last sampling stage."""
+    """Longest reply in the evaluation, in tokens: its setting, else the last sampling stage's."""
     own = [getattr(recipe.section(config, s), "max_new_tokens", None) for s in config.stages]
     found = [n for n in own if n is not None]
     return config.evaluate.max_new_tokens or (found[-1] if found else config.ppo.max_new_tokens)

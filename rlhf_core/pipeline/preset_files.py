@@ -1,5 +1,4 @@
-"""The presets that come with the project, as files. Imports nothing slow: the shell's completion
-lists them."""
+"""Files of the presets. Imports nothing slow, since the shell's completion lists them."""
 
 from __future__ import annotations
 

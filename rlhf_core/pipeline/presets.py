@@ -1,6 +1,6 @@
-"""From a preset or a file, plus `key=value` overrides, to a checked PipelineConfig. No torch.
+"""Builds a PipelineConfig from a preset or file and `key=value` overrides. Does not import torch.
 
-A preset is a YAML file that holds only what differs from the defaults of `PipelineConfig`.
+A preset is a YAML file with the settings that differ from the defaults of `PipelineConfig`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.pipeline.explain import _REPR, _short, explain
 from rlhf_core.pipeline.preset_files import preset_names, preset_text
 
-# Sections whose `resources` lie over the top-level `resources`.
+# Sections whose `resources` override the top-level `resources`.
 STAGE_SECTIONS = (
     *((stage,) for stage in get_args(TrainingStage)),
     ("evaluate",), ("lm_eval",), ("data", "preference"), ("data", "rounds"),
@@ -43,7 +43,7 @@ def load_preset(name_or_path: str | Path) -> dict[str, Any]:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(
             f"There is no preset {_short(text)}.{hint} Presets: {', '.join(names)}; "
-            "a file is given by its path, such as ./my-run.yaml."
+            "to use a file, give its path, such as ./my-run.yaml."
         )
     try:
         path = Path(text).expanduser()
@@ -62,7 +62,7 @@ def load_preset(name_or_path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML would silently take the last."""
+    """SafeLoader that refuses duplicate keys, of which YAML would silently use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[str, int] = {}
@@ -77,10 +77,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_yaml(text: str) -> Any:
-    """The value that a YAML text stands for.
+    """Parse a YAML text.
 
     Raises:
-        yaml.YAMLError: also where PyYAML lets Python's own errors through, as for 2001-99-99.
+        yaml.YAMLError: also for texts on which PyYAML raises other errors, such as 2001-99-99.
     """
     try:
         return yaml.load(text, _Loader)
@@ -105,7 +105,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{where} holds a {type(value).__name__}; needed are sections such as `sft:`, `ppo:`."
+            f"{where} holds a {type(value).__name__}; expected sections such as `sft:`, `ppo:`."
         )
     return value
 
@@ -123,8 +123,8 @@ def apply_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> di
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise ConfigError(
-                f"--set {_short(override)} is not a setting; needed is key=value: "
-                "ppo.kl_coef=0.1, say."
+                f"--set {_short(override)} is not a setting; expected key=value, such as "
+                "ppo.kl_coef=0.1."
             )
         try:
             value = _read_yaml(text)
@@ -147,14 +147,14 @@ def _put(settings: dict[str, Any], keys: list[str], value: Any, override: str) -
         if not isinstance(inner, dict):
             raise ConfigError(
                 f"--set {_short(override)}: {'.'.join(keys[:depth])} is a value "
-                f"({_short(inner)}), no section."
+                f"({_short(inner)}), not a section."
             )
         section = inner
     section[keys[-1]] = value
 
 
 def merge_resources(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which a stage's partial `resources` lie over the top-level ones."""
+    """A copy in which a stage's partial `resources` are merged over the top-level ones."""
     result = copy.deepcopy(dict(settings))
     common = result.get("resources")
     for path in STAGE_SECTIONS:
@@ -182,7 +182,9 @@ def build_config(
     seen: list[str] = []
     while (base := settings.pop("preset", "none")) != "none":
         if base in seen:
-            raise ConfigError(f"preset {_short(base)} is laid over itself; give it another one.")
+            raise ConfigError(
+                f"preset {_short(base)} is based on itself; name another preset in it."
+            )
         seen.append(base)
         settings = _merge(load_preset(str(base)), settings)
     settings = merge_resources(settings)
@@ -193,9 +195,9 @@ def build_config(
 
 
 def resolve_preset(config: PipelineConfig) -> PipelineConfig:
-    """The preset that a configuration names, with what differs from the defaults laid over it.
+    """The preset that a configuration names, with its settings that are no defaults merged over it.
 
-    A form sends every field, chosen or not: so it is the difference from the defaults that counts.
+    Prefect's form sends all fields, so only those that differ from the defaults are taken as set.
 
     Raises:
         PreflightError: the preset and the differences contradict each other.
@@ -218,9 +220,9 @@ def _difference(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any
     return result
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    result = copy.deepcopy(dict(below))
-    for key, value in above.items():
+def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result = copy.deepcopy(dict(base))
+    for key, value in overrides.items():
         old = result.get(key)
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         result[key] = _merge(old, value) if both else value  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
-"""What a configuration's list of stages amounts to: the steps, and the data they need. No torch.
+"""The steps of a configuration's stages, and the data that they need. Does not import torch.
 
     stages [sft, reward, ppo]          sft, label, reward, ppo
     stages [sft, dpo]                  sft, label, dpo
     stages [sft, reward, dpo], 2 rounds  sft, label, reward, label-1, dpo-1, label-2, dpo-2
 
-"label" stands there only where preference pairs are sampled.
+"label" is a step only if preference pairs are sampled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlhf_core.jobs import (
 )
 
 BEFORE_ALIGNMENT = ("pretrain", "sft", "reward")
-"""Stages before the alignment: rounds do not repeat them."""
+"""Stages before the alignment, which rounds do not repeat."""
 
 LABELS = {"reward": "reward model", "simpo": "SimPO", "reinforce_pp": "REINFORCE++",
           "pretrain": "pretraining"}  # fmt: skip
@@ -35,9 +35,9 @@ class Step:
     """One stage that runs on ranks.
 
     Attributes:
-        name: in the run's record: the algorithm, and the round where there are several.
+        name: in the run's record: the algorithm, with the round if there are several.
         algorithm: "label", or one of the configuration's stages.
-        round: from 0; 0 too where nothing is repeated.
+        round: from 0; 0 for stages that are not repeated.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Step:
 
 
 def steps(config: PipelineConfig) -> list[Step]:
-    """All steps in their order."""
+    """All steps, in order."""
     result: list[Step] = []
     before, repeated = split(config)
     sampled = isinstance(config.data.preference, SampledPreferences)
@@ -75,7 +75,7 @@ def _labelled(before: list[Step], number: int | None = None) -> bool:
 
 
 def split(config: PipelineConfig) -> tuple[list[str], list[str]]:
-    """The stages that run once, and those of each round."""
+    """The stages that run once, and those that each round repeats."""
     first = next((i for i, s in enumerate(config.stages) if s not in BEFORE_ALIGNMENT), None)
     if first is None:
         return list(config.stages), []
@@ -83,41 +83,41 @@ def split(config: PipelineConfig) -> tuple[list[str], list[str]]:
 
 
 def policy_label(config: PipelineConfig) -> str:
-    """What people call the run's finished model: by the last stage that made one."""
+    """Display name of the run's final model, after the last stage that made a model."""
     made = model_stages(config)
     return display_name(made[-1]) if made else "base"
 
 
 def display_name(stage: str) -> str:
-    """What people call a stage's model, "ppo-2" too."""
+    """Display name of a stage's model; the stage may have a round, as ppo-2."""
     algorithm, _, number = stage.partition("-")
     label = LABELS.get(algorithm, algorithm.upper())
     return f"{label}, round {number}" if number else label
 
 
 def model_stages(config: PipelineConfig) -> list[str]:
-    """The stages that make a language model."""
+    """The stages that train a language model."""
     return [stage for stage in config.stages if job_class(stage).kind == "model"]
 
 
 def produces_model(config: PipelineConfig) -> bool:
-    """Whether there is a new language model to evaluate and publish in the end."""
+    """Whether the run trains a language model, which is evaluated and published."""
     return bool(model_stages(config))
 
 
 def stage_names(config: PipelineConfig) -> list[str]:
-    """Everything that `until` may name, in order."""
+    """All stages, in order; `until` takes these names."""
     last = [*evaluation_stages(config), "publish"] if produces_model(config) else []
     return ["model", "data", *(step.name for step in steps(config)), *last]
 
 
 def evaluation_stages(config: PipelineConfig) -> list[str]:
-    """The stages between the newest model and its publishing, in order."""
+    """The stages between training and publishing, in order."""
     return ["evaluate"] if config.lm_eval is None else ["evaluate", "lm_eval"]
 
 
 def check_until(config: PipelineConfig, until: str) -> list[str]:
-    """Whether a run has the stage that is to be its last."""
+    """Problems if the run does not have the stage `until`."""
     names = stage_names(config)
     known = {*names, *(step.algorithm for step in steps(config))}
     if until in known or until == "publish":
@@ -126,12 +126,12 @@ def check_until(config: PipelineConfig, until: str) -> list[str]:
 
 
 def has_reward_model(config: PipelineConfig) -> bool:
-    """Whether the run trains a reward model, or is given one."""
+    """Whether the run trains or imports a reward model."""
     return "reward" in config.stages or config.reward_model is not None
 
 
 def label_settings(config: PipelineConfig, step: Step) -> tuple[str, SampledPreferences]:
-    """Name and value of the setting that a label step goes by."""
+    """Name and value of the settings of a label step."""
     if step.name != "label":
         return "data.rounds", config.data.rounds
     assert isinstance(config.data.preference, SampledPreferences)
@@ -146,7 +146,7 @@ def section(config: PipelineConfig, algorithm: str) -> TrainSettings:
 
 
 def roles(config: PipelineConfig, algorithm: str) -> dict[str, str]:
-    """Field of each input that the stage will be given -> its role, see `job_input`."""
+    """Field of each of the stage's inputs -> its role, see `job_input`."""
     found = job_class(algorithm).roles()
     if algorithm == "label":
         return found
@@ -162,9 +162,9 @@ def roles(config: PipelineConfig, algorithm: str) -> dict[str, str]:
 
 
 def data_sets(config: PipelineConfig) -> Iterator[tuple[Purpose, str, DataSettings]]:
-    """The data sets that are read: purpose, setting name, settings.
+    """The data sets that the run reads: purpose, setting name, settings.
 
-    The last part of the setting's name is also the role of the data set in the jobs.
+    The last part of the setting's name is also the role of the data set.
     """
     data = config.data
     needed = {role for s in steps(config) for role in roles(config, s.algorithm).values()}
@@ -183,15 +183,15 @@ def data_sets(config: PipelineConfig) -> Iterator[tuple[Purpose, str, DataSettin
 
 
 def problems(config: PipelineConfig) -> list[str]:
-    """Stages that cannot follow each other, one text each."""
+    """Problems of the list of stages, one text each."""
     found = []
     before, repeated = split(config)
     if not config.stages:
-        found.append("stages is empty; needed is at least one, such as [sft, reward, ppo]")
+        found.append("stages is empty; expected at least one, such as [sft, reward, ppo]")
     twice = sorted({s for s in config.stages if config.stages.count(s) > 1})
     found += [f"stages has {stage} twice; use rounds to repeat the alignment" for stage in twice]
     found += [
-        f"stages has {late} after {repeated[0]}; put it before: it prepares what comes after it"
+        f"stages has {late} after {repeated[0]}; put it before the alignment"
         for late in repeated
         if late in BEFORE_ALIGNMENT
     ]
@@ -202,12 +202,12 @@ def problems(config: PipelineConfig) -> list[str]:
         )
     there = has_reward_model(config)
     if "reward" in config.stages and config.reward_model is not None:
-        found.append("reward is among the stages and reward_model is given; leave one out")
+        found.append("stages has reward and reward_model is set too; leave one out")
     for stage in [*before, *repeated]:
         if "reward_model" in roles(config, stage).values() and not there:
             found.append(
-                f"{stage} needs a reward model: put reward before {stage} in stages, or give one "
-                "that is there already as reward_model"
+                f"{stage} needs a reward model: put reward before {stage} in stages, or set "
+                "reward_model to an existing one"
             )
     if "pretrain" in config.stages and config.data.pretrain is None:
         found.append(
@@ -216,11 +216,11 @@ def problems(config: PipelineConfig) -> list[str]:
         )
     if config.lm_eval is not None and config.stages and not produces_model(config):
         found.append(
-            f"lm_eval is set, but stages {list(config.stages)} make no language model that it "
-            "could measure; clear lm_eval"
+            f"lm_eval is set, but stages {list(config.stages)} train no language model to "
+            "measure; clear lm_eval"
         )
     if config.new_model is not None and config.data.pretrain is None:
-        found.append("new_model needs text for its tokenizer; give it as data.pretrain")
+        found.append("new_model needs text for its tokenizer; set data.pretrain")
     found += _labelling(config, there)
     return found
 
@@ -236,6 +236,6 @@ def _labelling(config: PipelineConfig, there: bool) -> list[str]:
             found.append(
                 f"{name}.labeller is reward_model, but there is none "
                 f"{'yet when the pairs for training it are made' if early else 'in this run'}; "
-                "give one as reward_model, or use another labeller"
+                "set reward_model, or use another labeller"
             )
     return list(dict.fromkeys(found))

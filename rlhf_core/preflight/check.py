@@ -1,4 +1,4 @@
-"""Everything that can be known before a GPU is taken, in one list. No torch in here.
+"""Preflight: checks a pipeline before it starts, and lists all problems. Does not import torch.
 
 Each problem is one text: what was found, what is needed, what to do.
 """
@@ -36,7 +36,7 @@ from rlhf_core.preflight.settings import (
 from rlhf_core.store import Store, open_store, rlhf_home
 from rlhf_core.system.machine import Machine, free_disk, this_machine
 
-_TOLERANCE = 1.1  # an estimate this far above the memory is refused; it is not exact
+_TOLERANCE = 1.1  # an estimate above the memory by more than this factor is refused
 
 
 def check(
@@ -47,13 +47,13 @@ def check(
     contact: bool = True,
     model: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Problems of a pipeline, all at once; an empty list lets it start. Takes seconds.
+    """All problems of a pipeline; with an empty list it can start. Takes seconds.
 
     Args:
-        store: instead of the one that the config names.
-        machine: instead of the one that this runs on.
-        contact: False looks at settings only: no file, no store, no hub, no disk.
-        model: config.json of the base model, where the source itself does not show it.
+        store: default: the store of the configuration.
+        machine: default: this machine.
+        contact: False checks settings only, without files, store, hub and disk.
+        model: config.json of the base model, if it cannot be read from the source.
     """
     here = isinstance(config.launcher, LocalLauncher)  # else the stages run on other machines
     machine = machine or this_machine()
@@ -105,16 +105,15 @@ def dry_run(
     machine: Machine | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Problems of the settings alone, on a machine that need not be here.
+    """Problems of the settings alone, for any machine.
 
     Args:
-        model: the model's config.json, for a hub model; without it lengths and memory of one stay
-            unchecked.
+        model: config.json of a hub model; without it, lengths and memory are not checked.
     """
     return check(config, machine=machine, contact=False, model=model)
 
 
-# --------------------------------------------------------------------------- things outside
+# --------------------------------------------------------------------------- store, data, packages
 
 
 def _check_store(config: PipelineConfig, store: Store | None) -> tuple[Store | None, list[str]]:
@@ -140,7 +139,7 @@ def _check_data_sources(config: PipelineConfig, store: Store | None) -> list[str
 
 
 def _check_rewards(config: PipelineConfig) -> list[str]:
-    """What rules need: their packages, functions and patterns."""
+    """Packages, functions and patterns of reward rules."""
     from rlhf_core.rewards import check_rewards
 
     problems = []
@@ -164,7 +163,8 @@ def _check_judge(settings: EndpointJudgeSettings) -> list[str]:
 
 
 def _check_lm_eval(settings: LmEvalSettings, here: bool) -> list[str]:
-    """The harness and its tasks; of a stage that runs elsewhere, what its identity is made of."""
+    """The harness and its tasks; for a stage that runs elsewhere only the folder of tasks, which is
+    part of the stage key."""
     from rlhf_core.evaluation.harness.tasks import check_tasks, task_folder
 
     if here:
@@ -204,7 +204,7 @@ def _shape(config: Mapping[str, Any] | None) -> ModelShape | None:
     try:
         return None if config is None else read_shape(config)
     except (KeyError, TypeError, ValueError):
-        return None  # an architecture with other names: its sizes stay unchecked
+        return None  # an architecture with other field names: its sizes are not checked
 
 
 # --------------------------------------------------------------------------- size
@@ -218,7 +218,7 @@ def _check_memory(config: PipelineConfig, model: Mapping[str, Any], machine: Mac
         available = machine.gpu_memory
         if device == "cpu":
             available = machine.ram // resources.ranks
-            place = f"{available / GIB:.1f} GiB ({machine.ram / GIB:.1f} GiB of main memory over "
+            place = f"{available / GIB:.1f} GiB ({machine.ram / GIB:.1f} GiB of main memory for "
             place += f"{resources.ranks} rank{'s' if resources.ranks > 1 else ''})"
         found = estimate_memory(model, settings, resources, stage, max_length=length, device=device)
         if available and found.total > _TOLERANCE * available:
@@ -246,10 +246,10 @@ def _check_memory(config: PipelineConfig, model: Mapping[str, Any], machine: Mac
 
 
 def _check_disk(config: PipelineConfig, shape: ModelShape, store: Store | None) -> list[str]:
-    """Room for what a run leaves in the store and, while it runs, in the working folder.
+    """Disk space for what a run writes to the store and to the working folder.
 
-    Four models (fp32 but for the imported one) and PPO's checkpoints; the working folder holds
-    a copy of each model that a stage reads, its result and one checkpoint.
+    The store gets four models (all fp32, except for the imported one) and PPO's checkpoints. The
+    working folder has a copy of each model that a stage reads, its result, and one checkpoint.
     """
     keep = max(r.keep_checkpoints for r in placements(config).values()) + 1
     checkpoint = 12 * 2 * shape.parameters
@@ -261,8 +261,8 @@ def _check_disk(config: PipelineConfig, shape: ModelShape, store: Store | None) 
         wanted[place] = (16 * shape.parameters + keep * checkpoint, f"the store {store.url}")
     return [
         f"{name} needs about {size / GIB:.1f} GiB for {shape.parameters:,} parameters, but its "
-        f"disk has {free_disk(path) / GIB:.1f} GiB free; make room, or put it elsewhere with "
-        f"{'RLHF_HOME' if path == home else 'the setting store'}"
+        f"disk has {free_disk(path) / GIB:.1f} GiB free; free some space, or use another disk "
+        f"with {'RLHF_HOME' if path == home else 'the setting store'}"
         for path, (size, name) in wanted.items()
         if free_disk(path) < size
     ]

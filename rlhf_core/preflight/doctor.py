@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and the memory that a model needs. No torch in here."""
+"""`rlhf doctor`: this machine, missing packages, and memory per strategy. Does not import torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DEVELOPMENT = frozenset(
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. Only a "bad" one makes the exit code 1."""
+    """One line of the report. A "bad" finding makes the exit code 1."""
 
     subject: str
     state: Literal["ok", "note", "bad"]
@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings, and what the model needs: stage -> strategy -> estimate (bytes per rank)."""
+    """All findings, and the model's memory: stage -> strategy -> estimate (bytes per rank)."""
 
     findings: list[Finding]
     model: str
@@ -60,7 +60,7 @@ def main(model: str | None = None) -> int:
     """Print the report.
 
     Returns:
-        0 when nothing is missing that a run needs, else 1.
+        0 if nothing that a run needs is missing, else 1.
     """
     from rich.console import Console
 
@@ -70,7 +70,11 @@ def main(model: str | None = None) -> int:
 
 
 def report(model: str | None = None) -> str:
-    """The report as text. Raises ModelError when the model is not known or its config not here."""
+    """The report as text.
+
+    Raises:
+        ModelError: see `examine`.
+    """
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=100, no_color=True)
@@ -80,10 +84,10 @@ def report(model: str | None = None) -> str:
 
 
 def examine(model: str | None = None, machine: Machine | None = None) -> Report:
-    """Look at the machine, and estimate what training the model needs on it.
+    """Examine the machine, and estimate the memory for training a model on it.
 
     Args:
-        model: as model.source; empty: the demo's.
+        model: as model.source; None: the demo's model.
 
     Raises:
         ModelError: the source is wrong, or its config.json is not on this machine.
@@ -121,9 +125,9 @@ def _system(machine: Machine) -> list[Finding]:
     known = (3, 11) <= sys.version_info[:2] < (3, 13)
     gpus = (
         f"{machine.gpus} x {machine.gpu_name}, {machine.gpu_memory / GIB:.0f} GiB each, "
-        f"{machine.gpu_free / GIB:.0f} GiB free on the fullest"
+        f"at least {machine.gpu_free / GIB:.0f} GiB free"
         if machine.gpus
-        else "none that nvidia-smi shows; stages run on the CPU (ddp, zero1, zero2)"
+        else "nvidia-smi shows none; stages run on the CPU (ddp, zero1, zero2)"
     )
     home = rlhf_home()
     disk = free_disk(home)
@@ -132,7 +136,7 @@ def _system(machine: Machine) -> list[Finding]:
         Finding(
             "python",
             "ok" if known else "bad",
-            f"{version} at {sys.executable}" + ("" if known else "; needed is 3.11 or 3.12"),
+            f"{version} at {sys.executable}" + ("" if known else "; expected 3.11 or 3.12"),
         ),
         Finding("torch", *_torch(machine)),
         Finding("GPUs", "ok" if machine.gpus else "note", gpus),
@@ -167,15 +171,15 @@ def _torch(machine: Machine) -> tuple[Literal["ok", "note", "bad"], str]:
 
 
 def lock_file() -> Path | None:
-    """requirements/lock.txt of the checkout, None where the project is installed without it."""
+    """requirements/lock.txt of the checkout; None if the project was installed as a package."""
     path = Path(str(resources.files("rlhf_core"))).parent / "requirements" / "lock.txt"
     return path if path.is_file() else None
 
 
 def compare_lock(text: str) -> tuple[list[str], list[str]]:
-    """Packages of a lock file that are missing, and those of another version than pinned.
+    """Packages of a lock file that are missing, and those whose version is not the pinned one.
 
-    Packages that only development needs are left out.
+    Packages for development are left out.
     """
     missing, differing = [], []
     for line in text.splitlines():
@@ -196,7 +200,7 @@ def compare_lock(text: str) -> tuple[list[str], list[str]]:
 def _packages() -> list[Finding]:
     path = lock_file()
     if path is None:
-        return [Finding("packages", "note", "no requirements/lock.txt here to compare with")]
+        return [Finding("packages", "note", "there is no requirements/lock.txt to compare with")]
     missing, differing = compare_lock(path.read_text())
     install = f"run: pip install --no-deps -r {path}"
     findings = []
@@ -204,7 +208,7 @@ def _packages() -> list[Finding]:
         findings.append(Finding("packages", "bad", f"missing {_few(missing)}; {install}"))
     if differing:
         findings.append(
-            Finding("packages", "note", f"not the tested version: {_few(differing)}; {install}")
+            Finding("packages", "note", f"not the tested versions: {_few(differing)}; {install}")
         )
     return findings or [Finding("packages", "ok", "as requirements/lock.txt pins them")]
 
@@ -230,13 +234,13 @@ def _store_or_none(source: str) -> Store | None:
 
 
 def _prefect() -> Finding:
-    """The Prefect server that PREFECT_API_URL names; without one, runs start a temporary one."""
+    """The Prefect server at PREFECT_API_URL."""
     import urllib.request
 
     url = os.environ.get("PREFECT_API_URL", "")
     if not url:
         return Finding(
-            "Prefect", "note", "PREFECT_API_URL is not set; a run starts a server of its own"
+            "Prefect", "note", "PREFECT_API_URL is not set; a run starts a temporary server"
         )
     shown = re.sub(r"//[^/@]*@", "//", url)
     try:

@@ -1,6 +1,6 @@
-"""How much memory a training stage needs on each rank, before it is started. No torch in here.
+"""Estimates the memory that a training stage needs on each rank. Does not import torch.
 
-Bytes per trained parameter, on N ranks; c is 2 for bf16 and fp16, 4 for fp32:
+Bytes per trained parameter on N ranks; c is 2 for bf16 and fp16, 4 for fp32:
 
                 weights   gradients      master + Adam   at the step
     ddp         4         4              8               c if half (autocast's copies)
@@ -10,22 +10,22 @@ Bytes per trained parameter, on N ranks; c is 2 for bf16 and fp16, 4 for fp32:
     gemini      c/N       0 (in place)   12/N            embedding and two layers, gathered
 
 A frozen parameter costs 4 bytes under ddp (fp32 weights), c under ZeRO and c/N under Gemini.
-Reference and reward model of online algorithms are whole on every rank, 4 or c bytes per parameter.
+Each rank has complete copies of reference and reward model, 4 or c bytes per parameter.
 
 Activations of one layer and one token, kept for the backward pass:
 
     24 d  (two norms in fp32)  +  c (7 q + 4 f)  (projections, attention and MLP)
     + heads S (4 + 2c) where attention keeps its scores (bloom)
 
-d hidden size, q width of all query heads, f width of the MLP, S tokens of a sequence. Gradient
-checkpointing keeps c d a layer (4 d under ddp) and one whole layer. Trained layers count, and all
-layers above the lowest of them. Logits exist a chunk at a time: 32 MiB on a CPU, 512 MiB on a GPU,
-three times (logits, softmax, gradient).
+d is the hidden size, q the width of all query heads, f the width of the MLP, S the tokens of a
+sequence. Gradient checkpointing keeps c d per layer (4 d under ddp) and one complete layer. Trained
+layers count, and all layers above the lowest of them. Logits are computed in chunks of 32 MiB on a
+CPU and 512 MiB on a GPU, three times (logits, softmax, gradient).
 
-What it leaves out: fragmentation, communication buffers beyond the buckets, the allocator's slack.
-Measured on one CPU rank with the 135 M model the estimate was 0.82 to 1.15 of the peak: SFT, reward
-and PPO under ddp, zero1 and zero2, not each with each (tests/rlhf_core/preflight/test_memory.py).
-No GPU was measured.
+Not included: fragmentation, communication buffers beyond the buckets, unused memory of the
+allocator. On one CPU rank with the 135 M model, the estimate was 0.82 to 1.15 of the measured peak
+(some combinations of SFT, reward, PPO with ddp, zero1, zero2: see
+tests/rlhf_core/preflight/test_memory.py). It was not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def estimate(
         max_length: tokens of the longest sequence, prompt and reply together.
 
     Raises:
-        KeyError: the config lacks a size that every language model has.
+        KeyError: the config lacks a size that all language models have.
     """
     shape = read_shape(model_config)
     plan = _Plan(shape, settings, resources, device)
@@ -93,7 +93,7 @@ def estimate(
     chunk = plan.chunk()
     job = job_class(stage)
     samples = "prompts" in job.roles().values()
-    # Chosen and rejected go through the model together.
+    # Chosen and rejected reply are in one forward pass.
     rows = 2 if "preference" in job.roles().values() else 1
     models = 2 if hasattr(settings, "value_coef") else 1  # with a critic
     if job.kind == "reward_model":
@@ -101,7 +101,7 @@ def estimate(
     elif samples:
         parts = {name: policy[name] + (models - 1) * critic[name] for name in policy}
         parts["reference and reward model"] = plan.frozen_models()
-        kept = models * plan.activations(sequences, max_length)  # then one backward
+        kept = models * plan.activations(sequences, max_length)  # kept until the backward pass
         replies = settings.batch_size * getattr(settings, "group_size", 1)
         cache = plan.kv_cache(-(-replies // resources.ranks), max_length)
         parts["activations"] = max(kept, cache)  # a rollout keeps no activations
@@ -135,7 +135,7 @@ def per_strategy(
     max_length: int = 512,
     device: Literal["cpu", "cuda"] = "cuda",
 ) -> dict[str, MemoryEstimate]:
-    """The estimate for each strategy that can run on the device."""
+    """The estimate for each strategy that supports the device."""
     names = ["ddp", "zero1", "zero2"] + (["zero2_cpu", "gemini"] if device == "cuda" else [])
     return {
         name: estimate(
@@ -155,12 +155,12 @@ class _Plan:
 
     @property
     def width(self) -> int:
-        """Bytes of a number in the arithmetic's precision."""
+        """Bytes of a number in the training precision."""
         return 4 if self.settings.precision == "fp32" else 2
 
     @property
     def top(self) -> int:
-        """Layers through which the backward pass goes."""
+        """Number of layers in the backward pass."""
         return min(self.settings.trainable_layers or self.shape.layers, self.shape.layers)
 
     def trained(self, parameters: int) -> int:
@@ -174,9 +174,9 @@ class _Plan:
         return self.top * shape.layer_parameters + shape.head_parameters
 
     def states(self, parameters: int) -> dict[str, int]:
-        """Weights, gradients and optimizer of one model that trains."""
+        """Weights, gradients and optimizer states of one trained model."""
         trained, c, n = self.trained(parameters), self.width, self.resources.ranks
-        # Adapters come on top of the weights; trainable layers are some of them.
+        # Adapters are additional weights; trainable layers are part of the model's.
         frozen = parameters if self.settings.lora is not None else max(0, parameters - trained)
         kind, half = self.resources.strategy, c == 2
         on_host = kind == "zero2_cpu"
@@ -202,19 +202,19 @@ class _Plan:
         }
 
     def frozen_models(self) -> int:
-        """Reference and reward model; with trainable_layers they share the layers below (ddp)."""
+        """Reference and reward model; with trainable_layers and ddp they share the lower layers."""
         c = 4 if self.resources.strategy == "ddp" else self.width
         both = self.shape.parameters + self.shape.backbone_parameters
         if self.settings.lora is not None:
             both -= self.shape.parameters  # the reference is the policy without its adapters
         if self.settings.trainable_layers is not None and c == 4:
-            # policy, reference, critic and reward model then hold the lower layers once
+            # policy, reference, critic and reward model share the lower layers
             below = self.shape.parameters - self.trained(self.shape.parameters)
             both -= 3 * below
         return c * both
 
     def activations(self, sequences: int, length: int) -> int:
-        """Kept from a forward pass for its backward pass."""
+        """Activations that a forward pass keeps for its backward pass."""
         shape, c = self.shape, self.width
         tokens = sequences * length
         layer = 24 * shape.hidden + c * (7 * shape.query + 4 * shape.intermediate)
@@ -227,7 +227,7 @@ class _Plan:
 
     def kv_cache(self, rows: int, length: int) -> int:
         rows = min(rows, _DECODED_TOGETHER)
-        # Twice: the cache is grown by concatenation.
+        # Twice: the cache grows by concatenation.
         return 2 * rows * length * self.shape.layers * 2 * self.shape.key_value * self.width
 
     def chunk(self) -> int:
@@ -245,7 +245,7 @@ def ways_to_fit(
     max_length: int = 512,
     device: Literal["cpu", "cuda"] = "cuda",
 ) -> list[str]:
-    """Settings with which a stage fits into so many bytes per rank, the mildest first."""
+    """Settings with which a stage fits into `available` bytes per rank, the mildest first."""
 
     def fits(settings: TrainSettings, place: Resources) -> bool:
         found = estimate(model_config, settings, place, stage, max_length=max_length, device=device)

@@ -1,4 +1,4 @@
-"""What keeps a rollout backend from being used, as far as it can be known before. No torch here."""
+"""Checks the rollout backends of a configuration. Does not import torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_rollouts(config: PipelineConfig, *, packages: bool) -> list[str]:
 def check_engine_memory(
     stage: str, settings: object, resources: Resources, training: MemoryEstimate, machine: Machine
 ) -> list[str]:
-    """Whether a GPU holds the trainer's state and the engine's share at the same time."""
+    """Problems if a GPU cannot hold the trainer's state and the engine's share together."""
     rollout = getattr(settings, "rollout", None)
     if not isinstance(rollout, VllmRollout) or device_of(resources, machine) == "cpu":
         return []

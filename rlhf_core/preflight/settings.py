@@ -1,4 +1,4 @@
-"""What can be judged from a pipeline's settings alone: the parts, and how they fit each other."""
+"""Checks of the settings alone: each part, and how the parts fit together."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from rlhf_core.system.machine import Machine
 
 
 def check_data_settings(config: PipelineConfig) -> list[str]:
-    """Shares, lengths and data that would not be used."""
+    """Problems of held-out fractions and lengths, and data that would not be used."""
     problems = []
     for purpose, name, settings in recipe.data_sets(config):
         share = settings.heldout_fraction
         if share >= 1.0:
             problems.append(
-                f"{name}.heldout_fraction is {share:g}, which leaves nothing to train on; needed "
-                "is less than 1: set 0.1"
+                f"{name}.heldout_fraction is {share:g}, which leaves nothing to train on; "
+                "expected less than 1: set 0.1"
             )
         if share <= 0.0 and purpose == "prompts":
             problems.append(
                 f"{name}.heldout_fraction is 0, but the evaluation compares the models on held-out "
-                "prompts; needed is more than 0: set 0.1"
+                "prompts; expected more than 0: set 0.1"
             )
         limit = settings.max_prompt_length
         if limit is not None and limit > settings.max_length:
@@ -62,7 +62,7 @@ def check_data_settings(config: PipelineConfig) -> list[str]:
 
 
 def check_placements(config: PipelineConfig, machine: Machine) -> list[str]:
-    """GPUs that are not there, and strategies that need them; stages placed alike in one text."""
+    """Missing GPUs, and strategies that need GPUs; one text for stages with the same problem."""
     alike: dict[str, list[str]] = {}
     for name, resources in placements(config).items():
         for text in _judge(resources, machine, name in config.stages):
@@ -74,7 +74,7 @@ def check_placements(config: PipelineConfig, machine: Machine) -> list[str]:
 
 
 def check_placement(job: BaseJob, machine: Machine) -> list[str]:
-    """What keeps one job from running on a machine; a worker asks before it starts."""
+    """Problems of one job's resources on a machine; workers check this before they start it."""
     if not job.torchrun:
         return []
     trains = isinstance(job, TrainSettings)
@@ -85,7 +85,7 @@ def check_placement(job: BaseJob, machine: Machine) -> list[str]:
 
 
 def _judge(resources: Resources, machine: Machine, trains: bool) -> list[str]:
-    """Texts with two holes: the setting, and the stages that it holds for."""
+    """Texts with two placeholders: the setting, and the stages that it applies to."""
     device = device_of(resources, machine)
     if resources.device == "cuda" and machine.gpus == 0:
         return [
@@ -108,7 +108,7 @@ def _judge(resources: Resources, machine: Machine, trains: bool) -> list[str]:
 
 
 def check_batches(config: PipelineConfig) -> list[str]:
-    """Batch sizes that minibatches, ranks or micro-batches do not divide."""
+    """Batch sizes that are not divisible by minibatches, ranks or micro-batches."""
     problems = []
     for stage, settings, resources, _ in trained_stages(config):
         ranks, micro = resources.ranks, resources.micro_batch_size
@@ -158,7 +158,7 @@ def _nearest(value: int, unit: int) -> str:
 
 
 def check_training(config: PipelineConfig, shape: ModelShape | None, machine: Machine) -> list[str]:
-    """Precision, strategy, layers and adapters that do not go together."""
+    """Precision, strategy, layers and adapters that are not compatible."""
     problems = []
     for stage, settings, resources, _ in trained_stages(config):
         device = device_of(resources, machine)
@@ -189,7 +189,7 @@ def check_training(config: PipelineConfig, shape: ModelShape | None, machine: Ma
 
 
 def check_lengths(config: PipelineConfig, shape: ModelShape | None) -> list[str]:
-    """Lengths beyond the model's context."""
+    """Lengths that exceed the model's context."""
     if shape is None or shape.context is None:
         return []
     problems = []

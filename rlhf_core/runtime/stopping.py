@@ -96,7 +96,7 @@ class Stop:
         if self.phase == "training":
             print(stacks(rank), file=sys.stderr, flush=True)
         if self.phase == "leaving":
-            reason += f" before the upload had finished; it had {self.seconds:g} s (stop_seconds)"
+            reason += f" before the upload had finished; it had {self.seconds:g} s (stop_timeout)"
         if self.phase != "idle":
             reason += "; the last checkpoint in the store is intact"
         if self.phase != "training" or not _rank_died():  # else that rank has the reason

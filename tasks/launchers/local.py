@@ -35,7 +35,7 @@ MODULE = "rlhf_core.__main__"
 POLL_SECONDS = 0.25
 USAGE_SECONDS = 10.0  # between two reports of the ranks' usage
 REFRESH_SECONDS = 2.0  # between two searches for descendants
-KILL_SECONDS = 1.0  # after a job's stop_seconds, before SIGKILL
+KILL_SECONDS = 1.0  # after a job's stop_timeout, before SIGKILL
 # torchrun's own lines ("W1122 10:00:00.000000 4242 torch/distributed/..."). Its report of a failed
 # rank starts with such a line of level E and is the last of the output.
 TORCHRUN = re.compile(r"^\[?([WEIC])\d{4} .*torch/(distributed|elastic|_)")
@@ -50,7 +50,7 @@ class LocalTorchrun:
     def __init__(self, grace_seconds: float | None = None) -> None:
         """Args:
         grace_seconds: between SIGTERM and SIGKILL when a run is stopped; None: the job's
-            stop_seconds and a little more.
+            stop_timeout and a little more.
         """
         self.grace_seconds = grace_seconds
 

@@ -1,4 +1,4 @@
-"""The benchmarks' artifact as a table: base and finished model in the lm-evaluation-harness."""
+"""The benchmarks as a table: base and final model in the lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FILE = "lm_eval.json"
 
 
 def benchmarks_digest(run: Run) -> str | None:
-    """Digest of the run's benchmarks; None where none were made."""
+    """Digest of the run's benchmarks; None without any."""
     result = run.stages.get(STAGE)
     return result.digest if result else None
 
 
 def benchmarks_of(run: Run) -> str:
-    """The run's benchmarks in Markdown; empty where none were made."""
+    """The run's benchmarks in Markdown; empty without any."""
     digest = benchmarks_digest(run)
     if digest is None:
         return ""
@@ -42,21 +42,21 @@ def read(store: Store, digest: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """lm_eval.json (its schema is that of rlhf_core/evaluation/harness/stage.py)."""
+    """lm_eval.json; rlhf_core/evaluation/harness/stage.py has its schema."""
 
     data: Mapping[str, Any]
     policy: str = "PPO"
 
     def markdown(self) -> str:
-        """A row for each metric of each task that the settings name."""
+        """A table with a row per metric of each task in the settings."""
         rows = [self._row(task, key) for task, key in self._metrics()]
         if not rows:
-            return "No benchmark gave a number."
+            return "No benchmark has a result."
         head = f"| task | metric | examples | few-shot | base | {self.policy} | difference |"
         lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: |", *rows]
         note = (
-            "Values ± standard errors; ↑ higher is better, ↓ lower. The error of a difference is "
-            "that of the mean over the same examples, where the metric is a mean. Measured by "
+            "Values ± standard errors; ↑ higher is better, ↓ lower is better. If the metric is a "
+            "mean, the error of a difference is paired over the same examples. Measured with "
             f"lm-eval {self.data.get('lm_eval', '?')}."
         )
         return "\n".join(lines) + f"\n\n{note}"

@@ -10,11 +10,11 @@ from rlhf_core.pipeline.recipe import display_name
 
 Lines = Sequence[Mapping[str, Any]]
 
-# metric -> title; a stage whose policy is sampled has another set than the others
+# metric -> title; online algorithms have other metrics than the rest
 TRAINED = {"loss": "loss", "accuracy": "accuracy in training"}
 ONLINE = {
-    "score": "score", "gold": "gold score", "kl": "KL to the reference (nats a reply)",
-    "length": "length (tokens)", "entropy": "entropy (nats a token)", "value_loss": "value loss",
+    "score": "score", "gold": "gold score", "kl": "KL to the reference (nats per reply)",
+    "length": "length (tokens)", "entropy": "entropy (nats per token)", "value_loss": "value loss",
 }  # fmt: skip
 BLUE, GREY = "#2563eb", "#9ca3af"
 
@@ -44,7 +44,7 @@ def draw(metrics: Mapping[str, Lines], width: int = 3) -> bytes | None:
     width = min(width, len(panels))
     rows = -(-len(panels) // width)
     figure = Figure(figsize=(4.0 * width, 2.5 * rows))
-    # In inches, as the panels are: a layout that measures all texts would draw everything twice.
+    # Margins in inches: an automatic layout would draw everything twice to measure the texts.
     figure.subplots_adjust(
         left=0.5 / (4.0 * width), right=1 - 0.1 / (4.0 * width), wspace=0.5 / 3.4,
         bottom=0.3 / (2.5 * rows), top=1 - 0.3 / (2.5 * rows), hspace=0.6 / 1.9,
@@ -70,7 +70,7 @@ def draw(metrics: Mapping[str, Lines], width: int = 3) -> bytes | None:
 
 
 def prepare() -> None:
-    """Import what `draw` needs, which takes a second; a flow has that time while ranks work."""
+    """Import what `draw` needs, which takes a second; flows do it while ranks are working."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,7 +78,7 @@ def prepare() -> None:
 
 
 def smooth(values: Sequence[float], weight: float = 0.75) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Exponential moving average with bias correction."""
     result, mean, total = [], 0.0, 0.0
     for value in values:
         mean = weight * mean + (1 - weight) * value

@@ -1,4 +1,4 @@
-"""The evaluation artifact as tables and sentences. Any part of it may be missing."""
+"""The evaluation as tables and sentences. Parts of the artifact may be missing."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def read_samples(store: Store, digest: str) -> list[dict[str, Any]]:
 
 
 def evaluation_of(run: Run, digest: str) -> Evaluation:
-    """An evaluation of the run, with the names of its models."""
+    """An evaluation of the run, with names for its models."""
     return Evaluation(read_evaluation(run.store, digest), recipe.policy_label(run.config))
 
 
 def comparison_of(run: Run) -> Evaluation | None:
-    """The finished model beside the champion, where the run compared them."""
+    """The evaluation of the final model beside the champion, if the run made one."""
     if "compare" not in run.stages:
         return None
     data = read_evaluation(run.store, run.stages["compare"].digest)
@@ -48,7 +48,7 @@ def comparison_of(run: Run) -> Evaluation | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """evaluation.json (its schema is that of rlhf_core/evaluation/evaluate.py)."""
+    """evaluation.json; rlhf_core/evaluation/evaluate.py has its schema."""
 
     data: Mapping[str, Any]
     policy: str = "PPO"
@@ -56,21 +56,21 @@ class Evaluation:
 
     @property
     def names(self) -> dict[str, str]:
-        """What people call the models."""
+        """Display names of the models."""
         return {"base": "base", "sft": self.other, "policy": self.policy}
 
     @property
     def start(self) -> str:
-        """The model that the finished one is compared with."""
+        """The model that the final one is compared with."""
         return "sft" if "sft" in (self.data.get("models") or {}) else "base"
 
     def markdown(self) -> str:
-        """Everything that is there, in tables and sentences."""
+        """All parts of the evaluation that exist."""
         parts = [self.models(), self.win_rates(), self.verdict(), self.reward_model()]
         return "\n\n".join(part for part in parts if part) or "No evaluation was made."
 
     def models(self) -> str:
-        """Base, SFT and finished models side by side."""
+        """Table of base, SFT and final model."""
         models = self.data.get("models") or {}
         heldout = self.data.get("heldout") or {}
         columns = [m for m in MODELS if m in models or m in heldout]
@@ -80,7 +80,7 @@ class Evaluation:
             ("reward", [_pm(models.get(m), "reward") for m in columns]),
             ("gold score", [_pm(models.get(m), "gold") for m in columns]),
             (
-                f"KL to {self.names[self.start]} (nats a reply)",
+                f"KL to {self.names[self.start]} (nats per reply)",
                 [_pm(models.get(m), "kl") for m in columns],
             ),
             ("length (tokens)", [_number(models.get(m), "length_mean", "{:.1f}") for m in columns]),
@@ -100,10 +100,10 @@ class Evaluation:
         return "\n".join(head + body)
 
     def win_rates(self) -> str:
-        """How often the finished model's reply beats the other's."""
+        """How often the final model's reply beats the other's, by each judge."""
         sentences = []
-        asked = f"the judge {(self.data.get('judge') or {}).get('model', '')}".strip()
-        labels = {"reward": "the reward model", "gold": "the gold judge", "judge": asked}
+        endpoint = f"the judge {(self.data.get('judge') or {}).get('model', '')}".strip()
+        labels = {"reward": "the reward model", "gold": "the gold judge", "judge": endpoint}
         for judge, label in labels.items():
             rate = (self.data.get("win_rate") or {}).get(judge)
             if rate:
@@ -113,7 +113,7 @@ class Evaluation:
         return start + ", on ".join(sentences) + "." if sentences else ""
 
     def verdict(self) -> str:
-        """One sentence: does the judge that training never saw agree with the reward model?"""
+        """One sentence: does a judge that training did not use agree with the reward model?"""
         models = self.data.get("models") or {}
         proxy = _gain(models, "reward", self.start)
         paired = self.data.get("gold_gain")
@@ -124,20 +124,21 @@ class Evaluation:
         text = f"Reward, {self.policy} over {self.names[self.start]}: {_signed(proxy)}"
         if gold is None:
             return (
-                f"{text}. No gold judge was asked, so whether the replies became better or only "
-                "please the reward model is not known."
+                f"{text}. There was no gold judge, so it is unknown whether the replies became "
+                "better or only exploit the reward model."
             )
         text += f"; gold score: {_signed(gold)}"
         if gold[0] > 2 * gold[1]:
             end = (
-                f"the judge that {self.policy} never saw agrees: the policy became better, not "
-                "only better at pleasing the reward model."
+                f"the gold judge, which {self.policy} did not train on, agrees: the policy became "
+                "better, and does not only exploit the reward model."
                 if up
                 else "the gold score rose, the reward did not by more than two standard errors."
             )
         elif gold[0] < -2 * gold[1]:
             end = (
-                "**the gold score fell while the reward rose: the policy fools the reward model.**"
+                "**the gold score fell while the reward rose: the policy exploits the reward "
+                "model.**"
                 if up
                 else "**the gold score fell.**"
             )
@@ -147,20 +148,20 @@ class Evaluation:
                 "no evidence that the policy became better."
             )
         else:
-            end = "neither rose by more than two standard errors: nothing was shown to be learned."
+            end = "neither rose by more than two standard errors: no evidence of learning."
         return f"{text}: {end}"
 
     def _gold_alone(self, gold: tuple[float, float] | None) -> str:
-        """The same where no reward model was there."""
+        """The verdict of a run without a reward model."""
         if gold is None:
             return ""
         text = f"Gold score, {self.policy} over {self.names[self.start]}: {_signed(gold)}"
         if abs(gold[0]) <= 2 * gold[1]:
-            return f"{text}: it did not move by more than two standard errors."
+            return f"{text}: it did not change by more than two standard errors."
         return f"{text}: " + ("the replies became better." if gold[0] > 0 else "**it fell.**")
 
     def reward_model(self) -> str:
-        """Held-out accuracy beside what a trivial judge reaches."""
+        """Table of held-out accuracy, with trivial judges as baselines."""
         model = self.data.get("reward_model") or {}
         if "accuracy" not in model:
             return ""
@@ -180,7 +181,8 @@ class Evaluation:
 
 
 def _gain(models: Mapping[str, Any], name: str, start: str) -> tuple[float, float] | None:
-    """Finished minus first model and standard error, as if unpaired (which overstates it)."""
+    """Difference between final and start model, with the unpaired standard error, which is too
+    large for paired prompts."""
     sft, ppo = models.get(start) or {}, models.get("policy") or {}
     keys = (f"{name}_mean", f"{name}_se")
     if any(not isinstance(row.get(key), int | float) for row in (sft, ppo) for key in keys):

@@ -1,6 +1,6 @@
-"""The published model's README.md: what it is, where it comes from, how good it is.
+"""The model card (README.md) of a published model: evaluation, lineage, data, settings.
 
-The same inputs give the same bytes, so that publishing twice publishes one artifact.
+The same inputs give the same bytes, so that publishing twice gives one artifact.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ print(tokenizer.decode(reply[0, inputs["input_ids"].shape[1]:], skip_special_tok
 ```"""
 
 ADAPTER = """\
-The folder `adapter` holds what the last stage changed as a LoRA adapter (peft), for servers that
-keep one base and many adapters; its `adapter_config.json` names the model that it belongs to."""
+The folder `adapter` has the last stage's changes as a LoRA adapter (peft), for servers that load
+one base model and many adapters; its `adapter_config.json` names the base model."""
 
 
 def model_card(run: Run, name: str, policy: str, evaluation: str | None) -> str:
     """Markdown with a Hugging Face header.
 
     Args:
-        evaluation: None: the policy is what was left of a stage that failed, and was not evaluated.
+        evaluation: None: the policy is the last good one of a failed stage, without an evaluation.
     """
     store = run.store
     model = store.get(policy)
     stages = {name: store.get(result.digest) for name, result in run.stages.items()}
-    stages.pop("compare", None)  # whether it is there depends on what was published before
+    stages.pop("compare", None)  # whether it exists depends on earlier publications
     if evaluation is None:
         stages |= {str(model.metadata.get("algorithm")): model}
         judged = f"Not evaluated: {model.metadata.get('reason')}."

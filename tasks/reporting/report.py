@@ -1,4 +1,4 @@
-"""The report of a run: what was done, the curves, the evaluation, replies before and after."""
+"""The report of a run: stages, curves, evaluation, replies before and after training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def report(run: Run) -> None:
 
 
 def render(run: Run, has_curves: bool) -> str:
-    """The report in Markdown; the curves are the file beside it."""
+    """The report in Markdown; it refers to the file with the curves."""
     parts = [f"# {run.config.name}", _facts(run), "## Stages", _stages(run)]
     if has_curves:
         parts += ["## Curves", f"![training curves]({CURVES})"]
@@ -77,7 +77,7 @@ def render(run: Run, has_curves: bool) -> str:
 
 
 def lineage(run: Run) -> str:
-    """What was made from what, as a Mermaid graph (Prefect's pages draw it)."""
+    """Lineage of the run's artifacts as a Mermaid graph, which Prefect's pages render."""
     names = {result.digest: name for name, result in run.stages.items()}
     lines = ["```mermaid", "flowchart LR"]
     for name, result in run.stages.items():
@@ -92,8 +92,8 @@ def _facts(run: Run) -> str:
     lines = [f"Run {name}, base model `{run.config.model.source}`, store `{run.store.url}`."]
     if run.model_folder is not None:
         lines.append(
-            f"The model is published as `{run.config.publish.name}` and lies in "
-            f"`{run.model_folder}`; talk to it with `rlhf chat {run.config.publish.name}`."
+            f"The model is published as `{run.config.publish.name}` in `{run.model_folder}`; "
+            f"chat with it: `rlhf chat {run.config.publish.name}`."
         )
     return "\n\n".join(lines)
 
@@ -110,7 +110,7 @@ def _stages(run: Run) -> str:
 
 
 def _dropped(metrics: dict[str, Any]) -> str:
-    """What became of a data set's rows, from the counts in its metadata."""
+    """How many rows of a data set were dropped, and why."""
     counts = {k: v for k, v in metrics.items() if isinstance(v, int) and k not in ("read", "kept")}
     return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
 
@@ -141,7 +141,7 @@ def read_metrics(store: Store, digest: str) -> list[dict[str, Any]]:
 
 
 def page(title: str, markdown: str) -> str:
-    """A web page that needs no other file."""
+    """The report as a self-contained HTML page."""
     from markdown_it import MarkdownIt
 
     renderer = MarkdownIt("commonmark").enable("table")

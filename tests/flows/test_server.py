@@ -59,7 +59,7 @@ def test_without_a_server_a_temporary_one_is_announced():
 def test_server_that_does_not_answer_is_named():
     os.environ["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
     found = server.choose_server()
-    assert "PREFECT_API_URL names http://127.0.0.1:9/api, which does not answer" in found.text
+    assert "PREFECT_API_URL is http://127.0.0.1:9/api, which does not answer" in found.text
     assert "PREFECT_API_URL" not in os.environ
 
 
@@ -67,7 +67,9 @@ def test_something_else_at_the_address_is_not_taken_for_prefect(answering):
     answering[0].text = b"<html>"
     assert server.unreachable(answering[1], 2) is not None
     answering[0].text = b'"yes"'
-    assert server.unreachable(answering[1], 2) == "what answers there is not a Prefect server"
+    assert (
+        server.unreachable(answering[1], 2) == "something else than a Prefect server answers there"
+    )
 
 
 def test_server_of_the_users_profile_is_used(answering, tmp_path):
@@ -90,7 +92,7 @@ def test_temporary_server_that_ends_at_once_is_one_message(monkeypatch):
     monkeypatch.setattr(server.sys, "executable", "/bin/false")
     started = server.TemporaryServer()
     try:
-        with pytest.raises(ConfigError, match=r"did not start: it ended with exit code 1\.\n.*log"):
+        with pytest.raises(ConfigError, match=r"did not start: it exited with code 1\.\n.*log"):
             started.wait()
     finally:
         monkeypatch.setattr(server, "temporary", None)

@@ -23,7 +23,7 @@ def test_good_model_passes():
 def test_champion_that_is_better_keeps_its_place():
     verdict = judge(Gates(), GOOD, {"win_rate": {"gold": {"rate": 0.4}}})
     assert verdict["failed"] == ["min_win_rate (gold)"]
-    assert verdict["text"] == "not promoted: min_win_rate (gold) is 0.4, needed is at least 0.5"
+    assert verdict["text"] == "not promoted: min_win_rate (gold) is 0.4, expected at least 0.5"
     assert "| min_win_rate (gold) | 0.4 | at least 0.5 | **failed** |" in verdict["markdown"]
 
 
@@ -68,7 +68,7 @@ def test_reward_model_is_held_to_its_accuracy():
     text = check_reward(RewardSettings(min_heldout_accuracy=0.6), {"heldout": HELDOUT})
     assert text.startswith(
         "The reward model's accuracy on 40 held-out pairs is 0.575 (95 % interval 0.42 to 0.72), "
-        "needed is at least 0.6 (reward.min_heldout_accuracy); a trivial judge reaches 0.6."
+        "expected at least 0.6 (reward.min_heldout_accuracy); a trivial judge reaches 0.6."
     )
     assert "What usually helps" in text
     for nothing in ({}, {"heldout": {}}):

@@ -19,14 +19,14 @@ def fails(rlhf, *arguments, code=1):
     [
         (["run", "--preset", "smok"], "There is no preset 'smok'. Did you mean smoke?"),
         (["run", "--preset", "smoke", "--set", "ppo.kl_coeff=1"], "did you mean ppo.kl_coef?"),
-        (["run", "--preset", "smoke", "--set", "ppo.clip_range=2"], "needed is less than 1"),
-        (["run", "--set", "x"], "needed is key=value"),
+        (["run", "--preset", "smoke", "--set", "ppo.clip_range=2"], "expected less than 1"),
+        (["run", "--set", "x"], "expected key=value"),
         (["run", "--config", "none.yaml"], "There is no file none.yaml."),
         (["run", "--preset", "smoke", "--store", "ftp://x"], "scheme 'ftp' is not known"),
         (["run", "--preset", "smoke", "--store", "~nobody-here/x"], "Give the whole path"),
-        (["run", "--config", "."], ". is a folder; needed is a YAML file"),
+        (["run", "--config", "."], ". is a folder; expected a YAML file"),
         (["run", "--config", "x" * 300], "File name too long"),
-        (["run", "--set", "name=a b"], "name: found 'a b', needed is a text like '^"),
+        (["run", "--set", "name=a b"], "name: found 'a b', expected a text like '^"),
         (["job", "."], "Is a directory"),
         (["stage", "sfd", "--preset", "smoke"], "There is no stage 'sfd'. Did you mean sft?"),
         (["artifacts", "show", "zz"], "There is no artifact 'zz'"),
@@ -163,7 +163,7 @@ def test_artifacts_are_listed_shown_pulled_and_verified(rlhf, filled):
     assert "config.json: 2" in rlhf("artifacts", "show", "sft", code=0).stdout
     rlhf("artifacts", "pull", ref, "out", code=0)
     assert json.loads((rlhf.home / "out/config.json").read_text()) == {}
-    assert "1 of 1 whole." in rlhf("artifacts", "verify", code=0).stdout
+    assert "1 of 1 intact." in rlhf("artifacts", "verify", code=0).stdout
 
 
 def test_damage_is_found(rlhf, filled):
@@ -171,7 +171,7 @@ def test_damage_is_found(rlhf, filled):
     blob.chmod(0o644)
     blob.write_bytes(b"xx")
     done = rlhf("artifacts", "verify", code=1)
-    assert "0 of 1 whole." in done.stdout
+    assert "0 of 1 intact." in done.stdout
     assert "config.json" in done.stderr
 
 
@@ -194,9 +194,9 @@ def test_lineage_is_a_tree_that_names_shared_parents_once(rlhf):
     assert lines == [
         f"{ppo.ref}  ppo  9 B  {today}",
         f"├── {sft.ref}  sft  9 B  {today}",
-        f"│   ├── {base.digest[:12]}  (gone or damaged)",
+        f"│   ├── {base.digest[:12]}  (missing or damaged)",
         f"│   └── {data.ref}  data  12 B  {today}",
-        f"│       └── {base.digest[:12]}  (gone or damaged)",
+        f"│       └── {base.digest[:12]}  (missing or damaged)",
         f"└── {data.ref}  data  (see above)",
     ]
 
@@ -217,7 +217,7 @@ def test_gc_shows_first_and_deletes_what_no_version_and_no_run_needs(rlhf, fille
     assert "Would delete 0 artifacts" in rlhf("artifacts", "gc", code=0).stdout
     shown = rlhf("artifacts", "gc", *everything, code=0).stdout
     assert lost.ref in shown and "Would delete 1 artifacts, 1 files (5.0 KB)" in shown
-    assert "3 artifacts are kept" in shown and "--yes does it" in shown
+    assert "3 artifacts are kept" in shown and "add --yes to delete" in shown
     assert lost in open_store(store.url).list()
     done = rlhf("artifacts", "gc", *everything, "--yes", code=0).stdout
     assert "Deleted 1 artifacts, 1 files (5.0 KB)" in done

@@ -79,7 +79,7 @@ def test_list_has_states_and_numbers(command, store, two):
     assert second.split()[:4] == ["chat", "2", "candidate", two[1].digest[:12]]
     assert "win (gold) 0.5" in second and second.endswith("win rate is 0.5")
     store.delete(two[1].digest)
-    assert "gone from the store" in command("list").splitlines()[2]
+    assert "not in the store" in command("list").splitlines()[2]
 
 
 def test_list_as_json_has_a_line_for_each_version(command, two):

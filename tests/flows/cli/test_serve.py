@@ -38,7 +38,7 @@ def test_other_machines_need_a_password(monkeypatch):
     with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 lets other .* set SOME_PASSWORD"):
         password_for("0.0.0.0", "SOME_PASSWORD", "the page")
     monkeypatch.setenv("SOME_PASSWORD", "short")
-    with pytest.raises(ConfigError, match="has 5 characters; needed are at least 8"):
+    with pytest.raises(ConfigError, match="has 5 characters; expected at least 8"):
         password_for("0.0.0.0", "SOME_PASSWORD", "the page")
     monkeypatch.setenv("SOME_PASSWORD", "long enough")
     assert password_for("127.0.0.1", "SOME_PASSWORD", "the page") == "long enough"

@@ -141,11 +141,11 @@ def test_all_problems_are_listed_at_once():
         ("ppo.kl=1", "did you mean ppo.kl_coef?"),
         ("data.preference.labeler=x", "did you mean data.preference.labeller?"),
         ("ppo.zzz=1", "ppo has: batch_size, clip_range"),
-        ("ppo.clip_range=3", "ppo.clip_range: found 3, needed is less than 1."),
-        ("seed=x", "seed: found 'x', needed is integer."),
-        ("data.sft=3", "data.sft: found 3, needed is a section with settings."),
-        ("resources.strategy=zero5", "needed is 'ddp', 'zero1', 'zero2', 'zero2_cpu' or 'gemini'."),
-        ("data.preference.source=x.json", "does not go with this data.preference.source"),
+        ("ppo.clip_range=3", "ppo.clip_range: found 3, expected less than 1."),
+        ("seed=x", "seed: found 'x', expected integer."),
+        ("data.sft=3", "data.sft: found 3, expected a section with settings."),
+        ("resources.strategy=zero5", "expected 'ddp', 'zero1', 'zero2', 'zero2_cpu' or 'gemini'."),
+        ("data.preference.source=x.json", "is not a setting for this data.preference.source"),
         ("sft={lora: {}, trainable_layers: 2}", "lora and trainable_layers are both set"),
     ],
 )
@@ -172,10 +172,10 @@ def test_override_with_broken_yaml_is_refused():
 @pytest.mark.parametrize(
     ("rewards", "said"),
     [
-        ([{"type": "nothing"}], "grpo.rewards.0.type: found 'nothing', needed is one of model, le"),
+        ([{"type": "nothing"}], "grpo.rewards.0.type: found 'nothing', expected one of model, le"),
         ([{"type": "model"}, {"type": "length", "targett": 3}],
          "grpo.rewards.1.targett is not a setting; did you mean grpo.rewards.1.target?"),
-        (3, "grpo.rewards: found 3, needed is a list."),
+        (3, "grpo.rewards: found 3, expected a list."),
     ],
 )  # fmt: skip
 def test_entry_of_a_list_is_named_by_its_place(rewards, said):
@@ -259,7 +259,7 @@ def test_path_that_cannot_be_opened_is_one_message(path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("ppo.learning_rate=.nan", "ppo.learning_rate: found nan, needed is a finite number"),
+        ("ppo.learning_rate=.nan", "ppo.learning_rate: found nan, expected a finite number"),
         ("ppo.temperature=.inf", "finite number"),
         ("ppo.batch_size=1000000000000", "less than or equal to 2147483647"),
         ("seed=0x" + "f" * 9000, "seed: found a very large int"),

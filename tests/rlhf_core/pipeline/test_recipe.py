@@ -54,15 +54,15 @@ def test_only_the_data_that_a_stage_needs_is_prepared():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"stages": ()}, ["stages is empty; needed is at least one, such as [sft, reward, ppo]"]),
+        ({"stages": ()}, ["stages is empty; expected at least one, such as [sft, reward, ppo]"]),
         ({"stages": ("sft", "sft")}, ["stages has sft twice; use rounds to repeat the alignment"]),
         ({"stages": ("sft", "ppo")}, ["ppo needs a reward model: put reward before ppo in stages, "
-                                      "or give one that is there already as reward_model"]),
+                                      "or set reward_model to an existing one"]),
         ({"stages": ("sft", "ppo"), "reward_model": "artifact:abcdef"}, []),
         ({"reward_model": "artifact:abcdef"},
-         ["reward is among the stages and reward_model is given; leave one out"]),
+         ["stages has reward and reward_model is set too; leave one out"]),
         ({"stages": ("ppo", "reward")},
-         ["stages has reward after ppo; put it before: it prepares what comes after it"]),
+         ["stages has reward after ppo; put it before the alignment"]),
         ({"stages": ("sft", "grpo"),
           "grpo": {"rewards": [{"type": "must_end", "endings": ["."]}]}}, []),
         ({"stages": ("pretrain", "sft")},
@@ -72,11 +72,11 @@ def test_only_the_data_that_a_stage_needs_is_prepared():
          ["rounds is 2, but stages ['sft'] has nothing to repeat: add an alignment such as ppo, "
           "or set rounds to 1"]),
         ({"stages": ("reward",), "lm_eval": {"tasks": ["piqa"]}},
-         ["lm_eval is set, but stages ['reward'] make no language model that it could measure; "
+         ["lm_eval is set, but stages ['reward'] train no language model to measure; "
           "clear lm_eval"]),
         ({"data": DataConfig(preference=SampledPreferences(labeller="reward_model"))},
          ["data.preference.labeller is reward_model, but there is none yet when the pairs for "
-          "training it are made; give one as reward_model, or use another labeller"]),
+          "training it are made; set reward_model, or use another labeller"]),
     ],
 )  # fmt: skip
 def test_stages_that_cannot_follow_each_other_are_named(settings, expected):

@@ -77,5 +77,5 @@ def test_upload_is_waited_for(rank):
 def test_upload_that_does_not_end_is_told(rank):
     _, took, _, err, error = rank("leaving")
     assert took > 1.4
-    assert "before the upload had finished; it had 1.5 s (stop_seconds)" in error["message"]
+    assert "before the upload had finished; it had 1.5 s (stop_timeout)" in error["message"]
     assert err == ""

@@ -60,7 +60,7 @@ def test_table_has_both_models_and_what_changed():
     assert text.startswith("| task | metric | examples | few-shot | base | DPO | difference |\n")
     assert ARC in text
     assert "| own\\|text | ppl,get ↓ | 5 | 2 | – | 7.25 | – |" in text
-    assert "Measured by lm-eval 0.4.13." in text
+    assert "Measured with lm-eval 0.4.13." in text
 
 
 def test_report_and_model_card_show_the_table(run):
@@ -76,7 +76,7 @@ def test_report_and_model_card_show_the_table(run):
 
 def test_artifact_without_numbers_is_said_to_have_none(run):
     benchmarks(run, {})
-    assert "No benchmark gave a number." in render(run, has_curves=False)
+    assert "No benchmark has a result." in render(run, has_curves=False)
 
 
 def test_published_model_is_made_from_its_benchmarks(run):

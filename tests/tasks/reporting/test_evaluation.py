@@ -49,7 +49,7 @@ def test_win_rates_are_given_with_their_interval():
         ((0, 0.1), (0, 0.1), "neither rose"),
         ((0, 0.1), (0, 1), "the gold score rose, the reward did not"),
         ((1, 0), (1, 0), "**the gold score fell.**"),
-        ((0, 1), None, "is not known"),
+        ((0, 1), None, "it is unknown whether"),
     ],
 )
 def test_verdict_says_whether_gold_and_proxy_agree(reward, gold, text):
@@ -58,7 +58,7 @@ def test_verdict_says_whether_gold_and_proxy_agree(reward, gold, text):
 
 def test_paired_gain_is_preferred_for_the_verdict():
     found = {**evaluation((0, 1), (0, 0.1)).data, "gold_gain": {"mean": 0.1, "se": 0.01}}
-    assert "gold score: +0.100 ± 0.010: the judge" in Evaluation(found).verdict()
+    assert "gold score: +0.100 ± 0.010: the gold judge" in Evaluation(found).verdict()
 
 
 @pytest.mark.parametrize("missing", [*FULL, None])
