@@ -115,7 +115,7 @@ def _value(field: dict[str, Any]) -> str:
         return "list of " + " or ".join(f"[{name}](#{name.lower()})" for name in items)
     words = {"integer": "integer", "number": "number", "string": "text", "boolean": "true, false"}
     kind = {"array": "list of texts", "object": "mapping"} | words
-    return " ".join([kind[field["type"]], *_bounds(field)])
+    return ", ".join([kind[field["type"]], *_bounds(field)])
 
 
 def _bounds(field: dict[str, Any]) -> list[str]:

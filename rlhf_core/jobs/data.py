@@ -55,7 +55,7 @@ class DataSettings(Settings):
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     max_samples: PositiveInt | None = None
-    """Most rows to keep, after filtering and a seeded shuffle. Empty: all."""
+    """Maximum number of rows, after filtering and a seeded shuffle. Empty: all."""
     max_length: PositiveInt = 512
     """Longest sequence in tokens, prompt and reply together. Longer rows are dropped and counted;
     for pretraining they are cut into pieces."""
@@ -81,9 +81,9 @@ class SampledPreferences(Settings):
     """Who compares two replies. vader: a sentiment lexicon, the more positive reply wins;
     reward_model: the pipeline's reward model."""
     max_prompts: PositiveInt = 256
-    """Most training prompts to sample for."""
+    """Maximum number of training prompts."""
     max_heldout_prompts: PositiveInt = 64
-    """Most held-out prompts to sample for. Each gives one pair: its best and its worst reply."""
+    """Maximum number of held-out prompts. Each gives one pair: its best and its worst reply."""
     samples_per_prompt: Annotated[int, Field(ge=2, le=LARGEST)] = 4
     """Replies per prompt. All comparisons between the replies to a training prompt become pairs."""
     max_new_tokens: PositiveInt = 64

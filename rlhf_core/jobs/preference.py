@@ -31,7 +31,7 @@ class DPOSettings(TrainSettings):
     epochs: PositiveInt = 1
     """Epochs over the training pairs."""
     max_steps: PositiveInt | None = None
-    """Most optimizer steps. Empty: as many as the epochs need."""
+    """Maximum number of optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 64
     """Pairs per optimizer step over all ranks and micro-batches."""
     beta: Positive = 0.1
@@ -64,7 +64,7 @@ class SimPOSettings(TrainSettings):
     epochs: PositiveInt = 1
     """Epochs over the training pairs."""
     max_steps: PositiveInt | None = None
-    """Most optimizer steps. Empty: as many as the epochs need."""
+    """Maximum number of optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 128
     """Pairs per optimizer step over all ranks and micro-batches."""
     beta: Positive = 2.0
@@ -84,7 +84,7 @@ class ORPOSettings(TrainSettings):
     epochs: PositiveInt = 1
     """Epochs over the training pairs. A model that was not fine-tuned before needs several."""
     max_steps: PositiveInt | None = None
-    """Most optimizer steps. Empty: as many as the epochs need."""
+    """Maximum number of optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 64
     """Pairs per optimizer step over all ranks and micro-batches."""
     orpo_lambda: NotNegative = 0.1
@@ -101,7 +101,7 @@ class KTOSettings(TrainSettings):
     epochs: PositiveInt = 1
     """Epochs over the training rows."""
     max_steps: PositiveInt | None = None
-    """Most optimizer steps. Empty: as many as the epochs need."""
+    """Maximum number of optimizer steps. Empty: as many as the epochs need."""
     batch_size: Annotated[int, Field(ge=2, le=LARGEST)] = 32
     """Replies per optimizer step over all ranks and micro-batches. The KL to the reference is
     estimated within a batch, so small batches make it noisy."""

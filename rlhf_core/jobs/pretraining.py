@@ -80,7 +80,7 @@ class PretrainSettings(TrainSettings):
     epochs: PositiveInt = 1
     """Epochs over the text. Each epoch trains on every token once."""
     max_steps: PositiveInt | None = None
-    """Most optimizer steps. Empty: as many as the epochs need."""
+    """Maximum number of optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 32
     """Packed sequences per optimizer step over all ranks and micro-batches."""
     length: Annotated[int, Field(ge=2, le=LARGEST)] = 512

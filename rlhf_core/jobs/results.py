@@ -24,7 +24,7 @@ class EvaluateSettings(Settings):
     """Comparison of the base, SFT and finished models on held-out prompts."""
 
     max_prompts: PositiveInt = 128
-    """Most held-out prompts."""
+    """Maximum number of held-out prompts."""
     max_new_tokens: PositiveInt | None = None
     """Longest reply in tokens. Empty: as in the last stage that samples replies."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0

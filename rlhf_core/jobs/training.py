@@ -76,7 +76,7 @@ class SFTSettings(TrainSettings):
     epochs: PositiveInt = 1
     """Epochs over the training rows."""
     max_steps: PositiveInt | None = None
-    """Most optimizer steps. Empty: as many as the epochs need."""
+    """Maximum number of optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 32
     """Sequences per optimizer step over all ranks and micro-batches."""
 
@@ -89,7 +89,7 @@ class RewardSettings(TrainSettings):
     epochs: PositiveInt = 1
     """Epochs over the training pairs. More than one overfits quickly."""
     max_steps: PositiveInt | None = None
-    """Most optimizer steps. Empty: as many as the epochs need."""
+    """Maximum number of optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 32
     """Pairs per optimizer step over all ranks and micro-batches."""
     loss: Literal["log_sig", "log_exp"] = "log_sig"
