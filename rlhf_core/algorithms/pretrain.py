@@ -3,7 +3,7 @@
 The text is packed (see `rlhf_core.training.packing`): documents follow each other with an
 end-of-text token between them, in sequences of one length, and every token is trained on once
 per epoch. Attention stays within a document where the architecture can do that (llama, qwen2, gpt2
-and their like; a trial run tells); for the others the sequences are read as one text across
+and similar ones; a trial run tells); for the others the sequences are read as one text across
 documents, as GPT-3 was trained (arXiv 2005.14165, section 2.4), and the log and the result's
 metadata say so.
 
@@ -159,7 +159,7 @@ def check_length(model: Any, length: int) -> None:
 def heldout_loss(
     module: Policy, packing: Packing, strategy: Strategy, micro_batch_size: int, separate: bool
 ) -> dict[str, float]:
-    """Held-out loss (nats per token) and perplexity; empty when nothing was held out."""
+    """Held-out loss (nats per token) and perplexity; empty without held-out text."""
     if len(packing) == 0:
         return {}
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens

@@ -1,6 +1,6 @@
-"""What a reward model is held against: reply length, and a bag of words.
+"""Baselines of a reward model: reply length, and a bag of words.
 
-A learned reward that does not beat both on held-out pairs has not learned more than they know.
+A reward model that does not beat both on held-out pairs has learned nothing beyond them.
 """
 
 from __future__ import annotations

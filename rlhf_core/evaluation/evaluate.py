@@ -2,7 +2,7 @@
 
 Writes evaluation.json (numbers) and samples.jsonl (every prompt with each model's reply). KL is
 that of a model's own replies to the reference, in nats per reply: the model that the alignment
-started from, else the base model. Without a reward model there are no rewards in it.
+started from, else the base model. Without a reward model there are no rewards.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def judge_all(
 
 
 def prompt_text(messages: str) -> str:
-    """What a person sees of a prompt: its only user turn, or the whole talk."""
+    """A prompt as text for people: its only user turn, or the whole conversation."""
     turns = [m for m in json.loads(messages) if m["role"] != "system"]
     if len(turns) == 1:
         return str(turns[0]["content"])

@@ -1,7 +1,7 @@
 """From scores to advantages: pure functions, none of which records a gradient.
 
-B sequences, T response positions; a mask is bool and True is a real token. Padding on either side
-changes nothing, whatever it holds, and comes out as 0.
+B sequences, T response positions; a mask is bool and True is a real token. Padding on either side,
+whatever it contains, changes nothing and comes out as 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _GRPO_EPS = 1e-4
 def token_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
 ) -> Tensor:
-    """What GAE sees: a KL penalty on every token and the score once, on the last real token.
+    """The rewards that GAE takes: a KL penalty on every token, and the score on the last real one.
 
     -kl_coef (logprobs - ref_logprobs), plus the score (InstructGPT, arXiv 2203.02155, eq. 2).
 
@@ -73,7 +73,7 @@ def gae(
     for t in reversed(range(values.shape[1])):
         real = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        # padding is stepped over: what came after it is carried to what came before
+        # skip padding: what follows it is carried over to what precedes it
         next_advantage = torch.where(
             real, delta + gamma * gae_lambda * next_advantage, next_advantage
         )
@@ -84,7 +84,7 @@ def gae(
 
 @torch.no_grad()
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """What a token still earns: sum over itself and the later real tokens of gamma^k rewards.
+    """Return of each token: sum over itself and the later real tokens of gamma^k rewards.
 
     With ``token_rewards`` this is REINFORCE++'s advantage before whitening (arXiv 2501.03262): the
     score less kl_coef times the KL from here on.
@@ -93,14 +93,14 @@ def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
         rewards: (B,T). mask: (B,T) bool.
 
     Returns:
-        (B,T), 0 in padded places.
+        (B,T), 0 at padded positions.
     """
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
 
 
 @torch.no_grad()
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
-    """(count, sum, sum of squares) of the real places, as one fp64 tensor (3,).
+    """(count, sum, sum of squares) of the real positions, as one fp64 tensor (3,).
 
     All-reduce it with a sum, then ``moments_to_stats``: that whitens over the global batch.
     fp64, because the variance is a difference of the two sums.
@@ -131,7 +131,7 @@ def masked_whiten(
     *,
     stats: tuple[Tensor | float, Tensor | float] | None = None,
 ) -> Tensor:
-    """x scaled to unit variance over the real places, with its mean removed or kept.
+    """x scaled to unit variance over the real positions, with its mean removed or kept.
 
     (x - mean) / sqrt(var + 1e-8), plus the mean again where ``shift_mean`` is False; the variance
     is unbiased ("The N+ implementation details", arXiv 2403.17031).
@@ -141,7 +141,7 @@ def masked_whiten(
         stats: (mean, variance) of the global batch; None takes them from this call's tokens.
 
     Returns:
-        (B,T), 0 in padded places.
+        (B,T), 0 at padded positions.
 
     Raises:
         ValueError: no stats were given and fewer than two tokens are real.

@@ -1,4 +1,4 @@
-"""Losses of online algorithms beside PPO's; conventions as in `losses`."""
+"""Losses of GRPO and RLOO. Conventions: `rlhf_core.losses`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def grpo_loss(
     Args:
         logprobs, old_logprobs, ref_logprobs: (B,T); only ``logprobs`` receives a gradient.
         advantages: (B,), one for all tokens of a reply. mask: (B,T) bool.
-        replies, tokens: of the global batch: what the sums are divided by.
+        replies, tokens: numbers of the global batch, by which the sums are divided.
 
     Returns:
         The loss, and per token of the global batch ``clip_fraction``, ``approx_kl`` (k3 of
@@ -55,8 +55,8 @@ def grpo_loss(
         torch.where(mask, logprobs, zero), torch.where(mask, ref_logprobs.detach(), zero), "k3"
     )  # (B,T)
     kl = masked_sum(k3 * weights, mask)
-    found = {name: metrics[name] / tokens for name in ("clip_fraction", "approx_kl")}
-    return surrogate + kl_coef * kl, found | {"kl_loss": kl.detach()}
+    per_token = {name: metrics[name] / tokens for name in ("clip_fraction", "approx_kl")}
+    return surrogate + kl_coef * kl, per_token | {"kl_loss": kl.detach()}
 
 
 def rloo_loss(

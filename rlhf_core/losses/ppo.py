@@ -24,7 +24,7 @@ def kl_estimate(
 
     John Schulman, "Approximating KL divergence": k1 = logprobs - ref_logprobs (unbiased, may be
     negative), k2 = k1^2 / 2 (biased, low variance), k3 = exp(-k1) - 1 + k1 (unbiased, never
-    negative). Takes no mask: padded places come out as garbage if they went in as garbage.
+    negative). Takes no mask: garbage at padded positions stays garbage.
 
     Args:
         logprobs: (B,T) of the policy that sampled. ref_logprobs: (B,T) of the reference.

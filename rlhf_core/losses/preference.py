@@ -1,4 +1,4 @@
-"""Losses of preference optimisation without a reward model; conventions as in `losses`."""
+"""Losses of preference optimisation without a reward model; conventions: `rlhf_core.losses`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def dpo_loss(
 
     Args:
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: (B,).
-        label_smoothing: share of the labels that are taken to be wrong, 0 to 0.5.
+        label_smoothing: share of the labels assumed to be wrong, 0 to 0.5.
         denominator: pairs of the global batch.
 
     Returns:

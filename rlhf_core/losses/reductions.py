@@ -1,6 +1,6 @@
-"""What losses are made of: checked shapes, sums and means under a mask, and their denominators.
+"""Building blocks of losses: shape checks, sums and means under a mask, and their denominators.
 
-The conventions are those of `losses`.
+Conventions: `rlhf_core.losses`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def check_same_shape(**tensors: Tensor) -> None:
-    """Refuses tensors that would broadcast against each other: that is always a bug here.
+    """Refuse tensors that would broadcast against each other: that is always a bug here.
 
     Raises:
         ValueError: shapes differ, or ``mask`` is not bool.
@@ -32,7 +32,7 @@ def check_same_shape(**tensors: Tensor) -> None:
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of x (B,T) over the True places of mask (B,T), a scalar."""
+    """Sum of x (B,T) over the True positions of mask (B,T), a scalar."""
     return torch.where(mask, x, torch.zeros_like(x)).sum()
 
 
@@ -40,13 +40,18 @@ def masked_mean(x: Tensor, mask: Tensor, denominator: Denominator = None) -> Ten
     """Sum of x (B,T) over mask (B,T), divided by the denominator (None: the number of True).
 
     Raises:
-        ValueError: no denominator was given and no place of the mask is True.
+        ValueError: no denominator was given and no position of the mask is True.
     """
     check_same_shape(x=x, mask=mask)
     return masked_sum(x, mask) / token_count(mask, denominator)
 
 
 def token_count(mask: Tensor, denominator: Denominator) -> float | Tensor:
+    """The denominator of a mean over tokens; None: the number of True in the mask.
+
+    Raises:
+        ValueError: no denominator was given and no position of the mask is True.
+    """
     if denominator is not None:
         return denominator
     count = mask.sum()
@@ -59,6 +64,11 @@ def token_count(mask: Tensor, denominator: Denominator) -> float | Tensor:
 
 
 def row_count(x: Tensor, denominator: Denominator) -> float | Tensor:
+    """The denominator of a mean over rows; None: the rows of x (B, ...).
+
+    Raises:
+        ValueError: no denominator was given and x has no rows.
+    """
     if denominator is not None:
         return denominator
     if x.shape[0] == 0:

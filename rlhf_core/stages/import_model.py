@@ -33,7 +33,7 @@ SHARD = "5GB"
 
 @dataclass
 class Loaded:
-    """A model on its way into the store."""
+    """A loaded model that will be published."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ def run(job: ImportModelJob, context: StageContext) -> Artifact:
     """Import the model that the job names and publish it.
 
     Raises:
-        ModelError: the source cannot be reached or used; the text says what to do.
+        ModelError: the source cannot be reached or used; the message says what to do.
     """
     source = parse_source(job.source)
     quiet()
@@ -87,7 +87,7 @@ def _load(job: ImportModelJob, source: Source, context: StageContext) -> Loaded:
         artifact = context.store.get(source.value)
         if artifact.kind != "model":
             raise ModelError(
-                f"{job.source} is of kind {artifact.kind!r}; needed is a 'model': see "
+                f"{job.source} is of kind {artifact.kind!r}; expected a 'model': see "
                 "`rlhf artifacts list --kind model`"
             )
         loaded = _load_folder(job, context.store.fetch(artifact.digest))
@@ -109,7 +109,7 @@ def quiet() -> None:
     # Its progress bars and retry notices would fill the stage's log.
     hf_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # Otherwise the hub is asked to convert a pickle on a server of its own.
+    # Otherwise transformers asks the hub to convert pickles on its own server.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 
@@ -120,7 +120,7 @@ def _load_gguf(path: Path) -> Loaded:
     model, info = AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),  # else it stays quantised, cannot be saved
+        quantization_config=GgufConfig(dequantize=True),  # a quantised model cannot be saved
         dtype=torch.bfloat16,
         output_loading_info=True,
     )
@@ -178,8 +178,8 @@ def _advice(job: ImportModelJob, error: Exception) -> str:
     name = f"{job.source}{f' (revision {job.revision})' if job.revision else ''}"
     if "couldn't connect" in text or "offline" in text.lower():
         return (
-            f"{name} is neither in this machine's Hugging Face cache nor can the hub be reached; "
-            "needed is a network, or a cache filled elsewhere with `hf download "
+            f"{name} is not in this machine's Hugging Face cache, and the hub cannot be reached; "
+            "use a network, or a cache filled elsewhere with `hf download "
             f"{job.source}`, or a local folder, or model.source builtin:smollm2-135m-instruct"
         )
     if "gated" in text or "401" in text:
@@ -189,20 +189,20 @@ def _advice(job: ImportModelJob, error: Exception) -> str:
         )
     if "trust_remote_code" in text:
         return (
-            f"{name} brings Python code of its own; read it, then set model.trust_remote_code to "
-            "true, or take a model that transformers knows"
+            f"{name} contains Python code of its own; read it, then set model.trust_remote_code to "
+            "true, or use a model that transformers supports"
         )
     if "safetensors" in text and "named" in text:
         return (
             f"{name} has no safetensors weights, only pickles, which can run any code when they "
-            "are read; convert it once to a local folder: https://huggingface.co/spaces/safetensors/"
+            "are loaded; convert it once to a local folder: https://huggingface.co/spaces/safetensors/"
             "convert, or AutoModelForCausalLM.from_pretrained(id).save_pretrained(folder)"
         )
     return f"{name} cannot be loaded as a causal language model: {text[:500]}"
 
 
 def _license(readme: str) -> str | None:
-    """The license that a model card's front matter names."""
+    """The license in a model card's front matter."""
     head = re.match(r"---\s*\n(.*?)\n---", readme, re.DOTALL)
     found = re.search(r"^license:\s*['\"]?([\w.-]+)", head[1], re.MULTILINE) if head else None
     return found[1] if found else None
@@ -214,10 +214,10 @@ def _license(readme: str) -> str | None:
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, choice: str, source: str) -> list[int]:
     """Give the tokenizer its chat template and a pad token; return the ids that end a turn.
 
-    The first id is the template's end-of-turn token, the tokenizer's own end of sequence follows.
+    The first id is the template's end-of-turn token, followed by the tokenizer's end of sequence.
 
     Raises:
-        ModelError: no token ends a turn, or the chosen template needs tokens that are not there.
+        ModelError: no token ends a turn, or the chosen template needs tokens that are missing.
     """
     from rlhf_core.data.encoding.templates import end_of_turn, resolve_template
 
@@ -245,16 +245,16 @@ def _check_vocabulary(loaded: Loaded, source: str) -> None:
 
 
 def set_generation(loaded: Loaded, ends: list[int]) -> None:
-    """Tell `generate` which tokens end a reply: end of turn, and every end the model came with."""
+    """Set the tokens that end a reply in `generate`: end of turn, and the model's own ones."""
     from transformers import GenerationConfig
 
     generation = loaded.model.generation_config or GenerationConfig()
-    for given in (generation.eos_token_id, loaded.model.config.eos_token_id):
-        ids = given if isinstance(given, list) else [given]
+    for eos in (generation.eos_token_id, loaded.model.config.eos_token_id):
+        ids = eos if isinstance(eos, list) else [eos]
         ends += [token for token in ids if token is not None and token not in ends]
     try:
         generation.validate(strict=True)
-    except ValueError:  # settings that contradict each other, which could not be saved
+    except ValueError:  # contradictory settings cannot be saved
         generation = GenerationConfig(bos_token_id=generation.bos_token_id)
     generation.eos_token_id = ends if len(ends) > 1 else ends[0]
     generation.pad_token_id = loaded.tokenizer.pad_token_id

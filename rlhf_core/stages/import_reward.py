@@ -1,11 +1,11 @@
-"""Brings a reward model that is there already into the store, for runs without a reward stage.
+"""Imports an existing reward model into the store, for runs without a reward stage.
 
 Two kinds of folder are read: what a reward stage of this project published, and a transformers
 model for sequence classification with one label, whose score is the `score` layer's output at the
 last token (as TRL's RewardTrainer and most reward models on the hub have it). Its scores are taken
-as they are: mean 0 and deviation 1 are written beside them.
+as they are: mean 0 and standard deviation 1 are saved with them.
 
-Its vocabulary must be the language model's, token by token: it will read that model's token ids.
+Its vocabulary must equal the language model's, token by token: it will read that model's ids.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run(job: ImportRewardJob, context: StageContext) -> Artifact:
         artifact = context.store.get(source.value)
         if artifact.kind != "reward_model":
             raise ModelError(
-                f"reward_model is {artifact.ref}, of kind {artifact.kind!r}; needed is a "
+                f"reward_model is {artifact.ref}, of kind {artifact.kind!r}; expected a "
                 "'reward_model': see `rlhf artifacts list --kind reward_model`"
             )
         place: Path | str = context.store.fetch(artifact.digest)
@@ -50,7 +50,7 @@ def run(job: ImportRewardJob, context: StageContext) -> Artifact:
         place = own_snapshot(job) or job.source
     else:
         raise ModelError(
-            f"reward_model is {job.source}; needed is artifact:DIGEST, a local folder, or a "
+            f"reward_model is {job.source}; expected artifact:DIGEST, a local folder, or a "
             "Hugging Face id"
         )
     if isinstance(place, Path) and (problems := check_weight_files(place, is_language_model=False)):
@@ -74,7 +74,7 @@ def own_snapshot(job: ImportRewardJob) -> Path | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
-    except OSError:  # no such model: what reads its tokenizer says so
+    except OSError:  # no such model: loading its tokenizer will report it
         return None
     if head is None:
         return None
@@ -94,13 +94,13 @@ def load_classifier(job: ImportRewardJob, place: Path | str) -> ScalarModel:
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         text = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"{job.source} cannot be loaded as a reward model: {text}; needed is a model for "
+            f"{job.source} cannot be loaded as a reward model: {text}; expected a model for "
             "sequence classification with one label in safetensors, or a reward stage's result"
         ) from error
     if any("score" in key for key in info.get("missing_keys") or ()):
         raise ModelError(
             f"{job.source} has no trained score layer (it is a {model.config.model_type} language "
-            "model, say); needed is a model for sequence classification with one label, or a "
+            "model, perhaps); expected a model for sequence classification with one label, or a "
             "reward stage's result"
         )
     check_loaded(info, job.source)
@@ -109,7 +109,7 @@ def load_classifier(job: ImportRewardJob, place: Path | str) -> ScalarModel:
         labels = model.config.num_labels
         raise ModelError(
             f"{job.source} gives {labels} label{'s' if labels != 1 else ''} from "
-            f"{type(head).__name__ if head is not None else 'no layer named score'}; needed is one "
+            f"{type(head).__name__ if head is not None else 'no layer named score'}; expected one "
             "number from a linear layer named score"
         )
     scalar = ScalarModel(model.base_model, head.in_features)
@@ -120,7 +120,7 @@ def load_classifier(job: ImportRewardJob, place: Path | str) -> ScalarModel:
 
 
 def check_vocabulary(job: ImportRewardJob, place: Path | str, base: Path) -> None:
-    """Refuse a reward model that would read other words in the same token ids."""
+    """Refuse a reward model to which the same token ids mean other tokens."""
     from transformers import AutoTokenizer
 
     try:
@@ -129,8 +129,8 @@ def check_vocabulary(job: ImportRewardJob, place: Path | str, base: Path) -> Non
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{job.source} has no tokenizer that can be read ({str(error)[:200]}); needed beside "
-            "the weights is the one that it was trained with"
+            f"{job.source} has no tokenizer that can be read ({str(error)[:200]}); the "
+            "weights must come with the tokenizer that they were trained with"
         ) from error
     ours = AutoTokenizer.from_pretrained(base, trust_remote_code=is_trusted(base)).get_vocab()
     theirs = own.get_vocab()

@@ -1,9 +1,9 @@
 """Preference pairs: several replies to a prompt, compared by a labeller (InstructGPT, step 2).
 
-The labeller (a lexicon, or a reward model) stands in for the person. Every two replies to a
+The labeller (a lexicon, or a reward model) takes the place of a person. Every two replies to a
 training prompt that it can tell apart by `min_margin` become a pair. A held-out prompt gives one
 pair, its best and worst reply, so that held-out pairs are independent and an interval on their
-number means what it says. What is too close is counted.
+number is valid. Comparisons that are too close are counted.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ Labeller = Callable[[list[list[int]], list[Row], list[Reply]], list[float]]
 
 
 def make_labeller(job: LabelJob, context: StageContext, group: Group, tokenizer: Any) -> Labeller:
-    """Who stands in for the person."""
+    """The labeller that the job names."""
     if job.labeller == "reward_model":
         assert job.reward_model is not None
         reward = load_scalar_model(context.store.fetch(job.reward_model)).requires_grad_(False)

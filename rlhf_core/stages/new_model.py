@@ -1,7 +1,7 @@
-"""Makes a model from nothing: a tokenizer trained on the user's text, weights from the seed.
+"""Makes a model from scratch: a tokenizer trained on the user's text, weights from the seed.
 
 Runs as one plain process. The artifact has the shape of an imported model's, so that every stage
-takes it for one: a Hugging Face folder with fp32 weights, a byte-level BPE tokenizer (no text is
+accepts it: a Hugging Face folder with fp32 weights, a byte-level BPE tokenizer (no text is
 unknown to it), ChatML as chat template, and generation settings that end at either of
 
     <|im_end|>       the end of a turn
@@ -63,7 +63,7 @@ def run(job: NewModelJob, context: StageContext) -> Artifact:
     tokenizer = train_tokenizer(texts(job.text), job)
     if len(tokenizer) < job.vocabulary:
         context.log(
-            f"the text of {job.text.source} gave {len(tokenizer):,} tokens; asked for were "
+            f"the text of {job.text.source} gave {len(tokenizer):,} tokens instead of "
             f"{job.vocabulary:,}"
         )
     model = initialise(job.architecture, tokenizer, new_model_sizes(job), job.seed)
@@ -77,10 +77,10 @@ def run(job: NewModelJob, context: StageContext) -> Artifact:
 
 
 def texts(settings: DataSettings) -> Iterator[str]:
-    """The texts of a source in its order, without those that it holds out.
+    """The texts of a source in its order, without the held-out ones.
 
-    Conversations give their messages. `max_samples`, `max_length` and `deduplicate` do not count
-    here: they choose what is trained on, and all text is good for a tokenizer.
+    Conversations give their messages. `max_samples`, `max_length` and `deduplicate` are ignored:
+    they choose what is trained on, and a tokenizer can use all text.
 
     Raises:
         DataError: the source or a row cannot be used (see `on_bad_row`), or nothing is left.

@@ -14,7 +14,7 @@ from rlhf_core.system.seeds import derive_seed
 def steps_in(rows: int, batch_size: int, epochs: int, max_steps: int | None) -> int:
     """Optimizer steps of a stage: whole batches only, at least one per epoch.
 
-    With fewer rows than a batch the batch is filled by going round the data again.
+    With fewer rows than a batch, rows are repeated to fill it.
     """
     steps = max(1, rows // batch_size) * epochs
     return steps if max_steps is None else min(steps, max_steps)
@@ -46,16 +46,16 @@ def split_batch(
 ) -> list[list[int]]:
     """This rank's micro-batches: positions in the global batch, longest first.
 
-    Sorting by length makes the rows of a micro-batch nearly equal; where it is cut is chosen so
-    that padded tokens and `pass_cost` together are fewest, among all ways in which no micro-batch
-    has more tokens than `micro_batch_size` rows of the greatest length. Dealing rows out in turn
-    gives every rank the same number of micro-batches of similar length. The longest come first, so
-    that a batch that does not fit the memory fails at once.
+    Sorting by length makes the rows of a micro-batch nearly equally long. The cuts between
+    micro-batches minimise padding plus `pass_cost`; no micro-batch has more tokens than
+    `micro_batch_size` rows of the greatest length. Dealing rows out in turn gives every rank the
+    same number of micro-batches of similar length. The longest come first, so that a batch that
+    does not fit into memory fails at once.
 
     Args:
         lengths: tokens of each row of the global batch; len(lengths) % world_size == 0.
         micro_batch_size: rows of the greatest length; of shorter ones there may be more.
-        padding: what a padded token costs beside a real one, see `Strategy.padding`.
+        padding: relative cost of a padding token, see `Strategy.padding`.
     """
     order = _longest_first(lengths)
     widths = [lengths[i] for i in order[::world_size]]
@@ -78,10 +78,10 @@ def _dealt(
 
 
 def pass_cost() -> int:
-    """Tokens whose computation takes as long as what each further forward and backward pass adds.
+    """Fixed cost of a forward and backward pass, in tokens that take as long to compute.
 
-    On CPUs 20 to 60 were measured (casting weights, adding up gradients, Python); on a GPU, where
-    small passes leave it idle, this is an estimate.
+    Measured on CPUs: 20 to 60 (casting weights, adding up gradients, Python). On GPUs, which small
+    passes leave idle, it is an estimate.
     """
     return 2048 if torch.cuda.is_available() else 64
 
@@ -89,8 +89,8 @@ def pass_cost() -> int:
 def _cuts(widths: Sequence[int], rows: int, cost: float, padding: float) -> list[tuple[int, int]]:
     """Windows of a descending list that cover it at the lowest sum of their costs.
 
-    A window costs its widths, `padding` for each place that fills them up to its first one, and
-    `cost`. Without the last it costs no more than `rows` times the list's first width. A shortest
+    A window costs its widths, `padding` for each position that pads them to its first width, and
+    `cost`. Without `cost` it is at most `rows` times the list's first width. Solved as a shortest
     path, from left to right.
     """
     count = len(widths)
@@ -99,7 +99,7 @@ def _cuts(widths: Sequence[int], rows: int, cost: float, padding: float) -> list
     budget = rows * max(1, widths[0])
     real = np.concatenate([[0], np.cumsum([max(1, w) for w in widths])])
     best = np.full(count + 1, np.inf)
-    came = np.zeros(count + 1, dtype=np.int64)
+    previous = np.zeros(count + 1, dtype=np.int64)
     best[0] = 0
     for start in range(count):
         width = max(1, widths[start])
@@ -110,15 +110,15 @@ def _cuts(widths: Sequence[int], rows: int, cost: float, padding: float) -> list
         ends = slice(start + 1, start + 1 + len(tokens))
         better = sums < best[ends]
         best[ends] = np.where(better, sums, best[ends])
-        came[ends] = np.where(better, start, came[ends])
+        previous[ends] = np.where(better, start, previous[ends])
     cuts = [count]
     while cuts[-1]:
-        cuts.append(int(came[cuts[-1]]))
+        cuts.append(int(previous[cuts[-1]]))
     return list(itertools.pairwise(reversed(cuts)))
 
 
 def split_evenly(lengths: Sequence[int], rank: int, world_size: int, parts: int) -> list[list[int]]:
-    """The same, in a given number of micro-batches whose rows differ by one at most.
+    """As `split_batch`, in a given number of micro-batches of equal size, give or take one row.
 
     Args:
         parts: no more than len(lengths) / world_size.

@@ -1,9 +1,9 @@
-"""Full training state in the store while training goes on, and going on from the newest.
+"""Checkpoints: the full training state in the store, and resuming from the newest one.
 
-A checkpoint is an artifact in the stage's own corner of the store (`checkpoints/<stage key>/`),
-so that its blobs can be deleted without looking at anyone else's. It holds the trained weights
-(fp32 masters), the optimizer's states, each rank's generator state, the counters and the metrics
-logged so far; all whole, not sharded, so that any number of ranks can go on from it.
+A checkpoint is an artifact in the stage's own prefix of the store (`checkpoints/<stage key>/`), so
+that its blobs can be deleted without checking whether other artifacts use them. It has the trained
+weights (fp32 masters), the optimizer's states, each rank's generator state, the counters and the
+metrics logged so far; whole, not sharded, so that any number of ranks can resume from it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf_core.store import Artifact, Store
 from rlhf_core.training.strategy import Strategy
 
 KIND = "checkpoint"
-LISTINGS = 3  # looks at a list of checkpoints that changes meanwhile
+LISTINGS = 3  # attempts to list checkpoints while another process deletes some
 
 
 class Checkpointer:
@@ -51,15 +51,14 @@ class Checkpointer:
     # ------------------------------------------------------------------ save
 
     def after_step(self, step: int, total: int, counters: dict[str, Any] | None = None) -> None:
-        """Save every n steps and when the job is told to stop, but not after the last step, whose
-        result is published.
+        """Save every n steps and when the job is told to stop, but not after the last step.
 
         Args:
             step: finished steps, from 1.
-            counters: anything of the loop's own that JSON can hold.
+            counters: JSON values of the training loop.
 
         Raises:
-            Preempted: the job was told to stop, and has.
+            Preempted: the job was told to stop; the checkpoint is in the store.
         """
         if step == total:
             return
@@ -68,7 +67,7 @@ class Checkpointer:
         self.stop_if_asked(step, counters)
 
     def stop_if_asked(self, step: int, counters: dict[str, Any] | None = None) -> None:
-        """Between two updates, where the state is still that after `step` finished steps.
+        """Stop between two updates, while the state is that after `step` finished steps.
 
         Raises:
             Preempted: the job was told to stop, and the checkpoint is in the store.
@@ -113,11 +112,13 @@ class Checkpointer:
             self._store.delete(old.digest, blobs=True)
 
     def settle(self, seconds: float) -> int | None:
-        """Wait until the newest checkpoint is in the store, whichever rank sends it, but not for
-        ever.
+        """Wait until the newest checkpoint is in the store, whichever rank sends it.
+
+        Args:
+            seconds: at most.
 
         Returns:
-            Step of the newest one there, 0 without one; None when the store does not say.
+            Step of the newest one there, 0 without one; None when the store cannot be read.
         """
         end, found = time.monotonic() + seconds, None
         while True:
@@ -164,13 +165,13 @@ class Checkpointer:
         return step, state["counters"]
 
     def _sources(self) -> list[Store]:
-        """Where checkpoints may lie: the stage's own corner, then that of the stage which differs
-        in nothing but that it fails where this one lowers its learning rate."""
+        """Where checkpoints may be: the stage's own prefix, then that of an otherwise equal stage
+        that fails where this one lowers its learning rate."""
         keys = dict.fromkeys((self.context.key, self.job.fail_fast_variant().key()))
         return [self.context.store.scoped(f"checkpoints/{key}") for key in keys]
 
     def _fetch(self, folder: Path, step: int | None = None) -> int:
-        """Fetch the newest sound checkpoint (or that of a step); returns its step, 0 for none."""
+        """Fetch the newest intact checkpoint (or that of a step); returns its step, 0 for none."""
         damaged: set[str] = set()
         for _ in range(LISTINGS):
             found = [(store, a) for store in self._sources() for a in newest_first(store)]
@@ -192,7 +193,7 @@ class Checkpointer:
         return 0
 
     def weights_before(self, step: int) -> tuple[int, dict[str, Tensor]] | None:
-        """The newest sound checkpoint after at most so many steps: its step, and the trained
+        """The newest intact checkpoint after at most `step` steps: its step, and the trained
         weights by name. Rank 0 only; None when none is kept."""
         folder = self.context.folder / "before"
         for store in self._sources():
@@ -209,23 +210,24 @@ class Checkpointer:
                 return step_of(artifact), weights
         return None
 
-    # ------------------------------------------------------------------ a lower learning rate
+    # ------------------------------------------------------------------ lowering the learning rate
 
     def lowered(self) -> list[dict[str, Any]]:
-        """How often the learning rate was lowered, oldest first: "step" whose loss was not finite
-        and "factor"."""
+        """Each lowering of the learning rate, oldest first: "step" (whose loss was not finite) and
+        "factor"."""
         found = [self._store.read_record(path) for path in self._store.list_records("lowered/")]
         return [entry for entry in found if entry is not None]
 
     def lower(self, step: int, factor: float) -> None:
-        """Have the next attempt train with a lower rate. Any rank may call; all say the same."""
+        """Have the next attempt train with a lower rate. Any rank may call, all with equal
+        arguments."""
         number = len(self.context.lowered)
         self._store.write_record(f"lowered/{number}.json", {"step": step, "factor": factor})
 
     # ------------------------------------------------------------------ end
 
     def finish(self) -> None:
-        """Remove what was kept for a resume; call after the result is published."""
+        """Delete the checkpoints; call after the result is published."""
         if not self.context.main:
             return
         self._uploads.close()
@@ -244,5 +246,5 @@ def step_of(checkpoint: Artifact) -> int:
 
 
 def newest_first(store: Store) -> list[Artifact]:
-    """The checkpoints in a stage's corner of the store."""
+    """The checkpoints in a stage's prefix of the store."""
     return sorted(store.list(KIND), key=step_of, reverse=True)

@@ -19,7 +19,7 @@ class _NullStream:
     """Stands in for a device stream."""
 
     def wait_stream(self, other: Any) -> None:
-        """Nothing runs beside the caller, so there is nothing to wait for."""
+        """Nothing runs concurrently, so there is nothing to wait for."""
 
     def synchronize(self) -> None:
         """See `wait_stream`."""

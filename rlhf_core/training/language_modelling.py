@@ -1,4 +1,4 @@
-"""What stages share that train on the next token: batches and the held-out loss."""
+"""Language modelling: batches, and the held-out loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf_core.training.strategy import Strategy
 
 
 def trained_tokens(row: dict[str, Any]) -> int:
-    """Tokens of a row that have a loss; the first token has no predictor."""
+    """Tokens of a row in the loss mask; nothing predicts the first token."""
     return sum(row["trainable"][1:])
 
 
@@ -35,7 +35,7 @@ def collate(rows: Sequence[dict[str, Any]], device: torch.device) -> tuple[Tenso
 def heldout_loss(
     module: Policy, rows: Rows, group: Group, micro_batch_size: int, strategy: Strategy | None
 ) -> dict[str, float]:
-    """Held-out loss (nats per trained token) and perplexity; empty when nothing was held out."""
+    """Held-out loss (nats per trained token) and perplexity; empty without held-out rows."""
     if len(rows) == 0:
         return {}
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens

@@ -1,9 +1,9 @@
-"""A loss or gradient that is NaN or infinite: keep what made it, and say what comes next."""
+"""A loss or gradient that is NaN or infinite: save the batch that caused it, advise what to do."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safetensors.torch import save_file
@@ -13,15 +13,15 @@ from rlhf_core.errors import NonFinite, RateLowered, StoreError
 from rlhf_core.training.checkpoint import Checkpointer
 
 KIND = "diagnostic"
-LOWERED_AT_MOST = 2
-UPLOAD_SECONDS = 60.0  # for the last checkpoint, which may be on its way
+MAX_LOWERINGS = 2
+UPLOAD_SECONDS = 60.0  # to wait for the last checkpoint, which may still be uploading
 
 
 def failure(
     error: NonFinite,
     checkpointer: Checkpointer,
     step: int,
-    rows: list[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     more: list[int] | Mapping[str, Tensor],
 ) -> NonFinite:
     """Save the step's batch for inspection and make the error that the stage ends with.
@@ -35,12 +35,12 @@ def failure(
             its rows.
 
     Returns:
-        RateLowered when `on_nonfinite` says that another attempt is to go on with a lower rate.
+        RateLowered where `on_nonfinite` asks for another attempt with a lower learning rate.
     """
     context, job = checkpointer.context, checkpointer.job
     name = f"{job.algorithm} step {step}"
     where = save_batch(error, checkpointer, step, rows, more)
-    # The other ranks wait meanwhile, and must not take this one for hanging.
+    # The other ranks wait meanwhile; this must end before their collective times out.
     kept = checkpointer.settle(min(UPLOAD_SECONDS, job.resources.collective_timeout / 2))
     last = {None: "the last checkpoint in the store", 0: "the beginning (no checkpoint yet)"}.get(
         kept, f"the checkpoint after step {kept}"
@@ -53,7 +53,7 @@ def failure(
             f"goes on from {last} with half the learning rate. Or lower learning_rate, or use "
             "precision fp32: the stage then starts anew, and those before it are reused."
         )
-    if len(context.lowered) >= LOWERED_AT_MOST:
+    if len(context.lowered) >= MAX_LOWERINGS:
         return NonFinite(
             f"{found} on_nonfinite has lowered the learning rate {len(context.lowered)} times "
             f"already, to {checkpointer.rate:g} of what was set: look at the batch, or set another "
@@ -70,16 +70,16 @@ def save_batch(
     error: NonFinite,
     checkpointer: Checkpointer,
     step: int,
-    rows: list[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     more: list[int] | Mapping[str, Tensor],
 ) -> str:
-    """Write the batch into the job folder and the store; where it is, for people."""
+    """Write the batch into the job folder and the store; a text that says where it is."""
     context, job = checkpointer.context, checkpointer.job
     folder = context.folder / f"nonfinite-step{step}-rank{context.rank}"
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {
         "step": step, "rank": context.rank, "problem": str(error),
-        "learning_rate": job.learning_rate, "rate": checkpointer.rate, "rows": rows,
+        "learning_rate": job.learning_rate, "rate": checkpointer.rate, "rows": list(rows),
     }  # fmt: skip
     if isinstance(more, Mapping):
         tensors = {name: value.contiguous().clone() for name, value in more.items()}

@@ -15,8 +15,8 @@ Consecutive sequences share a token, which the first one predicts and the second
 every trained token has its loss exactly once. The last sequence is as long as what is left.
 
 Positions count from 0 in each document of a sequence, and attention stays within it: an E is the
-last thing that one document predicts and the first that the next one reads. A document that goes
-on in the next sequence starts there anew.
+last token that one document predicts and the first that the next one reads. A document that goes
+on in the next sequence starts again at position 0 there.
 """
 
 from __future__ import annotations
@@ -95,12 +95,12 @@ class Packing:
             ids += row["input_ids"]
             marks += row["trainable"]
         skip = start - int(self._begins[first])
-        places = np.arange(start, stop)
-        document = np.searchsorted(self._documents, places, "right") - 1
+        stream = np.arange(start, stop)
+        document = np.searchsorted(self._documents, stream, "right") - 1
         begins = np.maximum(self._documents[document], start)
         return Packed(
             ids=ids[skip : skip + stop - start],
-            positions=(places - begins).tolist(),
+            positions=(stream - begins).tolist(),
             loss_mask=[False, *marks[skip + 1 : skip + stop - start]],
         )
 
@@ -121,7 +121,7 @@ def batch_sequences(sequences: int, batch_size: int, step: int, seed: int) -> li
     """Numbers of the sequences of a step (from 0): a function of (seed, step) alone.
 
     Each epoch is a permutation of all sequences, and its last batch is smaller where they do not
-    divide evenly: nothing is left out, nothing comes twice.
+    divide evenly: each sequence comes exactly once.
     """
     epoch, position = divmod(step, steps_per_epoch(sequences, batch_size))
     order = np.random.default_rng(derive_seed(seed, epoch)).permutation(sequences)
@@ -135,7 +135,7 @@ def collate(
 
     Args:
         separate: keep the documents apart: there are position ids (B,S) and no mask, and each
-            padded place is a document of its own. False: a mask (B,S) and no position ids.
+            padded position is a document of its own. False: a mask (B,S) and no position ids.
     """
     input_ids, mask = pad_right([p.ids for p in batch])
     loss_mask = pad_right([p.loss_mask for p in batch])[0].bool()
@@ -147,10 +147,10 @@ def collate(
 
 @torch.no_grad()
 def separates_documents(model: nn.Module) -> bool:
-    """Whether a model keeps its attention within a document when position ids start anew.
+    """Whether a model keeps its attention within a document when position ids restart at 0.
 
-    Tried out on two documents of two tokens. llama, qwen2, gpt2 and their like do; opt and bloom
-    (as transformers has them) do not.
+    A trial run on two documents of two tokens tells. llama, qwen2, gpt2 and similar models do; opt
+    and bloom (in transformers) do not.
     """
     device = next(model.parameters()).device
     ids = torch.arange(4, device=device).unsqueeze(0)

@@ -1,4 +1,4 @@
-"""The language model that a stage trains: how it is made ready, and how it becomes an artifact."""
+"""The language model that a stage trains: setting it up, saving and publishing it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def new_policy(job: PolicyJob, model: nn.Module) -> Policy:
-    """A causal LM with what the settings train of it, and its adapters where it has any."""
+    """The policy, with the parameters or adapters that the settings train."""
     policy = Policy(choose_trainable(model, job, job.seed))
     if job.resources.gradient_checkpointing:
         enable_checkpointing(policy.model)
@@ -37,7 +37,7 @@ def new_policy(job: PolicyJob, model: nn.Module) -> Policy:
 
 
 def prepare_policy(job: PolicyJob, model: nn.Module, strategy: Strategy) -> Policy:
-    """The same, with its optimizer and spread over the ranks; still the model's own numbers."""
+    """`new_policy` with its optimizer, distributed over the ranks; its weights are unchanged."""
     policy = new_policy(job, model)
     strategy.prepare(policy, adamw(policy, job, {"": job.learning_rate}))
     return policy
@@ -47,7 +47,7 @@ def save_policy(module: nn.Module, weights: dict[str, Tensor], folder: Path, sou
     """Write the policy with the given (master) weights as a Hugging Face folder. Rank 0, once.
 
     Args:
-        module: a `Policy`, or what trains one as its `policy`.
+        module: a `Policy`, or a module with one as its `policy`.
         source: folder of the model that it started from.
     """
     whole = export(module, weights)

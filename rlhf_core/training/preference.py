@@ -37,7 +37,7 @@ def collate_replies(
 
 
 def pair_replies(rows: Sequence[Mapping[str, Any]]) -> list[Reply]:
-    """The chosen replies of b pairs, then the rejected ones, so that one pass takes both."""
+    """The chosen replies of b pairs, then the rejected ones, for one forward pass of both."""
     return [(r["prompt_ids"], r[key]) for key in ("chosen_ids", "rejected_ids") for r in rows]
 
 
@@ -78,8 +78,8 @@ def response_logps(
 
     Args:
         lengths: tokens of each of the n replies, prompt and response together.
-        load: numbers of some of them -> the replies; never all are in memory at once.
-        micro: replies in one pass.
+        load: loads the replies with some of the numbers; they are never all in memory at once.
+        micro: replies in one forward pass.
     """
     group = strategy.group
     found: list[tuple[int, float]] = []
@@ -99,7 +99,7 @@ def pair_logps(
     The other rows are NaN, so that no loss can use them by mistake.
 
     Args:
-        micro: pairs in one pass.
+        micro: pairs in one forward pass.
     """
     result = torch.full((len(rows), 2), torch.nan, dtype=torch.float64)
     if not numbers:

@@ -68,7 +68,7 @@ class Strategy:
         self._optimizer: Any = None
         self._names: list[str] = []
         self.padding = 1.0
-        """What a padded token costs beside a real one, in a forward pass of the module."""
+        """Relative cost of a padding token in a forward pass of the module."""
 
     # ------------------------------------------------------------------ set-up
 
@@ -96,7 +96,7 @@ class Strategy:
         return self.module
 
     def alone(self) -> bool:
-        """Whether there is nothing to shard, to exchange or to scale: then nothing is wrapped.
+        """Whether there is nothing to shard, exchange or scale: the module then stays unwrapped.
 
         DDP on one rank would copy every gradient into its buckets, and Booster's import alone
         takes more than a second.
@@ -242,7 +242,9 @@ class Strategy:
         """
         if set(weights) != set(self._names):
             odd = sorted(set(weights) ^ set(self._names))[:5]
-            raise ConfigError(f"The checkpoint holds other parameters than the model; e.g. {odd}.")
+            raise ConfigError(
+                f"The checkpoint has other parameters than the model, for example {odd}."
+            )
         if self.kind == "gemini":
             cast(Any, self.module).load_state_dict(weights, strict=False)
         for name, param in self._params.items():

@@ -1,4 +1,4 @@
-"""The harness's tasks: found, loaded, and refused in words where that fails."""
+"""Loads the harness's tasks; explains why where that fails."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _load(manager: TaskManager, name: str) -> Any:
             f"lm_eval.tasks: {name} needs the package {error.name}, which is not installed; "
             f"run: pip install {error.name}, or leave the task out"
         ) from error
-    except Exception as error:  # data sets, the network, and task files raise what they like
+    except Exception as error:  # data sets, the network and task files may raise anything
         raise DataError(_unloadable(manager, name, error)) from error
 
 
@@ -116,22 +116,22 @@ def _refuse(name: str, task: Any) -> None:
         )
     if getattr(task, "MULTIMODAL", False):
         raise ConfigError(
-            f"lm_eval.tasks: {name} asks about images or sounds, which these models do not take; "
+            f"lm_eval.tasks: {name} uses images or sound, which these models cannot read; "
             "leave it out"
         )
 
 
-class _OncePerPlace(logging.Filter):
-    """Lets one record of each line of code pass: the harness warns for each of its requests."""
+class _OncePerLine(logging.Filter):
+    """Passes one record for each line of code: the harness warns for each of its requests."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[tuple[str, int]] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        place = (record.pathname, record.lineno)
-        new = place not in self._seen
-        self._seen.add(place)
+        line = (record.pathname, record.lineno)
+        new = line not in self._seen
+        self._seen.add(line)
         return new
 
 
@@ -139,7 +139,7 @@ def silence_libraries(main: bool) -> None:
     """The harness's warnings, each once, on rank 0; its notices nowhere."""
     logger = logging.getLogger("lm_eval")
     handler = logging.StreamHandler(sys.stdout)
-    handler.addFilter(_OncePerPlace())
+    handler.addFilter(_OncePerLine())
     handler.setFormatter(logging.Formatter("lm-eval: %(message)s"))
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.WARNING if main else logging.CRITICAL)

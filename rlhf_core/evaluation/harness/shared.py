@@ -1,8 +1,8 @@
-"""A model for the harness that all ranks answer for.
+"""A model for the harness, whose requests all ranks answer together.
 
-The harness runs on rank 0 alone and sees one model; what it asks is shared out here. So data sets
-are loaded once, metrics are computed once, and a task may have fewer examples than there are ranks
-(the harness's own way, one harness in each rank, fails there).
+The harness runs on rank 0 alone and sees one model; this class distributes its requests over the
+ranks. Data sets are loaded once, metrics are computed once, and a task may have fewer examples than
+there are ranks (one harness in each rank, as lm-eval does it, fails there).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
-from rlhf_core.evaluation.harness.shares import shared_out
+from rlhf_core.evaluation.harness.shares import distribute
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.runtime.context import StageContext
@@ -36,11 +36,11 @@ class SharedLM(HFLM):
         """Load the model.
 
         Args:
-            name: of the model, for people. micro: requests in one pass on each rank.
-            seed: of sampling, where a task asks for that.
+            name: of the model, for the log. micro: requests in one pass on each rank.
+            seed: of sampling, for tasks that sample.
 
         Raises:
-            ModelError: the folder is no model, or has no chat template or tokenizer.
+            ModelError: the folder is not a model, or has no chat template or tokenizer.
         """
         model = load_causal_lm(folder, dtype).requires_grad_(False).to(group.device)
         super().__init__(
@@ -51,15 +51,15 @@ class SharedLM(HFLM):
             softmax_dtype="float32",
         )
         self.name, self.group, self.context, self.seed = name, group, context, seed
-        self.asked = 0  # exchanges so far
+        self.exchanges = 0  # between the ranks so far
 
     def serve(self) -> None:
-        """Answer what rank 0 hands out, until it calls `dismiss`."""
+        """Answer the requests that rank 0 distributes, until it calls `dismiss`."""
         while (work := self.group.broadcast(None)) is not None:
             self._answer(*work)
 
     def dismiss(self) -> None:
-        """Let the other ranks go on."""
+        """End `serve` on the other ranks."""
         self.group.broadcast(None)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
@@ -79,11 +79,11 @@ class SharedLM(HFLM):
         arguments = [request.args for request in requests]
         answers: list[Any] = [None] * len(arguments)
         done, texts = 0, [args[0] for args in arguments]
-        for shares in shared_out(texts, self.group.size, self.batch_size, BATCHES):
-            self.asked += 1
+        for shares in distribute(texts, self.group.size, self.batch_size, BATCHES):
+            self.exchanges += 1
             work = [[arguments[i] for i in share] for share in shares]
-            self.group.broadcast((kind, self.asked, work))
-            for share, found in zip(shares, self._answer(kind, self.asked, work), strict=True):
+            self.group.broadcast((kind, self.exchanges, work))
+            for share, found in zip(shares, self._answer(kind, self.exchanges, work), strict=True):
                 for i, answer in zip(share, found, strict=True):
                     answers[i] = answer
             done += sum(map(len, shares))
@@ -99,5 +99,5 @@ class SharedLM(HFLM):
         return self.group.gather(found)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Nothing: the harness's own asks the hub; the job says which model it is."""
+        """Empty: the harness's own version queries the hub, and the job names the model."""
         return {}

@@ -1,4 +1,4 @@
-"""How requests are shared out to the ranks."""
+"""How requests are distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 
-def shared_out(
+def distribute(
     texts: Sequence[str], ranks: int, size: int, batches: int
 ) -> Iterator[list[list[int]]]:
     """Positions of requests, long ones first, in pieces of one list for each rank.

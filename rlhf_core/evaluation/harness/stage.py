@@ -3,7 +3,7 @@
 Writes lm_eval.json:
 
     lm_eval   version of the harness
-    shown     names for a table, in the order of the settings: groups stand for their tasks
+    shown     names for a table, in the order of the settings; a group represents its tasks
     tasks     name -> n (examples), of (examples there are), num_fewshot, higher_is_better
     models    base, policy -> task -> "metric,filter" -> value, stderr (null: none, or not finite)
     change    task -> "metric,filter" -> value (policy minus base), stderr (of the mean of the
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 MODELS = ("base", "policy")
 """Names in the report, and fields of the job."""
 
-BOOTSTRAPS = 1000  # resamples for the standard error of a metric that is no mean
-# What the code and the templates of a task raise; a lack of memory or a lost rank is none of them.
+BOOTSTRAPS = 1000  # resamples for the standard error of a metric that is not a mean
+# What the code and the templates of a task raise, unlike a lack of memory or a lost rank.
 TASK_FAULTS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
     TypeError, ValueError, jinja2.TemplateError,
@@ -55,7 +55,7 @@ def run(job: LmEvalJob, context: StageContext) -> Artifact | None:
     os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork this process for its bootstrap
 
     group = Group(job.resources)
-    silence_libraries(False)  # the harness warns of being given a loaded model
+    silence_libraries(False)  # the harness warns that the model is already loaded
     loaded = load_tasks(job) if context.main else None
     found: dict[str, Any] = {}
     for name in MODELS:
@@ -85,7 +85,7 @@ def run(job: LmEvalJob, context: StageContext) -> Artifact | None:
 
 
 def dtype_of(job: LmEvalJob, device: torch.device) -> torch.dtype:
-    """What a job's models compute in on a device."""
+    """The dtype in which a job's models compute on a device."""
     auto = "bf16" if device.type == "cuda" else "fp32"
     chosen = auto if job.precision == "auto" else job.precision
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
@@ -94,8 +94,7 @@ def dtype_of(job: LmEvalJob, device: torch.device) -> torch.dtype:
 def measure(lm: SharedLM, loaded: Loaded, job: LmEvalJob) -> dict[str, Any]:
     """The harness's results of one model.
 
-    This is what its simple_evaluate does, without the twenty seconds in which that one describes
-    the machine.
+    As its simple_evaluate, without the twenty seconds that one takes to describe the machine.
 
     Raises:
         DataError: a task fails on its own data, or on this model.
@@ -107,7 +106,7 @@ def measure(lm: SharedLM, loaded: Loaded, job: LmEvalJob) -> dict[str, Any]:
         if own is None or (own != 0 and job.num_fewshot is not None):
             task.set_config(key="num_fewshot", value=job.num_fewshot or 0)
         elif job.num_fewshot:
-            lm.context.log(f"{name}: stays without examples (num_fewshot 0), as the task says")
+            lm.context.log(f"{name}: stays without examples: the task sets num_fewshot 0")
         task.set_fewshot_seed(seed=job.seed)
     random.seed(job.seed)
     np.random.seed(job.seed)
@@ -130,6 +129,6 @@ def measure(lm: SharedLM, loaded: Loaded, job: LmEvalJob) -> dict[str, Any]:
 
 
 def _where(error: BaseException) -> str:
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())[:400]
-    return f"{type(error).__name__} in {place.filename}, line {place.lineno}: {text}"
+    return f"{type(error).__name__} in {frame.filename}, line {frame.lineno}: {text}"

@@ -1,4 +1,4 @@
-"""What can be told about the harness's tasks without importing it: the package, names, contents.
+"""Checks of the harness's tasks that do not import it: the package, names, contents.
 
 Importing lm_eval and reading its 14,000 task files as YAML takes half a minute; looking for a name
 in their texts takes a second.
@@ -20,16 +20,16 @@ INSTALL = "run: pip install 'rlhf-pipeline[lm-eval]' (or pip install lm-eval)"
 
 _WORD = re.compile(rb"[^\s\"'\[\],#]+")
 _NAMED = re.compile(rb"^(?:task|group):[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
-_LEFT_OUT = {"__pycache__", ".ipynb_checkpoints"}
+_IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 
 
 def installed() -> bool:
-    """Whether the package lm-eval is there."""
+    """Whether the package lm-eval is installed."""
     return find_spec("lm_eval") is not None
 
 
 def check_tasks(settings: LmEvalSettings) -> list[str]:
-    """What keeps the tasks from being measured on this machine, one text each."""
+    """Reasons why the tasks cannot be measured on this machine, one text each."""
     if not installed():
         return [f"the package lm-eval is not installed, and lm_eval needs it; {INSTALL}"]
     try:
@@ -38,7 +38,7 @@ def check_tasks(settings: LmEvalSettings) -> list[str]:
         return [str(error)]
     spec = find_spec("lm_eval")
     assert spec is not None
-    folders = [Path(place) / "tasks" for place in spec.submodule_search_locations or []]
+    folders = [Path(location) / "tasks" for location in spec.submodule_search_locations or []]
     missing = set(settings.tasks)
     known: set[str] = set()
     for folder in ([own] if own else []) + folders:
@@ -56,7 +56,7 @@ def check_tasks(settings: LmEvalSettings) -> list[str]:
 
 
 def unknown_task(name: str, known: set[str], include_path: str | None) -> str:
-    """What to say about a name that nothing has."""
+    """The error message for a name that is neither lm-eval's nor in the user's folder."""
     close = difflib.get_close_matches(name, sorted(known), 3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     own = f"nor in the task files below {include_path}" if include_path else "and there is no "
@@ -68,10 +68,10 @@ def unknown_task(name: str, known: set[str], include_path: str | None) -> str:
 
 
 def task_folder(include_path: str | None) -> Path | None:
-    """The folder with a user's own tasks; None where none is given.
+    """The folder with a user's own tasks; None without one.
 
     Raises:
-        ConfigError: it is not there, or holds no task files.
+        ConfigError: it does not exist, or contains no task files.
     """
     if include_path is None:
         return None
@@ -83,12 +83,12 @@ def task_folder(include_path: str | None) -> Path | None:
     if not there:
         raise ConfigError(
             f"lm_eval.include_path is {include_path}, but there is no folder {folder}; correct the "
-            "path (with workers, the folder must be there for both of them)"
+            "path (with workers, both need the folder)"
         )
     if next(folder.rglob("*.yaml"), None) is None:
         raise ConfigError(
-            f"lm_eval.include_path is {include_path}, but that folder holds no .yaml file; needed "
-            "are task files of lm-eval"
+            f"lm_eval.include_path is {include_path}, but that folder contains no .yaml file; it "
+            "must contain task files of lm-eval"
         )
     return folder
 
@@ -119,5 +119,5 @@ def fingerprint(include_path: str | None) -> str:
 def _files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if path.is_file() and not any(p in _LEFT_OUT or p.startswith(".") for p in parts):
+        if path.is_file() and not any(p in _IGNORED or p.startswith(".") for p in parts):
             yield path

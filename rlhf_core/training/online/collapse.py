@@ -1,4 +1,4 @@
-"""Stops a policy that has collapsed, and publishes the last one that had not as a candidate."""
+"""Stops a policy that has collapsed, and publishes the last good one as a candidate."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Save = Callable[[dict[str, Tensor], Path], None]
 
 @dataclass(frozen=True)
 class Bound:
-    """One thing that is watched; `highest` or lowest mean of it that is let pass."""
+    """A metric that is watched, and the `highest` or lowest mean of it that is allowed."""
 
     setting: str
-    metric: str  # of what `summarise` gives
+    metric: str  # in the result of `summarise`
     what: str
     highest: bool
     means: str
@@ -31,7 +31,7 @@ class Bound:
 
     @property
     def side(self) -> str:
-        """On which side of it a policy has collapsed."""
+        """The side of the bound on which a policy has collapsed."""
         return "above" if self.highest else "below"
 
 
@@ -43,7 +43,7 @@ BOUNDS = (
     ),
     Bound(
         "max_repetition", "repetition", "share of repeated 4-grams in a reply", True,
-        "replies go round in circles, which the rewards do not punish",
+        "replies repeat themselves, which the rewards do not penalise",
         "Add a repetition rule to {0}.rewards, raise {0}.kl_coef or lower {0}.learning_rate",
     ),
     Bound(
@@ -53,31 +53,31 @@ BOUNDS = (
     ),
     Bound(
         "max_length", "length", "length of the replies (tokens)", True,
-        "replies grow, which is the commonest way to please a reward model",
+        "replies grow, the most common way to exploit a reward model",
         "Add a length rule to {0}.rewards, raise {0}.kl_coef or {0}.missing_eos_penalty",
     ),
     Bound(
         "min_entropy", "entropy", "entropy (nats a token)", False,
-        "replies to a prompt are all alike, so that there is nothing left to compare",
+        "the replies to a prompt are all alike, so there is nothing left to compare",
         "Raise {0}.kl_coef, lower {0}.learning_rate or take fewer {0}.steps",
     ),
     Bound(
         "max_unfinished", "unfinished", "share of replies without an end of turn", True,
-        "replies do not end any more",
+        "replies no longer end",
         "Raise {0}.missing_eos_penalty or {0}.max_new_tokens, or add a length rule to {0}.rewards",
     ),
 )  # fmt: skip
 
 
-def judge(job: OnlineJob, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first bound that the last rollouts are past, on average.
+def find_collapse(job: OnlineJob, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first bound that the last rollouts exceed, on average.
 
     Args:
         lines: metrics of the rollouts so far, oldest first, with "step" from 1.
 
     Returns:
-        setting, metric, value, bound, step and window (rollouts); None when all is well, or while
-        there are fewer rollouts than the window has.
+        setting, metric, value, bound, step and window (rollouts); None when no bound is exceeded,
+        or there are fewer rollouts than the window has.
     """
     window = min(job.collapse_window, job.steps)
     if len(lines) < window:
@@ -101,11 +101,11 @@ def stop_if_collapsed(job: OnlineJob, checkpointer: Checkpointer, save: Save) ->
         save: writes the policy with some checkpoint's weights into a folder.
 
     Raises:
-        PolicyCollapse: the last rollouts are past a bound. The newest checkpoint from before them
-            is then an artifact of its own, which is not the stage's result (see `candidates`).
+        PolicyCollapse: the last rollouts exceed a bound. The newest checkpoint from before them is
+            published as a candidate, not as the stage's result (see `candidates`).
     """
     context, group = checkpointer.context, checkpointer.strategy.group
-    found = group.broadcast(judge(job, context.read_metrics()) if context.main else None)
+    found = group.broadcast(find_collapse(job, context.read_metrics()) if context.main else None)
     if found is None:
         return
     # The other ranks wait here: one that left early would end this one.
@@ -115,20 +115,20 @@ def stop_if_collapsed(job: OnlineJob, checkpointer: Checkpointer, save: Save) ->
         f"{job.algorithm} step {found['step']}: the {bound.what} is {found['value']:.4g}, mean of "
         f"the last {found['window']} rollouts, {bound.side} {job.algorithm}.{bound.setting} "
         f"{found['bound']:g}: {bound.means}. {bound.helps.format(job.algorithm)}, and run again: "
-        f"the stage then starts anew, those before it are reused. {candidate}"
+        f"the stage then starts from the beginning, those before it are reused. {candidate}"
     )
 
 
 def publish_candidate(
     job: OnlineJob, checkpointer: Checkpointer, found: dict[str, Any], save: Save
 ) -> str:
-    """Publish the last good policy (rank 0); a sentence about it for people."""
+    """Publish the last good policy (rank 0). Returns a sentence for the error message."""
     context = checkpointer.context
     if not context.main:
         return ""
     bound = next(b for b in BOUNDS if b.setting == found["setting"])
-    # Judged are the rollouts of steps (before, step]; this policy had sampled none of them but the
-    # first.
+    # The bound was exceeded by the rollouts of steps (before, step]; of these, this policy sampled
+    # only the first.
     before = found["step"] - found["window"]
     try:
         checkpointer.settle(min(UPLOAD_SECONDS, job.resources.collective_timeout / 2))
@@ -155,7 +155,7 @@ def publish_candidate(
             }  # fmt: skip
             artifact = context.publish(job, folder, metadata, bind=False)
             candidates.write(context.store, context.key, artifact)
-    except StoreError as error:  # must not hide the reason
+    except StoreError as error:  # must not hide why the stage failed
         return f"The last good policy could not be published: {error}"
     return (
         f"The policy after step {step}, the newest checkpoint from before these rollouts, is in "

@@ -1,4 +1,4 @@
-"""Starting the engine that samples replies, where the job asks for one."""
+"""Starts the sampling engine (vLLM), where the job asks for one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def start_engine(
 ) -> VllmEngine | None:
     """The engine that the job asks for, asleep, or None for the built-in loop. Every rank calls.
 
-    It is closed before the stage's result is published, and in any case after the stage.
+    It is closed before the stage's result is published, or when the stage fails.
 
     Raises:
         ConfigError: vLLM is not installed, or cannot do what the job asks for.

@@ -84,7 +84,7 @@ def test_language_model_is_no_reward_model(place):
     with pytest.raises(ModelError, match="has no trained score layer"):
         place(place.base)
     digest = next(a.digest for a in place.store.list() if a.kind == "model")
-    with pytest.raises(ModelError, match="of kind 'model'; needed is a 'reward_model'"):
+    with pytest.raises(ModelError, match="of kind 'model'; expected a 'reward_model'"):
         place(f"artifact:{digest}")
 
 

@@ -126,7 +126,7 @@ def test_short_text_gives_fewer_tokens_and_a_model_of_their_number(tmp_path: Pat
     job = NewModelJob(**(SMALL | {"vocabulary": 5000}), text=text_file(tmp_path, rows))
     artifact, _ = make(tmp_path, job)
     assert artifact.metadata["vocab_size"] == 262  # bytes, special tokens, "aa" and "aaa"
-    assert "gave 262 tokens; asked for were 5,000" in capsys.readouterr().out
+    assert "gave 262 tokens instead of 5,000" in capsys.readouterr().out
 
 
 def test_heldout_text_is_not_in_the_tokenizer(tmp_path: Path) -> None:

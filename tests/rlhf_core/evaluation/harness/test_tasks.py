@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.evaluation.harness.shares import shared_out
+from rlhf_core.evaluation.harness.shares import distribute
 from rlhf_core.evaluation.harness.tasks import check_tasks, fingerprint
 from rlhf_core.jobs import LmEvalJob, LmEvalSettings, PipelineConfig, Resources
 from rlhf_core.pipeline.presets import build_config
@@ -91,7 +91,7 @@ def test_folder_without_task_files_is_refused(package: Path, tmp_path: Path) -> 
     settings = LmEvalSettings(tasks=("arc_easy",), include_path=str(tmp_path / "empty"))
     (tmp_path / "empty").mkdir()
     [problem] = check_tasks(settings)
-    assert "holds no .yaml file" in problem
+    assert "contains no .yaml file" in problem
 
 
 def test_fingerprint_follows_every_file_of_the_folder(tmp_path: Path) -> None:
@@ -132,11 +132,11 @@ def test_configurations_without_benchmarks_stay_as_they_are() -> None:
     assert PipelineConfig().lm_eval is None
 
 
-def test_requests_are_shared_out_once_each_and_choices_of_a_question_stay_together() -> None:
+def test_requests_are_distributed_once_each_and_choices_of_a_question_stay_together() -> None:
     texts = [text for text in ("a question", "why", "a long question") for _ in range(3)]
-    [piece] = shared_out(texts, ranks=2, size=3, batches=32)
+    [piece] = distribute(texts, ranks=2, size=3, batches=32)
     assert piece == [[6, 7, 8, 3, 4, 5], [0, 1, 2]]
-    assert list(shared_out(texts, 1, 3, 1)) == [[[6, 7, 8]], [[0, 1, 2]], [[3, 4, 5]]]
-    assert list(shared_out(["x"] * 5, 2, 2, 32)) == [[[0, 1, 4], [2, 3]]]  # one pass at a time
-    assert list(shared_out(["x"], 3, 8, 32)) == [[[0], [], []]]
-    assert list(shared_out([], 2, 8, 32)) == []
+    assert list(distribute(texts, 1, 3, 1)) == [[[6, 7, 8]], [[0, 1, 2]], [[3, 4, 5]]]
+    assert list(distribute(["x"] * 5, 2, 2, 32)) == [[[0, 1, 4], [2, 3]]]  # one pass at a time
+    assert list(distribute(["x"], 3, 8, 32)) == [[[0], [], []]]
+    assert list(distribute([], 2, 8, 32)) == []

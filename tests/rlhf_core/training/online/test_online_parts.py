@@ -12,7 +12,7 @@ from rlhf_core.nn.layers import choose_trainable
 from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.padding import pad_right
 from rlhf_core.training.online.batches import split_minibatches, update_order
-from rlhf_core.training.online.collapse import judge
+from rlhf_core.training.online.collapse import find_collapse
 from rlhf_core.training.online.models import AdapterOff
 from rlhf_core.training.online.report import repetition
 from tests.rlhf_core.tiny_models import copy_of
@@ -66,20 +66,20 @@ def strict(**settings):
     ],
 )
 def test_collapse_is_the_mean_of_the_last_rollouts(column, values, setting, value):
-    found = judge(strict(), rollouts(**{column: values}))
+    found = find_collapse(strict(), rollouts(**{column: values}))
     assert (found["setting"], found["step"], found["window"]) == (setting, 4, 3)
     assert found["value"] == pytest.approx(value)
     off = {setting: 100.0 if setting == "max_kl" else None}
-    assert judge(strict(**off), rollouts(**{column: values})) is None
-    assert judge(strict(), rollouts(**{column: values[:2]})) is None, "too few to judge"
+    assert find_collapse(strict(**off), rollouts(**{column: values})) is None
+    assert find_collapse(strict(), rollouts(**{column: values[:2]})) is None, "too few to judge"
 
 
 def test_one_odd_rollout_is_no_collapse():
-    assert judge(strict(), rollouts(kl=[1.0, 25.0, 1.0], finished=[1.0, 0.0, 1.0])) is None
+    assert find_collapse(strict(), rollouts(kl=[1.0, 25.0, 1.0], finished=[1.0, 0.0, 1.0])) is None
 
 
 def test_short_stage_is_judged_at_its_end():
-    assert judge(strict(steps=2), rollouts(kl=[5.0, 20.0]))["window"] == 2
+    assert find_collapse(strict(steps=2), rollouts(kl=[5.0, 20.0]))["window"] == 2
 
 
 def test_repetition_counts_pieces_that_stood_before():
