@@ -4,6 +4,8 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import tempfile
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -20,7 +22,7 @@ def shared_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def prefect_server(shared_folder, tmp_path_factory):
+def prefect_server(shared_folder):
     """URL of a temporary server's API; flows in this process use it too."""
     from flows.server import QUIET
 
@@ -28,7 +30,7 @@ def prefect_server(shared_folder, tmp_path_factory):
     from prefect.settings import PREFECT_API_URL
     from prefect.testing.utilities import prefect_test_harness
 
-    folder, made = tmp_path_factory.mktemp("prefect"), shared_folder / "prefect.db"
+    folder, made = Path(tempfile.mkdtemp()), shared_folder / "prefect.db"  # removed at exit
     with contextlib.ExitStack() as stack:
         # Migrations take longer than a start: the first server's database is the others' too.
         with FileLock(shared_folder / "prefect.lock"), pytest.MonkeyPatch.context() as patch:

@@ -132,47 +132,45 @@ def ranks_of(process: subprocess.Popen[str], count: int) -> list[psutil.Process]
     return found
 
 
-def test_ranks_killed_in_ppo_then_the_same_command_goes_on(smoke):
-    overrides = ("ppo.steps=30", "ppo.kl_coef=0.4")
-    process = smoke.start("run", "--preset", "smoke", *sets(overrides))
-    record, metrics = wait_for_ppo(smoke, process, steps=4)
+def test_ranks_killed_in_ppo_are_started_again_by_the_run_and_then_by_the_same_command(smoke):
+    command = ("stage", "ppo", "--preset", "smoke", *sets(["ppo.steps=24", "ppo.kl_coef=0.4"]))
+    process = smoke.start(*command)
+    first = wait_for_ppo(smoke, process, "ppo", steps=4)
+    ranks_of(process, 2)[1].kill()
+    second = wait_for_ppo(smoke, process, "ppo-2", steps=9)
+    assert "going on from the checkpoint after step" in second.with_name("log.txt").read_text()
     for rank in ranks_of(process, 2):
         rank.kill()
     # The run itself would go on after a few seconds; stop it, so that the next command has to.
-    log = metrics.with_name("log.txt")
+    log = second.with_name("log.txt")
     wait(lambda: "ChildFailedError" in log.read_text(), process)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "going on" not in log.read_text()
+    assert "rank 1 was killed by SIGKILL" in out
+    assert "going on" not in first.with_name("log.txt").read_text()
+    assert log.read_text().count("going on") == 1
+    assert not second.parent.with_name("ppo-3").exists()
 
-    record, _ = smoke.run(*overrides)
+    process = smoke.start(*command)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+    record = smoke.newest()
     assert reused(record) == set(BEFORE_PPO)
     log = Path(record["folder"]) / "ppo/log.txt"
     assert "going on from the checkpoint after step" in log.read_text()
     lines = [json.loads(x) for x in (log.with_name("metrics.jsonl")).read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert [line["step"] for line in lines] == list(range(1, 25))
 
 
-def test_ranks_killed_in_ppo_are_started_again_by_the_run_itself(smoke):
-    overrides = ("ppo.steps=30", "ppo.kl_coef=0.6")
-    process = smoke.start("run", "--preset", "smoke", *sets(overrides))
-    _, metrics = wait_for_ppo(smoke, process, steps=4)
-    ranks_of(process, 2)[1].kill()
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, out + err
-    assert "rank 1 was killed by SIGKILL" in out
-    second = metrics.parent.with_name("ppo-2")
-    assert "going on from the checkpoint after step" in (second / "log.txt").read_text()
+def wait_for_ppo(smoke, process, attempt, steps):
+    """The attempt's metrics.jsonl, once it has so many lines."""
 
-
-def wait_for_ppo(smoke, process, steps):
     def ready():
         record = smoke.newest()
-        path = Path(record["folder"]) / "ppo/metrics.jsonl"
+        path = Path(record["folder"]) / attempt / "metrics.jsonl"
         there = record["pid"] == process.pid and path.exists()
-        enough = there and len(path.read_text().splitlines()) >= steps
-        return (record, path) if enough else None
+        return path if there and len(path.read_text().splitlines()) >= steps else None
 
     return wait(ready, process)
 
