@@ -53,5 +53,5 @@ def serve(
         key=key,
         engine=cast("Literal['auto', 'transformers', 'vllm']", engine),
         trust_remote_code=trust_remote_code,
-        tell=lambda url: typer.echo(f"{url}/v1  model {shown}  (Ctrl-C ends it)"),
+        on_ready=lambda url: typer.echo(f"{url}/v1  model {shown}  (Ctrl-C ends it)"),
     )

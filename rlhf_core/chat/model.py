@@ -1,4 +1,4 @@
-"""A chat model in memory, and its reply to a conversation, handed on as it is generated."""
+"""Loads a chat model, and streams its reply to a conversation."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Sampling:
 
     Attributes:
         max_new_tokens: longest reply, in tokens.
-        temperature: 0 takes the likeliest token.
-        top_p: the likeliest tokens that together have this probability are sampled from; 1: all.
+        temperature: 0 for greedy decoding.
+        top_p: nucleus sampling: sample from the most likely tokens with this total probability.
     """
 
     max_new_tokens: int = 256
@@ -31,7 +31,7 @@ class Sampling:
     top_p: float = 1.0
 
     def options(self) -> dict[str, Any]:
-        """For transformers' `generate`."""
+        """Arguments of transformers' `generate`."""
         if self.temperature <= 0:
             return {"do_sample": False}
         return {
@@ -41,10 +41,10 @@ class Sampling:
 
 @dataclass
 class ChatModel:
-    """A causal LM with its tokenizer, on the GPU if there is one.
+    """A causal language model with its tokenizer, on the GPU if there is one.
 
     Attributes:
-        context: tokens that prompt and reply may have together; None: not known.
+        context: longest prompt and reply together, in tokens; None: unknown.
     """
 
     model: Any
@@ -54,7 +54,7 @@ class ChatModel:
 
     @property
     def description(self) -> str:
-        """For people."""
+        """Architecture, number of parameters and device, for people."""
         return (
             f"{type(self.model).__name__}, {self.model.num_parameters() / 1e6:,.0f} M parameters, "
             f"on the {'GPU' if self.device == 'cuda' else 'CPU'}"
@@ -66,6 +66,7 @@ def load_chat_model(folder: Path) -> ChatModel:
 
     Raises:
         ModelError: the folder holds no causal language model, or one without a chat template.
+        OutOfMemory: the model does not fit the GPU.
     """
     folder = Path(folder)
     _check(folder)
@@ -81,7 +82,7 @@ def load_chat_model(folder: Path) -> ChatModel:
     hf_logging.disable_progress_bar()
     trust = is_trusted(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-    end_of_turn(tokenizer)  # raises when there is no usable chat template
+    end_of_turn(tokenizer)  # raises without a usable chat template
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=trust
@@ -99,15 +100,15 @@ def load_chat_model(folder: Path) -> ChatModel:
 
 def _check(folder: Path) -> None:
     if not folder.is_dir():
-        raise ModelError(f"There is no folder {folder}; needed is one with a chat model.")
+        raise ModelError(f"There is no folder {folder}; expected one with a chat model.")
     if (folder / REWARD_HEAD).exists():
         raise ModelError(
-            f"{folder} is a reward model, which gives scores and cannot talk; take the model of "
-            "the stage sft or ppo, or a published one."
+            f"{folder} is a reward model, which only gives scores; use the model of the stage sft "
+            "or ppo, or a published one."
         )
     problems = check_weight_files(folder)
     if problems:
-        raise ModelError("This is not a model that can talk: " + "; ".join(problems))
+        raise ModelError("This is not a chat model: " + "; ".join(problems))
 
 
 def fit_context(
@@ -117,31 +118,31 @@ def fit_context(
     history: Sequence[Message],
     max_new_tokens: int,
 ) -> tuple[list[int], int]:
-    """Token ids of a conversation, without the oldest turns where it is too long.
+    """Token ids of a conversation, without its oldest turns if it is too long.
 
     Args:
-        context: tokens at most, prompt and reply together.
-        system: system message, which stays.
-        history: user and assistant in turn; the last one is the user's.
-        max_new_tokens: of the reply; at least a short one (16 tokens) has to fit.
+        context: longest prompt and reply together, in tokens; None: unlimited.
+        system: system message, which is always kept.
+        history: user's and assistant's messages in turn; the last one is the user's.
+        max_new_tokens: longest reply; at least min(max_new_tokens, 16) tokens must fit.
 
     Returns:
-        The ids, and how many turns (a question with its reply) were left out.
+        The ids, and the number of dropped turns (a message with its reply).
 
     Raises:
-        DataError: the last message alone does not fit, or the chat template refuses it.
+        DataError: the last message alone does not fit, or the chat template rejects it.
     """
     from rlhf_core.data.encoding.templates import prompt_ids
 
     first: list[Message] = [{"role": "system", "content": system}] if system else []
     for dropped in range(0, len(history), 2):
         ids = prompt_ids(tokenizer, [*first, *history[dropped:]])
-        room = None if context is None else context - len(ids)
-        if room is None or room >= min(max_new_tokens, 16):
+        left = None if context is None else context - len(ids)
+        if left is None or left >= min(max_new_tokens, 16):
             return ids, dropped // 2
     raise DataError(
-        f"The message has {len(ids)} tokens with its chat template, the model's "
-        f"context {context}, of which a reply needs some; shorten it."
+        f"The message has {len(ids)} tokens with its chat template, but the model's context of "
+        f"{context} tokens must hold the reply too; shorten the message."
     )
 
 
@@ -152,15 +153,15 @@ def generate_reply(
     emit: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Generate one reply.
+    """Generate one reply and stream its text.
 
     Args:
         ids: token ids of the prompt, see `fit_context`.
-        emit: called with each piece of text.
-        stopped: asked after each token; True ends the reply.
+        emit: called with each new piece of text.
+        stopped: called after each token; True ends the reply.
 
     Raises:
-        OutOfMemory: generating needs more memory than there is.
+        OutOfMemory: the GPU's memory is too small.
     """
     import torch
     from transformers import TextStreamer
@@ -172,16 +173,16 @@ def generate_reply(
     def end(input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return torch.full((len(input_ids),), stopped(), device=input_ids.device)
 
-    room = sampling.max_new_tokens
+    max_new_tokens = sampling.max_new_tokens
     if chat_model.context is not None:
-        room = min(room, chat_model.context - len(ids))
+        max_new_tokens = min(max_new_tokens, chat_model.context - len(ids))
     inputs = torch.tensor([list(ids)], device=chat_model.device)  # (1,P)
     try:
         with torch.no_grad():
             chat_model.model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                max_new_tokens=room,
+                max_new_tokens=max_new_tokens,
                 pad_token_id=chat_model.tokenizer.pad_token_id,
                 streamer=Emitter(chat_model.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 stopping_criteria=[end],
@@ -190,6 +191,6 @@ def generate_reply(
             )
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
-            f"Not enough memory for a reply of {room} tokens after {len(ids)}: shorten the reply "
-            "or start a new conversation."
+            f"Not enough memory for a reply of {max_new_tokens} tokens after {len(ids)}: shorten "
+            "the reply or start a new conversation."
         ) from error

@@ -1,7 +1,6 @@
-"""Talking to a model: streamed, several turns, in a terminal or through a pipe.
+"""Chat with a model in a terminal or through a pipe, with streamed replies.
 
-Replies go to stdout, everything else (banner, notices, errors) to stderr, so that a script reads
-nothing but replies.
+Replies go to stdout. Banner, notices and errors go to stderr, so that a script reads only replies.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ if TYPE_CHECKING:
     from rlhf_core.data.rows.row import Message
 
 HELP = """\
-/reset          forget the conversation
-/system TEXT    set the system message and start anew (without TEXT: remove it)
-/help           this list
-/quit           end (Ctrl-D does so too); Ctrl-C stops a reply"""
+/reset          start a new conversation
+/system TEXT    set the system message and start a new conversation (without TEXT: remove it)
+/help           show this list
+/quit           quit (or Ctrl-D); Ctrl-C stops a reply"""
 
 
 def main(
@@ -35,13 +34,13 @@ def main(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> int:
-    """Talk to the model in a folder until the input ends.
+    """Chat with the model in a folder until the input ends.
 
     Args:
-        once: answer this message and return; only the reply is printed.
+        once: reply to this message and return.
         system: system message.
         max_new_tokens: longest reply, in tokens.
-        temperature: of the sampling, over the full vocabulary; 0 takes the likeliest token.
+        temperature: of the sampling; 0 for greedy decoding.
         seed: the same seed and messages give the same replies.
         trust_remote_code: run Python code that lies in the folder.
 
@@ -55,7 +54,7 @@ def main(
     """
     if temperature < 0 or max_new_tokens < 1:
         raise ConfigError(
-            f"temperature is {temperature:g} and max_new_tokens {max_new_tokens}; needed are at "
+            f"temperature is {temperature:g} and max_new_tokens {max_new_tokens}; expected at "
             "least 0 and at least 1"
         )
     allow(trust_remote_code)
@@ -65,7 +64,7 @@ def main(
         return 0
     interactive = sys.stdin.isatty()
     if interactive:
-        _note(f"{chat.description}. /help lists the commands, /quit ends.")
+        _notice(f"{chat.description}. /help lists the commands, /quit ends.")
     for line in _lines(interactive):
         text = line.strip()
         if text.startswith("/"):
@@ -75,31 +74,31 @@ def main(
             try:
                 chat.answer(text)
             except DataError as error:
-                _note(str(error))
+                _notice(str(error))
     return 0
 
 
 def _command(chat: Chat, text: str) -> bool:
-    """Carry out a command; False ends the program."""
+    """Run a command; False ends the chat."""
     name, _, rest = text.partition(" ")
     if name in ("/quit", "/exit"):
         return False
     if name == "/reset":
         chat.reset()
-        _note("The conversation starts anew.")
+        _notice("Started a new conversation.")
     elif name == "/system":
         chat.system = rest.strip() or None
         chat.reset()
-        _note("System message set." if chat.system else "System message removed.")
+        _notice("System message set." if chat.system else "System message removed.")
     elif name == "/help":
-        _note(HELP)
+        _notice(HELP)
     else:
-        _note(f"There is no command {name}.\n{HELP}")
+        _notice(f"There is no command {name}.\n{HELP}")
     return True
 
 
 def _lines(interactive: bool) -> Iterator[str]:
-    """Lines of the input; at a terminal with a prompt, and Ctrl-C does not end it."""
+    """Lines of the input; in a terminal with a prompt, and Ctrl-C does not end it."""
     if not interactive:
         yield from sys.stdin
         return
@@ -114,10 +113,10 @@ def _lines(interactive: bool) -> Iterator[str]:
             print()
             return
         except KeyboardInterrupt:
-            _note("\n/quit or Ctrl-D ends.")
+            _notice("\n/quit or Ctrl-D ends.")
 
 
-def _note(text: str) -> None:
+def _notice(text: str) -> None:
     sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
 
@@ -139,17 +138,17 @@ class Chat:
         torch.manual_seed(seed)
 
     def reset(self) -> None:
-        """Forget the conversation, but not the system message."""
+        """Start a new conversation with the same system message."""
         self.history = []
 
     def answer(self, text: str) -> str:
-        """Print the reply to a message as it is generated, and remember both.
+        """Stream the reply to a message to stdout, and add both to the conversation.
 
-        Ctrl-C ends the reply; what was said stays in the conversation.
+        Ctrl-C ends the reply; its text so far stays in the conversation.
 
         Raises:
-            DataError: the message does not fit the context, or the template refuses it.
-            OutOfMemory: generating needs more memory than there is.
+            DataError: the message does not fit the context, or the template rejects it.
+            OutOfMemory: the GPU's memory is too small.
         """
         self.history.append({"role": "user", "content": text})
         try:
@@ -162,13 +161,13 @@ class Chat:
         return reply
 
     def _prompt(self) -> list[int]:
-        """Token ids of the conversation; its oldest turns are dropped where it is too long."""
+        """Token ids of the conversation; drops the oldest turns if it is too long."""
         context, longest = self.chat_model.context, self.sampling.max_new_tokens
         ids, dropped = fit_context(self.tokenizer, context, self.system, self.history, longest)
         if dropped:
             self.history = self.history[2 * dropped :]
             turns = "turn" if dropped == 1 else f"{dropped} turns"
-            _note(f"(The oldest {turns} no longer fit the context of {context} tokens.)")
+            _notice(f"(The oldest {turns} no longer fit the context of {context} tokens.)")
         return ids
 
     def _generate(self, ids: list[int]) -> str:
@@ -181,6 +180,6 @@ class Chat:
         try:
             generate_reply(self.chat_model, ids, self.sampling, emit)
         except KeyboardInterrupt:
-            _note("\n(stopped)")
+            _notice("\n(stopped)")
         print(flush=True)
         return "".join(pieces).strip()

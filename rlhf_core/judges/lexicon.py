@@ -1,4 +1,4 @@
-"""Judges: who says which of two replies is better, without any model of ours."""
+"""Judges that score a reply with a lexicon."""
 
 from __future__ import annotations
 

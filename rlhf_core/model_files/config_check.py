@@ -1,4 +1,4 @@
-"""Faults of a model's config.json that would only show when it is loaded. No torch in here."""
+"""Checks a config.json for errors that would otherwise appear on loading. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _OTHER_TASKS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMul
 
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """Problems of a config.json, one text each: its kind, its task, its sizes."""
+    """Problems of a config.json, one text each: model type, task and sizes."""
     path = folder / "config.json"
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         return [
-            f"{path} has model_type {str(kind)[:60]!r}; needed is the name of an architecture, "
-            "such as llama: copy the file from where the weights came from"
+            f"{path} has model_type {str(kind)[:60]!r}; expected the name of an architecture, "
+            "such as llama: copy the file from the source of the weights"
         ]
     problems = [
-        f"{path} describes a model for another task ({name}); needed is a causal language model: "
-        "give one that has a language-modelling head"
+        f"{path} describes a model for another task ({name}); expected a causal language model: "
+        "use one that has a language-modelling head"
         for name in _tasks(config)
     ]
     inner = config.get("text_config")
@@ -35,8 +35,8 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> list[str]:
         name = next((n for n in names if merged.get(n) is not None), None)
         if name is not None and not _is_size(merged[name]):
             problems.append(
-                f"{path} has {name} {str(merged[name])[:60]!r} for its {what}; needed is a whole "
-                "number above 0: copy the file from where the weights came from"
+                f"{path} has {name} {str(merged[name])[:60]!r} for its {what}; expected a positive "
+                "integer: copy the file from the source of the weights"
             )
     return problems or _check_heads(path, merged)
 
@@ -53,18 +53,18 @@ def _is_size(value: Any) -> bool:
 
 
 def _check_heads(path: Path, config: Mapping[str, Any]) -> list[str]:
-    """Heads that do not share the hidden size, or key/value heads that do not share the heads."""
+    """Whether the heads divide the hidden size, and the key/value heads the heads."""
     values = [next((config[n] for n in names if n in config), None) for names in _SIZES.values()]
     hidden, _, heads, _ = values
     if hidden and heads and not config.get("head_dim") and hidden % heads:
         return [
-            f"{path} has a hidden size of {hidden} and {heads} attention heads, which do not share "
-            "it evenly; copy the file from where the weights came from"
+            f"{path} has a hidden size of {hidden} and {heads} attention heads, which do not "
+            "divide it; copy the file from the source of the weights"
         ]
     groups = config.get("num_key_value_heads")
     if heads and groups is not None and (not _is_size(groups) or heads % groups):
         return [
             f"{path} has {heads} attention heads and num_key_value_heads {str(groups)[:60]}, which "
-            "does not divide them; copy the file from where the weights came from"
+            "does not divide them; copy the file from the source of the weights"
         ]
     return []

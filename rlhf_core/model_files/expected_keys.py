@@ -1,7 +1,7 @@
-"""The tensors that a model needs, out of its config.json alone. No torch in here.
+"""The names of the tensors that a model needs, from its config.json alone. Imports no torch.
 
-Known are the architectures whose parameters `model_shape` counts exactly; for the others the import
-itself compares, after loading.
+It knows the architectures whose parameters `shape` counts exactly. For the others, the import stage
+compares the names after loading.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _OPT_LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_
               "fc1", "fc2")  # fmt: skip
 _OPT_NORMS = ("self_attn_layer_norm", "final_layer_norm")
 _PREFIX = {"gpt2": "transformer.", "bloom": "transformer."}  # the others: "model."
-_TIED = {"gpt2", "bloom", "opt"}  # where config.json says nothing
-# Buffers that older versions wrote down and every loader leaves out.
+_TIED = {"gpt2", "bloom", "opt"}  # the default if config.json does not say
+# Buffers that older versions saved and every loader ignores.
 _LEFT_OUT = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
 
 
 def compare_keys(config: Mapping[str, Any], names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Parameters that have no tensor, and tensors that the model has no place for; both sorted.
+    """Missing and unexpected tensor names, both sorted.
 
-    Names may lack the base model's prefix, as in many folders of gpt2 and bloom. Nothing is said
-    about an unknown architecture or about quantised weights.
+    Names may lack the base model's prefix, as in many folders of gpt2 and bloom. Both lists are
+    empty for an unknown architecture and for quantised weights.
     """
     needed = _needed(config)
     if needed is None or config.get("quantization_config"):
@@ -59,21 +59,21 @@ def _needed(config: Mapping[str, Any]) -> set[str] | None:
     if type(layers) is not int or not 0 < layers < 10_000:
         return None
     if kind in ("llama", "mistral", "qwen2", "qwen3"):
-        top, layer = _llama(config, kind)
-        body, place = "model.", "model.layers"
+        outer, layer = _llama(config, kind)
+        prefix, layer_prefix = "model.", "model.layers"
     elif kind in ("gpt2", "bloom"):
         parts = _GPT2_LAYER if kind == "gpt2" else _BLOOM_LAYER
         layer = _both(parts)
-        top = ["wte.weight", "wpe.weight"] if kind == "gpt2" else ["word_embeddings.weight"]
-        top += _both(["ln_f"] if kind == "gpt2" else ["ln_f", "word_embeddings_layernorm"])
-        body, place = "transformer.", "transformer.h"
+        outer = ["wte.weight", "wpe.weight"] if kind == "gpt2" else ["word_embeddings.weight"]
+        outer += _both(["ln_f"] if kind == "gpt2" else ["ln_f", "word_embeddings_layernorm"])
+        prefix, layer_prefix = "transformer.", "transformer.h"
     elif kind == "opt":
-        top, layer = _opt(config)
-        body, place = "model.decoder.", "model.decoder.layers"
+        outer, layer = _opt(config)
+        prefix, layer_prefix = "model.decoder.", "model.decoder.layers"
     else:
         return None
-    names = {body + name for name in top} | {"lm_head.weight"}
-    return names | {f"{place}.{number}.{name}" for number in range(layers) for name in layer}
+    names = {prefix + name for name in outer} | {"lm_head.weight"}
+    return names | {f"{layer_prefix}.{number}.{name}" for number in range(layers) for name in layer}
 
 
 def _both(parts: Iterable[str]) -> list[str]:
@@ -99,10 +99,10 @@ def _opt(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     norms = config.get("layer_norm_elementwise_affine", True)
     layer = [f"{part}.{kind}" for part in _OPT_LAYER for kind in _LINEAR if bias or kind != "bias"]
     layer += _both(_OPT_NORMS) if norms else []
-    top = ["embed_tokens.weight", "embed_positions.weight"]
+    outer = ["embed_tokens.weight", "embed_positions.weight"]
     last = config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm")
-    top += _both(["final_layer_norm"]) if last and norms else []
+    outer += _both(["final_layer_norm"]) if last and norms else []
     width = config.get("word_embed_proj_dim")
     if width is not None and width != config.get("hidden_size"):
-        top += ["project_in.weight", "project_out.weight"]
-    return top, layer
+        outer += ["project_in.weight", "project_out.weight"]
+    return outer, layer

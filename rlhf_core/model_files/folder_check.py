@@ -1,6 +1,6 @@
-"""What can be known about a model's files without loading them. No torch in here.
+"""Checks a model folder without loading the model. Imports no torch.
 
-Every problem is one text that says what was found, what is needed and what to do.
+Each problem is a text that says what was found, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -31,53 +31,53 @@ CONVERT = (
 
 
 def check_weight_files(folder: Path, *, is_language_model: bool = True) -> list[str]:
-    """Problems of a Hugging Face model folder that can be seen without loading it.
+    """Problems of a Hugging Face model folder that are visible without loading it.
 
-    Git-lfs pointers, truncated or damaged safetensors, missing shards, weights that are only
-    there as pickles, a missing config or tokenizer, a vocabulary that does not fit the embedding,
-    no end-of-sequence token. Reads headers and JSON only: milliseconds, whatever the size.
+    Finds git-lfs pointers, truncated or damaged safetensors, missing shards, weights that exist
+    only as pickles, a missing config or tokenizer, a vocabulary that does not fit the embedding,
+    and a missing end-of-sequence token. It reads only headers and JSON, which takes milliseconds.
 
     Args:
-        is_language_model: False for a reward model, whose keys are judged when it is loaded.
+        is_language_model: False for a reward model, whose keys are checked when it is loaded.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        return [f"{folder} is not a folder; needed is one with config.json, weights and tokenizer"]
-    problems = _pointers(folder)
+        return [f"{folder} is not a folder; expected one with config.json, weights and tokenizer"]
+    problems = _lfs_pointers(folder)
     if problems:
-        return problems  # everything else that could be said follows from these
+        return problems  # the other checks would only report consequences
     config = _json(folder / "config.json", problems)
     if config is None and not (folder / "config.json").exists():
         problems.append(
-            f"{folder} has no config.json; needed is a Hugging Face model folder: copy the file "
-            "from where the weights came from"
+            f"{folder} has no config.json; expected a Hugging Face model folder: copy the file "
+            "from the source of the weights"
         )
     problems += check_config(folder, config) if config is not None and is_language_model else []
     before = len(problems)
     tensors = _tensors(folder, problems)
     if config is not None and is_language_model and len(problems) == before:
-        problems += _judge_keys(*compare_keys(config, tensors), f"the weights in {folder}")
+        problems += _key_problems(*compare_keys(config, tensors), f"the weights in {folder}")
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         problems.append(
             f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES[:2])}); copy the tokenizer "
-            "files from where the model came from into it"
+            "files from the source of the model into it"
         )
     _check_vocabulary(folder, config or {}, tensors, problems)
     if config is not None and is_language_model and not _has_eos(folder, config):
         problems.append(
-            f"{folder} names no end-of-sequence token, so that a reply would never end; add "
+            f"{folder} names no end-of-sequence token, so a reply would never end; add "
             '"eos_token" to tokenizer_config.json or "eos_token_id" to generation_config.json'
         )
     return problems
 
 
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Name -> dtype, shape and bytes of every tensor of a model folder.
+    """Dtype, shape and bytes of every tensor of a model folder, by name.
 
     Raises:
-        ModelError: weights are missing, cut short or not safetensors.
+        ModelError: weights are missing, truncated or not safetensors.
     """
-    problems = _pointers(folder)
+    problems = _lfs_pointers(folder)
     tensors = _tensors(folder, problems) if not problems else {}
     if problems:
         raise ModelError("; ".join(problems))
@@ -85,13 +85,16 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def check_loaded(loading_info: Mapping[str, Any], source: str = "the weights") -> None:
-    """Judge what `from_pretrained(..., output_loading_info=True)` reports.
+    """Check the report of `from_pretrained(..., output_loading_info=True)`.
+
+    Args:
+        source: names the weights in the error.
 
     Raises:
-        ModelError: parameters would have stayed at their random start, tensors were left over, or
-            shapes differ.
+        ModelError: parameters kept their random initialisation, tensors were unused, or shapes
+            differ.
     """
-    problems = _judge_keys(
+    problems = _key_problems(
         loading_info.get("missing_keys"), loading_info.get("unexpected_keys"), source,
         {
             "tensors of another shape": loading_info.get("mismatched_keys"),
@@ -102,39 +105,40 @@ def check_loaded(loading_info: Mapping[str, Any], source: str = "the weights") -
         raise ModelError(problems[0])
 
 
-def _judge_keys(
+def _key_problems(
     missing: Iterable[object] | None,
     unexpected: Iterable[object] | None,
     source: str,
     more: Mapping[str, Iterable[object] | None] | None = None,
 ) -> list[str]:
-    """One text about all keys that do not fit; none when they do."""
+    """One text about all keys that do not fit; no text if all fit."""
     found = {
         "parameters that have no tensor": missing,
-        "tensors that the model has no place for": unexpected,
+        "tensors that match no parameter": unexpected,
         **(more or {}),
     }
     parts = []
     for what, keys in found.items():
         names = sorted(str(key) for key in keys or ())
         if names:
-            parts.append(f"{len(names)} {what} ({_listed(names)})")
+            parts.append(f"{len(names)} {what} ({_first_names(names)})")
     if not parts:
         return []
     return [
-        f"{source} do not fit the architecture in config.json: {'; '.join(parts)}. Needed is "
-        "one tensor for each parameter: check that config.json and weights belong together "
-        "and that the model is a causal language model"
+        f"{source} do not fit the architecture in config.json: {'; '.join(parts)}. Expected one "
+        "tensor for each parameter: check that config.json and weights belong together and that "
+        "the model is a causal language model"
     ]
 
 
-def _listed(names: list[str]) -> str:
-    """The first five names, each cut where it is long."""
+def _first_names(names: list[str]) -> str:
+    """The first five names, each cut to 200 characters."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(name[:200] for name in names[:5]) + more
 
 
-def _pointers(folder: Path) -> list[str]:
+def _lfs_pointers(folder: Path) -> list[str]:
+    """One problem for each git-lfs pointer in the folder."""
     problems = []
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.stat().st_size < 1024:
@@ -144,14 +148,14 @@ def _pointers(folder: Path) -> list[str]:
                 size = re.search(rb"^size (\d+)$", text, re.MULTILINE)
                 wanted = f" of {int(size[1]):,} bytes" if size else ""
                 problems.append(
-                    f"{path} is a git-lfs pointer ({len(text)} bytes); needed is the file{wanted} "
-                    f"that it stands for: run `git lfs install && {pull}`"
+                    f"{path} is a git-lfs pointer ({len(text)} bytes); expected the file{wanted} "
+                    f"that it points to: run `git lfs install && {pull}`"
                 )
     return problems
 
 
 def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """A JSON object, None when the file is not there or is damaged (then with a problem)."""
+    """A JSON object; None if the file is missing, or damaged (which adds a problem)."""
     if not path.exists():
         return None
     try:
@@ -160,11 +164,12 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
             raise ValueError(f"a {type(value).__name__} instead of an object")
         return value
     except (ValueError, OSError, RecursionError) as error:
-        problems.append(f"{path} is not readable JSON ({error}); needed is an intact copy of it")
+        problems.append(f"{path} is not readable JSON ({error}); expected an intact copy of it")
         return None
 
 
 def _tensors(folder: Path, problems: list[str]) -> dict[str, TensorInfo]:
+    """The tensors of all weight files; missing and damaged files add problems."""
     index_path = folder / "model.safetensors.index.json"
     index = _json(index_path, problems)
     names = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -182,7 +187,7 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, TensorInfo]:
         if missing:
             problems.append(
                 f"{index_path} names {len(wanted)} weight files, {len(missing)} of which are "
-                f"missing: {_listed(missing)}; download them again"
+                f"missing: {_first_names(missing)}; download them again"
             )
         names = [name for name in wanted if name in names]
     elif not names and not index_path.exists():
@@ -192,7 +197,7 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, TensorInfo]:
     elif names:
         problems.append(
             f"{folder} holds {', '.join(names[:5])} but neither model.safetensors nor "
-            "model.safetensors.index.json; the index says which tensors are where: download it too"
+            "model.safetensors.index.json; the index maps tensors to files: download it too"
         )
     tensors: dict[str, TensorInfo] = {}
     damaged = False
@@ -207,19 +212,20 @@ def _tensors(folder: Path, problems: list[str]) -> dict[str, TensorInfo]:
         if lost:
             problems.append(
                 f"{index_path} names {len(lost)} tensors that its files do not hold "
-                f"({_listed(lost)}); index and weights are of different models: download both"
+                f"({_first_names(lost)}); index and weights are of different models: download both"
             )
     return tensors
 
 
 def _no_weights(folder: Path) -> str:
+    """The problem of a folder without safetensors."""
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES and p.is_file())
     if not pickles:
-        gguf = " (a .gguf file is not read from a folder)" if any(folder.glob("*.gguf")) else ""
-        return f"{folder} holds no weights{gguf}; needed is model.safetensors: download it"
+        gguf = " (.gguf files in a folder are not supported)" if any(folder.glob("*.gguf")) else ""
+        return f"{folder} holds no weights{gguf}; expected model.safetensors: download it"
     return (
         f"{folder} holds weights only as {', '.join(pickles[:3])}, a pickle, which can run any "
-        "code when it is read; needed is safetensors. If you trust the file, convert it once with: "
+        "code when it is read; expected safetensors. If you trust the file, convert it once with: "
         + CONVERT.format(
             source=shlex.quote(str(folder)), target=shlex.quote(f"{folder}-safetensors")
         )
@@ -252,14 +258,14 @@ def _check_vocabulary(
         last = max(_token_ids(tokenizer), default=-1)
     except (TypeError, AttributeError, KeyError) as error:
         problems.append(
-            f"{folder / 'tokenizer.json'} is no tokenizer ({type(error).__name__}: {error}); "
-            "needed is an intact copy of it"
+            f"{folder / 'tokenizer.json'} is not a tokenizer ({type(error).__name__}: {error}); "
+            "expected an intact copy of it"
         )
         return
     if last >= have:
         problems.append(
             f"the tokenizer in {folder} has tokens up to id {last:,}, the model's embedding "
-            f"only {have:,} rows; needed are more than {last:,}: use the tokenizer that the "
+            f"only {have:,} rows; expected more than {last:,}: use the tokenizer that the "
             "model was trained with, or call resize_token_embeddings and save the model again"
         )
     elif 0 <= last < have // 2:  # padding adds some hundred rows, never as many as there are tokens
@@ -279,7 +285,7 @@ def _token_ids(tokenizer: dict[str, Any]) -> list[int]:
     )
     ids += [token["id"] for token in tokenizer.get("added_tokens") or ()]
     if odd := [number for number in ids if type(number) is not int]:
-        raise TypeError(f"{str(odd[0])[:60]!r} stands where the id of a token should")
+        raise TypeError(f"the token id {str(odd[0])[:60]!r} is not an integer")
     if not ids:
         raise KeyError("vocab")
     return ids

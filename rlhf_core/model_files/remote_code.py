@@ -1,7 +1,7 @@
-"""Whether Python code that lies beside a model's weights may run.
+"""Decides whether Python code beside a model's weights may run.
 
-It runs only where a person said so for that model: `model.trust_remote_code`, which every job of
-the run carries, or `rlhf chat --trust-remote-code`. That an artifact holds code is no permission.
+It runs only if a person allowed it for that model: with `model.trust_remote_code`, which every job
+of the run carries, or `rlhf chat --trust-remote-code`. Code in an artifact is no permission.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ _allowed: ContextVar[bool] = ContextVar("remote code is allowed", default=False)
 
 
 def allow(yes: bool) -> None:
-    """Set what holds for the models that are loaded from now on."""
+    """Set the permission for the models that this context (thread) loads from now on."""
     _allowed.set(yes)
 
 
 def is_trusted(folder: Path) -> bool:
-    """The `trust_remote_code` to load a model or tokenizer of this folder with.
+    """The value of `trust_remote_code` for loading a model or tokenizer of this folder.
 
     Raises:
-        ModelError: the folder's code would be needed, and is not allowed.
+        ModelError: the folder needs its own code, which is not allowed.
     """
     if _allowed.get():
         return True
@@ -32,11 +32,11 @@ def is_trusted(folder: Path) -> bool:
         try:
             value = json.loads((Path(folder) / name).read_bytes())
         except (OSError, ValueError, RecursionError):
-            continue  # loading says what is wrong with it
+            continue  # loading reports the problem
         if isinstance(value, dict) and value.get("auto_map"):
             raise ModelError(
-                f"{Path(folder) / name} asks for Python code of the model's own (auto_map), which "
-                "is not allowed to run; read it, then set model.trust_remote_code to true, or "
-                "start `rlhf chat` with --trust-remote-code"
+                f"{Path(folder) / name} requires Python code of the model (auto_map), which is not "
+                "allowed to run; read it, then set model.trust_remote_code to true, or start "
+                "`rlhf chat` with --trust-remote-code"
             )
     return False

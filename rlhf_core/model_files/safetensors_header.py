@@ -1,4 +1,4 @@
-"""Reads and checks the header of a safetensors file: 8 bytes of length, JSON, then the tensors."""
+"""Reads and checks the header of a safetensors file (8 bytes of length, JSON, then the tensors)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BITS = {
 
 
 class HeaderProblem(ModelError):
-    """A safetensors file is cut short or damaged; the text names file, bytes found and needed."""
+    """A truncated or damaged safetensors file; the text gives actual and expected bytes."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: dtype as safetensors names it (F32, BF16, ...), shape, bytes."""
+    """One tensor: dtype as in safetensors (F32, BF16, ...), shape, size in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -32,14 +32,15 @@ class TensorInfo:
 
     @property
     def elements(self) -> int:
+        """Number of elements."""
         return prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Name -> tensor of one file, after checking that the file holds all their bytes.
+    """The tensors of one file by name, after checking that the file has exactly their bytes.
 
     Raises:
-        HeaderProblem: the file is empty, cut short, too long or no safetensors file.
+        HeaderProblem: the file is empty, truncated, too long or not a safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -47,7 +48,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         length = int.from_bytes(start, "little")
         if size < 8:
             raise HeaderProblem(
-                f"{path} is cut short: {size} bytes, not even a header; download it again"
+                f"{path} is truncated: {size} bytes, less than a header; download it again"
             )
         if length > MAX_HEADER:
             raise HeaderProblem(
@@ -57,7 +58,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         if length > size - 8:
             raise HeaderProblem(
-                f"{path} is cut short: its header needs {length + 8:,} bytes, the file has "
+                f"{path} is truncated: its header needs {length + 8:,} bytes, the file has "
                 f"{size:,}; download it again"
             )
         text = file.read(length)
@@ -71,7 +72,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     needed = 8 + length + end
     if needed > size:
         raise HeaderProblem(
-            f"{path} is cut short: its tensors need {needed:,} bytes, the file has {size:,} "
+            f"{path} is truncated: its tensors need {needed:,} bytes, the file has {size:,} "
             f"({needed - size:,} missing); download it again"
         )
     if needed < size:
@@ -83,14 +84,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _parse(text: bytes) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors, and where the last one ends: each begins where another one has ended."""
+    """The tensors, and the end of the last one in bytes. Checks that they leave no gaps."""
     if not text.startswith(b"{"):
         raise ValueError(f"it starts with {text[:8]!r} instead of a JSON object")
     header = json.loads(text.decode("utf-8"), parse_constant=_no_number)
-    json.dumps(header, ensure_ascii=False).encode("utf-8")  # raises for half a character
+    json.dumps(header, ensure_ascii=False).encode("utf-8")  # raises for a lone surrogate
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
-        raise TypeError("__metadata__ holds something else than texts")
+        raise TypeError("__metadata__ holds values that are not texts")
     placed = {name: _tensor(name, value) for name, value in header.items()}
     end = 0
     for name, (begin, tensor) in sorted(placed.items(), key=lambda item: _place(item[1])):
@@ -111,7 +112,7 @@ def _place(placed: tuple[int, TensorInfo]) -> tuple[int, int]:
 
 
 def _tensor(name: str, value: dict[str, Any]) -> tuple[int, TensorInfo]:
-    """Where a tensor begins, and what it is."""
+    """The start of a tensor in bytes, and the tensor."""
     shape, offsets = value["shape"], value["data_offsets"]
     for numbers in (shape, offsets):
         if type(numbers) is not list or any(type(n) is not int or n < 0 for n in numbers):

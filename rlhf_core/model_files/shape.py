@@ -1,4 +1,4 @@
-"""Sizes of a causal language model, out of its config.json alone. No torch in here."""
+"""Sizes and parameter counts of a causal language model, from its config.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Attention that torch computes without writing the (S,S) scores down; others keep them.
+# Without a fused attention kernel in torch, so that attention keeps its (S,S) scores.
 _EAGER_ONLY = {"bloom"}
 _PLAIN_MLP = {"gpt2", "opt", "bloom", "gpt_neox", "gpt_bigcode", "falcon", "phi", "starcoder2"}
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What parameter count and memory follow from. d is the hidden size.
+    """The sizes that determine parameter count and memory.
 
     Attributes:
         layers, hidden, intermediate, vocabulary: as in config.json.
-        heads: attention heads. query, key_value: d of all query heads, of all key/value heads.
-        context: longest sequence in tokens, None where positions are unbounded (bloom's ALiBi).
-        layer_parameters: of one transformer layer. embedding_parameters: of token embedding,
-            learned positions and their norm. head_parameters: of an untied head, else 0.
-        gated: three matrices in the MLP instead of two.
+        heads: number of attention heads.
+        query, key_value: total width of the query heads, and of the key/value heads.
+        context: longest sequence in tokens; None for unbounded positions (bloom's ALiBi).
+        layer_parameters: of one transformer layer.
+        embedding_parameters: of token embedding, learned positions and their norm.
+        head_parameters: of an untied vocabulary head, else 0.
+        gated: the MLP has three matrices instead of two.
         keeps_scores: attention keeps its (S,S) scores for the backward pass.
     """
 
@@ -41,22 +43,22 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Of the causal language model; a tied head counts once."""
+        """Parameters of the causal language model; a tied head counts once."""
         norm = self.hidden if self.gated else 2 * self.hidden
         body = self.layers * self.layer_parameters + norm
         return body + self.embedding_parameters + self.head_parameters
 
     @property
     def backbone_parameters(self) -> int:
-        """Without the vocabulary head, as reward model and critic have it (plus their own)."""
+        """Parameters of a reward model or critic: a scalar head instead of the vocabulary head."""
         return self.parameters - self.head_parameters + self.hidden + 1
 
 
 def read_shape(config: Mapping[str, Any]) -> ModelShape:
-    """Sizes out of config.json.
+    """The sizes in a config.json.
 
-    The count of parameters is exact for llama, mistral, qwen2, qwen3, gpt2, opt and bloom; other
-    architectures are taken for llama-like or gpt-like ones, and experts are counted in full.
+    Parameter counts are exact for llama, mistral, qwen2, qwen3, gpt2, opt and bloom. Other
+    architectures are treated as llama-like or gpt-like, and experts are counted in full.
 
     Raises:
         KeyError: the config names no hidden size, layers or heads.

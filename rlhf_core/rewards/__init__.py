@@ -1,4 +1,4 @@
-"""Rule rewards: scores of replies that need no model and no GPU. No torch in here."""
+"""Rule rewards: score replies without a model or a GPU. Imports no torch."""
 
 from rlhf_core.rewards.check import check_rewards
 from rlhf_core.rewards.rules import Rules

@@ -1,4 +1,4 @@
-"""Answers: equal as texts, or as numbers."""
+"""Compares a reply with the expected answer, as text or as a number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PUNCTUATION = ".,!?;:'\"`*$()[]{}…。，、！？；：“”‘’《》「�
 _FRONT = _PUNCTUATION.replace(".", "")  # .5 is not 5
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = regex.compile(
-    # A sign counts only where it cannot be a minus between two values: 7-3 ends with 3.
+    # A sign counts only if it cannot be a minus between two values: 7-3 ends with 3.
     rf"(?P<sign>(?<![\w.)\]%])[-+])?[$€£¥]?"
     rf"(?:(?:(?P<mixed>\d+)\s+)?(?P<above>{_PLAIN})\s*/\s*(?P<below>{_PLAIN})"
     rf"|(?P<value>{_PLAIN})(?P<exponent>[eE][-+]?\d+)?)"
@@ -22,7 +22,7 @@ _FRACTION = regex.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 
 
 def normalise_answer(text: str) -> str:
-    """Text without differences in case, width and white space, and punctuation at its ends."""
+    """The text with case, character width and white space normalised, without outer punctuation."""
     plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     while (shorter := plain.rstrip(_PUNCTUATION).lstrip(_FRONT).strip()) != plain:
         plain = shorter
@@ -30,14 +30,14 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(reply: str, answer: str) -> bool:
-    """Equal after `normalise_answer`."""
+    """Whether reply and answer are equal after `normalise_answer`."""
     return normalise_answer(reply) == normalise_answer(answer)
 
 
 def last_number(text: str) -> tuple[float, bool] | None:
     """The last number of a text, and whether a percent sign follows it; None without a number.
 
-    Read are thousands separators (1,234), decimals, exponents, fractions (3/4, 1 1/2, and LaTeX's
+    Supports thousands separators (1,234), decimals, exponents, fractions (3/4, 1 1/2, and LaTeX's
     \\frac{3}{4}) and full-width digits. A division by zero or a value beyond a float is no number.
     """
     plain = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/")
@@ -61,15 +61,15 @@ def last_number(text: str) -> tuple[float, bool] | None:
 
 
 def _fraction(match: regex.Match[str]) -> str:
-    """3/4 for \\frac{3}{4}; a whole number before it stays apart, so that it is a mixed one."""
+    """3/4 for \\frac{3}{4}; a space separates a preceding integer, giving a mixed number."""
     glued = match.string[: match.start()][-1:].isdigit()
     return f"{' ' if glued else ''}{match[1]}/{match[2]}"
 
 
 def numeric_match(reply: str, answer: str, tolerance: float) -> bool:
-    """The last numbers are equal up to a relative tolerance; False where one is missing.
+    """Whether the last numbers are equal up to a relative tolerance; False if one is missing.
 
-    Where one of the two alone has a percent sign, 50% equals both 0.5 and 50.
+    If only one of them has a percent sign, 50% equals both 0.5 and 50.
     """
     given, wanted = last_number(reply), last_number(answer)
     if given is None or wanted is None:

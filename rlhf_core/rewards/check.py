@@ -1,4 +1,4 @@
-"""What can be wrong with rewards before anything is started."""
+"""Checks the rewards of a configuration before a run starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf_core.jobs.rewards import (
     Reward,
     SentimentReward,
 )
-from rlhf_core.rewards.reasoning import INSTALL, installed
+from rlhf_core.rewards.reasoning import INSTALL, is_installed
 from rlhf_core.system.processes import python_path
 
 IMPORT_SECONDS = 120.0
@@ -33,42 +33,43 @@ except ConfigError as error:
 
 
 def check_rewards(rewards: Sequence[Reward], prompts: DataSettings | None = None) -> list[str]:
-    """Problems of a configuration's rewards, one text each; no text: none found.
+    """Problems of a configuration's rewards, one text each.
 
-    What pydantic sees by itself (a pattern that is none, an empty list of words) is not repeated.
-    A function of the user's is imported in another process, so that nothing of it stays here.
+    The checks of pydantic (an invalid pattern, an empty list of words) are not repeated. The user's
+    functions are imported in another process, so that they do not affect this one.
 
     Args:
-        prompts: settings of the prompts; with them it is checked that they have answers where a
-            rule needs some.
+        prompts: settings of the prompts; if given, check that they have the answers that the rules
+            need.
     """
     problems = []
     if not rewards:
         problems.append(
-            "rewards is empty, so that every reply would be worth the same; give at least one, "
-            "such as {type: model}"
+            "rewards is empty, so every reply would get the same score; give at least one, such as "
+            "{type: model}"
         )
     elif not any(reward.weight for reward in rewards):
-        problems.append("every reward has the weight 0; needed is one that counts")
+        problems.append("every reward has the weight 0; expected at least one other weight")
     for number, reward in enumerate(rewards):
-        place = f"rewards.{number} ({reward.type})"
+        where = f"rewards.{number} ({reward.type})"
         match reward:
             case PythonReward():
                 if problem := _importable(reward.function):
-                    problems.append(f"{place}: {problem}")
-            case ReasoningGymReward() if not installed():
-                problems.append(f"{place}: the package reasoning-gym is not installed; {INSTALL}")
+                    problems.append(f"{where}: {problem}")
+            case ReasoningGymReward() if not is_installed():
+                problems.append(f"{where}: the package reasoning-gym is not installed; {INSTALL}")
             case SentimentReward() if find_spec("vaderSentiment") is None:
                 problems.append(
-                    f"{place}: the package vaderSentiment is not installed; run: pip install "
+                    f"{where}: the package vaderSentiment is not installed; run: pip install "
                     "vaderSentiment"
                 )
         if prompts is not None and (problem := _answers(reward, prompts)):
-            problems.append(f"{place}: {problem}")
+            problems.append(f"{where}: {problem}")
     return problems
 
 
 def _answers(reward: Reward, prompts: DataSettings) -> str:
+    """Why the prompts lack the answers that a rule needs; empty if they have them."""
     from rlhf_core.data.dataset.carried import carried
     from rlhf_core.data.sources.reasoning import is_reasoning
 
@@ -82,13 +83,14 @@ def _answers(reward: Reward, prompts: DataSettings) -> str:
         case ReasoningGymReward(without_answer=None):
             if not is_reasoning(prompts.source) and "extra" not in columns:
                 return (
-                    f"the prompts ({prompts.source}) are none of reasoning-gym's; set "
+                    f"the prompts ({prompts.source}) are not from reasoning-gym; set "
                     "data.prompts.source to reasoning-gym:TASK"
                 )
     return ""
 
 
 def _importable(path: str) -> str:
+    """Why a user's function cannot be imported; empty if it can."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _IMPORT, path],
@@ -96,9 +98,9 @@ def _importable(path: str) -> str:
             check=False, env={**os.environ, "PYTHONPATH": python_path()},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"importing {path} takes more than {IMPORT_SECONDS:g} s; make its module lighter"
+        return f"importing {path} takes more than {IMPORT_SECONDS:g} s; make its import faster"
     if done.returncode == 0:
         return ""
-    said = done.stderr.strip()
-    _, marked, problem = said.rpartition("PROBLEM ")
-    return problem if marked else f"importing {path} ended with {said[-300:]!r}"
+    output = done.stderr.strip()
+    _, marked, problem = output.rpartition("PROBLEM ")
+    return problem if marked else f"importing {path} ended with {output[-300:]!r}"

@@ -1,4 +1,4 @@
-"""Words that a reply must not hold."""
+"""The forbidden-words reward: words that a reply must not contain."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import regex
 
 from rlhf_core.rewards.text import UNSPACED
 
-# A letter or digit that would make a longer word of the one beside it; never one of a script
-# without spaces, so that a Latin word is found between Chinese characters.
+# A letter or digit that extends a neighbouring word. Scripts without spaces are excluded, so that a
+# Latin word is found between Chinese characters.
 _GLUE = rf"[[\p{{L}}\p{{M}}\p{{N}}_]--[{UNSPACED}]]"
 _GLUED = regex.compile(rf"(?V1){_GLUE}")
 
 
 def forbidden_score(forbidden: Sequence[str]) -> Callable[[str], float]:
-    """A function that gives 0 for a text with one of the words, else 1.
+    """A function that returns 0 for a text with one of the words, else 1.
 
-    Case and width (full-width letters) do not count; any white space stands for that in a phrase.
+    It ignores case and character width. A space in a phrase matches any white space.
     """
     pattern = regex.compile(
-        "(?V1)" + "|".join(_one(word) for word in forbidden), regex.IGNORECASE | regex.FULLCASE
+        "(?V1)" + "|".join(_word_pattern(word) for word in forbidden),
+        regex.IGNORECASE | regex.FULLCASE,
     )
 
     def score(text: str) -> float:
@@ -30,7 +31,7 @@ def forbidden_score(forbidden: Sequence[str]) -> Callable[[str], float]:
     return score
 
 
-def _one(word: str) -> str:
+def _word_pattern(word: str) -> str:
     parts = unicodedata.normalize("NFKC", word).split()
     before = rf"(?<!{_GLUE})" if _GLUED.match(parts[0][0]) else ""
     after = rf"(?!{_GLUE})" if _GLUED.match(parts[-1][-1]) else ""

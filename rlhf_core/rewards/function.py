@@ -1,4 +1,4 @@
-"""A user's own reward function: found, called with a time limit, and held to its contract."""
+"""A user's reward function: imported, called with a time limit, its result checked."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 from rlhf_core.errors import ConfigError, TrainingFailure
 from rlhf_core.jobs.rewards import PythonReward
 
-LONGEST = 300  # characters of a value in a message
+MAX_SHOWN = 300  # characters of a value in a message
 
 
 class _Raised(Exception):
-    """What the user's function raised, apart from what is raised here."""
+    """Wraps an exception of the user's function, to tell it from our own."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(error)
@@ -45,19 +45,22 @@ def load_function(path: str) -> Callable[..., Any]:
         raise ConfigError(f"Reward {path}: {error}; correct the function's name.") from error
     if not callable(found):
         raise ConfigError(
-            f"Reward {path} is a {type(found).__name__}; needed is a function that takes prompts, "
+            f"Reward {path} is a {type(found).__name__}; expected a function that takes prompts, "
             "replies, rows and finished."
         )
     return found  # type: ignore[no-any-return]
 
 
-def own_function(rule: PythonReward) -> Callable[..., list[float]]:
-    """The user's function; what it returns is checked.
+def user_function(rule: PythonReward) -> Callable[..., list[float]]:
+    """The user's function with a time limit and a check of its result.
 
-    The call runs in a thread of its own, because signals reach only the main thread, which here
-    waits. Python cannot end a thread: after a time-out it goes on until the process ends, which the
-    error brings about. Code that keeps Python's interpreter lock (a regular expression of `re` that
-    never ends) is not interrupted; the ranks' own time limits are what is left then.
+    Each call runs in its own thread. Python cannot stop a thread: after a timeout it continues
+    until the process ends, which the error causes. Code that holds Python's interpreter lock (an
+    endless regular expression of `re`) is not interrupted; then only the ranks' time limits apply.
+
+    Returns:
+        A function of prompts, replies, rows and finished, which returns one score per sample and
+        raises TrainingFailure if the user's function fails.
 
     Raises:
         ConfigError: there is no such function.
@@ -67,7 +70,7 @@ def own_function(rule: PythonReward) -> Callable[..., list[float]]:
     def call(**batch: list[Any]) -> list[float]:
         started = time.monotonic()
         try:
-            result = _in_time(function, batch, rule.time_limit)
+            result = _call_in_time(function, batch, rule.time_limit)
         except TimeoutError:
             raise TrainingFailure(
                 f"Reward {rule.function} took more than {rule.time_limit:g} s for "
@@ -76,29 +79,29 @@ def own_function(rule: PythonReward) -> Callable[..., list[float]]:
         except _Raised as raised:
             error = raised.error
             left = rule.time_limit - (time.monotonic() - started)
-            which = _culprit(function, batch, left)
+            which = _failing_sample(function, batch, left)
             raise TrainingFailure(
-                f"Reward {rule.function} raised {type(error).__name__}: {str(error)[:LONGEST]} "
-                f"({which}); {_line(error)}."
+                f"Reward {rule.function} raised {type(error).__name__}: {str(error)[:MAX_SHOWN]} "
+                f"({which}); {_raised_at(error)}."
             ) from error
-        return _checked(rule.function, result, batch["replies"])
+        return _check_result(rule.function, result, batch["replies"])
 
     return call
 
 
-def _in_time(function: Callable[..., Any], batch: dict[str, list[Any]], seconds: float) -> Any:
-    """function(**batch).
+def _call_in_time(function: Callable[..., Any], batch: dict[str, list[Any]], seconds: float) -> Any:
+    """function(**batch), for at most so many seconds.
 
     Raises:
-        TimeoutError: it took too long.
-        _Raised: it raised something itself.
+        TimeoutError: the call took longer.
+        _Raised: the function raised an exception.
     """
     box: dict[str, Any] = {}
 
     def work() -> None:
         try:
             box["result"] = function(**{name: list(part) for name, part in batch.items()})
-        except BaseException as error:  # SystemExit too would be lost with the thread
+        except BaseException as error:  # even a SystemExit, which would end only the thread
             box["error"] = error
 
     thread = threading.Thread(target=work, name="reward", daemon=True)
@@ -111,8 +114,10 @@ def _in_time(function: Callable[..., Any], batch: dict[str, list[Any]], seconds:
     return box["result"]
 
 
-def _culprit(function: Callable[..., Any], batch: dict[str, list[Any]], seconds: float) -> str:
-    """Which sample it was: each is tried alone, for as long as the time limit lasts."""
+def _failing_sample(
+    function: Callable[..., Any], batch: dict[str, list[Any]], seconds: float
+) -> str:
+    """Describes the sample that fails: tries each one alone, for at most so many seconds."""
     count = len(batch["replies"])
     end = time.monotonic() + seconds
     for index in range(count):
@@ -120,37 +125,38 @@ def _culprit(function: Callable[..., Any], batch: dict[str, list[Any]], seconds:
         if (left := end - time.monotonic()) <= 0:
             return f"sample {index} of {count} or a later one"
         try:
-            _in_time(function, one, left)
+            _call_in_time(function, one, left)
         except TimeoutError:
             return f"sample {index} of {count} or a later one"
         except _Raised:
             reply = batch["replies"][index]
             row = batch["rows"][index].get("row", "?")
             return f"sample {index} of {count}, prompt row {row}, reply {reply[:80]!r}"
-    return f"no single one of the {count} samples: each alone passes"
+    return f"none of the {count} samples fails alone"
 
 
-def _line(error: BaseException) -> str:
+def _raised_at(error: BaseException) -> str:
+    """File and line of an exception."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"at {last.filename}, line {last.lineno}: {last.line}"
 
 
-def _checked(path: str, result: Any, replies: list[str]) -> list[float]:
+def _check_result(path: str, result: Any, replies: list[str]) -> list[float]:
     """The result as floats.
 
     Raises:
         TrainingFailure: it is not one finite number per sample.
     """
-    needed = f"needed is one finite number for each of the {len(replies)} samples"
+    expected = f"expected one finite number for each of the {len(replies)} samples"
     try:
         values = result.tolist() if hasattr(result, "tolist") else list(result)
         assert isinstance(values, list)
     except (TypeError, AssertionError):
         raise TrainingFailure(
-            f"Reward {path} returned a {type(result).__name__}; {needed}, in a list."
+            f"Reward {path} returned a {type(result).__name__}; {expected}, in a list."
         ) from None
     if len(values) != len(replies):
-        raise TrainingFailure(f"Reward {path} returned {len(values)} values; {needed}.")
+        raise TrainingFailure(f"Reward {path} returned {len(values)} values; {expected}.")
     numbers = []
     for index, value in enumerate(values):
         try:
@@ -159,8 +165,8 @@ def _checked(path: str, result: Any, replies: list[str]) -> list[float]:
             number = math.nan
         if isinstance(value, str | bytes) or not math.isfinite(number):
             raise TrainingFailure(
-                f"Reward {path} returned {repr(value)[:LONGEST]} for sample {index} of "
-                f"{len(replies)} (reply {replies[index][:80]!r}); {needed}."
+                f"Reward {path} returned {repr(value)[:MAX_SHOWN]} for sample {index} of "
+                f"{len(replies)} (reply {replies[index][:80]!r}); {expected}."
             )
         numbers.append(number)
     return numbers

@@ -1,4 +1,4 @@
-"""Length of a reply against a target."""
+"""The length reward: how close a reply's length is to a target."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from rlhf_core.rewards.text import words
 def length_score(text: str, target: float, width: float, unit: str) -> float:
     """1 / (1 + ((length - target) / width)²), in (0, 1].
 
-    Its tails are heavy on purpose: a bell curve is 0 for all replies far from the target, and what
-    is equal for all replies teaches nothing.
+    Heavy tails on purpose: a Gaussian is 0 for all replies far from the target, and equal scores
+    give no signal.
 
     Args:
         target, width: in `unit`, "words" or "characters" (code points).

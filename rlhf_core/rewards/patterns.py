@@ -1,4 +1,4 @@
-"""Regular expressions on replies, with a time limit against patterns that never come to an end."""
+"""Regular expressions on replies, with a time limit against catastrophic backtracking."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 
 import regex
 
-SECONDS = 1.0  # for one reply; a sound pattern takes microseconds
+TIME_LIMIT = 1.0  # seconds for one reply; a normal pattern takes microseconds
 
 
 def matches(
-    pattern: Any, text: str, mode: str, failures: Counter[str], seconds: float = SECONDS
+    pattern: Any, text: str, mode: str, failures: Counter[str], seconds: float = TIME_LIMIT
 ) -> bool:
     """Whether a compiled pattern matches.
 
     Args:
         mode: "search" or "fullmatch".
-        failures: a search that takes longer than the time limit counts as no match, and in here.
+        failures: counts a timeout, which is no match, as "regex_timeout".
+        seconds: time limit.
     """
     look = pattern.search if mode == "search" else pattern.fullmatch
     try:
@@ -28,12 +29,12 @@ def matches(
 
 
 def extract(
-    pattern: Any, text: str, failures: Counter[str], seconds: float = SECONDS
+    pattern: Any, text: str, failures: Counter[str], seconds: float = TIME_LIMIT
 ) -> str | None:
-    """The last match's first group that took part (without groups: the match), or None.
+    """The first matching group of the last match, or the whole match without groups; or None.
 
     Args:
-        failures: as in `matches`.
+        failures, seconds: as in `matches`.
     """
     last = None
     try:
@@ -48,5 +49,6 @@ def extract(
     return found
 
 
-def compiled(pattern: str, ignore_case: bool = False) -> Any:
+def compile_pattern(pattern: str, ignore_case: bool = False) -> Any:
+    """A compiled pattern of the package `regex`, which supports timeouts."""
     return regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)

@@ -1,9 +1,7 @@
-"""reasoning-gym's tasks: each comes with a verifier, which scores a reply to one of its questions.
+"""The reasoning_gym reward: the verifiers of reasoning-gym's tasks (arXiv 2505.24760).
 
-The verifiers run in a child process: some evaluate what the reply says, and a reply such as
-9**9**9**9 is never done. Such a child is killed, and the next reply gets a new one.
-
-reasoning-gym: arXiv 2505.24760.
+The verifiers run in a child process, because some evaluate the reply, and a reply such as
+9**9**9**9 never finishes. Such a child is killed, and the next reply gets a new one.
 """
 
 from __future__ import annotations
@@ -22,32 +20,34 @@ from typing import Any
 
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.jobs.rewards import ReasoningGymReward
-from rlhf_core.rewards.patterns import compiled, extract
+from rlhf_core.rewards.patterns import compile_pattern, extract
 from rlhf_core.system.processes import python_path
 
 INSTALL = 'run: pip install "rlhf-pipeline[reasoning]" (or pip install reasoning-gym)'
-START_SECONDS = 120.0  # for importing the package, on a busy machine
+START_SECONDS = 120.0  # for the import of the package, on a busy machine
 
 
-def installed() -> bool:
+def is_installed() -> bool:
+    """Whether the package reasoning-gym is installed."""
     return find_spec("reasoning_gym") is not None
 
 
 def reasoning_score(
     rule: ReasoningGymReward, seed: int, failures: Counter[str]
 ) -> Callable[[list[str], list[dict[str, Any]]], list[float]]:
-    """A function of replies and rows that gives the verifiers' scores, 0 to 1.
+    """A function of replies and rows that returns the verifiers' scores, 0 to 1.
 
     Args:
-        seed: that tasks' objects are made with; verifiers go by the row.
+        seed: for the tasks' objects; the verifiers use the row.
         failures: counts verifier_timeout and verifier_error, for which a reply gets 0, and
             regex_timeout.
+
     Raises:
         ConfigError: the package is not installed.
     """
-    if not installed():
+    if not is_installed():
         raise ConfigError(f"The reward reasoning_gym needs the package reasoning-gym; {INSTALL}")
-    pattern = compiled(rule.pattern) if rule.pattern is not None else None
+    pattern = compile_pattern(rule.pattern) if rule.pattern is not None else None
     child = Verifier(seed)
 
     def one(reply: str, row: dict[str, Any]) -> float:
@@ -57,7 +57,7 @@ def reasoning_score(
                 return float(rule.without_answer)
             raise DataError(
                 f"The reward reasoning_gym needs prompts of reasoning-gym; row "
-                f"{row.get('row', '?')} is none: its column 'extra' has "
+                f"{row.get('row', '?')} is not one: its column 'extra' has "
                 f"{str(row.get('extra') or '')[:60]!r}. Set data.prompts.source to "
                 "reasoning-gym:TASK, or the reward's without_answer."
             )
@@ -84,14 +84,18 @@ def _task(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Verifier:
-    """A child process (verifier.py) that answers one line of JSON with another."""
+    """A child process (verifier.py) that replies to one line of JSON with another."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._process: subprocess.Popen[bytes] | None = None
 
     def score(self, request: dict[str, Any], seconds: float) -> tuple[float, str]:
-        """Score of a request {task, options, entry, answer}, and the name of a trouble or "".
+        """The score of a request, and the name of a failure or "".
+
+        Args:
+            request: {task, options, entry, answer}.
+            seconds: time limit.
 
         Raises:
             ConfigError: the package cannot be imported, or has no such task.
@@ -103,7 +107,7 @@ class Verifier:
             process.stdin.write(line.encode())
             process.stdin.flush()
             answer = self._read(seconds)
-        except (BrokenPipeError, EOFError):  # memory, or a crash in a C library
+        except (BrokenPipeError, EOFError):  # out of memory, or a crash in a C library
             self.close()
             return 0.0, "verifier_error"
         if answer is None:
@@ -133,7 +137,7 @@ class Verifier:
         return self._process
 
     def _read(self, seconds: float) -> dict[str, Any] | None:
-        """The child's next line; None when it did not come in time."""
+        """The child's next line; None after a timeout. Raises EOFError if the child has ended."""
         assert self._process is not None and self._process.stdout is not None
         stream, end = self._process.stdout.fileno(), time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
@@ -149,7 +153,7 @@ class Verifier:
         return answer
 
     def close(self) -> None:
-        """End the child."""
+        """Kill the child process."""
         process, self._process = self._process, None
         atexit.unregister(self.close)
         if process is not None:

@@ -1,4 +1,4 @@
-"""Repetition inside a reply."""
+"""The repetition reward: how few n-grams of a reply are repeated."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from rlhf_core.rewards.text import words
 
 
 def repetition_score(text: str, n: int) -> float:
-    """Different n-grams of words / all of them, in (0, 1]; 1 for a text of fewer than n words.
+    """Share of distinct word n-grams, in (0, 1]; 1 for a text of fewer than n words.
 
-    Upper and lower case are the same.
+    It ignores case.
     """
     found = words(text.casefold())
     grams = [tuple(found[start : start + n]) for start in range(len(found) - n + 1)]

@@ -1,4 +1,4 @@
-"""All rules of a configuration, applied to a batch of replies."""
+"""Applies all rules of a configuration to a batch of replies."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from rlhf_core.jobs.rewards import (
 )
 from rlhf_core.rewards.answer import exact_match, last_number, numeric_match
 from rlhf_core.rewards.forbidden import forbidden_score
-from rlhf_core.rewards.function import own_function
+from rlhf_core.rewards.function import user_function
 from rlhf_core.rewards.length import length_score
-from rlhf_core.rewards.patterns import compiled, extract, matches
+from rlhf_core.rewards.patterns import compile_pattern, extract, matches
 from rlhf_core.rewards.reasoning import reasoning_score
 from rlhf_core.rewards.repetition import repetition_score
 from rlhf_core.rewards.sentiment import sentiment_score
@@ -35,7 +35,7 @@ from rlhf_core.rewards.text import script_share
 
 @dataclass(frozen=True)
 class Batch:
-    """What a rule sees of N samples; see `Rules.score`."""
+    """The arguments of a rule: N samples; see `Rules.score`."""
 
     prompts: list[list[dict[str, str]]]
     replies: list[str]
@@ -47,19 +47,20 @@ Scorer = Callable[[Batch], list[float]]
 
 
 class Rules:
-    """Everything in `rewards` that is not the reward model.
+    """The items of the setting `rewards` except the reward model.
 
     Args:
         rewards: in the order of the configuration.
-        seed: of rules that draw; none of today's does, but for what reasoning-gym's task objects
-            are made with.
+        seed: for reasoning-gym's task objects, the only rules with randomness.
+
     Attributes:
-        names: one per rule, for metrics: its type, with -2, -3 where it is there again.
-        weights: one per rule; scores are returned without them.
-        failures: name -> replies that got a rule's lowest score because the rule could not be
-            applied: regex_timeout, verifier_timeout, verifier_error. Counted since the start.
+        names: one per rule, for metrics: its type, with -2, -3 for further rules of the type.
+        weights: one per rule; `score` does not apply them.
+        failures: name -> number of replies that got a rule's lowest score because the rule failed:
+            regex_timeout, verifier_timeout, verifier_error. Counted since the start.
+
     Raises:
-        ConfigError: a package or function that a rule needs is not there.
+        ConfigError: a package or function that a rule needs is missing.
     """
 
     def __init__(self, rewards: Sequence[Reward], seed: int) -> None:
@@ -81,17 +82,18 @@ class Rules:
         rows: list[dict[str, Any]],
         finished: list[bool],
     ) -> list[list[float]]:
-        """One list per rule, with one finite number per sample.
+        """The scores: one list per rule, with one finite number per sample.
 
         Args:
             prompts: messages {"role", "content"} of N samples.
-            replies: texts without special tokens.
-            rows: of the prompts data set; `answer` and `extra` may be missing or empty.
-            finished: the reply ended with its end-of-turn token.
+            replies: N texts without special tokens.
+            rows: N rows of the prompts data set; `answer` and `extra` may be missing or empty.
+            finished: whether each reply ended with its end-of-turn token.
+
         Raises:
             DataError: a row lacks what a rule needs.
-            TrainingFailure: a function of the user's failed, took too long, or gave something else
-                than one finite number per sample.
+            TrainingFailure: a user's function failed, took too long, or did not return one finite
+                number per sample.
         """
         count = len(replies)
         assert len(prompts) == len(rows) == len(finished) == count
@@ -106,10 +108,10 @@ def _scorer(rule: Reward, seed: int, failures: Counter[str]) -> Scorer:
         case LengthReward():
             return _each(lambda text: length_score(text, rule.target, rule.width, rule.unit))
         case RegexReward():
-            pattern = compiled(rule.pattern, rule.ignore_case)
+            pattern = compile_pattern(rule.pattern, rule.ignore_case)
             return _each(lambda text: float(matches(pattern, text, rule.mode, failures)))
         case MustEndReward():
-            return lambda batch: _ends(rule, batch)
+            return lambda batch: _must_end(rule, batch)
         case ForbiddenWordsReward():
             return _each(forbidden_score(rule.words))
         case RepetitionReward():
@@ -124,7 +126,7 @@ def _scorer(rule: Reward, seed: int, failures: Counter[str]) -> Scorer:
             verify = reasoning_score(rule, seed, failures)
             return lambda batch: verify(batch.replies, batch.rows)
         case PythonReward():
-            call = own_function(rule)
+            call = user_function(rule)
             return lambda batch: call(
                 prompts=batch.prompts, replies=batch.replies, rows=batch.rows,
                 finished=batch.finished,
@@ -136,7 +138,7 @@ def _each(score: Callable[[str], float]) -> Scorer:
     return lambda batch: [score(reply) for reply in batch.replies]
 
 
-def _ends(rule: MustEndReward, batch: Batch) -> list[float]:
+def _must_end(rule: MustEndReward, batch: Batch) -> list[float]:
     return [
         float(
             (finished or not rule.end_of_turn)
@@ -147,7 +149,7 @@ def _ends(rule: MustEndReward, batch: Batch) -> list[float]:
 
 
 def _answers(rule: AnswerReward, failures: Counter[str]) -> Scorer:
-    pattern = compiled(rule.pattern) if rule.pattern is not None else None
+    pattern = compile_pattern(rule.pattern) if rule.pattern is not None else None
 
     def one(reply: str, row: dict[str, Any]) -> float:
         answer = row.get("answer") or ""

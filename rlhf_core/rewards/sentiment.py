@@ -1,4 +1,4 @@
-"""Sentiment by a lexicon."""
+"""The sentiment reward: the lexicon-based score of VADER."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf_core.judges.lexicon import get_judge
 
 
 def sentiment_score() -> Callable[[str], float]:
-    """A function that gives VADER's compound score of a text, -1 to 1.
+    """A function that returns VADER's compound score of a text, -1 to 1.
 
     Raises:
         ConfigError: the package is not installed.

@@ -1,6 +1,7 @@
-"""The child process in which reasoning-gym's verifiers run; see reasoning.py.
+"""The child process that runs reasoning-gym's verifiers; see reasoning.py.
 
-Lines of JSON: {task, options, entry, answer, seed} in, {score} or {score, error} or {config} out.
+It reads lines of JSON {task, options, entry, answer, seed}, and writes {score}, {score, error} or
+{config}.
 """
 
 from __future__ import annotations
@@ -16,28 +17,29 @@ from rlhf_core.system.processes import die_with_parent
 
 
 def main() -> None:
-    die_with_parent()  # a busy child sees no closed pipe
+    """Answer requests from standard input until it ends. The argument is the parent's pid."""
+    die_with_parent()  # a busy child does not notice a closed pipe
     if os.getppid() != int(sys.argv[1]):
         return
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a task prints is no answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keep the output of tasks apart
 
-    def say(answer: dict[str, Any]) -> None:
+    def send(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
     try:
         import reasoning_gym  # noqa: F401
     except Exception as error:
-        say({"config": f"importing it failed ({type(error).__name__}: {error})"})
+        send({"config": f"importing it failed ({type(error).__name__}: {error})"})
         return
-    say({"ready": True})
+    send({"ready": True})
     for line in sys.stdin.buffer:
-        say(answer(json.loads(line)))
+        send(answer(json.loads(line)))
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The score; 0 with the error where the verifier raises, as some do for odd replies."""
+    """The reply to a request: the score; 0 with the error if the verifier raises."""
     try:
         verify = _verifier(request["task"], json.dumps(request["options"]), request["seed"])
     except Exception as error:

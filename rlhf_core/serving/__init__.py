@@ -1,10 +1,10 @@
-"""A model over an OpenAI-compatible API, by a server that others keep well.
+"""Serves a model over an OpenAI-compatible API, with the server of vLLM or transformers.
 
-engine      which server: vLLM's where it is installed, else transformers' own
-hugging     transformers' server with one model, under its published name
-vllm_server vLLM's; engine_process: ends with it; engine_output: kept back until it serves
-auth        what stands before them: API key, allowed paths, today's names of settings
-listening   the address, taken before a model is loaded
+engine               picks the server: vLLM if it is installed, else transformers
+transformers_server  transformers' server with one model, under its published name
+vllm_server          vLLM's server; engine_process: its child processes; engine_output: their output
+auth                 middleware in front of them: API key, allowed paths, field names
+listening            the listening socket, opened before the model is loaded
 """
 
 from rlhf_core.serving.engine import Engine, main

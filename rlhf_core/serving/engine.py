@@ -1,4 +1,4 @@
-"""Which server a model is served by: vLLM's, where it is installed, or transformers'."""
+"""Serves a model with vLLM's server if it is installed, else with transformers'."""
 
 from __future__ import annotations
 
@@ -22,33 +22,40 @@ def main(
     key: str | None,
     engine: Engine = "auto",
     trust_remote_code: bool = False,
-    tell: Callable[[str], None] = print,
+    on_ready: Callable[[str], None] = print,
 ) -> None:
     """Serve the model in a folder until Ctrl-C or SIGTERM.
 
     Args:
-        name: what clients call the model.
-        key: API key that clients have to send; None: nobody is asked.
-        tell: gets the address once the server answers.
+        name: of the model in the API.
+        key: API key that clients must send; None: no key is needed.
+        engine: auto: vLLM if it is installed, else transformers.
+        trust_remote_code: run Python code that lies in the folder.
+        on_ready: called with the server's URL once it answers.
 
     Raises:
-        ConfigError: the server is not installed or cannot start, or the port is taken.
+        ConfigError: the server is not installed or cannot start, or the port is in use.
         ModelError: the folder holds no chat model.
     """
     allow(trust_remote_code)
     if engine == "auto":
         engine = "vllm" if find_spec("vllm") else "transformers"
     if engine == "vllm":
-        is_trusted(folder)  # raises when its code would be needed and is not allowed
+        is_trusted(folder)  # raises if the folder needs its own code, which is not allowed
         if find_spec("vllm") is None:
             raise ConfigError(
-                "vLLM is not installed here: docs/training.md says how; or use --engine "
-                "transformers."
+                "vLLM is not installed: see docs/training.md, or use --engine transformers."
             )
         from rlhf_core.serving import vllm_server
 
         vllm_server.serve(
-            folder, name=name, host=host, port=port, key=key, trust=trust_remote_code, tell=tell
+            folder,
+            name=name,
+            host=host,
+            port=port,
+            key=key,
+            trust=trust_remote_code,
+            on_ready=on_ready,
         )
         return
     missing = [module for module in ("openai", "fastapi", "uvicorn") if find_spec(module) is None]
@@ -56,6 +63,6 @@ def main(
         raise ConfigError(
             f"transformers' server needs {', '.join(missing)}: pip install 'rlhf-pipeline[serve]'"
         )
-    from rlhf_core.serving.hugging import serve
+    from rlhf_core.serving.transformers_server import serve
 
-    serve(folder, name=name, host=host, port=port, key=key, tell=tell)
+    serve(folder, name=name, host=host, port=port, key=key, on_ready=on_ready)

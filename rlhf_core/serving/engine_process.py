@@ -1,7 +1,7 @@
-"""What vLLM's engine processes run before anything else: they end with the server, however it ends.
+"""Makes vLLM's engine processes end with the server, however it ends.
 
-A process that Python spawns imports its parent's main module first, under another name. While vLLM
-is started this module is named as that (`named_as_main`).
+A process that Python spawns first imports its parent's main module, under the name `__mp_main__`.
+While vLLM starts, `named_as_main` makes it import this module instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if __name__ == "__mp_main__":
 
 @contextlib.contextmanager
 def named_as_main() -> Iterator[None]:
-    """Processes that are spawned meanwhile import this module, and not the program that runs."""
+    """Processes that are spawned in the block import this module instead of the main module."""
     main = sys.modules["__main__"]
     own, main.__spec__ = main.__spec__, find_spec(__name__)
     try:

@@ -1,4 +1,4 @@
-"""The address that a server answers at, taken before a model is loaded, which takes a while."""
+"""The server's listening socket, opened before the model is loaded, so that errors come early."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import socket
 
 from rlhf_core.errors import ConfigError
 
-LAST_REPLIES = 5  # seconds for running replies once the server is to end
+SHUTDOWN_SECONDS = 5  # that running replies get when the server shuts down
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
 
     Raises:
-        ConfigError: the port is taken, or the address is not this machine's.
+        ConfigError: the port is in use, or the address is not one of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -26,6 +26,6 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket, host: str) -> str:
-    """What clients open."""
+    """The server's URL for clients."""
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{listener.getsockname()[1]}"

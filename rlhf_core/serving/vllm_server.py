@@ -1,7 +1,7 @@
-"""vLLM's own server (what `vllm serve` starts) with one model, behind the same API key check.
+"""vLLM's server (as in `vllm serve`) with one model, behind the same API key check.
 
-It runs in this process and not as the command `vllm`: that one asks for a package of the name vllm,
-which the CPU build is not. The engine is a second process that vLLM starts.
+It runs in this process instead of the command `vllm`, which requires a package named vllm; the CPU
+build has another name. vLLM starts the engine in a second process.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.serving.auth import App, AuthMiddleware, Receive, Scope, Send
 from rlhf_core.serving.engine_output import EngineOutput
 from rlhf_core.serving.engine_process import named_as_main
-from rlhf_core.serving.listening import LAST_REPLIES, listening, url_of
+from rlhf_core.serving.listening import SHUTDOWN_SECONDS, listen, url_of
 
-# Nobody is told about it and nothing is loaded from elsewhere; and on a CPU not most of the memory,
-# but so many GiB, are taken for what the model remembers of running replies.
+# No telemetry, no downloads.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -35,11 +34,17 @@ ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_LOGGING_COLOR": "0",
 }
+# On a CPU, 4 GiB for the KV cache instead of most of the memory.
 DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "4"}
 
 
-class Gate(AuthMiddleware):
-    """The authentication as vLLM asks for it: made from the application alone."""
+class VllmAuthMiddleware(AuthMiddleware):
+    """The middleware as vLLM creates it, with the application as the only argument.
+
+    Attributes:
+        name_and_key: set by `serve`.
+        ready: called once the server answers.
+    """
 
     name_and_key: tuple[str, str | None]
     ready: Callable[[], None]
@@ -48,12 +53,12 @@ class Gate(AuthMiddleware):
         super().__init__(app, *self.name_and_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def told(message: Any) -> None:
+        async def forward(message: Any) -> None:
             await send(message)
             if message["type"] == "lifespan.startup.complete":
                 type(self).ready()
 
-        await super().__call__(scope, receive, told if scope["type"] == "lifespan" else send)
+        await super().__call__(scope, receive, forward if scope["type"] == "lifespan" else send)
 
 
 def serve(
@@ -64,7 +69,7 @@ def serve(
     port: int,
     key: str | None,
     trust: bool,
-    tell: Callable[[str], None],
+    on_ready: Callable[[str], None],
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. See `engine.main`."""
     os.environ.update(ENVIRONMENT)
@@ -72,18 +77,20 @@ def serve(
     for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own
-    with listening(host, port) as listener, EngineOutput() as output, named_as_main():
+    with listen(host, port) as listener, EngineOutput() as output, named_as_main():
         address = url_of(listener, host)
 
         def ready() -> None:
-            output.let_through()
-            tell(address)
+            output.release()
+            on_ready(address)
 
-        Gate.name_and_key, Gate.ready = (name, key), staticmethod(ready)
+        VllmAuthMiddleware.name_and_key, VllmAuthMiddleware.ready = (name, key), staticmethod(ready)
         try:
             import uvloop
 
-            asked = uvloop.run(_serve(options(folder, name, host, port, trust), address, listener))
+            requested = uvloop.run(
+                _serve(options(folder, name, host, port, trust), address, listener)
+            )
         except (KeyboardInterrupt, asyncio.CancelledError):
             return
         except ImportError as error:
@@ -98,16 +105,16 @@ def serve(
                 f"vLLM cannot serve this model: {reason}. Use --engine transformers, or change "
                 "what it names; with VLLM_LOGGING_LEVEL=INFO vLLM says more."
             ) from error
-        if not asked:
-            raise RLHFError("vLLM's engine has ended; what it said stands above. Start it again.")
+        if not requested:
+            raise RLHFError("vLLM's engine has ended; its output is above. Start it again.")
 
 
 def options(folder: Path, name: str, host: str, port: int, trust: bool) -> list[str]:
     """The options of `vllm serve`."""
     given = [
         str(folder), "--served-model-name", name, "--host", host, "--port", str(port),
-        "--middleware", f"{__name__}.{Gate.__name__}",
-        "--shutdown-timeout", str(LAST_REPLIES),
+        "--middleware", f"{__name__}.{VllmAuthMiddleware.__name__}",
+        "--shutdown-timeout", str(SHUTDOWN_SECONDS),
         "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning",
     ]  # fmt: skip
     if default := sampling_by_default(folder):
@@ -116,7 +123,7 @@ def options(folder: Path, name: str, host: str, port: int, trust: bool) -> list[
 
 
 def sampling_by_default(folder: Path) -> dict[str, Any]:
-    """What counts where a request names no temperature: as in `hugging.sample_by_default`."""
+    """Sampling for requests without a temperature; see `transformers_server.sample_by_default`."""
     with contextlib.suppress(FileNotFoundError):
         if json.loads((folder / "generation_config.json").read_text()).get("do_sample"):
             return {}
@@ -126,7 +133,7 @@ def sampling_by_default(folder: Path) -> dict[str, Any]:
 
 
 async def _serve(given: list[str], address: str, listener: socket.socket) -> bool:
-    """Whether it ended because it was asked to."""
+    """Run the server; whether it ended because of a requested shutdown."""
     from vllm.entrypoints.launchers.api_server.entry import (
         build_and_serve,
         build_async_engine_client,
@@ -136,26 +143,26 @@ async def _serve(given: list[str], address: str, listener: socket.socket) -> boo
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     if current_platform.is_cpu():
-        given = [*given, "--enforce-eager"]  # compiling needs a compiler, and longer than it saves
+        given = [*given, "--enforce-eager"]  # compiling needs a compiler and does not pay off
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(given)
     args.model = args.model_tag
     validate_parsed_serve_args(args)
-    asked = False
+    requested = False
     async with build_async_engine_client(args) as engine:
         shut_down = engine.shutdown
 
-        def noted(*arguments: Any, **named: Any) -> None:
-            nonlocal asked
-            asked = True
-            # An engine that does not end in time is killed, which is no trouble of anyone's.
+        def noting_shut_down(*arguments: Any, **named: Any) -> None:
+            nonlocal requested
+            requested = True
+            # vLLM kills an engine that does not end in time; that is not worth a message.
             logging.getLogger("vllm").setLevel(logging.CRITICAL)
             shut_down(*arguments, **named)
 
-        engine.shutdown = noted  # type: ignore[method-assign]
+        engine.shutdown = noting_shut_down  # type: ignore[method-assign]
         ended = await build_and_serve(
-            engine, address, listener, args, timeout_graceful_shutdown=LAST_REPLIES
+            engine, address, listener, args, timeout_graceful_shutdown=SHUTDOWN_SECONDS
         )
-        found = asked
+        found = requested
     with contextlib.suppress(asyncio.CancelledError):
         await ended
     sys.stdout.flush()

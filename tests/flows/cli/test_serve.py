@@ -137,7 +137,7 @@ def test_wrong_key_and_wrong_model_are_refused(server, client):
     stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="another", max_retries=0)
     with pytest.raises(openai.AuthenticationError):
         stranger.models.list()
-    with pytest.raises(openai.NotFoundError, match="there is tiny-chat"):
+    with pytest.raises(openai.NotFoundError, match="the model is tiny-chat"):
         client.chat.completions.create(model="gpt2", messages=HELLO)
     assert client.models.list().data
 

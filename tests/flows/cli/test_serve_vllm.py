@@ -120,7 +120,7 @@ def test_only_the_models_own_paths_are_open_and_only_with_the_key(server, client
     stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="another", max_retries=0)
     with pytest.raises(openai.AuthenticationError):
         stranger.models.list()
-    with pytest.raises(openai.NotFoundError, match="there is tiny-chat"):
+    with pytest.raises(openai.NotFoundError, match="the model is tiny-chat"):
         client.chat.completions.create(model="gpt2", messages=HELLO)
     # vLLM itself answers at these without a key.
     for path in ("/invocations", "/tokenize", "/v1/load_lora_adapter"):

@@ -71,7 +71,7 @@ def test_oldest_turns_leave_a_full_context(model: Path, capsys: pytest.CaptureFi
     assert chat.history[0]["content"] != "One"
     assert len(chat._prompt()) <= 90
     before = list(chat.history)
-    with pytest.raises(DataError, match="shorten it"):
+    with pytest.raises(DataError, match="shorten the message"):
         chat.answer("far too long " * 60)
     assert len(chat.history) < len(before) + 1
 
@@ -84,7 +84,12 @@ def test_piped_lines_are_a_conversation(model: Path) -> None:
         input=lines, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert done.stdout.strip()
-    for text in ("System message set", "/reset ", "no command /nonsense", "starts anew"):
+    for text in (
+        "System message set",
+        "/reset ",
+        "no command /nonsense",
+        "Started a new conversation",
+    ):
         assert text in done.stderr
     assert "Traceback" not in done.stderr
     assert ">" not in done.stderr

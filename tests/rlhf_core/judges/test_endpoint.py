@@ -16,7 +16,7 @@ from pydantic import ValidationError
 import rlhf_core.judges.endpoint as module
 from rlhf_core.errors import ConfigError, JudgeError
 from rlhf_core.jobs.judging import EndpointJudgeSettings
-from rlhf_core.judges.endpoint import EndpointJudge, asked_pause
+from rlhf_core.judges.endpoint import EndpointJudge, retry_after
 
 KEY = "marked-0123456789"
 TEMPLATE = "[[A]] or [[B]]?\nP:{prompt}\nA:{first}\nB:{second}"
@@ -78,7 +78,7 @@ def endpoint() -> Iterator[Endpoint]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(module, "FIRST_BACKOFF", 0.01)
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
 
@@ -114,9 +114,9 @@ def test_better_reply_wins_wherever_it_stands(endpoint: Endpoint) -> None:
     assert pairs[:2] == ["P:p\nA:long one\nB:short", "P:p\nA:short\nB:long one"]
 
 
-@pytest.mark.parametrize("place", ["A", "B"])
-def test_judge_that_goes_by_position_finds_only_ties(endpoint: Endpoint, place: str) -> None:
-    endpoint.answer = lambda prompt, first, second: f"[[{place}]]"
+@pytest.mark.parametrize("letter", ["A", "B"])
+def test_judge_that_goes_by_position_finds_only_ties(endpoint: Endpoint, letter: str) -> None:
+    endpoint.answer = lambda prompt, first, second: f"[[{letter}]]"
     asked = judge(endpoint)
     assert asked.compare(["p"] * 5, list("abcde"), list("vwxyz")) == [0.5] * 5
     assert asked.counts["by_position"] == 5
@@ -197,7 +197,7 @@ def test_refused_key_ends_at_once_and_is_not_shown(endpoint: Endpoint) -> None:
     with pytest.raises(JudgeError) as error:
         judge(endpoint, parallel=2).compare(["p"] * 50, ["a"] * 50, ["b"] * 50)
     text = str(error.value)
-    assert "refused the key in $JUDGE_KEY (HTTP 401: Incorrect API key provided: ***)" in text
+    assert "rejected the key in $JUDGE_KEY (HTTP 401: Incorrect API key provided: ***)" in text
     assert KEY not in text and len(endpoint.requests) <= 4
 
 
@@ -211,7 +211,7 @@ def test_key_of_any_variable_is_hidden(endpoint: Endpoint, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        ((404, {"error": {"message": "no such model"}}), "knows no model 'referee'"),
+        ((404, {"error": {"message": "no such model"}}), "has no model 'referee'"),
         ((400, {"detail": "bad"}), "check the judge's model"),
         ((301, "", {"Location": "https://else.where/v1"}), "redirects to https://else.where/v1"),
     ],
@@ -232,7 +232,7 @@ def test_first_failure_is_told_and_not_the_ones_that_follow(
         return (503, "busy") if prompt == "0" else (401, "who are you")
 
     endpoint.answer = answer
-    monkeypatch.setattr(module, "FIRST_PAUSE", 20.0)  # the first pair would wait so long
+    monkeypatch.setattr(module, "FIRST_BACKOFF", 20.0)  # the first pair would wait so long
     began = time.monotonic()
     with pytest.raises(JudgeError, match="who are you"):
         judge(endpoint).compare(["0", "1"], ["a", "a"], ["b", "b"])
@@ -249,7 +249,7 @@ def test_few_answers_without_a_verdict_are_ties_and_many_an_error(endpoint: Endp
     assert asked.compare(prompts, left, right) == [0.5, *[0.0] * 9]
     assert asked.counts["unclear"] == 1 and asked.counts["half"] == 1
     assert len(endpoint.requests) == 22  # asked again twice
-    with pytest.raises(JudgeError, match=r"1 of 20 answers of referee .* at most 4% may"):
+    with pytest.raises(JudgeError, match=r"1 of 20 answers of referee .* the limit is 4%"):
         judge(endpoint, max_unclear=0.04).compare(prompts, left, right)
 
 
@@ -279,7 +279,7 @@ def test_missing_key_says_where_it_belongs(
     with pytest.raises(ConfigError, match="environment variable JUDGE_KEY, which is not set"):
         judge(endpoint)
     monkeypatch.setenv("JUDGE_KEY", "two words")
-    with pytest.raises(ConfigError, match="is no key") as error:
+    with pytest.raises(ConfigError, match="is not a key") as error:
         judge(endpoint)
     assert "two words" not in str(error.value)
     judge(endpoint, key_variable=None).compare(["p"], ["a"], ["b"])
@@ -313,7 +313,7 @@ def test_wrong_settings_are_refused(changes: dict[str, Any], text: str) -> None:
 def test_whole_address_is_as_good_as_the_base() -> None:
     settings = EndpointJudgeSettings(url="http://host/v1/chat/completions", model="m")
     assert settings.url == "http://host/v1"
-    assert all(place in settings.template for place in ("{prompt}", "[[A]]", "[[B]]", "[[C]]"))
+    assert all(part in settings.template for part in ("{prompt}", "[[A]]", "[[B]]", "[[C]]"))
 
 
 @pytest.mark.parametrize(
@@ -324,4 +324,4 @@ def test_whole_address_is_as_good_as_the_base() -> None:
 def test_pause_that_an_endpoint_asks_for_is_bounded(value: str, low: float, high: float) -> None:
     import httpx
 
-    assert low <= asked_pause(httpx.Response(429, headers={"Retry-After": value})) <= high
+    assert low <= retry_after(httpx.Response(429, headers={"Retry-After": value})) <= high

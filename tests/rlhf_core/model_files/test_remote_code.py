@@ -47,7 +47,7 @@ def test_code_beside_a_model_does_not_run_by_itself(with_code: tuple[Path, Path]
     from rlhf_core.models.loading import load_causal_lm
 
     folder, proof = with_code
-    with pytest.raises(ModelError, match=r"config\.json asks for Python code.*not allowed to run"):
+    with pytest.raises(ModelError, match=r"config\.json requires Python code.*not allowed to run"):
         load_causal_lm(folder)
     assert not proof.exists()
 

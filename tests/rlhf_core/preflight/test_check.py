@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_core.jobs import PipelineConfig
-from rlhf_core.model_files.source_check import judge_files
+from rlhf_core.model_files.source_check import hub_file_problems
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.preflight.check import check, dry_run
 from rlhf_core.preflight.memory import GIB
@@ -180,7 +180,7 @@ def test_model_sources_that_cannot_be_used(tmp_path: Path) -> None:
     data = weights.read_bytes()
     weights.write_bytes(data[:-10])
     (problem,) = check(good, machine=CPU)
-    assert "cut short" in problem
+    assert "truncated" in problem
     weights.write_bytes(data)
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{m['content']}}{% endfor %}"
@@ -279,10 +279,10 @@ def test_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_files_at_the_hub_are_judged_by_name() -> None:
     good = ["config.json", "model.safetensors", "tokenizer.json", "onnx/model.bin"]
-    assert judge_files(good) == []
-    (problem,) = judge_files(["config.json", "pytorch_model.bin", "tokenizer.json"])
+    assert hub_file_problems(good) == []
+    (problem,) = hub_file_problems(["config.json", "pytorch_model.bin", "tokenizer.json"])
     assert "only pytorch_model.bin" in problem
-    assert len(judge_files(["README.md"])) == 3
+    assert len(hub_file_problems(["README.md"])) == 3
 
 
 def test_gpus_are_read_as_cuda_counts_them() -> None:

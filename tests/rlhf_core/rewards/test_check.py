@@ -57,7 +57,7 @@ def test_missing_packages_are_named_with_the_command(monkeypatch):
     prompts = DataSettings(source="a.jsonl")
     gym, where, vader = check_rewards([ReasoningGymReward(), SentimentReward()], prompts)
     assert 'pip install "rlhf-pipeline[reasoning]"' in gym
-    assert "none of reasoning-gym's; set data.prompts.source" in where
+    assert "not from reasoning-gym; set data.prompts.source" in where
     assert "pip install vaderSentiment" in vader
 
 

@@ -31,13 +31,13 @@ def test_function_is_called_once_with_the_whole_batch():
     [
         ("raises_at_bad", r"raises_at_bad raised KeyError: 'no such thing' \(sample 1 of 2, "
                           r"prompt row 7, reply 'bad'\); at .*helpers.py, line \d+: raise KeyErr"),
-        ("raises_for_two", r"raised TimeoutError: not the limit's \(no single one of the 2"),
+        ("raises_for_two", r"raised TimeoutError: not the limit's \(none of the 2"),
         ("leaves", "leaves raised SystemExit: 3"),
         ("wrong_names", "raised TypeError: wrong_names"),
-        ("too_few", "too_few returned 1 values; needed is one finite number for each of the 2"),
+        ("too_few", "too_few returned 1 values; expected one finite number for each of the 2"),
         ("not_finite", r"not_finite returned nan for sample 1 of 2 \(reply 'bad'\)"),
         ("a_text", "a_text returned '1' for sample 1 of 2"),
-        ("a_number", "a_number returned a float; needed"),
+        ("a_number", "a_number returned a float; expected"),
     ],
 )  # fmt: skip
 def test_failure_names_the_function_and_the_sample(name, message):
@@ -57,7 +57,7 @@ def test_function_that_takes_too_long_fails_in_time():
     [
         ("no_such_module_here:f", "module no_such_module_here cannot be imported"),
         (f"{HERE}:no_such_function", "correct the function's name"),
-        (f"{HERE}:NOT_CALLABLE", "is a int; needed is a function"),
+        (f"{HERE}:NOT_CALLABLE", "is a int; expected a function"),
     ],
 )
 def test_function_that_is_not_there_is_refused(path, message):

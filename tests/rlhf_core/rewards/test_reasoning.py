@@ -70,10 +70,10 @@ def test_source_becomes_a_data_set_that_the_reward_reads(gym, tmp_path):
         ("say?size=0", "size is '0'; expected an integer from 1"),
         ("say?seed=x", "seed is 'x'; expected an integer from 0"),
         ("say?size", "write reasoning-gym:TASK\\?size=500&seed=0"),
-        ("sing", "has no task 'sing'; there are say, tuples"),
+        ("sing", "has no task 'sing'; the tasks are say, tuples"),
         ("say?fixed=-1", "fixed must be positive; correct the options"),
         ("say?colour=1", "unexpected keyword argument 'colour'; correct the options"),
-        ("tuples", "row 1: the task's verifier gives its own answer 1, and 0 once the entry"),
+        ("tuples", "row 1: the task's verifier scores its own answer 1, but 0 after the entry"),
     ],
 )
 def test_source_that_cannot_be_made_is_refused(gym, source, message):
@@ -95,7 +95,7 @@ def test_verifier_that_hangs_or_dies_gives_0_and_is_counted(gym):
 
 def test_prompt_of_another_source_is_an_error_or_a_set_score(gym):
     for extra in ("", "[", "5", '{"reasoning_gym": 5}'):
-        with pytest.raises(DataError, match="row 3 is none"):
+        with pytest.raises(DataError, match="row 3 is not one"):
             Rules([ReasoningGymReward()], 0).score([[]], ["5"], [{"row": 3, "extra": extra}], [1])
     kinder = Rules([ReasoningGymReward(without_answer=0.5)], 0)
     assert kinder.score([[]], ["5"], [{}], [True]) == [[0.5]]

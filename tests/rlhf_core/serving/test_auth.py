@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from rlhf_core.serving.auth import LARGEST_BODY, AuthMiddleware
+from rlhf_core.serving.auth import MAX_BODY_BYTES, AuthMiddleware
 
 
 def ask(auth, path, body=None, key=None):
@@ -65,13 +65,13 @@ def test_only_the_one_model_is_there():
     path, auth = "/v1/chat/completions", AuthMiddleware(echo, "bot", None)
     status, answer = ask(auth, path, {"model": "gpt2"})
     assert status == 404
-    assert answer["error"]["message"] == "There is no model 'gpt2' here; there is bot."
+    assert answer["error"]["message"] == "There is no model 'gpt2'; the model is bot."
     assert ask(auth, path, {"model": "bot"}) == (200, {"model": "bot"})
     assert ask(auth, path, ["not", "an", "object"])[0] == 200  # the server's to refuse
 
 
 def test_request_that_is_too_large_is_refused():
-    body = {"messages": "x" * LARGEST_BODY}
+    body = {"messages": "x" * MAX_BODY_BYTES}
     assert ask(AuthMiddleware(echo, "bot", None), "/v1/chat/completions", body)[0] == 413
 
 

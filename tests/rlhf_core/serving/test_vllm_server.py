@@ -52,7 +52,7 @@ def test_output_is_let_through_once_it_serves(capfd):
         child = subprocess.Popen(
             [sys.executable, "-c", "input(); print('late')"], stdin=subprocess.PIPE
         )
-        output.let_through()
+        output.release()
         print("served")
         child.communicate(b"\n")
         output.settle()

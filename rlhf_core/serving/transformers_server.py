@@ -1,7 +1,7 @@
-"""transformers' own server (`transformers serve`) with one model, which is in memory already.
+"""transformers' server (`transformers serve`) with one model that is loaded already.
 
-As it comes it would call the model by its folder, list only what is in the hub's cache, and load
-other models on request; `OneModel` is its model manager with those three things changed.
+By default it names the model by its folder, lists the models of the hub's cache, and loads other
+models on request. `OneModel` is its model manager with these three things changed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from transformers.cli.serving.utils import GenerationState
 
 from rlhf_core.chat.model import ChatModel, Sampling, load_chat_model
 from rlhf_core.serving.auth import AuthMiddleware
-from rlhf_core.serving.listening import LAST_REPLIES, listening, url_of
+from rlhf_core.serving.listening import SHUTDOWN_SECONDS, listen, url_of
 
 
 class OneModel(ModelManager):
-    """Knows one model, by its published name."""
+    """A model manager with one model, under its published name."""
 
     def __init__(self, name: str, chat_model: ChatModel) -> None:
         super().__init__(device=chat_model.device)
@@ -60,7 +60,7 @@ class OneModel(ModelManager):
 
 
 def application(name: str, chat_model: ChatModel, key: str | None) -> AuthMiddleware:
-    """The whole server as an ASGI application."""
+    """The server as an ASGI application, with the authentication in front."""
     sample_by_default(chat_model.model.generation_config)
     manager = OneModel(name, chat_model)
     state = GenerationState(continuous_batching=False, compile=False)
@@ -76,16 +76,17 @@ def application(name: str, chat_model: ChatModel, key: str | None) -> AuthMiddle
 
 
 def sample_by_default(config: Any) -> None:
-    """Make a request's temperature count: the server never switches sampling on, only off.
+    """Switch sampling on in a model's generation config, so that a request's temperature applies.
 
-    A model whose files say how to sample keeps that; others get the defaults of `rlhf chat`.
+    The server only ever switches it off. A model with its own sampling settings keeps them; others
+    get the defaults of `rlhf chat`.
     """
     if not config.do_sample:
         config.update(**Sampling().options())
 
 
 class _Server(uvicorn.Server):
-    """Says when it answers, and ends without raising the signal once more."""
+    """Calls ``ready`` once it answers, and does not raise the signal again when it ends."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -96,7 +97,7 @@ class _Server(uvicorn.Server):
         self.ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # A reply that is cut off by the end is no error of the server's.
+        # A reply that is cut off by the shutdown is not an error of the server.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
 
@@ -114,17 +115,17 @@ def serve(
     host: str,
     port: int,
     key: str | None,
-    tell: Callable[[str], None],
+    on_ready: Callable[[str], None],
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. See `engine.main`."""
-    with listening(host, port) as listener:
+    with listen(host, port) as listener:
         app = application(name, load_chat_model(folder), key)
         config = uvicorn.Config(
-            app, log_level="warning", lifespan="on", timeout_graceful_shutdown=LAST_REPLIES
+            app, log_level="warning", lifespan="on", timeout_graceful_shutdown=SHUTDOWN_SECONDS
         )
-        server = _Server(config, lambda: tell(url_of(listener, host)))
+        server = _Server(config, lambda: on_ready(url_of(listener, host)))
         asyncio.run(server.serve(sockets=[listener]))
     sys.stdout.flush()
     sys.stderr.flush()
-    # A reply that nobody waits for may still be computed in a thread; it would be awaited.
+    # A thread may still generate an abandoned reply; a normal exit would wait for it.
     os._exit(0)
