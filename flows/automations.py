@@ -128,8 +128,8 @@ def apply() -> list[str]:
             client.create_automation(automation)
         for extra in found[1:]:
             client.delete_automation(extra.id)
-    for unwanted in [] if blocks else notifications:
-        for found in client.read_automations_by_name(unwanted.name):
+    for automation in [] if blocks else notifications:
+        for found in client.read_automations_by_name(automation.name):
             client.delete_automation(found.id)
     return [automation.name for automation in automations]
 

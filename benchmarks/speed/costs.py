@@ -101,9 +101,11 @@ def launch(job: Any, store: Path, wait_for: int) -> list[float]:
 
 
 def startup(arguments: argparse.Namespace) -> dict[str, Any]:
-    """From launching a stage to the end of its first step, beside importing the libraries: a stage
-    without a template, one from a template, and the first training stage of a real run, with its
-    data to prepare and with data that are in the store."""
+    """Time from the launch of a stage to the end of its first step, beside that of the imports.
+
+    A stage without a fork server, one with it, and the first training stage of a real run: with
+    data to prepare, and with data that are in the store.
+    """
     folder, values = tiny(arguments)
     job = sft_job(values, max_steps=1000).model_copy(update={"batch_size": 1})
     others = {

@@ -35,7 +35,7 @@ def _alive(run: dict[str, Any]) -> bool:
     return isinstance(pid, int) and (pid == os.getpid() or psutil.pid_exists(pid))
 
 
-def find_model(store: Store, wanted: str | None) -> Artifact:
+def find_model(store: Store, reference: str | None) -> Artifact:
     """A model by published name (its champion), by stage of the newest run that has it, or by
     digest; None: the model that was published last.
 
@@ -43,23 +43,23 @@ def find_model(store: Store, wanted: str | None) -> Artifact:
         ArtifactNotFound: there is no such model.
     """
     names = registry.model_names(store)
-    if wanted is None or wanted in names:
-        return _champion(store, wanted)
+    if reference is None or reference in names:
+        return _champion(store, reference)
     records = read_runs(store)
     for run in records:
-        stage = (run.get("stages") or {}).get(wanted)
+        stage = (run.get("stages") or {}).get(reference)
         if stage is not None and stage.get("kind") in MODEL_KINDS:
             return store.get(stage["digest"])
-    if DIGEST.fullmatch(wanted):
-        artifact = store.get(wanted)
+    if DIGEST.fullmatch(reference):
+        artifact = store.get(reference)
         if artifact.kind not in MODEL_KINDS:
             raise ArtifactNotFound(f"{artifact.ref} is a {artifact.kind}, not a language model.")
         return artifact
     stages = sorted({name for run in records for name in _models_of(run)})
-    close = difflib.get_close_matches(wanted, [*names, *stages], 1)
+    close = difflib.get_close_matches(reference, [*names, *stages], 1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise ArtifactNotFound(
-        f"There is no model {wanted!r} in {store.url}.{hint} Published: "
+        f"There is no model {reference!r} in {store.url}.{hint} Published: "
         f"{', '.join(names) or 'none'}; stages of runs: {', '.join(stages) or 'none'}; "
         "or a digest from `rlhf artifacts list`."
     )
@@ -86,23 +86,23 @@ def _models_of(run: dict[str, Any]) -> list[str]:
     return [name for name, stage in stages.items() if stage.get("kind") in MODEL_KINDS]
 
 
-def find_any(store: Store, wanted: str) -> Artifact:
+def find_any(store: Store, reference: str) -> Artifact:
     """An artifact of any kind, by published name, stage of the newest run that has it, or digest.
 
     Raises:
         ArtifactNotFound: there is no such artifact.
     """
     names = registry.model_names(store)
-    if wanted in names:
-        return _champion(store, wanted)
+    if reference in names:
+        return _champion(store, reference)
     for run in read_runs(store):
-        stage = (run.get("stages") or {}).get(wanted)
+        stage = (run.get("stages") or {}).get(reference)
         if stage is not None:
             return store.get(stage["digest"])
-    if not DIGEST.fullmatch(wanted):
+    if not DIGEST.fullmatch(reference):
         raise ArtifactNotFound(
-            f"There is no artifact {wanted!r} in {store.url}; expected a digest from `rlhf "
+            f"There is no artifact {reference!r} in {store.url}; expected a digest from `rlhf "
             f"artifacts list`, a stage such as ppo, or a published name "
             f"({', '.join(names) or 'none'})."
         )
-    return store.get(wanted)
+    return store.get(reference)

@@ -18,7 +18,7 @@ models = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Published name (publish.name).")]
-Wanted = Annotated[
+VersionRef = Annotated[
     str,
     typer.Argument(metavar="VERSION", help="Number of a version, or start of its digest."),
 ]
@@ -107,14 +107,14 @@ def show_model(
 
 
 @models.command()
-def promote(name: Name, version: Wanted, reason: Reason = "", store: StoreUrl = None) -> None:
+def promote(name: Name, version: VersionRef, reason: Reason = "", store: StoreUrl = None) -> None:
     """Make a version the champion, which `rlhf chat` and the next retraining use."""
     from rlhf_core.store import registry
 
     opened = open_now(store)
     chosen = registry.read_model(opened, name).find(version)
-    told = registry.promote(opened, name, chosen.digest, reason=reason)
-    _switched(opened, name, changed=told is not None)
+    transition = registry.promote(opened, name, chosen.digest, reason=reason)
+    _switched(opened, name, changed=transition is not None)
 
 
 @models.command()
@@ -128,14 +128,14 @@ def rollback(name: Name, reason: Reason = "", store: StoreUrl = None) -> None:
 
 
 @models.command()
-def archive(name: Name, version: Wanted, reason: Reason = "", store: StoreUrl = None) -> None:
+def archive(name: Name, version: VersionRef, reason: Reason = "", store: StoreUrl = None) -> None:
     """Archive a candidate. `rlhf artifacts gc` may delete it later."""
     from rlhf_core.store import registry
 
     opened = open_now(store)
     chosen = registry.read_model(opened, name).find(version)
-    told = registry.archive(opened, name, chosen.digest, reason=reason)
-    typer.echo(f"{name}: version {chosen.number} {'is' if told else 'was'} archived.")
+    transition = registry.archive(opened, name, chosen.digest, reason=reason)
+    typer.echo(f"{name}: version {chosen.number} {'is' if transition else 'was'} archived.")
 
 
 @models.command()
@@ -154,7 +154,7 @@ def diff(
 
     opened = open_now(store)
     model = registry.read_model(opened, name)
-    chosen = [model.find(wanted) for wanted in (left, right)]
+    chosen = [model.find(reference) for reference in (left, right)]
     found = difference(opened, *(opened.get(version.digest) for version in chosen))
     if as_json:
         sides = [{"version": v.number, "digest": v.digest, "state": v.state} for v in chosen]

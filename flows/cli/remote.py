@@ -42,7 +42,7 @@ def submit(config: PipelineConfig) -> str:
     return f"{ui()}/runs/flow-run/{run.id}"
 
 
-def retry(store: Store, wanted: str) -> tuple[str, PipelineConfig | None]:
+def retry(store: Store, reference: str) -> tuple[str, PipelineConfig | None]:
     """Schedule a failed run again, under its own name and id.
 
     Returns:
@@ -54,7 +54,7 @@ def retry(store: Store, wanted: str) -> tuple[str, PipelineConfig | None]:
     """
     from prefect.states import AwaitingRetry
 
-    record = find_run(store, wanted)
+    record = find_run(store, reference)
     flow_run = _flow_run(record)
     if flow_run is None or flow_run.deployment_id is None:
         if record["state"] == "completed":
@@ -70,7 +70,7 @@ def retry(store: Store, wanted: str) -> tuple[str, PipelineConfig | None]:
     return f"{ui()}/runs/flow-run/{flow_run.id}", None
 
 
-def cancel(store: Store, wanted: str) -> str:
+def cancel(store: Store, reference: str) -> str:
     """Cancel a run and wait until it has ended; returns its last state.
 
     Raises:
@@ -78,7 +78,7 @@ def cancel(store: Store, wanted: str) -> str:
     """
     from prefect.states import Cancelling
 
-    record = find_run(store, wanted)
+    record = find_run(store, reference)
     flow_run = _flow_run(record)
     if flow_run is None:
         raise ConfigError(
@@ -101,7 +101,7 @@ def cancel(store: Store, wanted: str) -> str:
     )
 
 
-def find_run(store: Store, wanted: str) -> dict[str, Any]:
+def find_run(store: Store, reference: str) -> dict[str, Any]:
     """The record of a run by its id, its first characters, its flow run's id, or `last`.
 
     Raises:
@@ -110,17 +110,17 @@ def find_run(store: Store, wanted: str) -> dict[str, Any]:
     from flows.cli.lookup import read_runs
 
     runs = read_runs(store)
-    if wanted == "last" and runs:
+    if reference == "last" and runs:
         return runs[0]
     found = [
         run
         for run in runs
-        if run["id"].startswith(wanted) or str(run.get("flow_run", "")).startswith(wanted)
+        if run["id"].startswith(reference) or str(run.get("flow_run", "")).startswith(reference)
     ]
     if len(found) == 1:
         return found[0]
     what = "There is no run" if not found else f"{len(found)} runs start with"
-    raise ConfigError(f"{what} {wanted!r} in {store.url}; `rlhf runs` lists them.")
+    raise ConfigError(f"{what} {reference!r} in {store.url}; `rlhf runs` lists them.")
 
 
 def ui() -> str:

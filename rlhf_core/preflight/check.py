@@ -184,8 +184,8 @@ def _check_packages(config: PipelineConfig) -> list[str]:
     needed["peft"] = any(recipe.section(config, stage).lora for stage in config.stages)
     return [
         f"the package {name} is not installed, and the settings need it; run: pip install {name}"
-        for name, wanted in needed.items()
-        if wanted and find_spec(name) is None
+        for name, used in needed.items()
+        if used and find_spec(name) is None
     ]
 
 
@@ -253,16 +253,16 @@ def _check_disk(config: PipelineConfig, shape: ModelShape, store: Store | None) 
     """
     keep = max(r.keep_checkpoints for r in placements(config).values()) + 1
     checkpoint = 12 * 2 * shape.parameters
-    wanted: dict[Path, tuple[int, str]] = {}
+    sizes: dict[Path, tuple[int, str]] = {}
     home = rlhf_home()
-    wanted[home] = (16 * shape.parameters + 2 * checkpoint, f"the working folder {home}")
+    sizes[home] = (16 * shape.parameters + 2 * checkpoint, f"the working folder {home}")
     if store is not None and store.url.startswith("file://"):
         place = Path(store.url.removeprefix("file://"))
-        wanted[place] = (16 * shape.parameters + keep * checkpoint, f"the store {store.url}")
+        sizes[place] = (16 * shape.parameters + keep * checkpoint, f"the store {store.url}")
     return [
         f"{name} needs about {size / GIB:.1f} GiB for {shape.parameters:,} parameters, but its "
         f"disk has {free_disk(path) / GIB:.1f} GiB free; free some space, or use another disk "
         f"with {'RLHF_HOME' if path == home else 'the setting store'}"
-        for path, (size, name) in wanted.items()
+        for path, (size, name) in sizes.items()
         if free_disk(path) < size
     ]

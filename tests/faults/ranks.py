@@ -39,7 +39,7 @@ def kill(fault: dict[str, Any]) -> None:
     if fault.get("signal") is None:
         wait_for_checkpoint()
     agent = os.getppid()
-    orchestrator = parent_of(parent_of(agent))  # of the template that the agent was forked from
+    orchestrator = parent_of(parent_of(agent))  # of the fork server that forked the agent
     target = {"rank": os.getpid(), "agent": agent, "orchestrator": orchestrator}
     os.kill(target[fault["target"]], fault.get("signal", signal.SIGKILL))
     if fault.get("signal") is None:

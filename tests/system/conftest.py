@@ -155,7 +155,7 @@ class System:
         return [psutil.Process(int(path.name)) for path in self.pids.iterdir()]
 
     def ranks(self) -> list[psutil.Process]:
-        """Forked ones have the command line of the template that they come from, and a name."""
+        """Forked ones have the fork server's command line, and a name of their own."""
         found = self.processes("rlhf_core.runtime.fork_server")
         return [p for p in found if p.is_running() and p.name().startswith("rlhf rank")]
 

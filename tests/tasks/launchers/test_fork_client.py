@@ -59,7 +59,7 @@ def test_every_stage_comes_from_the_one_that_has_imported(launch):
     assert {found["preloaded_by"] for found in (*agents, plain)} == {at}
 
 
-def test_template_imports_before_the_first_stage_asks(launch):
+def test_server_imports_before_the_first_stage(launch):
     LocalTorchrun().prepare()
     LocalTorchrun().prepare()  # there is one
     found = launch(sft_job(), "first")
@@ -78,7 +78,7 @@ def test_what_every_training_stage_needs_is_imported_without_a_job():
     assert found.stdout.strip() == "True"
 
 
-def test_template_that_imports_ends_at_once():
+def test_server_that_imports_ends_at_once():
     LocalTorchrun().prepare()
     began = time.monotonic()
     fork_client.close()
@@ -92,7 +92,7 @@ def test_each_stage_has_its_own_threads_and_environment(launch, monkeypatch):
         assert (found["threads"], found["SEEN"]) == (threads, str(number))
 
 
-def test_what_libraries_read_when_imported_needs_another_template(launch, monkeypatch, tmp_path):
+def test_what_libraries_read_when_imported_needs_another_server(launch, monkeypatch, tmp_path):
     first = launch(sft_job(), "first")
     monkeypatch.setenv("TRANSFORMERS_CACHE_FOR_TESTS", "elsewhere")
     second = launch(sft_job(seed=1), "second")
@@ -114,7 +114,7 @@ def test_use_of_forked_ranks_is_shown(stub, store, tmp_path, monkeypatch):
     assert {line.split("|")[1].strip() for line in lines} >= {"0", "1"}
 
 
-def test_killed_idle_template_is_replaced(launch, monkeypatch):
+def test_killed_idle_server_is_replaced(launch, monkeypatch):
     first = launch(sft_job(), "first")["parents"][1]
     os.kill(first, signal.SIGTERM)  # the stages answer that, not it
     time.sleep(0.2)
@@ -123,7 +123,7 @@ def test_killed_idle_template_is_replaced(launch, monkeypatch):
     assert launch(sft_job(seed=1), "second")["parents"][1] != first
 
 
-def test_template_leaves_when_nobody_asks(monkeypatch):
+def test_idle_server_exits(monkeypatch):
     import socket
 
     from rlhf_core.runtime import fork_server as process
@@ -134,7 +134,7 @@ def test_template_leaves_when_nobody_asks(monkeypatch):
         process.ForkServer(theirs).serve()  # returns
 
 
-def test_killed_template_ends_its_stage_and_the_next_has_another(launch, stub, tmp_path, store):
+def test_killed_server_ends_its_stage_and_the_next_has_another(launch, stub, tmp_path, store):
     pids = stub(sft=["sleep", "forked"])
     folder = tmp_path / "job"
     made = Launch("stage", {folder: sft_job()}, store.url, folder / "log.txt")
@@ -157,7 +157,7 @@ def test_killed_template_ends_its_stage_and_the_next_has_another(launch, stub, t
     assert launch(sft_job(seed=1), "job-2")["SEEN"] is None
 
 
-def test_stop_while_the_template_imports_leaves_no_stage(stub, store, tmp_path, monkeypatch):
+def test_stop_while_the_server_imports_leaves_no_stage(stub, store, tmp_path, monkeypatch):
     """The request is there already, and nobody waits for it any more."""
     pids = stub(sft=["sleep"])
 

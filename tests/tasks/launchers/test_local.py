@@ -169,9 +169,9 @@ def parent(tmp_path, store, stub):
         started.append(process)
         ranks = wait_for(pids, 2)
         torchrun = psutil.Process(ranks[0]).ppid()
-        template = psutil.Process(torchrun).ppid()
-        assert psutil.Process(template).ppid() == process.pid
-        return process, [*ranks, template, torchrun]
+        server = psutil.Process(torchrun).ppid()
+        assert psutil.Process(server).ppid() == process.pid
+        return process, [*ranks, server, torchrun]
 
     yield start
     for process in started:
