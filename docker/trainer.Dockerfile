@@ -1,8 +1,9 @@
-# Everything: flows, stages and training. How far this was run: docs/operations.md, "With Docker".
+# Flows, stages and training. How far this was run: docs/operations.md, "With Docker".
 #
 #   docker build -f docker/trainer.Dockerfile -t rlhf-trainer .
 #   docker run --gpus all --ipc=host -v rlhf:/rlhf rlhf-trainer rlhf run --preset bloom-560m
 #
+# With `--build-arg PAGES=1` also the playground and `rlhf serve`.
 # torch's CUDA wheels bring the CUDA libraries; the host needs the driver and the container toolkit.
 FROM python:3.11-slim-bookworm
 
@@ -32,12 +33,15 @@ ENV PIP_NO_CACHE_DIR=1 \
 WORKDIR /app
 COPY requirements/torch.txt ./
 RUN pip install -r torch.txt
-COPY requirements/lock.txt docker/not-in-images.txt ./
-# setuptools and wheel first: some packages come as source, and none may fetch tools of its own.
-RUN grep -ivEf not-in-images.txt lock.txt > wanted.txt \
-    && grep -E '^(setuptools|wheel)==' lock.txt > tools.txt \
-    && pip install -r tools.txt \
-    && pip install --no-deps --no-build-isolation -r wanted.txt
+# Not empty: what `rlhf playground` and `rlhf serve` need, too.
+ARG PAGES=
+COPY requirements/build.txt requirements/run.txt requirements/train.txt requirements/demo.txt \
+     requirements/pages.txt ./
+# What builds source packages comes first: none may fetch tools of its own. pip refuses a file whose
+# hash is another.
+RUN pip install --no-deps --require-hashes -r build.txt \
+    && pip install --no-deps --no-build-isolation --require-hashes -r run.txt -r train.txt \
+       -r demo.txt ${PAGES:+-r pages.txt}
 COPY pyproject.toml README.md LICENSE ./
 COPY rlhf_core/ rlhf_core/
 COPY tasks/ tasks/

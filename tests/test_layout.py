@@ -13,7 +13,7 @@ FILES = [
     "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE",
     "Makefile",
     ".ci/run", ".dockerignore", ".pre-commit-config.yaml", "deployments/presets/smoke.yaml",
-    "deployments/presets/demo.yaml", "requirements/torch.txt", "requirements/lock.txt",
+    "deployments/presets/demo.yaml", "requirements/torch.txt", "requirements/all.txt",
 ]  # fmt: skip
 NOT_TEXT = {".png", ".pyc", ".gz", ".arrow", ".safetensors"}
 

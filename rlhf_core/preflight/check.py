@@ -62,7 +62,7 @@ def check(
         store, found = _check_store(config, store)
         problems += found
     if config.new_model is None:
-        problems += check_model(config.model, store, contact=contact)
+        problems += check_model(config.model, store, contact=contact, packages=here)
     if config.reward_model is not None:
         there = ModelSettings(
             source=config.reward_model, trust_remote_code=config.model.trust_remote_code

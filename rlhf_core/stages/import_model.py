@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.errors import ModelError
 from rlhf_core.jobs import ImportModelJob
 from rlhf_core.model_files.folder_check import check_loaded, check_weight_files
-from rlhf_core.model_files.source import Source, builtin_gguf, parse_source
+from rlhf_core.model_files.source import Source, builtin_gguf, fingerprint, parse_source
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 
@@ -82,7 +82,7 @@ def _load(job: ImportModelJob, source: Source, context: StageContext) -> Loaded:
         tokenizer = make_tokenizer()
         return Loaded(make_model(source.value, tokenizer, job.seed), tokenizer)
     if source.kind == "builtin":
-        return _load_gguf(builtin_gguf(source.value))
+        return _load_builtin(job, source)
     if source.kind == "artifact":
         artifact = context.store.get(source.value)
         if artifact.kind != "model":
@@ -111,6 +111,16 @@ def quiet() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # Otherwise transformers asks the hub to convert pickles on its own server.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+
+
+def _load_builtin(job: ImportModelJob, source: Source) -> Loaded:
+    path, found = builtin_gguf(source.value), fingerprint(job.source)
+    if job.fingerprint and found != job.fingerprint:
+        raise ModelError(
+            f"{job.source} is {found} on this machine, but the run was planned with "
+            f"{job.fingerprint}; install the same version on both: requirements/demo.txt pins it"
+        )
+    return _load_gguf(path)
 
 
 def _load_gguf(path: Path) -> Loaded:

