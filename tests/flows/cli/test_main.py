@@ -22,7 +22,7 @@ def fails(rlhf, *arguments, code=1):
         (["run", "--preset", "smoke", "--set", "ppo.clip_range=2"], "expected less than 1"),
         (["run", "--set", "x"], "expected key=value"),
         (["run", "--config", "none.yaml"], "There is no file none.yaml."),
-        (["run", "--preset", "smoke", "--store", "ftp://x"], "scheme 'ftp' is not known"),
+        (["run", "--preset", "smoke", "--store", "ftp://x"], "scheme 'ftp' is not supported"),
         (["run", "--preset", "smoke", "--store", "~nobody-here/x"], "Give the whole path"),
         (["run", "--config", "."], ". is a folder; expected a YAML file"),
         (["run", "--config", "x" * 300], "File name too long"),

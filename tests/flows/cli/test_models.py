@@ -114,7 +114,7 @@ def test_promote_and_rollback_switch_the_champion_and_its_plain_folder(
         ("promote", 1, ""), ("candidate", 2, "win rate is 0.5"),
         ("promote", 2, "shorter replies"), ("rollback", 1, ""),
     ]  # fmt: skip
-    with pytest.raises(ArtifactNotFound, match="no champion before this one"):
+    with pytest.raises(ArtifactNotFound, match="no previous champion"):
         command("rollback", "chat")
 
 
