@@ -46,6 +46,7 @@ class Conversation:
 
     @classmethod
     def of(cls, choices: Sequence[Choice]) -> Conversation:
+        """An empty conversation with these models."""
         return cls(list(choices), [[] for _ in choices], [[] for _ in choices])
 
     def begin(self, text: str, common: bool, system: str | None) -> list[list[Message]]:

@@ -45,12 +45,15 @@ class OneModel(ModelManager):
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
+        """The name without a revision added."""
         return model_id
 
     def load_model_and_processor(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The loaded model and its tokenizer, whatever is requested."""
         return self._chat_model.model, self._chat_model.tokenizer
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The list of /v1/models."""
         return [
             {"id": self.force_model, "object": "model", "created": self._since, "owned_by": "rlhf"}
         ]

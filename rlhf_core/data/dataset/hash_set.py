@@ -9,7 +9,7 @@ CACHE_KIB = 32 * 1024
 
 
 class HashSet:
-    """Hashes in an SQLite file, with a cache of CACHE_KIB KiB. Nobody removes the file.
+    """Hashes in an SQLite file, with a cache of CACHE_KIB KiB. The caller removes the file.
 
     Attributes:
         count: number of different hashes.

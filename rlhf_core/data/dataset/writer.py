@@ -141,6 +141,7 @@ class DatasetWriter:
         }
 
     def write(self, split: str, batch: Any, prompt_hashes: Iterable[int]) -> None:
+        """Add rows to a split; see `SplitWriter.write`."""
         self.splits[split].write(batch, prompt_hashes)
 
     def finish(self, card: DataCard) -> DataCard:

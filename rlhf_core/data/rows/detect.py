@@ -1,4 +1,4 @@
-"""Which format the rows of a source have, told by their columns."""
+"""Detects the format of a source's rows from their columns."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def hub_rows(settings: DataSettings) -> Iterator[RawRow]:
 
 
 def hub_problem(settings: DataSettings) -> str:
-    """Why the hub cannot be asked for a data set; empty when it can."""
+    """Why the hub cannot be reached for a data set; empty if it can."""
     try:
         _ask_for(settings)
     except StoreUnavailable as error:
@@ -93,7 +93,7 @@ def _ask_for(settings: DataSettings) -> DatasetInfo:
 
 
 def hub_commit(settings: DataSettings) -> str:
-    """The commit that the revision names, or the revision when the hub cannot be asked."""
+    """The commit of the revision; the revision itself if the hub does not answer."""
     revision = settings.revision or "main"
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision

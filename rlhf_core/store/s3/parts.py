@@ -42,6 +42,7 @@ class FileSlice:
         return self._size
 
     def read(self, count: int = -1) -> bytes:
+        """The next bytes. Raises TimeoutError after the part's time limit."""
         if self._position == 0:
             self._deadline = time.monotonic() + self._limit
         elif time.monotonic() > self._deadline:
@@ -53,9 +54,11 @@ class FileSlice:
         return data
 
     def tell(self) -> int:
+        """The position in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Set the position; returns it."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         self._position = base + offset
         return self._position
