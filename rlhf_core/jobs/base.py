@@ -105,6 +105,10 @@ class Resources(Settings):
     """Device of the ranks. auto: GPUs if there are any, else the CPU."""
     threads: PositiveInt | None = None
     """CPU threads per rank. Empty: the machine's cores divided by the ranks."""
+    fast_paths: bool = True
+    """Use this project's faster equivalents of transformers' code (rows without padding, shared
+    layers, decoding). false runs transformers' own code everywhere: to find out whether a fault
+    comes from them."""
     checkpoint_every: PositiveInt = 50
     """Optimizer steps between two checkpoints; rollouts in online RL."""
     keep_checkpoints: PositiveInt = 2

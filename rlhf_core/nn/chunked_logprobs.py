@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf_core.losses.reductions import upcast
-from rlhf_core.nn.vocabulary_head import _finish
+from rlhf_core.nn.vocabulary_head import finish_logits
 
 # Most logits held at once, and most rows: on a CPU 256 rows already keep the units busy and more
 # only leave the cache; on a GPU a weight read from memory must serve many rows.
@@ -112,23 +112,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 if logits is None:
                     logits = options.logits(h, w, b)
                 g = grad_logprobs[rows].unsqueeze(1)  # (n,1)
-                tanh = None
-                if options.softcap is not None:
-                    tanh = logits * (options.temperature / options.softcap)
-                logp = logits.sub_(norms[rows].unsqueeze(1))
-                # (n,V), p until the next lines make it d loss / d logits
-                if options.entropy:
-                    grad = logp.exp()
-                    # dH/dz = -p (log p + H)
-                    g_ent = grad_entropy[rows].unsqueeze(1)
-                    grad.mul_((logp + entropies[rows].unsqueeze(1)).mul_(g_ent).add_(g).neg_())
-                else:
-                    grad = logp.exp_().mul_(-g)
-                grad.scatter_add_(1, y.unsqueeze(1), g.to(grad.dtype))
-                if tanh is not None:
-                    grad.mul_(1 - tanh.square_())
-                if options.factor != 1.0:
-                    grad.mul_(options.factor)
+                g_ent = grad_entropy[rows].unsqueeze(1) if options.entropy else None
+                ent = entropies[rows].unsqueeze(1) if options.entropy else None
+                grad = _grad_of_logits(logits, norms[rows].unsqueeze(1), ent, y, g, g_ent, options)
                 if grad_b is not None:
                     grad_b += grad.sum(dim=0)
                 grad = grad.to(options.dtype)
@@ -152,6 +138,40 @@ class _TokenLogprobs(torch.autograd.Function):
         )
 
 
+def _grad_of_logits(
+    logits: Tensor,
+    norms: Tensor,
+    entropies: Tensor | None,
+    targets: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    options: _Options,
+) -> Tensor:
+    """d loss / d (weight h) of n rows, (n,V).
+
+    Args:
+        logits: (n,V), changed in place. targets: (n,).
+        norms, entropies, grad_logprobs, grad_entropy: (n,1); the entropies' may be None together.
+    """
+    tanh = None
+    if options.softcap is not None:
+        tanh = logits * (options.temperature / options.softcap)
+    logp = logits.sub_(norms)
+    # p, until the next lines make it d loss / d logits
+    if grad_entropy is not None and entropies is not None:
+        grad = logp.exp()
+        # dH/dz = -p (log p + H)
+        grad.mul_((logp + entropies).mul_(grad_entropy).add_(grad_logprobs).neg_())
+    else:
+        grad = logp.exp_().mul_(-grad_logprobs)
+    grad.scatter_add_(1, targets.unsqueeze(1), grad_logprobs.to(grad.dtype))
+    if tanh is not None:
+        grad.mul_(1 - tanh.square_())
+    if options.factor != 1.0:
+        grad.mul_(options.factor)
+    return grad
+
+
 class _Options(NamedTuple):
     dtype: torch.dtype  # of the matrix products
     chunk: int
@@ -167,7 +187,7 @@ class _Options(NamedTuple):
 
     def logits(self, h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         logits = upcast(F.linear(h.to(self.dtype), w, b))
-        return _finish(logits, self.scale, self.softcap, self.temperature)
+        return finish_logits(logits, self.scale, self.softcap, self.temperature)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -17,11 +17,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.nn import shared_prompt
 from rlhf_core.nn.backbone import BareBackbone, backbone, backbone_hidden, causal_lm
+from rlhf_core.nn.fast_paths import run
 from rlhf_core.nn.padding import Batch
 from rlhf_core.nn.response_logprobs import response_logprobs
-from rlhf_core.nn.shared_prompt import block_mask, ends_of
-from rlhf_core.nn.unpadded import ATTENTION_SHARE, leaves_out
+from rlhf_core.nn.shared_prompt import block_mask, ends_of, split_rows, takes_block_masks
+from rlhf_core.nn.unpadded import ATTENTION_SHARE, is_used
 from rlhf_core.system.seeds import derive_seed
 
 
@@ -94,7 +96,12 @@ class ScalarModel(nn.Module):
                 scores are then (2B,), those of the chosen replies first.
         """
         if segments is not None:
-            return self._of_pairs(input_ids, mask, segments)
+            return run(
+                [shared_prompt.PATH] if takes_block_masks(self.backbone) else [],
+                self.backbone,
+                lambda: self._of_pairs(input_ids, mask, segments),
+                lambda: self(*split_rows(input_ids, segments)),
+            )
         values = self.per_token(input_ids, mask)  # (B,S)
         return values.gather(1, last_real(mask).unsqueeze(1)).squeeze(1)
 
@@ -160,8 +167,8 @@ def padding_cost(module: nn.Module) -> float:
         for m in module.modules()
         if isinstance(m, (Policy, ScalarModel))
     ]
-    lean = bases and all(leaves_out(base) for base in bases)
-    return ATTENTION_SHARE if lean else 1.0
+    unpadded = bases and all(is_used(base) for base in bases)
+    return ATTENTION_SHARE if unpadded else 1.0
 
 
 class Actor(nn.Module):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_core.losses.reductions import upcast
-from rlhf_core.nn.backbone import _mask_and_positions, accepted, backbone_hidden, causal_lm
+from rlhf_core.nn.backbone import accepted, backbone_hidden, causal_lm, mask_and_positions
 from rlhf_core.nn.chunked_logprobs import _check_temperature, token_logprobs
 from rlhf_core.nn.vocabulary_head import Head, lm_head
 
@@ -139,7 +139,7 @@ def _full_logits(
 ) -> Tensor:
     """Logits (B,S,V) from the model's own forward, for heads that ``Head`` cannot describe."""
     lm = causal_lm(model)
-    mask, position_ids = _mask_and_positions(attention_mask, position_ids)
+    mask, position_ids = mask_and_positions(attention_mask, position_ids)
     output = lm(
         input_ids=input_ids,
         attention_mask=mask,

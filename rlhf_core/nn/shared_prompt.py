@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.nn.backbone import BareBackbone, backbone_hidden
+from rlhf_core.nn.backbone import BareBackbone, backbone_hidden, position_ids_from_mask
+from rlhf_core.nn.fast_paths import FastPath, Pairs, switched_on
 from rlhf_core.nn.padding import pad_right
-from rlhf_core.nn.probe_model import once, same_numbers
+from rlhf_core.nn.probe_model import trial_length
 
 LONGEST = 2048
 """Tokens of a row above which the mask, which grows with their square, costs more than it saves."""
@@ -61,24 +62,71 @@ def block_mask(segments: Tensor) -> Tensor:
 
 def ends_of(segments: Tensor, segment: int) -> Tensor:
     """Position (b,) of the last token of a segment in each row."""
-    places = torch.arange(1, segments.shape[1] + 1, device=segments.device)
-    return ((segments == segment).long() * places).argmax(dim=1)
+    indices = torch.arange(1, segments.shape[1] + 1, device=segments.device)
+    return ((segments == segment).long() * indices).argmax(dim=1)
 
 
-@once
+def split_rows(input_ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Shared rows (b,S) as rows of their own, right-padded, those of the chosen replies first.
+
+    Returns:
+        input_ids (2b,S) and mask (2b,S) bool.
+    """
+    ids, masks = [], []
+    for reply in (1, 2):
+        own = (segments == 0) | (segments == reply)
+        order = (~own).long().argsort(dim=1, stable=True)
+        ids.append(input_ids.gather(1, order))
+        masks.append(own.gather(1, order))
+    return torch.cat(ids), torch.cat(masks)
+
+
 def takes_block_masks(backbone: Any) -> bool:
     """Whether a backbone's numbers for a shared row are those of rows of their own.
 
-    Tried out on a prompt of two tokens and replies of two and three. llama, qwen2, gpt2, opt and
-    their like do; bloom, which makes its positions of the mask, does not.
+    llama, qwen2, gpt2, opt and their like: yes; bloom, which makes its positions of the mask, no.
     """
-    device, model = next(backbone.parameters()).device, BareBackbone(backbone)
-    row = {"prompt_ids": [3, 4], "chosen_ids": [5, 6], "rejected_ids": [7, 8, 9]}
-    ids, positions, segments = collate_shared([row], device)
-    alone = torch.tensor([[3, 4, 7, 8, 9]], device=device)
-    try:
-        together = backbone_hidden(model, ids, block_mask(segments), positions)[:, 4:]
-        want = backbone_hidden(model, alone, torch.ones_like(alone))[:, 2:]
-    except (RuntimeError, ValueError, TypeError, IndexError):  # a model that takes no such mask
-        return False
-    return same_numbers(together, want, 1e-4)
+    return switched_on() and not _has_short_window(backbone) and PATH.works(backbone)
+
+
+def _has_short_window(backbone: Any) -> bool:
+    """Whether attention has a window that a shared row may exceed; the mask would replace it."""
+    config = BareBackbone(backbone).base_model.config
+    names = ("sliding_window", "attention_chunk_size")
+    window = min(getattr(config, name, None) or LONGEST for name in names)
+    if window < LONGEST:
+        PATH.log_off(backbone, f"its attention has a window of {window} positions")
+    return window < LONGEST
+
+
+def _trial(backbone: Any) -> Pairs:
+    model = BareBackbone(backbone)
+    ids, positions, segments = collate_shared(_trial_pairs(model.base_model), _device(backbone))
+    shared = backbone_hidden(model, ids, block_mask(segments), positions)  # (b,S,d)
+    own_ids, mask = split_rows(ids, segments)
+    plain = backbone_hidden(model, own_ids, mask, position_ids_from_mask(mask))  # (2b,S,d)
+    pairs = []
+    for reply, (hidden, real) in enumerate(zip(plain.chunk(2), mask.chunk(2), strict=True), 1):
+        pairs.append((shared[(segments == 0) | (segments == reply)], hidden[real]))
+    return pairs
+
+
+def _trial_pairs(base: Any) -> list[dict[str, Any]]:
+    """Two pairs, of 112 and 96 tokens where the model takes that many."""
+    unit, size = max(1, trial_length(base) // 16), base.get_input_embeddings().weight.shape[0]
+    pairs = []
+    for start, lengths in ((3, (6, 5, 3)), (5, (3, 2, 7))):
+        ids = [[(start + 7 * i) % size for i in range(unit * length)] for length in lengths]
+        pairs.append(dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)))
+    return pairs
+
+
+def _device(module: Any) -> torch.device:
+    return next(module.parameters()).device
+
+
+PATH = FastPath(
+    "pairs that share a row",
+    "the prompt of each pair is computed twice",
+    _trial,
+)

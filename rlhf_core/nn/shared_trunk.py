@@ -1,8 +1,8 @@
 """Lower layers that several models have in common are run once for all of them.
 
 With `trainable_layers`, policy, reference, critic and reward model come from the same SFT model and
-differ in their upper layers alone. Of a micro-batch, the hidden states below the lowest layer that
-differs are computed once; every model goes on from there, when it is scored and in each pass of
+differ in their upper layers only. Of a micro-batch, the hidden states below the lowest layer that
+differs are computed once; every model continues from there, when it is scored and in each epoch of
 training. Nothing else changes: the layers that run get the same numbers in the same shapes.
 
     for a trunk of n of L layers and a rollout scored by four models, trained on E times by two:
@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.nn.backbone import BareBackbone, backbone, backbone_hidden
+from rlhf_core.nn import fast_paths, unpadded
+from rlhf_core.nn.backbone import BareBackbone, backbone, backbone_hidden, try_out
+from rlhf_core.nn.fast_paths import FastPath, Pairs, patched
 from rlhf_core.nn.layers import transformer_layers
-from rlhf_core.nn.unpadded import run_alike
+from rlhf_core.nn.probe_model import trial_rows
 from rlhf_core.nn.vocabulary_head import lm_head
 
 
@@ -29,39 +31,6 @@ class _Reached(Exception):
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
-
-
-class _Skip(nn.Module):
-    """Stands in for a layer of the trunk: gives the trunk's end; else looks like the layer."""
-
-    def __init__(self, layer: nn.Module, trunk: Trunk) -> None:
-        super().__init__()
-        # not as submodules: parameters are the model's own
-        self.__dict__["layer"], self.__dict__["trunk"] = layer, trunk
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The hidden states that the trunk holds, in the form of the layer's own output."""
-        hidden = self.trunk.hidden
-        return (hidden,) if self.trunk.in_tuple else hidden
-
-
-class _Stack:
-    """The layers of one model."""
-
-    def __init__(self, model: nn.Module, depth: int, trunk: Trunk) -> None:
-        self.model = model
-        name, self.whole = transformer_layers(model)
-        parent, _, self.name = name.rpartition(".")
-        self.parent = model.get_submodule(parent)
-        skips = [_Skip(layer, trunk) for layer in list(self.whole)[:depth]]
-        self.upper = nn.ModuleList([*skips, *list(self.whole)[depth:]])
-        self.whole[depth].register_forward_pre_hook(trunk.at_the_end, with_kwargs=True)
-
-    def put(self, layers: nn.ModuleList) -> None:
-        self.parent._modules[self.name] = layers
 
 
 class Trunk:
@@ -74,51 +43,52 @@ class Trunk:
 
     def __init__(self, models: Sequence[nn.Module], depth: int) -> None:
         self.depth = depth
-        self.hidden: Tensor | None = None
-        self._stop = False
-        self.in_tuple = _in_tuple(models[0])
-        self._stacks = [_Stack(model, depth, self) for model in models]
-
-    def at_the_end(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Hook before the first layer above the trunk."""
-        if self._stop:
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
+        self._models = list(models)
+        self._in_tuple = _in_tuple(models[0])
 
     @torch.no_grad()
     def run(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Hidden states (B,S,d) at the end of the trunk; input_ids, mask (B,S)."""
-        self._stop = True
-        try:
-            _call(self._stacks[0].model, input_ids, mask)
-        except _Reached as reached:
-            return reached.hidden
-        finally:
-            self._stop = False
+        model = self._models[0]
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+        with patched((transformer_layers(model)[1][self.depth], "forward", stop)):
+            try:
+                _call(model, input_ids, mask)
+            except _Reached as reached:
+                return reached.hidden
         raise AssertionError("the model has ended before the trunk")
 
     @contextlib.contextmanager
     def replaced_by(self, hidden: Tensor) -> Iterator[None]:
-        """Within it, all models go on from these hidden states, whatever tokens they are given."""
-        self.hidden = hidden
-        for stack in self._stacks:
-            stack.put(stack.upper)
-        try:
+        """Inside the block, all models continue from these hidden states, whatever their tokens."""
+
+        def skip(*args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if self._in_tuple else hidden
+
+        patches = []
+        for model in self._models:
+            for layer in list(transformer_layers(model)[1])[: self.depth]:
+                patches.append((layer, "forward", skip))
+                # there is nothing to run again in the backward pass
+                patches.append((layer, "gradient_checkpointing", False))
+        with patched(*patches):
             yield
-        finally:
-            self.hidden = None
-            for stack in self._stacks:
-                stack.put(stack.whole)
 
 
 def find_trunk(models: Sequence[nn.Module]) -> Trunk | None:
     """The trunk of some models, or None where they have none.
 
     It ends before the first layer that trains or that is not the same in all; the embeddings must
-    be the same too. It is tried out: with it, each model must give the same numbers as without.
+    be the same too. It is tried out: each model must give the same numbers with it as without.
 
     Args:
         models: transformers models (causal LM or backbone) on one device.
     """
+    if not fast_paths.switched_on():
+        return None
     stacks = [list(transformer_layers(model)[1]) for model in models]
     embeddings = [model.get_input_embeddings() for model in models]  # type: ignore[operator]
     if any(p.requires_grad for p in embeddings[0].parameters()) or not _alike(embeddings):
@@ -132,12 +102,14 @@ def find_trunk(models: Sequence[nn.Module]) -> Trunk | None:
     depth = min(depth, *(len(s) - 1 for s in stacks))
     if depth < 1:
         return None
-    for model in models:  # what is found out by running a whole model is found out now
+    bases = [BareBackbone(model.base_model) for model in models]  # type: ignore[arg-type]
+    for model, base in zip(models, bases, strict=True):  # while they are whole
+        try_out(base)
         if model.get_output_embeddings() is not None:  # type: ignore[operator]
             lm_head(model)
-    run_alike([backbone(BareBackbone(model.base_model)) for model in models])  # type: ignore[arg-type]
+    unpadded.use_alike([backbone(base) for base in bases])
     trunk = Trunk(models, depth)
-    return trunk if _changes_nothing(trunk, models) else None
+    return trunk if PATH.try_out(nn.ModuleList(models), trunk) else None
 
 
 def _alike(modules: Sequence[nn.Module]) -> bool:
@@ -155,18 +127,22 @@ def _alike(modules: Sequence[nn.Module]) -> bool:
     return True
 
 
-@torch.no_grad()
-def _changes_nothing(trunk: Trunk, models: Sequence[nn.Module]) -> bool:
-    device = next(models[0].parameters()).device
-    ids = torch.arange(3, 9, device=device).view(1, 6)
-    mask = torch.ones_like(ids, dtype=torch.bool)
+def _trial(models: nn.ModuleList, trunk: Trunk) -> Pairs:
+    pairs = []
+    ids, mask = trial_rows(models[0])
     hidden = trunk.run(ids, mask)
     for model in models:
-        want = _call(model, ids, mask)
+        plain = _call(model, ids, mask)
         with trunk.replaced_by(hidden):
-            if not torch.equal(_call(model, torch.zeros_like(ids), mask), want):
-                return False
-    return True
+            pairs.append((_call(model, torch.zeros_like(ids), mask)[mask], plain[mask]))
+    return pairs
+
+
+PATH = FastPath(
+    "lower layers run once for several models",
+    "every model runs its lower layers itself, in each epoch",
+    _trial,
+)
 
 
 def _call(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:

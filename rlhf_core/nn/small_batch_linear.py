@@ -1,8 +1,8 @@
 """Products of a few rows with a large weight on a CPU, as a decoding step has them.
 
-For some 4 to 56 rows MKL shares x W^T badly between two threads: W x^T, the same numbers the other
-way round, takes a half to a third of the time. With more rows, or with one, there is no difference.
-So linear layers compute it that way round while a model decodes (docs/performance.md has the
+For some 4 to 56 rows MKL shares x W^T badly between two threads: W x^T, the same numbers in another
+layout, takes a half to a third of the time. With more rows, or with one, there is no difference.
+Only in fp32 on a CPU; nothing on a GPU's way knows of this module (docs/performance.md has the
 measurements).
 """
 
@@ -11,19 +11,22 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOST = 56  # rows
-LEAST = 12
-LEAST_OF_LARGE = 4  # rows, where the weight has this many elements:
+from rlhf_core.nn.fast_paths import FastPath, Pairs, patched, switched_on
+
+MAX_ROWS = 56
+MIN_ROWS = 12
+MIN_ROWS_LARGE = 4  # where the weight has this many elements:
 LARGE = 2**19
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, by whichever way is faster; as `torch.nn.functional.linear` but for rounding.
+    """x W^T + bias, in whichever layout is faster; as `F.linear` but for rounding.
 
     Args:
         x: (...,k). weight: (n,k). bias: (n,) or None.
@@ -32,25 +35,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (...,n), contiguous.
     """
     rows = x.numel() // max(1, x.shape[-1])
-    if not _turned(rows, x, weight):
+    if not _is_faster(rows, x, weight):
         return F.linear(x, weight, bias)
-    found = torch.mm(weight, x.reshape(rows, -1).t()).t().contiguous()  # (rows,n)
+    product = torch.mm(weight, x.reshape(rows, -1).t()).t().contiguous()  # (rows,n)
     if bias is not None:
-        found += bias
-    return found.view(*x.shape[:-1], weight.shape[0])
+        product += bias
+    return product.view(*x.shape[:-1], weight.shape[0])
 
 
-def _turned(rows: int, x: Tensor, weight: Tensor) -> bool:
-    least = LEAST_OF_LARGE if weight.numel() >= LARGE else LEAST
+def _is_faster(rows: int, x: Tensor, weight: Tensor) -> bool:
+    least = MIN_ROWS_LARGE if weight.numel() >= LARGE else MIN_ROWS
     return (
-        least <= rows <= MOST
+        least <= rows <= MAX_ROWS
         and x.dtype == weight.dtype
         and not torch.is_grad_enabled()
-        and _in_fp32_on_a_cpu(weight)
+        and _is_fp32_on_cpu(weight)
     )
 
 
-def _in_fp32_on_a_cpu(weight: Tensor) -> bool:
+def _is_fp32_on_cpu(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
@@ -58,26 +61,42 @@ def _in_fp32_on_a_cpu(weight: Tensor) -> bool:
     )
 
 
+def _plain_layers(model: nn.Module) -> list[nn.Linear]:
+    """A model's linear layers, those inside adapters too; none that somebody else has changed."""
+    return [
+        m for m in model.modules()
+        if type(m) is nn.Linear and "forward" not in vars(m) and _is_fp32_on_cpu(m.weight)
+    ]  # fmt: skip
+
+
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias)
 
 
 @contextlib.contextmanager
-def few_rows(model: nn.Module) -> Iterator[None]:
-    """Within it, a model's linear layers take the faster way.
-
-    Plain layers only, those inside adapters too: one whose forward somebody has replaced, or of a
-    class of its own, stays as it is. So does a model to which it cannot apply, on a GPU or in half
-    precision: each layer's call would only take longer.
-    """
-    layers = [
-        m for m in model.modules()
-        if type(m) is nn.Linear and "forward" not in vars(m) and _in_fp32_on_a_cpu(m.weight)
-    ]  # fmt: skip
-    try:
-        for layer in layers:
-            layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
+def installed(model: nn.Module) -> Iterator[None]:
+    """Inside the block, the linear layers of a model for which `is_used` take the faster layout."""
+    layers = _plain_layers(model) if is_used(model) else []
+    with patched(*((layer, "forward", functools.partial(_forward, layer)) for layer in layers)):
         yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+
+
+def is_used(model: nn.Module) -> bool:
+    """Whether a model has layers that it applies to: on a CPU, in fp32."""
+    return switched_on() and bool(_plain_layers(model)) and PATH.works(model)
+
+
+def _trial(model: Any) -> Pairs:
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for layer in {layer.weight.shape: layer for layer in _plain_layers(model)}.values():
+        x = torch.randn(16, layer.in_features, generator=generator)
+        pairs.append((_forward(layer, x), F.linear(x, layer.weight, layer.bias)))
+    return pairs
+
+
+PATH = FastPath(
+    "linear layers for a few rows",
+    "up to half of the time of decoding on a CPU",
+    _trial,
+)

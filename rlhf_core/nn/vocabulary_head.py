@@ -5,36 +5,50 @@ V vocabulary, d hidden size.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.losses.reductions import upcast
-from rlhf_core.nn.backbone import backbone, causal_lm, eval_mode
-from rlhf_core.nn.probe_model import once
-from rlhf_core.nn.small_batch_linear import linear
+from rlhf_core.nn.backbone import backbone, causal_lm
+from rlhf_core.nn.fast_paths import FastPath, Pairs, Unsuited
+
+TRIAL_ROWS, TRIAL_LENGTH = 2, 32
 
 
-class Head(NamedTuple):
+@dataclass(frozen=True)
+class Head:
     """What turns a hidden state h (d,) into logits: cap(scale * (weight h + bias)).
 
     ``cap(x) = softcap * tanh(x / softcap)``, or x where ``softcap`` is None.
     """
 
-    weight: Tensor  # (V,d)
-    bias: Tensor | None  # (V,)
+    layer: nn.Linear
     scale: float
     softcap: float | None
 
+    @property
+    def weight(self) -> Tensor:
+        """(V,d)."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(V,) or None."""
+        return self.layer.bias
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (...,V), fp32 or fp64, of hidden (...,d); the product obeys autocast."""
-        logits = linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        return _finish(upcast(logits), self.scale, self.softcap, 1.0)
+        logits = self.layer(hidden.to(self.weight.dtype))
+        return finish_logits(upcast(logits), self.scale, self.softcap, 1.0)
 
 
-def _finish(logits: Tensor, scale: float, softcap: float | None, temperature: float) -> Tensor:
-    """Scale, soft cap and temperature of logits that nobody else holds (changed in place)."""
+def finish_logits(
+    logits: Tensor, scale: float, softcap: float | None, temperature: float
+) -> Tensor:
+    """Scale, soft cap and temperature of logits, changed in place: nobody else may hold them."""
     if scale != 1.0:
         logits = logits.mul_(scale)
     if softcap is not None:
@@ -43,66 +57,69 @@ def _finish(logits: Tensor, scale: float, softcap: float | None, temperature: fl
 
 
 def lm_head(model: nn.Module) -> Head | None:
-    """The model's vocabulary head, or None where it is not of the form of ``Head``.
+    """The model's vocabulary head, or None where its logits must come from its own forward.
 
-    Logit scales (cohere, granite) and soft caps (gemma 2) are read from the config. The first
-    call per model checks the result: its forward is run once on four tokens with made-up final
-    hidden states, large enough that any other treatment of the logits shows.
+    That is so where fast paths are off, and where the head is not of the form of ``Head``. Logit
+    scales (cohere, granite) and soft caps (gemma 2) are read from the config. The first call per
+    model runs the model's forward with made-up final hidden states, large enough that any other
+    treatment of the logits shows.
 
     Raises:
         ValueError: the model has no vocabulary head at all.
     """
     lm = causal_lm(model)
     head = _read_head(lm)
-    return head if head is not None and _head_is_exact(lm) else None
+    return head if PATH.works(lm) else None
 
 
 def _read_head(lm: Any) -> Head | None:
     layer = lm.get_output_embeddings()
     if layer is None:
         raise ValueError(f"{type(lm).__name__} has no vocabulary head; a causal LM is needed")
-    # an adapter on the head starts as no change at all, so no check could see it
+    # an adapter on the head starts as no change at all, so no trial could see it
     if type(layer) is not nn.Linear:
         return None
     config = lm.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, layer.bias, scale, softcap)
+    return Head(layer, scale, softcap)
 
 
-@once
-def _head_is_exact(lm: Any) -> bool:
+def _trial(lm: Any) -> Pairs:
     head = _read_head(lm)
-    return head is not None and _check_head(lm, head)
-
-
-@torch.no_grad()
-def _check_head(lm: Any, head: Head) -> bool:
-    device, dtype = head.weight.device, head.weight.dtype
+    if head is None:
+        raise Unsuited(f"its head is a {type(lm.get_output_embeddings()).__name__}")
+    weight = head.weight
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 4, head.weight.shape[1], generator=generator).to(device, dtype)
-    with torch.autocast(device.type, enabled=False), eval_mode(lm):
-        raw = hidden.float() @ head.weight.float().t()
-        # at 50, a soft cap or a scale that the config does not name is far outside the tolerance
-        hidden = hidden * (50.0 / raw.abs().max().clamp(min=1e-6)).to(dtype)
-        swapped = False
+    shape = (TRIAL_ROWS, TRIAL_LENGTH, weight.shape[1])
+    hidden = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+    raw = hidden.float() @ weight.float().t()
+    # at 50, a soft cap or a scale that the config does not name is far outside the tolerance
+    hidden = hidden * (50.0 / raw.abs().max().clamp(min=1e-6)).to(weight.dtype)
+    replaced = False
 
-        def swap(_module: nn.Module, _args: Any, output: Any) -> Any:
-            nonlocal swapped
-            if "last_hidden_state" in output and output[0].shape == hidden.shape:
-                output["last_hidden_state"] = hidden
-                swapped = True
-            return output
+    def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
+        nonlocal replaced
+        if "last_hidden_state" in output and output[0].shape == hidden.shape:
+            output["last_hidden_state"] = hidden
+            replaced = True
+        return output
 
-        hook = backbone(lm).register_forward_hook(swap)
-        try:
-            ids = torch.arange(4, device=device).remainder(head.weight.shape[0]).unsqueeze(0)
-            found = upcast(lm(input_ids=ids, use_cache=False).logits)
-        finally:
-            hook.remove()
-        want = head.logits(hidden)
-    if not swapped or found.shape != want.shape:
-        return False
-    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
-    return bool((found - want).abs().max() <= tolerance * want.abs().max())
+    hook = backbone(lm).register_forward_hook(replace)
+    try:
+        ids = torch.arange(TRIAL_ROWS * TRIAL_LENGTH, device=weight.device)
+        ids = ids.remainder(weight.shape[0]).view(TRIAL_ROWS, TRIAL_LENGTH)
+        plain = upcast(lm(input_ids=ids, use_cache=False).logits)
+    finally:
+        hook.remove()
+    if not replaced:
+        raise Unsuited("its backbone does not return last_hidden_state")
+    return [(head.logits(hidden).to(weight.dtype), plain.to(weight.dtype))]
+
+
+PATH = FastPath(
+    "vocabulary head on its own",
+    "memory for the logits of all positions, and computing those that no loss reads",
+    _trial,
+)

@@ -1,9 +1,8 @@
 """Sampling responses for RL: a decode loop whose result depends on seeds alone.
 
-What sets it apart from ``model.generate``: a row's tokens are a function of its own uniforms, not
-of the batch or rank that it is decoded in; the log-probabilities come out with the tokens; rows
-that have ended leave the batch; a prompt that is there several times is read once; logits exist
-only at the last position.
+Unlike in ``model.generate``, a row's tokens are a function of its own uniforms, not of the batch or
+rank that it is decoded in; the log-probabilities come with the tokens; rows that have ended leave
+the batch; a repeated prompt is read once; logits are computed only at the last position.
 
 B prompts, T = max_new_tokens response positions, V vocabulary, b rows still being decoded.
 """
@@ -11,22 +10,21 @@ B prompts, T = max_new_tokens response positions, V vocabulary, b rows still bei
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.losses.reductions import upcast
-from rlhf_core.nn.backbone import accepted, backbone, causal_lm, eval_mode, position_ids_from_mask
-from rlhf_core.nn.small_batch_linear import few_rows
+from rlhf_core.nn import small_batch_linear
+from rlhf_core.nn.backbone import accepted, backbone, causal_lm, position_ids_from_mask
+from rlhf_core.nn.fast_paths import patched, run, switched_on
+from rlhf_core.nn.probe_model import eval_mode
 from rlhf_core.nn.vocabulary_head import lm_head
-from rlhf_core.rollout.grouped_attention import shared_heads
-from rlhf_core.rollout.kv_cache import new_cache
-
-_BLOCK = 64  # of the two-level inverse CDF
+from rlhf_core.rollout import grouped_attention, kv_cache
+from rlhf_core.rollout.sampling import row_uniforms, sample_inverse_cdf
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,19 @@ class Rollout:
 
     response_ids: Tensor  # (B,T) long, right-padded with pad_id
     response_mask: Tensor  # (B,T) bool, True = real
-    logprobs: Tensor  # (B,T) fp32, nats at the sampling temperature, 0 in padded places
+    logprobs: Tensor  # (B,T) fp32, nats at the sampling temperature, 0 at padding
     finished: Tensor  # (B,) bool, ended with an end-of-turn token rather than at the limit
+
+    @classmethod
+    def empty(cls, count: int, length: int, pad_id: int, device: torch.device) -> Rollout:
+        """B = count rows of T = length columns without a token."""
+        shape = (count, length)
+        return cls(
+            torch.full(shape, pad_id, dtype=torch.long, device=device),
+            torch.zeros(shape, dtype=torch.bool, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
+            torch.zeros(count, dtype=torch.bool, device=device),
+        )
 
     def trimmed(self) -> Rollout:
         """The same without the columns at the end in which no row has a token."""
@@ -52,72 +61,6 @@ class Rollout:
         )
 
 
-# ---------------------------------------------------------------------------------- randomness
-def make_row_seeds(seed: int, step: int, rows: Sequence[int]) -> list[int]:
-    """A 64-bit seed for each row of a step's global batch, whatever rank it falls to.
-
-    Args:
-        seed: the job's. step: of the rollout. rows: indices within the global batch.
-    """
-    return [
-        int(np.random.SeedSequence([seed, step, row]).generate_state(1, np.uint64)[0])
-        for row in rows
-    ]
-
-
-def row_uniforms(seeds: Sequence[int], length: int) -> Tensor:
-    """Uniform numbers in [0, 1), one per row and step, each row from its own Philox generator.
-
-    A longer row begins with the numbers of a shorter one.
-
-    Args:
-        seeds: B non-negative integers below 2**128. length: T.
-
-    Returns:
-        (B,T) fp64.
-    """
-    if not seeds:
-        return torch.zeros(0, length, dtype=torch.float64)
-    rows = [np.random.Generator(np.random.Philox(key=s)).random(length) for s in seeds]
-    return torch.from_numpy(np.stack(rows))
-
-
-def sample_inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The token at which the cumulative probability first exceeds a row's uniform number.
-
-    The whole vocabulary, in two levels: sums of 64 neighbours first, then one block's tokens. A
-    token whose logit is -inf is never drawn.
-
-    Args:
-        logits: (b,V) fp32. uniforms: (b,) in [0, 1).
-
-    Returns:
-        Token ids (b,) and the log-sum-exp of each row (b,) fp64, which comes out on the way.
-    """
-    rows, vocabulary = logits.shape
-    highest = logits.amax(dim=1, keepdim=True)  # (b,1)
-    weights = (logits - highest).exp_()  # (b,V)
-    if short := -vocabulary % _BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, short))
-    weights = weights.view(rows, -1, _BLOCK)
-    cumulative = weights.sum(dim=2).cumsum(dim=1, dtype=torch.float64)  # (b, V/64)
-    target = uniforms.to(cumulative).unsqueeze(1) * cumulative[:, -1:]  # (b,1)
-    block = _first_above(cumulative, target)  # (b,1)
-    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)  # (b,1)
-    inside = weights.gather(1, block.unsqueeze(2).expand(-1, -1, _BLOCK)).squeeze(1)  # (b,64)
-    offset = _first_above(inside.double().cumsum(dim=1), target - before)  # (b,1)
-    norm = highest.double() + cumulative[:, -1:].log()  # (b,1)
-    return (block * _BLOCK + offset).squeeze(1), norm.squeeze(1)
-
-
-def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Index (b,1) of the first entry above target; by rounding there may be none, then of the
-    last entry that adds something."""
-    last = (cumulative < cumulative[:, -1:]).sum(dim=1, keepdim=True)
-    return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)
-
-
-# -------------------------------------------------------------------------------------- decode
 def generate(
     model: nn.Module,
     prompt_ids: Sequence[Sequence[int]],
@@ -155,35 +98,45 @@ def generate(
     """
     count = len(prompt_ids)
     _check(prompt_ids, max_new_tokens, temperature, batch_size)
-    if not greedy:
-        uniforms = _uniforms(uniforms, row_seeds, count, max_new_tokens)  # (B,T)
+    uniforms = None if greedy else _uniforms(uniforms, row_seeds, count, max_new_tokens)  # (B,T)
     device = next(model.parameters()).device
-    shape = (count, max_new_tokens)
-    result = Rollout(
-        torch.full(shape, pad_id, dtype=torch.long, device=device),
-        torch.zeros(shape, dtype=torch.bool, device=device),
-        torch.zeros(shape, dtype=torch.float32, device=device),
-        torch.zeros(count, dtype=torch.bool, device=device),
-    )
-    # neighbours of like length share a batch: little padding
+    result = Rollout.empty(count, max_new_tokens, pad_id, device)
+    # rows of similar length share a batch: little padding
     order = sorted(range(count), key=lambda i: len(prompt_ids[i]), reverse=True)
     stop = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     try:
-        with (
-            torch.no_grad(), eval_mode(model), shared_heads(causal_lm(model)), few_rows(model),
-            _cached_casts(model, device),
-        ):  # fmt: skip
-            decoder = _Decoder(model, temperature, stop)
+        with torch.no_grad(), eval_mode(model), _cached_casts(model, device):
+            decoder = _Decoder(model, temperature, stop, pad_id)
             for start in range(0, count, batch_size):
                 rows = order[start : start + batch_size]
-                prompts = [prompt_ids[i] for i in rows]
-                numbers = None if uniforms is None or greedy else uniforms[rows].to(device)
-                decoder.decode(prompts, rows, numbers, pad_id, result)
+                numbers = None if uniforms is None else uniforms[rows].to(device)
+                _decode(decoder, _Batch([prompt_ids[i] for i in rows], rows, numbers), result)
     finally:
         # autocast caches its half-precision copies of the weights: those made here know no
         # gradient, and a training step in the same autocast block must not meet them
         torch.clear_autocast_cache()
     return result
+
+
+class _Batch(NamedTuple):
+    """Rows that are decoded together."""
+
+    prompts: list[Sequence[int]]  # b
+    rows: list[int]  # b indices into the result
+    uniforms: Tensor | None  # (b,T); None: the likeliest token
+
+
+def _decode(decoder: _Decoder, batch: _Batch, result: Rollout) -> None:
+    """Write a batch's responses into the result, by the fast paths that work for this model."""
+    lm = decoder.lm
+
+    def fast() -> None:
+        with grouped_attention.installed(lm), small_batch_linear.installed(lm):
+            decoder.decode(batch, result, kv_cache.new_cache)
+
+    modules = (grouped_attention, small_batch_linear, kv_cache)
+    paths = [module.PATH for module in modules if module.is_used(lm)]
+    run(paths, lm, fast, lambda: decoder.decode(batch, result, kv_cache.dynamic_cache))
 
 
 @contextlib.contextmanager
@@ -194,15 +147,10 @@ def _cached_casts(model: nn.Module, device: torch.device) -> Iterator[None]:
     token, which took a tenth of the time for a batch of 32.
     """
     frozen = []
-    if torch.is_autocast_enabled(device.type):
+    if switched_on() and torch.is_autocast_enabled(device.type):
         frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    try:
-        for param in frozen:
-            param.requires_grad_(True)
+    with patched(*((param, "requires_grad", True) for param in frozen)):
         yield
-    finally:
-        for param in frozen:
-            param.requires_grad_(False)
 
 
 def _check(
@@ -241,42 +189,51 @@ def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], 
     return list(found), which
 
 
+def _left_padded(
+    prompts: Sequence[Sequence[int]], steps: int, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Prompts (u,P), and the attention mask (u,P+T) of them and T = steps tokens behind them."""
+    width = max(len(p) for p in prompts)
+    inputs = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    attention = torch.ones(len(prompts), width + steps, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        inputs[i, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        attention[i, : width - len(prompt)] = 0
+    return inputs, attention
+
+
 class _Decoder:
     """The loop over steps of one batch; holds what all batches share."""
 
-    def __init__(self, model: nn.Module, temperature: float, stop: Tensor) -> None:
+    def __init__(self, model: nn.Module, temperature: float, stop: Tensor, pad_id: int) -> None:
         self.lm = causal_lm(model)
         self.head = lm_head(model)
         self.temperature = temperature
         self.stop = stop
+        self.pad_id = pad_id
         # through the backbone and only then the head: a prompt's logits are never computed
         self.module = self.lm if self.head is None else backbone(self.lm)
         self.takes_positions = "position_ids" in accepted(self.module.forward, position_ids=None)
         self.takes_keep = "logits_to_keep" in accepted(self.module.forward, logits_to_keep=1)
 
-    def decode(
-        self,
-        prompts: list[Sequence[int]],
-        rows: list[int],
-        uniforms: Tensor | None,
-        pad_id: int,
-        result: Rollout,
-    ) -> None:
-        """Decodes a batch and writes it into the given rows of the result."""
-        device = result.response_ids.device
-        width, steps = max(len(p) for p in prompts), result.response_ids.shape[1]
-        distinct, which = _distinct(prompts)
-        inputs = torch.full((len(distinct), width), pad_id, dtype=torch.long)  # (u,P)
-        attention = torch.ones(len(distinct), width + steps, dtype=torch.long)  # (u,P+T)
-        for i, prompt in enumerate(distinct):
-            inputs[i, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-            attention[i, : width - len(prompt)] = 0
-        inputs, attention = inputs.to(device), attention.to(device)
-        alive = torch.tensor(rows, device=device)  # (b,) row of the result
+    def decode(self, batch: _Batch, result: Rollout, new_cache: Callable[[Any, int], Any]) -> None:
+        """Decodes a batch and writes it into its rows of the result.
+
+        Args:
+            new_cache: makes the cache for a model and the positions P+T of a row.
+        """
+        device, steps = result.response_ids.device, result.response_ids.shape[1]
+        uniforms = batch.uniforms
+        distinct, which = _distinct(batch.prompts)
+        inputs, attention = (x.to(device) for x in _left_padded(distinct, steps, self.pad_id))
+        width = inputs.shape[1]
+        alive = torch.tensor(batch.rows, device=device)  # (b,) row of the result
+        result.response_ids[alive] = self.pad_id
+        result.response_mask[alive] = False
         positions = position_ids_from_mask(attention)  # (u,P+T)
-        cache = new_cache(self.lm.config, width + steps)
+        cache = new_cache(self.lm, width + steps)
         logits = self._logits(inputs, attention[:, :width], positions[:, :width], cache)  # (u,V)
-        if len(distinct) < len(rows):
+        if len(distinct) < len(batch.rows):
             same = torch.tensor(which, device=device)  # (b,)
             # (b,V), (b,P+T), (b,P+T)
             logits, attention, positions = (x[same] for x in (logits, attention, positions))
@@ -287,14 +244,10 @@ class _Decoder:
                 logits = self._logits(
                     inputs, attention[:, :seen], positions[:, seen - 1 : seen], cache
                 )  # (b,V)
-            if uniforms is None:
-                token, norm = logits.argmax(dim=1), logits.logsumexp(dim=1)  # (b,), (b,)
-            else:
-                token, norm = sample_inverse_cdf(logits, uniforms[:, step])  # (b,), (b,)
-            picked = logits.gather(1, token.unsqueeze(1)).squeeze(1)  # (b,)
+            token, logprob = _draw(logits, None if uniforms is None else uniforms[:, step])
             result.response_ids[alive, step] = token
             result.response_mask[alive, step] = True
-            result.logprobs[alive, step] = (picked - norm).float()
+            result.logprobs[alive, step] = logprob
             ended = torch.isin(token, self.stop)  # (b,)
             result.finished[alive] = ended
             inputs = token.unsqueeze(1)  # (b,1)
@@ -325,3 +278,12 @@ class _Decoder:
         last = output[0][:, -1]  # (b,V) or (b,d)
         logits = upcast(last) if self.head is None else self.head.logits(last)
         return logits / self.temperature if self.temperature != 1.0 else logits
+
+
+def _draw(logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens (b,) and their log-probabilities (b,) fp32, nats; the likeliest without uniforms."""
+    if uniforms is None:
+        token, norm = logits.argmax(dim=1), logits.logsumexp(dim=1)  # (b,), (b,)
+    else:
+        token, norm = sample_inverse_cdf(logits, uniforms)  # (b,), (b,)
+    return token, (logits.gather(1, token.unsqueeze(1)).squeeze(1) - norm).float()

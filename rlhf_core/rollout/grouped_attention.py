@@ -2,7 +2,7 @@
 
 transformers repeats keys and values for each query head of a group, which copies the whole cache
 with every token of a batch that has a mask. Here a group's queries are the rows of one product
-with the keys that they share: the same numbers, nothing is copied.
+with the keys that they share: the same numbers, and nothing is copied.
 
 b rows, H query heads in groups of G, e size of a head, S positions so far.
 """
@@ -10,20 +10,19 @@ b rows, H query heads in groups of G, e size of a head, S positions so far.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf_core.nn.backbone import backbone
-from rlhf_core.nn.probe_model import once, same_numbers
-from rlhf_core.rollout.kv_cache import new_cache
+from rlhf_core.nn.fast_paths import FastPath, Pairs, Unsuited, patched, switched_on
+from rlhf_core.rollout.kv_cache import decode_after, read_prompts
 
-NAME = "rlhf_decode"
+ATTENTION = "rlhf_decode"  # name of `_attention` in transformers' registry
 
 
 def _attention(
@@ -37,7 +36,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """query (b,H,1,e), key, value (b,H/G,S,e), mask (b,1,1,S) or None -> (b,1,H,e).
 
-    More than one new token, and anything else than a mask of rows, is left to transformers.
+    More than one new token, and anything but a mask of rows, is left to transformers.
     """
     (rows, heads, new, size), shared = query.shape, key.shape[1]
     by_row = attention_mask is None or tuple(attention_mask.shape[1:3]) == (1, 1)
@@ -47,68 +46,54 @@ def _attention(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
     grouped = query.view(rows, shared, heads // shared, size)
-    found = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
-    return found.reshape(rows, 1, heads, -1), None
+    output = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    return output.reshape(rows, 1, heads, -1), None
 
 
-AttentionInterface.register(NAME, _attention)
+AttentionInterface.register(ATTENTION, _attention)
 try:
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 except ImportError:  # transformers before 4.53
     _has_masks = False
 else:
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     _has_masks = True
 
 
 @contextlib.contextmanager
-def shared_heads(lm: Any) -> Iterator[None]:
-    """Within it, a model whose query heads share key-value heads decodes without repeating them.
-
-    Args:
-        lm: a transformers causal LM. One that computes otherwise stays as it is.
-    """
-    config = lm.config
-    before = config._attn_implementation
-    if before != "sdpa" or not _works(lm):
+def installed(lm: Any) -> Iterator[None]:
+    """Inside the block, a causal LM for which `is_used` decodes without repeating heads."""
+    with patched(*[(lm.config, "_attn_implementation", ATTENTION)] if is_used(lm) else []):
         yield
-        return
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
-@once
-def _works(lm: Any) -> bool:
-    """Whether the numbers are the same; tried out on a token after two rows, one of them padded."""
-    config = lm.config
-    heads = getattr(config, "num_attention_heads", None)
+def is_used(lm: Any) -> bool:
+    """Whether a model has query heads in groups, and attention that can be replaced."""
+    if not _has_groups(lm.config) or not switched_on():
+        return False
+    if lm.config._attn_implementation not in ("sdpa", ATTENTION):
+        PATH.log_off(lm, f"its attention is {lm.config._attn_implementation}, not sdpa")
+        return False
+    return PATH.works(lm)
+
+
+def _has_groups(config: Any) -> bool:
     shared = getattr(config, "num_key_value_heads", None)
-    if not _has_masks or not shared or shared == heads:
-        return False
-    before = config._attn_implementation
-    try:
-        want = _two_steps(lm)
-        config._attn_implementation = NAME
-        found = _two_steps(lm)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):
-        return False
-    finally:
-        config._attn_implementation = before
-    return same_numbers(found, want)
+    return bool(shared) and shared != getattr(config, "num_attention_heads", None)
 
 
-def _two_steps(lm: Any) -> Tensor:
-    """Hidden states (2,1,d) of a token behind a row of three and a row of two."""
-    base = backbone(lm)
-    size = base.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(8, device=next(base.parameters()).device).view(2, 4).remainder(size)
-    mask = torch.ones_like(ids)
-    mask[1, 0] = 0
-    cache = new_cache(lm.config, 4)
-    base(input_ids=ids[:, :3], attention_mask=mask[:, :3], past_key_values=cache, use_cache=True)
-    return base(
-        input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cache, use_cache=True
-    )[0]  # fmt: skip
+def _trial(lm: Any) -> Pairs:
+    if not _has_masks:
+        raise Unsuited("transformers before 4.53 makes no mask for it")
+    cache = read_prompts(lm)
+    plain = decode_after(lm, copy.deepcopy(cache))
+    with patched((lm.config, "_attn_implementation", ATTENTION)):
+        fast = decode_after(lm, cache)
+    return [(fast, plain)]
+
+
+PATH = FastPath(
+    "query heads in groups while decoding",
+    "a copy of keys and values for each query head with every decoded token",
+    _trial,
+)

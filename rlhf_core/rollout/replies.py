@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from rlhf_core.models.saving import stop_tokens
-from rlhf_core.rollout.generate import generate, make_row_seeds
+from rlhf_core.rollout.generate import generate
+from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.runtime.distributed import Group, computes_in_bf16
 
 

@@ -93,31 +93,8 @@ class VllmEngine:
                     f"{device.type}: install the other build (docs/training.md), or set "
                     "resources.device, or the rollout type builtin."
                 )
-            memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-            if self.on_cpu:  # of main memory it would take that share and keep it
-                memory = {"kv_cache_memory_bytes": settings.cpu_cache_mib * 2**20}
-            else:
-                memory["enable_sleep_mode"] = True
-                torch.cuda.empty_cache()
             try:  # with one token sampled: not every layer that can be built can also be run
-                self._llm = vllm.LLM(
-                    model=str(source),
-                    load_format="dummy",
-                    dtype=DTYPES[precision],
-                    skip_tokenizer_init=True,
-                    trust_remote_code=is_trusted(source),
-                    distributed_executor_backend="external_launcher",  # torchrun
-                    max_model_len=longest,
-                    max_num_seqs=min(together, TOGETHER),
-                    # A prompt in pieces draws a number for each: of its own row's, so that the
-                    # reply would depend on its neighbours (and on a CPU it fails).
-                    enable_chunked_prefill=False,
-                    max_num_batched_tokens=max(longest, PREFILL),
-                    logprobs_mode="processed_logprobs",  # of what is sampled from
-                    enforce_eager=self.on_cpu,  # compiling takes longer than it saves
-                    disable_log_stats=True,
-                    **memory,
-                )
+                self._llm = self._start(source, settings, precision, longest, together)
                 one = vllm.SamplingParams(max_tokens=1, detokenize=False)
                 self._llm.generate([{"prompt_token_ids": [0]}], one, use_tqdm=False)
             except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
@@ -125,6 +102,42 @@ class VllmEngine:
                     f"vLLM {self.version} cannot be started for this model: {error}. Use the "
                     "rollout type builtin, or change what it names."
                 ) from error
+
+    def _start(
+        self,
+        source: Path,
+        settings: VllmRollout,
+        precision: Precision,
+        longest: int,
+        together: int,
+    ) -> Any:
+        """A `vllm.LLM`; the arguments are those of `__init__`."""
+        import vllm
+
+        memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        if self.on_cpu:  # of main memory it would take that share and keep it
+            memory = {"kv_cache_memory_bytes": settings.cpu_cache_mib * 2**20}
+        else:
+            memory["enable_sleep_mode"] = True
+            torch.cuda.empty_cache()
+        return vllm.LLM(
+            model=str(source),
+            load_format="dummy",
+            dtype=DTYPES[precision],
+            skip_tokenizer_init=True,
+            trust_remote_code=is_trusted(source),
+            distributed_executor_backend="external_launcher",  # torchrun
+            max_model_len=longest,
+            max_num_seqs=min(together, TOGETHER),
+            # A prompt in pieces draws a number for each: of its own row's, so that the
+            # reply would depend on its neighbours (and on a CPU it fails).
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(longest, PREFILL),
+            logprobs_mode="processed_logprobs",  # of what is sampled from
+            enforce_eager=self.on_cpu,  # compiling takes longer than it saves
+            disable_log_stats=True,
+            **memory,
+        )
 
     # ------------------------------------------------------------------------------ rollouts
 

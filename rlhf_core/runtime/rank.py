@@ -7,7 +7,6 @@ category the orchestrator decides whether to retry.
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import importlib
 import json
@@ -27,7 +26,7 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.job_file import read_job
 from rlhf_core.runtime.stopping import stop, write_error
 from rlhf_core.store import Store, open_store
-from rlhf_core.system.host_memory import format_bytes, peak_memory
+from rlhf_core.system.host_memory import format_bytes, is_out_of_memory, peak_memory
 from rlhf_core.system.processes import die_with_parent, name_process
 from rlhf_core.system.secrets import redact
 
@@ -39,7 +38,9 @@ def run_job(job: Job, store: Store, folder: Path) -> None:
     if artifact is None:
         allow(job.trust_remote_code)
         module = importlib.import_module(job.module)
-        with context.closing:
+        if not job.placement().fast_paths:
+            context.log("resources.fast_paths is false: transformers' own code runs everywhere")
+        with context.closing, fast_paths_as_set(job):
             artifact = module.run(job, context)
     if context.main:
         assert artifact is not None, f"{job.module}.run returned no artifact on rank 0"
@@ -49,11 +50,18 @@ def run_job(job: Job, store: Store, folder: Path) -> None:
         partial.replace(folder / "result.json")
 
 
-# In messages of CUDA, NCCL, torch's host allocator, the C library, C++ and cuBLAS.
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|can.?t allocate memory|cannot allocate memory|bad_alloc|ALLOC_FAILED",
-    re.I,
-)
+@contextlib.contextmanager
+def fast_paths_as_set(job: Job) -> Iterator[None]:
+    """Inside the block, fast paths are on or off in this process as the job's resources say."""
+    if job.placement().fast_paths:
+        yield
+        return
+    from rlhf_core.nn.fast_paths import switched  # imports torch, which some stages do not need
+
+    with switched(False):
+        yield
+
+
 # In messages of gloo and NCCL about a collective operation that a rank did not join in time.
 TIMED_OUT = re.compile(r"timed out waiting|collective operation timeout|wait timeout", re.I)
 
@@ -72,13 +80,6 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed."""
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-        return True
-    return OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def describe(error: BaseException, category: str, rank: str, job: Job | None) -> str:
@@ -107,6 +108,16 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("bitsandbytes", "transformers", "torch.distributed", "colossalai"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def show_own_warnings() -> None:
+    """Warnings of this project go to the stage's log, with the rank where there are several."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    prefix = f"rank {rank}: " if size != "1" else ""
+    logger, handler = logging.getLogger("rlhf_core"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.WARNING)
 
 
 def prefer_as_oom_victim() -> None:
@@ -142,6 +153,7 @@ def main(arguments: list[str]) -> int:
     faulthandler.enable()  # NCCL's watchdog, for one, ends a process by SIGABRT
     stop.install()
     silence_libraries()
+    show_own_warnings()
     rank = os.environ.get("RANK", "0")
     name_process(f"rlhf rank {rank}" if "RANK" in os.environ else "rlhf stage")
     for argument in arguments:

@@ -5,12 +5,26 @@ Does not import torch. In a rank that has imported it, the GPU's peak is reporte
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 from pathlib import Path
 
 from rlhf_core.system.cgroups import CGROUP, PROC, group_folders
+
+# In messages of CUDA, NCCL, torch's host allocator, the C library, C++ and cuBLAS.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can.?t allocate memory|cannot allocate memory|bad_alloc|ALLOC_FAILED",
+    re.I,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, of the host or of a GPU, had no memory left."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def format_bytes(size: int) -> str:

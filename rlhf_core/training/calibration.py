@@ -12,7 +12,8 @@ from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.models.saving import stop_tokens
 from rlhf_core.nn.modules import ScalarModel
-from rlhf_core.rollout.generate import generate, make_row_seeds
+from rlhf_core.rollout.generate import generate
+from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.training.scoring import score_all
 from rlhf_core.training.strategy import Strategy

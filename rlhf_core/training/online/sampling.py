@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.models.saving import stop_tokens
-from rlhf_core.rollout.generate import generate, make_row_seeds
+from rlhf_core.rollout.generate import generate
+from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.rollout.vllm_engine import VllmEngine
 from rlhf_core.training.batching import batch_rows
 from rlhf_core.training.online.stage import OnlineStage

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from rlhf_core.jobs import BaseJob
 from rlhf_core.runtime.context import StageContext
+from rlhf_core.runtime.rank import fast_paths_as_set
 from rlhf_core.store import Artifact, Store, open_store
 from tests.rlhf_core.torchrun import run_ranks
 
@@ -49,7 +50,8 @@ class Stages:
         folder = self.folder / "here" / key
         folder.mkdir(parents=True)
         context = StageContext(store=self.store, key=key, folder=folder)
-        artifact = importlib.import_module(job.module).run(job, context)
+        with fast_paths_as_set(job):
+            artifact = importlib.import_module(job.module).run(job, context)
         lines = [{k: v for k, v in m.items() if k not in TIMES} for m in context.read_metrics()]
         return weight_hashes(artifact), lines
 

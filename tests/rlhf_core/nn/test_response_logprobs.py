@@ -1,6 +1,6 @@
 """The oracle is torch.log_softmax over the full logits, with autograd's own gradients."""
 
-import copy
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from rlhf_core.nn import backbone, chunked_logprobs, response_logprobs, vocabulary_head
+from rlhf_core.nn.fast_paths import switched
 
 V, D = 67, 32
 _DECODER: dict[str, Any] = {
@@ -375,7 +376,7 @@ def test_right_padded_rows_go_without_a_mask_where_a_model_needs_none() -> None:
     other = make_model("llama").base_model
     other.__class__ = Backwards
     found = backbone.backbone_hidden(backbone.BareBackbone(other), ids, right)
-    assert not backbone._needs_no_mask(other)
+    assert not backbone.WITHOUT_MASK.works(other)
     torch.testing.assert_close(found, backbone._hidden_of(other, ids, right, None))
 
 
@@ -417,19 +418,38 @@ def test_an_unknown_treatment_of_the_logits_falls_back_to_the_models_forward() -
     torch.testing.assert_close(entropy, want_entropy, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_switched_off_the_models_own_forward_gives_the_logits(name: str) -> None:
+    model = make_model(name)
+    ids, attention, mask = batch()
+    with torch.no_grad():
+        want = response_logprobs.response_logprobs(
+            model, ids, attention, None, mask, 0.9, entropy=True
+        )
+        with switched(False):
+            assert vocabulary_head.lm_head(model) is None
+            got = response_logprobs.response_logprobs(
+                model, ids, attention, None, mask, 0.9, entropy=True
+            )
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["cohere", "gemma2", "granite"])
-def test_the_head_check_notices_a_scale_or_cap_that_the_config_hides(name: str) -> None:
+def test_the_heads_trial_notices_a_scale_or_cap_that_the_config_hides(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(name)
     with torch.no_grad():  # so small that a soft cap at 3 hardly shows on ordinary logits
         for p in model.parameters():
             p.mul_(0.05)
-    plain = copy.copy(vocabulary_head.lm_head(model))
-    assert plain is not None
-    assert vocabulary_head._check_head(model, plain)
-    assert not vocabulary_head._check_head(model, plain._replace(scale=1.0, softcap=None))
+    head = vocabulary_head.lm_head(model)
+    assert head is not None
+    hidden = dataclasses.replace(head, scale=1.0, softcap=None)
+    monkeypatch.setattr(vocabulary_head, "_read_head", lambda lm: hidden)
+    assert not vocabulary_head.PATH.try_out(model)
 
 
-def test_the_head_check_restores_modes_and_uses_no_random_numbers() -> None:
+def test_the_heads_trial_restores_modes_and_uses_no_random_numbers() -> None:
     model = make_model("gpt2").train()
     model.transformer.h[0].eval()
     before = [m.training for m in model.modules()]

@@ -2,11 +2,21 @@
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from rlhf_core.models.loading import new_scalar_model
+from rlhf_core.nn import modules
 from rlhf_core.nn.modules import last_real
-from rlhf_core.nn.shared_prompt import block_mask, collate_shared, ends_of, takes_block_masks
+from rlhf_core.nn.shared_prompt import (
+    LONGEST,
+    block_mask,
+    collate_shared,
+    ends_of,
+    split_rows,
+    takes_block_masks,
+)
 from rlhf_core.training.preference import collate_pairs
+from tests.rlhf_core.nn.test_response_logprobs import _DECODER
 from tests.rlhf_core.tiny_models import copy_of
 
 CPU = torch.device("cpu")
@@ -51,7 +61,40 @@ def test_scores_and_gradients_are_those_of_rows_of_their_own(tmp_path, architect
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("architecture", ["bloom"])
-def test_models_that_take_no_such_mask_are_found_out(tmp_path, architecture):
-    model = new_scalar_model(copy_of(architecture, tmp_path / "model"), seed=1)
+def test_models_that_take_no_such_mask_are_found_out(tmp_path, caplog):
+    model = new_scalar_model(copy_of("bloom", tmp_path / "model"), seed=1)
     assert not takes_block_masks(model.backbone)
+    assert "BloomModel: pairs that share a row" in caplog.text
+
+
+def test_rows_of_their_own_by_hand():
+    ids, _, segments = collate_shared(ROWS, CPU)
+    own, mask = split_rows(ids, segments)
+    rows = [row[real].tolist() for row, real in zip(own, mask, strict=True)]
+    assert rows == [[5, 6, 7, 8, 9], [20, 21, 22, 23], [5, 6, 7, 10, 11, 12, 13], [20, 24]]
+    assert not (mask[:, 1:] > mask[:, :-1]).any(), "padding is on the right"
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_shared_rows_that_fail_in_training_are_scored_as_rows_of_their_own(
+    tmp_path, pooling, monkeypatch, caplog
+):
+    model = new_scalar_model(copy_of("llama", tmp_path / "model"), seed=1)
+    model.pooling = pooling
+    shared = collate_shared(ROWS, CPU)
+    want = model(*shared)
+
+    def refuse(*given):
+        raise RuntimeError("no kernel for this mask")
+
+    monkeypatch.setattr(modules, "block_mask", refuse)
+    torch.testing.assert_close(model(*shared), want, rtol=1e-4, atol=1e-5)
+    assert "no kernel for this mask" in caplog.text
+    assert not takes_block_masks(model.backbone)
+
+
+def test_a_window_shorter_than_a_shared_row_is_not_replaced_by_the_mask():
+    """The trial's rows are shorter than the window, so that it could not see it."""
+    for window, taken in ((200, False), (LONGEST, True)):
+        config = MistralConfig(**_DECODER | {"max_position_embeddings": 256}, sliding_window=window)
+        assert takes_block_masks(MistralForCausalLM(config).eval().base_model) is taken

@@ -1,7 +1,5 @@
 """Linear layers that are computed the other way round give the numbers of torch's."""
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rlhf_core.nn import small_batch_linear
+from rlhf_core.nn.fast_paths import switched
 from rlhf_core.rollout import generate
 from tests.rlhf_core.nn.test_response_logprobs import make_model
 
@@ -69,11 +68,12 @@ def test_only_plain_layers_change_and_all_are_given_back(straight: list[int]) ->
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Tanh())
     model[1].forward = lambda x: x + 1  # type: ignore[method-assign]
     replaced = model[1].forward
-    with pytest.raises(RuntimeError, match="in the middle"), small_batch_linear.few_rows(model):
+    with pytest.raises(RuntimeError, match="in the middle"), small_batch_linear.installed(model):
         with torch.no_grad():
             model(torch.randn(1, 8))
         raise RuntimeError("in the middle")
-    assert straight == [1]  # the first layer went through ours, which had one row
+    # the trial, then the first layer through ours, which had one row
+    assert straight == [16, 1]
     assert "forward" not in vars(model[0]) and model[1].forward is replaced
 
 
@@ -86,13 +86,13 @@ def test_replies_are_those_without_it(name: str, monkeypatch) -> None:
             if "lora_B" in key:
                 nn.init.normal_(value, std=0.1)
     turned: list[int] = []
-    way = small_batch_linear._turned
+    way = small_batch_linear._is_faster
 
     def watched(rows, x, weight):
         turned.append(way(rows, x, weight))
         return turned[-1]
 
-    monkeypatch.setattr(small_batch_linear, "_turned", watched)
+    monkeypatch.setattr(small_batch_linear, "_is_faster", watched)
 
     def decode() -> generate.Rollout:
         prompts = [[5 + i % 7, 9, 4][: 1 + i % 3] for i in range(16)]
@@ -103,16 +103,17 @@ def test_replies_are_those_without_it(name: str, monkeypatch) -> None:
     found = decode()
     assert sum(turned) > len(turned) / 2
     assert not [m for m in model.modules() if "forward" in vars(m)]
-    monkeypatch.setattr(generate, "few_rows", lambda model: contextlib.nullcontext())
-    monkeypatch.setattr(small_batch_linear, "_turned", lambda *_: False)
-    want = decode()
+    turned.clear()
+    with switched(False):
+        want = decode()
+    assert not turned
     assert torch.equal(found.response_ids, want.response_ids)
     torch.testing.assert_close(found.logprobs, want.logprobs, atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_in_half_precision_keeps_its_own_forwards() -> None:
     single, half = nn.Linear(8, 8), nn.Linear(8, 8).bfloat16()
-    with small_batch_linear.few_rows(nn.ModuleList([single, half])):
+    with small_batch_linear.installed(nn.ModuleList([single, half])):
         assert "forward" in vars(single) and "forward" not in vars(half)
-    with torch.autocast("cpu", torch.bfloat16), small_batch_linear.few_rows(single):
+    with torch.autocast("cpu", torch.bfloat16), small_batch_linear.installed(single):
         assert "forward" not in vars(single)

@@ -24,8 +24,8 @@ def test_hidden_states_and_gradients_are_those_of_each_row_alone(name: str) -> N
     model, (ids, mask) = make_model(name), rows()
     weights = torch.randn(4, 9, 1, generator=torch.Generator().manual_seed(4))
     base = backbone(model)
+    assert unpadded.is_used(base)
     found = unpadded.hidden_states(base, ids, mask)
-    assert found is not None
     assert not found[~mask].any()
     (found * weights).sum().backward()
     grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
@@ -58,34 +58,55 @@ def test_models_that_attend_in_a_way_of_their_own_keep_their_padding() -> None:
     eager = make_model("llama")
     eager.set_attn_implementation("eager")
     for model in (windowed, eager, make_model("bloom"), make_model("gemma2")):
-        ids, mask = rows()
-        assert unpadded.hidden_states(backbone(model), ids, mask) is None
-        assert not unpadded.leaves_out(backbone(model))
+        assert not unpadded.is_used(backbone(model))
     changed = make_model("llama")
-    assert unpadded.leaves_out(backbone(changed))
+    assert unpadded.is_used(backbone(changed))
     changed.set_attn_implementation("eager")  # after it was tried out
-    assert not unpadded.leaves_out(backbone(changed))
+    assert not unpadded.is_used(backbone(changed))
 
 
 def test_layers_that_run_again_in_the_backward_pass_keep_their_padding() -> None:
     model, (ids, mask) = make_model("llama"), rows()
     model.train()
     model.gradient_checkpointing_enable()
-    assert unpadded.hidden_states(model.model, ids, mask) is None
+    assert not unpadded.is_used(model.model)
     assert padding_cost(Policy(model)) == 1.0
     hidden = backbone_hidden(model, ids, mask)
     hidden[mask].sum().backward()
     model.gradient_checkpointing_disable()
-    assert unpadded.hidden_states(model.model, ids, mask) is not None
+    assert unpadded.is_used(model.model)
 
 
 def test_models_of_a_trunk_all_leave_padding_out_or_none_does() -> None:
-    checkpointing, plain, (ids, mask) = make_model("llama"), make_model("llama"), rows()
-    unpadded.run_alike([checkpointing.model, plain.model])
-    assert unpadded.hidden_states(plain.model, ids, mask) is not None
+    checkpointing, plain = make_model("llama"), make_model("llama")
+    unpadded.use_alike([checkpointing.model, plain.model])
+    assert unpadded.is_used(plain.model)
     checkpointing.gradient_checkpointing_enable()
-    unpadded.run_alike([checkpointing.model, plain.model])
-    assert unpadded.hidden_states(plain.model, ids, mask) is None
+    unpadded.use_alike([checkpointing.model, plain.model])
+    assert not unpadded.is_used(plain.model)
+
+
+def test_attention_that_fails_in_training_falls_back_and_leaves_the_config_as_it_was(
+    monkeypatch, caplog
+) -> None:
+    """On a GPU, say: a kernel that refuses a shape which no trial has seen."""
+    model, (ids, mask) = make_model("llama"), rows()
+    assert unpadded.is_used(model.model)
+    want = model.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0]
+    real = unpadded.sdpa_attention_forward
+
+    def refuse(*args, **options):
+        raise RuntimeError("no kernel for this shape")
+
+    monkeypatch.setattr(unpadded, "sdpa_attention_forward", refuse)
+    found = backbone_hidden(model, ids, mask)
+    torch.testing.assert_close(found[mask], want[mask], atol=1e-5, rtol=1e-5)
+    assert "no kernel for this shape" in caplog.text and "rows without padding" in caplog.text
+    config = model.config
+    assert config._attn_implementation == "sdpa" and not hasattr(config, "unpadded_layout")
+    monkeypatch.setattr(unpadded, "sdpa_attention_forward", real)
+    assert not unpadded.is_used(model.model), "it stays off for this model"
+    assert unpadded.is_used(make_model("llama").model)
 
 
 def test_padding_is_cheap_only_where_every_model_leaves_it_out() -> None:

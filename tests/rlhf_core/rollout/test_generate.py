@@ -2,13 +2,13 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from rlhf_core.nn.response_logprobs import response_logprobs
 from rlhf_core.rollout import generate
+from rlhf_core.rollout.sampling import make_row_seeds
 from tests.rlhf_core.nn.test_response_logprobs import V, make_model
 
 PROMPTS = [[5, 9, 11], [7], [30, 31, 32, 33, 34, 35], [8, 8], [64, 3, 12, 40]]
@@ -211,7 +211,7 @@ def test_first_tokens_follow_the_softmax() -> None:
     got = sample(
         model,
         [prompt] * count,
-        row_seeds=generate.make_row_seeds(3, 0, range(count)),
+        row_seeds=make_row_seeds(3, 0, range(count)),
         max_new_tokens=1,
         temperature=temperature,
         batch_size=1000,
@@ -228,48 +228,6 @@ def test_first_tokens_follow_the_softmax() -> None:
     degrees = int(large.sum())
     assert degrees > 5
     assert statistic < degrees + 5 * math.sqrt(2 * degrees)
-
-
-@pytest.mark.parametrize("vocabulary", [1, 3, 64, 65, 200, 1000])
-def test_inverse_cdf_equals_numpys_search_of_the_cumulative_sum(vocabulary: int) -> None:
-    generator = torch.Generator().manual_seed(5)
-    logits = 2 * torch.randn(500, vocabulary, generator=generator)
-    uniforms = torch.rand(500, generator=generator, dtype=torch.float64)
-    token, norm = generate.sample_inverse_cdf(logits, uniforms)
-    torch.testing.assert_close(norm, logits.double().logsumexp(1), atol=1e-5, rtol=0)
-    p = torch.softmax(logits.double(), dim=1).numpy()
-    want = [
-        np.searchsorted(np.cumsum(r), u, side="right") for r, u in zip(p, uniforms, strict=True)
-    ]
-    assert (token.numpy() == want).mean() > 0.995  # the rest fell on a rounded edge
-    assert np.abs(token.numpy() - want).max() <= 1
-
-
-def test_inverse_cdf_never_draws_an_impossible_token() -> None:
-    logits = torch.full((4, 200), -math.inf)
-    logits[:, [70, 130]] = 0.0
-    for u in (0.0, 0.25, 0.5, 0.75, 1 - 2**-53):
-        token, _ = generate.sample_inverse_cdf(logits, torch.full((4,), u, dtype=torch.float64))
-        assert token.tolist() == [70 if u < 0.5 else 130] * 4
-
-
-def test_row_uniforms_depend_on_the_rows_seed_only() -> None:
-    both = generate.row_uniforms([3, 2**64 - 1], 6)
-    assert both.dtype == torch.float64 and both.shape == (2, 6)
-    assert torch.equal(both[1:], generate.row_uniforms([2**64 - 1], 6))
-    assert torch.equal(both[:, :4], generate.row_uniforms([3, 2**64 - 1], 4))
-    many = generate.row_uniforms(range(2000), 10)
-    assert many.min() >= 0 and many.max() < 1
-    assert abs(many.mean().item() - 0.5) < 5 / math.sqrt(12 * 20000)
-    assert abs(np.corrcoef(many[:-1, 0], many[1:, 0])[0, 1]) < 0.1
-    assert generate.row_uniforms([], 3).shape == (0, 3)
-
-
-def test_row_seeds_differ_by_seed_step_and_row_and_do_not_depend_on_the_split() -> None:
-    rows = generate.make_row_seeds(1, 2, range(8))
-    assert generate.make_row_seeds(1, 2, [3, 5]) == [rows[3], rows[5]]
-    others = generate.make_row_seeds(1, 3, range(8)) + generate.make_row_seeds(2, 2, range(8))
-    assert len({*rows, *others}) == 24
 
 
 # ------------------------------------------------------------------------------- modes, refusals

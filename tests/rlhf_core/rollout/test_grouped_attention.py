@@ -1,11 +1,10 @@
 """Decoding without repeated keys and values gives the numbers of decoding with them."""
 
-import contextlib
-
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from rlhf_core.nn.fast_paths import switched
 from rlhf_core.rollout import generate, grouped_attention
 from tests.rlhf_core.nn.test_response_logprobs import _DECODER, V, make_model
 
@@ -42,18 +41,20 @@ def test_tokens_and_logprobs_are_those_with_repeated_heads(name: str, monkeypatc
     assert repeated and min(repeated) > 1  # prompts only, no single token
     assert model.config._attn_implementation == "sdpa"
 
-    monkeypatch.setattr(generate, "shared_heads", lambda lm: contextlib.nullcontext())
-    want = decode(model)
+    repeated.clear()
+    with switched(False):
+        want = decode(model)
+    assert not repeated, "transformers' own attention, which is not watched here"
     assert torch.equal(found.response_ids, want.response_ids)
     torch.testing.assert_close(found.logprobs, want.logprobs, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_that_was_changed_meanwhile_stays_as_it_is() -> None:
     model = grouped("llama")
-    with grouped_attention.shared_heads(model):  # tried out
-        assert model.config._attn_implementation == grouped_attention.NAME
+    with grouped_attention.installed(model):  # tried out
+        assert model.config._attn_implementation == grouped_attention.ATTENTION
     model.set_attn_implementation("eager")
-    with grouped_attention.shared_heads(model):
+    with grouped_attention.installed(model):
         assert model.config._attn_implementation == "eager"
     assert model.config._attn_implementation == "eager"
 
@@ -92,9 +93,9 @@ def test_a_model_whose_numbers_would_differ_is_left_alone(monkeypatch) -> None:
 
     monkeypatch.setattr(grouped_attention.F, "scaled_dot_product_attention", wrong)
     model = grouped("llama")
-    with grouped_attention.shared_heads(model):
+    with grouped_attention.installed(model):
         assert model.config._attn_implementation == "sdpa"
     monkeypatch.undo()
     model = grouped("llama")
-    with grouped_attention.shared_heads(model):
-        assert model.config._attn_implementation == grouped_attention.NAME
+    with grouped_attention.installed(model):
+        assert model.config._attn_implementation == grouped_attention.ATTENTION

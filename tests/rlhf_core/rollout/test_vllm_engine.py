@@ -17,7 +17,7 @@ from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.layers import choose_trainable
 from rlhf_core.nn.modules import Policy
 from rlhf_core.rollout.engine_weights import policy_weights
-from rlhf_core.rollout.generate import make_row_seeds
+from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.rollout.vllm_engine import VllmEngine
 from rlhf_core.training.online.batches import collate_responses
 from rlhf_core.training.strategy import Strategy

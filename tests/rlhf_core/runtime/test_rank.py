@@ -1,6 +1,9 @@
 """Which category an exception of a rank belongs to, and what on_nonfinite does to a stage's key."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -67,3 +70,17 @@ def test_a_factor_is_part_of_the_key_and_failing_is_not():
     careful = JOB.model_copy(update={"on_nonfinite": 0.5})
     assert careful.key() != JOB.key()
     assert careful.fail_fast_variant().key() == JOB.key()
+
+
+@pytest.mark.parametrize(("size", "prefix"), [("1", ""), ("2", "rank 1: ")])
+def test_warnings_of_the_project_reach_the_stages_log(size, prefix):
+    code = (
+        "import logging; from rlhf_core.runtime.rank import show_own_warnings as show\n"
+        "logging.basicConfig(level='CRITICAL'); show(); show()\n"
+        "logging.getLogger('rlhf_core.fast_paths').warning('off: %s', 'why')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60,
+        env=os.environ | {"RANK": "1", "WORLD_SIZE": size},
+    )  # fmt: skip
+    assert done.stderr == f"{prefix}off: why\n"
