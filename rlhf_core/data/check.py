@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from rlhf_core.data.encoding.encode import check_purpose
 from rlhf_core.data.rows.detect import find_format
-from rlhf_core.data.rows.formats import normalise
+from rlhf_core.data.rows.formats import check_purpose, normalise
 from rlhf_core.data.rows.row import SKIP_HINT, BadRow
 from rlhf_core.data.sources.hub import hub_problem
 from rlhf_core.data.sources.kind import source_kind

@@ -24,11 +24,11 @@ from rlhf_core.data.encoding.encode import (
     SCRATCH_COLUMNS,
     EncodedBatch,
     Plan,
-    check_purpose,
     encode_batch,
 )
 from rlhf_core.data.parallel import ordered_map
 from rlhf_core.data.rows.detect import find_format
+from rlhf_core.data.rows.formats import check_purpose
 from rlhf_core.data.rows.row import SKIP_HINT, RawRow
 from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import DataError

@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rlhf_core.data.dataset.split import first_prompt, is_heldout
-from rlhf_core.data.encoding.encode import check_purpose
 from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.data.rows.detect import find_format
-from rlhf_core.data.rows.formats import normalise
+from rlhf_core.data.rows.formats import check_purpose, normalise
 from rlhf_core.data.rows.row import SKIP_HINT, BadRow
 from rlhf_core.data.sources.kind import source_kind
 from rlhf_core.data.sources.open import open_rows

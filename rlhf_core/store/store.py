@@ -11,9 +11,7 @@ Layout:
 from __future__ import annotations
 
 import builtins
-import hashlib
 import logging
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,17 +29,11 @@ from rlhf_core.store.artifact import (
     parse_manifest,
 )
 from rlhf_core.store.backend import Backend
-from rlhf_core.store.blobs import (
-    blob_key,
-    blob_problem,
-    check_blob,
-    corrupt_error,
-    read_source,
-    upload_blob,
-)
+from rlhf_core.store.blobs import blob_key
 from rlhf_core.store.collect import Garbage, Limits, Roots, collect, find_garbage
 from rlhf_core.store.folders import fetch_cached, fetch_to, walk
-from rlhf_core.store.parallel import FILES_AT_ONCE, REQUESTS_AT_ONCE, in_parallel
+from rlhf_core.store.integrity import check_access, read_verified, repair, verify
+from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
 from rlhf_core.store.publishing import holding, publish
 from rlhf_core.store.refs import find_refs, manifest_key, resolve
 
@@ -207,39 +199,15 @@ class Store:
             ConfigError: the artifact has no such file.
             ArtifactCorrupt: the stored bytes do not match the manifest.
         """
-        artifact = self.get(ref)
-        entry = artifact.file(path)
-        found = ""
-        for _ in range(3 if self._backend.remote else 1):
-            data = self._backend.read(blob_key(entry.sha256))
-            if data is None:
-                found = "the blob is missing"
-                continue
-            found = blob_problem(entry, len(data), hashlib.sha256(data).hexdigest())
-            if not found:
-                return data
-        raise corrupt_error(self._backend, entry, found, artifact.ref)
+        return read_verified(self._backend, self.get(ref), path)
 
     def verify(self, ref: str) -> builtins.list[str]:
         """Read every blob of an artifact; returns the problems, one text each."""
-        artifact = self.get(ref)
-
-        def check(entry: FileEntry) -> str:
-            found = check_blob(self._backend, entry)
-            return found and str(corrupt_error(self._backend, entry, found, artifact.ref))
-
-        return [text for text in in_parallel(check, artifact.files, FILES_AT_ONCE) if text]
+        return verify(self._backend, self.get(ref))
 
     def repair(self, ref: str, folder: Path) -> builtins.list[str]:
         """Replace damaged blobs with good copies from a folder; returns the remaining problems."""
-        artifact = self.get(ref)
-        for entry in artifact.files:
-            copy = Path(folder) / entry.path
-            if check_blob(self._backend, entry) and copy.is_file():
-                source = read_source(entry.path, copy)
-                if source.entry == entry:
-                    upload_blob(self._backend, source, force=True)
-        return self.verify(f"{artifact.kind}/{artifact.digest}")
+        return repair(self._backend, self.get(ref), Path(folder))
 
     def holding(self, ref: str) -> AbstractContextManager[Artifact]:
         """The complete artifact, protected from a collector until the block ends.
@@ -356,17 +324,4 @@ class Store:
         Raises:
             StoreUnavailable: this failed; the text names the URL and the setting to correct.
         """
-        backend = self._backend.with_short_timeouts()
-        key, data = f"probes/{uuid.uuid4().hex}", b"rlhf"
-        created = backend.create(key, data)  # nothing to remove when this fails
-        try:
-            again = backend.create(key, b"second")
-            if not created or again or backend.read(key) != data:
-                raise StoreUnavailable(
-                    f"{self.url} does not keep the first writer's value (it ignores If-None-Match, "
-                    "or reads are stale); expected a store with conditional writes, such as AWS "
-                    "S3, MinIO, Ceph or SeaweedFS"
-                )
-            backend.keys("probes/")
-        finally:
-            backend.delete(key)
+        check_access(self._backend.with_short_timeouts())

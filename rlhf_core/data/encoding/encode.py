@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_core.data.dataset.carried import carried, carried_values
-from rlhf_core.data.dataset.schema import dump_messages, schema
-from rlhf_core.data.dataset.split import first_prompt, prompt_hash
-from rlhf_core.data.encoding import templates
-from rlhf_core.data.rows.formats import PURPOSES_OF, Example, normalise
-from rlhf_core.data.rows.row import BadRow, Message, RawRow
-from rlhf_core.errors import DataError
+from rlhf_core.data.dataset.schema import schema
+from rlhf_core.data.dataset.split import prompt_hash
+from rlhf_core.data.encoding.render import Rendered, render_example
+from rlhf_core.data.encoding.templates import encode_segments
+from rlhf_core.data.rows.formats import normalise
+from rlhf_core.data.rows.row import BadRow, RawRow
 from rlhf_core.jobs import DataSettings, Format, Purpose
 
 # Columns beside those of the schema, used only while preparing: priority in the shuffle, hash of
@@ -58,38 +58,6 @@ class EncodedBatch:
     bad: list[tuple[str, int, str, str]] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Rendered:
-    """A row before tokenisation. Each segment and each reply is tokenised on its own.
-
-    Attributes:
-        columns: the row's columns besides the token ids.
-        prompt: text of the prompt, for the split.
-        replies: the rendered replies after the prompt, for pairs and labelled replies.
-        bos_eos: ids for plain text, -1 for a missing one; None: the template writes its own.
-    """
-
-    segments: list[templates.Segment]
-    columns: dict[str, Any]
-    prompt: str
-    replies: tuple[str, ...] = ()
-    bos_eos: tuple[int, int] | None = None
-
-
-def check_purpose(format: Format, purpose: Purpose) -> None:
-    """Check that rows of a format can be used for a purpose.
-
-    Raises:
-        DataError: they cannot; the text lists the possible purposes and formats.
-    """
-    if purpose not in PURPOSES_OF[format]:
-        able = ", ".join(name for name, purposes in PURPOSES_OF.items() if purpose in purposes)
-        raise DataError(
-            f"Format {format} can be used for {', '.join(PURPOSES_OF[format])}, not for {purpose}; "
-            f"{purpose} needs one of the formats {able}."
-        )
-
-
 def encode_batch(plan: Plan, tokenizer: Any, rows_in: Sequence[RawRow]) -> EncodedBatch:
     """Parse, check, render and tokenise some rows.
 
@@ -99,7 +67,7 @@ def encode_batch(plan: Plan, tokenizer: Any, rows_in: Sequence[RawRow]) -> Encod
         ModelError: the chat template cannot be used.
     """
     batch = EncodedBatch()
-    texts: list[tuple[RawRow, _Rendered]] = []
+    texts: list[tuple[RawRow, Rendered]] = []
     for raw in rows_in:
         batch.read += 1
         if raw.dropped:
@@ -114,7 +82,9 @@ def encode_batch(plan: Plan, tokenizer: Any, rows_in: Sequence[RawRow]) -> Encod
             if plan.purpose in ("sft", "pretrain") and example.label is False:
                 batch.dropped["undesirable"] += 1  # SFT must not imitate a bad reply
                 continue
-            text = _render_example(plan, tokenizer, example, batch.notes)
+            text = render_example(
+                tokenizer, example, plan.purpose, plan.settings.system, batch.notes
+            )
             text.columns |= carried_values(row, plan.carried())
             texts.append((raw, text))
         except BadRow as bad:
@@ -125,118 +95,8 @@ def encode_batch(plan: Plan, tokenizer: Any, rows_in: Sequence[RawRow]) -> Encod
     return batch
 
 
-# --------------------------------------------------------------------------- text
-
-
-def _render_example(plan: Plan, tokenizer: Any, example: Example, notes: Counter[str]) -> _Rendered:
-    """Render an example for its purpose.
-
-    Raises:
-        BadRow: the chat template rejects it, or it holds nothing for this purpose.
-    """
-    purpose = plan.purpose
-    if example.text is not None and purpose in ("sft", "pretrain"):
-        text = example.text
-        return _Rendered(
-            [templates.Segment(text, True)], {"prompt": text[:200]}, text, bos_eos=(-1, -1)
-        )
-    if example.text is not None:
-        example = Example([{"role": "user", "content": example.text}])
-    messages = example.messages
-    if plan.settings.system and all(m["role"] != "system" for m in messages):
-        messages = [{"role": "system", "content": plan.settings.system}, *messages]
-    texts = (example.chosen, example.rejected, example.completion)
-    replies = [reply for reply in texts if reply is not None]
-    _check_special_tokens(tokenizer, [*(m["content"] for m in messages), *replies])
-    prompt = first_prompt(messages)
-    try:
-        if purpose == "preference":
-            columns = {"chosen": example.chosen, "rejected": example.rejected}
-            return _render_replies(tokenizer, messages, replies, prompt, columns)
-        if purpose == "unpaired":
-            columns = {"completion": example.completion, "label": example.label}
-            return _render_replies(tokenizer, messages, replies, prompt, columns)
-        if purpose == "prompts":
-            text = _render_prompt(tokenizer, messages, replies, prompt)
-            if example.label is False:
-                text.columns["reference"] = None
-            return text
-        if replies:
-            messages = [*messages, {"role": "assistant", "content": replies[0]}]
-        return _render_conversation(tokenizer, messages, prompt, purpose, notes)
-    except DataError as error:
-        raise BadRow("template", str(error)) from None
-
-
-def _check_special_tokens(tokenizer: Any, texts: Sequence[str]) -> None:
-    """Raise BadRow if a text contains one of the tokenizer's special tokens."""
-    for text in texts:
-        if found := templates.find_special_token(tokenizer, text):
-            raise BadRow(
-                "special_token",
-                f"a message contains {found!r}, which the tokenizer reads as a special token; "
-                "remove it from the text",
-            )
-
-
-def _render_conversation(
-    tokenizer: Any, messages: list[Message], prompt: str, purpose: Purpose, notes: Counter[str]
-) -> _Rendered:
-    """All turns up to the last reply. The loss covers the replies; for pretraining, everything."""
-    replies = sum(m["role"] == "assistant" for m in messages)
-    if not replies:
-        raise BadRow("nothing_to_train", "the conversation has no assistant message")
-    if messages[-1]["role"] != "assistant":
-        notes["turns after the last reply left out"] += 1
-        while messages[-1]["role"] != "assistant":
-            messages = messages[:-1]
-    segments = templates.render(tokenizer, messages)
-    if purpose == "pretrain":
-        segments = [templates.Segment(segment.text, True) for segment in segments]
-    return _Rendered(segments, {"prompt": prompt}, prompt)
-
-
-def _render_prompt(
-    tokenizer: Any, messages: list[Message], replies: Sequence[str], prompt: str
-) -> _Rendered:
-    """The messages before the first reply; that reply becomes the column `reference`."""
-    reference = replies[0] if replies else None
-    if not replies:
-        first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
-        if first is not None:
-            reference = messages[first]["content"]
-            messages = messages[:first]
-    columns = {"prompt": dump_messages(messages), "reference": reference}
-    return _Rendered(templates.render_prompt(tokenizer, messages), columns, prompt)
-
-
-def _render_replies(
-    tokenizer: Any,
-    messages: list[Message],
-    replies: Sequence[str],
-    prompt: str,
-    columns: dict[str, Any],
-) -> _Rendered:
-    """A prompt with one or two replies; ``columns`` are their texts by column name."""
-    before = templates.render_prompt(tokenizer, messages)
-    reply_texts = []
-    for reply in replies:
-        segments = templates.render(tokenizer, [*messages, {"role": "assistant", "content": reply}])
-        assert segments[:-1] == before or _join(segments[:-1]) == _join(before), messages
-        reply_texts.append(segments[-1].text)
-    columns = {"prompt": dump_messages(messages), **columns}
-    return _Rendered(before, columns, prompt, replies=tuple(reply_texts))
-
-
-def _join(segments: Sequence[templates.Segment]) -> str:
-    return "".join(segment.text for segment in segments)
-
-
-# --------------------------------------------------------------------------- tokens
-
-
 def _tokenise(
-    plan: Plan, tokenizer: Any, texts: Sequence[tuple[RawRow, _Rendered]], batch: EncodedBatch
+    plan: Plan, tokenizer: Any, texts: Sequence[tuple[RawRow, Rendered]], batch: EncodedBatch
 ) -> None:
     """Tokenise rendered rows into ``batch.rows``; bad and dropped ones are counted."""
     import pyarrow as pa
@@ -245,7 +105,7 @@ def _tokenise(
     for _, text in texts:
         for part in (*(s.text for s in text.segments), *text.replies):
             positions.setdefault(part, len(positions))
-    ids = templates.encode_segments(tokenizer, list(positions))
+    ids = encode_segments(tokenizer, list(positions))
     bos_eos = _bos_and_eos(tokenizer) if any(text.bos_eos for _, text in texts) else (-1, -1)
 
     rows: list[dict[str, Any]] = []
@@ -354,7 +214,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
-def _text_hash(purpose: Purpose, text: _Rendered) -> int:
+def _text_hash(purpose: Purpose, text: Rendered) -> int:
     """A hash that duplicates share: of the prompt for purpose prompts, else of the whole row.
 
     The same reply with two different labels is two rows: either label may be the wrong one.

@@ -18,6 +18,7 @@ from typing import Any
 
 from rlhf_core.data.rows.labels import read_label
 from rlhf_core.data.rows.row import BadRow, Message, names, short, whole_text
+from rlhf_core.errors import DataError
 from rlhf_core.jobs import Format, Purpose
 
 PURPOSES_OF: dict[str, tuple[Purpose, ...]] = {
@@ -58,6 +59,20 @@ class Example:
     text: str | None = None
     completion: str | None = None
     label: bool | None = None
+
+
+def check_purpose(format: Format, purpose: Purpose) -> None:
+    """Check that rows of a format can be used for a purpose.
+
+    Raises:
+        DataError: they cannot; the text lists the possible purposes and formats.
+    """
+    if purpose not in PURPOSES_OF[format]:
+        able = ", ".join(name for name, purposes in PURPOSES_OF.items() if purpose in purposes)
+        raise DataError(
+            f"Format {format} can be used for {', '.join(PURPOSES_OF[format])}, not for {purpose}; "
+            f"{purpose} needs one of the formats {able}."
+        )
 
 
 def normalise(row: dict[str, Any], format: Format, purpose: Purpose) -> Example:

@@ -1,0 +1,143 @@
+"""Renders an example with the chat template, as far as its purpose needs it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_core.data.dataset.schema import dump_messages
+from rlhf_core.data.dataset.split import first_prompt
+from rlhf_core.data.encoding import templates
+from rlhf_core.data.rows.formats import Example
+from rlhf_core.data.rows.row import BadRow, Message
+from rlhf_core.errors import DataError
+from rlhf_core.jobs import Purpose
+
+
+@dataclass(slots=True)
+class Rendered:
+    """A row before tokenisation. Each segment and each reply is tokenised on its own.
+
+    Attributes:
+        columns: the row's columns besides the token ids.
+        prompt: text of the prompt, for the split.
+        replies: the rendered replies after the prompt, for pairs and labelled replies.
+        bos_eos: ids for plain text, -1 for a missing one; None: the template writes its own.
+    """
+
+    segments: list[templates.Segment]
+    columns: dict[str, Any]
+    prompt: str
+    replies: tuple[str, ...] = ()
+    bos_eos: tuple[int, int] | None = None
+
+
+def render_example(
+    tokenizer: Any, example: Example, purpose: Purpose, system: str | None, notes: Counter[str]
+) -> Rendered:
+    """Render an example for its purpose.
+
+    Args:
+        system: system message for conversations without one; None: none.
+        notes: remark -> number of rows; counts conversations whose last turns are left out.
+
+    Raises:
+        BadRow: the chat template rejects it, or it holds nothing for this purpose.
+    """
+    if example.text is not None and purpose in ("sft", "pretrain"):
+        text = example.text
+        return Rendered(
+            [templates.Segment(text, True)], {"prompt": text[:200]}, text, bos_eos=(-1, -1)
+        )
+    if example.text is not None:
+        example = Example([{"role": "user", "content": example.text}])
+    messages = example.messages
+    if system and all(m["role"] != "system" for m in messages):
+        messages = [{"role": "system", "content": system}, *messages]
+    texts = (example.chosen, example.rejected, example.completion)
+    replies = [reply for reply in texts if reply is not None]
+    _check_special_tokens(tokenizer, [*(m["content"] for m in messages), *replies])
+    prompt = first_prompt(messages)
+    try:
+        if purpose == "preference":
+            columns = {"chosen": example.chosen, "rejected": example.rejected}
+            return _render_replies(tokenizer, messages, replies, prompt, columns)
+        if purpose == "unpaired":
+            columns = {"completion": example.completion, "label": example.label}
+            return _render_replies(tokenizer, messages, replies, prompt, columns)
+        if purpose == "prompts":
+            text = _render_prompt(tokenizer, messages, replies, prompt)
+            if example.label is False:
+                text.columns["reference"] = None
+            return text
+        if replies:
+            messages = [*messages, {"role": "assistant", "content": replies[0]}]
+        return _render_conversation(tokenizer, messages, prompt, purpose, notes)
+    except DataError as error:
+        raise BadRow("template", str(error)) from None
+
+
+def _check_special_tokens(tokenizer: Any, texts: Sequence[str]) -> None:
+    """Raise BadRow if a text contains one of the tokenizer's special tokens."""
+    for text in texts:
+        if found := templates.find_special_token(tokenizer, text):
+            raise BadRow(
+                "special_token",
+                f"a message contains {found!r}, which the tokenizer reads as a special token; "
+                "remove it from the text",
+            )
+
+
+def _render_conversation(
+    tokenizer: Any, messages: list[Message], prompt: str, purpose: Purpose, notes: Counter[str]
+) -> Rendered:
+    """All turns up to the last reply. The loss covers the replies; for pretraining, everything."""
+    replies = sum(m["role"] == "assistant" for m in messages)
+    if not replies:
+        raise BadRow("nothing_to_train", "the conversation has no assistant message")
+    if messages[-1]["role"] != "assistant":
+        notes["turns after the last reply left out"] += 1
+        while messages[-1]["role"] != "assistant":
+            messages = messages[:-1]
+    segments = templates.render(tokenizer, messages)
+    if purpose == "pretrain":
+        segments = [templates.Segment(segment.text, True) for segment in segments]
+    return Rendered(segments, {"prompt": prompt}, prompt)
+
+
+def _render_prompt(
+    tokenizer: Any, messages: list[Message], replies: Sequence[str], prompt: str
+) -> Rendered:
+    """The messages before the first reply; that reply becomes the column `reference`."""
+    reference = replies[0] if replies else None
+    if not replies:
+        first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
+        if first is not None:
+            reference = messages[first]["content"]
+            messages = messages[:first]
+    columns = {"prompt": dump_messages(messages), "reference": reference}
+    return Rendered(templates.render_prompt(tokenizer, messages), columns, prompt)
+
+
+def _render_replies(
+    tokenizer: Any,
+    messages: list[Message],
+    replies: Sequence[str],
+    prompt: str,
+    columns: dict[str, Any],
+) -> Rendered:
+    """A prompt with one or two replies; ``columns`` are their texts by column name."""
+    before = templates.render_prompt(tokenizer, messages)
+    reply_texts = []
+    for reply in replies:
+        segments = templates.render(tokenizer, [*messages, {"role": "assistant", "content": reply}])
+        assert segments[:-1] == before or _join(segments[:-1]) == _join(before), messages
+        reply_texts.append(segments[-1].text)
+    columns = {"prompt": dump_messages(messages), **columns}
+    return Rendered(before, columns, prompt, replies=tuple(reply_texts))
+
+
+def _join(segments: Sequence[templates.Segment]) -> str:
+    return "".join(segment.text for segment in segments)
