@@ -1,11 +1,11 @@
 """LoRA adapters as peft saves them, beside the merged weights of an artifact.
 
     config.json  model.safetensors ...     the merged model, which every reader opens
-    adapter/adapter_config.json            the same change as an adapter of the stage's own input:
+    adapter/adapter_config.json            the same change as an adapter of the stage's input:
     adapter/adapter_model.safetensors      peft.PeftModel.from_pretrained(base, folder / "adapter")
 
-So a server can hold one base and many adapters. An adapter belongs to the model that its stage
-started from: after SFT, PPO's adapter is one of the merged SFT model.
+So a server can hold one base model and many adapters. The base of an adapter is the input of its
+stage: for PPO after SFT, the merged SFT model.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ FOLDER = "adapter"
 
 
 def save_adapter(model: nn.Module, folder: Path, source: Path) -> None:
-    """Write the adapter of a peft model that is not merged yet; equal adapters give equal bytes.
+    """Write the adapter of an unmerged peft model; equal adapters give equal bytes.
 
-    peft's own `save_pretrained` writes its targets in no order, the base as a path of this
-    machine, and a README with nothing in it.
+    peft's own `save_pretrained` writes the targets in random order, the base as a path of this
+    machine, and an empty README.
 
     Args:
-        model: a peft model, fp32 on the CPU. Any other has no adapter, and nothing is written.
-        folder: of the artifact; the adapter goes into `adapter/` below it.
-        source: folder of the model that the adapter changes.
+        model: a peft model, fp32 on the CPU. For any other model nothing is written.
+        folder: of the artifact; the adapter is written to `adapter/` in it.
+        source: folder of the adapter's base model.
     """
     if not hasattr(model, "peft_config"):
         return
     from peft import get_peft_model_state_dict
 
-    # Whole embeddings are never trained here; asked to find out, peft would ask the hub.
+    # Whole embeddings are never trained here. To find that out, peft would contact the hub.
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     config = {
         name: sorted(value) if isinstance(value, set) else value
@@ -54,8 +54,8 @@ def save_adapter(model: nn.Module, folder: Path, source: Path) -> None:
 
 
 def base_name(source: Path) -> str | None:
-    """What `model.source` calls the model in a folder of the store's cache: `artifact:<digest>`.
+    """`artifact:<digest>`, as in `model.source`, for a folder of the store's cache.
 
-    None for any other folder: its path says nothing on another machine.
+    None for any other folder, whose path means nothing on another machine.
     """
     return f"artifact:{source.name}" if re.fullmatch(r"[0-9a-f]{64}", source.name) else None

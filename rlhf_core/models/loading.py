@@ -1,4 +1,4 @@
-"""Loading models from Hugging Face folders; every key is checked."""
+"""Loading models from Hugging Face folders, with a check of every key."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _load(auto: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def new_scalar_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> ScalarModel:
-    """A reward model with the backbone of a causal LM and a fresh head."""
+    """A reward model with the backbone of a causal LM and a new random head."""
     causal = load_causal_lm(folder, dtype)
     size = causal.get_output_embeddings().weight.shape[1]
     model = ScalarModel(causal.base_model, size)
@@ -87,7 +87,7 @@ def load_scalar_model(folder: Path, dtype: torch.dtype = torch.float32) -> Scala
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Dropout probability 0 everywhere, so that train and eval mode compute the same."""
+    """Set every dropout probability to 0, so that train and eval mode compute the same."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

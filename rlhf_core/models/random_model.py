@@ -1,7 +1,7 @@
-"""Tiny untrained models: three layers of width 64 and a byte-level tokenizer made on the spot.
+"""Tiny random models of three layers and width 64, with a byte-level tokenizer.
 
-They have what a real model of their kind has (positions, tied or untied head, grouped queries,
-dropout) at about 0.2 million parameters, so that tests run the code that real models run.
+At about 0.2 million parameters they have all parts of a real model of their architecture
+(positions, tied or untied head, grouped queries, dropout), so that tests run the same code.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ system user assistant Human: Assistant: ### Instruction: ### Response:
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer of 960 tokens with ChatML's special tokens, always the same.
+    """A byte-level BPE tokenizer of 960 tokens with ChatML's special tokens; deterministic.
 
-    Trained on the text above and, where it is installed, on chatterbot-corpus (English, Chinese).
+    Trained on the text above and, if it is installed, on chatterbot-corpus (English, Chinese).
     End of turn is `<|im_end|>`, padding `<|endoftext|>`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -94,7 +94,7 @@ def make_model(architecture: str, tokenizer: PreTrainedTokenizerBase, seed: int)
 def initialise(
     architecture: str, tokenizer: PreTrainedTokenizerBase, sizes: dict[str, Any], seed: int
 ) -> PreTrainedModel:
-    """Seeded fp32 weights for a tokenizer's vocabulary; the global generator is left alone.
+    """Seeded fp32 weights for a tokenizer's vocabulary; the global generator is unchanged.
 
     Args:
         sizes: fields of the architecture's transformers config.

@@ -20,7 +20,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", REWARD_HEAD)
 
 
 def export(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """The module as fp32 on the CPU with the given (master) weights put in. Rank 0, at the end."""
+    """The module in fp32 on the CPU, with the given (master) weights. Rank 0, at the end."""
     module = module.to("cpu").float()
     parameters = dict(module.named_parameters())
     with torch.no_grad():
@@ -30,7 +30,7 @@ def export(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """The model with its LoRA adapters added into the weights; itself if it has none."""
+    """The model with its LoRA adapters merged into the weights; itself if it has none."""
     merge = getattr(model, "merge_and_unload", None)
     return merge() if callable(merge) else model
 
@@ -38,7 +38,7 @@ def merged(model: nn.Module) -> nn.Module:
 def save_causal_lm(model: nn.Module, folder: Path, source: Path) -> None:
     """Write a Hugging Face folder: safetensors, config, and the tokenizer files of `source`.
 
-    LoRA adapters are merged into the weights, and lie beside them as adapters of `source` too.
+    LoRA adapters are merged into the weights, and also saved beside them as adapters of `source`.
     """
     save_adapter(model, folder, source)
     model = merged(model)
@@ -48,7 +48,7 @@ def save_causal_lm(model: nn.Module, folder: Path, source: Path) -> None:
 
 
 def save_scalar_model(model: ScalarModel, folder: Path, source: Path) -> None:
-    """Write a reward model: backbone, head, and the score's mean and deviation."""
+    """Write a reward model: backbone, head, and the score's mean and standard deviation."""
     save_adapter(model.backbone, folder, source)
     backbone = merged(model.backbone)
     backbone.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
@@ -60,7 +60,7 @@ def save_scalar_model(model: ScalarModel, folder: Path, source: Path) -> None:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template and generation config: whatever is not weights or written yet."""
+    """Copy tokenizer, chat template and generation config: all but weights and existing files."""
     for path in sorted(source.iterdir()):
         skip = path.name.startswith(_WEIGHTS) or path.suffix in (".safetensors", ".jsonl")
         if path.is_file() and not skip and not path.name.endswith(".index.json"):
@@ -73,7 +73,7 @@ def stop_tokens(folder: Path) -> set[int]:
     """Token ids that end an assistant's turn, from generation_config.json.
 
     Raises:
-        ModelError: the model names none, so that replies would never end.
+        ModelError: the model has none, so that replies would never end.
     """
     path = folder / "generation_config.json"
     eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None

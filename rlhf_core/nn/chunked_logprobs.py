@@ -1,4 +1,4 @@
-"""Log-probabilities from hidden states, a chunk of positions at a time, never all (N,V) logits.
+"""Log-probabilities from hidden states in chunks of positions, without all (N,V) logits at once.
 
 N positions, d hidden size, V vocabulary. Log-probabilities are in nats, of logits divided by the
 temperature.
@@ -17,24 +17,20 @@ from torch.autograd.function import once_differentiable
 from rlhf_core.losses.reductions import upcast
 from rlhf_core.nn.vocabulary_head import finish_logits
 
-# Most logits held at once, and most rows: on a CPU 256 rows already keep the units busy and more
-# only leave the cache; on a GPU a weight read from memory must serve many rows.
+# Maximum logits of a chunk, and its minimum and maximum rows. On a CPU, 256 rows keep the units
+# busy, and more do not fit the cache; on a GPU many rows must share each read of the weight.
 _CHUNK_LOGITS = {"cpu": 2**24, "other": 2**27}
-
-
 _CHUNK_ROWS = {"cpu": (64, 256), "other": (64, 8192)}
-
-
-# Logits up to this many are kept for the backward pass (256 MiB in fp32) instead of being computed
-# again, which costs a third of the head's time.
+# Up to this many logits are kept for the backward pass (256 MiB in fp32). Recomputing them costs a
+# third of the head's time.
 _KEPT_LOGITS = {"cpu": 2**26, "other": 2**26}
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """Log-softmax at the targets.
 
-    For the backward pass it keeps the logits if they are few; else, where only the hidden states
-    have gradients, d logprob / d hidden (N,d); else no more than a log-sum-exp per row.
+    What it keeps for the backward pass: d logprob / d hidden (N,d) if only the hidden states need
+    gradients; else the logits if they are few; else one log-sum-exp per row.
     """
 
     @staticmethod
@@ -46,8 +42,8 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,
         options: _Options,
     ) -> tuple[Tensor, Tensor]:
-        # Made before the loop: a small tensor that outlives its chunk would sit in the hole that
-        # the chunk's logits leave in the heap, and each next chunk would grow the process.
+        # Allocated before the loop. Small tensors allocated in it would fragment the heap between
+        # the chunks' logits, and each chunk would grow the process.
         count = hidden.shape[0]
         exact = torch.promote_types(options.dtype, torch.float32)
         norms = torch.empty(count, dtype=exact, device=hidden.device)  # (N,)
@@ -97,7 +93,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 None,
             )
         kept = iter(ctx.kept)
-        ctx.kept = []  # they are changed in place below: a second backward pass computes them anew
+        ctx.kept = []  # changed in place below; a second backward pass recomputes them
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_w = torch.empty_like(weight, dtype=norms.dtype) if need_w else None
@@ -182,7 +178,7 @@ class _Options(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """d logits / d (weight h), but for a soft cap."""
+        """d logits / d (weight h), without a soft cap."""
         return self.scale / self.temperature
 
     def logits(self, h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -304,7 +300,7 @@ def chunked_cross_entropy_sum(
 ) -> Tensor:
     """Cross-entropy summed over N positions (nats), by ``token_logprobs`` at temperature 1.
 
-    Select the trained positions first: there is no ignore index.
+    There is no ignore index: select the trained positions first.
 
     Args:
         hidden: (N,d). weight: (V,d). targets: (N,). bias, scale, softcap: see ``Head``.
@@ -320,6 +316,6 @@ def chunked_cross_entropy_sum(
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(
-            f"found temperature {temperature}, it must be above 0; greedy decoding is its own "
-            "option and has no log-probabilities of its own"
+            f"found temperature {temperature}, it must be above 0; greedy decoding is a separate "
+            "option and has no log-probabilities"
         )

@@ -121,10 +121,10 @@ class FastPath:
         """Run the trial now, and log why it fails. Out of memory is raised, not logged."""
         try:
             with probing(model):
-                for found, want in self._trial(model, *args):
-                    _check(found, want)
+                for fast, plain in self._trial(model, *args):
+                    _check(fast, plain)
         except FAILURES as error:
-            if _is_grave(error):
+            if _must_propagate(error):
                 raise
             self.log_off(model, error)
             return False
@@ -162,7 +162,7 @@ def run(
     try:
         return fast()
     except FAILURES as error:
-        if _is_grave(error):
+        if _must_propagate(error):
             raise
         result = plain()  # where it raises too, the fast path is not at fault
         for path in paths:
@@ -170,15 +170,15 @@ def run(
         return result
 
 
-def _check(found: Tensor, want: Tensor) -> None:
-    share, allowed = difference(found, want), tolerance(want)
+def _check(fast: Tensor, plain: Tensor) -> None:
+    share, allowed = difference(fast, plain), tolerance(plain)
     if not share <= allowed:
         raise Unsuited(
             f"its numbers differ by {share:.2g} of the largest, more than {allowed:.2g} for "
-            f"{str(want.dtype).removeprefix('torch.')}"
+            f"{str(plain.dtype).removeprefix('torch.')}"
         )
 
 
-def _is_grave(error: Exception) -> bool:
+def _must_propagate(error: Exception) -> bool:
     """Whether plain code could not go on either: no memory, another rank lost, a user's mistake."""
     return isinstance(error, (torch.distributed.DistError, RLHFError)) or is_out_of_memory(error)

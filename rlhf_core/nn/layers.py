@@ -1,4 +1,4 @@
-"""A transformer's layers: which of them train, and frozen ones shared between models."""
+"""A transformer's layers: which of them are trained, and sharing frozen ones between models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def transformer_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def choose_trainable(model: nn.Module, settings: TrainSettings, seed: int) -> nn.Module:
-    """Freeze what the settings leave out; add LoRA adapters if they ask for them.
+    """Freeze the parameters that the settings do not train; add LoRA adapters if they say so.
 
     With `trainable_layers` the top n blocks, the last norm and an untied vocabulary head train
     (a tied head is the embedding, which stays frozen).
@@ -78,7 +78,7 @@ def choose_trainable(model: nn.Module, settings: TrainSettings, seed: int) -> nn
 
 
 def share_frozen(*models: nn.Module) -> int:
-    """Let equal frozen parameters of several models use one memory; returns the bytes saved.
+    """Let equal frozen parameters of several models share memory; returns the bytes saved.
 
     The lower layers of policy, reference, critic and reward model are the same numbers when only
     upper layers were trained. Parameters are compared by name (less the modules' own prefixes)

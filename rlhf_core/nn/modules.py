@@ -1,7 +1,7 @@
 """The modules that are trained.
 
-Three kinds of module take part in training, and each is called as a whole (so that a wrapper's
-gradient exchange sees one forward per backward):
+Three kinds of module are trained. Each is called as a whole, so that the gradient exchange of a
+wrapper (DDP, ZeRO) sees one forward per backward:
 
 * `Policy`       causal LM -> log-probabilities of the tokens in the loss mask
 * `ScalarModel`  backbone + linear head -> one number per sequence (reward) or token (value)
@@ -74,7 +74,7 @@ class ScalarModel(nn.Module):
             self.head.bias.zero_()
 
     def states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """What the head reads at every position, (B,S,d)."""
+        """The head's input at every position, (B,S,d)."""
         hidden = backbone_hidden(BareBackbone(self.backbone), input_ids, mask)  # (B,S,d)
         if self.pooling == "mean":  # of all tokens so far: each position sees only its past
             real = mask.unsqueeze(-1).to(hidden.dtype)  # (B,S,1)
@@ -161,7 +161,7 @@ class ActorCritic(nn.Module):
 
 
 def padding_cost(module: nn.Module) -> float:
-    """What a padded token costs beside a real one in a forward pass of policies and critics."""
+    """Relative cost of a padding token in a forward pass of policies and critics; real token: 1."""
     bases = [
         backbone(causal_lm(m.model if isinstance(m, Policy) else BareBackbone(m.backbone)))
         for m in module.modules()

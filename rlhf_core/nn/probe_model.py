@@ -1,4 +1,4 @@
-"""What is known of a model only by running it: trials on made-up rows, once per model."""
+"""Trials: questions that only running a model answers, on generated rows, once per model."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """What a trial runs in: eval mode, no gradients, no autocast."""
+    """The context of a trial: eval mode, no gradients, no autocast."""
     device = next(model.parameters()).device.type
     with eval_mode(model), torch.no_grad(), torch.autocast(device, enabled=False):
         yield
 
 
 def once(trial: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """A question to a model whose answer is kept for as long as the model lives.
+    """Run a trial once per model, and keep the answer for as long as the model lives.
 
-    The trial runs in `probing`. It is asked again where the model has moved to a device of another
-    kind: an answer from the CPU says nothing about a GPU's kernels.
+    The trial runs in `probing`. It runs again after the model has moved to another kind of device:
+    a result from the CPU says nothing about a GPU's kernels.
     """
     answers: weakref.WeakKeyDictionary[nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
 
@@ -61,7 +61,7 @@ def trial_length(model: Any) -> int:
 
 
 def trial_rows(model: Any, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Made-up rows of 128, 72 and 24 tokens, shorter in proportion where `trial_length` is less.
+    """Generated rows of 128, 72 and 24 tokens, shorter in proportion where `trial_length` is less.
 
     Args:
         model: a transformers model. left: the padding comes first in each row.

@@ -1,9 +1,8 @@
 """Log-probabilities of tokens under a causal language model, without the (N,V) logits.
 
-The vocabulary head is a fifth to a quarter of a training step and most of its memory. So logits
-are computed only at the positions that predict a token which a loss reads, a chunk of positions
-at a time. Where there are many, they are computed again in the backward pass instead of being kept;
-where the head is frozen, what the backward pass needs of them is computed at once.
+The vocabulary head takes a fifth to a quarter of a training step and most of its memory. So logits
+are computed in chunks, and only at positions that predict a token of the loss. If there are many,
+the backward pass recomputes them; if the head is frozen, the forward pass computes the gradient.
 
 N positions, d hidden size, V vocabulary, B sequences, S positions of a sequence, T of them at its
 end the response. Log-probabilities are in nats, of logits divided by the temperature.
@@ -62,15 +61,15 @@ def response_logprobs(
     chunk: int | None = None,
     entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of every real response token; logits only where one is predicted.
+    """Log-probability of every response token; logits only at the positions that predict one.
 
     Args:
         model: a transformers causal LM, unwrapped (see ``backbone_hidden``).
         input_ids, attention_mask: (B,S). position_ids: (B,S), or None to follow the mask.
             Without a mask rows are packed, see ``backbone_hidden``.
         response_mask: (B,T) bool over the last T columns of ``input_ids``, True where a token's
-            log-probability is wanted. T = S is allowed; the very first column has no predictor.
-        temperature: of the distribution sampled from; the logits are divided by it.
+            log-probability is wanted. T = S is allowed, but nothing predicts the first column.
+        temperature: the logits are divided by it, as in sampling.
         entropy: also return the entropy of the distribution at each of those positions.
 
     Returns:
@@ -88,7 +87,7 @@ def response_logprobs(
     _check_temperature(temperature)
     if width == length and bool(response_mask[:, 0].any()):
         raise ValueError("response_mask asks for column 0, which no token comes before")
-    # (B,S) bool, moved one to the left: where the *predicting* positions are
+    # (B,S) bool, shifted left by one: the positions that predict
     wanted = F.pad(response_mask, (length - width, 0))
     predicting = F.pad(wanted[:, 1:], (0, 1))
     targets = input_ids[wanted]  # (N,)
@@ -137,7 +136,7 @@ def _full_logits(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
 ) -> Tensor:
-    """Logits (B,S,V) from the model's own forward, for heads that ``Head`` cannot describe."""
+    """Logits (B,S,V) from the model's own forward, where ``lm_head`` is None."""
     lm = causal_lm(model)
     mask, position_ids = mask_and_positions(attention_mask, position_ids)
     output = lm(

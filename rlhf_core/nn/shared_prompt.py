@@ -1,11 +1,11 @@
-"""Two replies to one prompt in one row, so that the prompt is computed once.
+"""Both replies to a prompt in one row, so that the prompt is computed once.
 
     row        p p p c c r r r .        prompt, chosen, rejected, padding
     segments   0 0 0 1 1 2 2 2 -1
     positions  0 1 2 3 4 3 4 5 0
 
-A token sees the prompt and its own reply up to itself, so each reply's numbers are those of a row
-of its own. That needs a model that takes such a mask as it is; `takes_block_masks` finds out.
+A token sees the prompt and its own reply up to itself, so the numbers are those of separate rows.
+The model must take such a mask unchanged; `takes_block_masks` tries it out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlhf_core.nn.padding import pad_right
 from rlhf_core.nn.probe_model import trial_length
 
 LONGEST = 2048
-"""Tokens of a row above which the mask, which grows with their square, costs more than it saves."""
+"""Maximum tokens of a shared row. The mask grows with their square, and then costs too much."""
 
 
 def shared_length(row: dict[str, Any]) -> int:
@@ -67,7 +67,7 @@ def ends_of(segments: Tensor, segment: int) -> Tensor:
 
 
 def split_rows(input_ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
-    """Shared rows (b,S) as rows of their own, right-padded, those of the chosen replies first.
+    """Shared rows (b,S) as separate, right-padded rows, those of the chosen replies first.
 
     Returns:
         input_ids (2b,S) and mask (2b,S) bool.
@@ -82,9 +82,9 @@ def split_rows(input_ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def takes_block_masks(backbone: Any) -> bool:
-    """Whether a backbone's numbers for a shared row are those of rows of their own.
+    """Whether a backbone gives the same numbers for shared rows as for separate ones.
 
-    llama, qwen2, gpt2, opt and their like: yes; bloom, which makes its positions of the mask, no.
+    llama, qwen2, gpt2, opt and similar: yes. bloom, which derives positions from the mask: no.
     """
     return switched_on() and not _has_short_window(backbone) and PATH.works(backbone)
 

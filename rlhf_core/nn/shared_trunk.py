@@ -1,4 +1,4 @@
-"""Lower layers that several models have in common are run once for all of them.
+"""Lower layers that several models have in common run once for all of them.
 
 With `trainable_layers`, policy, reference, critic and reward model come from the same SFT model and
 differ in their upper layers only. Of a micro-batch, the hidden states below the lowest layer that
@@ -59,7 +59,7 @@ class Trunk:
                 _call(model, input_ids, mask)
             except _Reached as reached:
                 return reached.hidden
-        raise AssertionError("the model has ended before the trunk")
+        raise AssertionError("the model returned before the end of the trunk")
 
     @contextlib.contextmanager
     def replaced_by(self, hidden: Tensor) -> Iterator[None]:
@@ -79,7 +79,7 @@ class Trunk:
 
 
 def find_trunk(models: Sequence[nn.Module]) -> Trunk | None:
-    """The trunk of some models, or None where they have none.
+    """The trunk of several models, or None if they share no layers.
 
     It ends before the first layer that trains or that is not the same in all; the embeddings must
     be the same too. It is tried out: each model must give the same numbers with it as without.

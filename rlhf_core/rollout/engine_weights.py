@@ -1,4 +1,4 @@
-"""A policy's weights on their way into an inference engine of the same process."""
+"""Copying a policy's weights into an inference engine of the same process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rlhf_core.nn.backbone import causal_lm
 
 
 def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A causal LM's weights as they are now, by their names in its files, one after another.
+    """A causal LM's current weights, one by one, under their names in a checkpoint.
 
-    LoRA adapters are added in; a tied head comes once.
+    LoRA adapters are merged; a tied head is yielded once.
     """
     lm = causal_lm(policy)
     with torch.no_grad():
@@ -32,13 +32,17 @@ def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def put(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[set[str], set[str] | None]:
-    """Runs in the engine: all its parameters' names, and those that were loaded, where it knows."""
-    model, found = worker.get_model(), []
+    """Load weights into an engine; runs inside it.
+
+    Returns:
+        Names of all its parameters, and of those loaded; None if the model does not report them.
+    """
+    model, loaded = worker.get_model(), []
     load = model.load_weights
-    model.load_weights = lambda given: found.append(load(given)) or found[-1]
+    model.load_weights = lambda given: loaded.append(load(given)) or loaded[-1]
     try:
-        # Not the model's own load_weights: on a CPU the layers hold packed copies, on a GPU
-        # quantised ones, that have to be made again.
+        # Not the model's own load_weights: the layers hold packed copies (CPU) or quantised ones
+        # (GPU), which must be renewed.
         worker.reload_weights(weights_iterator=weights)
     finally:
         del model.load_weights
@@ -47,4 +51,4 @@ def put(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[set[str], s
         # the embedding does not renew it.
         if hasattr(module, "cpu_linear") and module.weight.numel() > 0:
             module.quant_method.process_weights_after_loading(module)
-    return {name for name, _ in model.named_parameters()}, found[-1]
+    return {name for name, _ in model.named_parameters()}, loaded[-1]

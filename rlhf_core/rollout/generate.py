@@ -31,13 +31,13 @@ from rlhf_core.rollout.sampling import row_uniforms, sample_inverse_cdf
 class Rollout:
     """Responses in the order of their prompts, on the model's device.
 
-    A row's mask ends with its first end-of-turn token, included, or with the length limit.
+    A row's mask ends with its first end-of-turn token, which it includes, or at the length limit.
     """
 
     response_ids: Tensor  # (B,T) long, right-padded with pad_id
     response_mask: Tensor  # (B,T) bool, True = real
     logprobs: Tensor  # (B,T) fp32, nats at the sampling temperature, 0 at padding
-    finished: Tensor  # (B,) bool, ended with an end-of-turn token rather than at the limit
+    finished: Tensor  # (B,) bool: ended with an end-of-turn token, not at the limit
 
     @classmethod
     def empty(cls, count: int, length: int, pad_id: int, device: torch.device) -> Rollout:
@@ -76,18 +76,18 @@ def generate(
 ) -> Rollout:
     """Samples one response per prompt, over the full vocabulary (no top-k, no top-p).
 
-    Dropout is off inside and every module's mode is restored after. Under autocast the model runs
-    in its dtype; probabilities are fp32.
+    Dropout is off, and every module's mode is restored. Under autocast the model runs in its dtype;
+    probabilities are fp32.
 
     Args:
         model: a transformers causal LM, unwrapped.
         prompt_ids: B prompts of at least one token each; repeat a prompt to sample it again.
-        max_new_tokens: T, tokens. eos_ids: any of these ends a response. pad_id: fills the rest
-            and may be one of ``eos_ids``.
-        temperature: of the distribution that is sampled and whose log-probabilities are returned.
+        max_new_tokens: T, tokens. eos_ids: any of these ends a response. pad_id: the padding; may
+            be one of ``eos_ids``.
+        temperature: of the distribution that is sampled; the log-probabilities are those of it.
         uniforms: (B,T) in [0, 1), or else row_seeds: B integers, see ``row_uniforms``.
         greedy: take the likeliest token (uniforms are not needed).
-        batch_size: rows decoded together; does not change the result but for rounding.
+        batch_size: rows decoded together; changes the result by rounding only.
 
     Returns:
         A Rollout with T columns, rows in the order of the prompts.
@@ -112,8 +112,8 @@ def generate(
                 numbers = None if uniforms is None else uniforms[rows].to(device)
                 _decode(decoder, _Batch([prompt_ids[i] for i in rows], rows, numbers), result)
     finally:
-        # autocast caches its half-precision copies of the weights: those made here know no
-        # gradient, and a training step in the same autocast block must not meet them
+        # autocast caches half-precision copies of the weights. Those cast here have no gradient,
+        # so a training step in the same autocast block must not use them
         torch.clear_autocast_cache()
     return result
 
@@ -141,10 +141,10 @@ def _decode(decoder: _Decoder, batch: _Batch, result: Rollout) -> None:
 
 @contextlib.contextmanager
 def _cached_casts(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let autocast keep its half-precision copies of frozen weights from step to step.
+    """Let autocast keep its half-precision copies of frozen weights between steps.
 
-    It keeps those of weights that require a gradient; the others it would cast again with every
-    token, which took a tenth of the time for a batch of 32.
+    It keeps only copies of weights that require a gradient, and would cast the others again with
+    every token: a tenth of the time of a batch of 32.
     """
     frozen = []
     if switched_on() and torch.is_autocast_enabled(device.type):
@@ -183,10 +183,10 @@ def _uniforms(
 
 
 def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The u different ones among b prompts, and for each of the b which of them it is."""
-    found: dict[tuple[int, ...], int] = {}
-    which = [found.setdefault(tuple(prompt), len(found)) for prompt in prompts]
-    return list(found), which
+    """The u distinct prompts among b, and for each of the b its index among them."""
+    index: dict[tuple[int, ...], int] = {}
+    which = [index.setdefault(tuple(prompt), len(index)) for prompt in prompts]
+    return list(index), which
 
 
 def _left_padded(
@@ -203,7 +203,7 @@ def _left_padded(
 
 
 class _Decoder:
-    """The loop over steps of one batch; holds what all batches share."""
+    """The decode loop of one batch, and what all batches share."""
 
     def __init__(self, model: nn.Module, temperature: float, stop: Tensor, pad_id: int) -> None:
         self.lm = causal_lm(model)
@@ -211,7 +211,7 @@ class _Decoder:
         self.temperature = temperature
         self.stop = stop
         self.pad_id = pad_id
-        # through the backbone and only then the head: a prompt's logits are never computed
+        # the backbone first, then the head at the last position: no logits of the prompt
         self.module = self.lm if self.head is None else backbone(self.lm)
         self.takes_positions = "position_ids" in accepted(self.module.forward, position_ids=None)
         self.takes_keep = "logits_to_keep" in accepted(self.module.forward, logits_to_keep=1)

@@ -1,4 +1,4 @@
-"""What a rollout engine cannot do, known before it is started. No torch."""
+"""Limits of rollout engines, checked before one is started. No torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ MISSING = (
 )
 
 
-LOWEST_TEMPERATURE = 0.01  # vLLM takes lower ones for this
+LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
 
 
 def rollout_problems(stage: str, settings: OnlineSettings, resources: Resources) -> list[str]:
-    """Settings that vLLM cannot do."""
+    """Settings that vLLM does not support."""
     problems = []
     if settings.temperature < LOWEST_TEMPERATURE:
         problems.append(

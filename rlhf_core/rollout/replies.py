@@ -21,11 +21,11 @@ class Reply:
     """One sampled reply."""
 
     ids: list[int]
-    """Token ids, the end-of-turn token included if it came."""
+    """Token ids, with the end-of-turn token if there is one."""
     logprob: float
     """Nats, under the sampled distribution."""
     finished: bool
-    """Ended with an end-of-turn token rather than at the length limit."""
+    """Ended with an end-of-turn token, not at the length limit."""
 
     def text(self, tokenizer: Any) -> str:
         """Without the end-of-turn token and surrounding space."""
@@ -50,11 +50,11 @@ def sample_replies(
     batch_size: int = 64,
     stream: int = 0,
 ) -> list[Reply]:
-    """One reply to every prompt, on every rank, in the order of the prompts.
+    """One reply per prompt, in the order of the prompts; all of them on every rank.
 
     Args:
         model: causal LM on the group's device. folder: its files, for the stop tokens.
-        seed, stream: a reply depends on them and on its place in the list, not on the rank.
+        seed, stream: a reply depends on them and on its index in the list, not on the rank.
         batch_size: rows decoded at a time on one rank.
     """
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))

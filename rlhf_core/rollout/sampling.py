@@ -1,4 +1,4 @@
-"""Random numbers of a rollout, and the tokens that they choose.
+"""Sampling: a random number per row and step, and the token that it selects.
 
 B prompts, T response positions, V vocabulary, b rows still being decoded.
 """
@@ -15,10 +15,10 @@ _BLOCK = 64  # tokens whose probabilities are summed first
 
 
 def make_row_seeds(seed: int, step: int, rows: Sequence[int]) -> list[int]:
-    """A 64-bit seed for each row of a step's global batch, whatever rank it falls to.
+    """A 64-bit seed for each row of a step's global batch, independent of its rank.
 
     Args:
-        seed: the job's. step: of the rollout. rows: indices within the global batch.
+        seed: the job's. step: the rollout's. rows: indices into the global batch.
     """
     return [
         int(np.random.SeedSequence([seed, step, row]).generate_state(1, np.uint64)[0])
@@ -29,7 +29,7 @@ def make_row_seeds(seed: int, step: int, rows: Sequence[int]) -> list[int]:
 def row_uniforms(seeds: Sequence[int], length: int) -> Tensor:
     """Uniform numbers in [0, 1), one per row and step, each row from its own Philox generator.
 
-    A longer row begins with the numbers of a shorter one.
+    A longer row starts with the numbers of a shorter one.
 
     Args:
         seeds: B non-negative integers below 2**128. length: T.
@@ -53,7 +53,7 @@ def sample_inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor
         logits: (b,V) fp32. uniforms: (b,) in [0, 1).
 
     Returns:
-        Token ids (b,) and the log-sum-exp of each row (b,) fp64, which comes out on the way.
+        Token ids (b,), and the log-sum-exp of each row (b,) fp64, a by-product.
     """
     rows, vocabulary = logits.shape
     highest = logits.amax(dim=1, keepdim=True)  # (b,1)
@@ -72,7 +72,7 @@ def sample_inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Index (b,1) of the first entry above target; by rounding there may be none, then of the
-    last entry that adds something."""
+    """Index (b,1) of the first entry above target. If rounding leaves none, that of the last entry
+    that adds something."""
     last = (cumulative < cumulative[:, -1:]).sum(dim=1, keepdim=True)
     return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)

@@ -1,12 +1,12 @@
 """vLLM in the training process: rollouts of a policy whose weights change after each of them.
 
-One engine per rank, each with a whole copy of the model (data parallel). It starts with made-up
-weights and gets the policy's before every rollout, parameter by parameter and without a file: an
-engine that was forgotten samples noise, and the stage fails (`rollout.max_logprob_gap`).
+One engine per rank, each with a whole copy of the model (data parallel). It starts with random
+weights and gets the policy's before every rollout, parameter by parameter and without a file. If an
+update is missed, the engine samples noise, and the stage fails (`rollout.max_logprob_gap`).
 
-vLLM 0.32 is written to own its process. What it would do to a trainer is kept from it here: it
-seeds the global generators, replaces `torch.set_num_threads` by nothing (on a CPU), and ends
-torch's default process group, which is the trainer's, when it closes.
+vLLM 0.32 assumes that it owns its process: it seeds the global generators, replaces
+`torch.set_num_threads` by a no-op (on a CPU), and destroys torch's default process group, the
+trainer's, when it closes. This module undoes or prevents that.
 
 B prompts, T = max_new_tokens response positions.
 """
@@ -35,9 +35,9 @@ from rlhf_core.rollout.generate import Rollout
 from rlhf_core.rollout.limits import MISSING
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-TOGETHER = 256  # rows that are decoded at once, at most
-PREFILL = 8192  # tokens of prompts that are read at once, or one prompt if it is longer
-# It runs in this process and tells nobody about it. torchrun's own variables stay as they are.
+TOGETHER = 256  # maximum rows decoded at once
+PREFILL = 8192  # maximum prompt tokens per prefill, unless one prompt is longer
+# One process, no telemetry, no plugins. torchrun's variables stay as they are.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -47,7 +47,7 @@ ENVIRONMENT = {
 
 
 class VllmEngine:
-    """A vLLM engine with the architecture of a model folder, and weights that are given to it."""
+    """A vLLM engine with the architecture of a model folder and the weights passed to it."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class VllmEngine:
         longest: int,
         together: int = TOGETHER,
     ) -> None:
-        """Start it. All ranks of the process group must, at the same time.
+        """Start it. Every rank of the process group must do so at the same time.
 
         Args:
             source: a Hugging Face folder; its weights are not read.
             precision: the trainer's, in which the engine computes and holds its weights.
             device: the trainer's. rank: within the process group.
-            longest: tokens of the longest prompt and its reply together.
-            together: rows that will be decoded at once.
+            longest: maximum tokens of a prompt and its reply together.
+            together: rows decoded at once.
 
         Raises:
             ConfigError: vLLM is not installed, is built for another device, or refuses the model or
@@ -82,7 +82,7 @@ class VllmEngine:
             from vllm.distributed import parallel_state
             from vllm.platforms import current_platform
 
-            # It is the trainer's; groups of vLLM's own are ended all the same.
+            # The default group is the trainer's. vLLM's own groups are destroyed all the same.
             parallel_state.destroy_distributed_environment = _nothing
             self.version = str(vllm.__version__)
             self.device = device
@@ -115,7 +115,7 @@ class VllmEngine:
         import vllm
 
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-        if self.on_cpu:  # of main memory it would take that share and keep it
+        if self.on_cpu:  # the share would be one of main memory, and never given back
             memory = {"kv_cache_memory_bytes": settings.cpu_cache_mib * 2**20}
         else:
             memory["enable_sleep_mode"] = True
@@ -129,11 +129,11 @@ class VllmEngine:
             distributed_executor_backend="external_launcher",  # torchrun
             max_model_len=longest,
             max_num_seqs=min(together, TOGETHER),
-            # A prompt in pieces draws a number for each: of its own row's, so that the
-            # reply would depend on its neighbours (and on a CPU it fails).
+            # A prompt read in pieces draws a random number for each piece, so that the reply
+            # would depend on the other prompts (and on a CPU it fails).
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(longest, PREFILL),
-            logprobs_mode="processed_logprobs",  # of what is sampled from
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled
             enforce_eager=self.on_cpu,  # compiling takes longer than it saves
             disable_log_stats=True,
             **memory,
@@ -153,13 +153,13 @@ class VllmEngine:
         return rollout
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights, in memory; what was remembered of earlier prompts is forgotten.
+        """Replace all weights in memory, and drop the prefix cache.
 
         Args:
             weights: name in a checkpoint of the model -> tensor, on any device, in any precision.
 
         Raises:
-            ModelError: weights are missing, or the engine knows none of that name or shape.
+            ModelError: weights are missing, or have a name or shape that the engine does not know.
         """
         expected, loaded = self._llm.collective_rpc(put, args=(weights,))[0]
         if loaded is not None and (missing := sorted(expected - loaded)):
@@ -182,11 +182,11 @@ class VllmEngine:
     ) -> Rollout:
         """`rlhf_core.rollout.generate.generate` with vLLM: same arguments, same contract.
 
-        A row's random numbers depend on its own seed alone, but they are other ones than the
-        built-in loop's, so that the two backends sample different replies from one distribution.
+        A row's random numbers depend on its own seed only, but differ from the built-in loop's: the
+        two backends sample different replies from the same distribution.
 
         Raises:
-            ValueError: an empty prompt (named), or a number of seeds that is not the prompts'.
+            ValueError: an empty prompt (named), or not one seed per prompt.
         """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
@@ -202,8 +202,8 @@ class VllmEngine:
                 seed=seed >> 1,  # its GPU sampler holds them in a signed integer of 64 bits
                 max_tokens=max_new_tokens,
                 stop_token_ids=sorted(eos_ids),
-                ignore_eos=True,  # the config's, which may be others
-                logprobs=0,  # of the sampled token alone
+                ignore_eos=True,  # the config's stop tokens may be others
+                logprobs=0,  # of the sampled token only
                 detokenize=False,
             )
             for seed in row_seeds
@@ -211,7 +211,7 @@ class VllmEngine:
         outputs = []
         if wanted:
             prompts = [TokensPrompt(prompt_token_ids=list(p)) for p in prompt_ids]
-            with torch.random.fork_rng():  # its CPU sampler draws from the global one, in vain
+            with torch.random.fork_rng():  # its CPU sampler also draws from the global generator
                 outputs = self._llm.generate(prompts, wanted, use_tqdm=False)
         shape = (len(prompt_ids), max_new_tokens)
         ids = torch.full(shape, pad_id, dtype=torch.long)
@@ -224,28 +224,27 @@ class VllmEngine:
             ids[i, :n] = torch.tensor(reply.token_ids)
             mask[i, :n] = True
             at = zip(reply.token_ids, reply.logprobs, strict=True)
-            found = [candidates[token].logprob for token, candidates in at]
-            logprobs[i, :n] = torch.tensor(found)
+            logprobs[i, :n] = torch.tensor([candidates[token].logprob for token, candidates in at])
             finished[i] = reply.finish_reason == "stop"
         return Rollout(*(x.to(self.device) for x in (ids, mask, logprobs, finished)))
 
     # -------------------------------------------------------------------------------- memory
 
     def sleep(self) -> None:
-        """Give the GPU's memory back until `wake`. On a CPU vLLM keeps what it has."""
+        """Release the GPU's memory until `wake`. On a CPU vLLM keeps its memory."""
         if self.on_cpu:
             self._llm.reset_prefix_cache()
         else:
-            self._llm.sleep(level=2)  # the weights too: they come again
+            self._llm.sleep(level=2)  # the weights too: `update` brings them again
 
     def wake(self, what: str) -> None:
-        """Take memory for the "weights" or, when they are there, for the "kv_cache"."""
+        """Allocate memory for the "weights", or after that for the "kv_cache"."""
         if not self.on_cpu:
-            torch.cuda.empty_cache()  # what the trainer does not use goes to the engine
+            torch.cuda.empty_cache()  # the trainer's unused memory goes to the engine
             self._llm.wake_up(tags=[what])
 
     def close(self) -> None:
-        """End it and free its memory; a second call does nothing."""
+        """Shut it down and free its memory; a second call does nothing."""
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
@@ -259,17 +258,17 @@ class VllmEngine:
 
 
 def _nothing() -> None:
-    """In place of what must not happen."""
+    """Replaces a function that must not run."""
 
 
 @contextlib.contextmanager
 def _trainer_unchanged(rank: int) -> Iterator[None]:
-    """What starting vLLM changes in its process is put back: generators, threads, torch's calls."""
+    """Restore what starting vLLM changes: random generators, threads, `torch.set_num_threads`."""
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     generators = random.getstate(), np.random.get_state()
     given = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK")}
     for name, value in given.items():
-        os.environ[name] = value or str(rank)  # which the engine asks for; torchrun sets them
+        os.environ[name] = value or str(rank)  # the engine needs them; torchrun sets them
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -22,6 +22,7 @@ from rlhf_core.nn.shared_trunk import Trunk
 from rlhf_core.rollout import grouped_attention, kv_cache
 from rlhf_core.runtime import rank
 from rlhf_core.training.online import models as online
+from tests.rlhf_core.torchrun import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -101,6 +102,20 @@ def test_a_rank_applies_the_setting_to_its_job_and_the_key_does_not_know_of_it(
     assert used == set()
     assert "resources.fast_paths is false" in capsys.readouterr().out
     assert fast_paths.switched_on()
+
+
+def test_a_stages_log_says_which_fast_path_is_off(models, data, stages) -> None:
+    """bloom attends in a way of its own."""
+    job = RewardJob(
+        model=models["bloom"], data=data["preference"], batch_size=4, max_steps=1, head="random",
+        precision="fp32", normalization_prompts=4, max_new_tokens=4,
+        resources=Resources(device="cpu", threads=1),
+    )  # fmt: skip
+    done = run_ranks(1, "rlhf_core.__main__", str(stages.write(job) / "job.json"), env=stages.env)
+    off = [line for line in done.stdout.splitlines() if line.startswith("fast path off")]
+    assert len(off) == 2 and len(set(off)) == 2, "each once, though two models of a kind are asked"
+    assert "rows without padding (its attention is eager, not sdpa). Lost: " in off[0]
+    assert "pairs that share a row" in off[1]
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
