@@ -73,14 +73,16 @@ def outcome(folder: Path, source: Path, tokenizer: Any, purpose: str, **settings
 
 
 def account(card: DataCard, folder: Path) -> None:
-    """Every row is in the data set, or in the card with a reason. Only the pieces of a long document
-    share a row number; those of a duplicate document are dropped."""
+    """Every row is in the data set, or in the card with a reason.
+
+    Only the pieces of a long document share a row number; those of a duplicate are dropped.
+    """
     kept = [row["row"] for side in ("train", "heldout") for row in Rows(folder, side)]
     bad = [entry["row"] for entry in card.bad_rows]
     assert card.kept == len(kept)
     assert card.read + card.cut == len(kept) + sum(card.dropped.values()) + sum(card.bad.values())
     assert len(bad) == sum(card.bad.values())
-    assert not {*kept} & {*bad}
+    assert not {*kept} & {*bad} and len({*bad}) == len(bad)
     pieces = len(kept) - len({*kept})
     assert pieces == card.cut or (pieces < card.cut and card.dropped["duplicate"])
     assert not (folder / ".work").exists()
