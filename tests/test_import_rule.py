@@ -177,6 +177,15 @@ def test_rooms_that_the_orchestrator_reads_have_an_empty_or_small_face(room: str
     assert len((folder / "__init__.py").read_text().splitlines()) <= faces.get(room, 0)
 
 
+def test_private_names_stay_in_their_module() -> None:
+    taken = [
+        f"{module}:{one.line} imports {one.name}"
+        for module, one, _ in arrows()
+        if (name := one.name.rpartition(".")[2]).startswith("_") and not name.startswith("__")
+    ]
+    assert taken == []
+
+
 def test_every_job_names_a_module_that_runs_it() -> None:
     from typing import get_args
 

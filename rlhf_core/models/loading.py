@@ -16,7 +16,7 @@ from rlhf_core.model_files.folder_check import REWARD_HEAD
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.nn.modules import ScalarModel
 
-_SCALE = "reward.json"
+REWARD_SCALE = "reward.json"
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -79,7 +79,7 @@ def load_scalar_model(folder: Path, dtype: torch.dtype = torch.float32) -> Scala
     head = load_file(folder / REWARD_HEAD)
     model = ScalarModel(backbone, head["weight"].shape[1])
     model.head.load_state_dict(head)
-    scale = json.loads((folder / _SCALE).read_text())
+    scale = json.loads((folder / REWARD_SCALE).read_text())
     model.mean, model.std = float(scale["mean"]), float(scale["std"])
     model.pooling = str(scale["pooling"])
     model.head.to(dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf_core.errors import ModelError
 from rlhf_core.model_files.folder_check import REWARD_HEAD
 from rlhf_core.models.adapters import save_adapter
-from rlhf_core.models.loading import _SCALE
+from rlhf_core.models.loading import REWARD_SCALE
 from rlhf_core.nn.modules import ScalarModel
 
 _WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", REWARD_HEAD)
@@ -55,7 +55,7 @@ def save_scalar_model(model: ScalarModel, folder: Path, source: Path) -> None:
     head = {k: v.detach().float().contiguous() for k, v in model.head.state_dict().items()}
     save_file(head, folder / REWARD_HEAD)
     scale = {"mean": model.mean, "std": model.std, "pooling": model.pooling}
-    (folder / _SCALE).write_text(json.dumps(scale) + "\n")
+    (folder / REWARD_SCALE).write_text(json.dumps(scale) + "\n")
     copy_companions(source, folder)
 
 

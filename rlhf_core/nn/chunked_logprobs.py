@@ -272,7 +272,7 @@ def token_logprobs(
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"needed targets ({hidden.shape[0]},), found {tuple(targets.shape)}")
-    _check_temperature(temperature)
+    check_temperature(temperature)
     if hidden.shape[0] == 0:  # an empty micro-batch still takes part in the backward pass
         nothing = upcast((hidden.sum() + 0 * weight[:1].sum()).expand(0))
         return (nothing, nothing) if entropy else nothing
@@ -313,7 +313,7 @@ def chunked_cross_entropy_sum(
     ).sum()
 
 
-def _check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(
             f"found temperature {temperature}, it must be above 0; greedy decoding is a separate "

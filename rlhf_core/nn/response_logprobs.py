@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_core.losses.reductions import upcast
 from rlhf_core.nn.backbone import accepted, backbone_hidden, causal_lm, mask_and_positions
-from rlhf_core.nn.chunked_logprobs import _check_temperature, token_logprobs
+from rlhf_core.nn.chunked_logprobs import check_temperature, token_logprobs
 from rlhf_core.nn.vocabulary_head import Head, lm_head
 
 
@@ -84,7 +84,7 @@ def response_logprobs(
             f"needed a bool response_mask ({rows},T) with T <= {length}, "
             f"found {response_mask.dtype} {tuple(response_mask.shape)}"
         )
-    _check_temperature(temperature)
+    check_temperature(temperature)
     if width == length and bool(response_mask[:, 0].any()):
         raise ValueError("response_mask asks for column 0, which no token comes before")
     # (B,S) bool, shifted left by one: the positions that predict

@@ -48,7 +48,7 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
                 return None
             here = chosen
             continue
-        names.append(_short(str(part), bare=True))
+        names.append(shorten(str(part), bare=True))
         value = value.get(part) if isinstance(value, Mapping) else None
         field = here.model_fields.get(str(part)) if here else None
         variants = _models(field.annotation) if field else []
@@ -71,7 +71,7 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
     if kind == "string_pattern_mismatch":
         message = f"a text like {message.rpartition(' pattern ')[2]}"
     needed = message.removeprefix("Input should be ").removeprefix("a valid ").split(", unable")[0]
-    return f"{path}: found {_short(item['input'])}, expected {needed}."
+    return f"{path}: found {shorten(item['input'])}, expected {needed}."
 
 
 def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> str:
@@ -140,7 +140,7 @@ def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     return found
 
 
-def _short(value: Any, longest: int = 60, *, bare: bool = False) -> str:
+def shorten(value: Any, longest: int = 60, *, bare: bool = False) -> str:
     """A printable value for a message, cut to `longest` characters."""
     if isinstance(value, str):
         text = value[: 2 * longest] if bare else repr(value[: 2 * longest])
@@ -154,3 +154,4 @@ def _short(value: Any, longest: int = 60, *, bare: bool = False) -> str:
 
 
 _REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 60

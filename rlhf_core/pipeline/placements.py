@@ -65,7 +65,7 @@ def reply_length(config: PipelineConfig) -> int:
     return config.evaluate.max_new_tokens or (found[-1] if found else config.ppo.max_new_tokens)
 
 
-def _section_at(config: PipelineConfig, path: str) -> Any:
+def section_at(config: PipelineConfig, path: str) -> Any:
     section: Any = config
     for part in path.split("."):
         section = getattr(section, part)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from rlhf_core.errors import ConfigError, PreflightError
 from rlhf_core.jobs import PipelineConfig, TrainingStage
-from rlhf_core.pipeline.explain import _REPR, _short, explain
+from rlhf_core.pipeline.explain import explain, shorten
 from rlhf_core.pipeline.preset_files import preset_names, preset_text
 
 # Sections whose `resources` override the top-level `resources`.
@@ -42,7 +42,7 @@ def load_preset(name_or_path: str | Path) -> dict[str, Any]:
         close = difflib.get_close_matches(text, names, 1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(
-            f"There is no preset {_short(text)}.{hint} Presets: {', '.join(names)}; "
+            f"There is no preset {shorten(text)}.{hint} Presets: {', '.join(names)}; "
             "to use a file, give its path, such as ./my-run.yaml."
         )
     try:
@@ -123,15 +123,15 @@ def apply_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> di
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise ConfigError(
-                f"--set {_short(override)} is not a setting; expected key=value, such as "
+                f"--set {shorten(override)} is not a setting; expected key=value, such as "
                 "ppo.kl_coef=0.1."
             )
         try:
             value = _read_yaml(text)
         except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or _short(str(error), 200, bare=True)
+            problem = getattr(error, "problem", None) or shorten(str(error), 200, bare=True)
             raise ConfigError(
-                f"--set {_short(override)}: the value {_short(text)} is not YAML ({problem}); "
+                f"--set {shorten(override)}: the value {shorten(text)} is not YAML ({problem}); "
                 "put quotes around a text with special characters."
             ) from error
         _put(result, keys, value, override)
@@ -146,8 +146,8 @@ def _put(settings: dict[str, Any], keys: list[str], value: Any, override: str) -
             inner = section[key] = {}
         if not isinstance(inner, dict):
             raise ConfigError(
-                f"--set {_short(override)}: {'.'.join(keys[:depth])} is a value "
-                f"({_short(inner)}), not a section."
+                f"--set {shorten(override)}: {'.'.join(keys[:depth])} is a value "
+                f"({shorten(inner)}), not a section."
             )
         section = inner
     section[keys[-1]] = value
@@ -183,7 +183,7 @@ def build_config(
     while (base := settings.pop("preset", "none")) != "none":
         if base in seen:
             raise ConfigError(
-                f"preset {_short(base)} is based on itself; name another preset in it."
+                f"preset {shorten(base)} is based on itself; name another preset in it."
             )
         seen.append(base)
         settings = _merge(load_preset(str(base)), settings)
@@ -227,6 +227,3 @@ def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         result[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
     return result
-
-
-_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 60

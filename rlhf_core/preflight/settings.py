@@ -13,10 +13,10 @@ from rlhf_core.jobs import (
 from rlhf_core.model_files.shape import ModelShape
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import (
-    _section_at,
     device_of,
     placements,
     reply_length,
+    section_at,
     trained_stages,
 )
 from rlhf_core.system.machine import Machine
@@ -208,7 +208,7 @@ def check_lengths(config: PipelineConfig, shape: ModelShape | None) -> list[str]
     prompts = config.data.prompts
     longest = prompts.max_prompt_length or prompts.max_length
     replies = {
-        name: getattr(_section_at(config, name), "max_new_tokens", None)
+        name: getattr(section_at(config, name), "max_new_tokens", None)
         for name in placements(config)
     }
     if "evaluate" in replies:
