@@ -67,20 +67,21 @@ def start(
     cwd: Path,
     env: Mapping[str, str],
     needs: Sequence[str] = COMMANDS,
-    together: bool = False,
-    new_session: bool = False,
+    output: Path | None = None,
+    cgroup: Path | None = None,
 ) -> Process:
-    """Start a program.
+    """Start a program in a session of its own.
 
     Args:
         command: "-m", module, arguments; or "-c", code, arguments.
         needs: modules that the process it is forked from has imported.
-        together: standard error goes where standard output goes.
+        output: file for all that it prints. Without one, `communicate` has both parts.
+        cgroup: folder of a control group for it and its children.
     """
     folder = Path(tempfile.mkdtemp(dir=_folder()))
-    out, err = folder / "out", folder / ("out" if together else "err")
+    out, err = output or folder / "out", output or folder / "err"
     plan = {"command": command, "cwd": str(cwd), "out": str(out), "err": str(err),
-            "new_session": new_session}  # fmt: skip
+            "cgroup": cgroup and str(cgroup)}  # fmt: skip
     stage = _server(needs).fork(0, "tests.forked", [json.dumps(plan)], dict(env))
     assert stage is not None, "the fork server has ended"
     stage.stdout.close()
@@ -134,8 +135,9 @@ def main(files: list[str]) -> int:
     """Run the program; returns its exit code."""
     plan: dict[str, Any] = json.loads(files[0])
     os.environ.pop("RLHF_TEST_NEEDS", None)
-    if plan["new_session"]:
-        os.setsid()
+    os.setsid()
+    if plan["cgroup"]:
+        Path(plan["cgroup"], "cgroup.procs").write_text("0")
     os.chdir(plan["cwd"])
     for standard, path in ((0, os.devnull), (1, plan["out"]), (2, plan["err"])):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)

@@ -22,7 +22,7 @@ from rlhf_core.runtime import rank as ranks
 from rlhf_core.training.checkpoint import Checkpointer, newest_first
 from rlhf_core.training.strategy import Strategy
 
-plan: list[dict[str, Any]] = json.loads(os.environ.get("RLHF_TEST_FAULTS", "[]"))
+plan: list[dict[str, Any]] = []
 updates = 0
 checkpointer: Checkpointer | None = None
 
@@ -98,6 +98,7 @@ def due(fault: dict[str, Any]) -> bool:
 
 def install() -> None:
     """Put the faults between the real parts."""
+    plan[:] = json.loads(os.environ.get("RLHF_TEST_FAULTS", "[]"))
     backward, step, start = Strategy.backward, Strategy.step, Checkpointer.__init__
 
     def faulty_start(self: Checkpointer, *arguments: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,12 @@ from rlhf_core.jobs import (
     SimPOJob,
 )
 from rlhf_core.store import Artifact, Store, open_store
+from tests import forked
 from tests.rlhf_core.torchrun import ROOT
+
+# What the orchestrators and their fork servers have imported when they start.
+NEEDS = (*forked.MODELS, "rlhf_core.runtime.torchrun", "tests.faults.ranks",
+         "tests.faults.orchestrator")  # fmt: skip
 
 WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "music", "paper")
 
@@ -138,6 +143,7 @@ class Place:
         self.url = url or f"file://{folder / 'store'}"
         self.store: Store = open_store(self.url)
         self.attempts = 0
+        self.sessions: set[int] = set()  # each orchestrator leads one; all that it starts is in it
 
     def start(
         self,
@@ -145,7 +151,7 @@ class Place:
         faults: Sequence[dict[str, Any]] = (),
         within: Path | None = None,
         **env: str,
-    ) -> subprocess.Popen[str]:
+    ) -> forked.Process:
         """An orchestrator process; its attempt's folder is `self.attempt`.
 
         Args:
@@ -161,13 +167,12 @@ class Place:
             **os.environ, "RLHF_HOME": str(self.folder / "home"), "PYTHONPATH": str(ROOT),
             "RLHF_TEST_FAULTS": json.dumps(list(faults)), **env,
         }  # fmt: skip
-        with (self.attempt / "out.txt").open("w") as out:
-            return subprocess.Popen(
-                [sys.executable, "-m", "tests.faults.orchestrator", self.url, str(self.attempt),
-                 *files],
-                env=environment, cwd=ROOT, stdout=out, stderr=out, text=True,
-                preexec_fn=(lambda: (within / "cgroup.procs").write_text("0")) if within else None,
-            )  # fmt: skip
+        process = forked.start(
+            "-m", "tests.faults.orchestrator", self.url, str(self.attempt), *files,
+            cwd=ROOT, env=environment, needs=NEEDS, output=self.attempt / "out.txt", cgroup=within,
+        )  # fmt: skip
+        self.sessions.add(process.pid)
+        return process
 
     def run(
         self,
@@ -204,13 +209,15 @@ class Place:
 
     def processes(self) -> list[psutil.Process]:
         """The ranks, agents and templates of this place that live, whoever started them."""
-        home = str(self.folder / "home")
-        return [
-            process
-            for process in psutil.process_iter(["environ", "status"])
-            if process.info["status"] != psutil.STATUS_ZOMBIE
-            and (process.info["environ"] or {}).get("RLHF_HOME") == home
-        ]
+        found = []
+        for process in psutil.process_iter(["status"]):
+            with contextlib.suppress(ProcessLookupError):
+                if (
+                    process.info["status"] != psutil.STATUS_ZOMBIE
+                    and os.getsid(process.pid) in self.sessions
+                ):
+                    found.append(process)
+        return found
 
     def wait_for_quiet(self, seconds: float = 40) -> float:
         """Wait until no process of this place is left; how long it took."""
@@ -230,7 +237,7 @@ class Place:
         return sorted(int(a.metadata["step"]) for a in found)
 
 
-def end(process: subprocess.Popen[str]) -> None:
+def end(process: forked.Process) -> None:
     """An orchestrator that a test has left behind, with its family."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
