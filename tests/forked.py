@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.system.processes import name_process
 from tasks.launchers.fork_client import Forked, ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +128,7 @@ def _server(needs: Sequence[str]) -> ForkServer:
 
 def preload(files: list[str]) -> None:
     """See `rlhf_core.runtime.fork_server`."""
+    name_process("tests' server")  # not one of those that the tests look for
     for name in os.environ["RLHF_TEST_NEEDS"].split(","):
         importlib.import_module(name)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import Job
+from rlhf_core.jobs.training import TrainSettings
 from rlhf_core.model_files.remote_code import allow
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.job_file import read_job
@@ -128,21 +129,26 @@ def prefer_as_oom_victim() -> None:
 
 # What transformers imports with the first model class.
 MODEL_MODULES = ("transformers.modeling_utils", "transformers.models.auto.modeling_auto")
+# What `Strategy.prepare` imports: two seconds, with peft and bitsandbytes.
+STRATEGY_MODULES = ("colossalai.booster",)
 
 
 def preload(files: list[str]) -> None:
     """Import what jobs need, before ranks are forked. Errors are left for the ranks to report.
 
     Args:
-        files: job files; empty: import what every training job needs.
+        files: job files; empty: import what every job with a model needs.
     """
+    silence_libraries()
     if not files:
         for module in ("rlhf_core.runtime.torchrun", *MODEL_MODULES):
             importlib.import_module(module)
     for file in files:
         with contextlib.suppress(Exception):
             job = read_job(Path(file))
-            for module in (job.module, *(MODEL_MODULES if job.torchrun else ())):
+            models = MODEL_MODULES if job.torchrun else ()
+            strategy = STRATEGY_MODULES if isinstance(job, TrainSettings) else ()
+            for module in (job.module, *models, *strategy):
                 importlib.import_module(module)
 
 

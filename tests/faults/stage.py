@@ -35,11 +35,14 @@ from rlhf_core.jobs import (
 )
 from rlhf_core.store import Artifact, Store, open_store
 from tests import forked
+from tests.rlhf_core import preloaded
 from tests.rlhf_core.torchrun import ROOT
 
 # What the orchestrators and their fork servers have imported when they start.
-NEEDS = (*forked.MODELS, "rlhf_core.runtime.torchrun", "tests.faults.ranks",
-         "tests.faults.orchestrator")  # fmt: skip
+NEEDS = (
+    *preloaded.MODULES, "rlhf_core.algorithms.sft", "rlhf_core.algorithms.ppo",
+    "rlhf_core.algorithms.reward", "tests.faults.ranks", "tests.faults.orchestrator",
+)  # fmt: skip
 
 WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "music", "paper")
 

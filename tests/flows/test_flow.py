@@ -79,7 +79,7 @@ def test_pipeline_runs_every_stage_and_reuses_what_is_there(pipeline, tmp_path, 
     again = pipeline("name=again")
     assert reused(again) == STAGES
     # a run has it ready though no stage may ask for it
-    assert any("rlhf_core.runtime.fork_server" in p.cmdline() for p in psutil.Process().children())
+    assert any(p.name() == "rlhf forkserver" for p in psutil.Process().children())
     assert not list((tmp_path / f"home/runs/{again['run']}").glob("*/job.json"))
 
     changed = pipeline("ppo.kl_coef=0.3")

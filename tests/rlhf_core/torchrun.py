@@ -36,7 +36,7 @@ def run_ranks(
     global _server
     if _server is None:
         _server = ForkServer(environment)
-        _server.preload("rlhf_core.__main__")
+        _server.preload("tests.rlhf_core.preloaded")
         atexit.register(_server.close)
     stage = _server.fork(size, module, files, environment)
     assert stage is not None, "the fork server has ended"

@@ -159,17 +159,24 @@ def test_killed_server_ends_its_stage_and_the_next_has_another(launch, stub, tmp
 
 def test_stop_while_the_server_imports_leaves_no_stage(stub, store, tmp_path, monkeypatch):
     """The request is there already, and nobody waits for it any more."""
-    pids = stub(sft=["sleep"])
+    pids = stub(sft=["sleep"], data=["forked"])
 
     def stopped(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fork_client, "_readable", stopped)
-    folder = tmp_path / "job"
-    made = Launch("stage", {folder: sft_job()}, store.url, folder / "log.txt")
-    with pytest.raises(KeyboardInterrupt):
+    def run(folder, job):
+        made = Launch("stage", {folder: job}, store.url, folder / "log.txt")
         LocalTorchrun().run(made, lambda line: None, lambda line: None)
-    monkeypatch.undo()
-    time.sleep(8)  # for the imports
-    assert running().children() == []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fork_client, "_readable", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "job", sft_job())
+    run(tmp_path / "next", DataJob(model=D, purpose="sft"))  # requests are taken one by one
+    at = running()
+    assert json.loads((tmp_path / "next/forked-0.json").read_text())["parents"][0] == at.pid
+    deadline = time.monotonic() + 20
+    while at.children():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert list(pids.iterdir()) == []
