@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.runtime.rank import MODEL_MODULES, STRATEGY_MODULES
 from rlhf_core.system.processes import name_process
 from tasks.launchers.fork_client import Forked, ForkServer
 
@@ -29,8 +30,10 @@ COMMANDS = (
     "flows.cli.main", "flows.cli.lookup", "rlhf_core.jobs", "rlhf_core.pipeline.presets",
     "rlhf_core.pipeline.recipe", "rlhf_core.preflight.check", "rlhf_core.store.registry",
 )  # fmt: skip
-MODELS = ("torch", "rlhf_core.chat.model", "transformers.modeling_utils",
-          "transformers.models.auto.modeling_auto")  # fmt: skip
+# torch and transformers, and what ranks need.
+MODELS = ("rlhf_core.runtime.torchrun", *MODEL_MODULES, *STRATEGY_MODULES, "rlhf_core.chat.model")
+# As the launcher sets them for ranks.
+RANKS = {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
 _servers: dict[Sequence[str], ForkServer] = {}
 
 
@@ -68,6 +71,7 @@ def start(
     cwd: Path,
     env: Mapping[str, str],
     needs: Sequence[str] = COMMANDS,
+    stdin: Path = Path(os.devnull),
     output: Path | None = None,
     cgroup: Path | None = None,
 ) -> Process:
@@ -76,14 +80,15 @@ def start(
     Args:
         command: "-m", module, arguments; or "-c", code, arguments.
         needs: modules that the process it is forked from has imported.
-        output: file for all that it prints. Without one, `communicate` has both parts.
+        stdin: file or terminal that it reads.
+        output: file or terminal for all that it prints. Without one, `communicate` has both parts.
         cgroup: folder of a control group for it and its children.
     """
     folder = Path(tempfile.mkdtemp(dir=_folder()))
     out, err = output or folder / "out", output or folder / "err"
-    plan = {"command": command, "cwd": str(cwd), "out": str(out), "err": str(err),
-            "cgroup": cgroup and str(cgroup)}  # fmt: skip
-    stage = _server(needs).fork(0, "tests.forked", [json.dumps(plan)], dict(env))
+    plan = {"command": command, "cwd": str(cwd), "cgroup": cgroup and str(cgroup),
+            "standard": [str(stdin), str(out), str(err)]}  # fmt: skip
+    stage = server(needs).fork(0, "tests.forked", [json.dumps(plan)], dict(env))
     assert stage is not None, "the fork server has ended"
     stage.stdout.close()
     return Process(stage, out, err)
@@ -94,10 +99,11 @@ def run(
     cwd: Path,
     env: Mapping[str, str],
     needs: Sequence[str] = COMMANDS,
+    stdin: Path = Path(os.devnull),
     timeout: float = 280,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end (see `start`)."""
-    process = start(*command, cwd=cwd, env=env, needs=needs)
+    process = start(*command, cwd=cwd, env=env, needs=needs, stdin=stdin)
     try:
         out, err = process.communicate(timeout)
     finally:
@@ -115,11 +121,16 @@ def _folder() -> str:
 _made: tempfile.TemporaryDirectory[str] | None = None
 
 
-def _server(needs: Sequence[str]) -> ForkServer:
+def server(needs: Sequence[str]) -> ForkServer:
+    """The process that programs with these needs are forked from."""
     if needs not in _servers:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RLHF_TEST_NEEDS": ",".join(needs)}
-        _servers[needs] = ForkServer(environment)
-        atexit.register(_servers[needs].close)
+        environment = {
+            **os.environ, "PYTHONPATH": str(ROOT), "RLHF_TEST_NEEDS": ",".join(needs),
+            **(RANKS if needs == MODELS else {}),
+        }  # fmt: skip
+        _servers[needs] = made = ForkServer(environment)
+        made.preload("tests.forked")
+        atexit.register(made.close)
     return _servers[needs]
 
 
@@ -141,7 +152,7 @@ def main(files: list[str]) -> int:
     if plan["cgroup"]:
         Path(plan["cgroup"], "cgroup.procs").write_text("0")
     os.chdir(plan["cwd"])
-    for standard, path in ((0, os.devnull), (1, plan["out"]), (2, plan["err"])):
+    for standard, path in enumerate(plan["standard"]):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, standard)
         os.close(opened)

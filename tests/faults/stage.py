@@ -35,14 +35,7 @@ from rlhf_core.jobs import (
 )
 from rlhf_core.store import Artifact, Store, open_store
 from tests import forked
-from tests.rlhf_core import preloaded
 from tests.rlhf_core.torchrun import ROOT
-
-# What the orchestrators and their fork servers have imported when they start.
-NEEDS = (
-    *preloaded.MODULES, "rlhf_core.algorithms.sft", "rlhf_core.algorithms.ppo",
-    "rlhf_core.algorithms.reward", "tests.faults.ranks", "tests.faults.orchestrator",
-)  # fmt: skip
 
 WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "music", "paper")
 
@@ -172,7 +165,8 @@ class Place:
         }  # fmt: skip
         process = forked.start(
             "-m", "tests.faults.orchestrator", self.url, str(self.attempt), *files,
-            cwd=ROOT, env=environment, needs=NEEDS, output=self.attempt / "out.txt", cgroup=within,
+            cwd=ROOT, env=environment, needs=forked.MODELS, output=self.attempt / "out.txt",
+            cgroup=within,
         )  # fmt: skip
         self.sessions.add(process.pid)
         return process

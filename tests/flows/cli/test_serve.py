@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from flows.cli.access import is_local, password_for
 from rlhf_core.errors import ConfigError
 from rlhf_core.store import open_store
 from rlhf_core.system.ports import free_ports
+from tests import forked
 from tests.rlhf_core.playground.tiny_run import tiny_run
 
 ROOT = Path(__file__).parents[3]
@@ -50,11 +49,10 @@ class Server:
         self.port = free_ports(1)[0]
         environment = {**os.environ, "RLHF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
         environment |= {"RLHF_API_KEY": key} if key else {}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli.main", "serve", *arguments, "--port", str(self.port),
-             "--store", str(folder / "store"), "--engine", "transformers"],
-            cwd=folder, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        self.process = forked.start(
+            "-m", "flows.cli.main", "serve", *arguments, "--port", str(self.port),
+            "--store", str(folder / "store"), "--engine", "transformers",
+            cwd=folder, env=environment, needs=forked.MODELS, output=folder / "output",
         )  # fmt: skip
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -168,11 +166,11 @@ def test_server_ends_cleanly_while_it_replies(tmp_path, number):
 def test_taken_port_is_one_message(server, tmp_path):
     second = Server(tmp_path)
     second.process.kill()
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli.main", "serve", "--port", str(server.port),
-         "--store", str(tmp_path / "store"), "--engine", "transformers"],
-        env={**os.environ, "RLHF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=120,
+    done = forked.run(
+        "-m", "flows.cli.main", "serve", "--port", str(server.port),
+        "--store", str(tmp_path / "store"), "--engine", "transformers",
+        cwd=tmp_path, env={**os.environ, "RLHF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        needs=forked.MODELS,
     )  # fmt: skip
     assert done.returncode == 1
     assert "cannot be used" in done.stderr and "--port" in done.stderr

@@ -3,14 +3,14 @@ from __future__ import annotations
 import os
 import pty
 import select
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from rlhf_core.errors import ConfigError, DataError, ModelError
+from tests import forked
+from tests.forked import ROOT
 from tests.rlhf_core.tiny_models import copy_of
 
 PROGRAM = (
@@ -79,10 +79,12 @@ def test_oldest_turns_leave_a_full_context(model: Path, capsys: pytest.CaptureFi
 @pytest.mark.slow
 def test_piped_lines_are_a_conversation(model: Path) -> None:
     lines = "Hello\n\n/system Be nice\nAgain\n/help\n/nonsense\n/reset\n/quit\nnever read\n"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model), "8"],
-        input=lines, capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    piped = model.parent / "lines"
+    piped.write_text(lines)
+    done = forked.run(
+        "-c", PROGRAM, str(model), "8", cwd=ROOT, env=os.environ, needs=forked.MODELS, stdin=piped
+    )
+    assert done.returncode == 0
     assert done.stdout.strip()
     for text in (
         "System message set",
@@ -98,12 +100,11 @@ def test_piped_lines_are_a_conversation(model: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_stops_the_reply_but_not_the_program(model: Path) -> None:
     leader, follower = pty.openpty()
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(model), "1000"],
-        stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
-        preexec_fn=_own_terminal,
+    terminal = Path(os.ttyname(follower))  # its own, so that ^C reaches it as a signal
+    program = forked.start(
+        "-c", PROGRAM, str(model), "1000", cwd=ROOT, env=os.environ, needs=forked.MODELS,
+        stdin=terminal, output=terminal,
     )  # fmt: skip
-    os.close(follower)
     try:
         _read_until(leader, "> ")
         os.write(leader, b"Hello\n")
@@ -118,13 +119,7 @@ def test_ctrl_c_stops_the_reply_but_not_the_program(model: Path) -> None:
     finally:
         program.kill()
         os.close(leader)
-
-
-def _own_terminal() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that ^C reaches it as a signal
+        os.close(follower)
 
 
 def _read_until(terminal: int, text: str, seconds: float = 180, press: bytes = b"") -> str:

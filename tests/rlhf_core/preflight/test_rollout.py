@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
+import os
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +31,7 @@ from rlhf_core.preflight.check import check, dry_run
 from rlhf_core.preflight.memory import GIB, estimate
 from rlhf_core.system.machine import Machine
 from rlhf_core.training.online.experience import assert_same_policy
+from tests import forked
 from tests.rlhf_core.preflight.test_memory import LLAMA_7B
 
 DIGESTS = {"model": "a" * 64, "prompts": "b" * 64, "reward_model": "c" * 64}
@@ -114,8 +114,8 @@ def test_missing_package_is_refused_by_the_stage_itself(tmp_path: Any) -> None:
 
 def test_training_does_not_import_vllm() -> None:
     code = "import sys, rlhf_core.algorithms.grpo; print([m for m in sys.modules if 'vllm.' in m])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    done = forked.run("-c", code, cwd=forked.ROOT, env=os.environ, needs=forked.MODELS)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_settings_that_vllm_cannot_do_are_named() -> None:

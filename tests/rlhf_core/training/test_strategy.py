@@ -2,8 +2,7 @@
 
 import functools
 import json
-import subprocess
-import sys
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 from rlhf_core.jobs import Resources
 from rlhf_core.runtime.distributed import computes_in_bf16
 from rlhf_core.training.strategy import Strategy
+from tests import forked
 from tests.rlhf_core.torchrun import run_ranks
 
 KINDS = ("ddp", "zero1", "zero2")
@@ -100,7 +100,7 @@ for step in range(4):
     opt.step(); losses.append(loss.item())
 print(json.dumps(losses))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = forked.run("-c", code, cwd=forked.ROOT, env=os.environ, needs=forked.MODELS)
     return json.loads(done.stdout)
 
 
