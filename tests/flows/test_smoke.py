@@ -49,8 +49,10 @@ class Pipeline:
         return self.newest(), time.monotonic() - began
 
     def newest(self) -> dict:
-        records = [self.store.read_record(path) for path in self.store.list_records("runs/")]
-        return max(records, key=lambda record: (record["started"], record["updated"]))
+        return max(self.records(), key=lambda record: (record["started"], record["updated"]))
+
+    def records(self) -> list[dict]:
+        return [self.store.read_record(path) for path in self.store.list_records("runs/")]
 
 
 def sets(overrides):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -43,6 +44,7 @@ def sound(kind: Any, field: FieldInfo | None = None) -> st.SearchStrategy[Any]:
     return st.lists(sound(get_args(kind)[0]), max_size=3)
 
 
+@functools.cache  # else it is made anew for every case, which takes longer than the case
 def settings_of(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
     """A few of a section's settings; all that have no default."""
     optional, needed = {}, {}

@@ -83,7 +83,7 @@ def test_overrides_set_one_setting_or_are_refused() -> None:
 
 
 def test_a_settings_file_of_any_bytes_is_read_or_refused(tmp_path: Path) -> None:
-    preset = Path(load_preset.__code__.co_filename).parents[1] / "deployments/presets/smoke.yaml"
+    preset = Path(__file__).parents[2] / "deployments/presets/smoke.yaml"
     text = st.one_of(
         st.sampled_from(YAML_VALUES).map(lambda v: v.encode("utf-8", "surrogatepass")),
         st.sampled_from(YAML_VALUES).map(lambda v: f"sft: {v}".encode("utf-8", "surrogatepass")),
