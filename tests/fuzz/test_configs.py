@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf_core.errors import ConfigError, PreflightError
 from rlhf_core.jobs import Job, PipelineConfig, parse_job
-from rlhf_core.pipeline.presets import build_config, load_preset
+from rlhf_core.pipeline.presets import build_config
 from rlhf_core.preflight.check import dry_run
 from rlhf_core.runtime.job_file import read_job
 from rlhf_core.system.machine import Machine
