@@ -34,9 +34,7 @@ def test_local_addresses(host, local):
 def test_other_machines_need_a_password(monkeypatch):
     monkeypatch.delenv("SOME_PASSWORD", raising=False)
     assert password_for("127.0.0.1", "SOME_PASSWORD", "the page") is None
-    with pytest.raises(
-        ConfigError, match=r"gives other machines access, .* set SOME_PASSWORD"
-    ):
+    with pytest.raises(ConfigError, match=r"gives other machines access, .* set SOME_PASSWORD"):
         password_for("0.0.0.0", "SOME_PASSWORD", "the page")
     monkeypatch.setenv("SOME_PASSWORD", "short")
     with pytest.raises(ConfigError, match="has 5 characters; expected at least 8"):

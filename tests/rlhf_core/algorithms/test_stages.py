@@ -67,8 +67,8 @@ def one_rank(stages, models, data, reward):
         "ppo-top": ppo_job(models, data, digest, trainable_layers=1),
         "ppo-bf16": ppo_job(models, data, digest, precision="bf16"),
         "ppo-learns": ppo_job(
-            models, data, digest, steps=40, batch_size=32, kl_coef=0.02, missing_eos_penalty=0.0,
-            learning_rate=2e-3, ppo_epochs=2,
+            models, data, digest, steps=24, batch_size=32, kl_coef=0.02, missing_eos_penalty=0.0,
+            learning_rate=4e-3, ppo_epochs=2, resources=resources(micro_batch_size=32),
         ),
     }  # fmt: skip
     # Jobs that differ in placement only have one stage key; each needs its own to run at all.

@@ -19,8 +19,15 @@ pytestmark = pytest.mark.slow
 D = "0" * 64
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
+def fresh():
+    """No server runs when the test begins."""
+    fork_client.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
 def none_is_left():
+    fork_client.close()
     yield
     fork_client.close()
     assert not [p for p in psutil.Process().children() if p.name() == "rlhf forkserver"]
@@ -59,7 +66,7 @@ def test_every_stage_comes_from_the_one_that_has_imported(launch):
     assert {found["preloaded_by"] for found in (*agents, plain)} == {at}
 
 
-def test_server_imports_before_the_first_stage(launch):
+def test_server_imports_before_the_first_stage(fresh, launch):
     LocalTorchrun().prepare()
     LocalTorchrun().prepare()  # there is one
     found = launch(sft_job(), "first")
@@ -78,7 +85,7 @@ def test_what_every_training_stage_needs_is_imported_without_a_job():
     assert found.stdout.strip() == "True"
 
 
-def test_server_that_imports_ends_at_once():
+def test_server_that_imports_ends_at_once(fresh):
     LocalTorchrun().prepare()
     began = time.monotonic()
     fork_client.close()
@@ -157,7 +164,7 @@ def test_killed_server_ends_its_stage_and_the_next_has_another(launch, stub, tmp
     assert launch(sft_job(seed=1), "job-2")["SEEN"] is None
 
 
-def test_stop_while_the_server_imports_leaves_no_stage(stub, store, tmp_path, monkeypatch):
+def test_stop_while_the_server_imports_leaves_no_stage(fresh, stub, store, tmp_path, monkeypatch):
     """The request is there already, and nobody waits for it any more."""
     pids = stub(sft=["sleep"], data=["forked"])
 
