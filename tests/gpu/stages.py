@@ -1,0 +1,158 @@
+"""Whole stages on the pretended GPU, many in one process.
+
+python -m tests.gpu.stages                        every case of the tests
+python -m tests.gpu.stages --only sft,dpo         cases whose name begins so
+python -m tests.gpu.stages --only sft --syncs     and where each waits for the GPU
+python -m tests.gpu.stages --out results.json     for the tests
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tests.gpu import stub
+
+CLOCK = {"time", "tokens_per_second", "rollout_seconds"}
+
+
+class Runner:
+    """Runs jobs in this process, on the pretended GPU or on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        from rlhf_core.store import open_store
+
+        self.folder = folder
+        self.store = open_store(f"file://{folder / 'store'}")
+        self._count = 0
+
+    def __call__(self, job: Any) -> tuple[Any, list[dict[str, Any]], str]:
+        """Run a job; its artifact, its metrics by step without times, and what it printed."""
+        from rlhf_core.runtime.context import StageContext
+        from rlhf_core.runtime.rank import fast_paths_as_set
+
+        self._count += 1
+        folder = self.folder / "jobs" / str(self._count)
+        folder.mkdir(parents=True)
+        context = StageContext(store=self.store, key=f"{self._count:064d}", folder=folder)
+        module, said = importlib.import_module(job.module), io.StringIO()
+        with contextlib.redirect_stdout(said), fast_paths_as_set(job), context.closing:
+            artifact = module.run(job, context)
+        metrics = context.read_metrics()
+        return artifact, [without_times(line) for line in metrics], said.getvalue()
+
+
+def without_times(line: dict[str, Any]) -> dict[str, Any]:
+    """What two runs must agree on."""
+    return {k: v for k, v in line.items() if k not in CLOCK and not k.endswith("_seconds")}
+
+
+def start(folder: Path) -> tuple[Runner, Any]:
+    """Make the inputs, then pretend; a runner and the inputs."""
+    stub.load(stub.build())
+    os.environ.setdefault("RLHF_HOME", str(folder / "home"))
+    import torch
+
+    from rlhf_core.runtime.rank import silence_libraries
+    from tests.gpu import cases, pretend_cuda
+
+    torch.set_num_threads(1)
+    silence_libraries()
+    runner = Runner(folder)
+    inputs = cases.make_inputs(lambda job: runner(job)[0].digest, runner.store, folder)
+    pretend_cuda.install()
+    _move_modules()
+    return runner, inputs
+
+
+def _move_modules() -> None:
+    """Until `Strategy.prepare` moves the module itself."""
+    from rlhf_core.training.strategy import Strategy
+
+    whole = Strategy.prepare
+    Strategy.prepare = lambda self, module, optimizer: whole(  # type: ignore[method-assign]
+        self, module.to(self.device), optimizer
+    )
+
+
+def attempt(runner: Runner, inputs: Any, case: Any) -> dict[str, Any]:
+    """Run a case on the pretended GPU, and in fp32 on the CPU as well.
+
+    Returns:
+        gpu and cpu: metrics by step and of the result; said, syncs; or error and its traceback.
+    """
+    from tests.gpu import cases, pretend_cuda, syncs
+
+    began, result = time.perf_counter(), {}
+    try:
+        with syncs.counted() as found:
+            result["gpu"], result["said"] = _run(runner, cases.job(case, inputs, "cuda"))
+        result["seconds"] = round(time.perf_counter() - began, 2)
+        result["syncs"] = syncs.table(found)
+        if case.precision == "fp32":
+            with pretend_cuda.plain_cpu():
+                result["cpu"], _ = _run(runner, cases.job(case, inputs, "cpu"))
+    except Exception as error:
+        own = [f for f in traceback.extract_tb(error.__traceback__) if "rlhf_core" in f.filename]
+        lines = [f"{f.filename.rpartition('rlhf_core/')[2]}:{f.lineno}" for f in own[-4:]]
+        result["error"] = f"{type(error).__name__}: {error}"
+        result["at"] = " < ".join(reversed(lines))
+        result["traceback"] = traceback.format_exc()
+    result["both_seconds"] = round(time.perf_counter() - began, 2)
+    return result
+
+
+def _run(runner: Runner, job: Any) -> tuple[list[dict[str, Any]], str]:
+    artifact, metrics, said = runner(job)
+    return [*metrics, numbers(artifact.metadata.get("metrics", {}))], said
+
+
+def numbers(tree: Any, prefix: str = "") -> dict[str, float]:
+    """The numbers of nested dicts by their path."""
+    found: dict[str, float] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found |= numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            found[f"{prefix}{name}"] = float(value)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="beginnings of cases' names, with commas")
+    parser.add_argument("--syncs", action="store_true", help="print where stages wait")
+    parser.add_argument("--trace", action="store_true", help="print tracebacks")
+    parser.add_argument("--out", type=Path, help="write all results as JSON")
+    options = parser.parse_args(arguments)
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="rlhf-gpu-") as folder:
+        runner, inputs = start(Path(folder))
+        from tests.gpu.matrix import CASES
+
+        only = tuple(filter(None, options.only.split(",")))
+        for case in [c for c in CASES if not only or c.name.startswith(only)]:
+            results[case.name] = found = attempt(runner, inputs, case)
+            state = f"FAILED {found['error']} at {found['at']}" if "error" in found else "ok"
+            print(f"{case.name:32} {found['both_seconds']:5.1f} s  {state}", flush=True)
+            if options.syncs:
+                print("\n".join(found.get("syncs", [])), flush=True)
+            if options.trace and "error" in found:
+                print(found["traceback"], flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(results))
+    return int(any("error" in found for found in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
