@@ -40,6 +40,7 @@ from rlhf_core.jobs.data import (
 from rlhf_core.jobs.harness import LmEvalJob, LmEvalSettings
 from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
+from rlhf_core.jobs.lora import LoRA
 from rlhf_core.jobs.online import (
     GRPOJob,
     GRPOSettings,
@@ -69,7 +70,6 @@ from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, Publish
 from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, VllmRollout
 from rlhf_core.jobs.training import (
-    LoRA,
     RewardJob,
     RewardSettings,
     SFTJob,

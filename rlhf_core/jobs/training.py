@@ -16,18 +16,7 @@ from rlhf_core.jobs.base import (
     Settings,
     job_input,
 )
-
-
-class LoRA(Settings):
-    """Low-rank adapters (peft). They are merged into the published weights, and kept beside
-    them."""
-
-    rank: PositiveInt = 8
-    """Rank of the update matrices."""
-    alpha: Annotated[float, Field(gt=0.0)] = 16.0
-    """Scale: the update is multiplied by alpha / rank."""
-    targets: tuple[str, ...] | None = None
-    """Names of the linear layers that get an adapter. Empty: all linear layers except the head."""
+from rlhf_core.jobs.lora import LoRA
 
 
 class TrainSettings(Settings):

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rlhf_core.jobs.lora import NOT_LINEAR, LayerNames, shared_with
+
 _LINEAR = ("weight", "bias")
 _LLAMA_LAYER = (
     "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
@@ -26,6 +28,7 @@ _OPT_LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_
 _OPT_NORMS = ("self_attn_layer_norm", "final_layer_norm")
 _PREFIX = {"gpt2": "transformer.", "bloom": "transformer."}  # the others: "model."
 _TIED = {"gpt2", "bloom", "opt"}  # the default if config.json does not say
+_TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 # Buffers that older versions saved and every loader ignores.
 _LEFT_OUT = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
 
@@ -46,6 +49,37 @@ def compare_keys(config: Mapping[str, Any], names: Iterable[str]) -> tuple[list[
         missing.discard("lm_head.weight")
     left = {name for name in have - needed if not _LEFT_OUT.search(name)}
     return sorted(missing), sorted(left)
+
+
+def layer_names(config: Mapping[str, Any], *, backbone: bool = False) -> LayerNames | None:
+    """The layers that can have an adapter and those that cannot; None for unknown architectures.
+
+    Args:
+        backbone: of the model without its vocabulary head, as reward models and critics have it.
+    """
+    needed = _needed(config)
+    if needed is None:
+        return None
+    prefix = _PREFIX.get(str(config["model_type"]), "model.")
+    names = sorted({name.rpartition(".")[0] for name in needed})
+    if backbone:
+        names = [n.removeprefix(prefix) for n in names if n != "lm_head"]
+    adaptable, others = [], {}
+    for name in names:
+        short = name.rpartition(".")[2]
+        tied = not backbone and _tied(config)
+        if short in (*_TOKEN_EMBEDDINGS, "lm_head") and tied:
+            twin = "lm_head" if short != "lm_head" else _embedding_of(names)
+            others[name] = shared_with(twin)
+        elif short in ("wpe", "embed_positions") or short.startswith("ln_") or "norm" in short:
+            others[name] = NOT_LINEAR
+        else:
+            adaptable.append(name)
+    return LayerNames(adaptable, others)
+
+
+def _embedding_of(names: Iterable[str]) -> str:
+    return next(name for name in names if name.rpartition(".")[2] in _TOKEN_EMBEDDINGS)
 
 
 def _tied(config: Mapping[str, Any]) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.jobs import TrainSettings
+from rlhf_core.jobs.lora import NOT_LINEAR, LayerNames, shared_with, target_problems
 from rlhf_core.system.seeds import derive_seed
 
 _PREFIXES = ("policy", "critic", "model", "backbone", "base_model", "transformer", "decoder")
@@ -25,6 +28,32 @@ def transformer_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     raise ModelError(f"{type(model).__name__} has no list of {config.num_hidden_layers} layers.")
 
 
+def layer_names(model: Any) -> LayerNames:
+    """A model's layers: linear ones and the token embedding can have an adapter.
+
+    Not those that share their weights with another layer (a tied head or embedding): merged into
+    the shared weights, the adapter would change the other layer too, which it did not in training.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if (weight := getattr(module, "weight", None)) is not None:
+            owners.setdefault(id(weight), []).append(name)
+    embedding = model.get_input_embeddings()
+    adaptable, others = [], {}
+    for name, module in model.named_modules():
+        twins = [n for n in owners.get(id(getattr(module, "weight", None)), []) if n != name]
+        is_embedding = module is embedding and type(module) is nn.Embedding
+        if twins:
+            others[name] = shared_with(twins[0])
+        elif isinstance(module, (nn.Linear, Conv1D)) or is_embedding:
+            adaptable.append(name)
+        elif name:
+            others[name] = NOT_LINEAR
+    return LayerNames(adaptable, others)
+
+
 def choose_trainable(model: nn.Module, settings: TrainSettings, seed: int) -> nn.Module:
     """Freeze the parameters that the settings do not train; add LoRA adapters if they say so.
 
@@ -38,9 +67,12 @@ def choose_trainable(model: nn.Module, settings: TrainSettings, seed: int) -> nn
         The model, wrapped by peft if it has adapters.
 
     Raises:
-        ConfigError: more trainable layers than the model has.
+        ConfigError: more trainable layers than the model has, or adapters for layers that it does
+            not have or that share their weights.
     """
     if settings.lora is not None:
+        if problems := target_problems(settings.lora, layer_names(model)):
+            raise ConfigError(f"lora.{'. lora.'.join(problems)}.")
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(derive_seed(seed, 0x10AA))  # peft initialises with the global generator

@@ -30,6 +30,7 @@ from rlhf_core.preflight.settings import (
     check_batches,
     check_data_settings,
     check_lengths,
+    check_lora_targets,
     check_placements,
     check_training,
 )
@@ -93,6 +94,7 @@ def check(
     if here:
         problems += check_training(config, shape, machine)
     problems += check_lengths(config, shape)
+    problems += check_lora_targets(config, model)
     if here and model is not None and shape is not None and not problems:
         problems += _check_memory(config, model, machine)
         if contact:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import gcd, isqrt
+from typing import Any
 
 from rlhf_core.jobs import (
     BaseJob,
     PipelineConfig,
     Resources,
     TrainSettings,
+    job_class,
 )
+from rlhf_core.jobs.lora import target_problems
+from rlhf_core.model_files.expected_keys import layer_names
 from rlhf_core.model_files.shape import ModelShape
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import (
@@ -185,6 +190,33 @@ def check_training(config: PipelineConfig, shape: ModelShape | None, machine: Ma
                 f"{stage}.lora.rank is {lora.rank}, more than the model's hidden size "
                 f"({shape.hidden}), which is no longer low-rank; set 8 to 64"
             )
+    return problems
+
+
+def check_lora_targets(config: PipelineConfig, model: Mapping[str, Any] | None) -> list[str]:
+    """Targets of adapters that the model does not have, or that share their weights.
+
+    Args:
+        model: config.json of the base model. Nothing is found without it, and for an architecture
+            whose layers it does not tell: those are checked when the stage starts.
+    """
+    problems = []
+    for stage, settings, _, _ in trained_stages(config):
+        job = job_class(stage)
+        if settings.lora is None or model is None:
+            continue
+        whole = layer_names(model)
+        backbone = layer_names(model, backbone=True)
+        if whole is None or backbone is None:
+            continue
+        found = [] if job.kind == "reward_model" else target_problems(settings.lora, whole)
+        if not found and (job.kind == "reward_model" or getattr(job, "critic", False)):
+            who = "critic" if getattr(job, "critic", False) else "reward model"
+            found = [
+                text.replace("this model", f"the {who}, a model without vocabulary head,")
+                for text in target_problems(settings.lora, backbone)
+            ]
+        problems += [f"{stage}.lora.{text}" for text in found]
     return problems
 
 

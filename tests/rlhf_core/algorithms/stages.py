@@ -47,13 +47,17 @@ class Stages:
 
         Monkeypatches of the training code count.
         """
+        artifact = self.train_here(job, key)
+        lines = [{k: v for k, v in m.items() if k not in TIMES} for m in self.metrics(artifact)]
+        return weight_hashes(artifact), lines
+
+    def train_here(self, job: BaseJob, key: str) -> Artifact:
+        """The result of a job in this process, under a key of its own."""
         folder = self.folder / "here" / key
         folder.mkdir(parents=True)
         context = StageContext(store=self.store, key=key, folder=folder)
         with fast_paths_as_set(job):
-            artifact = importlib.import_module(job.module).run(job, context)
-        lines = [{k: v for k, v in m.items() if k not in TIMES} for m in context.read_metrics()]
-        return weight_hashes(artifact), lines
+            return importlib.import_module(job.module).run(job, context)
 
     def result(self, folder: Path) -> Artifact:
         return self.store.get(json.loads((folder / "result.json").read_text())["artifact"])

@@ -126,6 +126,25 @@ def test_lora_rank_beyond_the_width() -> None:
     assert "hidden size (64)" in only_problem(sft={"lora": {"rank": 128}})
 
 
+def test_lora_targets_that_the_model_could_not_store() -> None:
+    def text(model: str, stage: str, *targets: str) -> str:
+        return only_problem(
+            model={"source": f"random:{model}"}, **{stage: {"lora": {"targets": targets}}}
+        )
+
+    found = text("qwen2", "sft", "q_proj", "lm_head")
+    assert found.startswith("sft.lora.targets has 'lm_head', which shares its weights with embed_t")
+    assert "valid are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj," in found
+    assert "valid are c_attn, c_fc, c_proj, or" in text("gpt2", "ppo", "q_proj")
+    assert "shares its weights with lm_head" in text("bloom", "sft", "word_embeddings")
+    assert "the reward model, a model without vocab" in text("llama", "reward", "lm_head")
+    assert "the critic, a model without vocabulary" in text("llama", "ppo", "lm_head")
+    valid = {"lora": {"targets": ("embed_tokens", "0.self_attn.q_proj")}}
+    assert (
+        dry_run(config(sft={"lora": {"targets": ("lm_head",)}}, reward=valid, ppo=valid), CPU) == []
+    )
+
+
 def test_lengths_beyond_the_context() -> None:
     assert "context of 1024" in only_problem(data={"sft": {"max_length": 2048}})
     problem = only_problem(ppo={"max_new_tokens": 600}, evaluate={"max_new_tokens": 64})
