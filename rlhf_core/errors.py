@@ -108,9 +108,17 @@ class TrainingFailure(RLHFError):
 
 
 class NonFinite(TrainingFailure):
-    """A loss or a gradient norm is NaN or infinite."""
+    """A loss or a gradient norm is NaN or infinite.
+
+    Attributes:
+        micro_batch: index of the rank's micro-batch whose loss it was; None for a norm.
+    """
 
     category = "nonfinite"
+
+    def __init__(self, text: str, micro_batch: int | None = None) -> None:
+        super().__init__(text)
+        self.micro_batch = micro_batch
 
 
 class RateLowered(NonFinite):

@@ -107,7 +107,7 @@ def in_one_row(job: RewardJob, module: ScalarModel, rows: Sequence[dict[str, Any
     """Whether the pairs of a batch share rows, so that their prompts are computed once."""
     if max(shared_length(r) for r in rows) > LONGEST or not all(r["prompt_ids"] for r in rows):
         return False
-    return job.resources.strategy != "gemini" and takes_block_masks(module.backbone)
+    return takes_block_masks(module.backbone)
 
 
 def loss(

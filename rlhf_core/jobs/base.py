@@ -21,7 +21,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
-Strategy = Literal["ddp", "zero1", "zero2", "zero2_cpu", "gemini"]
+Strategy = Literal["ddp", "zero1", "zero2", "zero2_cpu", "fsdp2"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Format = Literal[
     "auto", "alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference", "unpaired",
@@ -95,7 +95,9 @@ class Resources(Settings):
     ranks: PositiveInt = 1
     """Number of training processes, one per GPU. On a CPU they share the cores."""
     strategy: Strategy = "ddp"
-    """How model and optimizer are sharded over the ranks (ColossalAI Booster plugin)."""
+    """How model and optimizer are spread over the ranks. ddp: whole on each rank. zero1, zero2,
+    zero2_cpu: ColossalAI's ZeRO, which shards the optimizer, and gradients from zero2 on. fsdp2:
+    torch's fully_shard, which shards the weights as well."""
     micro_batch_size: PositiveInt = 8
     """Rows per rank in one forward and backward pass, counted at the batch's greatest length. Of
     shorter rows a pass takes as many as have no more tokens. A row is a sequence, or a pair."""
@@ -122,6 +124,16 @@ class Resources(Settings):
     store_timeout: Annotated[int, Field(ge=0, le=LARGEST)] = 900
     """Seconds that a finished stage waits for an unreachable store. Uploads of checkpoints are
     retried for as long as training goes on."""
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _gemini_is_gone(cls, value: Any) -> Any:
+        if value == "gemini":
+            raise ValueError(
+                "gemini was removed, because ColossalAI's Gemini refuses the optimizer of this "
+                "project; use fsdp2, which also shards weights, gradients and optimizer"
+            )
+        return value
 
 
 class BaseJob(Settings):

@@ -73,8 +73,8 @@ def backbone_hidden(
     architecture does; `rlhf_core.training.packing.separates_documents` finds out.
 
     Args:
-        model: a transformers causal LM, unwrapped (call this *inside* the forward of a DDP or
-            Gemini wrapper, or gradients are not synchronised).
+        model: a transformers causal LM, unwrapped (call this *inside* the forward of a DDP,
+            ZeRO or FSDP2 wrapper, or gradients are not exchanged).
         input_ids, attention_mask, position_ids: (B,S). attention_mask: None where rows are packed;
             (B,1,S,S) bool says which position sees which, see `rlhf_core.nn.shared_prompt`.
 

@@ -228,7 +228,7 @@ def _check_memory(config: PipelineConfig, model: Mapping[str, Any], machine: Mac
                 model, settings, resources, stage, available, max_length=length, device=device
             )
             advice = "; or ".join(ways) or (
-                "a smaller model, or more ranks with zero2 or gemini"
+                "a smaller model, or more ranks with fsdp2"
                 if device == "cuda"
                 else "a smaller model, or fewer ranks"
             )

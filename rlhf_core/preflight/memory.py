@@ -7,9 +7,9 @@ Bytes per trained parameter on N ranks; c is 2 for bf16 and fp16, 4 for fp32:
     zero1       c         c              12/N            4/N if half
     zero2       c         c/N            12/N            4/N if half, and two buckets of 12 M
     zero2_cpu   c         c/N            on the host     the same
-    gemini      c/N       0 (in place)   12/N            embedding and two layers, gathered
+    fsdp2       4/N       4/N            8/N             embedding and two layers, gathered
 
-A frozen parameter costs 4 bytes under ddp (fp32 weights), c under ZeRO and c/N under Gemini.
+A frozen parameter costs 4 bytes under ddp (fp32 weights), c under ZeRO and 4/N under FSDP2.
 Each rank has complete copies of reference and reward model, 4 or c bytes per parameter.
 
 Activations of one layer and one token, kept for the backward pass:
@@ -136,7 +136,7 @@ def per_strategy(
     device: Literal["cpu", "cuda"] = "cuda",
 ) -> dict[str, MemoryEstimate]:
     """The estimate for each strategy that supports the device."""
-    names = ["ddp", "zero1", "zero2"] + (["zero2_cpu", "gemini"] if device == "cuda" else [])
+    names = ["ddp", "zero1", "zero2"] + (["zero2_cpu", "fsdp2"] if device == "cuda" else [])
     return {
         name: estimate(
             model_config, settings, resources.model_copy(update={"strategy": name}), stage,
@@ -186,12 +186,12 @@ class _Plan:
                 "gradients": 4 * trained,
                 "optimizer": 8 * trained,
             }
-        if kind == "gemini":
+        if kind == "fsdp2":
             gathered = self.shape.embedding_parameters + 2 * self.shape.layer_parameters
             return {
-                "weights": c * (trained + frozen) // n + c * gathered,
-                "gradients": 0,
-                "optimizer": 12 * trained // n,
+                "weights": 4 * (trained + frozen) // n + c * gathered,
+                "gradients": 4 * trained // n,
+                "optimizer": 8 * trained // n,
             }
         gradients = c * trained if kind == "zero1" else c * trained // n + 2 * c * _BUCKET
         step = (4 if half else 0) * trained // n
@@ -261,7 +261,7 @@ def ways_to_fit(
     saving = resources.model_copy(update={"gradient_checkpointing": True})
     if fits(settings, saving):
         ways.append("gradient_checkpointing true")
-    names = ["zero1", "zero2"] + (["gemini", "zero2_cpu"] if device == "cuda" else [])
+    names = ["zero1", "zero2"] + (["fsdp2", "zero2_cpu"] if device == "cuda" else [])
     for name in names:
         spread = saving.model_copy(update={"strategy": name})
         if name != resources.strategy and resources.ranks > 1 and fits(settings, spread):

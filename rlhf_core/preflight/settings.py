@@ -104,10 +104,10 @@ def _judge(resources: Resources, machine: Machine, trains: bool) -> list[str]:
             f"GPU{'s' if machine.gpus != 1 else ''} and each rank needs its own; set ranks to at "
             f"most {machine.gpus}"
         )
-    if trains and device == "cpu" and resources.strategy in ("gemini", "zero2_cpu"):
+    if trains and device == "cpu" and resources.strategy == "zero2_cpu":
         problems.append(
-            f"{{}}.strategy is {resources.strategy} (for {{}}), which needs GPUs, and these ranks "
-            "would run on the CPU; use ddp, zero1 or zero2"
+            "{}.strategy is zero2_cpu (for {}), which needs GPUs, and these ranks would run on the "
+            "CPU; use ddp, zero1, zero2 or fsdp2"
         )
     return problems
 
@@ -172,10 +172,10 @@ def check_training(config: PipelineConfig, shape: ModelShape | None, machine: Ma
                 f"{stage}.precision is fp16, which needs a GPU, and this stage would run on the "
                 "CPU; use bf16 or fp32"
             )
-        if settings.precision == "fp32" and resources.strategy == "gemini":
+        if settings.precision == "fp16" and resources.strategy == "fsdp2":
             problems.append(
-                f"{stage}.precision is fp32, but the strategy gemini computes in half precision "
-                "only; use bf16 or fp16, or the strategy zero2"
+                f"{stage}.precision is fp16, but the strategy fsdp2 has no loss scaling; "
+                "use bf16, or the strategy zero2 on GPUs without bf16"
             )
         layers = settings.trainable_layers
         if shape is not None and layers is not None and layers > shape.layers:

@@ -32,7 +32,7 @@ def update_on_batch(
         micro_batches: indices in it of the rows of each of this rank's micro-batches.
 
     Returns:
-        Of the global batch: loss, the loss's metrics and grad_norm.
+        Of the global batch: loss, the loss's metrics and those of `Strategy.step_metrics`.
 
     Raises:
         NonFinite: the loss or a gradient is NaN or infinite; the batch is saved.
@@ -45,8 +45,9 @@ def update_on_batch(
                 strategy.backward(total)
             found = {"loss": total.item(), **{k: float(v) for k, v in metrics.items()}}
             shares = {name: shares.get(name, 0.0) + value for name, value in found.items()}
-        grad_norm = strategy.step()
+        strategy.step()
     except NonFinite as error:
-        raise failure(error, checkpointer, step + 1, rows, indices) from error
+        last = len(micro_batches) - 1 if error.micro_batch is None else error.micro_batch
+        raise failure(error, checkpointer, step + 1, rows, micro_batches[last]) from error
     sums = strategy.group.sum(list(shares.values())).tolist()
-    return dict(zip(shares, sums, strict=True)) | {"grad_norm": grad_norm}
+    return dict(zip(shares, sums, strict=True)) | strategy.step_metrics()

@@ -111,7 +111,7 @@ def install() -> None:
         global updates
         updates += 1  # as if the update were done, until it is
         for fault in plan:
-            if fault["what"] == "nan" and self._optimizer.param_groups[0]["lr"] > fault["above"]:
+            if fault["what"] == "nan" and self._backend.param_groups[0]["lr"] > fault["above"]:
                 loss = loss * float("nan") if due(fault) else loss
         happen("backward")
         updates -= 1

@@ -57,7 +57,7 @@ def load_models(
     context: StageContext,
 ) -> Models:
     """Reference and reward beside the trained module, which is on its device already."""
-    # ZeRO and Gemini hold trained weights in half precision; the frozen models then do as well,
+    # ZeRO and FSDP2 compute with weights in half precision; the frozen models then do as well,
     # so that reference and policy start from the same numbers.
     half = strategy.kind != "ddp" and job.precision != "fp32"
     dtype = HALF[job.precision] if half else torch.float32
@@ -94,7 +94,7 @@ def share_trunk(
 
     Not with text that is mixed in, which goes through the policy alone and in the same pass.
     """
-    if job.trainable_layers is None or strategy.kind == "gemini" or job.ptx_coef > 0:
+    if job.trainable_layers is None or strategy.kind == "fsdp2" or job.ptx_coef > 0:
         return models
     assert isinstance(models.reference, Policy)  # adapters and trainable layers exclude each other
     whole: list[nn.Module] = [models.trained.policy.model, models.reference.model]

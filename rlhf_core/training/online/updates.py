@@ -65,7 +65,8 @@ def optimise(
 
     Returns:
         The experience, with the old log-probabilities that scoring left to the first update; and
-        means over all updates of the loss's metrics, ptx_loss, grad_norm and learning_rate.
+        means over all updates of the loss's metrics, ptx_loss, learning_rate and those of
+        `Strategy.step_metrics`.
 
     Raises:
         NonFinite: a loss or gradient is NaN or infinite; the batch is saved.
@@ -88,9 +89,9 @@ def optimise(
                 assert_same_policy(job, experience)
             elif update.epoch == update.minibatch == 0:
                 assert_ratio_is_one(strategy, gap)
-            grad_norm = strategy.step()
+            strategy.step()
             sums = strategy.group.sum(list(shares.values())).tolist()
-            history.append(dict(zip(shares, sums, strict=True)) | {"grad_norm": grad_norm})
+            history.append(dict(zip(shares, sums, strict=True)) | strategy.step_metrics())
     except NonFinite as error:
         raise failure(error, checkpointer, step + 1, *inspect(experience, targets)) from error
     metrics = mean_over_updates(history, mixed_in=stage.inputs.ptx is not None)

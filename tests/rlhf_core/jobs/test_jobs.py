@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from rlhf_core.errors import ConfigError, PreflightError
 from rlhf_core.jobs import ImportModelJob, Resources, parse_job
@@ -60,3 +61,8 @@ def test_old_and_new_name_of_a_setting_are_not_taken_together() -> None:
 def test_today_s_names_warn_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
     build_config("smoke", ["resources.stop_timeout=4"])
     assert not [w for w in recwarn if issubclass(w.category, RenamedSetting)]
+
+
+def test_gemini_is_refused_with_what_to_use():
+    with pytest.raises(ValidationError, match=r"gemini was removed.*use fsdp2"):
+        Resources(strategy="gemini")

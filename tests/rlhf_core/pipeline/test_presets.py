@@ -79,7 +79,7 @@ def test_bloom_preset_is_the_classic_recipe():
 
 def test_llama_preset_trains_all_weights_on_eight_gpus():
     config = build_config("llama-7b")
-    assert (config.resources.ranks, config.resources.strategy) == (8, "gemini")
+    assert (config.resources.ranks, config.resources.strategy) == (8, "fsdp2")
     assert all(s.lora is None for s in (config.sft, config.reward, config.ppo))
     assert all(s.precision == "bf16" for s in (config.sft, config.reward, config.ppo))
 
@@ -118,7 +118,7 @@ def test_stage_resources_lie_over_the_common_ones():
 
 def test_partial_resources_of_a_preset_lie_over_the_common_ones():
     config = build_config("llama-7b")
-    assert config.ppo.resources.strategy == "gemini"
+    assert config.ppo.resources.strategy == "fsdp2"
     assert config.ppo.resources.checkpoint_every == 20
 
 
@@ -144,7 +144,7 @@ def test_all_problems_are_listed_at_once():
         ("ppo.clip_range=3", "ppo.clip_range: found 3, expected less than 1."),
         ("seed=x", "seed: found 'x', expected integer."),
         ("data.sft=3", "data.sft: found 3, expected a section with settings."),
-        ("resources.strategy=zero5", "expected 'ddp', 'zero1', 'zero2', 'zero2_cpu' or 'gemini'."),
+        ("resources.strategy=zero5", "expected 'ddp', 'zero1', 'zero2', 'zero2_cpu' or 'fsdp2'."),
         ("data.preference.source=x.json", "is not a setting for this data.preference.source"),
         ("sft={lora: {}, trainable_layers: 2}", "lora and trainable_layers are both set"),
     ],

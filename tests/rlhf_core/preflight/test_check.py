@@ -61,7 +61,7 @@ def test_presets_pass_a_dry_run_on_their_machine(
 def test_all_problems_come_in_one_list() -> None:
     problems = dry_run(
         config(
-            resources={"ranks": 3, "strategy": "gemini", "device": "cuda"},
+            resources={"ranks": 3, "strategy": "fsdp2", "device": "cuda"},
             sft={"batch_size": 32, "trainable_layers": 9},
             evaluate={"samples": 200},
         ),
@@ -105,9 +105,8 @@ def test_gpus_that_are_not_there() -> None:
     assert "sft.resources.device is cuda" in only_problem(sft={"resources": {"device": "cuda"}})
 
 
-@pytest.mark.parametrize("strategy", ["gemini", "zero2_cpu"])
-def test_strategies_that_need_a_gpu(strategy: str) -> None:
-    assert "needs GPUs" in only_problem(ppo={"resources": {"strategy": strategy}})
+def test_strategy_that_needs_a_gpu() -> None:
+    assert "needs GPUs" in only_problem(ppo={"resources": {"strategy": "zero2_cpu"}})
 
 
 def test_huge_batch_is_judged_at_once() -> None:
@@ -117,9 +116,9 @@ def test_huge_batch_is_judged_at_once() -> None:
 
 def test_precision_that_does_not_fit() -> None:
     assert "fp16, which needs a GPU" in only_problem(sft={"precision": "fp16"})
-    gemini = {"strategy": "gemini", "ranks": 4}
-    problem = only_problem(FOUR, ppo={"precision": "fp32", "resources": gemini})
-    assert "half precision only" in problem
+    fsdp2 = {"strategy": "fsdp2", "ranks": 4}
+    problem = only_problem(FOUR, ppo={"precision": "fp16", "resources": fsdp2})
+    assert "fsdp2 has no loss scaling" in problem
 
 
 def test_lora_rank_beyond_the_width() -> None:
@@ -176,7 +175,7 @@ def test_model_that_does_not_fit_the_memory() -> None:
     small = Machine(gpus=8, gpu_memory=24 * GIB, cores=8, ram=4096 * GIB)
     problems = dry_run(build_config("llama-7b"), small, LLAMA_7B)
     text = "\n".join(problems)
-    assert "ppo with strategy gemini needs about" in text
+    assert "ppo with strategy fsdp2 needs about" in text
     assert "a GPU of 24 GiB" in text
     tiny = Machine(cores=2, ram=3 * GIB)
     problems = dry_run(PipelineConfig(), tiny)

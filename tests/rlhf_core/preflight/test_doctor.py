@@ -34,7 +34,7 @@ def test_report_of_a_folder(tmp_path: Path) -> None:
 
 def test_gpus_bring_their_strategies_and_verdicts() -> None:
     found = examine(machine=Machine(gpus=2, gpu_memory=6 * GIB, cores=8, ram=64 * GIB))
-    assert set(found.memory["SFT"]) == {"ddp", "zero1", "zero2", "zero2_cpu", "gemini"}
+    assert set(found.memory["SFT"]) == {"ddp", "zero1", "zero2", "zero2_cpu", "fsdp2"}
     assert found.available == 6 * GIB
     assert found.ranks == 2
     # a CPU build of torch beside GPUs is worth a word

@@ -77,7 +77,7 @@ def test_config_without_sizes_is_named() -> None:
         ("zero1", 2, 2, 12 / 4 + 4 / 4),
         ("zero2", 2, 2 / 4, 12 / 4 + 4 / 4),
         ("zero2_cpu", 2, 2 / 4, 0),
-        ("gemini", 2 / 4, 0, 12 / 4),
+        ("fsdp2", 4 / 4, 4 / 4, 8 / 4),
     ],
 )
 def test_states_follow_the_table(
@@ -128,10 +128,10 @@ def test_ppo_holds_four_models() -> None:
     assert ppo["reference and reward model"] == pytest.approx(2 * sft["weights"], rel=1e-4)
 
 
-def test_llama_7b_fits_eight_gpus_of_80_gib_with_gemini_only_or_on_the_host() -> None:
+def test_llama_7b_fits_eight_gpus_of_80_gib_with_fsdp2_only_or_on_the_host() -> None:
     place = Resources(ranks=8, micro_batch_size=2, gradient_checkpointing=True)
     needs = per_strategy(LLAMA_7B, PPOSettings(), place, "ppo", max_length=1280)
-    assert {name for name, e in needs.items() if e.total < 80 * GIB} == {"zero2_cpu", "gemini"}
+    assert {name for name, e in needs.items() if e.total < 80 * GIB} == {"zero2_cpu", "fsdp2"}
 
 
 def test_ways_to_fit_fit() -> None:

@@ -121,9 +121,9 @@ def test_training_does_not_import_vllm() -> None:
 def test_settings_that_vllm_cannot_do_are_named() -> None:
     [problem] = dry_run(sampling(temperature=0.001), CPU)
     assert "grpo.temperature is 0.001" in problem and "no less than 0.01" in problem
-    config = sampling(resources={"strategy": "gemini"})
+    config = sampling(resources={"strategy": "fsdp2"})
     assert any(
-        "grpo.rollout.type is vllm with the strategy gemini" in p for p in dry_run(config, GPUS)
+        "grpo.rollout.type is vllm with the strategy fsdp2" in p for p in dry_run(config, GPUS)
     )
 
 

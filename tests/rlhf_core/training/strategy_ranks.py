@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import Resources
 from rlhf_core.training.batching import split_batch
 from rlhf_core.training.strategy import Strategy
@@ -58,6 +59,44 @@ def train(kind: str, precision: str, micro: int, steps: int, checkpoint=None, cl
     return strategy, losses, norms
 
 
+def overflow(kind: str) -> dict:
+    """fp16 steps, the first of which overflows; then a loss whose gradient is infinite anyway."""
+    checked, Strategy._check = Strategy._check, lambda self, precision: precision  # on a CPU
+    try:
+        strategy, _, _ = train(kind, "fp16", micro=12, steps=0)
+    finally:
+        Strategy._check = checked
+    found = {"losses": [], "skipped": [], "scale": [], "moved": []}
+    x, _, _ = data()
+    for factor in (1e3, 1.0, 1.0):  # 1e3 times the scale is beyond fp16
+        before = strategy.weights()
+        with strategy.micro_batch(last=True):
+            output = strategy.module(x).squeeze(1).float()
+            strategy.backward(output.mean() * factor / strategy.world_size)
+        strategy.step()
+        metrics, after = strategy.step_metrics(), strategy.weights()
+        found["skipped"].append(metrics["skipped_updates"])
+        found["scale"].append(metrics["loss_scale"])
+        found["moved"].append(any(not torch.equal(before[n], after[n]) for n in before))
+    found["saved"] = float(strategy.optimizer_state()["loss_scale|scale"])
+    return found
+
+
+def not_finite(kind: str) -> dict:
+    """A gradient that is infinite where the loss is not: the square root's at 0."""
+    strategy, _, _ = train(kind, "fp32", micro=12, steps=1)
+    before = strategy.weights()
+    with strategy.micro_batch(last=True):
+        strategy.backward((strategy.module(data()[0]) * 0).square().sum().sqrt())
+    try:
+        strategy.step()
+        text = ""
+    except NonFinite as error:
+        text = str(error)
+    after = strategy.weights()
+    return {"error": text, "moved": any(not torch.equal(before[n], after[n]) for n in before)}
+
+
 def main(files: list[str]) -> None:
     results = {}
     for kind in ("ddp", "zero1", "zero2"):
@@ -75,6 +114,9 @@ def main(files: list[str]) -> None:
     for micro in (1, 3, 6):
         strategy, losses, _ = train("ddp", "fp32", micro=micro, steps=4)
         results[f"micro-{micro}"] = {"losses": losses}
+    for kind in ("ddp", "zero1", "zero2"):
+        results[f"{kind}-overflow"] = overflow(kind)
+        results[f"{kind}-not-finite"] = not_finite(kind)
     if strategy.rank == 0:
         Path(files[0]).write_text(json.dumps(results))
     torch.distributed.barrier()

@@ -75,6 +75,24 @@ def test_bf16_stays_near_fp32(results, kind):
         np.testing.assert_allclose(half, results[1]["ddp-fp32"]["losses"], rtol=5e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp16_overflow_skips_the_update_says_so_and_halves_the_scale(results, kind):
+    for size in (1, 2):
+        found = results[size][f"{kind}-overflow"]
+        assert found["skipped"] == [1.0, 0.0, 0.0]
+        assert found["moved"] == [False, True, True]
+        assert found["scale"] == [2.0**15] * 3
+        assert found["saved"] == 2.0**15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinite_gradient_is_found_before_the_weights_change(results, kind):
+    for size in (1, 2):
+        found = results[size][f"{kind}-not-finite"]
+        assert found["error"] == "the gradient norm is nan"
+        assert not found["moved"]
+
+
 @functools.cache
 def plain_torch_losses() -> list[float]:
     """The same training without ColossalAI, ranks or micro-batches, in a process of its own."""
