@@ -154,14 +154,17 @@ def scoring(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[str, 
     """Log-probabilities of the SFT rows under a frozen model."""
     import torch
 
+    from rlhf_core.jobs import Resources
     from rlhf_core.nn.modules import Policy, padding_cost
+    from rlhf_core.runtime.distributed import Group
     from rlhf_core.training.batching import split_batch
     from rlhf_core.training.language_modelling import collate
 
     policy = Policy(model_of(arguments))
     sizes, rows = values["sizes"], values["sft"][: values["sizes"].batch * 2]
     lengths = [len(r["input_ids"]) for r in rows]
-    batches = split_batch(lengths, 0, 1, sizes.micro, padding_cost(policy))
+    one = Group(Resources(device="cpu"))
+    batches = split_batch(lengths, one, sizes.micro, padding_cost(policy))
 
     def run(some: list[list[int]]) -> float:
         total = 0.0

@@ -82,7 +82,7 @@ def run(job: KTOJob, context: StageContext) -> Artifact | None:
         # 3. Update.
         micro_batches = split_batch(
             [reply_length(row) for row in rows],
-            strategy.rank, strategy.world_size, job.resources.micro_batch_size, strategy.padding,
+            strategy.group, job.resources.micro_batch_size, strategy.padding,
         )  # fmt: skip
         ref_logps = torch.tensor([reference[number, number] for number in numbers])  # (B,)
         metrics = update_on_batch(

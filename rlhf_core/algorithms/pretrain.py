@@ -85,7 +85,7 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
         # 2. Update.
         micro_batches = split_batch(
             [len(sequence.ids) for sequence in batch],
-            strategy.rank, strategy.world_size, resources.micro_batch_size,
+            strategy.group, resources.micro_batch_size,
         )  # fmt: skip
         metrics = update_on_batch(
             strategy, checkpointer, step, [vars(sequence) for sequence in batch], micro_batches,
@@ -164,7 +164,7 @@ def heldout_loss(
         return {}
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
     group = strategy.group
-    for numbers in split_batch(packing.lengths(), group.rank, group.size, micro_batch_size):
+    for numbers in split_batch(packing.lengths(), group, micro_batch_size):
         input_ids, mask, loss_mask, positions = collate(
             [packing[n] for n in numbers], group.device, separate=separate
         )

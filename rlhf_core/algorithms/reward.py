@@ -63,7 +63,7 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
         one_row = in_one_row(job, module, rows)
         micro_batches = split_batch(
             [shared_length(row) if one_row else pair_length(row) for row in rows],
-            strategy.rank, strategy.world_size, micro_batch_size,
+            strategy.group, micro_batch_size,
         )  # fmt: skip
         metrics = update_on_batch(
             strategy, checkpointer, step, rows, micro_batches,

@@ -50,7 +50,7 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
         # 2. Update.
         micro_batches = split_batch(
             [len(row["input_ids"]) for row in rows],
-            strategy.rank, strategy.world_size, micro_batch_size, strategy.padding,
+            strategy.group, micro_batch_size, strategy.padding,
         )  # fmt: skip
         metrics = update_on_batch(
             strategy, checkpointer, step, rows, micro_batches,

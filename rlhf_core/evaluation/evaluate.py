@@ -228,7 +228,7 @@ def score_replies(
     Without a reward model the first list is of zeros.
     """
     found: list[tuple[int, tuple[float, float]]] = []
-    for indices in split_batch([len(s) for s, _ in sequences], group.rank, group.size, micro):
+    for indices in split_batch([len(s) for s, _ in sequences], group, micro):
         ids, prompt_lengths = zip(*(sequences[i] for i in indices), strict=True)
         batch = mark_from(ids, prompt_lengths, group.device)  # (b,S) each
         scores = kl = torch.zeros(len(indices))  # (b,)

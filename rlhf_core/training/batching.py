@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from rlhf_core.runtime.distributed import Group
 from rlhf_core.system.seeds import derive_seed
 
 
@@ -38,11 +39,7 @@ def batch_rows(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
 
 
 def split_batch(
-    lengths: Sequence[int],
-    rank: int,
-    world_size: int,
-    micro_batch_size: int,
-    padding: float = 1.0,
+    lengths: Sequence[int], group: Group, micro_batch_size: int, padding: float = 1.0
 ) -> list[list[int]]:
     """This rank's micro-batches: positions in the global batch, longest first.
 
@@ -53,14 +50,14 @@ def split_batch(
     does not fit into memory fails at once.
 
     Args:
-        lengths: tokens of each row of the global batch; len(lengths) % world_size == 0.
+        lengths: tokens of each row of the global batch; as many for each rank of the group.
         micro_batch_size: rows of the greatest length; of shorter ones there may be more.
         padding: relative cost of a padding token, see `Strategy.padding`.
     """
     order = _longest_first(lengths)
-    widths = [lengths[i] for i in order[::world_size]]
-    cuts = _cuts(widths, micro_batch_size, pass_cost(), padding)
-    return [mine for mine in _dealt(order, cuts, rank, world_size) if mine]
+    widths = [lengths[i] for i in order[:: group.size]]
+    cuts = _cuts(widths, micro_batch_size, pass_cost(group.device), padding)
+    return [mine for mine in _dealt(order, cuts, group.rank, group.size) if mine]
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
@@ -77,13 +74,13 @@ def _dealt(
     ]
 
 
-def pass_cost() -> int:
-    """Fixed cost of a forward and backward pass, in tokens that take as long to compute.
+def pass_cost(device: torch.device) -> int:
+    """Fixed cost of a forward and backward pass, in tokens that take as long on the device.
 
     Measured on CPUs: 20 to 60 (casting weights, adding up gradients, Python). On GPUs, which small
     passes leave idle, it is an estimate.
     """
-    return 2048 if torch.cuda.is_available() else 64
+    return 64 if device.type == "cpu" else 2048
 
 
 def _cuts(widths: Sequence[int], rows: int, cost: float, padding: float) -> list[tuple[int, int]]:

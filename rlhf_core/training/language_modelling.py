@@ -40,7 +40,7 @@ def heldout_loss(
         return {}
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
     lengths = rows.lengths("input_ids").tolist()
-    for positions in split_batch(lengths, group.rank, group.size, micro_batch_size):
+    for positions in split_batch(lengths, group, micro_batch_size):
         batch = collate(rows.take(positions), group.device)
         with strategy.autocast() if strategy else contextlib.nullcontext():
             logprobs = module(*batch)

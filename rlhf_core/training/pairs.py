@@ -126,7 +126,7 @@ def update_on_pairs(
     job, strategy = stage.job, stage.strategy
     learning_rate = set_learning_rate(job, strategy, checkpointer, step, stage.total)
     micro_batches = split_batch(
-        [pair_length(row) for row in batch.rows], strategy.rank, strategy.world_size,
+        [pair_length(row) for row in batch.rows], strategy.group,
         job.resources.micro_batch_size, strategy.padding,
     )  # fmt: skip
     metrics = update_on_batch(

@@ -83,7 +83,7 @@ def response_logps(
     """
     group = strategy.group
     found: list[tuple[int, float]] = []
-    for numbers in split_batch(lengths, group.rank, group.size, micro):
+    for numbers in split_batch(lengths, group, micro):
         batch = collate_replies(load(numbers), strategy.device)
         with strategy.autocast():
             logps = sequence_logps(module(*batch), batch[2])  # (b,)

@@ -86,7 +86,7 @@ def probe_head(
     module.to(group.device)
     rows = train.take(list(range(len(train))))
     found: list[tuple[int, Tensor]] = []
-    for positions in split_batch([pair_length(r) for r in rows], group.rank, group.size, 2 * micro):
+    for positions in split_batch([pair_length(r) for r in rows], group, 2 * micro):
         input_ids, mask = collate_pairs([rows[p] for p in positions], group.device)
         with strategy.autocast():
             states = module.states(input_ids, mask).float()  # (2b,S,d)

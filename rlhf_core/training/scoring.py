@@ -24,7 +24,7 @@ def score_sequences(
         micro: sequences in one pass on one rank.
     """
     found: list[tuple[int, float]] = []
-    for positions in split_batch([len(s) for s in sequences], group.rank, group.size, micro):
+    for positions in split_batch([len(s) for s in sequences], group, micro):
         input_ids, mask = pad_right([sequences[p] for p in positions])
         scores = module(input_ids.to(group.device), mask.to(group.device))
         found += zip(positions, scores.tolist(), strict=True)

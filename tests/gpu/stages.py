@@ -64,13 +64,13 @@ def start(folder: Path) -> tuple[Runner, Any]:
     import torch
 
     from rlhf_core.runtime.rank import silence_libraries
-    from tests.gpu import cases, pretend_cuda
+    from tests.gpu import cases, install
 
     torch.set_num_threads(1)
     silence_libraries()
     runner = Runner(folder)
     inputs = cases.make_inputs(lambda job: runner(job)[0].digest, runner.store, folder)
-    pretend_cuda.install()
+    install.install()
     _move_modules()
     return runner, inputs
 
@@ -91,17 +91,22 @@ def attempt(runner: Runner, inputs: Any, case: Any) -> dict[str, Any]:
     Returns:
         gpu and cpu: metrics by step and of the result; said, syncs; or error and its traceback.
     """
-    from tests.gpu import cases, pretend_cuda, syncs
+    from rlhf_core.nn import fast_paths
+    from tests.gpu import cases, install, syncs
 
     began, result = time.perf_counter(), {}
+    fast_paths._logged.clear()
     try:
         with syncs.counted() as found:
             result["gpu"], result["said"] = _run(runner, cases.job(case, inputs, "cuda"))
         result["seconds"] = round(time.perf_counter() - began, 2)
         result["syncs"] = syncs.table(found)
+        result["off"] = sorted(f"{path}: {text}" for path, _, text in fast_paths._logged)
         if case.precision == "fp32":
-            with pretend_cuda.plain_cpu():
+            fast_paths._logged.clear()
+            with install.plain_cpu():
                 result["cpu"], _ = _run(runner, cases.job(case, inputs, "cpu"))
+            result["off_on_cpu"] = sorted(f"{path}: {text}" for path, _, text in fast_paths._logged)
     except Exception as error:
         own = [f for f in traceback.extract_tb(error.__traceback__) if "rlhf_core" in f.filename]
         lines = [f"{f.filename.rpartition('rlhf_core/')[2]}:{f.lineno}" for f in own[-4:]]

@@ -47,7 +47,7 @@ def micro_batches(
     for minibatch in minibatches:
         for part in split_batch(
             [len(sequences[i]) for i in minibatch],
-            strategy.rank, strategy.world_size, job.resources.micro_batch_size, strategy.padding,
+            strategy.group, job.resources.micro_batch_size, strategy.padding,
         ):  # fmt: skip
             result.append([minibatch[i] for i in part])
     return result

@@ -47,7 +47,7 @@ def train(kind: str, precision: str, micro: int, steps: int, checkpoint=None, cl
     for step in range(steps):
         strategy.set_learning_rate(1.0 / (step + 1) if checkpoint is None else 0.5)
         total = 0.0
-        parts = split_batch(weights, strategy.rank, strategy.world_size, micro)
+        parts = split_batch(weights, strategy.group, micro)
         for i, part in enumerate(parts):
             with strategy.micro_batch(last=i == len(parts) - 1):
                 error = (strategy.module(x[part]).squeeze(1).float() - y[part]).square()

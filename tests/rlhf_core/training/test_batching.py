@@ -1,6 +1,7 @@
 """Order, micro-batches, padding and learning rates."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,13 @@ from rlhf_core.training.batching import (
     split_evenly,
     steps_in,
 )
+
+CPU = torch.device("cpu")
+
+
+def rank_of(rank, size, device="cpu"):
+    """What `split_batch` reads of a rank's group."""
+    return SimpleNamespace(rank=rank, size=size, device=torch.device(device))
 
 
 def test_an_epoch_visits_every_row_once():
@@ -50,13 +58,22 @@ def test_steps_in(rows, batch, epochs, limit, steps):
 @pytest.mark.parametrize("micro", (1, 2, 3, 8))
 def test_micro_batches_cover_the_batch_evenly(world_size, micro):
     lengths = np.random.default_rng(0).integers(1, 50, size=24).tolist()
-    parts = [split_batch(lengths, r, world_size, micro) for r in range(world_size)]
+    parts = [split_batch(lengths, rank_of(r, world_size), micro) for r in range(world_size)]
     flat = sorted(p for rank in parts for batch in rank for p in batch)
     assert flat == list(range(24))
     assert len({len(rank) for rank in parts}) == 1, "every rank takes part in every exchange"
     for batch in (b for rank in parts for b in rank):
         assert len(batch) * max(lengths[p] for p in batch) <= micro * max(lengths)
     assert max(lengths[p] for p in parts[0][0]) == max(lengths), "the longest row comes first"
+
+
+def test_cuts_follow_the_device_of_the_rank(monkeypatch):
+    # A pass of a GPU costs as much as 2048 tokens: one pass with padding is then the cheapest.
+    lengths = [100, 100, 10, 10]
+    for machine_has_a_gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has=machine_has_a_gpu: has)
+        assert split_batch(lengths, rank_of(0, 1, "cpu"), 4) == [[0, 1], [2, 3]]
+        assert split_batch(lengths, rank_of(0, 1, "cuda"), 4) == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("padding", [1.0, 0.25])
@@ -68,7 +85,7 @@ def test_cuts_are_the_cheapest_of_all(padding):
         return real + padding * ((stop - start) * widths[start] - real)
 
     def cost(cuts):
-        return sum(tokens(*cut) + pass_cost() for cut in cuts)
+        return sum(tokens(*cut) + pass_cost(CPU) for cut in cuts)
 
     def ways(start):  # every way to cut what is left, by brute force
         if start == len(widths):
@@ -77,7 +94,7 @@ def test_cuts_are_the_cheapest_of_all(padding):
             if tokens(start, stop) <= 3 * widths[0]:
                 yield from ([(start, stop), *rest] for rest in ways(stop))
 
-    found = _cuts(widths, 3, pass_cost(), padding)
+    found = _cuts(widths, 3, pass_cost(CPU), padding)
     assert cost(found) == min(map(cost, ways(0)))
     assert [start for start, _ in found[1:]] == [stop for _, stop in found[:-1]]
 
