@@ -13,16 +13,21 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from rlhf_core.runtime import fork_server
 from rlhf_core.runtime.rank import MODEL_MODULES, STRATEGY_MODULES
 from rlhf_core.system.processes import name_process
+from tasks.launchers import fork_client
 from tasks.launchers.fork_client import Forked, ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +37,10 @@ COMMANDS = (
 )  # fmt: skip
 # torch and transformers, and what ranks need.
 MODELS = ("rlhf_core.runtime.torchrun", *MODEL_MODULES, *STRATEGY_MODULES, "rlhf_core.chat.model")
+READ_AT_IMPORT = ("HF_", "TOKENIZERS_", "TORCH", "TQDM_", "TRANSFORMERS_")
 # As the launcher sets them for ranks.
 RANKS = {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
-_servers: dict[Sequence[str], ForkServer] = {}
+_servers: dict[tuple[str, ...], ForkServer] = {}
 
 
 class Process:
@@ -88,7 +94,7 @@ def start(
     out, err = output or folder / "out", output or folder / "err"
     plan = {"command": command, "cwd": str(cwd), "cgroup": cgroup and str(cgroup),
             "standard": [str(stdin), str(out), str(err)]}  # fmt: skip
-    stage = server(needs).fork(0, "tests.forked", [json.dumps(plan)], dict(env))
+    stage = server(needs, env).fork(0, "tests.forked", [json.dumps(plan)], dict(env))
     assert stage is not None, "the fork server has ended"
     stage.stdout.close()
     return Process(stage, out, err)
@@ -121,17 +127,24 @@ def _folder() -> str:
 _made: tempfile.TemporaryDirectory[str] | None = None
 
 
-def server(needs: Sequence[str]) -> ForkServer:
-    """The process that programs with these needs are forked from."""
-    if needs not in _servers:
+def server(needs: Sequence[str], env: Mapping[str, str] | None = None) -> ForkServer:
+    """The process that programs with these needs are forked from.
+
+    Args:
+        env: variables of the program; what libraries read when they are imported counts.
+    """
+    given = (env or {}).items() if needs == MODELS else ()
+    own = {k: v for k, v in given if k.startswith(READ_AT_IMPORT) and os.environ.get(k) != v}
+    key = (*needs, *sorted(f"{name}={value}" for name, value in own.items()))
+    if key not in _servers:
         environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "RLHF_TEST_NEEDS": ",".join(needs),
-            **(RANKS if needs == MODELS else {}),
+            **os.environ, **(RANKS if needs == MODELS else {}), **own,
+            "PYTHONPATH": str(ROOT), "RLHF_TEST_NEEDS": ",".join(needs),
         }  # fmt: skip
-        _servers[needs] = made = ForkServer(environment)
+        _servers[key] = made = ForkServer(environment)
         made.preload("tests.forked")
         atexit.register(made.close)
-    return _servers[needs]
+    return _servers[key]
 
 
 # ------------------------------------------------------------------ in the forked process
@@ -144,10 +157,39 @@ def preload(files: list[str]) -> None:
         importlib.import_module(name)
 
 
+class ForkedServer:
+    """A fork server that the program starts: as `subprocess.Popen` does it, but forked, since its
+    imports are here already."""
+
+    def __init__(
+        self, command: list[str], env: dict[str, str], pass_fds: list[int], **_: Any
+    ) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                kept = sorted({0, 1, 2, *pass_fds})
+                for before, after in pairwise([*kept, 1 << 16]):
+                    os.closerange(before + 1, after)
+                os.environ.clear()
+                os.environ.update(env)
+                sys.argv = command[2:]  # of [python, -m, module, ...]
+                fork_server.main()
+            finally:
+                os._exit(1)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        os.waitpid(self.pid, 0)
+
+
 def main(files: list[str]) -> int:
     """Run the program; returns its exit code."""
     plan: dict[str, Any] = json.loads(files[0])
-    os.environ.pop("RLHF_TEST_NEEDS", None)
+    if "torch" in sys.modules:
+        popen = {**vars(subprocess), "Popen": ForkedServer}
+        fork_client.subprocess = SimpleNamespace(**popen)  # type: ignore[assignment]
     os.setsid()
     if plan["cgroup"]:
         Path(plan["cgroup"], "cgroup.procs").write_text("0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from rlhf_core.model_files.source import BUILTINS
+from tests import forked
 from tests.docker.image import instructions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,8 +321,5 @@ for name in sys.argv[1:]:
         failed.append(f"{name}: {type(error).__name__}: {error}")
 print("FAILED " + "; ".join(failed) if failed else "IMPORTED ALL")
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *names],
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    done = forked.run("-c", code, *names, cwd=ROOT, env=os.environ, needs=forked.MODELS)
     assert "IMPORTED ALL" in done.stdout, done.stdout + done.stderr[-2000:]

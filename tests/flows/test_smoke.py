@@ -34,6 +34,13 @@ class Pipeline:
         }
         self.store = open_store(str(folder / ".rlhf/store"))
 
+    def fork(self, *arguments: str) -> forked.Process:
+        """The command in a process that has imported torch, and so has its fork server."""
+        return forked.start(
+            "-m", "flows.cli.main", *arguments,
+            cwd=self.folder, env=self.environment, needs=forked.MODELS,
+        )  # fmt: skip
+
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "flows.cli.main", *arguments],
@@ -41,10 +48,11 @@ class Pipeline:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def run(self, *overrides: str, timeout: float = 280) -> tuple[dict, float]:
+    def run(self, *overrides: str, timeout: float = 280, fork: bool = False) -> tuple[dict, float]:
         """The newest run's record and the seconds that the command took."""
         began = time.monotonic()
-        process = self.start("run", "--preset", "smoke", *sets(overrides))
+        start = self.fork if fork else self.start
+        process = start("run", "--preset", "smoke", *sets(overrides))
         out, err = process.communicate(timeout=timeout)
         assert process.returncode == 0, out + err
         return self.newest(), time.monotonic() - began
@@ -109,22 +117,20 @@ def test_published_folder_opens_without_this_project(smoke):
 
 
 def test_second_run_trains_nothing(smoke):
-    record, seconds = smoke.run()
+    record, seconds = smoke.run(fork=True)
     assert reused(record) == set(record["stages"])
     assert not list(Path(record["folder"]).rglob("job.json"))
     assert seconds < 30  # 10 s on an idle machine
 
 
 def test_chat_answers_with_the_published_model(smoke):
-    done = forked.run(
-        "-m", "flows.cli.main", "chat", "smoke", "--once", "How are you?", "--max-new-tokens", "5",
-        cwd=smoke.folder, env=smoke.environment, needs=forked.MODELS,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip()
+    process = smoke.fork("chat", "smoke", "--once", "How are you?", "--max-new-tokens", "5")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert out.strip()
 
 
-def ranks_of(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
+def ranks_of(process: forked.Process, count: int) -> list[psutil.Process]:
     family = psutil.Process(process.pid).children(recursive=True)
     found = sorted((p for p in family if rank_of(p) is not None), key=rank_of)
     assert [rank_of(p) for p in found] == list(range(count)), family
@@ -134,7 +140,7 @@ def ranks_of(process: subprocess.Popen[str], count: int) -> list[psutil.Process]
 def test_changed_ppo_alone_is_trained_and_goes_on_when_its_ranks_are_killed(smoke):
     """Once the run itself starts them again, and once the same command does."""
     overrides = ("ppo.steps=24", "ppo.kl_coef=0.4")
-    process = smoke.start("run", "--preset", "smoke", *sets(overrides))
+    process = smoke.fork("run", "--preset", "smoke", *sets(overrides))
     first = wait_for_ppo(smoke, process, "ppo", steps=4)
     ranks_of(process, 2)[1].kill()
     second = wait_for_ppo(smoke, process, "ppo-2", steps=9)
@@ -152,7 +158,7 @@ def test_changed_ppo_alone_is_trained_and_goes_on_when_its_ranks_are_killed(smok
     assert log.read_text().count("going on") == 1
     assert not second.parent.with_name("ppo-3").exists()
 
-    record, _ = smoke.run(*overrides)
+    record, _ = smoke.run(*overrides, fork=True)
     assert reused(record) == set(BEFORE_PPO)
     assert record["stages"]["ppo"]["digest"] != smoke.first["stages"]["ppo"]["digest"]
     log = Path(record["folder"]) / "ppo/log.txt"

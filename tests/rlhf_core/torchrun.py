@@ -26,7 +26,7 @@ def run_ranks(
         "PYTHONWARNINGS": "ignore",
         **(env or {}),
     }
-    stage = forked.server(forked.MODELS).fork(size, module, files, environment)
+    stage = forked.server(forked.MODELS, env).fork(size, module, files, environment)
     assert stage is not None, "the fork server has ended"
     watch = threading.Timer(HANGS, stage.kill)
     watch.start()
