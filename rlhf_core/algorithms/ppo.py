@@ -16,7 +16,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rlhf_core.jobs import PPOJob
@@ -48,8 +47,8 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
     """Sample, score, update; publish the policy. Rank 0 returns the artifact."""
     strategy = Strategy(job.resources, job.precision, job.max_grad_norm)
     inputs = fetch_inputs(job, context)
-    policy = load_policy(job, inputs.source, strategy.device)
-    critic = load_critic(job, inputs.source, strategy.device, context)
+    policy = load_policy(job, inputs.source, strategy)
+    critic = load_critic(job, inputs.source, strategy, context)
     learning_rates = {
         "policy.": job.learning_rate,
         "critic.": job.critic_learning_rate or 5 * job.learning_rate,
@@ -78,7 +77,7 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
 
 
 def load_critic(
-    job: PPOJob, source: Path, device: torch.device, context: StageContext
+    job: PPOJob, source: Path, strategy: Strategy, context: StageContext
 ) -> ScalarModel:
     """The reward model, or without one the SFT model with a fresh head."""
     if job.reward_model is not None:
@@ -88,7 +87,8 @@ def load_critic(
     critic.backbone = choose_trainable(critic.backbone, job, job.seed + 1)
     if job.resources.gradient_checkpointing:
         enable_checkpointing(critic.backbone)
-    return critic.to(device)
+    strategy.place(critic)
+    return critic
 
 
 def estimate_advantages(job: PPOJob, experience: Experience) -> Targets:

@@ -34,7 +34,7 @@ from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.modules import Policy
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
-from rlhf_core.training.batching import split_batch
+from rlhf_core.training.batching import scoring_passes, split_batch
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.language_modelling import loss_per_token
 from rlhf_core.training.packing import (
@@ -164,11 +164,13 @@ def heldout_loss(
         return {}
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
     group = strategy.group
-    for numbers in split_batch(packing.lengths(), group, micro_batch_size):
+    lengths = packing.lengths()
+    for numbers, counts in scoring_passes(lengths, group, micro_batch_size):
         input_ids, mask, loss_mask, positions = collate(
             [packing[n] for n in numbers], group.device, separate=separate
         )
         with strategy.autocast():
             logprobs = module(input_ids, mask, loss_mask, position_ids=positions)
-        sums += torch.tensor([-logprobs.double().sum().item(), loss_mask.sum().item()])
+        if counts:
+            sums += torch.tensor([-logprobs.double().sum().item(), loss_mask.sum().item()])
     return loss_per_token(group.sum(sums))

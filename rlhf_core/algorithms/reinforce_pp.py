@@ -31,7 +31,7 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
     """Sample, score, update; publish the policy. Rank 0 returns the artifact."""
     strategy = Strategy(job.resources, job.precision, job.max_grad_norm)
     inputs = fetch_inputs(job, context)
-    actor = Actor(load_policy(job, inputs.source, strategy.device))
+    actor = Actor(load_policy(job, inputs.source, strategy))
     stage = prepare(job, context, strategy, inputs, actor, {"": job.learning_rate})
 
     for step in range(stage.start, job.steps):

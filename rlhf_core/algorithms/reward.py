@@ -19,7 +19,7 @@ from rlhf_core.jobs import RewardJob
 from rlhf_core.losses.reductions import Metrics
 from rlhf_core.losses.supervised import pairwise_loss
 from rlhf_core.models.loading import new_scalar_model
-from rlhf_core.models.saving import export, save_scalar_model
+from rlhf_core.models.saving import save_scalar_model
 from rlhf_core.nn.layers import choose_trainable
 from rlhf_core.nn.modules import ScalarModel
 from rlhf_core.nn.shared_prompt import LONGEST, collate_shared, shared_length, takes_block_masks
@@ -80,13 +80,15 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
     mean, std = score_mean_and_std(module, calibration, strategy, micro_batch_size)
     margins = heldout_margins(module, heldout, strategy, micro_batch_size)
     weights = strategy.weights(keep=context.main)
+    whole = strategy.unsharded(module, weights, keep=context.main)
     if not context.main:
         return None
+    assert isinstance(whole, ScalarModel)
     # Scores to mean 0, standard deviation 1 over the SFT replies.
-    module.mean, module.std = mean, max(std, 1e-6)
+    whole.mean, whole.std = mean, max(std, 1e-6)
     report = accuracy_report(margins, train, heldout, context.log)
     metrics = {"steps": total, "score_mean": mean, "score_std": std, "heldout": report}
-    return publish(job, context, checkpointer, module, weights, source, metrics)
+    return publish(job, context, checkpointer, whole, source, metrics)
 
 
 def new_reward_model(
@@ -133,14 +135,13 @@ def publish(
     job: RewardJob,
     context: StageContext,
     checkpointer: Checkpointer,
-    module: ScalarModel,
-    weights: dict[str, Tensor],
+    whole: ScalarModel,
     source: Path,
     metrics: dict[str, Any],
 ) -> Artifact:
     """The stage's result. Rank 0 only."""
     folder = context.scratch("result")
-    save_scalar_model(export(module, weights), folder, source)  # type: ignore[arg-type]
+    save_scalar_model(whole, folder, source)
     artifact = context.publish(job, folder, {"metrics": metrics})
     checkpointer.finish()
     return artifact

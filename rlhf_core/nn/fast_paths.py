@@ -39,6 +39,7 @@ FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, As
 
 _on = True
 _logged: set[tuple[str, str, str]] = set()
+_in_step: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Unsuited(ValueError):
@@ -62,6 +63,12 @@ def switched(on: bool) -> Iterator[None]:
         yield
     finally:
         _on = before
+
+
+def keep_in_step(model: nn.Module) -> None:
+    """Fast paths of this model that fail after their trial raise, instead of falling back: other
+    ranks take part in every one of its passes, and would wait for one that was run twice."""
+    _in_step.add(model)
 
 
 # ----------------------------------------------------------------------------- installation
@@ -155,7 +162,8 @@ def run(
     After that the paths are off for this model: which of them failed is not known.
 
     Raises:
-        Whatever `plain` raises; out of memory and lost ranks also from `fast`.
+        Whatever `plain` raises; out of memory and lost ranks also from `fast`, and everything for
+        a model of `keep_in_step`.
     """
     if not paths:
         return plain()
@@ -163,6 +171,10 @@ def run(
         return fast()
     except FAILURES as error:
         if _must_propagate(error):
+            raise
+        if model in _in_step:
+            names = ", ".join(path.name for path in paths)
+            error.add_note(f"with fast paths ({names}): try resources.fast_paths false")
             raise
         result = plain()  # where it raises too, the fast path is not at fault
         for path in paths:

@@ -13,6 +13,8 @@ d hidden size, B sequences, S positions. Sequences are right-padded.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ from rlhf_core.nn.response_logprobs import response_logprobs
 from rlhf_core.nn.shared_prompt import block_mask, ends_of, split_rows, takes_block_masks
 from rlhf_core.nn.unpadded import ATTENTION_SHARE, is_used
 from rlhf_core.system.seeds import derive_seed
+
+T = TypeVar("T")
 
 
 class Policy(nn.Module):
@@ -52,6 +56,11 @@ class Policy(nn.Module):
         """
         return response_logprobs(self.model, input_ids, mask, position_ids, loss_mask, temperature)
 
+    def within(self, function: Callable[[], T]) -> T:
+        """Run a function that reads parameters, as a forward pass of this module: under FSDP they
+        are whole then only."""
+        return function()
+
 
 class ScalarModel(nn.Module):
     """Backbone of a causal LM with a linear head to one number, normalised by mean and std."""
@@ -62,6 +71,10 @@ class ScalarModel(nn.Module):
         self.head = nn.Linear(hidden_size, 1)
         self.mean, self.std = 0.0, 1.0
         self.pooling = "last"
+
+    def within(self, function: Callable[[], T]) -> T:
+        """As `Policy.within`."""
+        return function()
 
     def reset_head(self, seed: int) -> None:
         """Head weights ~ N(0, 1/sqrt(d+1)), bias 0 ("The N+ implementation details")."""
@@ -75,6 +88,9 @@ class ScalarModel(nn.Module):
 
     def states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """The head's input at every position, (B,S,d)."""
+        return self._states(input_ids, mask)
+
+    def _states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         hidden = backbone_hidden(BareBackbone(self.backbone), input_ids, mask)  # (B,S,d)
         if self.pooling == "mean":  # of all tokens so far: each position sees only its past
             real = mask.unsqueeze(-1).to(hidden.dtype)  # (B,S,1)
@@ -83,8 +99,11 @@ class ScalarModel(nn.Module):
 
     def per_token(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """The normalised number at every position, (B,S) fp32."""
-        hidden = self.states(input_ids, mask)  # (B,S,d)
-        raw = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()  # (B,S)
+        return self._normalised(self._states(input_ids, mask))
+
+    def _normalised(self, hidden: Tensor) -> Tensor:
+        """The head's number for each of the hidden states (...,d), fp32."""
+        raw = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
         return (raw - self.mean) / self.std
 
     def forward(self, input_ids: Tensor, mask: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -100,9 +119,12 @@ class ScalarModel(nn.Module):
                 [shared_prompt.PATH] if takes_block_masks(self.backbone) else [],
                 self.backbone,
                 lambda: self._of_pairs(input_ids, mask, segments),
-                lambda: self(*split_rows(input_ids, segments)),
+                lambda: self._of_rows(*split_rows(input_ids, segments)),
             )
-        values = self.per_token(input_ids, mask)  # (B,S)
+        return self._of_rows(input_ids, mask)
+
+    def _of_rows(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        values = self._normalised(self._states(input_ids, mask))  # (B,S)
         return values.gather(1, last_real(mask).unsqueeze(1)).squeeze(1)
 
     def _of_pairs(self, input_ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
@@ -118,8 +140,7 @@ class ScalarModel(nn.Module):
             else:
                 rows = torch.arange(len(hidden), device=hidden.device)
                 pooled.append(hidden[rows, end])  # (B,d)
-        raw = self.head(torch.cat(pooled).to(self.head.weight.dtype)).squeeze(-1).float()  # (2B,)
-        return (raw - self.mean) / self.std
+        return self._normalised(torch.cat(pooled))  # (2B,)
 
 
 def last_real(mask: Tensor) -> Tensor:

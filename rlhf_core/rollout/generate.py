@@ -73,6 +73,7 @@ def generate(
     row_seeds: Sequence[int] | None = None,
     greedy: bool = False,
     batch_size: int = 64,
+    before_pass: Callable[[], None] | None = None,
 ) -> Rollout:
     """Samples one response per prompt, over the full vocabulary (no top-k, no top-p).
 
@@ -88,6 +89,7 @@ def generate(
         uniforms: (B,T) in [0, 1), or else row_seeds: B integers, see ``row_uniforms``.
         greedy: take the likeliest token (uniforms are not needed).
         batch_size: rows decoded together; changes the result by rounding only.
+        before_pass: called before each forward pass of the model.
 
     Returns:
         A Rollout with T columns, rows in the order of the prompts.
@@ -106,7 +108,7 @@ def generate(
     stop = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     try:
         with torch.no_grad(), eval_mode(model), _cached_casts(model, device):
-            decoder = _Decoder(model, temperature, stop, pad_id)
+            decoder = _Decoder(model, temperature, stop, pad_id, before_pass)
             for start in range(0, count, batch_size):
                 rows = order[start : start + batch_size]
                 numbers = None if uniforms is None else uniforms[rows].to(device)
@@ -205,12 +207,20 @@ def _left_padded(
 class _Decoder:
     """The decode loop of one batch, and what all batches share."""
 
-    def __init__(self, model: nn.Module, temperature: float, stop: Tensor, pad_id: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        temperature: float,
+        stop: Tensor,
+        pad_id: int,
+        before_pass: Callable[[], None] | None,
+    ) -> None:
         self.lm = causal_lm(model)
         self.head = lm_head(model)
         self.temperature = temperature
         self.stop = stop
         self.pad_id = pad_id
+        self.before_pass = before_pass
         # the backbone first, then the head at the last position: no logits of the prompt
         self.module = self.lm if self.head is None else backbone(self.lm)
         self.takes_positions = "position_ids" in accepted(self.module.forward, position_ids=None)
@@ -268,6 +278,8 @@ class _Decoder:
         options: dict[str, Any] = {"position_ids": position_ids} if self.takes_positions else {}
         if self.head is None and self.takes_keep:
             options["logits_to_keep"] = 1
+        if self.before_pass is not None:
+            self.before_pass()
         output = self.module(
             input_ids=inputs,
             attention_mask=attention_mask,

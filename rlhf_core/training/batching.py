@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +59,25 @@ def split_batch(
     widths = [lengths[i] for i in order[:: group.size]]
     cuts = _cuts(widths, micro_batch_size, pass_cost(group.device), padding)
     return [mine for mine in _dealt(order, cuts, group.rank, group.size) if mine]
+
+
+class Pass(NamedTuple):
+    """A forward pass over some rows that are only scored."""
+
+    rows: list[int]  # positions in the whole list
+    counts: bool  # False: the rows are another rank's, and the result is left out
+
+
+def scoring_passes(lengths: Sequence[int], group: Group, micro_batch_size: int) -> list[Pass]:
+    """As `split_batch`, for any number of rows, and with as many passes on each rank: ranks that
+    share their layers (fsdp2) would wait for one that runs a pass less. A rank that has no rows in
+    the last pass repeats the shortest row."""
+    order = _longest_first(lengths)
+    widths = [lengths[i] for i in order[:: group.size]]
+    dealt = _dealt(
+        order, _cuts(widths, micro_batch_size, pass_cost(group.device), 1.0), group.rank, group.size
+    )
+    return [Pass(mine or order[-1:], bool(mine)) for mine in dealt]
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

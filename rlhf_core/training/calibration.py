@@ -11,9 +11,9 @@ from rlhf_core.jobs import RewardJob
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.models.saving import stop_tokens
-from rlhf_core.nn.modules import ScalarModel
-from rlhf_core.rollout.generate import generate
+from rlhf_core.nn.modules import Policy, ScalarModel
 from rlhf_core.rollout.sampling import make_row_seeds
+from rlhf_core.rollout.sharded import generate_together
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.training.scoring import score_all
 from rlhf_core.training.strategy import Strategy
@@ -31,14 +31,16 @@ def sft_replies(
     sampled = context.store.get(job.data).metadata.get("sampled_from") == job.model
     if sampled:
         return [[*r["prompt_ids"], *r[k]] for r in rows for k in ("chosen_ids", "rejected_ids")]
-    model = load_causal_lm(source).to(strategy.device)
+    policy = Policy(load_causal_lm(source)).requires_grad_(False)
+    strategy.place_frozen(policy)
     tokenizer = load_tokenizer(source, is_trusted(source))
     group = strategy.group
     mine = list(range(count))[group.rank :: group.size]
     with strategy.autocast():
-        rollout = generate(
-            model,
+        rollout = generate_together(
+            policy,
             [rows[i]["prompt_ids"] for i in mine],
+            group,
             max_new_tokens=job.max_new_tokens,
             eos_ids=stop_tokens(source),
             pad_id=tokenizer.pad_token_id or 0,

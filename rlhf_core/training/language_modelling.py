@@ -14,7 +14,7 @@ from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.padding import pad_right
 from rlhf_core.runtime.distributed import Group
-from rlhf_core.training.batching import split_batch
+from rlhf_core.training.batching import scoring_passes
 from rlhf_core.training.strategy import Strategy
 
 
@@ -40,11 +40,12 @@ def heldout_loss(
         return {}
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
     lengths = rows.lengths("input_ids").tolist()
-    for positions in split_batch(lengths, group, micro_batch_size):
+    for positions, counts in scoring_passes(lengths, group, micro_batch_size):
         batch = collate(rows.take(positions), group.device)
         with strategy.autocast() if strategy else contextlib.nullcontext():
             logprobs = module(*batch)
-        sums += torch.tensor([-logprobs.double().sum().item(), batch[2].sum().item()])
+        if counts:
+            sums += torch.tensor([-logprobs.double().sum().item(), batch[2].sum().item()])
     return loss_per_token(group.sum(sums))
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf_core.jobs import OnlineJob, PreferenceJob, PretrainJob, SFTJob
-from rlhf_core.models.saving import export, save_causal_lm
+from rlhf_core.models.saving import save_causal_lm
 from rlhf_core.nn.layers import choose_trainable
 from rlhf_core.nn.modules import Policy
 from rlhf_core.runtime.context import StageContext
@@ -43,14 +43,13 @@ def prepare_policy(job: PolicyJob, model: nn.Module, strategy: Strategy) -> Poli
     return policy
 
 
-def save_policy(module: nn.Module, weights: dict[str, Tensor], folder: Path, source: Path) -> None:
-    """Write the policy with the given (master) weights as a Hugging Face folder. Rank 0, once.
+def save_policy(whole: nn.Module, folder: Path, source: Path) -> None:
+    """Write the policy as a Hugging Face folder. Rank 0, once.
 
     Args:
-        module: a `Policy`, or a module with one as its `policy`.
+        whole: of `Strategy.unsharded`: a `Policy`, or a module with one as its `policy`.
         source: folder of the model that it started from.
     """
-    whole = export(module, weights)
     save_causal_lm(getattr(whole, "policy", whole).model, folder, source)
 
 
@@ -65,10 +64,11 @@ def publish_policy(
 ) -> Artifact | None:
     """The stage's result. Every rank calls; rank 0 returns the artifact."""
     weights = strategy.weights(keep=context.main)
+    whole = strategy.unsharded(module, weights, keep=context.main)
     if not context.main:
         return None
     folder = context.scratch("result")
-    save_policy(module, weights, folder, source)
+    save_policy(whole, folder, source)
     artifact = context.publish(job, folder, metadata)
     checkpointer.finish()
     return artifact

@@ -20,7 +20,7 @@ from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.padding import mark_from, pad_right
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
-from rlhf_core.training.batching import batch_rows, split_batch
+from rlhf_core.training.batching import batch_rows, scoring_passes
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.policy import publish_policy
 from rlhf_core.training.strategy import Strategy
@@ -83,11 +83,12 @@ def response_logps(
     """
     group = strategy.group
     found: list[tuple[int, float]] = []
-    for numbers in split_batch(lengths, group, micro):
+    for numbers, counts in scoring_passes(lengths, group, micro):
         batch = collate_replies(load(numbers), strategy.device)
         with strategy.autocast():
             logps = sequence_logps(module(*batch), batch[2])  # (b,)
-        found += zip(numbers, logps.tolist(), strict=True)
+        if counts:
+            found += zip(numbers, logps.tolist(), strict=True)
     return torch.tensor(group.in_order(found), dtype=torch.float64)
 
 

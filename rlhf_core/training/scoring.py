@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlhf_core.nn.modules import ScalarModel
 from rlhf_core.nn.padding import pad_right
 from rlhf_core.runtime.distributed import Group
-from rlhf_core.training.batching import split_batch
+from rlhf_core.training.batching import scoring_passes
 from rlhf_core.training.strategy import Strategy
 
 
@@ -24,10 +24,12 @@ def score_sequences(
         micro: sequences in one pass on one rank.
     """
     found: list[tuple[int, float]] = []
-    for positions in split_batch([len(s) for s in sequences], group, micro):
+    lengths = [len(s) for s in sequences]
+    for positions, counts in scoring_passes(lengths, group, micro):
         input_ids, mask = pad_right([sequences[p] for p in positions])
         scores = module(input_ids.to(group.device), mask.to(group.device))
-        found += zip(positions, scores.tolist(), strict=True)
+        if counts:
+            found += zip(positions, scores.tolist(), strict=True)
     return group.in_order(found)
 
 

@@ -70,7 +70,7 @@ class Strategy:
             )
         if on_cpu and precision == "fp16":
             raise ConfigError("precision is fp16, which needs a GPU; on the CPU use bf16.")
-        half_weights = self.kind.startswith("zero")
+        half_weights = self.kind != "ddp"
         if precision == "bf16" and not half_weights and not computes_in_bf16(self.device):
             self._say("precision bf16: this processor has no bf16 arithmetic, fp32 is faster here")
             return "fp32"
@@ -102,11 +102,30 @@ class Strategy:
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Shard or replicate onto the rank's device; returns the module to call from now on."""
-        if self.kind != "fsdp2":  # which never holds the whole module on one device
-            module.to(self.device)
-        self.padding = padding_cost(module)
-        self.module = self._backend.prepare(module, optimizer)
+        self.place(module)
+        if self.sharded:  # the answers are found while it is sharded
+            self.module = self._backend.prepare(module, optimizer)
+            self.padding = padding_cost(module)
+        else:
+            self.padding = padding_cost(module)
+            self.module = self._backend.prepare(module, optimizer)
         return self.module
+
+    @property
+    def sharded(self) -> bool:
+        """Whether modules are spread over the ranks, frozen ones too: every rank must then run each
+        of their passes."""
+        return self.kind == "fsdp2"
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Put a module that will be trained onto the rank's device, but for one that `prepare` will
+        shard: no device could hold it whole. Returns it."""
+        return module if self.sharded else module.to(self.device)
+
+    def place_frozen(self, module: nn.Module) -> nn.Module:
+        """Put a module that is not trained where the trained one is: onto the rank's device, or
+        sharded over the ranks; returns it."""
+        return self._backend.place_frozen(module)
 
     # ------------------------------------------------------------------ one optimizer step
 
@@ -209,3 +228,16 @@ class Strategy:
             ConfigError: the checkpoint is of another set of parameters.
         """
         self._backend.load_state(weights, optimizer)
+
+    def unsharded(
+        self, module: nn.Module, weights: dict[str, Tensor], *, keep: bool = True
+    ) -> nn.Module:
+        """A trained module in one piece on the CPU, fp32, to be saved. Every rank must call, at the
+        end: where it is not sharded, it is the module itself.
+
+        Args:
+            module: that `prepare` was called with.
+            weights: trained parameters, of `weights` or of a checkpoint; {} where not kept.
+            keep: False on ranks that do not need it; they get the module as it is.
+        """
+        return self._backend.unsharded(module, weights, keep=keep)

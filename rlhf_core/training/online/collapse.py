@@ -94,11 +94,14 @@ def find_collapse(job: OnlineJob, lines: Sequence[dict[str, Any]]) -> dict[str, 
     return None
 
 
-def stop_if_collapsed(job: OnlineJob, checkpointer: Checkpointer, save: Save) -> None:
+def stop_if_collapsed(
+    job: OnlineJob, checkpointer: Checkpointer, whole_policy: Callable[[], Save]
+) -> None:
     """Every rank calls, after the step's metrics are logged.
 
     Args:
-        save: writes the policy with some checkpoint's weights into a folder.
+        whole_policy: called by every rank when the policy has collapsed; gives what writes it with
+            some checkpoint's weights into a folder.
 
     Raises:
         PolicyCollapse: the last rollouts exceed a bound. The newest checkpoint from before them is
@@ -108,6 +111,7 @@ def stop_if_collapsed(job: OnlineJob, checkpointer: Checkpointer, save: Save) ->
     found = group.broadcast(find_collapse(job, context.read_metrics()) if context.main else None)
     if found is None:
         return
+    save = whole_policy()
     # The other ranks wait here: one that left early would end this one.
     candidate = group.broadcast(publish_candidate(job, checkpointer, found, save))
     bound = next(b for b in BOUNDS if b.setting == found["setting"])

@@ -56,26 +56,30 @@ def load_models(
     trained: ActorCritic | Actor,
     context: StageContext,
 ) -> Models:
-    """Reference and reward beside the trained module, which is on its device already."""
+    """Reference and reward beside the trained module, which is on its device already.
+
+    Frozen layers that are equal share memory, but not where all models are sharded: each rank then
+    holds its own part of each.
+    """
     # ZeRO and FSDP2 compute with weights in half precision; the frozen models then do as well,
     # so that reference and policy start from the same numbers.
     half = strategy.kind != "ddp" and job.precision != "fp32"
     dtype = HALF[job.precision] if half else torch.float32
     # One after another: the peak is then what is kept, not several whole models.
-    saved = share_frozen(trained)
+    saved = 0 if strategy.sharded else share_frozen(trained)
     reference: Policy | AdapterOff = AdapterOff(trained.policy)
     frozen: list[nn.Module] = []
     if job.lora is None:
         reference = Policy(load_causal_lm(source, dtype)).requires_grad_(False)
-        frozen.append(reference.to(strategy.device))
-        saved += share_frozen(trained, *frozen)
+        frozen.append(strategy.place_frozen(reference))
+        saved += 0 if strategy.sharded else share_frozen(trained, *frozen)
     reward = None
     if job.wants_reward_model:
         assert job.reward_model is not None
         folder = context.store.fetch(job.reward_model)
         reward = load_scalar_model(folder, dtype).requires_grad_(False)
-        frozen.append(reward.to(strategy.device))
-        saved += share_frozen(trained, *frozen)
+        frozen.append(strategy.place_frozen(reward))
+        saved += 0 if strategy.sharded else share_frozen(trained, *frozen)
     if saved:
         context.log(f"frozen layers shared between the models: {saved / 2**20:.0f} MiB saved")
     rules = Rules(job.rewards, job.seed)
@@ -92,9 +96,10 @@ def share_trunk(
 ) -> Models:
     """The models, with the layers that they have in common. After `strategy.prepare`.
 
-    Not with text that is mixed in, which goes through the policy alone and in the same pass.
+    Not with text that is mixed in, which goes through the policy alone and in the same pass, and
+    not where models are sharded: their lower layers would have to be compared part by part.
     """
-    if job.trainable_layers is None or strategy.kind == "fsdp2" or job.ptx_coef > 0:
+    if job.trainable_layers is None or strategy.sharded or job.ptx_coef > 0:
         return models
     assert isinstance(models.reference, Policy)  # adapters and trainable layers exclude each other
     whole: list[nn.Module] = [models.trained.policy.model, models.reference.model]

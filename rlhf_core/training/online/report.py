@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.losses.ppo import kl_estimate
-from rlhf_core.training.online.collapse import stop_if_collapsed
+from rlhf_core.models.saving import export
+from rlhf_core.training.online.collapse import Save, stop_if_collapsed
 from rlhf_core.training.online.experience import Experience, Targets, logprob_gap
 from rlhf_core.training.online.sampling import GlobalRollout
 from rlhf_core.training.online.stage import OnlineStage
@@ -43,11 +45,19 @@ def report_and_save(
     if context.main:
         context.log_samples(step + 1, some_samples(stage.models.tokenizer, experience))
 
-    def save(weights: dict[str, Tensor], folder: Path) -> None:
-        save_policy(stage.models.trained, weights, folder, stage.inputs.source)
-
-    stop_if_collapsed(job, stage.checkpointer, save)
+    stop_if_collapsed(job, stage.checkpointer, partial(whole_policy, stage))
     stage.checkpointer.after_step(step + 1, job.steps)
+
+
+def whole_policy(stage: OnlineStage) -> Save:
+    """What writes the policy with some checkpoint's weights into a folder. Every rank calls, once:
+    the policy cannot be trained after it."""
+    whole = stage.strategy.unsharded(stage.models.trained, {}, keep=stage.context.main)
+
+    def save(weights: dict[str, Tensor], folder: Path) -> None:
+        save_policy(export(whole, weights), folder, stage.inputs.source)
+
+    return save
 
 
 def flat_groups(scores: Tensor, group_size: int) -> float:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.models.saving import stop_tokens
-from rlhf_core.rollout.generate import generate
+from rlhf_core.nn.modules import Policy
 from rlhf_core.rollout.sampling import make_row_seeds
+from rlhf_core.rollout.sharded import generate_together
 from rlhf_core.rollout.vllm_engine import VllmEngine
 from rlhf_core.training.batching import batch_rows
 from rlhf_core.training.online.stage import OnlineStage
@@ -53,7 +54,7 @@ def sample(stage: OnlineStage, step: int, replies_per_prompt: int = 1) -> Global
     rows = [row for row in rows for _ in range(replies_per_prompt)]
     prompt_ids = [row["prompt_ids"] for row in rows]
     replies = roll_out(
-        job, stage.strategy, stage.models.trained.policy.model, stage.inputs.source,
+        job, stage.strategy, stage.models.trained.policy, stage.inputs.source,
         prompt_ids, step, stage.engine,
     )  # fmt: skip
     rollout = GlobalRollout(
@@ -72,7 +73,7 @@ def sample(stage: OnlineStage, step: int, replies_per_prompt: int = 1) -> Global
 def roll_out(
     job: OnlineJob,
     strategy: Strategy,
-    policy: nn.Module,
+    policy: Policy,
     source: Path,
     prompt_ids: list[list[int]],
     step: int,
@@ -81,7 +82,7 @@ def roll_out(
     """One reply to every prompt of the global batch, in their order, on every rank.
 
     Args:
-        policy: the causal LM. source: its files.
+        policy: what is sampled from. source: its files.
         prompt_ids: a prompt that comes more than once gets as many different replies.
         engine: of `start_engine`; None: the built-in loop.
     """
@@ -95,10 +96,10 @@ def roll_out(
     }  # fmt: skip
     prompts = [prompt_ids[i] for i in mine]
     if engine is not None:
-        sampled = engine.roll_out(policy, prompts, **options)
+        sampled = engine.roll_out(policy.model, prompts, **options)
     else:
         with strategy.autocast():
-            sampled = generate(policy, prompts, **options)
+            sampled = generate_together(policy, prompts, group, **options)
     own = []
     for i in range(len(mine)):
         real = sampled.response_mask[i]  # (T,)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.models.loading import load_causal_lm
@@ -56,9 +54,11 @@ def fetch_inputs(job: OnlineJob, context: StageContext) -> Inputs:
     )
 
 
-def load_policy(job: OnlineJob, source: Path, device: torch.device) -> Policy:
+def load_policy(job: OnlineJob, source: Path, strategy: Strategy) -> Policy:
     """The SFT model as the policy that will be trained."""
-    return new_policy(job, load_causal_lm(source)).to(device)
+    policy = new_policy(job, load_causal_lm(source))
+    strategy.place(policy)
+    return policy
 
 
 def prepare(
@@ -72,11 +72,16 @@ def prepare(
     """Load the frozen models, make the optimizer, restore the newest checkpoint, start the engine.
 
     Args:
-        trained: what the algorithm trains, on its device.
+        trained: what the algorithm trains, where `Strategy.place` has put it.
         learning_rates: peak rates by the prefix of the parameters' names, see `adamw`.
     """
-    models = load_models(job, strategy, inputs.source, trained, context)
-    strategy.prepare(trained, adamw(trained, job, learning_rates))
+    optimizer = adamw(trained, job, learning_rates)
+    if strategy.sharded:  # before the next model is loaded: one whole model in memory at a time
+        strategy.prepare(trained, optimizer)
+        models = load_models(job, strategy, inputs.source, trained, context)
+    else:  # while what is frozen can still share memory
+        models = load_models(job, strategy, inputs.source, trained, context)
+        strategy.prepare(trained, optimizer)
     models = share_trunk(job, strategy, models, context)
     checkpointer = Checkpointer(context, strategy, job)
     start, _ = checkpointer.restore()

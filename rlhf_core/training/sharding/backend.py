@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import Precision
+from rlhf_core.models.saving import export
 from rlhf_core.runtime.distributed import Group
 
 HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +59,10 @@ class Backend(ABC):
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Shard or replicate onto the rank's device; returns the module to call from now on."""
 
+    def place_frozen(self, module: nn.Module) -> nn.Module:
+        """Put a module that is not trained where the trained one is, and as it is; returns it."""
+        return module.to(self.device)
+
     @property
     @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
@@ -97,6 +102,11 @@ class Backend(ABC):
     @abstractmethod
     def load_state(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Restore what `weights` and `optimizer_state` returned, at any number of ranks."""
+
+    def unsharded(self, module: nn.Module, weights: dict[str, Tensor], *, keep: bool) -> nn.Module:
+        """The module that was prepared in one piece on the CPU, fp32, with these trained weights;
+        the module itself on ranks that do not keep."""
+        return export(module, weights) if keep else module
 
     # ------------------------------------------------------------------ for backends
 

@@ -1,7 +1,8 @@
 """Ranks with a made-up rule, and ranks that are told to stop: `main([PLAN.json])` under torchrun.
 
 The plan is a list of {"job", "store", "folder", "rule": bool, "stop_after": step or null,
-"stale_after": rollouts or null, after which an engine gets no new weights}. What a stage gave up
+"stale_after": rollouts or null, after which an engine gets no new weights, "gather_share": share of
+the free memory that fsdp2 may take to gather a policy for a rollout}. What a stage gave up
 with is written into its folder as said.txt.
 """
 
@@ -16,6 +17,7 @@ from typing import Literal
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import parse_job
 from rlhf_core.jobs.base import Settings
+from rlhf_core.rollout import sharded
 from rlhf_core.rollout.vllm_engine import VllmEngine
 from rlhf_core.runtime.rank import MODEL_MODULES, run_job, silence_libraries
 from rlhf_core.runtime.stopping import stop
@@ -49,6 +51,7 @@ class Letters:
         return [[sum(c.isascii() and c.isalpha() for c in r) / max(1, len(r)) for r in replies]]
 
 
+GATHER_SHARE = sharded.GATHER_SHARE
 AFTER_STEP = Checkpointer.after_step
 
 
@@ -95,6 +98,7 @@ def main(files: list[str]) -> None:
             online.Rules = Letters
             job = job.model_copy(update={"rewards": (LettersReward(),), "reward_model": None})
 
+        sharded.GATHER_SHARE = entry.get("gather_share", GATHER_SHARE)
         Checkpointer.after_step = stopping_after(entry.get("stop_after"))
         VllmEngine.update = forgetting_after(entry.get("stale_after"))
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -73,3 +74,39 @@ class Stages:
 def weight_hashes(artifact: Artifact) -> dict[str, str]:
     """sha256 of every weight file."""
     return {f.path: f.sha256 for f in artifact.files if f.path.endswith(".safetensors")}
+
+
+@dataclass
+class Run:
+    """What came of one job of a plan."""
+
+    store: Store
+    folder: Path
+    job: BaseJob
+
+    @property
+    def artifact(self):
+        return self.store.stage_result(self.job.key())
+
+    @property
+    def metrics(self):
+        return [json.loads(x) for x in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def said(self):
+        return (self.folder / "said.txt").read_text()
+
+    def weights(self):
+        found = load_file(self.store.fetch(self.artifact.digest) / "model.safetensors")
+        return {name: value.numpy() for name, value in found.items()}
+
+
+def copy_inputs(stages, store, digests):
+    other = open_store(f"file://{store}")
+    for kind in ("model", "reward_model", "dataset"):
+        for artifact in stages.store.list(kind):
+            if artifact.digest in digests:
+                other.publish(
+                    stages.store.fetch(artifact.digest), kind=kind,
+                    metadata=artifact.metadata, parents=artifact.parents,
+                )  # fmt: skip

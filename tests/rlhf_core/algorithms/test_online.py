@@ -1,9 +1,6 @@
 """GRPO, RLOO, REINFORCE++ and what they share with PPO, as real jobs on real ranks."""
 
-import json
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +9,13 @@ from safetensors.numpy import load_file
 from rlhf_core.jobs import (
     GRPOJob,
     LoRA,
-    OnlineJob,
     PPOJob,
     ReinforcePPJob,
     Resources,
     RLOOJob,
 )
 from rlhf_core.runtime import candidates
-from rlhf_core.store import Store, open_store
 from tests.rlhf_core.algorithms.stages import weight_hashes
-from tests.rlhf_core.torchrun import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -47,59 +41,6 @@ def make(models, data, random_reward):
         return CLASSES[algorithm](**(values | settings))
 
     return made
-
-
-@dataclass
-class Run:
-    """What came of one job of a plan."""
-
-    store: Store
-    folder: Path
-    job: OnlineJob
-
-    @property
-    def artifact(self):
-        return self.store.stage_result(self.job.key())
-
-    @property
-    def metrics(self):
-        return [json.loads(x) for x in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def said(self):
-        return (self.folder / "said.txt").read_text()
-
-    def weights(self):
-        return load_file(self.store.fetch(self.artifact.digest) / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def run_plan(stages, models, data, random_reward, tmp_path_factory):
-    """ranks, name -> job and what `online_ranks` is to do with it; all in one start of the ranks.
-
-    Every job has a store with the inputs alone, `where` names one that two jobs share.
-    """
-    home = tmp_path_factory.mktemp("online")
-
-    def run(ranks, entries):
-        runs, plan = {}, []
-        for name, (job, what) in entries.items():
-            store = home / f"{what.pop('where', name)}-{ranks}"
-            if not store.exists():
-                copy_inputs(stages, store, {models["llama"], random_reward, *data.values()})
-            runs[name] = Run(open_store(f"file://{store}"), home / f"{name}-{ranks}-job", job)
-            runs[name].folder.mkdir()
-            plan.append(
-                {"job": json.loads(job.model_dump_json()), "store": f"file://{store}",
-                 "folder": str(runs[name].folder), **what}
-            )  # fmt: skip
-        path = home / f"plan-{ranks}.json"
-        path.write_text(json.dumps(plan))
-        script = "tests.rlhf_core.algorithms.online_ranks"
-        run_ranks(ranks, script, str(path), env=stages.env)
-        return runs
-
-    return run
 
 
 def mixing(make, data, name, **settings):
@@ -151,17 +92,6 @@ def two_ranks(run_plan, make, data):
     plan["rloo-rule"] = (make("rloo"), {"rule": True})
     plan["collapsed"] = (collapsing(make, "ppo", max_kl=0.2, ppo_epochs=2), {})
     return run_plan(2, plan)
-
-
-def copy_inputs(stages, store, digests):
-    other = open_store(f"file://{store}")
-    for kind in ("model", "reward_model", "dataset"):
-        for artifact in stages.store.list(kind):
-            if artifact.digest in digests:
-                other.publish(
-                    stages.store.fetch(artifact.digest), kind=kind,
-                    metadata=artifact.metadata, parents=artifact.parents,
-                )  # fmt: skip
 
 
 def column(run, name):

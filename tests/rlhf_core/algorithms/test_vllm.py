@@ -24,8 +24,8 @@ from rlhf_core.models.saving import save_scalar_model
 from rlhf_core.runtime.distributed import computes_in_bf16
 from rlhf_core.store import open_store
 from tests.rlhf_core.algorithms.conftest import talk
-from tests.rlhf_core.algorithms.stages import weight_hashes
-from tests.rlhf_core.algorithms.test_online import Run, column, copy_inputs
+from tests.rlhf_core.algorithms.stages import Run, copy_inputs, weight_hashes
+from tests.rlhf_core.algorithms.test_online import column
 from tests.rlhf_core.tiny_models import wide_copy
 from tests.rlhf_core.torchrun import run_ranks
 

@@ -99,7 +99,7 @@ def not_finite(kind: str) -> dict:
 
 def main(files: list[str]) -> None:
     results = {}
-    for kind in ("ddp", "zero1", "zero2"):
+    for kind in ("ddp", "zero1", "zero2", "fsdp2"):
         for precision in ("fp32", "bf16"):
             strategy, losses, norms = train(kind, precision, micro=2, steps=4)
             state = strategy.weights(), strategy.optimizer_state()
@@ -116,6 +116,7 @@ def main(files: list[str]) -> None:
         results[f"micro-{micro}"] = {"losses": losses}
     for kind in ("ddp", "zero1", "zero2"):
         results[f"{kind}-overflow"] = overflow(kind)
+    for kind in ("ddp", "zero1", "zero2", "fsdp2"):
         results[f"{kind}-not-finite"] = not_finite(kind)
     if strategy.rank == 0:
         Path(files[0]).write_text(json.dumps(results))

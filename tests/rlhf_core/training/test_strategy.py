@@ -14,7 +14,8 @@ from rlhf_core.training.strategy import Strategy
 from tests import forked
 from tests.rlhf_core.torchrun import run_ranks
 
-KINDS = ("ddp", "zero1", "zero2")
+SCALING = ("ddp", "zero1", "zero2")
+KINDS = (*SCALING, "fsdp2")
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +76,7 @@ def test_bf16_stays_near_fp32(results, kind):
         np.testing.assert_allclose(half, results[1]["ddp-fp32"]["losses"], rtol=5e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCALING)
 def test_fp16_overflow_skips_the_update_says_so_and_halves_the_scale(results, kind):
     for size in (1, 2):
         found = results[size][f"{kind}-overflow"]
