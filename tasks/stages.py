@@ -32,6 +32,7 @@ from rlhf_core.jobs import (
     Resources,
     Settings,
     TrainingStage,
+    TrainSettings,
 )
 from rlhf_core.model_files.source import fingerprint as model_fingerprint
 from rlhf_core.pipeline import recipe
@@ -265,8 +266,10 @@ def job_fields(run: Run, settings: Settings, step: recipe.Step | None = None) ->
     """The fields of a job that runs on ranks: settings, seed, and its placement."""
     own: Resources | None = getattr(settings, "resources", None)
     resources = own or run.config.resources
+    trains = isinstance(settings, TrainSettings)
     return {
         **settings_fields(settings),
+        **({"quantization": run.config.model.quantization} if trains else {}),
         "seed": run.config.seed
         + (step.round if step else 0),  # another order of the data in each round
         "resources": resources,

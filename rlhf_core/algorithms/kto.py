@@ -28,7 +28,7 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.batching import batch_rows, split_batch, steps_in
 from rlhf_core.training.checkpoint import Checkpointer
-from rlhf_core.training.policy import prepare_policy
+from rlhf_core.training.policy import frozen_storage, prepare_policy
 from rlhf_core.training.preference import collate_replies, heldout_metrics, publish_results
 from rlhf_core.training.schedule import set_learning_rate
 from rlhf_core.training.strategy import Strategy
@@ -57,7 +57,7 @@ def run(job: KTOJob, context: StageContext) -> Artifact | None:
     )
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     needed = needed_combinations(train, job, total)
-    module = prepare_policy(job, load_causal_lm(source), strategy)
+    module = prepare_policy(job, load_causal_lm(source, *frozen_storage(job, strategy)), strategy)
     # The reference is this very model before its weights change.
     began = time.perf_counter()
     reference = combination_logps(module, train, needed, strategy, job)

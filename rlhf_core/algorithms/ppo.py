@@ -39,7 +39,7 @@ from rlhf_core.training.online.report import report_and_save
 from rlhf_core.training.online.sampling import sample
 from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
 from rlhf_core.training.online.updates import MicroBatch, optimise
-from rlhf_core.training.policy import enable_checkpointing
+from rlhf_core.training.policy import enable_checkpointing, frozen_storage
 from rlhf_core.training.strategy import Strategy
 
 
@@ -80,10 +80,12 @@ def load_critic(
     job: PPOJob, source: Path, strategy: Strategy, context: StageContext
 ) -> ScalarModel:
     """The reward model, or without one the SFT model with a fresh head."""
+    storage = frozen_storage(job, strategy)
     if job.reward_model is not None:
-        critic = load_scalar_model(context.store.fetch(job.reward_model))
+        critic = load_scalar_model(context.store.fetch(job.reward_model), *storage)
+        critic.head.float()  # it is trained
     else:
-        critic = new_scalar_model(source, job.seed)
+        critic = new_scalar_model(source, job.seed, *storage)
     critic.backbone = choose_trainable(critic.backbone, job, job.seed + 1)
     if job.resources.gradient_checkpointing:
         enable_checkpointing(critic.backbone)

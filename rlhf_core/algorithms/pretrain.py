@@ -45,7 +45,7 @@ from rlhf_core.training.packing import (
     separates_documents,
     steps_per_epoch,
 )
-from rlhf_core.training.policy import prepare_policy, publish_policy
+from rlhf_core.training.policy import frozen_storage, prepare_policy, publish_policy
 from rlhf_core.training.schedule import set_learning_rate
 from rlhf_core.training.strategy import Strategy
 from rlhf_core.training.updates import update_on_batch
@@ -62,7 +62,7 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
     source = context.store.fetch(job.model)
     train, heldout = packings(job, source, context.store.fetch(job.data))
 
-    model = load_causal_lm(source)
+    model = load_causal_lm(source, *frozen_storage(job, strategy))
     check_length(model, job.length)
     separate = separates_documents(model)
     if not separate:

@@ -29,7 +29,7 @@ from rlhf_core.training.batching import batch_rows, split_batch, steps_in
 from rlhf_core.training.calibration import score_mean_and_std, sft_replies
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.optimizer import adamw
-from rlhf_core.training.policy import enable_checkpointing
+from rlhf_core.training.policy import enable_checkpointing, frozen_storage
 from rlhf_core.training.preference import collate_pairs, pair_length
 from rlhf_core.training.probe import probe_head
 from rlhf_core.training.schedule import set_learning_rate
@@ -95,7 +95,7 @@ def new_reward_model(
     job: RewardJob, context: StageContext, strategy: Strategy, source: Path, train: Rows
 ) -> ScalarModel:
     """The SFT model's backbone with a fresh head, or one that a linear probe starts."""
-    module = new_scalar_model(source, job.seed)
+    module = new_scalar_model(source, job.seed, *frozen_storage(job, strategy))
     module.pooling = job.pooling
     if job.head == "probe":
         probe_head(module, train, strategy, job.resources.micro_batch_size, context)

@@ -21,7 +21,7 @@ from rlhf_core.store import Artifact
 from rlhf_core.training.batching import batch_rows, split_batch, steps_in
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.language_modelling import collate, heldout_loss, trained_tokens
-from rlhf_core.training.policy import prepare_policy, publish_policy
+from rlhf_core.training.policy import frozen_storage, prepare_policy, publish_policy
 from rlhf_core.training.schedule import set_learning_rate
 from rlhf_core.training.strategy import Strategy
 from rlhf_core.training.updates import update_on_batch
@@ -36,7 +36,7 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
     train = Rows(data, "train", purpose="sft")
     heldout = Rows(data, "heldout", purpose="sft")
 
-    module = prepare_policy(job, load_causal_lm(source), strategy)
+    module = prepare_policy(job, load_causal_lm(source, *frozen_storage(job, strategy)), strategy)
     checkpointer = Checkpointer(context, strategy, job)
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     start, _ = checkpointer.restore()

@@ -74,6 +74,7 @@ from rlhf_core.jobs.training import (
     RewardSettings,
     SFTJob,
     SFTSettings,
+    TrainJob,
     TrainSettings,
 )
 
@@ -143,6 +144,7 @@ __all__ = [
     "SimPOSettings",
     "Slug",
     "Strategy",
+    "TrainJob",
     "TrainSettings",
     "TrainingStage",
     "VllmRollout",

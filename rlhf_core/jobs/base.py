@@ -23,6 +23,7 @@ Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero2_cpu", "fsdp2"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Quantization = Literal["nf4"]
 Format = Literal[
     "auto", "alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference", "unpaired",
     "prompt", "text",

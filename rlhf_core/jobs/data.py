@@ -14,6 +14,7 @@ from rlhf_core.jobs.base import (
     Fraction,
     PositiveInt,
     Purpose,
+    Quantization,
     Resources,
     Settings,
     job_input,
@@ -32,6 +33,9 @@ class ModelSettings(Settings):
     """A built-in chat template; auto: the tokenizer's own, or chatml if it has none."""
     trust_remote_code: bool = False
     """Allow Python code that comes with the model to run."""
+    quantization: Quantization | None = None
+    """How the stages hold frozen weights. nf4: 4 bits (QLoRA, package bitsandbytes); each training
+    stage then needs lora, and the strategy ddp. Empty: not quantised."""
 
 
 class DataSettings(Settings):
@@ -122,9 +126,8 @@ class ImportModelJob(ModelSettings, BaseJob):
     module: ClassVar[str] = "rlhf_core.stages.import_model"
     kind: ClassVar[str] = "model"
     torchrun: ClassVar[bool] = False
-    excluded_from_key: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # with and without code are two things
+    # With and without code are two things; the model is stored as it is, not quantised.
+    excluded_from_key: ClassVar[frozenset[str]] = frozenset({"quantization"})
 
     algorithm: Literal["import_model"] = "import_model"
     """Name of the stage."""

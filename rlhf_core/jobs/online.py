@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_core.jobs.base import BaseJob, Digest, Fraction, PositiveInt, Resources, job_input
+from rlhf_core.jobs.base import Digest, Fraction, PositiveInt, Resources, job_input
 from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, VllmRollout
-from rlhf_core.jobs.training import TrainSettings
+from rlhf_core.jobs.training import TrainJob, TrainSettings
 
 GroupSize = Annotated[int, Field(ge=2, le=1024)]
 
@@ -106,7 +106,7 @@ class OnlineSettings(TrainSettings):
         return any(isinstance(r, ModelReward) for r in self.rewards)
 
 
-class OnlineJob(OnlineSettings, BaseJob):
+class OnlineJob(OnlineSettings, TrainJob):
     """An online algorithm's settings and inputs."""
 
     kind: ClassVar[str] = "model"

@@ -50,7 +50,8 @@ class PipelineConfig(Settings):
     """Base model."""
     new_model: NewModelSettings | None = None
     """Create the base model from scratch instead of importing one: random weights, and a tokenizer
-    trained on data.pretrain. Of model, only trust_remote_code is then used."""
+    trained on data.pretrain. Of model, only trust_remote_code and quantization are
+    then used."""
     reward_model: str | None = None
     """An existing reward model, when reward is not among the stages: artifact:DIGEST, a local
     folder or a Hugging Face id."""

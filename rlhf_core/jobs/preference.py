@@ -8,14 +8,13 @@ from pydantic import Field, model_validator
 
 from rlhf_core.jobs.base import (
     LARGEST,
-    BaseJob,
     Digest,
     Fraction,
     PositiveInt,
     Resources,
     job_input,
 )
-from rlhf_core.jobs.training import TrainSettings
+from rlhf_core.jobs.training import TrainJob, TrainSettings
 
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
@@ -123,7 +122,7 @@ class KTOSettings(TrainSettings):
         return self
 
 
-class DPOJob(DPOSettings, BaseJob):
+class DPOJob(DPOSettings, TrainJob):
     """Direct preference optimisation."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.dpo"
@@ -139,7 +138,7 @@ class DPOJob(DPOSettings, BaseJob):
     """Placement of the job."""
 
 
-class SimPOJob(SimPOSettings, BaseJob):
+class SimPOJob(SimPOSettings, TrainJob):
     """Simple preference optimisation."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.simpo"
@@ -155,7 +154,7 @@ class SimPOJob(SimPOSettings, BaseJob):
     """Placement of the job."""
 
 
-class ORPOJob(ORPOSettings, BaseJob):
+class ORPOJob(ORPOSettings, TrainJob):
     """Odds ratio preference optimisation."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.orpo"
@@ -171,7 +170,7 @@ class ORPOJob(ORPOSettings, BaseJob):
     """Placement of the job."""
 
 
-class KTOJob(KTOSettings, BaseJob):
+class KTOJob(KTOSettings, TrainJob):
     """Kahneman-Tversky optimisation."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.kto"

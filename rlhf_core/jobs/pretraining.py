@@ -16,7 +16,7 @@ from rlhf_core.jobs.base import (
     job_input,
 )
 from rlhf_core.jobs.data import DataSettings
-from rlhf_core.jobs.training import TrainSettings
+from rlhf_core.jobs.training import TrainJob, TrainSettings
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte has a token of its own
@@ -87,7 +87,7 @@ class PretrainSettings(TrainSettings):
     """Length of a packed sequence in tokens, at most the model's context length."""
 
 
-class PretrainJob(PretrainSettings, BaseJob):
+class PretrainJob(PretrainSettings, TrainJob):
     """Pretraining."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.pretrain"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from rlhf_core.jobs.base import (
     Fraction,
     PositiveInt,
     Precision,
+    Quantization,
     Resources,
     Settings,
     job_input,
@@ -57,6 +58,49 @@ class TrainSettings(Settings):
         return self
 
 
+def quantization_problem(
+    quantization: Quantization | None, settings: TrainSettings, resources: Resources, stage: str
+) -> str | None:
+    """Why a stage cannot train with quantised weights; None if it can, or if they are not."""
+    if quantization is None:
+        return None
+    if settings.lora is None:
+        return (
+            f"model.quantization is {quantization}, which needs lora in {stage}, because quantised "
+            f"weights cannot be trained; set {stage}.lora, for example {{rank: 16}}, or clear "
+            "model.quantization"
+        )
+    if resources.strategy != "ddp":
+        return (
+            f"{stage}.resources.strategy is {resources.strategy}, but model.quantization is "
+            f"{quantization}, whose weights are not sharded: every rank holds all of them; use ddp"
+        )
+    return None
+
+
+class TrainJob(BaseJob):
+    """What all training jobs share."""
+
+    quantization: Quantization | None = None
+    """How frozen weights are held, as model.quantization says."""
+
+    def key_settings(self) -> dict[str, Any]:
+        """Leaves out quantization where there is none, so that older results keep their keys."""
+        settings = super().key_settings()
+        if settings["quantization"] is None:
+            del settings["quantization"]
+        return settings
+
+    @model_validator(mode="after")
+    def _quantised_weights_are_frozen(self) -> Self:
+        assert isinstance(self, TrainSettings)
+        stage = self.module.rpartition(".")[2]
+        problem = quantization_problem(self.quantization, self, self.placement(), stage)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+
 class SFTSettings(TrainSettings):
     """Supervised fine-tuning: cross-entropy on the assistant's tokens."""
 
@@ -99,7 +143,7 @@ class RewardSettings(TrainSettings):
     gate."""
 
 
-class SFTJob(SFTSettings, BaseJob):
+class SFTJob(SFTSettings, TrainJob):
     """Supervised fine-tuning."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.sft"
@@ -115,7 +159,7 @@ class SFTJob(SFTSettings, BaseJob):
     """Placement of the job."""
 
 
-class RewardJob(RewardSettings, BaseJob):
+class RewardJob(RewardSettings, TrainJob):
     """Reward model training."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.reward"

@@ -14,26 +14,31 @@ from transformers import AutoModel, AutoModelForCausalLM
 from rlhf_core.errors import ModelError
 from rlhf_core.model_files.folder_check import REWARD_HEAD
 from rlhf_core.model_files.remote_code import is_trusted
+from rlhf_core.models.nf4 import NF4, keep_as_loaded
 from rlhf_core.nn.modules import ScalarModel
 
 REWARD_SCALE = "reward.json"
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_causal_lm(
+    folder: Path, dtype: torch.dtype = torch.float32, nf4: NF4 | None = None
+) -> nn.Module:
     """A causal LM from a Hugging Face folder, dropout off, on the CPU.
+
+    Args:
+        nf4: quantise its linear layers; the model is then on the device that it says.
 
     Raises:
         ModelError: weights are missing, unexpected or unreadable; each key is named.
     """
-    return _load(AutoModelForCausalLM, folder, dtype)
+    return _load(AutoModelForCausalLM, folder, dtype, nf4)
 
 
-def _load(auto: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    trust = is_trusted(Path(folder))
+def _load(auto: Any, folder: Path, dtype: torch.dtype, nf4: NF4 | None) -> nn.Module:
+    options = {"dtype": dtype, "trust_remote_code": is_trusted(Path(folder))}
+    options |= {} if nf4 is None else nf4.options()
     try:
-        model, info = auto.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust
-        )
+        model, info = auto.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model in {folder} cannot be loaded: {error}") from error
     problems = {
@@ -51,21 +56,31 @@ def _load(auto: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
             "model's authors saved them."
         )
     disable_dropout(model)
+    keep_as_loaded(model)
     model.config.use_cache = False
     return model.eval()
 
 
-def new_scalar_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> ScalarModel:
-    """A reward model with the backbone of a causal LM and a new random head."""
-    causal = load_causal_lm(folder, dtype)
+def new_scalar_model(
+    folder: Path, seed: int, dtype: torch.dtype = torch.float32, nf4: NF4 | None = None
+) -> ScalarModel:
+    """A reward model with the backbone of a causal LM and a new random head in fp32."""
+    causal = load_causal_lm(folder, dtype, nf4)
     size = causal.get_output_embeddings().weight.shape[1]
     model = ScalarModel(causal.base_model, size)
+    model.backbone.is_loaded_in_4bit = nf4 is not None  # as of a model that is loaded alone
     model.reset_head(seed)
     return model.eval()
 
 
-def load_scalar_model(folder: Path, dtype: torch.dtype = torch.float32) -> ScalarModel:
+def load_scalar_model(
+    folder: Path, dtype: torch.dtype = torch.float32, nf4: NF4 | None = None
+) -> ScalarModel:
     """A reward model as `save_scalar_model` wrote it.
+
+    Args:
+        nf4: quantise the linear layers of its backbone, on the device that it says. The head stays
+            on the CPU, in fp32.
 
     Raises:
         ModelError: the folder is not a reward model, or its weights do not fit.
@@ -75,14 +90,15 @@ def load_scalar_model(folder: Path, dtype: torch.dtype = torch.float32) -> Scala
             f"{folder} has no {REWARD_HEAD}: it is not a reward model of this project. Use the "
             "artifact of a reward stage."
         )
-    backbone = _load(AutoModel, folder, dtype)
+    backbone = _load(AutoModel, folder, dtype, nf4)
     head = load_file(folder / REWARD_HEAD)
     model = ScalarModel(backbone, head["weight"].shape[1])
     model.head.load_state_dict(head)
     scale = json.loads((folder / REWARD_SCALE).read_text())
     model.mean, model.std = float(scale["mean"]), float(scale["std"])
     model.pooling = str(scale["pooling"])
-    model.head.to(dtype)
+    if nf4 is None:
+        model.head.to(dtype)
     return model.eval()
 
 

@@ -14,6 +14,7 @@ from rlhf_core.errors import ModelError
 from rlhf_core.model_files.folder_check import REWARD_HEAD
 from rlhf_core.models.adapters import save_adapter
 from rlhf_core.models.loading import REWARD_SCALE
+from rlhf_core.models.nf4 import dequantised, is_quantised
 from rlhf_core.nn.modules import ScalarModel
 
 _WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", REWARD_HEAD)
@@ -30,9 +31,17 @@ def export(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """The model with its LoRA adapters merged into the weights; itself if it has none."""
+    """The model with its LoRA adapters merged into the weights; itself if it has none.
+
+    Of quantised layers, the weights that the adapters were trained against. The sum is computed in
+    fp32, and the whole model rounded once to bf16.
+    """
+    quantised = is_quantised(model)
+    if quantised:
+        model = dequantised(model)
     merge = getattr(model, "merge_and_unload", None)
-    return merge() if callable(merge) else model
+    whole: nn.Module = merge() if callable(merge) else model
+    return whole.to(torch.bfloat16) if quantised else whole
 
 
 def save_causal_lm(model: nn.Module, folder: Path, source: Path) -> None:

@@ -27,10 +27,10 @@ from rlhf_core.preflight.memory import GIB, ways_to_fit
 from rlhf_core.preflight.memory import estimate as estimate_memory
 from rlhf_core.preflight.rollout import check_engine_memory, check_rollouts
 from rlhf_core.preflight.settings import (
+    check_adapters,
     check_batches,
     check_data_settings,
     check_lengths,
-    check_lora_targets,
     check_placements,
     check_training,
 )
@@ -94,7 +94,7 @@ def check(
     if here:
         problems += check_training(config, shape, machine)
     problems += check_lengths(config, shape)
-    problems += check_lora_targets(config, model)
+    problems += check_adapters(config, model)
     if here and model is not None and shape is not None and not problems:
         problems += _check_memory(config, model, machine)
         if contact:
@@ -184,6 +184,7 @@ def _check_packages(config: PipelineConfig) -> list[str]:
     vader = any(recipe.label_settings(config, step)[1].labeller == "vader" for step in labels)
     needed["vaderSentiment"] = vader or config.evaluate.judge == "vader"
     needed["peft"] = any(recipe.section(config, stage).lora for stage in config.stages)
+    needed["bitsandbytes"] = config.model.quantization is not None
     return [
         f"the package {name} is not installed, and the settings need it; run: pip install {name}"
         for name, used in needed.items()

@@ -14,6 +14,7 @@ from rlhf_core.jobs import (
     job_class,
 )
 from rlhf_core.jobs.lora import target_problems
+from rlhf_core.jobs.training import quantization_problem
 from rlhf_core.model_files.expected_keys import layer_names
 from rlhf_core.model_files.shape import ModelShape
 from rlhf_core.pipeline import recipe
@@ -193,15 +194,18 @@ def check_training(config: PipelineConfig, shape: ModelShape | None, machine: Ma
     return problems
 
 
-def check_lora_targets(config: PipelineConfig, model: Mapping[str, Any] | None) -> list[str]:
-    """Targets of adapters that the model does not have, or that share their weights.
+def check_adapters(config: PipelineConfig, model: Mapping[str, Any] | None) -> list[str]:
+    """Stages that cannot train with quantised weights, and targets of adapters that the model does
+    not have, or that share their weights.
 
     Args:
-        model: config.json of the base model. Nothing is found without it, and for an architecture
-            whose layers it does not tell: those are checked when the stage starts.
+        model: config.json of the base model. No target is checked without it, nor for an
+            architecture whose layers it does not tell: those are checked when the stage starts.
     """
     problems = []
-    for stage, settings, _, _ in trained_stages(config):
+    for stage, settings, resources, _ in trained_stages(config):
+        text = quantization_problem(config.model.quantization, settings, resources, stage)
+        problems += [] if text is None else [text]
         job = job_class(stage)
         if settings.lora is None or model is None:
             continue

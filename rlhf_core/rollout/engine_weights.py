@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.models.nf4 import merged_weight
 from rlhf_core.nn.backbone import causal_lm
 
 
 def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A causal LM's current weights, one by one, under their names in a checkpoint.
 
-    LoRA adapters are merged; a tied head is yielded once.
+    LoRA adapters are merged, quantised weights are yielded whole; a tied head is yielded once.
     """
     lm = causal_lm(policy)
     with torch.no_grad():
@@ -22,12 +23,8 @@ def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             path, _, leaf = name.rpartition(".")
             if ".lora_" in name:
                 continue
-            whole = param.detach()
-            if path.endswith(".base_layer"):
-                path = path.removesuffix(".base_layer")
-                layer = lm.get_submodule(path)
-                if leaf == "weight":
-                    whole = sum((layer.get_delta_weight(a) for a in layer.active_adapters), whole)
+            path = path.removesuffix(".base_layer")
+            whole = merged_weight(lm.get_submodule(path)) if leaf == "weight" else param.detach()
             yield f"{path}.{leaf}", whole
 
 

@@ -15,6 +15,7 @@ from rlhf_core.nn.modules import Policy, ScalarModel
 from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.rollout.sharded import generate_together
 from rlhf_core.runtime.context import StageContext
+from rlhf_core.training.policy import frozen_storage
 from rlhf_core.training.scoring import score_all
 from rlhf_core.training.strategy import Strategy
 
@@ -31,7 +32,7 @@ def sft_replies(
     sampled = context.store.get(job.data).metadata.get("sampled_from") == job.model
     if sampled:
         return [[*r["prompt_ids"], *r[k]] for r in rows for k in ("chosen_ids", "rejected_ids")]
-    policy = Policy(load_causal_lm(source)).requires_grad_(False)
+    policy = Policy(load_causal_lm(source, *frozen_storage(job, strategy))).requires_grad_(False)
     strategy.place_frozen(policy)
     tokenizer = load_tokenizer(source, is_trusted(source))
     group = strategy.group

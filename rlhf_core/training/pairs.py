@@ -23,7 +23,7 @@ from rlhf_core.nn.modules import Policy
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.training.batching import batch_rows, split_batch, steps_in
 from rlhf_core.training.checkpoint import Checkpointer
-from rlhf_core.training.policy import prepare_policy
+from rlhf_core.training.policy import frozen_storage, prepare_policy
 from rlhf_core.training.preference import (
     by_pair,
     collate_replies,
@@ -83,7 +83,7 @@ def prepare_pairs(job: PreferenceJob, context: StageContext) -> PairStage:
     data = context.store.fetch(job.data)
     train = Rows(data, "train", purpose="preference")
     heldout = Rows(data, "heldout", purpose="preference")
-    module = prepare_policy(job, load_causal_lm(source), strategy)
+    module = prepare_policy(job, load_causal_lm(source, *frozen_storage(job, strategy)), strategy)
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     return PairStage(job, context, strategy, source, train, heldout, module, total)
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from rlhf_core.jobs import OnlineJob, PreferenceJob, PretrainJob, SFTJob
+from rlhf_core.jobs import OnlineJob, PreferenceJob, PretrainJob, RewardJob, SFTJob
+from rlhf_core.models.nf4 import NF4
 from rlhf_core.models.saving import save_causal_lm
 from rlhf_core.nn.layers import choose_trainable
 from rlhf_core.nn.modules import Policy
@@ -16,10 +18,28 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.optimizer import adamw
-from rlhf_core.training.strategy import Strategy
+from rlhf_core.training.strategy import HALF, Strategy
 
 PolicyJob = PretrainJob | SFTJob | PreferenceJob | OnlineJob
 """Jobs that train a language model."""
+
+
+def frozen_storage(
+    job: PolicyJob | RewardJob, strategy: Strategy
+) -> tuple[torch.dtype, NF4 | None]:
+    """How the weights of a model are loaded whose adapters are trained, and those of frozen models
+    beside it: arguments of `load_causal_lm`.
+
+    Weights that are trained themselves are always loaded in fp32.
+    """
+    half = torch.bfloat16 if strategy.precision == "bf16" else torch.float32
+    if job.quantization == "nf4":
+        return half, NF4(strategy.device, HALF.get(strategy.precision, torch.float32))
+    # In bf16 they take half the memory, and autograd keeps no second, cast copy of each for the
+    # backward pass. ZeRO casts them itself.
+    if job.lora is not None and strategy.kind == "ddp" and strategy.device.type == "cuda":
+        return half, None
+    return torch.float32, None
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -3,9 +3,10 @@
 import pytest
 
 from rlhf_core.errors import DataError, StoreUnavailable
-from rlhf_core.jobs import PipelineConfig
+from rlhf_core.jobs import ModelSettings, PipelineConfig
 from tasks.events import seconds
 from tasks.run import Run, StageResult, new_run_id, recorded
+from tasks.stages import job_fields
 
 
 @pytest.fixture
@@ -74,3 +75,10 @@ def test_seconds_are_readable():
     assert [seconds(x) for x in (0.04, 9.9, 42.4, 200, 4000)] == [
         "0.0 s", "9.9 s", "42 s", "3 min 20 s", "1 h 6 min",
     ]  # fmt: skip
+
+
+def test_training_stages_are_told_of_the_quantisation(tmp_path, store):
+    model = ModelSettings(source="random:llama", quantization="nf4")
+    run = Run(PipelineConfig(model=model), "20260101-000000-abcd", store)
+    assert job_fields(run, run.config.ppo)["quantization"] == "nf4"
+    assert "quantization" not in job_fields(run, run.config.evaluate)

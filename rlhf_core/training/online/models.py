@@ -18,6 +18,7 @@ from rlhf_core.nn.modules import Actor, ActorCritic, Policy, ScalarModel
 from rlhf_core.nn.shared_trunk import Trunk, find_trunk
 from rlhf_core.rewards import Rules
 from rlhf_core.runtime.context import StageContext
+from rlhf_core.training.policy import frozen_storage
 from rlhf_core.training.strategy import HALF, Strategy
 
 
@@ -64,7 +65,8 @@ def load_models(
     # ZeRO and FSDP2 compute with weights in half precision; the frozen models then do as well,
     # so that reference and policy start from the same numbers.
     half = strategy.kind != "ddp" and job.precision != "fp32"
-    dtype = HALF[job.precision] if half else torch.float32
+    dtype, nf4 = frozen_storage(job, strategy)
+    dtype = HALF[job.precision] if half else dtype
     # One after another: the peak is then what is kept, not several whole models.
     saved = 0 if strategy.sharded else share_frozen(trained)
     reference: Policy | AdapterOff = AdapterOff(trained.policy)
@@ -77,7 +79,7 @@ def load_models(
     if job.wants_reward_model:
         assert job.reward_model is not None
         folder = context.store.fetch(job.reward_model)
-        reward = load_scalar_model(folder, dtype).requires_grad_(False)
+        reward = load_scalar_model(folder, dtype, nf4).requires_grad_(False)
         frozen.append(strategy.place_frozen(reward))
         saved += 0 if strategy.sharded else share_frozen(trained, *frozen)
     if saved:

@@ -18,7 +18,7 @@ from rlhf_core.training.online.engine import start_engine
 from rlhf_core.training.online.models import Models, load_models, share_trunk
 from rlhf_core.training.online.ptx import load_ptx
 from rlhf_core.training.optimizer import adamw
-from rlhf_core.training.policy import new_policy, publish_policy
+from rlhf_core.training.policy import frozen_storage, new_policy, publish_policy
 from rlhf_core.training.strategy import Strategy
 
 
@@ -56,7 +56,7 @@ def fetch_inputs(job: OnlineJob, context: StageContext) -> Inputs:
 
 def load_policy(job: OnlineJob, source: Path, strategy: Strategy) -> Policy:
     """The SFT model as the policy that will be trained."""
-    policy = new_policy(job, load_causal_lm(source))
+    policy = new_policy(job, load_causal_lm(source, *frozen_storage(job, strategy)))
     strategy.place(policy)
     return policy
 

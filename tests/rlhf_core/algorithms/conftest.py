@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_core.jobs import DataJob, ImportModelJob
 from rlhf_core.store import open_store
+from tests.rlhf_core.algorithms.lora import outputs
 from tests.rlhf_core.algorithms.stages import Run, Stages, copy_inputs
 from tests.rlhf_core.torchrun import run_ranks
 
@@ -97,3 +98,25 @@ def run_plan(stages, models, data, random_reward, tmp_path_factory):
         return runs
 
     return run
+
+
+@pytest.fixture
+def own_home(stages, monkeypatch):
+    """Stages that run in this process keep their files apart."""
+    monkeypatch.setenv("RLHF_HOME", stages.env["RLHF_HOME"])
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What the trained module says just before it is exported, of each stage that runs here."""
+    from rlhf_core.training.sharding import backend
+
+    seen, export = [], backend.export
+
+    def watched(module, weights):
+        whole = getattr(module, "policy", module)
+        seen.append(outputs(getattr(whole, "model", whole)))
+        return export(module, weights)
+
+    monkeypatch.setattr(backend, "export", watched)
+    return seen

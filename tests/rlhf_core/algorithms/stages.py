@@ -52,10 +52,10 @@ class Stages:
         lines = [{k: v for k, v in m.items() if k not in TIMES} for m in self.metrics(artifact)]
         return weight_hashes(artifact), lines
 
-    def train_here(self, job: BaseJob, key: str) -> Artifact:
+    def train_here(self, job: BaseJob, key: str, *, resume: bool = False) -> Artifact:
         """The result of a job in this process, under a key of its own."""
         folder = self.folder / "here" / key
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=resume)
         context = StageContext(store=self.store, key=key, folder=folder)
         with fast_paths_as_set(job):
             return importlib.import_module(job.module).run(job, context)

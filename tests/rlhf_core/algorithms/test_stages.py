@@ -23,6 +23,13 @@ def sft_job(models, data, **kwargs):
     return SFTJob(**(values | kwargs))
 
 
+def nf4_job(models, data, **kwargs):
+    lora = LoRA(rank=2, alpha=8)
+    return sft_job(
+        models, data, quantization="nf4", lora=lora, max_steps=3, learning_rate=1e-2, **kwargs
+    )
+
+
 def reward_job(models, data, **kwargs):
     values = {"model": models["llama"], "data": data["preference"], "batch_size": 16,
               "max_steps": 40, "epochs": 20, "learning_rate": 1e-3, "normalization_prompts": 16,
@@ -53,6 +60,7 @@ def one_rank(stages, models, data, reward):
         "sft-micro-1": sft_job(models, data, seed=0, resources=resources(micro_batch_size=1)),
         "sft-checkpointing": sft_job(models, data, resources=ckpt),
         "sft-lora": sft_job(models, data, lora=lora, max_steps=12, learning_rate=1e-2),
+        "sft-nf4": nf4_job(models, data),
         "sft-lora-gpt2": sft_job(
             models, data, model=models["gpt2"], lora=lora, max_steps=3, learning_rate=1e-2
         ),
@@ -87,6 +95,7 @@ def two_ranks(stages, models, data, reward):
         jobs[f"sft-{kind}"] = sft_job(models, data, **update)
         jobs[f"ppo-{kind}"] = ppo_job(models, data, reward.digest, **update)
     jobs["reward"] = reward_job(models, data, weight_decay=1e-12)
+    jobs["sft-nf4"] = nf4_job(models, data, weight_decay=1e-12)
     jobs["sft-lora"] = sft_job(
         models, data, lora=LoRA(rank=2, alpha=8), max_steps=12, learning_rate=1e-2,
         weight_decay=1e-12, resources=resources(strategy="zero2"),
@@ -124,6 +133,11 @@ def test_two_ranks_train_sft_as_one_does(stages, one_rank, two_ranks, kind):
         losses(stages, two_ranks[f"sft-{kind}"]), losses(stages, one_rank["sft"]), rtol=1e-4
     )
     assert_same_weights(stages, two_ranks[f"sft-{kind}"], one_rank["sft"], atol=2e-4)
+
+
+def test_two_ranks_train_adapters_of_quantised_weights_as_one_does(stages, one_rank, two_ranks):
+    found, expected = two_ranks["sft-nf4"], one_rank["sft-nf4"]
+    np.testing.assert_allclose(losses(stages, found), losses(stages, expected), rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ("ddp", "zero1", "zero2"))

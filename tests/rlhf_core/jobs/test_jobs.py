@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf_core.errors import ConfigError, PreflightError
-from rlhf_core.jobs import ImportModelJob, Resources, parse_job
+from rlhf_core.jobs import DPOJob, ImportModelJob, LoRA, Resources, SFTJob, parse_job
 from rlhf_core.jobs.base import RenamedSetting
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.runtime.job_file import read_job
@@ -66,3 +66,23 @@ def test_today_s_names_warn_of_nothing(recwarn: pytest.WarningsRecorder) -> None
 def test_gemini_is_refused_with_what_to_use():
     with pytest.raises(ValidationError, match=r"gemini was removed.*use fsdp2"):
         Resources(strategy="gemini")
+
+
+DIGESTS = {"model": "a" * 64, "data": "b" * 64}
+
+
+def test_quantisation_is_part_of_a_stage_s_key_and_not_of_the_import_s() -> None:
+    lora = LoRA(rank=4)
+    plain = SFTJob(**DIGESTS, lora=lora)
+    assert "quantization" not in plain.key_settings()  # results from before it are reused
+    assert SFTJob(**DIGESTS, lora=lora, quantization="nf4").key() != plain.key()
+    imports = [ImportModelJob(source="random:llama", quantization=q) for q in (None, "nf4")]
+    assert imports[0].key() == imports[1].key()
+
+
+def test_quantised_weights_are_neither_trained_nor_sharded() -> None:
+    with pytest.raises(ValidationError, match=r"quantization is nf4, which needs lora in sft"):
+        SFTJob(**DIGESTS, quantization="nf4")
+    place = Resources(strategy="zero2")
+    with pytest.raises(ValidationError, match=r"dpo\.resources\.strategy is zero2.*use ddp"):
+        DPOJob(**DIGESTS, quantization="nf4", lora=LoRA(), resources=place)

@@ -144,6 +144,23 @@ def test_lora_targets_that_the_model_could_not_store() -> None:
     )
 
 
+def test_quantised_weights_need_adapters_in_every_stage_and_ddp(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nf4 = {"source": "random:llama", "quantization": "nf4"}
+    lora = {"lora": {"rank": 4}}
+    text = only_problem(model=nf4, sft=lora, ppo=lora)
+    assert text.startswith("model.quantization is nf4, which needs lora in reward, because")
+    sharded = {**lora, "resources": {"strategy": "zero2"}}
+    text = only_problem(model=nf4, sft=lora, reward=lora, ppo=sharded)
+    assert text.startswith("ppo.resources.strategy is zero2, but model.quantization is nf4")
+    whole = config(model=nf4, sft=lora, reward=lora, ppo=lora)
+    assert dry_run(whole, CPU) == []
+    monkeypatch.setattr("rlhf_core.preflight.check.find_spec", lambda name: None)
+    (text,) = [text for text in check(whole, machine=CPU) if "bitsandbytes" in text]
+    assert text.endswith("run: pip install bitsandbytes")
+
+
 def test_lengths_beyond_the_context() -> None:
     assert "context of 1024" in only_problem(data={"sft": {"max_length": 2048}})
     problem = only_problem(ppo={"max_new_tokens": 600}, evaluate={"max_new_tokens": 64})
