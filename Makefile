@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos demo-s3 bench bench-store
+.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos demo-s3 bench bench-store gpu-check gpu-check-wheels
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +62,12 @@ REPEATS ?= 5
 bench: $(BENCH)/.installed  ## speed of training beside TRL's (four hours; REPEATS=5)
 	@$(BIN)/python -m benchmarks.speed --repeats $(REPEATS)
 	@$(BIN)/python -m benchmarks.speed.costs --repeats $(REPEATS)
+
+gpu-check: $(STAMP)  ## every stage on a GPU, its speed and memory, in at most eight minutes (without one: on the CPU)
+	@$(BIN)/python -m benchmarks.gpu_check $(OPTIONS)
+
+gpu-check-wheels: $(STAMP)  ## what `benchmarks/gpu_check/run.sh` installs on a machine without network (58 MB)
+	@$(BIN)/python -m benchmarks.gpu_check.wheels .gpu-check-wheels
 
 smoke: $(STAMP)  ## the whole pipeline on a tiny model (about a minute)
 	@$(BIN)/rlhf run --preset smoke

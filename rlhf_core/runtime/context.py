@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,9 @@ class StageContext:
 
     def _tensorboard(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is None:
-            # The event writer without torch.utils.tensorboard, whose import costs two seconds.
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.compat.proto.summary_pb2 import Summary
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-            self._writer = (EventFileWriter(str(self.folder / "tensorboard")), Event, Summary)
+            self._writer = open_event_file(self.folder / "tensorboard", self.log)
+        if not self._writer:
+            return
         writer, event, summary = self._writer
         values = [summary.Value(tag=k, simple_value=float(v)) for k, v in metrics.items()]
         writer.add_event(event(step=step, wall_time=time.time(), summary=summary(value=values)))
@@ -185,7 +182,7 @@ class StageContext:
             StoreError: publishing failed, after retries; no partial artifact is visible.
         """
         stop.phase = "leaving"
-        if self._writer is not None:
+        if self._writer:
             self._writer[0].flush()
         if self.metrics_path.exists():
             shutil.copy(self.metrics_path, folder / "metrics.jsonl")
@@ -205,3 +202,18 @@ class StageContext:
             return self.store.commit_stage(self.key, artifact) if bind else artifact
 
         return retry_while_unavailable(send, "the result", self.store_timeout)
+
+
+def open_event_file(folder: Path, log: Callable[[str], None]) -> tuple[Any, ...]:
+    """A writer of TensorBoard's event files with its two message types; () without TensorBoard.
+
+    This is the writer without torch.utils.tensorboard, whose import costs two seconds.
+    """
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ImportError:
+        log("the package tensorboard is not installed: metrics go to metrics.jsonl only")
+        return ()
+    return EventFileWriter(str(folder)), Event, Summary
