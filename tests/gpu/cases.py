@@ -112,7 +112,7 @@ def _evaluate(data: dict[str, str], reward: str, settings: dict[str, Any]) -> Ba
     model = settings["model"]
     common = {
         "policy": model, "sft": model, "base": model, "reward_model": reward,
-        "prompts": data["prompts"], "sft_data": data["sft"], "max_prompts": 8, "max_new_tokens": 6,
+        "prompts": data["prompts"], "sft_data": data["sft"], "max_prompts": 5, "max_new_tokens": 6,
     }  # fmt: skip
     return jobs.EvaluateJob(**(common | {k: v for k, v in settings.items() if k != "model"}))
 
@@ -127,7 +127,7 @@ _MAKE: dict[str, Callable[..., BaseJob]] = {
     "simpo": _trains_on(jobs.SimPOJob, "preference"),
     "orpo": _trains_on(jobs.ORPOJob, "preference"),
     "kto": _trains_on(jobs.KTOJob, "unpaired"),
-    "ppo": _samples(jobs.PPOJob),
+    "ppo": _samples(jobs.PPOJob, ppo_epochs=1),
     "grpo": _samples(jobs.GRPOJob, batch_size=2, group_size=4),
     "rloo": _samples(jobs.RLOOJob, batch_size=2, group_size=4),
     "reinforce_pp": _samples(jobs.ReinforcePPJob),
@@ -170,7 +170,7 @@ def make_inputs(run: Callable[[BaseJob], str], store: Any, folder: Path) -> Inpu
 
 
 def _rows() -> dict[Any, list[dict[str, Any]]]:
-    talks = [talk(i) for i in range(80)]
+    talks = [talk(i) for i in range(40)]
     return {
         "sft": [{"prompt": p, "completion": c} for p, c in talks],
         "preference": [

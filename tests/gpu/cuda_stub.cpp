@@ -1,8 +1,10 @@
-// What torch's autograd engine asks of a CUDA device, for a build without CUDA: hooks and a guard.
+// What torch asks of a CUDA device in C++, for a build without CUDA: autograd's hooks and device
+// guard, and the timer of DistributedDataParallel.
 // One stream, and as many devices as RLHF_PRETEND_GPUS says (1 without it); nothing is computed here.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/distributed/c10d/reducer_timer.hpp>
 
 #include <cstdlib>
 
@@ -55,3 +57,13 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 }  // namespace at
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+
+namespace c10d {
+
+struct NoTimer final : Timer {
+  explicit NoTimer(c10::Device) {}
+  std::optional<int64_t> measureDifference(Event, Event) override { return std::nullopt; }
+};
+C10_REGISTER_TYPED_CLASS(TimerRegistry, c10::kCUDA, NoTimer)
+
+}  // namespace c10d

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tests.gpu import pretend_cuda
-from tests.gpu.pretend_cuda import GPU, PretendMode
+from tests.gpu.pretend_cuda import PretendMode
 
 _mode: PretendMode | None = None
 
@@ -22,7 +22,7 @@ _mode: PretendMode | None = None
 class Idle:
     """A stream or an event that does nothing: there is one queue, and it is empty."""
 
-    device, stream_id, cuda_stream = GPU, 0, 0
+    device, stream_id, cuda_stream = torch.device("cuda", 0), 0, 0
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -40,7 +40,7 @@ class Idle:
 def install() -> None:
     """Pretend from now on, in this process. Needs the C++ stub.
 
-    RLHF_PRETEND_GPUS has the number of devices; each process uses one, and calls it cuda:0.
+    RLHF_PRETEND_GPUS has the number of devices.
     """
     global _mode
     assert torch._C._get_accelerator().type == "cuda", "load tests.gpu.stub before torch"
@@ -64,20 +64,33 @@ def plain_cpu() -> Iterator[None]:
         _mode.__enter__()
 
 
+def _current() -> torch.device:
+    return torch.device("cuda", pretend_cuda.current)
+
+
+def _set_device(device: Any) -> None:
+    if not isinstance(device, int):
+        device = torch.device(device).index
+    if device is not None:
+        pretend_cuda.current = device
+
+
 def _patch_cuda(devices: int) -> None:
     answers: dict[str, Any] = {
-        "is_available": True, "is_initialized": True, "device_count": devices, "current_device": 0,
+        "is_available": True, "is_initialized": True, "device_count": devices,
         "is_bf16_supported": True, "get_device_capability": (9, 0),
         "get_device_name": "pretended H100", "is_current_stream_capturing": False,
         "mem_get_info": (70 << 30, 80 << 30), "max_memory_reserved": 1 << 30,
         "max_memory_allocated": 1 << 30, "memory_allocated": 1 << 29, "memory_reserved": 1 << 29,
     }  # fmt: skip
     does_nothing = (
-        "_lazy_init", "set_device", "synchronize", "empty_cache", "reset_peak_memory_stats",
+        "_lazy_init", "synchronize", "empty_cache", "reset_peak_memory_stats",
         "set_rng_state", "manual_seed", "manual_seed_all",
     )  # fmt: skip
     for name, answer in answers.items() | {(name, None) for name in does_nothing}:
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch.cuda.current_device = lambda: pretend_cuda.current
+    torch.cuda.set_device = _set_device
     torch.cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
     for name in ("Stream", "Event", "stream"):
         setattr(torch.cuda, name, Idle)
@@ -97,8 +110,8 @@ def _patch_distributed() -> None:
             backend = "cpu:gloo,cuda:gloo"
             pretend_cuda.only_gpu_collectives = True
             # as for a group of NCCL alone: objects are sent as bytes on the GPU
-            distributed_c10d._get_object_coll_device = lambda group=None: "cuda:0"
-            distributed_c10d._get_pg_default_device = lambda group=None: GPU
+            distributed_c10d._get_object_coll_device = lambda group=None: _current()
+            distributed_c10d._get_pg_default_device = lambda group=None: _current()
         options.pop("device_id", None)
         whole(backend, **options)
 

@@ -1,9 +1,39 @@
-"""Which stages run: every algorithm, and each pair of what may matter together at least once."""
+"""Which stages run on the pretended GPU: not all combinations, but every pair of choices."""
 
 from __future__ import annotations
 
 from tests.gpu.cases import ALGORITHMS, Case
 
-CASES = [
-    *(Case(name) for name in ALGORITHMS),
-]
+ARCHITECTURES = ("llama", "gpt2", "bloom", "qwen2", "opt")
+PRECISIONS = ("bf16", "fp16", "fp32")
+VARIANTS = ("", "lora", "top", "checkpointing", "slow_paths")
+# Every other algorithm calls the same code as one of these.
+MAIN = ("sft", "pretrain", "reward", "dpo", "ppo", "grpo")
+SAMPLING = ("label", "evaluate")
+
+
+def _cases() -> list[Case]:
+    # 1. Every algorithm in fp32, beside the CPU.
+    cases = [Case(name) for name in ALGORITHMS]
+    # 2. Main algorithms: a Latin square, so that each meets every architecture, variant and
+    #    precision, and each of these the others.
+    for row, algorithm in enumerate(MAIN):
+        for column, architecture in enumerate(ARCHITECTURES):
+            variant = VARIANTS[(row + column) % len(VARIANTS)]
+            precision = PRECISIONS[(row + 2 * column) % len(PRECISIONS)]
+            cases.append(Case(algorithm, architecture, precision, variant))
+    # 3. The others, by turns with what changes a model.
+    others = [name for name in ALGORITHMS if name not in (*MAIN, *SAMPLING)]
+    for row, algorithm in enumerate(others):
+        cases.append(Case(algorithm, "llama", PRECISIONS[row % 2], VARIANTS[1 + row % 3]))
+    cases += [Case("label", architecture, "bf16") for architecture in ARCHITECTURES[1:]]
+    cases.append(Case("evaluate", "qwen2", "bf16"))
+    # 4. Settings of single algorithms that have code of their own.
+    cases += [
+        Case("reward", "llama", "bf16", "mean"), Case("ppo", "llama", "bf16", "epochs"),
+        Case("ppo", "llama", "bf16", "ptx"), Case("grpo", "llama", "bf16", "kl"),
+    ]  # fmt: skip
+    return list(dict.fromkeys(cases))
+
+
+CASES = _cases()

@@ -1,9 +1,10 @@
-"""A device that says cuda:0 and computes on the CPU: real numbers, real control flow.
+"""A device that says cuda and computes on the CPU: real numbers, real control flow.
 
-A tensor on it is a wrapper of device cuda:0 around a CPU tensor; operators compute on what is
+A tensor on it is a wrapper of device cuda:N around a CPU tensor; operators compute on what is
 wrapped. `tests.gpu.install` makes torch believe in the device. What fails on a GPU fails here:
 
-* an operator that gets a CPU tensor of one dimension or more beside one on the GPU,
+* an operator that gets a CPU tensor of one dimension or more beside one on the GPU, or tensors of
+  two GPUs,
 * a generator of the other device,
 * `numpy()` of a tensor on the GPU, and pickling one,
 * a CPU tensor in a collective operation of a group that poses as NCCL (`only_gpu_collectives`).
@@ -24,7 +25,8 @@ from torch.utils._pytree import tree_map_only
 
 from tests.gpu.syncs import OPERATORS, UPLOAD, record
 
-GPU = torch.device("cuda", 0)
+current = 0
+"""The index of "cuda" without one; `torch.cuda.set_device` sets it."""
 CPU = torch.device("cpu")
 # self and values share a device; index tensors may lie on the CPU, at the price of a copy
 TAKES_INDICES = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -42,35 +44,35 @@ class DeviceMismatch(RuntimeError):
 
 
 class GpuTensor(Tensor):
-    """A tensor of device cuda:0 around a CPU tensor, `elem`."""
+    """A tensor of a GPU around a CPU tensor, `elem`."""
 
     elem: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, elem: Tensor) -> GpuTensor:
+    def __new__(cls, elem: Tensor, index: int) -> GpuTensor:
         assert not isinstance(elem, GpuTensor), "wrapped twice"
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, elem.shape, strides=elem.stride(), storage_offset=elem.storage_offset(),
-            dtype=elem.dtype, layout=elem.layout, device=GPU,
+            dtype=elem.dtype, layout=elem.layout, device=torch.device("cuda", index),
         )  # fmt: skip
 
-    def __init__(self, elem: Tensor) -> None:
-        self.elem = elem
+    def __init__(self, elem: Tensor, index: int) -> None:
+        self.elem, self.index = elem, index
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         return compute(func, args, kwargs or {})
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["elem"], None
+        return ["elem"], self.index
 
     @staticmethod
     def __tensor_unflatten__(inner, meta, size, stride):  # type: ignore[no-untyped-def]
-        return GpuTensor(inner["elem"])
+        return GpuTensor(inner["elem"], meta)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"GpuTensor({self.elem.detach()!r})"
+        return f"GpuTensor({self.elem.detach()!r}, cuda:{self.index})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         with torch.no_grad():
@@ -81,6 +83,16 @@ class GpuTensor(Tensor):
             copied.requires_grad_(self.requires_grad)
         memo[id(self)] = copied
         return copied
+
+    @property
+    def data(self) -> Tensor:
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        assert isinstance(new, GpuTensor), "the data of a GPU tensor becomes a CPU tensor"
+        torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self.elem, self.index = new.elem, new.index
 
     def tolist(self) -> Any:
         record("tolist")
@@ -115,31 +127,31 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors: list[Tensor] = []
     _collect(args, tensors)
     _collect(kwargs, tensors)
-    gpu = any(isinstance(x, GpuTensor) for x in tensors)
+    gpu = next((x.index for x in tensors if isinstance(x, GpuTensor)), None)
     if space == "c10d":
         return _collective(func, name, tensors, args, kwargs)
     target = kwargs.get("device")
-    to_gpu = gpu if target is None else is_gpu(target)
-    if not gpu and not to_gpu:
+    to = gpu if target is None else gpu_index(target)
+    if gpu is None and to is None:
         return func(*args, **kwargs)
     if name == "is_pinned":
         return False
     if name == "_pin_memory":
         return args[0]
-    if gpu and name not in COPIES:
-        _check_devices(name, tensors, args)
-    _check_generator(kwargs.get("generator"), to_gpu)
-    if gpu:
-        _count(name, args, kwargs, to_gpu)
+    if gpu is not None and name not in COPIES:
+        _check_devices(name, tensors, args, gpu)
+    _check_generator(kwargs.get("generator"), to is not None)
+    if gpu is not None:
+        _count(name, args, kwargs, to is not None)
     elif name in COPIES and not kwargs.get("non_blocking"):
         record(UPLOAD)
     inner = unwrapped(args)
     result = func(*inner, **unwrapped(_on_cpu(kwargs)))
     if name == "_to_copy" and result is inner[0]:
         result = result.clone()  # a copy between devices is never the same tensor
-    if not to_gpu:
+    if to is None:
         return args[0] if name == "copy_" else result
-    found = wrapped(result, {})
+    found = wrapped(result, to, {})
     return return_and_correct_aliasing(func, args, kwargs, found) if aliases else found
 
 
@@ -163,8 +175,12 @@ def _collect(tree: Any, found: list[Tensor]) -> None:
             _collect(x, found)
 
 
-def is_gpu(device: Any) -> bool:
-    return torch.device(device).type == "cuda"
+def gpu_index(device: Any) -> int | None:
+    """The index of a GPU; None of another device."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    return current if device.index is None else device.index
 
 
 def unwrapped(tree: Any) -> Any:
@@ -178,16 +194,16 @@ def unwrapped(tree: Any) -> Any:
     return tree
 
 
-def wrapped(tree: Any, seen: dict[int, GpuTensor]) -> Any:
-    """CPU tensors of a result as tensors of the GPU; the same one twice stays the same."""
+def wrapped(tree: Any, index: int, seen: dict[int, GpuTensor]) -> Any:
+    """CPU tensors of a result as tensors of a GPU; the same one twice stays the same."""
     if isinstance(tree, GpuTensor):
         return tree
     if isinstance(tree, Tensor):
         if id(tree) not in seen:
-            seen[id(tree)] = GpuTensor(tree)
+            seen[id(tree)] = GpuTensor(tree, index)
         return seen[id(tree)]
     if isinstance(tree, list | tuple):
-        return type(tree)([wrapped(x, seen) for x in tree])
+        return type(tree)([wrapped(x, index, seen) for x in tree])
     return tree
 
 
@@ -200,19 +216,19 @@ def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _check_devices(name: str, tensors: list[Tensor], args: Any) -> None:
+def _check_devices(name: str, tensors: list[Tensor], args: Any, gpu: int) -> None:
     indices = []
     if name in TAKES_INDICES and isinstance(args[0], GpuTensor):
         indices = [i for i in args[1] if i is not None]
     for x in tensors:
-        if isinstance(x, GpuTensor) or x.device.type != "cpu":
+        if x.device.type == "meta" or (isinstance(x, GpuTensor) and x.index == gpu):
             continue
-        if any(x is i for i in indices):
+        if any(x is i for i in indices) and not isinstance(x, GpuTensor):
             record("CPU index")
-        elif x.dim() > 0:  # a number may lie on the CPU
+        elif x.dim() > 0 or isinstance(x, GpuTensor):  # a number may lie on the CPU
             raise DeviceMismatch(
                 "Expected all tensors to be on the same device, but found at least two devices, "
-                f"cuda:0 and cpu! (aten.{name}, a CPU tensor of shape {tuple(x.shape)})"
+                f"cuda:{gpu} and {x.device}! (aten.{name}, the latter of shape {tuple(x.shape)})"
             )
 
 
