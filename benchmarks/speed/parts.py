@@ -190,7 +190,7 @@ def whole_logits(arguments: argparse.Namespace, values: dict[str, Any]) -> dict[
     sizes, rows = values["sizes"], values["sft"][: values["sizes"].batch * 2]
 
     def run(some: list[dict[str, Any]]) -> float:
-        ids, mask, loss_mask = collate(some, torch.device("cpu"))
+        ids, mask, loss_mask, _ = collate(some, torch.device("cpu"))
         with torch.inference_mode(), autocast(arguments):
             logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
             logprobs = logits[:, :-1].float().log_softmax(-1)

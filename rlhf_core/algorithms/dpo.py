@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_core.jobs import DPOJob
 from rlhf_core.losses.preference import dpo_loss, ipo_loss
 from rlhf_core.losses.reductions import Metrics
+from rlhf_core.nn.padding import to_device
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.checkpoint import Checkpointer
@@ -57,7 +58,8 @@ def loss(job: DPOJob, reference: Tensor, pairs: ScoredPairs) -> tuple[Tensor, Me
     Args:
         reference: (n,2) log-probabilities (nats) of the data set's pairs, of the untrained policy.
     """
-    ref_logps = reference[pairs.numbers].to(pairs.logps)  # (b,2)
+    ref_logps = reference[pairs.numbers].to(pairs.logps.dtype)  # (b,2)
+    ref_logps = to_device(ref_logps, pairs.logps.device)
     logps = (*pairs.logps.unbind(1), *ref_logps.unbind(1))  # (b,) each
     if job.loss == "ipo":
         return ipo_loss(*logps, job.beta, denominator=float(pairs.pairs))

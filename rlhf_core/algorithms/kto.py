@@ -24,6 +24,7 @@ from rlhf_core.losses.preference import kto_loss
 from rlhf_core.losses.reductions import Metrics, sequence_logps
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.modules import Policy
+from rlhf_core.nn.padding import flat_indices, to_device
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.batching import batch_rows, split_batch, steps_in
@@ -118,7 +119,7 @@ def loss_of_micro_batch(
     assert strategy.module is not None
     mine = [rows[i] for i in indices]
     batch = collate_replies([as_reply(row, row) for row in mine], strategy.device)  # (b,S) each
-    logps = sequence_logps(strategy.module(*batch), batch[2])  # (b,)
+    logps = sequence_logps(strategy.module(*batch), batch.loss_mask)  # (b,)
     return loss(job, logps, ref_logps[indices], mine, kl, len(rows))
 
 
@@ -136,15 +137,17 @@ def loss(
         logps, ref_logps: (b,) log-probabilities of the responses, of policy and reference.
         count: rows of the global batch.
     """
-    label = torch.tensor([bool(row["label"]) for row in rows], device=logps.device)  # (b,)
-    ref_logps = ref_logps.to(logps.device)  # (b,)
+    label = torch.tensor([bool(row["label"]) for row in rows])  # (b,)
+    good, bad = (to_device(flat_indices(x), logps.device) for x in (label, ~label))
+    label = to_device(label, logps.device)
+    ref_logps = to_device(ref_logps, logps.device)  # (b,)
     total, metrics = kto_loss(
         logps, ref_logps, label, kl, job.beta, job.desirable_weight, job.undesirable_weight,
         denominator=float(count),
     )  # fmt: skip
     rewards = job.beta * (logps.detach() - ref_logps)  # (b,)
-    metrics["chosen_reward"] = rewards[label].sum()
-    metrics["rejected_reward"] = rewards[~label].sum()
+    metrics["chosen_reward"] = rewards[good].sum()
+    metrics["rejected_reward"] = rewards[bad].sum()
     return total, metrics
 
 

@@ -36,7 +36,7 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.batching import scoring_passes, split_batch
 from rlhf_core.training.checkpoint import Checkpointer
-from rlhf_core.training.language_modelling import loss_per_token
+from rlhf_core.training.language_modelling import loss_and_tokens, loss_per_token
 from rlhf_core.training.packing import (
     Packed,
     Packing,
@@ -123,10 +123,10 @@ def loss(
         indices: of the micro-batch's sequences in the global batch.
     """
     assert strategy.module is not None
-    input_ids, mask, loss_mask, position_ids = collate(
+    input_ids, mask, loss_mask, index, positions = collate(
         [batch[i] for i in indices], strategy.device, separate=separate
     )  # (b,S) each
-    logprobs = strategy.module(input_ids, mask, loss_mask, position_ids=position_ids)  # (b,S)
+    logprobs = strategy.module(input_ids, mask, loss_mask, index, position_ids=positions)  # (b,S)
     total, _ = sft_loss(logprobs, loss_mask, denominator=max(tokens, 1))
     return total, {}
 
@@ -162,15 +162,15 @@ def heldout_loss(
     """Held-out loss (nats per token) and perplexity; empty without held-out text."""
     if len(packing) == 0:
         return {}
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
+    found = []
     group = strategy.group
     lengths = packing.lengths()
     for numbers, counts in scoring_passes(lengths, group, micro_batch_size):
-        input_ids, mask, loss_mask, positions = collate(
+        input_ids, mask, loss_mask, index, positions = collate(
             [packing[n] for n in numbers], group.device, separate=separate
         )
         with strategy.autocast():
-            logprobs = module(input_ids, mask, loss_mask, position_ids=positions)
+            logprobs = module(input_ids, mask, loss_mask, index, position_ids=positions)
         if counts:
-            sums += torch.tensor([-logprobs.double().sum().item(), loss_mask.sum().item()])
-    return loss_per_token(group.sum(sums))
+            found.append(loss_and_tokens(logprobs, index))
+    return loss_per_token(found, group)

@@ -125,9 +125,13 @@ def loss(
         rows: the global batch. one_row: see `in_one_row`.
     """
     assert strategy.module is not None
-    collate = collate_shared if one_row else collate_pairs
-    batch = collate([rows[i] for i in indices], strategy.device)  # (b,S) or (2b,S) each
-    chosen, rejected = strategy.module(*batch).chunk(2)  # (b,) each
+    pairs = [rows[i] for i in indices]
+    if one_row:
+        input_ids, positions, segments = collate_shared(pairs, strategy.device)  # (b,S) each
+        scores = strategy.module(input_ids, positions, segments=segments)  # (2b,)
+    else:
+        scores = strategy.module(*collate_pairs(pairs, strategy.device))  # (2b,)
+    chosen, rejected = scores.chunk(2)  # (b,) each
     return pairwise_loss(chosen, rejected, job.loss, denominator=float(len(rows)))
 
 

@@ -67,5 +67,5 @@ def loss(job: RLOOJob, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, float
         micro_batch.response_mask, job.clip_range, replies=micro_batch.replies,
     )  # fmt: skip
     k3 = kl_estimate(micro_batch.old_logprobs, micro_batch.logprobs.detach(), "k3")  # (b,T)
-    approx_kl = float(masked_sum(k3, micro_batch.response_mask)) / micro_batch.tokens
+    approx_kl = masked_sum(k3, micro_batch.response_mask).double() / micro_batch.tokens
     return total, {"policy_loss": total.detach(), **metrics, "approx_kl": approx_kl}

@@ -81,7 +81,7 @@ def loss(
         indices: of the micro-batch's rows in the global batch.
     """
     assert strategy.module is not None
-    input_ids, mask, loss_mask = collate([rows[i] for i in indices], strategy.device)  # (b,S) each
-    logprobs = strategy.module(input_ids, mask, loss_mask)  # (b,S)
-    total, _ = sft_loss(logprobs, loss_mask, denominator=tokens)
+    batch = collate([rows[i] for i in indices], strategy.device)  # (b,S) each
+    logprobs = strategy.module(*batch)  # (b,S)
+    total, _ = sft_loss(logprobs, batch.loss_mask, denominator=tokens)
     return total, {}

@@ -33,6 +33,7 @@ from rlhf_core.runtime.distributed import Group
 from rlhf_core.store import Artifact, Store
 from rlhf_core.training.batching import split_batch
 from rlhf_core.training.language_modelling import heldout_loss
+from rlhf_core.training.reading import read_rows
 
 Sequences = list[tuple[list[int], int]]  # prompt + reply, and the prompt's length
 
@@ -227,19 +228,19 @@ def score_replies(
 
     Without a reward model the first list is of zeros.
     """
-    found: list[tuple[int, tuple[float, float]]] = []
+    rewards, kls = [], []
     for indices in split_batch([len(s) for s, _ in sequences], group, micro):
         ids, prompt_lengths = zip(*(sequences[i] for i in indices), strict=True)
         batch = mark_from(ids, prompt_lengths, group.device)  # (b,S) each
-        scores = kl = torch.zeros(len(indices))  # (b,)
+        scores = kl = torch.zeros(len(indices), device=group.device)  # (b,)
         if reward is not None:
-            scores = reward(batch[0], batch[1])  # (b,)
+            scores = reward(batch.input_ids, batch.mask, batch.index)  # (b,)
         if policy is not reference:
             log_ratio = policy(*batch, temperature) - reference(*batch, temperature)  # (b,S)
             kl = log_ratio.sum(dim=1)  # (b,)
-        found += zip(indices, zip(scores.tolist(), kl.tolist(), strict=True), strict=True)
-    merged = group.in_order(found)
-    return [score for score, _ in merged], [kl for _, kl in merged]
+        rewards.append((indices, scores))
+        kls.append((indices, kl))
+    return group.in_order(read_rows(rewards)), group.in_order(read_rows(kls))
 
 
 def judge_all(

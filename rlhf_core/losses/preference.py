@@ -209,7 +209,8 @@ def kto_loss(
     if desirable.dtype != torch.bool:
         raise ValueError(f"desirable must be bool, found {desirable.dtype}")
     log_ratio = upcast(logps) - upcast(ref_logps.detach())  # (B,)
-    z = torch.as_tensor(kl, dtype=log_ratio.dtype, device=log_ratio.device).detach().clamp(min=0)
+    z = kl.to(log_ratio) if isinstance(kl, Tensor) else log_ratio.new_full((), kl)  # ()
+    z = z.detach().clamp(min=0)
     sign = torch.where(desirable, 1.0, -1.0)  # (B,)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)  # (B,)
     margin = sign * beta * (log_ratio - z)  # (B,)

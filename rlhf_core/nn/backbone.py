@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_core.nn import fast_paths, unpadded
 from rlhf_core.nn.fast_paths import FastPath, Pairs
+from rlhf_core.nn.padding import TokenIndex
 from rlhf_core.nn.probe_model import trial_rows
 
 
@@ -59,6 +60,7 @@ def backbone_hidden(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
+    index: TokenIndex | None = None,
 ) -> Tensor:
     """Hidden states after the final norm, before the vocabulary head.
 
@@ -77,19 +79,23 @@ def backbone_hidden(
             ZeRO or FSDP2 wrapper, or gradients are not exchanged).
         input_ids, attention_mask, position_ids: (B,S). attention_mask: None where rows are packed;
             (B,1,S,S) bool says which position sees which, see `rlhf_core.nn.shared_prompt`.
+        index: of right-padded rows. Without it the mask is read, for which the host waits where it
+            lies on a GPU.
 
     Returns:
         (B,S,d).
     """
     base = backbone(causal_lm(model))
     mask = attention_mask
-    follows_mask = mask is not None and mask.dim() == 2 and position_ids is None
-    if follows_mask and fast_paths.switched_on() and _right_padded(cast(Tensor, mask)):
-        return _right_padded_hidden(base, input_ids, cast(Tensor, mask))
+    if mask is not None and mask.dim() == 2 and position_ids is None and fast_paths.switched_on():
+        if index is None and _right_padded(mask):
+            index = TokenIndex.of(mask)
+        if index is not None:
+            return _right_padded_hidden(base, input_ids, mask, index.real)
     return _hidden_of(base, input_ids, mask, position_ids)
 
 
-def _right_padded_hidden(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
+def _right_padded_hidden(base: Any, input_ids: Tensor, mask: Tensor, real: Tensor) -> Tensor:
     def keep_padding() -> Tensor:
         return WITHOUT_MASK.run(
             base,
@@ -97,10 +103,10 @@ def _right_padded_hidden(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
             lambda: _hidden_of(base, input_ids, mask, None),
         )
 
-    if not unpadded.suits(base) or not unpadded.worthwhile(mask):
+    if not unpadded.suits(base) or not unpadded.worthwhile(real, input_ids):
         return keep_padding()
     return unpadded.PATH.run(
-        base, lambda: unpadded.hidden_states(base, input_ids, mask), keep_padding
+        base, lambda: unpadded.hidden_states(base, input_ids, real), keep_padding
     )
 
 

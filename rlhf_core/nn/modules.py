@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rlhf_core.nn import shared_prompt
 from rlhf_core.nn.backbone import BareBackbone, backbone, backbone_hidden, causal_lm
 from rlhf_core.nn.fast_paths import run
-from rlhf_core.nn.padding import Batch
+from rlhf_core.nn.padding import Batch, TokenIndex
 from rlhf_core.nn.response_logprobs import response_logprobs
 from rlhf_core.nn.shared_prompt import block_mask, ends_of, split_rows, takes_block_masks
 from rlhf_core.nn.unpadded import ATTENTION_SHARE, is_used
@@ -43,6 +43,7 @@ class Policy(nn.Module):
         input_ids: Tensor,
         mask: Tensor | None,
         loss_mask: Tensor,
+        index: TokenIndex | None = None,
         temperature: float = 1.0,
         position_ids: Tensor | None = None,
     ) -> Tensor:
@@ -51,10 +52,13 @@ class Policy(nn.Module):
         Args:
             input_ids: (B,S). mask: (B,S) bool, True at real tokens; None where rows are packed.
             loss_mask: (B,S) bool, True where a log-probability is wanted; never column 0.
+            index: of the rows, if the host knows it, see `TokenIndex`.
             temperature: the logits are divided by it.
             position_ids: (B,S) of packed rows, see `backbone_hidden`.
         """
-        return response_logprobs(self.model, input_ids, mask, position_ids, loss_mask, temperature)
+        return response_logprobs(
+            self.model, input_ids, mask, position_ids, loss_mask, temperature, index=index
+        )
 
     def within(self, function: Callable[[], T]) -> T:
         """Run a function that reads parameters, as a forward pass of this module: under FSDP they
@@ -86,31 +90,39 @@ class ScalarModel(nn.Module):
             )
             self.head.bias.zero_()
 
-    def states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def states(self, input_ids: Tensor, mask: Tensor, index: TokenIndex | None = None) -> Tensor:
         """The head's input at every position, (B,S,d)."""
-        return self._states(input_ids, mask)
+        return self._states(input_ids, mask, index)
 
-    def _states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = backbone_hidden(BareBackbone(self.backbone), input_ids, mask)  # (B,S,d)
+    def _states(self, input_ids: Tensor, mask: Tensor, index: TokenIndex | None) -> Tensor:
+        bare = BareBackbone(self.backbone)
+        hidden = backbone_hidden(bare, input_ids, mask, index=index)  # (B,S,d)
         if self.pooling == "mean":  # of all tokens so far: each position sees only its past
             real = mask.unsqueeze(-1).to(hidden.dtype)  # (B,S,1)
             hidden = (hidden * real).cumsum(dim=1) / real.cumsum(dim=1).clamp(min=1.0)
         return hidden
 
-    def per_token(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def per_token(self, input_ids: Tensor, mask: Tensor, index: TokenIndex | None = None) -> Tensor:
         """The normalised number at every position, (B,S) fp32."""
-        return self._normalised(self._states(input_ids, mask))
+        return self._normalised(self._states(input_ids, mask, index))
 
     def _normalised(self, hidden: Tensor) -> Tensor:
         """The head's number for each of the hidden states (...,d), fp32."""
         raw = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
         return (raw - self.mean) / self.std
 
-    def forward(self, input_ids: Tensor, mask: Tensor, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        index: TokenIndex | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
         """Scores (B,) fp32: the number at each row's last real token.
 
         Args:
             mask: (B,S) bool; position ids where segments are given.
+            index: of the rows, if the host knows it, see `TokenIndex`.
             segments: (B,S) of pairs that share a row, see `rlhf_core.nn.shared_prompt`; the
                 scores are then (2B,), those of the chosen replies first.
         """
@@ -121,10 +133,10 @@ class ScalarModel(nn.Module):
                 lambda: self._of_pairs(input_ids, mask, segments),
                 lambda: self._of_rows(*split_rows(input_ids, segments)),
             )
-        return self._of_rows(input_ids, mask)
+        return self._of_rows(input_ids, mask, index)
 
-    def _of_rows(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        values = self._normalised(self._states(input_ids, mask))  # (B,S)
+    def _of_rows(self, input_ids: Tensor, mask: Tensor, index: TokenIndex | None = None) -> Tensor:
+        values = self._normalised(self._states(input_ids, mask, index))  # (B,S)
         return values.gather(1, last_real(mask).unsqueeze(1)).squeeze(1)
 
     def _of_pairs(self, input_ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
@@ -161,21 +173,22 @@ class ActorCritic(nn.Module):
         input_ids: Tensor,
         mask: Tensor,
         loss_mask: Tensor,
+        index: TokenIndex | None = None,
         temperature: float = 1.0,
-        ptx: tuple[Tensor, Tensor, Tensor] | None = None,
+        ptx: Batch | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities and values of the tokens in the loss mask; log-probabilities of ptx.
 
         Args:
-            input_ids, mask, loss_mask: (B,S), see `Policy`.
-            ptx: the same three of language-modelling rows, at temperature 1.
+            input_ids, mask, loss_mask, index: see `Policy`.
+            ptx: language-modelling rows, at temperature 1.
 
         Returns:
             logprobs (B,S); values (B,S), at each token of the loss mask the critic's value
             of the state before it; ptx log-probabilities or None.
         """
-        logprobs = self.policy(input_ids, mask, loss_mask, temperature)
-        states = self.critic.per_token(input_ids, mask)  # (B,S)
+        logprobs = self.policy(input_ids, mask, loss_mask, index, temperature)
+        states = self.critic.per_token(input_ids, mask, index)  # (B,S)
         before = torch.cat([states[:, :1], states[:, :-1]], dim=1)  # (B,S), moved one right
         values = torch.where(loss_mask, before, torch.zeros_like(before))
         return logprobs, values, None if ptx is None else self.policy(*ptx)
@@ -204,9 +217,10 @@ class Actor(nn.Module):
         input_ids: Tensor,
         mask: Tensor,
         loss_mask: Tensor,
+        index: TokenIndex | None = None,
         temperature: float = 1.0,
         ptx: Batch | None = None,
     ) -> tuple[Tensor, None, Tensor | None]:
         """Log-probabilities (b,S) of the loss mask's tokens, None, and those of ptx or None."""
-        logprobs = self.policy(input_ids, mask, loss_mask, temperature)
+        logprobs = self.policy(input_ids, mask, loss_mask, index, temperature)
         return logprobs, None, None if ptx is None else self.policy(*ptx)

@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_core.losses.reductions import upcast
 from rlhf_core.nn.backbone import accepted, backbone_hidden, causal_lm, mask_and_positions
 from rlhf_core.nn.chunked_logprobs import check_temperature, token_logprobs
+from rlhf_core.nn.padding import TokenIndex, check_first_column, flat_indices, put, take
 from rlhf_core.nn.vocabulary_head import Head, lm_head
 
 
@@ -31,6 +31,7 @@ def response_logprobs(
     response_mask: Tensor,
     temperature: float = ...,
     *,
+    index: TokenIndex | None = ...,
     chunk: int | None = ...,
     entropy: Literal[False] = ...,
 ) -> Tensor: ...
@@ -45,6 +46,7 @@ def response_logprobs(
     response_mask: Tensor,
     temperature: float = ...,
     *,
+    index: TokenIndex | None = ...,
     chunk: int | None = ...,
     entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -58,6 +60,7 @@ def response_logprobs(
     response_mask: Tensor,
     temperature: float = 1.0,
     *,
+    index: TokenIndex | None = None,
     chunk: int | None = None,
     entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -70,6 +73,8 @@ def response_logprobs(
         response_mask: (B,T) bool over the last T columns of ``input_ids``, True where a token's
             log-probability is wanted. T = S is allowed, but nothing predicts the first column.
         temperature: the logits are divided by it, as in sampling.
+        index: of right-padded rows and a response_mask with T = S. Without it the masks are read,
+            for which the host waits where they lie on a GPU.
         entropy: also return the entropy of the distribution at each of those positions.
 
     Returns:
@@ -85,28 +90,35 @@ def response_logprobs(
             f"found {response_mask.dtype} {tuple(response_mask.shape)}"
         )
     check_temperature(temperature)
-    if width == length and bool(response_mask[:, 0].any()):
-        raise ValueError("response_mask asks for column 0, which no token comes before")
-    # (B,S) bool, shifted left by one: the positions that predict
-    wanted = F.pad(response_mask, (length - width, 0))
-    predicting = F.pad(wanted[:, 1:], (0, 1))
-    targets = input_ids[wanted]  # (N,)
+    at, tokens = _find(response_mask, length, index)  # (N,) each
+    targets = input_ids.flatten()[tokens]  # (N,)
+    predicting = tokens - 1  # (N,) the position before, in the same row
     head = lm_head(model)
     if head is None:
-        picked = _full_logits(model, input_ids, attention_mask, position_ids)[predicting]
+        logits = _full_logits(model, input_ids, attention_mask, position_ids)  # (B,S,V)
+        picked = take(logits, predicting)  # (N,V)
         logp = torch.log_softmax(picked / temperature, dim=-1)  # (N,V)
         flat = logp.gather(1, targets.unsqueeze(1)).squeeze(1)  # (N,)
         flat_entropy = -(logp.exp() * logp).sum(dim=1)  # (N,)
     else:
-        hidden = backbone_hidden(model, input_ids, attention_mask, position_ids)  # (B,S,d)
+        hidden = backbone_hidden(model, input_ids, attention_mask, position_ids, index)  # (B,S,d)
         flat, flat_entropy = _apply_head(
-            head, hidden[predicting], targets, temperature, chunk, entropy
+            head, take(hidden, predicting), targets, temperature, chunk, entropy
         )
-    zeros = torch.zeros(rows, width, dtype=flat.dtype, device=flat.device)
-    logprobs = zeros.masked_scatter(response_mask, flat)  # (B,T)
-    if not entropy:
-        return logprobs
-    return logprobs, zeros.masked_scatter(response_mask, flat_entropy)
+    logprobs = put(flat, at, rows, width)  # (B,T)
+    return (logprobs, put(flat_entropy, at, rows, width)) if entropy else logprobs
+
+
+def _find(response_mask: Tensor, length: int, index: TokenIndex | None) -> tuple[Tensor, Tensor]:
+    """Flat indices (N,) of the wanted tokens: into the response mask (B,T), and into (B,S)."""
+    width = response_mask.shape[1]
+    if index is not None:
+        assert index.loss is not None and width == length, "an index of other rows"
+        return index.loss, index.loss
+    if width == length:
+        check_first_column(response_mask)
+    at = flat_indices(response_mask)
+    return at, at + (at // max(width, 1) + 1) * (length - width)
 
 
 def _apply_head(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf_core.nn.backbone import BareBackbone, backbone_hidden, position_ids_from_mask
 from rlhf_core.nn.fast_paths import FastPath, Pairs, switched_on
-from rlhf_core.nn.padding import pad_right
+from rlhf_core.nn.padding import pad_right, to_device
 from rlhf_core.nn.probe_model import trial_length
 
 LONGEST = 2048
@@ -42,9 +42,9 @@ def collate_shared(
         positions.append([*range(start + len(chosen)), *range(start, start + len(rejected))])
         segments.append([0] * start + [1] * len(chosen) + [2] * len(rejected))
     return (
-        pad_right(ids)[0].to(device),
-        pad_right(positions)[0].to(device),
-        pad_right(segments, -1)[0].to(device),
+        to_device(pad_right(ids)[0], device),
+        to_device(pad_right(positions)[0], device),
+        to_device(pad_right(segments, -1)[0], device),
     )
 
 

@@ -22,6 +22,7 @@ from rlhf_core.nn import fast_paths, unpadded
 from rlhf_core.nn.backbone import BareBackbone, backbone, backbone_hidden, try_out
 from rlhf_core.nn.fast_paths import FastPath, Pairs, patched
 from rlhf_core.nn.layers import transformer_layers
+from rlhf_core.nn.padding import TokenIndex
 from rlhf_core.nn.probe_model import trial_rows
 from rlhf_core.nn.vocabulary_head import lm_head
 
@@ -47,7 +48,7 @@ class Trunk:
         self._in_tuple = _in_tuple(models[0])
 
     @torch.no_grad()
-    def run(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def run(self, input_ids: Tensor, mask: Tensor, index: TokenIndex | None = None) -> Tensor:
         """Hidden states (B,S,d) at the end of the trunk; input_ids, mask (B,S)."""
         model = self._models[0]
 
@@ -56,7 +57,7 @@ class Trunk:
 
         with patched((transformer_layers(model)[1][self.depth], "forward", stop)):
             try:
-                _call(model, input_ids, mask)
+                _call(model, input_ids, mask, index)
             except _Reached as reached:
                 return reached.hidden
         raise AssertionError("the model returned before the end of the trunk")
@@ -145,9 +146,12 @@ PATH = FastPath(
 )
 
 
-def _call(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+def _call(
+    model: nn.Module, input_ids: Tensor, mask: Tensor, index: TokenIndex | None = None
+) -> Tensor:
     """The backbone's output, as in training."""
-    return backbone_hidden(BareBackbone(model.base_model), input_ids, mask)  # type: ignore[arg-type]
+    bare = BareBackbone(model.base_model)  # type: ignore[arg-type]
+    return backbone_hidden(bare, input_ids, mask, index=index)
 
 
 @torch.no_grad()

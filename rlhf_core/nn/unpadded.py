@@ -10,51 +10,20 @@ B rows, S positions, N real tokens, H heads, e size of a head, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_core.nn.fast_paths import FastPath, Pairs, patched, switched_on
+from rlhf_core.nn.padding import flat_indices, put, take
 from rlhf_core.nn.probe_model import trial_rows
 
 ATTENTION = "rlhf_unpadded"  # name of `_attention` in transformers' registry
 MIN_PADDING = 0.03  # share of padding below which rows stay as they are
 # A padding token takes part in attention only: its cost, as a share of a real token's.
 ATTENTION_SHARE = 0.25
-
-
-class _Put(torch.autograd.Function):
-    """(N,...) -> (B*S,...), zeros at padding; backward the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, indices: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(indices)
-        return tokens.new_zeros(size, *tokens.shape[1:]).index_copy_(0, indices, tokens)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _Take(torch.autograd.Function):
-    """(B*S,...) -> (N,...); backward the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, indices: Tensor) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.size = rows.shape[0]
-        return rows.index_select(0, indices)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        shape = (ctx.size, *grad.shape[1:])
-        return grad.new_zeros(shape).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
 class Layout(NamedTuple):
@@ -66,12 +35,11 @@ class Layout(NamedTuple):
 
     def put(self, tokens: Tensor) -> Tensor:
         """(N,...) -> (B,S,...), zeros at padding."""
-        padded = cast(Tensor, _Put.apply(tokens, self.indices, self.rows * self.length))
-        return padded.view(self.rows, self.length, *tokens.shape[1:])
+        return put(tokens, self.indices, self.rows, self.length)
 
     def take(self, rows: Tensor) -> Tensor:
         """(B,S,...) -> (N,...)."""
-        return cast(Tensor, _Take.apply(rows.flatten(0, 1), self.indices))
+        return take(rows, self.indices)
 
 
 def _attention(
@@ -93,15 +61,14 @@ def _attention(
 AttentionInterface.register(ATTENTION, _attention)
 
 
-def hidden_states(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
+def hidden_states(base: Any, input_ids: Tensor, real: Tensor) -> Tensor:
     """The backbone's output (B,S,d), zeros at padding.
 
     Args:
         base: a backbone for which `is_used`.
-        input_ids: (B,S). mask: (B,S), True at real tokens, which come first in each row.
+        input_ids: (B,S). real: (N,) flat indices of the real tokens, which come first in each row.
     """
-    mask = mask.bool()
-    layout = Layout(mask.flatten().nonzero().squeeze(1), *mask.shape)
+    layout = Layout(real, *input_ids.shape)
     with patched(
         (base.config, "_attn_implementation", ATTENTION),
         (base.config, "unpadded_layout", layout),
@@ -115,9 +82,9 @@ def hidden_states(base: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
     return layout.put(output[0].squeeze(0))
 
 
-def worthwhile(mask: Tensor) -> bool:
-    """Whether rows (B,S) have enough padding to leave it out."""
-    return float(mask.sum()) <= (1 - MIN_PADDING) * mask.numel()
+def worthwhile(real: Tensor, input_ids: Tensor) -> bool:
+    """Whether rows (B,S) with real tokens (N,) have enough padding to leave it out."""
+    return real.numel() <= (1 - MIN_PADDING) * input_ids.numel()
 
 
 def suits(base: Any) -> bool:
@@ -159,7 +126,7 @@ def _obstacle(base: Any) -> str:
 def _trial(base: Any) -> Pairs:
     ids, mask = trial_rows(base)
     plain = base(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0]
-    return [(hidden_states(base, ids, mask)[mask], plain[mask])]
+    return [(hidden_states(base, ids, flat_indices(mask))[mask], plain[mask])]
 
 
 PATH = FastPath("rows without padding", "padding tokens go through every layer", _trial)

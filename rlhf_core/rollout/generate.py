@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from rlhf_core.losses.reductions import upcast
 from rlhf_core.nn import small_batch_linear
 from rlhf_core.nn.backbone import accepted, backbone, causal_lm, position_ids_from_mask
 from rlhf_core.nn.fast_paths import patched, run, switched_on
+from rlhf_core.nn.padding import to_device
 from rlhf_core.nn.probe_model import eval_mode
 from rlhf_core.nn.vocabulary_head import lm_head
 from rlhf_core.rollout import grouped_attention, kv_cache
@@ -49,6 +50,10 @@ class Rollout:
             torch.zeros(shape, dtype=torch.float32, device=device),
             torch.zeros(count, dtype=torch.bool, device=device),
         )
+
+    def cpu(self) -> Rollout:
+        """The same on the CPU: one copy for all rows, whoever reads them one by one."""
+        return Rollout(*(getattr(self, field.name).cpu() for field in fields(self)))
 
     def trimmed(self) -> Rollout:
         """The same without the columns at the end in which no row has a token."""
@@ -261,10 +266,11 @@ class _Decoder:
             ended = torch.isin(token, self.stop)  # (b,)
             result.finished[alive] = ended
             inputs = token.unsqueeze(1)  # (b,1)
-            if bool(ended.any()):
-                keep = (~ended).nonzero().squeeze(1)
-                if keep.numel() == 0:
-                    return
+            going_on = [i for i, over in enumerate(ended.tolist()) if not over]
+            if not going_on:
+                return
+            if len(going_on) < len(ended):
+                keep = to_device(torch.tensor(going_on), device)  # (b,)
                 cache.batch_select_indices(keep)
                 inputs, attention, positions, alive = (
                     x[keep] for x in (inputs, attention, positions, alive)

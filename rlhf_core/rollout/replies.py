@@ -69,7 +69,7 @@ def sample_replies(
             pad_id=0,
             row_seeds=make_row_seeds(seed, stream, mine),
             batch_size=batch_size,
-        )
+        ).cpu()
     replies = [
         Reply(
             rollout.response_ids[i][rollout.response_mask[i]].tolist(),

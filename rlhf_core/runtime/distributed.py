@@ -75,9 +75,11 @@ class Group:
 
     def sum(self, values: Tensor | Sequence[float]) -> Tensor:
         """Elementwise sum over the ranks, fp64, on the CPU."""
-        total = torch.as_tensor(values, dtype=torch.float64).detach().to(self.device).clone()
-        if self.size > 1:
-            dist.all_reduce(total)
+        own = torch.as_tensor(values, dtype=torch.float64).detach()
+        if self.size == 1:  # alone on a GPU there is nothing to wait for
+            return own.cpu().clone()
+        total = own.to(self.device).clone()
+        dist.all_reduce(total)
         return total.cpu()
 
     def any(self, flag: bool) -> bool:

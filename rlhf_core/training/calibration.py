@@ -46,7 +46,7 @@ def sft_replies(
             eos_ids=stop_tokens(source),
             pad_id=tokenizer.pad_token_id or 0,
             row_seeds=make_row_seeds(job.seed, 0, mine),
-        )
+        ).cpu()
     replies = [rollout.response_ids[i][rollout.response_mask[i]].tolist() for i in range(len(mine))]
     whole = group.interleave(replies)
     return [[*row["prompt_ids"], *reply] for row, reply in zip(rows, whole, strict=True)]

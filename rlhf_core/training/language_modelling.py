@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.nn.modules import Policy
-from rlhf_core.nn.padding import pad_right
+from rlhf_core.nn.padding import Batch, TokenIndex, batch_on, pad_right
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.training.batching import scoring_passes
+from rlhf_core.training.reading import read_all
 from rlhf_core.training.strategy import Strategy
 
 
@@ -23,12 +24,12 @@ def trained_tokens(row: dict[str, Any]) -> int:
     return sum(row["trainable"][1:])
 
 
-def collate(rows: Sequence[dict[str, Any]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids (B,S), mask (B,S) bool, loss_mask (B,S) bool of rows of a data set."""
+def collate(rows: Sequence[dict[str, Any]], device: torch.device) -> Batch:
+    """Rows of a data set, with their trained tokens in the loss mask."""
     input_ids, mask = pad_right([r["input_ids"] for r in rows])
     loss_mask, _ = pad_right([r["trainable"] for r in rows])
     loss_mask[:, 0] = 0
-    return input_ids.to(device), mask.to(device), loss_mask.bool().to(device)
+    return batch_on(device, input_ids, mask, loss_mask.bool())
 
 
 @torch.no_grad()
@@ -38,18 +39,29 @@ def heldout_loss(
     """Held-out loss (nats per trained token) and perplexity; empty without held-out rows."""
     if len(rows) == 0:
         return {}
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
+    found = []
     lengths = rows.lengths("input_ids").tolist()
     for positions, counts in scoring_passes(lengths, group, micro_batch_size):
         batch = collate(rows.take(positions), group.device)
         with strategy.autocast() if strategy else contextlib.nullcontext():
             logprobs = module(*batch)
         if counts:
-            sums += torch.tensor([-logprobs.double().sum().item(), batch[2].sum().item()])
-    return loss_per_token(group.sum(sums))
+            found.append(loss_and_tokens(logprobs, batch.index))
+    return loss_per_token(found, group)
 
 
-def loss_per_token(total: Tensor) -> dict[str, float]:
-    """Held-out loss and perplexity from the sums (2,) of losses and of tokens."""
+def loss_and_tokens(logprobs: Tensor, index: TokenIndex) -> dict[str, float | Tensor]:
+    """Of a held-out micro-batch: the sum of its losses (nats), and how many tokens have one."""
+    assert index.loss is not None
+    return {"loss": -logprobs.double().sum(), "tokens": float(index.loss.numel())}
+
+
+def loss_per_token(found: Sequence[Mapping[str, float | Tensor]], group: Group) -> dict[str, float]:
+    """Held-out loss and perplexity from the `loss_and_tokens` of this rank's micro-batches. Every
+    rank calls."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for share in read_all(found):
+        sums += torch.tensor([share["loss"], share["tokens"]])
+    total = group.sum(sums)
     loss = float(total[0] / total[1])
     return {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700.0))}

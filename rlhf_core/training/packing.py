@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.nn.backbone import backbone_hidden
-from rlhf_core.nn.padding import pad_right
+from rlhf_core.nn.padding import TokenIndex, batch_on, pad_right, to_device
 from rlhf_core.system.seeds import derive_seed
 
 
@@ -129,20 +129,21 @@ def batch_sequences(sequences: int, batch_size: int, step: int, seed: int) -> li
 
 
 def collate(
-    batch: Sequence[Packed], device: torch.device, *, separate: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """What `Policy` takes: input_ids (B,S), mask, loss_mask (B,S) bool, position_ids.
+    sequences: Sequence[Packed], device: torch.device, *, separate: bool
+) -> tuple[Tensor, Tensor | None, Tensor, TokenIndex, Tensor | None]:
+    """What `Policy` takes: input_ids (B,S), mask, loss_mask (B,S) bool, index, position_ids.
 
     Args:
         separate: keep the documents apart: there are position ids (B,S) and no mask, and each
             padded position is a document of its own. False: a mask (B,S) and no position ids.
     """
-    input_ids, mask = pad_right([p.ids for p in batch])
-    loss_mask = pad_right([p.loss_mask for p in batch])[0].bool()
+    ids, real = pad_right([p.ids for p in sequences])
+    marks, _ = pad_right([p.loss_mask for p in sequences])
+    input_ids, mask, loss_mask, index = batch_on(device, ids, real, marks.bool())
     if not separate:
-        return input_ids.to(device), mask.to(device), loss_mask.to(device), None
-    positions = pad_right([p.positions for p in batch])[0]
-    return input_ids.to(device), None, loss_mask.to(device), positions.to(device)
+        return input_ids, mask, loss_mask, index, None
+    positions, _ = pad_right([p.positions for p in sequences])
+    return input_ids, None, loss_mask, index, to_device(positions, device)
 
 
 @torch.no_grad()

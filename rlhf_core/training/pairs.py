@@ -142,13 +142,13 @@ def loss_of_micro_batch(
     """Forward pass and loss of the pairs at some indices of the global batch."""
     assert strategy.module is not None
     replies = pair_replies([batch.rows[i] for i in indices])
-    input_ids, mask, response_mask = collate_replies(replies, strategy.device)  # (2b,S) each
-    logprobs = strategy.module(input_ids, mask, response_mask)  # (2b,S)
+    micro_batch = collate_replies(replies, strategy.device)  # (2b,S) each
+    logprobs = strategy.module(*micro_batch)  # (2b,S)
     return loss(
         ScoredPairs(
             numbers=[batch.numbers[i] for i in indices],
-            logps=by_pair(sequence_logps(logprobs, response_mask)),
-            lengths=by_pair(response_mask.sum(dim=1)),
+            logps=by_pair(sequence_logps(logprobs, micro_batch.loss_mask)),
+            lengths=by_pair(micro_batch.loss_mask.sum(dim=1)),
             pairs=len(batch.rows),
             chosen_tokens=sum(len(row["chosen_ids"]) for row in batch.rows),
         )

@@ -17,21 +17,20 @@ from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.jobs import PreferenceJob
 from rlhf_core.losses.reductions import Metrics, sequence_logps
 from rlhf_core.nn.modules import Policy
-from rlhf_core.nn.padding import mark_from, pad_right
+from rlhf_core.nn.padding import Batch, TokenIndex, mark_from, rows_on
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.batching import batch_rows, scoring_passes
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.policy import publish_policy
+from rlhf_core.training.reading import read_rows
 from rlhf_core.training.strategy import Strategy
 
 Reply = tuple[list[int], list[int]]  # prompt ids, response ids
 
 
-def collate_replies(
-    replies: Sequence[Reply], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids (B,S), mask (B,S) bool and response_mask (B,S) bool."""
+def collate_replies(replies: Sequence[Reply], device: torch.device) -> Batch:
+    """Replies, with their responses in the loss mask."""
     whole = [[*prompt, *response] for prompt, response in replies]
     return mark_from(whole, [len(prompt) for prompt, _ in replies], device)
 
@@ -82,14 +81,14 @@ def response_logps(
         micro: replies in one forward pass.
     """
     group = strategy.group
-    found: list[tuple[int, float]] = []
+    found = []
     for numbers, counts in scoring_passes(lengths, group, micro):
         batch = collate_replies(load(numbers), strategy.device)
         with strategy.autocast():
-            logps = sequence_logps(module(*batch), batch[2])  # (b,)
+            logps = sequence_logps(module(*batch), batch.loss_mask)  # (b,)
         if counts:
-            found += zip(numbers, logps.tolist(), strict=True)
-    return torch.tensor(group.in_order(found), dtype=torch.float64)
+            found.append((numbers, logps))
+    return torch.tensor(group.in_order(read_rows(found)), dtype=torch.float64)
 
 
 def pair_logps(
@@ -147,10 +146,11 @@ def pair_length(row: dict[str, Any]) -> int:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
-def collate_pairs(rows: Sequence[dict[str, Any]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """input_ids and mask (2b,S): the chosen sequences, then the rejected ones."""
+def collate_pairs(
+    rows: Sequence[dict[str, Any]], device: torch.device
+) -> tuple[Tensor, Tensor, TokenIndex]:
+    """input_ids and mask (2b,S): the chosen sequences, then the rejected ones; and their index."""
     sequences = [
         [*r["prompt_ids"], *r[key]] for key in ("chosen_ids", "rejected_ids") for r in rows
     ]
-    input_ids, mask = pad_right(sequences)
-    return input_ids.to(device), mask.to(device)
+    return rows_on(device, sequences)

@@ -87,9 +87,9 @@ def probe_head(
     rows = train.take(list(range(len(train))))
     found: list[tuple[int, Tensor]] = []
     for positions in split_batch([pair_length(r) for r in rows], group, 2 * micro):
-        input_ids, mask = collate_pairs([rows[p] for p in positions], group.device)
+        input_ids, mask, index = collate_pairs([rows[p] for p in positions], group.device)
         with strategy.autocast():
-            states = module.states(input_ids, mask).float()  # (2b,S,d)
+            states = module.states(input_ids, mask, index).float()  # (2b,S,d)
         last = last_real(mask)
         pooled = states[torch.arange(len(last), device=group.device), last].cpu()  # (2b,d)
         chosen, rejected = pooled.chunk(2)

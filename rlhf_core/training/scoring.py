@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.nn.modules import ScalarModel
-from rlhf_core.nn.padding import pad_right
+from rlhf_core.nn.padding import rows_on
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.training.batching import scoring_passes
+from rlhf_core.training.reading import read_rows
 from rlhf_core.training.strategy import Strategy
 
 
@@ -23,14 +24,13 @@ def score_sequences(
     Args:
         micro: sequences in one pass on one rank.
     """
-    found: list[tuple[int, float]] = []
+    found = []
     lengths = [len(s) for s in sequences]
     for positions, counts in scoring_passes(lengths, group, micro):
-        input_ids, mask = pad_right([sequences[p] for p in positions])
-        scores = module(input_ids.to(group.device), mask.to(group.device))
+        scores = module(*rows_on(group.device, [sequences[p] for p in positions]))
         if counts:
-            found += zip(positions, scores.tolist(), strict=True)
-    return group.in_order(found)
+            found.append((positions, scores))
+    return group.in_order(read_rows(found))
 
 
 def score_all(

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_core.errors import NonFinite
+from rlhf_core.runtime.distributed import Group
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.nonfinite import failure
+from rlhf_core.training.reading import detached, read_all
 from rlhf_core.training.strategy import Strategy
 
 Loss = Callable[[list[int]], tuple[Tensor, Mapping[str, float | Tensor]]]
@@ -37,17 +39,23 @@ def update_on_batch(
     Raises:
         NonFinite: the loss or a gradient is NaN or infinite; the batch is saved.
     """
-    shares: dict[str, float] = {}
+    found = []
     try:
         for i, indices in enumerate(micro_batches):
             with strategy.micro_batch(last=i == len(micro_batches) - 1):
                 total, metrics = loss(indices)
                 strategy.backward(total)
-            found = {"loss": total.item(), **{k: float(v) for k, v in metrics.items()}}
-            shares = {name: shares.get(name, 0.0) + value for name, value in found.items()}
+            found.append(detached({"loss": total, **metrics}))
         strategy.step()
     except NonFinite as error:
         last = len(micro_batches) - 1 if error.micro_batch is None else error.micro_batch
         raise failure(error, checkpointer, step + 1, rows, micro_batches[last]) from error
-    sums = strategy.group.sum(list(shares.values())).tolist()
-    return dict(zip(shares, sums, strict=True)) | strategy.step_metrics()
+    return add_up(read_all(found), strategy.group) | strategy.step_metrics()
+
+
+def add_up(shares: Sequence[Mapping[str, float]], group: Group) -> dict[str, float]:
+    """Sums over the micro-batches of all ranks. Every rank calls, with the same names."""
+    own: dict[str, float] = {}
+    for share in shares:
+        own = {name: own.get(name, 0.0) + value for name, value in share.items()}
+    return dict(zip(own, group.sum(list(own.values())).tolist(), strict=True))

@@ -59,5 +59,5 @@ def collate_responses(
     indices: Sequence[int],
     device: torch.device,
 ) -> Batch:
-    """Some of the sequences as input_ids, mask and response mask, (b,S) each."""
+    """Some of the sequences, with their responses in the loss mask."""
     return mark_from([sequences[i] for i in indices], [prompt_lengths[i] for i in indices], device)

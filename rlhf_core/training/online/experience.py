@@ -116,21 +116,38 @@ def run_models(
         batch = collate_responses(
             rollout.sequences, rollout.prompt_lengths, indices, strategy.device
         )
-        input_ids, mask, response_mask = batch  # (b,S) each
-        with strategy.autocast(), first_pass.shared_layers(indices, input_ids, mask):
+        input_ids, mask, _, index = batch  # (b,S) each, and where their tokens are
+        with strategy.autocast(), first_pass.shared_layers(indices, input_ids, mask, index):
             ref = models.reference(*batch, job.temperature)  # (b,S)
             if first_pass.defers(indices):
                 old, values = torch.zeros_like(ref), None
             else:
                 old, values, _ = models.trained(*batch, job.temperature)  # (b,S)
-            scores = None if models.reward is None else models.reward(input_ids, mask)  # (b,)
+            scores = None
+            if models.reward is not None:
+                scores = models.reward(input_ids, mask, index)  # (b,)
         outputs = [old, ref] if values is None else [old, ref, values]
-        for row, index in enumerate(indices):
-            columns = [x[row][response_mask[row]].float().cpu() for x in outputs]
-            found.append(
-                (index, ModelOutputs(columns, None if scores is None else float(scores[row])))
-            )
+        found += by_reply(rollout, indices, outputs, scores)
     return strategy.group.in_order(found)
+
+
+def by_reply(
+    rollout: GlobalRollout, indices: list[int], outputs: list[Tensor], scores: Tensor | None
+) -> list[tuple[int, ModelOutputs]]:
+    """What the models say about each reply of a micro-batch, by one copy from the device.
+
+    Args:
+        outputs: (b,S) each. scores: (b,).
+    """
+    planes = outputs if scores is None else [*outputs, scores.unsqueeze(1).expand_as(outputs[0])]
+    copied = torch.stack([plane.float() for plane in planes]).cpu()  # (k,b,S)
+    found = []
+    for row, index in enumerate(indices):
+        response = slice(rollout.prompt_lengths[index], len(rollout.sequences[index]))
+        columns = [plane[row, response].clone() for plane in copied[: len(outputs)]]
+        score = None if scores is None else float(copied[-1, row, 0])
+        found.append((index, ModelOutputs(columns, score)))
+    return found
 
 
 def pad_columns(columns: Sequence[Tensor]) -> Tensor:

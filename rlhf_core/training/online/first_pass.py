@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
+from rlhf_core.nn.padding import TokenIndex
 from rlhf_core.nn.shared_trunk import Trunk
 from rlhf_core.runtime.distributed import Group
 
@@ -51,7 +53,7 @@ class FirstPass:
 
     def record(self, indices: list[int], logprobs: Tensor) -> None:
         """Keep the log-probabilities (b,T) that the first update found for a micro-batch."""
-        self._logprobs.append((indices, logprobs.detach().cpu()))
+        self._logprobs.append((indices, logprobs.detach()))
 
     def complete(self, old_logprobs: Tensor, group: Group) -> Tensor:
         """Fill in what was missing from what all ranks have recorded. Every rank calls.
@@ -63,27 +65,32 @@ class FirstPass:
             (B,T), whole, on every rank; the argument is unchanged.
         """
         whole = old_logprobs.clone()
-        for recorded in group.gather(self._logprobs):
-            for indices, logprobs in recorded:
-                whole[indices] = logprobs
+        mine = [index for indices, _ in self._logprobs for index in indices]
+        logprobs = torch.cat([x for _, x in self._logprobs]).cpu()  # (b,T), one copy for all
+        for indices, rows in group.gather((mine, logprobs)):
+            whole[indices] = rows
         self._deferred, self._logprobs = frozenset(), []
         return whole
 
     @contextlib.contextmanager
     def shared_layers(
-        self, indices: Sequence[int], input_ids: Tensor, mask: Tensor
+        self,
+        indices: Sequence[int],
+        input_ids: Tensor,
+        mask: Tensor,
+        index: TokenIndex | None = None,
     ) -> Iterator[None]:
         """Within it, models go on from the end of the layers they share, if they share any.
 
         Args:
             indices: the micro-batch's replies; the same ones come with the same tokens.
-            input_ids, mask: (b,S) of the micro-batch.
+            input_ids, mask: (b,S) of the micro-batch. index: of its rows, see `TokenIndex`.
         """
         if self._trunk is None:
             yield
             return
         key = tuple(indices)
         if key not in self._hidden:
-            self._hidden[key] = self._trunk.run(input_ids, mask)
+            self._hidden[key] = self._trunk.run(input_ids, mask, index)
         with self._trunk.replaced_by(self._hidden[key]):
             yield

@@ -15,6 +15,7 @@ from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm, load_scalar_model
 from rlhf_core.nn.layers import share_frozen
 from rlhf_core.nn.modules import Actor, ActorCritic, Policy, ScalarModel
+from rlhf_core.nn.padding import TokenIndex
 from rlhf_core.nn.shared_trunk import Trunk, find_trunk
 from rlhf_core.rewards import Rules
 from rlhf_core.runtime.context import StageContext
@@ -30,11 +31,16 @@ class AdapterOff:
 
     @torch.no_grad()
     def __call__(
-        self, input_ids: Tensor, mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        response_mask: Tensor,
+        index: TokenIndex | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
         """Log-probabilities (b,S), as `Policy` gives them."""
         with self.policy.model.disable_adapter():  # type: ignore[operator]
-            return self.policy(input_ids, mask, response_mask, temperature)
+            return self.policy(input_ids, mask, response_mask, index, temperature)
 
 
 @dataclass(frozen=True)

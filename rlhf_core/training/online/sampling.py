@@ -100,6 +100,7 @@ def roll_out(
     else:
         with strategy.autocast():
             sampled = generate_together(policy, prompts, group, **options)
+    sampled = sampled.cpu()
     own = []
     for i in range(len(mine)):
         real = sampled.response_mask[i]  # (T,)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rlhf_core.errors import NonFinite, TrainingFailure
 from rlhf_core.losses.supervised import sft_loss
+from rlhf_core.nn.padding import flat_indices, put, take, to_device
 from rlhf_core.training.nonfinite import failure
 from rlhf_core.training.online.batches import (
     Update,
@@ -27,8 +27,10 @@ from rlhf_core.training.online.first_pass import FirstPass
 from rlhf_core.training.online.ptx import PtxBatch, ptx_batches
 from rlhf_core.training.online.report import inspect
 from rlhf_core.training.online.stage import OnlineStage
+from rlhf_core.training.reading import detached, read_all
 from rlhf_core.training.schedule import set_learning_rate
 from rlhf_core.training.strategy import Strategy
+from rlhf_core.training.updates import add_up
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,7 @@ def optimise(
             elif update.epoch == update.minibatch == 0:
                 assert_ratio_is_one(strategy, gap)
             strategy.step()
-            sums = strategy.group.sum(list(shares.values())).tolist()
-            history.append(dict(zip(shares, sums, strict=True)) | strategy.step_metrics())
+            history.append(add_up(shares, strategy.group) | strategy.step_metrics())
     except NonFinite as error:
         raise failure(error, checkpointer, step + 1, *inspect(experience, targets)) from error
     metrics = mean_over_updates(history, mixed_in=stage.inputs.ptx is not None)
@@ -106,14 +107,14 @@ def accumulate_gradients(
     minibatch: list[int],
     update: Update,
     loss: Loss,
-) -> tuple[dict[str, float], float]:
+) -> tuple[list[dict[str, float]], float]:
     """Forward and backward over this rank's micro-batches of a minibatch.
 
     Args:
         minibatch: indices of its replies.
 
     Returns:
-        This rank's shares of the metrics, and the largest |log-ratio| of its tokens.
+        Each micro-batch's shares of the metrics, and the largest |log-ratio| of a token.
     """
     job, strategy = stage.job, stage.strategy
     micro = micro_batches(job, strategy, experience.rollout.sequences, [minibatch])
@@ -122,24 +123,23 @@ def accumulate_gradients(
         replies=len(minibatch), update=update.number, micro_batches=len(micro),
     )  # fmt: skip
     tokens = float(experience.response_mask[minibatch].sum())
-    shares: dict[str, float] = {}
-    gap = 0.0
+    found = []
     for i, (indices, ptx) in enumerate(zip(micro, mixed_in, strict=True)):
         with strategy.micro_batch(last=i == len(micro) - 1):
             micro_batch, ptx_logprobs = forward_micro_batch(
                 stage, experience, targets, first_pass, indices, len(minibatch), tokens, ptx
             )
             total, metrics = loss(micro_batch)
-            found = {name: float(value) for name, value in metrics.items()} | {"ptx_loss": 0.0}
+            ptx_loss: float | Tensor = 0.0
             if ptx is not None:
                 assert ptx_logprobs is not None
-                ptx_loss, _ = sft_loss(ptx_logprobs, ptx.batch[2], denominator=ptx.tokens)
+                ptx_loss, _ = sft_loss(ptx_logprobs, ptx.batch.loss_mask, denominator=ptx.tokens)
                 total = total + job.ptx_coef * ptx_loss
-                found["ptx_loss"] = ptx_loss.item()
             strategy.backward(total)
-        shares = {name: shares.get(name, 0.0) + value for name, value in found.items()}
-        gap = max(gap, log_ratio_gap(micro_batch))
-    return shares, gap
+        gap = log_ratio_gap(micro_batch)
+        found.append(detached({**metrics, "ptx_loss": ptx_loss, "gap": gap}))
+    shares = read_all(found)
+    return shares, max(share.pop("gap") for share in shares)
 
 
 def forward_micro_batch(
@@ -163,17 +163,23 @@ def forward_micro_batch(
     strategy, rollout = stage.strategy, experience.rollout
     assert strategy.module is not None
     batch = collate_responses(rollout.sequences, rollout.prompt_lengths, indices, strategy.device)
-    input_ids, mask, flat_mask = batch  # (b,S) each
-    with first_pass.shared_layers(indices, input_ids, mask):
+    with first_pass.shared_layers(indices, batch.input_ids, batch.mask, batch.index):
         flat_logprobs, flat_values, ptx_logprobs = strategy.module(
             *batch, stage.job.temperature, None if ptx is None else ptx.batch
         )  # (b,S) each
 
     def part(whole: Tensor) -> Tensor:
-        return whole[indices].to(strategy.device)
+        return to_device(whole[indices], strategy.device)
 
-    response_mask = part(experience.response_mask)  # (b,T)
-    logprobs = align(flat_logprobs, flat_mask, response_mask)  # (b,T)
+    response_mask = experience.response_mask[indices]  # (b,T)
+    at = to_device(flat_indices(response_mask), strategy.device)  # (N,)
+
+    def align(flat: Tensor) -> Tensor:
+        """(b,S) at the loss mask -> fp32 (b,T) at the response mask, with its gradient."""
+        assert batch.index.loss is not None
+        return put(take(flat.float(), batch.index.loss), at, *response_mask.shape)
+
+    logprobs = align(flat_logprobs)  # (b,T)
     if first_pass.defers(indices):
         first_pass.record(indices, logprobs)
         old_logprobs = logprobs.detach()
@@ -183,9 +189,9 @@ def forward_micro_batch(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
         ref_logprobs=part(experience.ref_logprobs),
-        response_mask=response_mask,
+        response_mask=to_device(response_mask, strategy.device),
         advantages=part(targets.advantages),
-        values=None if flat_values is None else align(flat_values, flat_mask, response_mask),
+        values=None if flat_values is None else align(flat_values),
         old_values=None if experience.values is None else part(experience.values),
         returns=None if targets.returns is None else part(targets.returns),
         replies=float(replies),
@@ -194,17 +200,10 @@ def forward_micro_batch(
     return micro_batch, ptx_logprobs
 
 
-def align(flat: Tensor, flat_mask: Tensor, response_mask: Tensor) -> Tensor:
-    """(b,S) at the True positions of one mask -> fp32 (b,T) at those of the other, with its
-    gradient."""
-    zeros = torch.zeros(response_mask.shape, device=flat.device)
-    return zeros.masked_scatter(response_mask, flat.float()[flat_mask])
-
-
-def log_ratio_gap(micro_batch: MicroBatch) -> float:
+def log_ratio_gap(micro_batch: MicroBatch) -> Tensor:
     """Largest |log-ratio| of a real token."""
     gap = micro_batch.logprobs.detach() - micro_batch.old_logprobs  # (b,T)
-    return float((gap.abs() * micro_batch.response_mask).max())
+    return (gap.abs() * micro_batch.response_mask).max()
 
 
 def assert_ratio_is_one(strategy: Strategy, gap: float) -> None:

@@ -48,12 +48,12 @@ def test_scores_and_gradients_are_those_of_rows_of_their_own(tmp_path, architect
 
     def found(*batch):
         model.zero_grad()
-        scores = model(*batch)
+        scores = model(*batch[:2], segments=batch[2] if batch[2:] else None)
         (scores * torch.tensor([1.0, -2.0, 3.0, 0.5])).sum().backward()
         return scores, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     shared, gradients = found(*collate_shared(ROWS, CPU))
-    ids, mask = collate_pairs(ROWS, CPU)
+    ids, mask, _ = collate_pairs(ROWS, CPU)
     assert last_real(mask).tolist() == [4, 3, 6, 1]
     apart, want = found(ids, mask)
     torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-5)
@@ -81,14 +81,15 @@ def test_shared_rows_that_fail_in_training_are_scored_as_rows_of_their_own(
 ):
     model = new_scalar_model(copy_of("llama", tmp_path / "model"), seed=1)
     model.pooling = pooling
-    shared = collate_shared(ROWS, CPU)
-    want = model(*shared)
+    ids, positions, segments = collate_shared(ROWS, CPU)
+    want = model(ids, positions, segments=segments)
 
     def refuse(*given):
         raise RuntimeError("no kernel for this mask")
 
     monkeypatch.setattr(modules, "block_mask", refuse)
-    torch.testing.assert_close(model(*shared), want, rtol=1e-4, atol=1e-5)
+    found = model(ids, positions, segments=segments)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
     assert "no kernel for this mask" in caplog.text
     assert not takes_block_masks(model.backbone)
 

@@ -8,6 +8,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from rlhf_core.nn import unpadded
 from rlhf_core.nn.backbone import backbone, backbone_hidden
 from rlhf_core.nn.modules import Policy, ScalarModel, padding_cost
+from rlhf_core.nn.padding import flat_indices
 from tests.rlhf_core.nn.test_response_logprobs import _DECODER, D, V, make_model
 
 LENGTHS = (9, 4, 1, 6)
@@ -25,7 +26,7 @@ def test_hidden_states_and_gradients_are_those_of_each_row_alone(name: str) -> N
     weights = torch.randn(4, 9, 1, generator=torch.Generator().manual_seed(4))
     base = backbone(model)
     assert unpadded.is_used(base)
-    found = unpadded.hidden_states(base, ids, mask)
+    found = unpadded.hidden_states(base, ids, flat_indices(mask))
     assert not found[~mask].any()
     (found * weights).sum().backward()
     grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}

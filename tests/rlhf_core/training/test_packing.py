@@ -97,9 +97,9 @@ def test_packed_documents_are_read_as_if_each_stood_alone(tmp_path, architecture
     assert separates_documents(model)
     documents = [[5, 6, 7, E], [8, E], [9, 10, 11, 12, 13, E]]
     packing = Packing(rows_of(tmp_path, documents), E, 9)
-    ids, mask, loss_mask, positions = collate([packing[0], packing[1]], CPU, separate=True)
+    ids, mask, loss_mask, index, positions = collate([packing[0], packing[1]], CPU, separate=True)
     with torch.no_grad():
-        packed = response_logprobs(model, ids, mask, positions, loss_mask)
+        packed = response_logprobs(model, ids, mask, positions, loss_mask, index=index)
         for document, places in ((documents[0], slice(1, 5)), (documents[1], slice(5, 7))):
             alone = torch.tensor([[E, *document]])
             wanted = torch.ones_like(alone).bool()
@@ -115,10 +115,10 @@ def test_models_that_read_across_documents_are_found_out(tmp_path, architecture)
     model = tiny(architecture).eval()
     assert not separates_documents(model)
     packing = Packing(rows_of(tmp_path, [[5, 6, 7, E], [8, E]]), E, 9)
-    ids, mask, loss_mask, positions = collate([packing[0]], CPU, separate=False)
+    ids, mask, loss_mask, index, positions = collate([packing[0]], CPU, separate=False)
     assert positions is None and bool(mask.all())
     with torch.no_grad():
-        got = response_logprobs(model, ids, mask, positions, loss_mask)
+        got = response_logprobs(model, ids, mask, positions, loss_mask, index=index)
         logits = model(input_ids=ids).logits.log_softmax(dim=-1)
     expected = logits[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
     torch.testing.assert_close(got[0, 1:], expected, atol=1e-5, rtol=1e-5)

@@ -24,10 +24,11 @@ DIGESTS = {"model": "0" * 64, "data": "1" * 64}
 
 
 def test_collated_replies_mark_the_response_alone():
-    ids, mask, loss_mask = collate_replies([([5, 6], [7]), ([8], [9, 9, 2])], CPU)
+    ids, mask, loss_mask, index = collate_replies([([5, 6], [7]), ([8], [9, 9, 2])], CPU)
     assert ids.tolist() == [[5, 6, 7, 0], [8, 9, 9, 2]]
     assert mask.tolist() == [[True, True, True, False], [True] * 4]
     assert loss_mask.tolist() == [[False, False, True, False], [False, True, True, True]]
+    assert index.real.tolist() == [0, 1, 2, 4, 5, 6, 7] and index.loss.tolist() == [2, 5, 6, 7]
 
 
 def test_pairs_go_in_one_pass_and_come_back_as_pairs():

@@ -21,7 +21,7 @@ class Trunk:
     def __init__(self):
         self.runs, self.seen = 0, []
 
-    def run(self, input_ids, mask):
+    def run(self, input_ids, mask, index):
         self.runs += 1
         return input_ids.clone()
 
@@ -37,7 +37,7 @@ def test_logprobs_of_all_ranks_fill_the_deferred_rows():
     old = torch.tensor([[0.0, 0.0], [-5.0, -6.0], [0.0, 0.0], [0.0, 0.0]])
     logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     first_pass.record([2], logprobs)
-    other = [([3, 0], torch.tensor([[-3.0, -4.0], [-7.0, -8.0]]))]
+    other = ([3, 0], torch.tensor([[-3.0, -4.0], [-7.0, -8.0]]))
     whole = first_pass.complete(old, Ranks(other))
     assert whole.tolist() == [[-7.0, -8.0], [-5.0, -6.0], [-1.0, -2.0], [-3.0, -4.0]]
     assert not whole.requires_grad and old[2].tolist() == [0.0, 0.0], "the argument is unchanged"

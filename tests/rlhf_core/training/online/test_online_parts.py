@@ -10,7 +10,7 @@ from rlhf_core.jobs import GRPOJob, LoRA, ModelReward, PPOJob
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.layers import choose_trainable
 from rlhf_core.nn.modules import Policy
-from rlhf_core.nn.padding import pad_right
+from rlhf_core.nn.padding import batch_on, pad_right
 from rlhf_core.training.online.batches import split_minibatches, update_order
 from rlhf_core.training.online.collapse import find_collapse
 from rlhf_core.training.online.models import AdapterOff
@@ -30,7 +30,7 @@ def test_adapter_switched_off_is_the_reference_loaded_apart(tmp_path):
                 parameter.normal_(generator=torch.Generator().manual_seed(1))
     trained = {n for n, p in policy.named_parameters() if p.requires_grad}
     input_ids, mask = pad_right([[5, 9, 200, 31, 7], [8, 44, 90]])
-    batch = (input_ids, mask, mask & (torch.arange(5) > 0))
+    batch = batch_on(torch.device("cpu"), input_ids, mask, mask & (torch.arange(5) > 0))
     with torch.no_grad():
         reference, learned = Policy(load_causal_lm(folder))(*batch, 0.7), policy(*batch, 0.7)
     assert torch.equal(AdapterOff(policy)(*batch, 0.7), reference)
