@@ -132,12 +132,12 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _collective(func, name, tensors, args, kwargs)
     target = kwargs.get("device")
     to = gpu if target is None else gpu_index(target)
-    if gpu is None and to is None:
-        return func(*args, **kwargs)
     if name == "is_pinned":
         return False
-    if name == "_pin_memory":
+    if name == "_pin_memory":  # of a CPU tensor
         return args[0]
+    if gpu is None and to is None:
+        return func(*args, **kwargs)
     if gpu is not None and name not in COPIES:
         _check_devices(name, tensors, args, gpu)
     _check_generator(kwargs.get("generator"), to is not None)
