@@ -15,6 +15,7 @@ from rlhf_core.errors import ModelError
 from rlhf_core.model_files.folder_check import REWARD_HEAD
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.nf4 import NF4, keep_as_loaded
+from rlhf_core.models.nf4_adapters import attach, read_factors, taken_off
 from rlhf_core.nn.modules import ScalarModel
 
 REWARD_SCALE = "reward.json"
@@ -37,8 +38,10 @@ def load_causal_lm(
 def _load(auto: Any, folder: Path, dtype: torch.dtype, nf4: NF4 | None) -> nn.Module:
     options = {"dtype": dtype, "trust_remote_code": is_trusted(Path(folder))}
     options |= {} if nf4 is None else nf4.options()
+    earlier = {} if nf4 is None else read_factors(Path(folder))
     try:
-        model, info = auto.from_pretrained(folder, output_loading_info=True, **options)
+        with taken_off(earlier):
+            model, info = auto.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model in {folder} cannot be loaded: {error}") from error
     problems = {
@@ -57,6 +60,7 @@ def _load(auto: Any, folder: Path, dtype: torch.dtype, nf4: NF4 | None) -> nn.Mo
         )
     disable_dropout(model)
     keep_as_loaded(model)
+    attach(model, earlier)
     model.config.use_cache = False
     return model.eval()
 

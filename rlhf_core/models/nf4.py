@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -58,10 +59,23 @@ class NF4:
 
 def is_quantised(model: nn.Module) -> bool:
     """Whether a model has quantised layers."""
-    return any(_is_nf4(module) for module in model.modules())
+    return any(is_nf4(module) for module in model.modules())
 
 
-def _is_nf4(module: nn.Module) -> bool:
+def quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Name, layer, and the layer or the peft module around it, of each quantised layer.
+
+    Args:
+        model: not wrapped by peft as a whole.
+    """
+    for name, module in list(model.named_modules()):
+        layer = getattr(module, "base_layer", module)
+        if is_nf4(layer) and not name.endswith(".base_layer"):
+            yield name, layer, module
+
+
+def is_nf4(module: nn.Module) -> bool:
+    """Whether a layer is quantised."""
     library = sys.modules.get("bitsandbytes")  # not imported: nothing was quantised
     return library is not None and isinstance(module, library.nn.Linear4bit)
 
@@ -73,20 +87,23 @@ def keep_as_loaded(model: nn.Module) -> None:
     inference: it rounds the scales to bf16, for good, and no gradient goes through it any more.
     """
     for module in model.modules():
-        if _is_nf4(module):
+        if is_nf4(module):
             module.support_avx512bf16_for_cpu = False
 
 
 def weight_of(layer: Any) -> Tensor:
-    """The weight that a layer multiplies with, (out,in), or (in,out) where the model's own layer
-    was a Conv1D (gpt2); the weight itself of a layer that is not quantised."""
-    if not _is_nf4(layer):
+    """The weight that a layer multiplies with, adapters of earlier stages in it: (out,in), or
+    (in,out) where the model's own layer was a Conv1D (gpt2). The weight itself of a layer that is
+    not quantised."""
+    if not is_nf4(layer):
         weight: Tensor = layer.weight
         return weight.detach()
     from bitsandbytes.functional import dequantize_4bit
 
     whole = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return whole.t() if _was_conv1d(layer) else whole
+    if hasattr(layer, "earlier_a"):  # see nf4_adapters
+        whole = whole.float() + layer.earlier_b @ layer.earlier_a
+    return whole.t() if was_conv1d(layer) else whole
 
 
 def merged_weight(module: Any) -> Tensor:
@@ -95,11 +112,12 @@ def merged_weight(module: Any) -> Tensor:
     weight = weight_of(layer)
     for adapter in getattr(module, "active_adapters", []):
         delta = module.get_delta_weight(adapter)
-        weight = weight + (delta.t() if _is_nf4(layer) and _was_conv1d(layer) else delta)
+        weight = weight + (delta.t() if is_nf4(layer) and was_conv1d(layer) else delta)
     return weight
 
 
-def _was_conv1d(layer: Any) -> bool:
+def was_conv1d(layer: Any) -> bool:
+    """Whether a quantised layer stands for a Conv1D, whose weight is (in,out)."""
     return getattr(layer, "source_cls", nn.Linear) is not nn.Linear
 
 
@@ -108,10 +126,7 @@ def dequantised(model: nn.Module) -> nn.Module:
 
     It is changed in place. Adapters of layers that were not quantised stay.
     """
-    for name, module in list(model.named_modules()):
-        layer = getattr(module, "base_layer", module)
-        if not _is_nf4(layer) or name.endswith(".base_layer"):
-            continue
+    for name, layer, module in quantised_layers(model):
         model.set_submodule(name, _plain(layer, merged_weight(module).float()))
     for module in model.modules():
         if getattr(module, "is_loaded_in_4bit", False):
@@ -123,7 +138,7 @@ def _plain(layer: Any, weight: Tensor) -> nn.Module:
     with torch.device("meta"):
         plain: Any = (
             layer.source_cls(layer.out_features, layer.in_features)
-            if _was_conv1d(layer)
+            if was_conv1d(layer)
             else nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
         )
     plain.weight = nn.Parameter(weight.contiguous(), requires_grad=False)

@@ -15,6 +15,7 @@ from rlhf_core.model_files.folder_check import REWARD_HEAD
 from rlhf_core.models.adapters import save_adapter
 from rlhf_core.models.loading import REWARD_SCALE
 from rlhf_core.models.nf4 import dequantised, is_quantised
+from rlhf_core.models.nf4_adapters import factors_of, save_factors
 from rlhf_core.nn.modules import ScalarModel
 
 _WEIGHTS = ("model.safetensors", "pytorch_model", "adapter_model", REWARD_HEAD)
@@ -47,9 +48,11 @@ def merged(model: nn.Module) -> nn.Module:
 def save_causal_lm(model: nn.Module, folder: Path, source: Path) -> None:
     """Write a Hugging Face folder: safetensors, config, and the tokenizer files of `source`.
 
-    LoRA adapters are merged into the weights, and also saved beside them as adapters of `source`.
+    LoRA adapters are merged into the weights, and also saved beside them as adapters of `source`;
+    those of quantised layers together with all earlier ones, see `nf4_adapters`.
     """
     save_adapter(model, folder, source)
+    save_factors(factors_of(model), folder)
     model = merged(model)
     model.config.use_cache = True  # type: ignore[union-attr]
     model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
@@ -59,6 +62,7 @@ def save_causal_lm(model: nn.Module, folder: Path, source: Path) -> None:
 def save_scalar_model(model: ScalarModel, folder: Path, source: Path) -> None:
     """Write a reward model: backbone, head, and the score's mean and standard deviation."""
     save_adapter(model.backbone, folder, source)
+    save_factors(factors_of(model.backbone), folder)
     backbone = merged(model.backbone)
     backbone.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
     head = {k: v.detach().float().contiguous() for k, v in model.head.state_dict().items()}

@@ -39,6 +39,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     license: str | None = None
     parents: list[str] = field(default_factory=list)
+    folder: Path | None = None  # that it was read from
 
 
 def run(job: ImportModelJob, context: StageContext) -> Artifact:
@@ -56,6 +57,10 @@ def run(job: ImportModelJob, context: StageContext) -> Artifact:
     set_generation(loaded, ends)
     folder = context.scratch("model")
     save(loaded.model, loaded.tokenizer, folder)
+    if loaded.folder is not None:
+        from rlhf_core.models.nf4_adapters import copy_factors
+
+        copy_factors(loaded.folder, folder)
     context.log(f"imported {loaded.model.num_parameters():,} parameters; publishing")
     metadata = describe(loaded, ends, job.source, job.revision)
     return context.publish(job, folder, metadata, parents=loaded.parents)
@@ -145,6 +150,7 @@ def _load_folder(job: ImportModelJob, folder: Path) -> Loaded:
         raise ModelError(" ".join(problems))
     readme = folder / "README.md"
     loaded = _from_pretrained(job, str(folder))
+    loaded.folder = folder
     loaded.license = _license(readme.read_text(errors="replace")) if readme.is_file() else None
     return loaded
 

@@ -21,6 +21,7 @@ from rlhf_core.model_files.folder_check import REWARD_HEAD, check_loaded, check_
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.model_files.source import parse_source
 from rlhf_core.models.loading import load_scalar_model
+from rlhf_core.models.nf4_adapters import copy_factors
 from rlhf_core.models.saving import save_scalar_model
 from rlhf_core.nn.modules import ScalarModel
 from rlhf_core.runtime.context import StageContext
@@ -60,6 +61,8 @@ def run(job: ImportRewardJob, context: StageContext) -> Artifact:
     model = load_scalar_model(place) if ours else load_classifier(job, place)  # type: ignore[arg-type]
     folder = context.scratch("reward")
     save_scalar_model(model, folder, base)
+    if ours:
+        copy_factors(place, folder)  # type: ignore[arg-type]
     return context.publish(job, folder, {"source": job.source})
 
 

@@ -1,15 +1,18 @@
 """Models in 4 bits: what they multiply with is what is published; no fast path changes it."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.jobs import LoRA, TrainSettings
 from rlhf_core.models import nf4
-from rlhf_core.models.loading import load_causal_lm, new_scalar_model
+from rlhf_core.models.loading import load_causal_lm, load_scalar_model, new_scalar_model
 from rlhf_core.models.nf4 import NF4, dequantised, is_quantised
-from rlhf_core.models.saving import merged
+from rlhf_core.models.nf4_adapters import save_factors
+from rlhf_core.models.saving import merged, save_causal_lm, save_scalar_model
 from rlhf_core.nn.fast_paths import switched
 from rlhf_core.nn.layers import choose_trainable, share_frozen
 from rlhf_core.nn.modules import Policy, ScalarModel
@@ -35,15 +38,15 @@ def folder(tmp_path):
     return copy_of("llama", tmp_path / "model")
 
 
-def adapted(model: nn.Module, **lora) -> nn.Module:
+def adapted(model: nn.Module, seed: int = 1, scale: float = 0.05, **lora) -> nn.Module:
     """The model with adapters that change something."""
     model = choose_trainable(model, TrainSettings(lora=LoRA(rank=2, **lora)), 0)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():
             if param.requires_grad:
                 assert param.dtype == torch.float32
-                param.add_(torch.randn(param.shape, generator=generator) * 0.05)
+                param.add_(torch.randn(param.shape, generator=generator) * scale)
     return model.eval()
 
 
@@ -152,8 +155,6 @@ def test_reward_model_is_quantised_but_for_its_head(folder):
 def test_weights_that_do_not_fit_are_named_too(folder):
     from safetensors.torch import load_file, save_file
 
-    from rlhf_core.errors import ModelError
-
     path = folder / "model.safetensors"
     weights = load_file(path)
     weights["model.layers.9.oddity"] = weights.pop("model.layers.0.mlp.up_proj.weight")
@@ -166,3 +167,50 @@ def test_missing_package_is_named_with_its_install_line(folder, monkeypatch):
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install bitsandbytes"):
         load_causal_lm(folder, nf4=FP32)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_next_stage_starts_from_what_was_published(tmp_path, name):
+    """Three stages. To quantise the merged weights again would snap them back to where they came
+    from: next to nothing of a small adapter would be left."""
+    place = copy_of(name, tmp_path / "0")
+    for number in (1, 2, 3):
+        model = adapted(load_causal_lm(place, nf4=FP32), seed=number, scale=1e-3)
+        reached = logprobs(model).detach()
+        place = tmp_path / str(number)
+        place.mkdir()
+        save_causal_lm(model, place, tmp_path / str(number - 1))
+        again = logprobs(load_causal_lm(place, nf4=FP32)).detach()
+        rounding = (logprobs(load_causal_lm(place)) - reached).norm()
+        assert (again - reached).norm() < 3 * rounding
+        if name == "llama":
+            shutil.move(place / "nf4", tmp_path / "aside")
+            snapped = logprobs(load_causal_lm(place, nf4=FP32)).detach()
+            assert (snapped - reached).norm() > 5 * (again - reached).norm(), "what it is for"
+            shutil.move(tmp_path / "aside", place / "nf4")
+    plain = dequantised(load_causal_lm(place, nf4=FP32))
+    torch.testing.assert_close(logprobs(plain), again, atol=1e-5, rtol=1e-5)
+
+
+def test_reward_model_too_starts_from_what_was_published(folder, tmp_path):
+    sft, out = tmp_path / "sft", tmp_path / "reward"
+    for place in (sft, out):
+        place.mkdir()
+    save_causal_lm(adapted(load_causal_lm(folder, nf4=FP32), scale=1e-3), sft, folder)
+    model = new_scalar_model(sft, 0, nf4=FP32)
+    model.backbone = adapted(model.backbone, seed=2, scale=1e-3)
+    with torch.no_grad():
+        expected = model(IDS, MASK)
+        save_scalar_model(model, out, sft)
+        rounding = (load_scalar_model(out)(IDS, MASK) - expected).norm()
+        again = load_scalar_model(out, nf4=FP32)(IDS, MASK)
+        untrained = new_scalar_model(folder, 0, nf4=FP32)(IDS, MASK)
+    assert (again - expected).norm() < 3 * rounding
+    assert (untrained - expected).norm() > 5 * (again - expected).norm()
+
+
+def test_adapters_of_another_model_are_refused(folder, tmp_path):
+    save_factors({"model.layers.7.mlp.up_proj": (torch.ones(1, 64), torch.ones(128, 1))}, folder)
+    with pytest.raises(ModelError, match=r"layers\.7\.mlp\.up_proj, which is no quantised layer"):
+        load_causal_lm(folder, nf4=FP32)
+    load_causal_lm(folder)  # not quantised: the merged weights have it all

@@ -8,6 +8,7 @@ import pytest
 from rlhf_core.errors import ModelError
 from rlhf_core.jobs import ImportModelJob
 from rlhf_core.model_files.folder_check import check_weight_files
+from rlhf_core.store import open_store
 from tests.rlhf_core.tiny_models import copy_of, import_model
 
 
@@ -70,11 +71,16 @@ def test_local_folder_keeps_weights_and_dtype(tmp_path: Path) -> None:
 
 
 def test_artifact_as_source_gets_another_template_and_a_parent(tmp_path: Path) -> None:
-    first, _ = import_model(tmp_path, ImportModelJob(source="random:qwen2"))
+    """And what a stage on 4-bit weights left beside its own."""
+    _, folder = import_model(tmp_path, ImportModelJob(source="random:qwen2"))
+    (folder / "nf4").mkdir()
+    (folder / "nf4" / "adapters.safetensors").write_bytes(b"adapters")
+    first = open_store(f"file://{tmp_path}/store").publish(folder, kind="model")
     job = ImportModelJob(source=f"artifact:{first.digest}", chat_template="vicuna")
     second, folder = import_model(tmp_path, job)
     assert second.parents == (first.digest,)
     assert second.file("model.safetensors") == first.file("model.safetensors")
+    assert (folder / "nf4" / "adapters.safetensors").read_bytes() == b"adapters"
     assert "USER: " in (folder / "chat_template.jinja").read_text()
 
 
