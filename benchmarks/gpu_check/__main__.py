@@ -27,6 +27,8 @@ from benchmarks.gpu_check.check import Check, part_file, write_part
 from benchmarks.gpu_check.worker import PARTS, now_file, run_parts
 
 STARTING = 90.0  # seconds that a process may take before its first part begins
+# cuBLAS adds up in a fixed order only with this; it is read when a process first uses the GPU.
+ENVIRONMENT = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 PATIENCE = {"cuda": 1.0, "cpu": 4.0}  # factor on the seconds that a part may take
 
 
@@ -87,7 +89,7 @@ def supervise(options: argparse.Namespace, work: Path, began: float) -> None:
             "--work", str(work), "--parts", ",".join(left),
             *(("--stages", ",".join(options.stages)) if options.stages else ()),
         ]  # fmt: skip
-        worker = subprocess.Popen(command, start_new_session=True)
+        worker = subprocess.Popen(command, start_new_session=True, env=ENVIRONMENT)
         try:
             tell = functools.partial(write_report, options, work, began)
             why = watch(worker, work, rest, PATIENCE[options.device], tell)

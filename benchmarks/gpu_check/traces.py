@@ -18,6 +18,7 @@ from benchmarks.gpu_check.running import Done, Ran, run_stage
 from benchmarks.gpu_check.sizes import Run
 from benchmarks.gpu_check.speed import sft_job
 from benchmarks.gpu_check.stages import job_here
+from rlhf_core.nn.modules import Policy
 
 ROOT = str(Path(__file__).parents[2])
 HERE = "benchmarks/gpu_check/"
@@ -42,10 +43,12 @@ def syncs(check: Check, found: dict[str, Any]) -> list[str]:
     if not check.on_gpu:
         raise NotHere("a CPU does not wait for itself")
     lines: Counter[str] = Counter()
+    passes: list[int] = []  # rows of each micro-batch
     watching = contextlib.ExitStack()
 
     def after_step(step: int, ran: Ran) -> None:
         if step == 1:
+            watching.enter_context(policy_calls(passes))
             watching.enter_context(counted(lines))
         else:
             watching.close()
@@ -53,7 +56,11 @@ def syncs(check: Check, found: dict[str, Any]) -> list[str]:
 
     with watching:
         run_stage(check, job_here(check, "sft", "bf16", steps=3), after_step=after_step)
-    found["sft_step"] = {"micro_batches": 2, "waits": sum(lines.values()), "lines": by_count(lines)}
+    found["sft_step"] = {
+        "micro_batches": len(passes),
+        "waits": sum(lines.values()),
+        "lines": by_count(lines),
+    }
     check.saves()
     found["decoding"] = {}
     for steps in (8, 24):
@@ -78,6 +85,21 @@ def decoding_waits(check: Check, steps: int) -> dict[str, Any]:
     with counted(lines):
         sample()
     return {"waits": sum(lines.values()), "lines": by_count(lines)}
+
+
+@contextlib.contextmanager
+def policy_calls(rows: list[int]) -> Iterator[None]:
+    """Inside the block, note the rows of each forward pass of a policy."""
+
+    def note(module: Any, args: Any) -> None:
+        if isinstance(module, Policy):
+            rows.append(args[0].shape[0])
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager
