@@ -21,6 +21,7 @@ from benchmarks.gpu_check.facts import synchronize
 from benchmarks.gpu_check.inputs import fresh
 from rlhf_core.jobs import Job
 from rlhf_core.runtime.context import StageContext
+from rlhf_core.runtime.rank import fast_paths_as_set
 from rlhf_core.store import Artifact
 
 TIMES = ("time", "seconds", "per_second")  # in the names of metrics that no two runs share
@@ -101,7 +102,7 @@ def run_stage(
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     try:
-        with context.closing, contextlib.redirect_stdout(io.StringIO()):
+        with context.closing, fast_paths_as_set(job), contextlib.redirect_stdout(io.StringIO()):
             ran.artifact = importlib.import_module(job.module).run(job, context)
     except Done:
         pass

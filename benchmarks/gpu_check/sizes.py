@@ -17,12 +17,14 @@ class Run:
     checkpointing: bool = False
     mixed: bool = False  # rows of a tenth of the length up to the length
     strategy: str = "ddp"
+    fast_paths: bool = True
     memory: int = 0  # bytes that the device must have
 
     @property
     def name(self) -> str:
         parts = [self.strategy, f"micro-batch {self.micro_batch}"]
         parts += ["checkpointing"] * self.checkpointing + ["mixed lengths"] * self.mixed
+        parts += ["without fast paths"] * (not self.fast_paths)
         return ", ".join(parts)
 
 
@@ -75,6 +77,7 @@ GPU = Sizes(
         Run(16, checkpointing=True),
         Run(8, mixed=True),
         Run(8, strategy="fsdp2"),
+        Run(8, fast_paths=False),
     ),
     prompt=256,
     reply=256,

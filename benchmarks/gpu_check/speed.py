@@ -80,6 +80,7 @@ def sft_job(check: Check, run: Run) -> SFTJob:
         resources=Resources(
             micro_batch_size=run.micro_batch, gradient_checkpointing=run.checkpointing,
             strategy=run.strategy,  # type: ignore[arg-type]
+            fast_paths=run.fast_paths,
             device=check.device, threads=None if check.on_gpu else 1, checkpoint_every=1000,
         ),
     )  # fmt: skip

@@ -44,9 +44,12 @@ def run_parts(check: Check, parts: list[str]) -> None:
     """Run parts; after one that leaves the device unusable, leave the rest to another process."""
     import transformers
 
+    from rlhf_core.jobs import Resources
+    from rlhf_core.runtime.distributed import Group
     from rlhf_core.runtime.rank import silence_libraries
 
     silence_libraries()
+    Group(Resources(device=check.device))  # type: ignore[arg-type]  # before a stage on the CPU makes one
     transformers.logging.disable_progress_bar()
     log = _listen()
     for part in parts:

@@ -16,6 +16,7 @@ from rlhf_core.model_files.folder_check import REWARD_HEAD
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.nf4 import NF4, keep_as_loaded
 from rlhf_core.models.nf4_adapters import attach, read_factors, taken_off
+from rlhf_core.nn import fused_norms
 from rlhf_core.nn.modules import ScalarModel
 
 REWARD_SCALE = "reward.json"
@@ -59,6 +60,7 @@ def _load(auto: Any, folder: Path, dtype: torch.dtype, nf4: NF4 | None) -> nn.Mo
             "model's authors saved them."
         )
     disable_dropout(model)
+    fused_norms.install(model)
     keep_as_loaded(model)
     attach(model, earlier)
     model.config.use_cache = False
