@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from rlhf_core.errors import JobFailed, StoreError
 from rlhf_core.jobs import Job, TrainSettings
-from rlhf_core.preflight.memory import estimate, ways_to_fit
+from rlhf_core.preflight.fitting import ways_to_fit
+from rlhf_core.preflight.memory import estimate
 from rlhf_core.store import Store
 
 MAX_HALVINGS = 2

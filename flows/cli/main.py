@@ -185,11 +185,27 @@ def doctor(
     model: Annotated[
         str | None, typer.Argument(help="Model to estimate the memory of, as model.source.")
     ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs to estimate for. Default: this machine's.")
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, help="GiB of each of them. Default: this machine's.")
+    ] = None,
+    length: Annotated[
+        int, typer.Option(min=1, help="Tokens of the longest sequence, with its reply.")
+    ] = 512,
+    parameters: Annotated[
+        str | None, typer.Option(help="Instead of a model: a llama of this size, such as 7B.")
+    ] = None,
 ) -> None:
-    """Show what this machine has, what is missing, and the memory a model needs per strategy."""
+    """Show what this machine has, what is missing, and which ways to train a model fit into memory.
+
+    `rlhf doctor ./my-model --gpus 8 --gpu-memory 80 --length 2048` answers for other GPUs.
+    """
     import rlhf_core.preflight.doctor as checks
 
-    raise typer.Exit(checks.main(model))
+    question = checks.Question(model, parameters, gpus, gpu_memory, length)
+    raise typer.Exit(checks.main(question))
 
 
 @app.command()

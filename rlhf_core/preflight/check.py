@@ -23,7 +23,8 @@ from rlhf_core.model_files.shape import ModelShape, read_shape
 from rlhf_core.model_files.source_check import check_model, model_config, new_model_sizes
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import device_of, placements, trained_stages
-from rlhf_core.preflight.memory import GIB, ways_to_fit
+from rlhf_core.preflight.fitting import ways_to_fit
+from rlhf_core.preflight.memory import GIB
 from rlhf_core.preflight.memory import estimate as estimate_memory
 from rlhf_core.preflight.rollout import check_engine_memory, check_rollouts
 from rlhf_core.preflight.settings import (
@@ -223,11 +224,15 @@ def _check_memory(config: PipelineConfig, model: Mapping[str, Any], machine: Mac
             available = machine.ram // resources.ranks
             place = f"{available / GIB:.1f} GiB ({machine.ram / GIB:.1f} GiB of main memory for "
             place += f"{resources.ranks} rank{'s' if resources.ranks > 1 else ''})"
-        found = estimate_memory(model, settings, resources, stage, max_length=length, device=device)
+        found = estimate_memory(
+            model, settings, resources, stage, max_length=length, device=device,
+            quantization=config.model.quantization,
+        )  # fmt: skip
         if available and found.total > _TOLERANCE * available:
             ways = ways_to_fit(
-                model, settings, resources, stage, available, max_length=length, device=device
-            )
+                model, settings, resources, stage, available, max_length=length, device=device,
+                quantization=config.model.quantization,
+            )  # fmt: skip
             advice = "; or ".join(ways) or (
                 "a smaller model, or more ranks with fsdp2"
                 if device == "cuda"
@@ -238,7 +243,7 @@ def _check_memory(config: PipelineConfig, model: Mapping[str, Any], machine: Mac
                 f"has {place}; expected to fit: {advice}"
             )
         problems += check_engine_memory(stage, settings, resources, found, machine)
-        host = found.host * min(resources.ranks, max(1, machine.gpus))
+        host = found.host * min(resources.ranks, max(1, machine.gpus)) + found.host_once
         if device == "cuda" and machine.ram and host > _TOLERANCE * machine.ram:
             problems.append(
                 f"{stage} needs about {host / GIB:.0f} GiB of main memory for its ranks "

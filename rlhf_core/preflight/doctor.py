@@ -1,4 +1,4 @@
-"""`rlhf doctor`: this machine, missing packages, and memory per strategy. Does not import torch."""
+"""`rlhf doctor`: this machine, missing packages, and what fits into memory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import os
 import platform
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
-from rlhf_core.errors import ModelError, RLHFError
-from rlhf_core.jobs import ModelSettings, PPOSettings, Resources, RewardSettings, SFTSettings
+from rlhf_core.errors import ConfigError, ModelError, RLHFError
+from rlhf_core.jobs import ModelSettings, PPOSettings, RewardSettings, SFTSettings
 from rlhf_core.model_files.shape import read_shape
 from rlhf_core.model_files.source_check import model_config
-from rlhf_core.preflight.memory import GIB, MemoryEstimate, per_strategy
+from rlhf_core.preflight.doctor_page import show
+from rlhf_core.preflight.doctor_report import Finding, Report
+from rlhf_core.preflight.fitting import largest_micro_batch, llama_like, ways_to_train
+from rlhf_core.preflight.memory import GIB
 from rlhf_core.store import Store, open_store, rlhf_home
 from rlhf_core.system.machine import Machine, free_disk, this_machine
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 DEFAULT_MODEL = "builtin:smollm2-135m-instruct"
 # requirements/USE.txt -> what does not work without it; None: nothing does.
@@ -34,32 +35,23 @@ _USES = {
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of the report. A "bad" finding makes the exit code 1."""
+class Question:
+    """What to estimate; by default the demo's model on this machine.
 
-    subject: str
-    state: Literal["ok", "note", "bad"]
-    text: str
+    Attributes:
+        model: as model.source. parameters: instead of it a llama of this size, such as "7B".
+        gpus, gpu_memory: another machine's number of GPUs, and the GiB of each.
+        length: tokens of the longest sequence, prompt and reply together.
+    """
 
-
-@dataclass(frozen=True)
-class Report:
-    """All findings, and the model's memory: stage -> strategy -> estimate (bytes per rank)."""
-
-    findings: list[Finding]
-    model: str
-    parameters: int
-    memory: dict[str, dict[str, MemoryEstimate]]
-    available: int
-    device: Literal["cpu", "cuda"]
-    ranks: int
-
-    @property
-    def sound(self) -> bool:
-        return all(finding.state != "bad" for finding in self.findings)
+    model: str | None = None
+    parameters: str | None = None
+    gpus: int | None = None
+    gpu_memory: float | None = None
+    length: int = 512
 
 
-def main(model: str | None = None) -> int:
+def main(question: Question) -> int:
     """Print the report.
 
     Returns:
@@ -67,12 +59,12 @@ def main(model: str | None = None) -> int:
     """
     from rich.console import Console
 
-    found = examine(model)
-    _print(found, Console())
+    found = examine(question)
+    show(found, Console())
     return 0 if found.sound else 1
 
 
-def report(model: str | None = None) -> str:
+def report(question: Question | None = None) -> str:
     """The report as text.
 
     Raises:
@@ -81,43 +73,90 @@ def report(model: str | None = None) -> str:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=100, no_color=True)
-    _print(examine(model), console)
+    show(examine(question), console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip()
 
 
-def examine(model: str | None = None, machine: Machine | None = None) -> Report:
-    """Examine the machine, and estimate the memory for training a model on it.
-
-    Args:
-        model: as model.source; None: the demo's model.
+def examine(question: Question | None = None, machine: Machine | None = None) -> Report:
+    """Examine the machine, and what fits into its memory or into that which was asked about.
 
     Raises:
         ModelError: the source is wrong, or its config.json is not on this machine.
+        ConfigError: sizes that make no sense.
     """
-    machine = machine or this_machine()
-    name = model or DEFAULT_MODEL
-    config = model_config(ModelSettings(source=name), _store_or_none(name))
-    if config is None:
-        raise ModelError(
-            f"{name} is not on this machine, and the memory estimate needs its config.json; run "
-            f"`hf download {name} config.json`, or give a local folder"
-        )
+    question = question or Question()
+    here = machine or this_machine()
+    elsewhere = question.gpus is not None or question.gpu_memory is not None
+    name, config = _model(question)
     try:
         shape = read_shape(config)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"the sizes in {name}'s config.json cannot be read: {error}") from error
-    device: Literal["cpu", "cuda"] = "cuda" if machine.gpus else "cpu"
-    ranks = machine.gpus or min(2, machine.cores)
-    place = Resources(ranks=ranks)
-    memory = {
-        "SFT": per_strategy(config, SFTSettings(), place, "sft", device=device),
-        "reward": per_strategy(config, RewardSettings(), place, "reward", device=device),
-        "PPO": per_strategy(config, PPOSettings(), place, "ppo", device=device),
-    }
-    available = machine.gpu_memory if machine.gpus else machine.ram // ranks
-    findings = [*_system(machine), *_packages(), _store(), _prefect()]
-    return Report(findings, name, shape.parameters, memory, available, device, ranks)
+    if elsewhere:
+        here = _asked_about(question, here)
+    device: Literal["cpu", "cuda"] = "cuda" if here.gpus else "cpu"
+    ranks = here.gpus or min(2, here.cores)
+    available = here.gpu_memory if here.gpus else here.ram // ranks
+    fits = {
+        title: [
+            largest_micro_batch(
+                config, settings, ranks, stage, available, way,
+                checkpointing=saving, max_length=question.length, device=device,
+            )
+            for way in ways_to_train(ranks, device)
+            for saving in (False, True)
+        ]
+        for title, stage, settings in (
+            ("SFT", "sft", SFTSettings()),
+            ("reward", "reward", RewardSettings()),
+            ("PPO", "ppo", PPOSettings()),
+        )
+    }  # fmt: skip
+    findings = [] if elsewhere else [*_system(here), *_packages(), _store(), _prefect()]
+    return Report(findings, name, shape.parameters, fits, available, device, ranks, question.length)
+
+
+def _model(question: Question) -> tuple[str, Mapping[str, Any]]:
+    """Name and config.json of the model in question."""
+    if question.parameters is not None:
+        if question.model is not None:
+            raise ConfigError(
+                f"found a model ({question.model}) and --parameters {question.parameters}; give one"
+            )
+        return f"a llama of {question.parameters}", llama_like(_count(question.parameters))
+    name = question.model or DEFAULT_MODEL
+    config = model_config(ModelSettings(source=name), _store_or_none(name))
+    if config is None:
+        raise ModelError(
+            f"{name} is not on this machine, and the memory estimate needs its config.json; run "
+            f"`hf download {name} config.json`, give a local folder that has one, or ask for a "
+            "llama of a size with --parameters 7B"
+        )
+    return name, config
+
+
+def _count(text: str) -> int:
+    """Parameters in "135M" or "7B"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([MB])", text.strip().upper())
+    count = float(match[1]) * {"M": 1e6, "B": 1e9}[match[2]] if match else 0
+    if not 1e6 <= count <= 1e13:
+        raise ConfigError(
+            f"--parameters is {text}; expected a number of millions or billions, such as 135M or 7B"
+        )
+    return int(count)
+
+
+def _asked_about(question: Question, here: Machine) -> Machine:
+    """The machine with other GPUs."""
+    memory = here.gpu_memory if question.gpu_memory is None else int(question.gpu_memory * GIB)
+    gpus = question.gpus if question.gpus is not None else max(1, here.gpus)
+    if not memory:
+        raise ConfigError(
+            "--gpus was given, and this machine has no GPU whose memory could be taken; give "
+            "--gpu-memory too, in GiB, such as 80"
+        )
+    return replace(here, gpus=gpus, gpu_memory=memory)
 
 
 # --------------------------------------------------------------------------- findings
@@ -130,7 +169,7 @@ def _system(machine: Machine) -> list[Finding]:
         f"{machine.gpus} x {machine.gpu_name}, {machine.gpu_memory / GIB:.0f} GiB each, "
         f"at least {machine.gpu_free / GIB:.0f} GiB free"
         if machine.gpus
-        else "nvidia-smi shows none; stages run on the CPU (ddp, zero1, zero2)"
+        else "nvidia-smi shows none; stages run on the CPU"
     )
     home = rlhf_home()
     disk = free_disk(home)
@@ -258,40 +297,3 @@ def _prefect() -> Finding:
             "unset PREFECT_API_URL",
         )
     return Finding("Prefect", "ok" if healthy else "bad", f"server at {shown}")
-
-
-# --------------------------------------------------------------------------- printing
-
-
-def _print(found: Report, console: Console) -> None:
-    from rich.table import Table
-
-    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]BAD[/]"}
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for finding in found.findings:
-        table.add_row(marks[finding.state], finding.subject, _plain(finding.text))
-    console.print(table)
-    ranks = f"{found.ranks} rank{'s' if found.ranks > 1 else ''}"
-    where = "GPU" if found.device == "cuda" else "CPU"
-    console.print(
-        f"\nMemory per rank for {_plain(found.model)} ({found.parameters:,} parameters) on "
-        f"{ranks}, {where}, in GiB;\neach rank has {found.available / GIB:.1f}. bf16, micro-batch "
-        "8, 512 tokens, all layers trained.\nEstimates, not measurements.",
-        highlight=False,
-        soft_wrap=True,
-    )
-    sizes = Table("strategy", *found.memory)
-    for strategy in next(iter(found.memory.values())):
-        row = [strategy]
-        for stage in found.memory.values():
-            total = stage[strategy].total
-            color, verdict = ("green", "fits") if total <= found.available else ("red", "too large")
-            row.append(f"[{color}]{total / GIB:6.1f}  {verdict}[/]")
-        sizes.add_row(*row)
-    console.print(sizes)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

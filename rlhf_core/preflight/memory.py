@@ -2,30 +2,24 @@
 
 Bytes per trained parameter on N ranks; c is 2 for bf16 and fp16, 4 for fp32:
 
-                weights   gradients      master + Adam   at the step
-    ddp         4         4              8               c if half (autocast's copies)
-    zero1       c         c              12/N            4/N if half
-    zero2       c         c/N            12/N            4/N if half, and two buckets of 12 M
-    zero2_cpu   c         c/N            on the host     the same
-    fsdp2       4/N       4/N            8/N             embedding and two layers, gathered
+                weights   gradients   master + Adam   in the layers' passes   at the step
+    ddp         4         4           8               c if half (casts)       -
+    zero1       c         c           12/N            -                       4/N if half
+    zero2       c         c/N         12/N            two buckets             4/N if half
+    zero2_cpu   c         c/N         on the host     two buckets             -
+    fsdp2       4/N       4/N         8/N             c of what is gathered   -
 
-A frozen parameter costs 4 bytes under ddp (fp32 weights), c under ZeRO and 4/N under FSDP2.
-Each rank has complete copies of reference and reward model, 4 or c bytes per parameter.
+fsdp2 gathers embedding and head for a whole pass, and layers one by one. A frozen parameter costs
+4 bytes under ddp (2 beside adapters in bf16 on a GPU), c under ZeRO, 4/N under fsdp2, and 4.127
+bits with quantization nf4, which leaves embedding, head and norms in c bytes. Reference and reward
+model cost c bytes per parameter (4 under ddp without adapters), c/N under fsdp2.
 
-Activations of one layer and one token, kept for the backward pass:
+What a forward and backward pass needs beside that: see `rlhf_core.preflight.activations`. Added
+is the most that is needed at once: by the vocabulary head, by one layer's backward pass, or by the
+optimizer step.
 
-    24 d  (two norms in fp32)  +  c (7 q + 4 f)  (projections, attention and MLP)
-    + heads S (4 + 2c) where attention keeps its scores (bloom)
-
-d is the hidden size, q the width of all query heads, f the width of the MLP, S the tokens of a
-sequence. Gradient checkpointing keeps c d per layer (4 d under ddp) and one complete layer. Trained
-layers count, and all layers above the lowest of them. Logits are computed in chunks of 32 MiB on a
-CPU and 512 MiB on a GPU, three times (logits, softmax, gradient).
-
-Not included: fragmentation, communication buffers beyond the buckets, unused memory of the
-allocator. On one CPU rank with the 135 M model, the estimate was 0.82 to 1.15 of the measured peak
-(some combinations of SFT, reward, PPO with ddp, zero1, zero2: see
-tests/rlhf_core/preflight/test_memory.py). It was not measured on a GPU.
+Compared with a simulation of 0.1B to 70B parameters, see `benchmarks.memory`, which does not know
+the fixed part of a process, fragmentation and the kernels' own workspaces.
 """
 
 from __future__ import annotations
@@ -35,14 +29,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf_core.jobs import Resources, TrainSettings, VllmRollout, job_class
-from rlhf_core.model_files.shape import ModelShape, read_shape
+from rlhf_core.model_files.shape import read_shape
+from rlhf_core.preflight.states import Plan
 
 GIB = 2**30
 
-_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits at once, see rlhf_core.nn.response_logprobs
-_BUCKET = 12 * 2**20  # elements that ZeRO-2 reduces at once
 _PROCESS = {"cpu": int(0.8 * GIB), "cuda": int(1.0 * GIB)}  # imports; CUDA context and libraries
-_DECODED_TOGETHER = 64  # rows, see rlhf_core.rollout.generate.generate
 
 
 @dataclass(frozen=True)
@@ -52,10 +44,12 @@ class MemoryEstimate:
     Attributes:
         parts: name -> bytes on the device (the host's memory where the device is a CPU).
         host: bytes in the host's memory per rank when the device is a GPU, else 0.
+        host_once: of one rank alone beside that, which writes checkpoints and the result.
     """
 
     parts: dict[str, int] = field(default_factory=dict)
     host: int = 0
+    host_once: int = 0
 
     @property
     def total(self) -> int:
@@ -75,200 +69,54 @@ def estimate(
     *,
     max_length: int = 512,
     device: Literal["cpu", "cuda"] = "cuda",
+    quantization: str | None = None,
 ) -> MemoryEstimate:
     """Memory that a stage needs on each rank at its peak, in bytes.
 
     Args:
         model_config: the model's config.json.
         max_length: tokens of the longest sequence, prompt and reply together.
+        quantization: of frozen weights, as model.quantization; default: a job's own.
 
     Raises:
         KeyError: the config lacks a size that all language models have.
     """
     shape = read_shape(model_config)
-    plan = _Plan(shape, settings, resources, device)
-    policy = plan.states(shape.parameters)
-    critic = plan.states(shape.backbone_parameters)
-    sequences = resources.micro_batch_size
-    chunk = plan.chunk()
+    quantization = quantization or getattr(settings, "quantization", None)
+    plan = Plan(shape, settings, resources, device, quantization)
     job = job_class(stage)
-    samples = "prompts" in job.roles().values()
     # Chosen and rejected reply are in one forward pass.
     rows = 2 if "preference" in job.roles().values() else 1
+    tokens = rows * resources.micro_batch_size * max_length
+    samples = "prompts" in job.roles().values()
     models = 2 if hasattr(settings, "value_coef") else 1  # with a critic
-    if job.kind == "reward_model":
-        parts = {**critic, "activations": plan.activations(rows * sequences, max_length)}
-    elif samples:
-        parts = {name: policy[name] + (models - 1) * critic[name] for name in policy}
+    scalar = job.kind == "reward_model"
+    policy, critic = plan.states(shape.parameters), plan.states(shape.backbone_parameters)
+    parts = critic if scalar else policy
+    if models == 2:
+        parts = {name: policy[name] + critic[name] for name in policy}
+    if samples:
         parts["reference and reward model"] = plan.frozen_models()
-        kept = models * plan.activations(sequences, max_length)  # kept until the backward pass
+    kept = models * plan.passes.kept(tokens, max_length)
+    parts["gathered"] = models * plan.gathered(layers=False)
+    parts["activations"] = kept
+    reply = min(max_length, getattr(settings, "max_new_tokens", max_length))
+    predicted = 0 if scalar else tokens // max_length * reply
+    parts["working memory"] = plan.working(tokens, max_length, models, predicted)
+    if samples:  # a rollout keeps no activations
         replies = settings.batch_size * getattr(settings, "group_size", 1)
-        cache = plan.kv_cache(-(-replies // resources.ranks), max_length)
-        parts["activations"] = max(kept, cache)  # a rollout keeps no activations
-        parts["logits"] = chunk
-        rollout = getattr(settings, "rollout", None)
-        if isinstance(rollout, VllmRollout) and device == "cpu":  # on a GPU it sleeps meanwhile
-            parts["vLLM"] = plan.width * shape.parameters + rollout.cpu_cache_mib * 2**20
-    else:
-        kept = plan.activations(rows * sequences, max_length)
-        parts = {**policy, "activations": kept, "logits": chunk}
-    trained = plan.trained(shape.parameters) * models
+        rollout = plan.rollout(-(-replies // resources.ranks), max_length)
+        parts["rollout"] = max(0, rollout - kept - parts["working memory"])
+        engine = getattr(settings, "rollout", None)
+        if isinstance(engine, VllmRollout) and device == "cpu":  # on a GPU it sleeps meanwhile
+            parts["vLLM"] = plan.width * shape.parameters + engine.cpu_cache_mib * 2**20
     parts["process"] = _PROCESS[device]
-    host = 0
-    # A checkpoint gathers weights and Adam states in fp32 in the host's memory of every rank.
-    copies = 12 * trained
+    trained = plan.trained(shape.parameters) * models
+    copies = 12 * trained  # weights and AdamW's states in fp32: a checkpoint
+    host = once = 0
     if device == "cpu":
         parts["checkpoint"] = max(0, copies - parts["activations"])
     else:
-        host = _PROCESS["cpu"] + max(copies, 4 * shape.parameters * (2 + models if samples else 1))
-        if resources.strategy == "zero2_cpu":
-            host += 16 * trained // resources.ranks
-    return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host))
-
-
-def per_strategy(
-    model_config: Mapping[str, Any],
-    settings: TrainSettings,
-    resources: Resources,
-    stage: str,
-    *,
-    max_length: int = 512,
-    device: Literal["cpu", "cuda"] = "cuda",
-) -> dict[str, MemoryEstimate]:
-    """The estimate for each strategy that supports the device."""
-    names = ["ddp", "zero1", "zero2"] + (["zero2_cpu", "fsdp2"] if device == "cuda" else [])
-    return {
-        name: estimate(
-            model_config, settings, resources.model_copy(update={"strategy": name}), stage,
-            max_length=max_length, device=device,
-        )
-        for name in names
-    }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Plan:
-    shape: ModelShape
-    settings: TrainSettings
-    resources: Resources
-    device: str
-
-    @property
-    def width(self) -> int:
-        """Bytes of a number in the training precision."""
-        return 4 if self.settings.precision == "fp32" else 2
-
-    @property
-    def top(self) -> int:
-        """Number of layers in the backward pass."""
-        return min(self.settings.trainable_layers or self.shape.layers, self.shape.layers)
-
-    def trained(self, parameters: int) -> int:
-        shape, lora = self.shape, self.settings.lora
-        if lora is not None:
-            mlp = (3 if shape.gated else 2) * (shape.hidden + shape.intermediate)
-            attention = 2 * (shape.hidden + shape.query) + 2 * (shape.hidden + shape.key_value)
-            return lora.rank * (mlp + attention) * shape.layers
-        if self.settings.trainable_layers is None:
-            return parameters
-        return self.top * shape.layer_parameters + shape.head_parameters
-
-    def states(self, parameters: int) -> dict[str, int]:
-        """Weights, gradients and optimizer states of one trained model."""
-        trained, c, n = self.trained(parameters), self.width, self.resources.ranks
-        # Adapters are additional weights; trainable layers are part of the model's.
-        frozen = parameters if self.settings.lora is not None else max(0, parameters - trained)
-        kind, half = self.resources.strategy, c == 2
-        on_host = kind == "zero2_cpu"
-        if kind == "ddp":
-            return {
-                "weights": 4 * (trained + frozen) + (c * trained if half else 0),
-                "gradients": 4 * trained,
-                "optimizer": 8 * trained,
-            }
-        if kind == "fsdp2":
-            gathered = self.shape.embedding_parameters + 2 * self.shape.layer_parameters
-            return {
-                "weights": 4 * (trained + frozen) // n + c * gathered,
-                "gradients": 4 * trained // n,
-                "optimizer": 8 * trained // n,
-            }
-        gradients = c * trained if kind == "zero1" else c * trained // n + 2 * c * _BUCKET
-        step = (4 if half else 0) * trained // n
-        return {
-            "weights": c * (trained + frozen),
-            "gradients": min(gradients, 3 * c * trained),
-            "optimizer": 0 if on_host else 12 * trained // n + step,
-        }
-
-    def frozen_models(self) -> int:
-        """Reference and reward model; with trainable_layers and ddp they share the lower layers."""
-        c = 4 if self.resources.strategy == "ddp" else self.width
-        both = self.shape.parameters + self.shape.backbone_parameters
-        if self.settings.lora is not None:
-            both -= self.shape.parameters  # the reference is the policy without its adapters
-        if self.settings.trainable_layers is not None and c == 4:
-            # policy, reference, critic and reward model share the lower layers
-            below = self.shape.parameters - self.trained(self.shape.parameters)
-            both -= 3 * below
-        return c * both
-
-    def activations(self, sequences: int, length: int) -> int:
-        """Activations that a forward pass keeps for its backward pass."""
-        shape, c = self.shape, self.width
-        tokens = sequences * length
-        layer = 24 * shape.hidden + c * (7 * shape.query + 4 * shape.intermediate)
-        if shape.keeps_scores:
-            layer += shape.heads * length * (4 + 2 * c)
-        if self.resources.gradient_checkpointing:
-            kept = (4 if self.resources.strategy == "ddp" else c) * shape.hidden * self.top
-            return tokens * (kept + layer)
-        return tokens * layer * self.top
-
-    def kv_cache(self, rows: int, length: int) -> int:
-        rows = min(rows, _DECODED_TOGETHER)
-        # Twice: the cache grows by concatenation.
-        return 2 * rows * length * self.shape.layers * 2 * self.shape.key_value * self.width
-
-    def chunk(self) -> int:
-        rows = max(64, _CHUNK[self.device] // self.shape.vocabulary)
-        return 3 * 4 * rows * self.shape.vocabulary
-
-
-def ways_to_fit(
-    model_config: Mapping[str, Any],
-    settings: TrainSettings,
-    resources: Resources,
-    stage: str,
-    available: int,
-    *,
-    max_length: int = 512,
-    device: Literal["cpu", "cuda"] = "cuda",
-) -> list[str]:
-    """Settings with which a stage fits into `available` bytes per rank, the mildest first."""
-
-    def fits(settings: TrainSettings, place: Resources) -> bool:
-        found = estimate(model_config, settings, place, stage, max_length=max_length, device=device)
-        return found.total <= available
-
-    ways = []
-    micro = resources.micro_batch_size
-    while micro > 1:
-        micro //= 2
-        if fits(settings, resources.model_copy(update={"micro_batch_size": micro})):
-            ways.append(f"micro_batch_size {micro}")
-            break
-    saving = resources.model_copy(update={"gradient_checkpointing": True})
-    if fits(settings, saving):
-        ways.append("gradient_checkpointing true")
-    names = ["zero1", "zero2"] + (["fsdp2", "zero2_cpu"] if device == "cuda" else [])
-    for name in names:
-        spread = saving.model_copy(update={"strategy": name})
-        if name != resources.strategy and resources.ranks > 1 and fits(settings, spread):
-            ways.append(f"strategy {name} with gradient_checkpointing true")
-            break
-    if settings.lora is None and settings.trainable_layers is None:
-        layers = max(1, read_shape(model_config).layers // 4)
-        if fits(settings.model_copy(update={"trainable_layers": layers}), saving):
-            ways.append(f"trainable_layers {layers} with gradient_checkpointing true")
-    return ways
+        host = _PROCESS["cpu"] + plan.host(models)
+        once = max(0, copies - plan.host(models))
+    return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host), int(once))

@@ -11,6 +11,8 @@ from rlhf_core.preflight.memory import GIB, MemoryEstimate
 from rlhf_core.rollout.limits import MISSING, rollout_problems
 from rlhf_core.system.machine import Machine
 
+_DURING_PASSES = ("activations", "working memory", "gathered")  # parts that sampling does not need
+
 
 def check_rollouts(config: PipelineConfig, *, packages: bool) -> list[str]:
     """Problems of the stages that sample.
@@ -35,7 +37,7 @@ def check_engine_memory(
     rollout = getattr(settings, "rollout", None)
     if not isinstance(rollout, VllmRollout) or device_of(resources, machine) == "cpu":
         return []
-    kept = sum(v for k, v in training.parts.items() if k not in ("activations", "logits"))
+    kept = sum(v for k, v in training.parts.items() if k not in _DURING_PASSES)
     share = rollout.gpu_memory_utilization * machine.gpu_memory
     if not machine.gpu_memory or kept + share <= machine.gpu_memory:
         return []

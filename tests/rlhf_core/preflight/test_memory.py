@@ -14,7 +14,8 @@ import pytest
 from rlhf_core.jobs import LoRA, PPOSettings, Resources, RewardSettings, SFTSettings
 from rlhf_core.model_files.shape import read_shape
 from rlhf_core.model_files.source_check import BUILTIN_CONFIGS, model_config
-from rlhf_core.preflight.memory import GIB, estimate, per_strategy, ways_to_fit
+from rlhf_core.preflight.fitting import ways_to_fit
+from rlhf_core.preflight.memory import GIB, estimate
 from tests.rlhf_core.tiny_models import copy_of
 
 SMOL = BUILTIN_CONFIGS["smollm2-135m-instruct"]
@@ -74,8 +75,8 @@ def test_config_without_sizes_is_named() -> None:
     ("strategy", "weights", "gradients", "optimizer"),
     [
         ("ddp", 4 + 2, 4, 8),
-        ("zero1", 2, 2, 12 / 4 + 4 / 4),
-        ("zero2", 2, 2 / 4, 12 / 4 + 4 / 4),
+        ("zero1", 2, 2, 12 / 4),
+        ("zero2", 2, 2 / 4, 12 / 4),
         ("zero2_cpu", 2, 2 / 4, 0),
         ("fsdp2", 4 / 4, 4 / 4, 8 / 4),
     ],
@@ -83,11 +84,14 @@ def test_config_without_sizes_is_named() -> None:
 def test_states_follow_the_table(
     strategy: str, weights: float, gradients: float, optimizer: float
 ) -> None:
-    """Bytes per parameter on four ranks in bf16; buckets and gathered layers come on top."""
+    """Bytes per parameter on four ranks in bf16; buckets and gathered layers come on top.
+
+    LLaMA 7B's embedding and head are 4 % of it, and are not cast by autocast.
+    """
     place = Resources(ranks=4, strategy=strategy)  # type: ignore[arg-type]
     parts = estimate(LLAMA_7B, SFTSettings(), place, "sft").parts
     count = read_shape(LLAMA_7B).parameters
-    assert parts["weights"] / count == pytest.approx(weights, abs=0.2)
+    assert parts["weights"] / count == pytest.approx(weights, abs=0.08)
     assert parts["gradients"] / count == pytest.approx(gradients, abs=0.01)
     assert parts["optimizer"] / count == pytest.approx(optimizer, abs=0.001)
 
@@ -97,15 +101,56 @@ def test_activations_by_hand() -> None:
               "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 50}  # fmt: skip
     place = Resources(micro_batch_size=2)
     parts = estimate(config, SFTSettings(), place, "sft", max_length=7).parts
-    layer = 24 * 10 + 2 * (7 * 10 + 4 * 30)  # bytes per token
-    assert parts["activations"] == 2 * 7 * 3 * layer
+    # Bytes per token. A norm keeps its input and its output before the weight in fp32, 2 x 2 x 40;
+    # the five projections behind them keep bf16 copies, 5 x 20; q, k, v, the attention's output
+    # and four tensors of the MLP are bf16.
+    layer = 160 + 100 + 2 * 4 * 10 + 2 * 4 * 30
+    last = 16 * 10  # the last norm, and what the head reads
+    assert parts["activations"] == 2 * 7 * (3 * layer + last)
     two = estimate(config, SFTSettings(trainable_layers=2), place, "sft", max_length=7).parts
-    assert two["activations"] == 2 * 7 * 2 * layer
+    assert two["activations"] == 2 * 7 * (2 * layer + last)
     pairs = estimate(config, RewardSettings(), place, "reward", max_length=7).parts
     assert pairs["activations"] == 2 * parts["activations"]
     saving = Resources(micro_batch_size=2, gradient_checkpointing=True)
     kept = estimate(config, SFTSettings(), saving, "sft", max_length=7).parts
-    assert kept["activations"] == 2 * 7 * (3 * 4 * 10 + layer)
+    assert kept["activations"] == 2 * 7 * (3 * 4 * 10 + last)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "norms", "copies", "attention", "mlp"),
+    [
+        # ZeRO: fp32 input and bf16 value of each norm; q, k and v read one output, as do both of
+        # the MLP.
+        ("zero2", SFTSettings(), 2 * (40 + 20), 2 * 20, 80, 240),
+        ("fsdp2", SFTSettings(precision="fp32"), 2 * (40 + 40), 2 * 40, 160, 480),
+        # Adapters: the norms' weights get no gradient. Under autocast each adapter keeps a cast
+        # copy of its input, the output projection's is another 20.
+        ("zero2", SFTSettings(lora=LoRA(rank=1)), 2 * 40, 2 * 20, 80, 240),
+        ("ddp", SFTSettings(lora=LoRA(rank=1)), 2 * 40, 5 * 20, 80 + 20, 240),
+    ],
+)
+def test_activations_of_a_layer_by_hand(
+    strategy: str, settings: SFTSettings, norms: int, copies: int, attention: int, mlp: int
+) -> None:
+    def of_layers(count: int) -> int:
+        config = {
+            "model_type": "llama", "hidden_size": 10, "intermediate_size": 30, "vocab_size": 50,
+            "num_hidden_layers": count, "num_attention_heads": 2,
+        }  # fmt: skip
+        place = Resources(strategy=strategy, micro_batch_size=1)  # type: ignore[arg-type]
+        return estimate(config, settings, place, "sft", max_length=7).parts["activations"]
+
+    adapters = 7 * 2 if settings.lora is not None else 0  # their output, seven of rank 1
+    assert of_layers(3) - of_layers(2) == 7 * (norms + copies + attention + mlp + adapters)
+
+
+def test_nf4_takes_4_127_bits_of_a_layers_weight_and_leaves_the_rest_in_bf16() -> None:
+    settings = SFTSettings(lora=LoRA(rank=16))
+    place = Resources()
+    half = estimate(LLAMA_7B, settings, place, "sft").parts["weights"]
+    nf4 = estimate(LLAMA_7B, settings, place, "sft", quantization="nf4").parts["weights"]
+    layers = 32 * read_shape(LLAMA_7B).layer_parameters
+    assert half - nf4 == pytest.approx(layers * (2 - 4.127 / 8), rel=1e-6)
 
 
 def test_freezing_and_adapters_save_gradients_and_optimizer() -> None:
@@ -128,10 +173,16 @@ def test_ppo_holds_four_models() -> None:
     assert ppo["reference and reward model"] == pytest.approx(2 * sft["weights"], rel=1e-4)
 
 
-def test_llama_7b_fits_eight_gpus_of_80_gib_with_fsdp2_only_or_on_the_host() -> None:
-    place = Resources(ranks=8, micro_batch_size=2, gradient_checkpointing=True)
-    needs = per_strategy(LLAMA_7B, PPOSettings(), place, "ppo", max_length=1280)
-    assert {name for name, e in needs.items() if e.total < 80 * GIB} == {"zero2_cpu", "fsdp2"}
+def test_ppo_of_llama_7b_fits_eight_gpus_of_80_gib_where_gradients_are_sharded() -> None:
+    def need(strategy: str) -> int:
+        place = Resources(
+            ranks=8, micro_batch_size=2, gradient_checkpointing=True,
+            strategy=strategy,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return estimate(LLAMA_7B, PPOSettings(), place, "ppo", max_length=1280).total
+
+    names = ("ddp", "zero1", "zero2", "zero2_cpu", "fsdp2")
+    assert [n for n in names if need(n) < 80 * GIB] == ["zero2", "zero2_cpu", "fsdp2"]
 
 
 def test_ways_to_fit_fit() -> None:
@@ -141,6 +192,27 @@ def test_ways_to_fit_fit() -> None:
     assert "micro_batch_size 16" in ways
     assert "gradient_checkpointing true" in ways
     assert ways_to_fit(LLAMA_7B, SFTSettings(), Resources(), "sft", GIB, device="cpu") == []
+
+
+def test_ways_to_fit_name_shards_adapters_and_four_bits() -> None:
+    eight = Resources(ranks=8, strategy="zero1", micro_batch_size=1)
+    assert ways_to_fit(LLAMA_7B, SFTSettings(), eight, "sft", 30 * GIB) == [
+        "strategy zero2 with gradient_checkpointing true",
+        "trainable_layers 8 with gradient_checkpointing true",
+        "lora {rank: 16} with gradient_checkpointing true",
+    ]
+    assert "strategy fsdp2 with gradient_checkpointing true" in ways_to_fit(
+        LLAMA_7B, SFTSettings(), eight, "sft", 20 * GIB
+    )
+    assert ways_to_fit(LLAMA_7B, SFTSettings(), Resources(micro_batch_size=1), "sft", 8 * GIB) == [
+        "lora {rank: 16}, model.quantization nf4 with gradient_checkpointing true"
+    ]
+    # adapters that do not fit under fsdp2 either: nf4 needs ddp
+    adapters = SFTSettings(lora=LoRA(rank=16))
+    zero = Resources(ranks=2, strategy="zero2", micro_batch_size=1)
+    assert ways_to_fit(LLAMA_7B, adapters, zero, "sft", 8 * GIB)[-1] == (
+        "model.quantization nf4 with strategy ddp and gradient_checkpointing true"
+    )
 
 
 @pytest.mark.parametrize(
