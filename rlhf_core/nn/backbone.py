@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.nn import fast_paths, unpadded
-from rlhf_core.nn.fast_paths import FastPath, Pairs
+from rlhf_core.nn.fast_paths import FastPath, Pairs, patched
 from rlhf_core.nn.padding import TokenIndex
 from rlhf_core.nn.probe_model import trial_rows
 
@@ -114,12 +114,14 @@ def _hidden_of(
     base: Any, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None
 ) -> Tensor:
     mask, position_ids = mask_and_positions(mask, position_ids)
-    output = base(
-        input_ids=input_ids,
-        attention_mask=mask,
-        use_cache=False,
-        **accepted(base.forward, position_ids=position_ids),
-    )
+    # Without a mask gpt2 would look for padding in the token ids, to warn of it.
+    with patched(*([(base.config, "pad_token_id", None)] if mask is None else [])):
+        output = base(
+            input_ids=input_ids,
+            attention_mask=mask,
+            use_cache=False,
+            **accepted(base.forward, position_ids=position_ids),
+        )
     return cast(Tensor, output[0])
 
 

@@ -110,13 +110,13 @@ def generate(
     result = Rollout.empty(count, max_new_tokens, pad_id, device)
     # rows of similar length share a batch: little padding
     order = sorted(range(count), key=lambda i: len(prompt_ids[i]), reverse=True)
-    stop = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
+    stop = to_device(torch.tensor(sorted(eos_ids), dtype=torch.long), device)
     try:
         with torch.no_grad(), eval_mode(model), _cached_casts(model, device):
             decoder = _Decoder(model, temperature, stop, pad_id, before_pass)
             for start in range(0, count, batch_size):
                 rows = order[start : start + batch_size]
-                numbers = None if uniforms is None else uniforms[rows].to(device)
+                numbers = None if uniforms is None else to_device(uniforms[rows], device)
                 _decode(decoder, _Batch([prompt_ids[i] for i in rows], rows, numbers), result)
     finally:
         # autocast caches half-precision copies of the weights. Those cast here have no gradient,
@@ -240,16 +240,18 @@ class _Decoder:
         device, steps = result.response_ids.device, result.response_ids.shape[1]
         uniforms = batch.uniforms
         distinct, which = _distinct(batch.prompts)
-        inputs, attention = (x.to(device) for x in _left_padded(distinct, steps, self.pad_id))
+        inputs, attention = (
+            to_device(x, device) for x in _left_padded(distinct, steps, self.pad_id)
+        )
         width = inputs.shape[1]
-        alive = torch.tensor(batch.rows, device=device)  # (b,) row of the result
+        alive = to_device(torch.tensor(batch.rows), device)  # (b,) row of the result
         result.response_ids[alive] = self.pad_id
         result.response_mask[alive] = False
         positions = position_ids_from_mask(attention)  # (u,P+T)
         cache = new_cache(self.lm, width + steps)
         logits = self._logits(inputs, attention[:, :width], positions[:, :width], cache)  # (u,V)
         if len(distinct) < len(batch.rows):
-            same = torch.tensor(which, device=device)  # (b,)
+            same = to_device(torch.tensor(which), device)  # (b,)
             # (b,V), (b,P+T), (b,P+T)
             logits, attention, positions = (x[same] for x in (logits, attention, positions))
             cache.batch_select_indices(same)

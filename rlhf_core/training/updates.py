@@ -46,11 +46,12 @@ def update_on_batch(
                 total, metrics = loss(indices)
                 strategy.backward(total)
             found.append(detached({"loss": total, **metrics}))
+        shares = read_all(found)
         strategy.step()
     except NonFinite as error:
         last = len(micro_batches) - 1 if error.micro_batch is None else error.micro_batch
         raise failure(error, checkpointer, step + 1, rows, micro_batches[last]) from error
-    return add_up(read_all(found), strategy.group) | strategy.step_metrics()
+    return add_up(shares, strategy.group) | strategy.step_metrics()
 
 
 def add_up(shares: Sequence[Mapping[str, float]], group: Group) -> dict[str, float]:
