@@ -161,11 +161,10 @@ def make_inputs(run: Callable[[BaseJob], str], store: Any, folder: Path) -> Inpu
         path = folder / f"{purpose}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         # all these models have the same tokenizer
-        data[purpose] = run(
-            jobs.DataJob(
-                purpose=purpose, source=str(path), model=models["llama"], heldout_fraction=0.2
-            )
-        )
+        base = {"purpose": purpose, "source": str(path), "model": models["llama"]}
+        data[purpose] = run(jobs.DataJob(heldout_fraction=0.2, **base))
+        if purpose in ("sft", "preference"):
+            data[f"{purpose}, half"] = run(jobs.DataJob(heldout_fraction=0.1, **base))
     return Inputs(models, rewards, data)
 
 

@@ -130,12 +130,10 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     gpu = next((x.index for x in tensors if isinstance(x, GpuTensor)), None)
     if space == "c10d":
         return _collective(func, name, tensors, args, kwargs)
+    if name in ("is_pinned", "_pin_memory"):  # of CPU tensors: copies from them need not wait
+        return False if name == "is_pinned" else args[0].clone()
     target = kwargs.get("device")
     to = gpu if target is None else gpu_index(target)
-    if name == "is_pinned":
-        return False
-    if name == "_pin_memory":  # of a CPU tensor
-        return args[0]
     if gpu is None and to is None:
         return func(*args, **kwargs)
     if gpu is not None and name not in COPIES:

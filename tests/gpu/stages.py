@@ -131,15 +131,23 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="beginnings of cases' names, with commas")
     parser.add_argument("--syncs", action="store_true", help="print where stages wait")
+    parser.add_argument("--limits", action="store_true", help="also measure tests.gpu.limits")
     parser.add_argument("--trace", action="store_true", help="print tracebacks")
     parser.add_argument("--out", type=Path, help="write all results as JSON")
     options = parser.parse_args(arguments)
     results = {}
     with tempfile.TemporaryDirectory(prefix="rlhf-gpu-") as folder:
         runner, inputs = start(Path(folder))
+        from tests.gpu import limits
         from tests.gpu.matrix import CASES
 
         only = tuple(filter(None, options.only.split(",")))
+        if options.limits:
+            results["limits"] = limits.measure(runner, inputs)
+            for name, found in results["limits"].items():
+                print(f"{found['waits']:6.2f}  {name}", flush=True)
+                if options.syncs:
+                    print("\n".join(f"        {line}" for line in found["lines"]), flush=True)
         for case in [c for c in CASES if not only or c.name.startswith(only)]:
             results[case.name] = found = attempt(runner, inputs, case)
             state = f"FAILED {found['error']} at {found['at']}" if "error" in found else "ok"

@@ -56,14 +56,16 @@ def of_strategy(ranks, kind, precision):
     """What both ranks found; fails with the traceback of the first that failed."""
     results = [rank[f"{kind}-{precision}"] for rank in ranks]
     for result in results:
-        if "is not there yet" in result.get("error", ""):
-            pytest.xfail(result["error"])
+        if kind == "fsdp2" and "aten::as_strided" in result.get("error", ""):
+            pytest.xfail("fully_shard changes memory in ways that the pretended GPU does not know")
         assert "error" not in result, result["traceback"]
     return [result["found"] for result in results]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [(k, p) for k in KINDS for p in ("fp32", "bf16", "fp16") if (k, p) != ("fsdp2", "fp16")],
+)
 def test_strategy_resumes_exactly_and_ranks_agree(ranks, kind, precision):
     first, second = of_strategy(ranks, kind, precision)
     assert first == second
@@ -85,7 +87,7 @@ def test_strategy_in_bf16_computes_nearly_the_same(ranks, kind):
     np.testing.assert_allclose(found["losses"], plain_torch(), rtol=0.02)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fsdp2"])
 def test_strategy_in_fp16_lowers_its_loss_scale_and_goes_on(ranks, kind):
     found, _ = of_strategy(ranks, kind, "fp16")
     (skipped, *_), norms = found["losses"], [norm for _, norm in found["losses"]]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.gpu.cases import ALGORITHMS
+from tests.gpu.limits import LEARNS, SCORING
 from tests.gpu.matrix import ARCHITECTURES, CASES, MAIN, PRECISIONS, VARIANTS
 
 pytestmark = pytest.mark.slow
@@ -19,7 +20,7 @@ OFF = ("its attention is eager, not sdpa", "gradient checkpointing runs layers a
 def results(compute, tmp_path_factory):
     """Name of a case -> what `tests.gpu.stages.attempt` returned."""
     out = tmp_path_factory.mktemp("stages") / "results.json"
-    compute("tests.gpu.stages", "--out", out)
+    compute("tests.gpu.stages", "--limits", "--out", out)
     return json.loads(out.read_text())
 
 
@@ -38,6 +39,20 @@ def test_stage_computes_on_a_gpu_what_it_computes_on_the_cpu(results, name):
     assert len(result["gpu"]) == len(result["cpu"]) > 0
     for on_gpu, on_cpu in zip(result["gpu"], result["cpu"], strict=True):
         assert on_gpu == pytest.approx(on_cpu, rel=1e-4, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("what", "most"),
+    [
+        *((f"{algorithm}, forward pass", 1.0) for algorithm in LEARNS),
+        ("rollout, token", 2.0), ("rollout in which replies end, token", 2.0),
+        *((f"{name}, row", 0.0) for name in SCORING),
+    ],
+)  # fmt: skip
+def test_the_host_waits_for_the_gpu_no_more_often_than(results, what, most):
+    found = results["limits"][what]
+    lines = "\n".join(found["lines"])
+    assert 0 <= found["waits"] <= most, f"{found['waits']:.2f} times\n{lines}"
 
 
 def test_every_pair_of_choices_is_tried():
