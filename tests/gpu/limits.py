@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.gpu import syncs
 
-LEARNS = ("sft", "pretrain", "dpo", "kto", "reward")
+LEARNS = ("sft", "dpo", "reward")
 
 
 def measure(runner: Any, inputs: Any) -> dict[str, dict[str, Any]]:
@@ -40,10 +40,6 @@ SCORING: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
     "log-probabilities of pairs": (
         "dpo", "rlhf_core.training.preference.response_logps",
         [{"batch_size": 4, "max_steps": 1}, {"batch_size": 8, "max_steps": 1}],
-    ),
-    "log-probabilities of single replies": (
-        "kto", "rlhf_core.training.unpaired.response_logps",
-        [{"batch_size": 8, "max_steps": 1}, {"batch_size": 16, "max_steps": 1}],
     ),
     "first pass over a rollout": (
         "ppo", "rlhf_core.training.online.experience.run_models",

@@ -8,7 +8,7 @@ ARCHITECTURES = ("llama", "gpt2", "bloom", "qwen2", "opt")
 PRECISIONS = ("bf16", "fp16", "fp32")
 VARIANTS = ("", "lora", "top", "checkpointing", "slow_paths")
 # Every other algorithm calls the same code as one of these.
-MAIN = ("sft", "pretrain", "reward", "dpo", "ppo", "grpo")
+MAIN = ("sft", "reward", "dpo", "ppo", "grpo")
 SAMPLING = ("label", "evaluate")
 
 
@@ -28,8 +28,10 @@ def _cases() -> list[Case]:
         cases.append(Case(algorithm, "llama", PRECISIONS[row % 2], VARIANTS[1 + row % 3]))
     cases += [Case("label", architecture, "bf16") for architecture in ARCHITECTURES[1:]]
     cases.append(Case("evaluate", "qwen2", "bf16"))
-    # 4. Settings of single algorithms that have code of their own.
+    # 4. What has code of its own: models that keep documents apart by positions, one that does not,
+    #    and settings of single algorithms.
     cases += [
+        Case("pretrain", "gpt2", "bf16"), Case("pretrain", "opt", "fp16"),
         Case("reward", "llama", "bf16", "mean"), Case("ppo", "llama", "bf16", "epochs"),
         Case("ppo", "llama", "bf16", "ptx"), Case("grpo", "llama", "bf16", "kl"),
     ]  # fmt: skip

@@ -15,7 +15,6 @@ rounding, streams, NCCL itself, determinism and memory.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ TAKES_INDICES = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsaf
 only_gpu_collectives = False
 """Whether the process group refuses CPU tensors, as NCCL does."""
 COPIES = {"copy_", "_to_copy", "_copy_from", "_copy_from_and_resize"}
+WATCHED = {*OPERATORS, *TAKES_INDICES, "_to_copy", "copy_"}  # for what makes the host wait
 NO_NUMPY = (
     "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host "
     "memory first."
@@ -125,26 +125,26 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on what its tensors wrap, after the checks that a GPU makes."""
     space, name, aliases = _about(func)
     tensors: list[Tensor] = []
-    _collect(args, tensors)
-    _collect(kwargs, tensors)
-    gpu = next((x.index for x in tensors if isinstance(x, GpuTensor)), None)
+    inner = [opened(x, tensors) for x in args]
+    options = {key: opened(x, tensors) for key, x in kwargs.items()}
     if space == "c10d":
-        return _collective(func, name, tensors, args, kwargs)
+        return _collective(func, name, tensors, inner, options)
     if name in ("is_pinned", "_pin_memory"):  # of CPU tensors: copies from them need not wait
         return False if name == "is_pinned" else args[0].clone()
-    target = kwargs.get("device")
-    to = gpu if target is None else gpu_index(target)
+    gpu = next((x.index for x in tensors if type(x) is GpuTensor), None)
+    to = gpu
+    if kwargs:
+        to = _read_options(options, gpu)
     if gpu is None and to is None:
         return func(*args, **kwargs)
-    if gpu is not None and name not in COPIES:
-        _check_devices(name, tensors, args, gpu)
-    _check_generator(kwargs.get("generator"), to is not None)
     if gpu is not None:
-        _count(name, args, kwargs, to is not None)
+        if name not in COPIES:
+            _check_devices(name, tensors, args, gpu)
+        if name in WATCHED:
+            _count(name, args, kwargs, to is not None)
     elif name in COPIES and not kwargs.get("non_blocking"):
         record(UPLOAD)
-    inner = unwrapped(args)
-    result = func(*inner, **unwrapped(_on_cpu(kwargs)))
+    result = func(*inner, **options)
     if name == "_to_copy" and result is inner[0]:
         result = result.clone()  # a copy between devices is never the same tensor
     if to is None:
@@ -153,24 +153,46 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, found) if aliases else found
 
 
-@functools.cache
+_known: dict[int, tuple[str, str, bool]] = {}
+
+
 def _about(func: Any) -> tuple[str, str, bool]:
     """Namespace and name of an operator, and whether a result may share memory with an argument."""
-    schema = func._schema
-    space, _, name = schema.name.partition("::")
-    return space, name, any(a.alias_info is not None for a in schema.arguments)
+    if id(func) not in _known:  # operators are never freed
+        schema = func._schema
+        space, _, name = schema.name.partition("::")
+        aliases = any(a.alias_info is not None for a in schema.arguments)
+        _known[id(func)] = space, name, aliases
+    return _known[id(func)]
 
 
-def _collect(tree: Any, found: list[Tensor]) -> None:
-    """Append the tensors in lists, tuples and dicts. (torch's pytree takes four times as long.)"""
+def opened(tree: Any, found: list[Tensor]) -> Any:
+    """The same with what tensors of the GPU wrap in their place; all tensors are added to `found`.
+
+    (torch's pytree takes four times as long.)
+    """
+    kind = type(tree)
+    if kind is GpuTensor:
+        found.append(tree)
+        return tree.elem
+    if kind is list or kind is tuple:
+        return kind([opened(x, found) for x in tree])
     if isinstance(tree, Tensor):
         found.append(tree)
-    elif isinstance(tree, list | tuple):
-        for x in tree:
-            _collect(x, found)
-    elif isinstance(tree, dict):
-        for x in tree.values():
-            _collect(x, found)
+    return tree
+
+
+def _read_options(options: dict[str, Any], gpu: int | None) -> int | None:
+    """The GPU of the result, or None; the options become those of the CPU."""
+    target, to = options.get("device"), gpu
+    if target is not None:
+        to = gpu_index(target)
+        if to is not None or gpu is not None:
+            options["device"] = CPU
+    if options.get("pin_memory"):
+        options["pin_memory"] = False
+    _check_generator(options.get("generator"), to is not None)
+    return to
 
 
 def gpu_index(device: Any) -> int | None:
@@ -179,17 +201,6 @@ def gpu_index(device: Any) -> int | None:
     if device.type != "cuda":
         return None
     return current if device.index is None else device.index
-
-
-def unwrapped(tree: Any) -> Any:
-    """The same with what tensors of the GPU wrap in their place."""
-    if isinstance(tree, GpuTensor):
-        return tree.elem
-    if isinstance(tree, list | tuple):
-        return type(tree)([unwrapped(x) for x in tree])
-    if isinstance(tree, dict):
-        return {name: unwrapped(x) for name, x in tree.items()}
-    return tree
 
 
 def wrapped(tree: Any, index: int, seen: dict[int, GpuTensor]) -> Any:
@@ -205,16 +216,9 @@ def wrapped(tree: Any, index: int, seen: dict[int, GpuTensor]) -> Any:
     return tree
 
 
-def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
-    kwargs = dict(kwargs)
-    if kwargs.get("device") is not None:
-        kwargs["device"] = CPU
-    if kwargs.get("pin_memory"):
-        kwargs["pin_memory"] = False
-    return kwargs
-
-
 def _check_devices(name: str, tensors: list[Tensor], args: Any, gpu: int) -> None:
+    if all(type(x) is GpuTensor and x.index == gpu for x in tensors):
+        return
     indices = []
     if name in TAKES_INDICES and isinstance(args[0], GpuTensor):
         indices = [i for i in args[1] if i is not None]
@@ -262,11 +266,11 @@ def _count(name: str, args: Any, kwargs: dict[str, Any], to_gpu: bool) -> None:
 
 
 def _collective(
-    func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: dict[str, Any]
+    func: Any, name: str, tensors: list[Tensor], inner: list[Any], options: dict[str, Any]
 ) -> Any:
     """A collective operation, by gloo on what the tensors wrap."""
     if only_gpu_collectives and any(x.device.type == "cpu" for x in tensors):
         raise RuntimeError(f"No backend type associated with device type cpu (c10d.{name})")
-    result = func(*unwrapped(args), **unwrapped(kwargs))
+    result = func(*inner, **options)
     back = {id(x.elem): x for x in tensors if isinstance(x, GpuTensor)}
     return tree_map_only(Tensor, lambda x: back.get(id(x), x), result)
