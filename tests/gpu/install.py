@@ -49,6 +49,7 @@ def install() -> None:
     torch.__future__.set_swap_module_params_on_conversion(True)
     _patch_cuda(int(os.environ.get("RLHF_PRETEND_GPUS", "1")))
     _patch_distributed()
+    torch.Tensor.data = property(_plain_data.__get__, _set_data)  # type: ignore
     _mode = PretendMode()
     _mode.__enter__()
 
@@ -62,6 +63,20 @@ def plain_cpu() -> Iterator[None]:
         yield
     finally:
         _mode.__enter__()
+
+
+_plain_data: Any = torch.Tensor.data
+
+
+def _set_data(tensor: torch.Tensor, new: torch.Tensor) -> None:
+    """`tensor.data = new` of a CPU tensor, which may become one of the GPU."""
+    if not isinstance(new, pretend_cuda.GpuTensor):
+        _plain_data.__set__(tensor, new)
+        return
+    other = new.detach()
+    if isinstance(tensor, torch.nn.Parameter):
+        other = torch.nn.Parameter(other, tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, other)
 
 
 def _current() -> torch.device:

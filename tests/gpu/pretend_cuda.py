@@ -86,17 +86,20 @@ class GpuTensor(Tensor):
 
     @property
     def data(self) -> Tensor:
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
     def data(self, new: Tensor) -> None:
         assert isinstance(new, GpuTensor), "the data of a GPU tensor becomes a CPU tensor"
-        torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        torch._C.TensorBase.data.__set__(self, new)  # type: ignore[attr-defined]
         self.elem, self.index = new.elem, new.index
 
     def tolist(self) -> Any:
         record("tolist")
         return self.elem.detach().tolist()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.elem.untyped_storage()
 
     def data_ptr(self) -> int:
         return self.elem.data_ptr()
@@ -109,6 +112,9 @@ class GpuTensor(Tensor):
 
     def __array__(self, *_: Any) -> Any:
         raise TypeError(NO_NUMPY)
+
+
+KINDS = {GpuTensor, Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
 class PretendMode(TorchDispatchMode):
@@ -127,6 +133,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors: list[Tensor] = []
     inner = [opened(x, tensors) for x in args]
     options = {key: opened(x, tensors) for key, x in kwargs.items()}
+    if any(type(x) not in KINDS for x in tensors):
+        return NotImplemented  # a DTensor has operators on its local part
     if space == "c10d":
         return _collective(func, name, tensors, inner, options)
     if name in ("is_pinned", "_pin_memory"):  # of CPU tensors: copies from them need not wait
