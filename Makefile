@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos demo-s3 bench bench-store bench-nf4 gpu-check gpu-check-wheels memory-table
+.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos demo-s3 bench bench-store bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -71,6 +71,9 @@ gpu-check: $(STAMP)  ## every stage on a GPU, its speed and memory, in at most e
 
 gpu-check-wheels: $(STAMP)  ## what `benchmarks/gpu_check/run.sh` installs on a machine without network (58 MB)
 	@$(BIN)/python -m benchmarks.gpu_check.wheels .gpu-check-wheels
+
+bench-sharding: $(STAMP)  ## peak memory under ddp and fsdp2, four CPU ranks (three minutes, 11 GB)
+	@$(BIN)/python benchmarks/memory/sharding.py
 
 memory-table: $(STAMP)  ## memory of training by simulation, for docs/memory.md (a quarter of an hour)
 	@$(BIN)/python -m benchmarks.memory

@@ -64,7 +64,7 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
 
     model = load_causal_lm(source, *frozen_storage(job, strategy))
     check_length(model, job.length)
-    separate = separates_documents(model)
+    separate = strategy.group.broadcast(separates_documents(model) if strategy.loads else None)
     if not separate:
         context.log(f"{type(model).__name__} reads packed documents as one text")
     module = prepare_policy(job, model, strategy)

@@ -47,8 +47,7 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
     # Replies of the SFT model, before its weights change, to normalise the scores with.
     calibration = sft_replies(job, context, strategy, source, train)
 
-    module = new_reward_model(job, context, strategy, source, train)
-    strategy.prepare(module, adamw(module, job, {"": job.learning_rate}))
+    module = prepare_reward_model(job, context, strategy, source, train)
     checkpointer = Checkpointer(context, strategy, job)
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     start, _ = checkpointer.restore()
@@ -91,17 +90,22 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
     return publish(job, context, checkpointer, whole, source, metrics)
 
 
-def new_reward_model(
+def prepare_reward_model(
     job: RewardJob, context: StageContext, strategy: Strategy, source: Path, train: Rows
 ) -> ScalarModel:
-    """The SFT model's backbone with a fresh head, or one that a linear probe starts."""
+    """The SFT model's backbone with a fresh head, or one that a linear probe starts, and with its
+    optimizer, distributed over the ranks."""
     module = new_scalar_model(source, job.seed, *frozen_storage(job, strategy))
     module.pooling = job.pooling
-    if job.head == "probe":
-        probe_head(module, train, strategy, job.resources.micro_batch_size, context)
+    probe = partial(probe_head, module, train, strategy, job.resources.micro_batch_size, context)
+    if job.head == "probe" and not strategy.sharded:
+        probe()
     module.backbone = choose_trainable(module.backbone, job, job.seed)
     if job.resources.gradient_checkpointing:
         enable_checkpointing(module.backbone)
+    strategy.prepare(module, adamw(module, job, {"": job.learning_rate}))
+    if job.head == "probe" and strategy.sharded:  # before, no device could hold the module
+        probe()
     return module
 
 

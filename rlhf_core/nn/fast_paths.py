@@ -120,6 +120,10 @@ class FastPath:
         """Whether a model may use it; tried out at the first call for this model."""
         return _on and model not in self._turned_off and self._passes(model)
 
+    def forget(self, model: Any) -> None:
+        """Try it out again the next time that it is asked about this model."""
+        self._passes.forget(model)
+
     def run(self, model: Any, fast: Callable[[], T], plain: Callable[[], T]) -> T:
         """The result of `fast`, or of `plain` where this fast path is off or fails."""
         return run([self] if self.works(model) else [], model, fast, plain)

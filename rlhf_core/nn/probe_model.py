@@ -6,7 +6,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def probing(model: nn.Module) -> Iterator[None]:
     """The context of a trial: eval mode, no gradients, no autocast."""
     device = next(model.parameters()).device.type
+    device = "cpu" if device == "meta" else device  # a trial then has numbers of its own
     with eval_mode(model), torch.no_grad(), torch.autocast(device, enabled=False):
         yield
 
 
-def once(trial: Callable[[Any], bool]) -> Callable[[Any], bool]:
+class Once(Protocol):
+    """A trial that remembers its answers."""
+
+    def __call__(self, model: Any) -> bool: ...
+
+    def forget(self, model: Any) -> None:
+        """Run it again the next time that it is asked about this model."""
+
+
+def once(trial: Callable[[Any], bool]) -> Once:
     """Run a trial once per model, and keep the answer for as long as the model lives.
 
     The trial runs in `probing`. It runs again after the model has moved to another kind of device:
@@ -51,7 +61,8 @@ def once(trial: Callable[[Any], bool]) -> Callable[[Any], bool]:
                 known[device] = trial(model)
         return known[device]
 
-    return ask
+    ask.forget = lambda model: answers.pop(model, None)  # type: ignore[attr-defined]
+    return cast(Once, ask)
 
 
 def trial_length(model: Any) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -39,10 +40,11 @@ def roots_of(module: nn.Module) -> list[nn.Module]:
 def shard(
     module: nn.Module, mesh: DeviceMesh, half: torch.dtype | None, *, trained: bool
 ) -> nn.Module:
-    """Spread a module's parameters over the mesh's ranks, layer by layer, in place.
+    """Spread the module of the first rank over the mesh's ranks, layer by layer, in place.
 
-    A layer is moved to the mesh's device, cut, and freed before the next one is: the device never
-    holds the whole module.
+    A layer is sent to the other ranks' devices, cut, and freed before the next one is: no device
+    ever holds the whole module. What the module holds on the other ranks does not count; it may be
+    on torch's device "meta".
 
     Args:
         half: what parameters are gathered in; gradients are summed in fp32. None: as they are.
@@ -56,7 +58,9 @@ def shard(
         root.gathered_dtype = half  # type: ignore[assignment]
         model = _transformer(root)
         for layer in [] if model is None else transformer_layers(model)[1]:
+            _take_from_first(layer, mesh)
             fully_shard(layer, mesh=mesh, mp_policy=precision)
+        _take_from_first(root, mesh)
         fully_shard(
             root, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trained else True
         )
@@ -64,6 +68,36 @@ def shard(
             if hasattr(root, name):
                 register_fsdp_forward_method(root, name)
     return module
+
+
+@torch.no_grad()
+def _take_from_first(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Replace parameters and buffers by the first rank's, on the device, but for sharded layers."""
+    device = torch.device(mesh.device_type)
+    known: dict[int, nn.Parameter] = {}  # a tied parameter stays tied
+
+    def first_ranks(tensor: Tensor) -> Tensor:
+        if mesh.get_local_rank() == 0:
+            value = tensor.detach().to(device).contiguous()
+        else:
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        dist.broadcast(value, src=0)
+        return value
+
+    def visit(part: nn.Module) -> None:
+        for name, param in part._parameters.items():
+            if param is not None:
+                if id(param) not in known:
+                    known[id(param)] = nn.Parameter(first_ranks(param), param.requires_grad)
+                part._parameters[name] = known[id(param)]
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = first_ranks(buffer)
+        for child in part.children():
+            if not isinstance(child, FSDPModule):
+                visit(child)
+
+    visit(module)
 
 
 def _transformer(root: nn.Module) -> Any:
@@ -115,6 +149,16 @@ def gathered_bytes(root: nn.Module) -> int:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all of its parts, on the rank's device; every rank calls."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Give some parameters of a module, sharded or not, other numbers; every rank calls."""
+    if is_sharded(module):
+        release(module)
+    params = dict(module.named_parameters())
+    for name, value in values.items():
+        params[name].copy_(part_of(value, params[name]))
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rlhf_core.rollout.sharded import generate_together
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.training.policy import frozen_storage
 from rlhf_core.training.scoring import score_all
-from rlhf_core.training.strategy import Strategy
+from rlhf_core.training.strategy import HALF, Strategy
 
 
 def sft_replies(
@@ -32,7 +33,10 @@ def sft_replies(
     sampled = context.store.get(job.data).metadata.get("sampled_from") == job.model
     if sampled:
         return [[*r["prompt_ids"], *r[k]] for r in rows for k in ("chosen_ids", "rejected_ids")]
-    policy = Policy(load_causal_lm(source, *frozen_storage(job, strategy))).requires_grad_(False)
+    dtype, *how = frozen_storage(job, strategy)
+    if strategy.sharded and strategy.precision in HALF:  # which is then what it computes in
+        dtype = HALF[strategy.precision]
+    policy = Policy(load_causal_lm(source, dtype, *how)).requires_grad_(False)
     strategy.place_frozen(policy)
     tokenizer = load_tokenizer(source, is_trusted(source))
     group = strategy.group
@@ -48,6 +52,8 @@ def sft_replies(
             row_seeds=make_row_seeds(job.seed, 0, mine),
         ).cpu()
     replies = [rollout.response_ids[i][rollout.response_mask[i]].tolist() for i in range(len(mine))]
+    del policy
+    gc.collect()  # a sharded module refers to itself, and its memory is needed now
     whole = group.interleave(replies)
     return [[*row["prompt_ids"], *reply] for row, reply in zip(rows, whole, strict=True)]
 

@@ -23,6 +23,8 @@ def adamw(module: nn.Module, settings: TrainSettings, rates: Mapping[str, float]
             rate = next(r for prefix, r in rates.items() if name.startswith(prefix))
             decay = settings.weight_decay if param.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(param)
+    # torch refuses fused for parameters without memory; `sharding.fsdp2` switches it on later.
+    fused = not any(p.is_meta for params in groups.values() for p in params)
     return torch.optim.AdamW(
         [
             {"params": p, "lr": rate, "peak_lr": rate, "weight_decay": decay}
@@ -30,5 +32,5 @@ def adamw(module: nn.Module, settings: TrainSettings, rates: Mapping[str, float]
         ],
         betas=(0.9, 0.95),
         eps=1e-5,
-        fused=True,
+        fused=fused,
     )

@@ -26,7 +26,7 @@ PolicyJob = PretrainJob | SFTJob | PreferenceJob | OnlineJob
 
 def frozen_storage(
     job: PolicyJob | RewardJob, strategy: Strategy
-) -> tuple[torch.dtype, NF4 | None]:
+) -> tuple[torch.dtype, NF4 | None, bool]:
     """How the weights of a model are loaded whose adapters are trained, and those of frozen models
     beside it: arguments of `load_causal_lm`.
 
@@ -34,12 +34,12 @@ def frozen_storage(
     """
     half = torch.bfloat16 if strategy.precision == "bf16" else torch.float32
     if job.quantization == "nf4":
-        return half, NF4(strategy.device, HALF.get(strategy.precision, torch.float32))
+        return half, NF4(strategy.device, HALF.get(strategy.precision, torch.float32)), False
     # In bf16 they take half the memory, and autograd keeps no second, cast copy of each for the
     # backward pass. ZeRO casts them itself.
     if job.lora is not None and strategy.kind == "ddp" and strategy.device.type == "cuda":
-        return half, None
-    return torch.float32, None
+        return half, None, False
+    return torch.float32, None, not strategy.loads
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.nn.modules import ScalarModel, last_real
+from rlhf_core.nn.sharded import assign
 from rlhf_core.runtime.context import StageContext
-from rlhf_core.training.batching import split_batch
+from rlhf_core.training.batching import scoring_passes
 from rlhf_core.training.preference import collate_pairs, pair_length
 from rlhf_core.training.strategy import Strategy
 
@@ -81,24 +82,29 @@ def logistic(x: Tensor, l2: float) -> Tensor:
 def probe_head(
     module: ScalarModel, train: Rows, strategy: Strategy, micro: int, context: StageContext
 ) -> None:
-    """Start the head as a linear probe on the untrained model, computed by all ranks together."""
+    """Start the head as a linear probe on the untrained model, computed by all ranks together.
+
+    Before the module is prepared, or where it is sharded after that.
+    """
     group = strategy.group
-    module.to(group.device)
+    strategy.place(module)
     rows = train.take(list(range(len(train))))
     found: list[tuple[int, Tensor]] = []
-    for positions in split_batch([pair_length(r) for r in rows], group, 2 * micro):
+    lengths = [pair_length(row) for row in rows]
+    for positions, counts in scoring_passes(lengths, group, 2 * micro):
         input_ids, mask, index = collate_pairs([rows[p] for p in positions], group.device)
         with strategy.autocast():
             states = module.states(input_ids, mask, index).float()  # (2b,S,d)
         last = last_real(mask)
         pooled = states[torch.arange(len(last), device=group.device), last].cpu()  # (2b,d)
         chosen, rejected = pooled.chunk(2)
+        if not counts:
+            continue
         found += [
             (p, torch.stack(pair)) for p, *pair in zip(positions, chosen, rejected, strict=True)
         ]
     pairs = torch.stack(group.in_order(found))  # (n,2,d)
     with torch.enable_grad():
         weight, l2, accuracy = fit_probe(pairs[:, 0], pairs[:, 1], [r["prompt"] for r in rows])
-    module.head.weight.copy_(weight.unsqueeze(0))
-    module.head.bias.zero_()
+    assign(module, {"head.weight": weight.unsqueeze(0), "head.bias": torch.zeros(1)})
     context.log(f"probe on {len(rows)} pairs: cross-validated accuracy {accuracy:.3f} (l2 {l2:g})")

@@ -117,6 +117,12 @@ class Strategy:
         of their passes."""
         return self.kind == "fsdp2"
 
+    @property
+    def loads(self) -> bool:
+        """Whether this rank reads the weights of models. Where they are sharded, rank 0 reads them
+        and hands them out layer by layer, so that one copy is in main memory, not one per rank."""
+        return not self.sharded or self.rank == 0
+
     def place(self, module: nn.Module) -> nn.Module:
         """Put a module that will be trained onto the rank's device, but for one that `prepare` will
         shard: no device could hold it whole. Returns it."""

@@ -71,21 +71,21 @@ def load_models(
     # ZeRO and FSDP2 compute with weights in half precision; the frozen models then do as well,
     # so that reference and policy start from the same numbers.
     half = strategy.kind != "ddp" and job.precision != "fp32"
-    dtype, nf4 = frozen_storage(job, strategy)
+    dtype, nf4, empty = frozen_storage(job, strategy)
     dtype = HALF[job.precision] if half else dtype
     # One after another: the peak is then what is kept, not several whole models.
     saved = 0 if strategy.sharded else share_frozen(trained)
     reference: Policy | AdapterOff = AdapterOff(trained.policy)
     frozen: list[nn.Module] = []
     if job.lora is None:
-        reference = Policy(load_causal_lm(source, dtype)).requires_grad_(False)
+        reference = Policy(load_causal_lm(source, dtype, None, empty)).requires_grad_(False)
         frozen.append(strategy.place_frozen(reference))
         saved += 0 if strategy.sharded else share_frozen(trained, *frozen)
     reward = None
     if job.wants_reward_model:
         assert job.reward_model is not None
         folder = context.store.fetch(job.reward_model)
-        reward = load_scalar_model(folder, dtype, nf4).requires_grad_(False)
+        reward = load_scalar_model(folder, dtype, nf4, empty).requires_grad_(False)
         frozen.append(strategy.place_frozen(reward))
         saved += 0 if strategy.sharded else share_frozen(trained, *frozen)
     if saved:

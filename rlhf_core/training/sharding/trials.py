@@ -34,6 +34,7 @@ def answer_trials(module: nn.Module, group: Group) -> None:
         if not switched_on():
             continue
         for path, model, ask in questions:
+            path.forget(model)  # one rank may have asked before
             works = bool(_within(root, ask))
             if group.any(not works) and works:
                 path.turn_off(model, "it failed on another rank")

@@ -22,16 +22,16 @@ CLASSES = {"sft": SFTJob, "reward": RewardJob, "kto": KTOJob, "pretrain": Pretra
 VARIANTS = {
     "sft": {},
     "sft-adapters": {"lora": LoRA(rank=2, alpha=8), "learning_rate": 1e-2},
-    "sft-top": {"trainable_layers": 1},
     "pretrain": {},
-    "reward": {},
-    "reward-probe": {"head": "probe"},
+    "reward": {"head": "probe"},
     "kto": {},
     "ppo": {"ppo_epochs": 2, "minibatches": 2, "ptx_coef": 2.0},
     "grpo": {"kl_coef": 0.1, "minibatches": 2},
     "grpo-adapters": {"lora": LoRA(rank=2, alpha=8), "learning_rate": 1e-2, "kl_coef": 0.1},
 }
-CHECKPOINTED = ("sft-adapters", "reward-probe", "grpo")
+# Not the same by rounding: times, and on which side of 0 a log-ratio of nearly 0 is.
+UNSTEADY = (*TIMES, "pairs_per_second", "accuracy")
+CHECKPOINTED = ("sft-adapters", "reward", "grpo")
 NAMES = tuple(VARIANTS)
 
 
@@ -41,11 +41,11 @@ def make(models, data, random_reward):
     online = {"reward_model": random_reward, "prompts": data["prompts"], "steps": 3,
               "max_new_tokens": 6}  # fmt: skip
     shared = {
-        "sft": {"data": data["sft"], "batch_size": 8, "max_steps": 4},
-        "pretrain": {"data": data["pretrain"], "batch_size": 12, "length": 48, "max_steps": 4},
-        "reward": {"data": data["preference"], "batch_size": 8, "max_steps": 4,
+        "sft": {"data": data["sft"], "batch_size": 8, "max_steps": 3},
+        "pretrain": {"data": data["pretrain"], "batch_size": 12, "length": 48, "max_steps": 2},
+        "reward": {"data": data["preference"], "batch_size": 8, "max_steps": 3,
                    "normalization_prompts": 15, "max_new_tokens": 6},
-        "kto": {"data": data["unpaired"], "batch_size": 8, "max_steps": 3},
+        "kto": {"data": data["unpaired"], "batch_size": 8, "max_steps": 2},
         "ppo": {**online, "batch_size": 16, "ptx": data["sft"]},
         "grpo": {**online, "batch_size": 4, "group_size": 4},
     }  # fmt: skip
@@ -90,14 +90,14 @@ def two(run_plan, make):
 
 @pytest.fixture(scope="module")
 def four(run_plan, make):
-    return run_plan(4, {name: (make(name), {}) for name in ("sft", "reward", "grpo")})
+    return run_plan(4, {name: (make(name), {}) for name in ("sft", "reward")})
 
 
 def assert_same(run, plain, rtol, atol=1e-4):
     for line, other in zip(run.metrics, plain.metrics, strict=True):
         assert line.keys() == other.keys()
         for name, value in other.items():
-            if name not in (*TIMES, "pairs_per_second"):
+            if name not in UNSTEADY:
                 np.testing.assert_allclose(line[name], value, rtol, atol, err_msg=name)
 
 
@@ -113,7 +113,7 @@ def test_two_ranks_compute_what_one_does(two, plain, name):
     assert_same_weights(two[name], plain[name], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ("sft", "reward", "grpo"))
+@pytest.mark.parametrize("name", ("sft", "reward"))
 def test_four_ranks_compute_what_one_does(four, plain, name):
     assert_same(four[name], plain[name], rtol=1e-4)
     assert_same_weights(four[name], plain[name], atol=1e-5)

@@ -14,6 +14,7 @@ from rlhf_core.training.batching import (
     batch_rows,
     learning_rate_scale,
     pass_cost,
+    scoring_passes,
     split_batch,
     split_evenly,
     steps_in,
@@ -128,3 +129,14 @@ def test_derive_seed_tells_its_arguments_apart():
     seeds = {derive_seed(a, b) for a in range(20) for b in range(20)}
     assert len(seeds) == 400
     assert derive_seed(1, 2) == derive_seed(1, 2)
+
+
+@pytest.mark.parametrize("rows", (0, 1, 3, 4, 9, 13))
+@pytest.mark.parametrize("world_size", (1, 2, 4))
+def test_ranks_score_every_row_once_in_as_many_passes_each(rows, world_size):
+    lengths = np.random.default_rng(rows).integers(1, 50, size=rows).tolist()
+    ranks = [scoring_passes(lengths, rank_of(r, world_size), 2) for r in range(world_size)]
+    assert len({len(passes) for passes in ranks}) == 1
+    counted = [row for passes in ranks for one in passes if one.counts for row in one.rows]
+    assert sorted(counted) == list(range(rows))
+    assert all(one.rows for passes in ranks for one in passes), "no pass is empty"

@@ -26,8 +26,10 @@ def test_frozen_weights_are_in_bf16_under_adapters_on_a_gpu(
     device, strategy, precision, lora, dtype
 ):
     job = SFTJob(model="a" * 64, data="b" * 64, lora=LoRA() if lora else None)
-    place = SimpleNamespace(device=torch.device(device), kind=strategy, precision=precision)
-    assert frozen_storage(job, place) == (dtype, None)
+    place = SimpleNamespace(
+        device=torch.device(device), kind=strategy, precision=precision, loads=True
+    )
+    assert frozen_storage(job, place) == (dtype, None, False)
 
 
 def test_products_with_quantised_weights_are_in_the_stage_s_precision():
@@ -35,6 +37,8 @@ def test_products_with_quantised_weights_are_in_the_stage_s_precision():
     for precision, dtype, compute in [
         ("bf16", BF16, BF16), ("fp32", FP32, FP32), ("fp16", FP32, torch.float16)
     ]:  # fmt: skip
-        place = SimpleNamespace(device=torch.device("cuda"), kind="ddp", precision=precision)
-        found, nf4 = frozen_storage(job, place)
+        place = SimpleNamespace(
+            device=torch.device("cuda"), kind="ddp", precision=precision, loads=True
+        )
+        found, nf4, _ = frozen_storage(job, place)
         assert (found, nf4.compute) == (dtype, compute)
