@@ -84,5 +84,6 @@ def write_part(
 
 
 def describe(error: BaseException) -> str:
-    """The traceback, its end where it is long."""
-    return "".join(traceback.format_exception(error))[-4000:]
+    """The innermost frames and the error, its beginning where it is long."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    return f"{frames[-3000:]}{type(error).__name__}: {str(error)[:800]}"

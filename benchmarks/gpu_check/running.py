@@ -8,7 +8,6 @@ import importlib
 import io
 import itertools
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -112,7 +111,6 @@ def run_stage(
         if check.on_gpu:
             ran.allocated = torch.cuda.max_memory_allocated()
             ran.reserved = torch.cuda.max_memory_reserved()
-        shutil.rmtree(folder, ignore_errors=True)
     return ran
 
 

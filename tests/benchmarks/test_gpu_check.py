@@ -208,3 +208,19 @@ def test_wheels_are_those_that_the_lock_names():
     with pytest.raises(SystemExit, match="does not lock pyarrow"):
         wheels.pins(text.replace("pyarrow==", "other=="))
     assert wheels.pins(wheels.LOCKED.read_text())
+
+
+def test_the_traffic_of_a_step_by_hand():
+    """A norm in one kernel reads and writes 5 times its numbers in both passes, in fp32."""
+    from benchmarks.gpu_check import sizes, traffic
+
+    options = argparse.Namespace(rows=2, length=16, layers=1)
+    plain = traffic.count(options, half=False, one_kernel=False)
+    one = traffic.count(options, half=False, one_kernel=True)
+    width, words = sizes.GPU.large["hidden_size"], 2 * 16
+    by_hand = 3 * 5 * 4 * words * width / traffic.BANDWIDTH  # two norms of the layer, and the last
+    assert one["norms in one kernel"] == pytest.approx(by_hand)
+    assert one["matrix products"] == plain["matrix products"] > 0
+    assert one["elementwise"] < plain["elementwise"]
+    # causal attention: 2 S^2 d forward, 2.5 times that backward, two rows
+    assert one["attention"] == pytest.approx(3.5 * 2 * 2 * 16**2 * width / traffic.FLASH)
