@@ -19,6 +19,7 @@ from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.errors import DataError
 from rlhf_core.evaluation.statistics import mean, spread, standard_error, win_rate
+from rlhf_core.evaluation.variety import variety
 from rlhf_core.jobs import EvaluateJob
 from rlhf_core.judges.endpoint import EndpointJudge
 from rlhf_core.judges.lexicon import get_judge
@@ -105,6 +106,8 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
     prompts = [prompt_text(row["prompt"]) for row in inputs.rows]
     gold = judge_all(job, prompts, texts)
     result = numbers(found, gold, inputs.start)
+    for name, replies in texts.items():
+        result["models"][name] |= variety(replies)
     if job.reward_model is not None:
         trained = context.store.get(job.reward_model).metadata.get("metrics", {})
         result["reward_model"] = trained.get("heldout", {})

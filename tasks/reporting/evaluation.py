@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_core.errors import ConfigError, StoreError
+from rlhf_core.jobs import PipelineConfig
 from rlhf_core.pipeline import recipe
 from rlhf_core.store import Store
+from tasks.reporting.verdict import Names, conclude
 from tasks.run import Run
 
 MODELS = ("base", "sft", "policy")
@@ -35,7 +37,15 @@ def read_samples(store: Store, digest: str) -> list[dict[str, Any]]:
 
 def evaluation_of(run: Run, digest: str) -> Evaluation:
     """An evaluation of the run, with names for its models."""
-    return Evaluation(read_evaluation(run.store, digest), recipe.policy_label(run.config))
+    data = read_evaluation(run.store, digest)
+    return Evaluation(data, recipe.policy_label(run.config), labelled_by=gold_labeller(run.config))
+
+
+def gold_labeller(config: PipelineConfig) -> str | None:
+    """The gold judge, if it also labels pairs that the run trains on."""
+    labels = [step for step in recipe.steps(config) if step.algorithm == "label"]
+    labellers = [recipe.label_settings(config, step)[1].labeller for step in labels]
+    return config.evaluate.judge if config.evaluate.judge in labellers else None
 
 
 def comparison_of(run: Run) -> Evaluation | None:
@@ -43,7 +53,7 @@ def comparison_of(run: Run) -> Evaluation | None:
     if "compare" not in run.stages:
         return None
     data = read_evaluation(run.store, run.stages["compare"].digest)
-    return Evaluation(data, recipe.policy_label(run.config), "champion")
+    return Evaluation(data, recipe.policy_label(run.config), "champion", gold_labeller(run.config))
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Evaluation:
     data: Mapping[str, Any]
     policy: str = "PPO"
     other: str = "SFT"
+    labelled_by: str | None = None  # the gold judge, if it labelled the reward model's pairs too
 
     @property
     def names(self) -> dict[str, str]:
@@ -85,6 +96,16 @@ class Evaluation:
             ),
             ("length (tokens)", [_number(models.get(m), "length_mean", "{:.1f}") for m in columns]),
             ("finished replies", [_percent(models.get(m), "finished") for m in columns]),
+            ("distinct-1", [_number(models.get(m), "distinct_1", "{:.2f}") for m in columns]),
+            ("distinct-2", [_number(models.get(m), "distinct_2", "{:.2f}") for m in columns]),
+            (
+                "begin with the same words",
+                [_percent(models.get(m), "top_opening") for m in columns],
+            ),
+            (
+                "same reply to several prompts",
+                [_percent(models.get(m), "repeated") for m in columns],
+            ),
             ("held-out loss", [_number(heldout.get(m), "loss", "{:.3f}") for m in columns]),
             ("perplexity", [_number(heldout.get(m), "perplexity", "{:.2f}") for m in columns]),
         ]
@@ -113,52 +134,11 @@ class Evaluation:
         return start + ", on ".join(sentences) + "." if sentences else ""
 
     def verdict(self) -> str:
-        """One sentence: does a judge that training did not use agree with the reward model?"""
-        models = self.data.get("models") or {}
-        proxy = _gain(models, "reward", self.start)
-        paired = self.data.get("gold_gain")
-        gold = (paired["mean"], paired["se"]) if paired else _gain(models, "gold", self.start)
-        if proxy is None:
-            return self._gold_alone(gold)
-        up = proxy[0] > 2 * proxy[1]
-        text = f"Reward, {self.policy} over {self.names[self.start]}: {_signed(proxy)}"
-        if gold is None:
-            return (
-                f"{text}. There was no gold judge, so it is unknown whether the replies became "
-                "better or only exploit the reward model."
-            )
-        text += f"; gold score: {_signed(gold)}"
-        if gold[0] > 2 * gold[1]:
-            end = (
-                f"the gold judge, which {self.policy} did not train on, agrees: the policy became "
-                "better, and does not only exploit the reward model."
-                if up
-                else "the gold score rose, the reward did not by more than two standard errors."
-            )
-        elif gold[0] < -2 * gold[1]:
-            end = (
-                "**the gold score fell while the reward rose: the policy exploits the reward "
-                "model.**"
-                if up
-                else "**the gold score fell.**"
-            )
-        elif up:
-            end = (
-                "the reward rose, but the gold score did not by more than two standard errors: "
-                "no evidence that the policy became better."
-            )
-        else:
-            end = "neither rose by more than two standard errors: no evidence of learning."
-        return f"{text}: {end}"
-
-    def _gold_alone(self, gold: tuple[float, float] | None) -> str:
-        """The verdict of a run without a reward model."""
-        if gold is None:
+        """What the numbers show, the price beside the gain; "" without a final model."""
+        if "policy" not in (self.data.get("models") or {}):
             return ""
-        text = f"Gold score, {self.policy} over {self.names[self.start]}: {_signed(gold)}"
-        if abs(gold[0]) <= 2 * gold[1]:
-            return f"{text}: it did not change by more than two standard errors."
-        return f"{text}: " + ("the replies became better." if gold[0] > 0 else "**it fell.**")
+        names = Names(self.policy, self.names[self.start])
+        return str(conclude(self.data, self.start, names, self.labelled_by))
 
     def reward_model(self) -> str:
         """Table of held-out accuracy, with trivial judges as baselines."""
@@ -178,21 +158,6 @@ class Evaluation:
                 interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
             lines.append(f"| {label} | {100 * row['accuracy']:.1f} | {interval} |")
         return "\n".join(lines)
-
-
-def _gain(models: Mapping[str, Any], name: str, start: str) -> tuple[float, float] | None:
-    """Difference between final and start model, with the unpaired standard error, which is too
-    large for paired prompts."""
-    sft, ppo = models.get(start) or {}, models.get("policy") or {}
-    keys = (f"{name}_mean", f"{name}_se")
-    if any(not isinstance(row.get(key), int | float) for row in (sft, ppo) for key in keys):
-        return None
-    error = (sft[keys[1]] ** 2 + ppo[keys[1]] ** 2) ** 0.5
-    return ppo[keys[0]] - sft[keys[0]], error
-
-
-def _signed(gain: tuple[float, float]) -> str:
-    return f"{gain[0]:+.3f} ± {gain[1]:.3f}"
 
 
 def _pm(row: Mapping[str, Any] | None, name: str) -> str:

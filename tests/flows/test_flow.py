@@ -73,7 +73,7 @@ def test_pipeline_runs_every_stage_and_reuses_what_is_there(pipeline, tmp_path, 
     record = pipeline.store.read_record(f"runs/{first['run']}.json")
     assert (record["state"], list(record["stages"])) == ("completed", sorted(STAGES))
     assert (tmp_path / "home/published/smoke/README.md").is_file()
-    assert "agrees: the policy became better" in Path(first["report"]).read_text()
+    assert "Verdict: not shown. PPO over SFT" in Path(first["report"]).read_text()
 
     fork_client.close()
     again = pipeline("name=again")

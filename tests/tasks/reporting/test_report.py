@@ -37,7 +37,9 @@ def test_report_shows_stages_evaluation_and_replies(run):
     assert "| data-sft | 65 s | 7 of 10 rows (3 too long) | `dataset/" in text
     assert "| sft | reused | loss 1.5 | `model/" in text
     assert "![training curves](curves.png)" in text
-    assert "the policy became better" in text
+    assert (
+        "Verdict: not shown. PPO over SFT: reward +1.290" in text
+    )  # smoke's judge is its labeller
     assert "| longer reply wins | 55.0 |" in text
     assert "| PPO | I love them! 好的。 | 1.90 | 0.67 |".replace("!", "\\!") in text
 

@@ -1,0 +1,19 @@
+"""How much replies differ, against hand values."""
+
+from rlhf_core.evaluation.variety import variety
+
+
+def test_variety_by_hand():
+    found = variety(["I love a dog", "I love a cat.", "So do I", "So do I "])
+    # words: 4 + 4 + 3 + 3; different: i love a dog cat so do
+    assert found["distinct_1"] == 7 / 14
+    # pairs: 3 + 3 + 2 + 2; different: i-love love-a a-dog a-cat so-do do-i
+    assert found["distinct_2"] == 6 / 10
+    assert (found["top_opening"], found["opening"]) == (0.5, "i love a")
+    assert found["repeated"] == 0.5
+
+
+def test_no_words_are_no_variety():
+    found = variety(["", "!"])
+    assert (found["distinct_1"], found["distinct_2"], found["repeated"]) == (0.0, 0.0, 0.0)
+    assert (found["top_opening"], found["opening"]) == (1.0, "")
