@@ -131,7 +131,8 @@ def _right_padded(mask: Tensor) -> bool:
 
 def _without_mask(base: Any, input_ids: Tensor) -> Tensor:
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
-    return _hidden_of(base, input_ids, None, positions)
+    with unpadded.without_mask(base):
+        return _hidden_of(base, input_ids, None, positions)
 
 
 def _try_without_mask(base: Any) -> Pairs:

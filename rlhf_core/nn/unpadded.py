@@ -10,6 +10,7 @@ B rows, S positions, N real tokens, H heads, e size of a head, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from rlhf_core.nn.padding import flat_indices, put, take
 from rlhf_core.nn.probe_model import trial_rows
 
 ATTENTION = "rlhf_unpadded"  # name of `_attention` in transformers' registry
+CAUSAL = "rlhf_causal"  # the same of transformers' own sdpa
 MIN_PADDING = 0.03  # share of padding below which rows stay as they are
 # A padding token takes part in attention only: its cost, as a share of a real token's.
 ATTENTION_SHARE = 0.25
@@ -59,6 +61,26 @@ def _attention(
 
 
 AttentionInterface.register(ATTENTION, _attention)
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)  # type: ignore[arg-type]
+
+
+def without_mask(base: Any, attention: str = "") -> AbstractContextManager[None]:
+    """A forward pass of a backbone with `attention_mask=None`, in which transformers reads nothing
+    back from the device.
+
+    For sdpa it would look for packed documents in the position ids; it makes no masks for an
+    attention of a name that is not its own. gpt2 would look for padding in the token ids, to warn
+    of it.
+
+    Args:
+        attention: name of the attention to use; empty: causal where that is all the model's own
+            does, else its own.
+    """
+    patches = [(base.config, "pad_token_id", None)]
+    attention = attention or ("" if _own_attention(base) else CAUSAL)
+    if attention:
+        patches.append((base.config, "_attn_implementation", attention))
+    return patched(*patches)
 
 
 def hidden_states(base: Any, input_ids: Tensor, real: Tensor) -> Tensor:
@@ -69,10 +91,7 @@ def hidden_states(base: Any, input_ids: Tensor, real: Tensor) -> Tensor:
         input_ids: (B,S). real: (N,) flat indices of the real tokens, which come first in each row.
     """
     layout = Layout(real, *input_ids.shape)
-    with patched(
-        (base.config, "_attn_implementation", ATTENTION),
-        (base.config, "unpadded_layout", layout),
-    ):
+    with without_mask(base, ATTENTION), patched((base.config, "unpadded_layout", layout)):
         output = base(
             input_ids=input_ids.flatten()[layout.indices].unsqueeze(0),
             position_ids=layout.indices.remainder(layout.length).unsqueeze(0),  # (1,N)
@@ -108,8 +127,8 @@ def use_alike(bases: Sequence[Any]) -> None:
             PATH.turn_off(base, "it shares layers with a model that keeps its padding")
 
 
-def _obstacle(base: Any) -> str:
-    """Why a backbone must keep its padding; empty where nothing is known."""
+def _own_attention(base: Any) -> str:
+    """How a backbone's attention is not sdpa over all tokens before; empty where it is."""
     config = getattr(base, "config", None)
     attention = getattr(config, "_attn_implementation", None)
     if attention != "sdpa":
@@ -118,6 +137,13 @@ def _obstacle(base: Any) -> str:
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if kinds != {"full_attention"} or any(windows):
         return "its attention has a window of positions"
+    return ""
+
+
+def _obstacle(base: Any) -> str:
+    """Why a backbone must keep its padding; empty where nothing is known."""
+    if reason := _own_attention(base):
+        return reason
     if getattr(base, "is_gradient_checkpointing", False):
         return "gradient checkpointing runs layers again in the backward pass, without the layout"
     return ""

@@ -8,7 +8,8 @@ from transformers import MistralConfig, MistralForCausalLM
 from rlhf_core.nn import unpadded
 from rlhf_core.nn.backbone import backbone, backbone_hidden
 from rlhf_core.nn.modules import Policy, ScalarModel, padding_cost
-from rlhf_core.nn.padding import flat_indices
+from rlhf_core.nn.padding import TokenIndex, flat_indices
+from rlhf_core.nn.response_logprobs import response_logprobs
 from tests.rlhf_core.nn.test_response_logprobs import _DECODER, D, V, make_model
 
 LENGTHS = (9, 4, 1, 6)
@@ -116,3 +117,40 @@ def test_padding_is_cheap_only_where_every_model_leaves_it_out() -> None:
     assert padding_cost(ScalarModel(lean.model, D)) == unpadded.ATTENTION_SHARE
     assert padding_cost(nn.ModuleList([Policy(lean), ScalarModel(heavy.base_model, D)])) == 1.0
     assert padding_cost(nn.Linear(2, 2)) == 1.0
+
+
+class _Read(Exception):
+    """The host has read a tensor."""
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (9, 9, 9, 9)])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "opt"])
+def test_a_forward_pass_with_an_index_reads_nothing_back(name, lengths, monkeypatch) -> None:
+    """On a GPU each reading would wait. Rows with padding, and rows without."""
+    model = make_model(name)
+    mask = torch.arange(9) < torch.tensor(lengths).unsqueeze(1)
+    ids = rows()[0].masked_fill(~mask, 0)
+    loss_mask = mask & (torch.arange(9) > 2)
+    index = TokenIndex.of(mask, loss_mask)
+    want = response_logprobs(model, ids, mask, None, loss_mask)
+
+    def refuse(*_: object) -> None:
+        raise _Read
+
+    for reading in ("__bool__", "__int__", "__float__", "item", "tolist", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, reading, refuse)
+    found = response_logprobs(model, ids, mask, None, loss_mask, index=index)
+    monkeypatch.undo()
+    assert torch.equal(found, want)
+    with pytest.raises(_Read):
+        monkeypatch.setattr(torch.Tensor, "nonzero", refuse)
+        response_logprobs(model, ids, mask, None, loss_mask)
+
+
+def test_a_window_is_kept_where_rows_have_no_mask() -> None:
+    windowed = MistralForCausalLM(MistralConfig(**_DECODER, sliding_window=4)).eval()
+    ids, _ = rows()
+    whole = torch.ones_like(ids, dtype=torch.bool)
+    found = backbone_hidden(windowed, ids, whole, index=TokenIndex.of(whole))
+    want = windowed.model(input_ids=ids, attention_mask=whole.long(), use_cache=False)[0]
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
