@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections import Counter
@@ -238,14 +239,14 @@ def kind_of(kernel: str) -> str:
 def fast_paths(check: Check, found: dict[str, Any]) -> list[str]:
     """Which fast paths the large model may take in fp32 on this device, and why not the others."""
     from rlhf_core.models.loading import load_causal_lm
-    from rlhf_core.nn import backbone, fused_norms, shared_prompt, small_batch_linear, unpadded
+    from rlhf_core.nn import backbone, shared_prompt, small_batch_linear, unpadded
     from rlhf_core.rollout import grouped_attention, kv_cache
 
     folder = check.store.fetch(inputs.large(check)["digests"]["model"])
     model = load_causal_lm(folder).to(check.device)
     base = backbone.backbone(model)
     asked: dict[str, Any] = {
-        "RMSNorm as one kernel": lambda: check.on_gpu and fused_norms.PATH.works(model),
+        "RMSNorm as one kernel": lambda: isinstance(base.norm.forward, functools.partial),
         "rows without padding": lambda: unpadded.is_used(base),
         "right-padded rows without a mask": lambda: backbone.WITHOUT_MASK.works(base),
         "pairs in a shared row": lambda: shared_prompt.takes_block_masks(base),
