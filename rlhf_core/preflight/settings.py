@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from math import gcd, isqrt
 from typing import Any
 
+from rlhf_core.data.sources.reasoning import is_reasoning, near_seeds
+from rlhf_core.errors import DataError
 from rlhf_core.jobs import (
     BaseJob,
     PipelineConfig,
@@ -64,6 +67,20 @@ def check_data_settings(config: PipelineConfig) -> list[str]:
             f"evaluate.samples is {config.evaluate.samples}, more than evaluate.max_prompts "
             f"({config.evaluate.max_prompts}); lower it, or raise max_prompts"
         )
+    return problems + _near_seeds(config)
+
+
+def _near_seeds(config: PipelineConfig) -> list[str]:
+    """Data sets of reasoning-gym that differ, but share most of their questions."""
+    sources = [(n, s.source) for _, n, s in recipe.data_sets(config) if is_reasoning(s.source)]
+    problems = []
+    for (name, source), (other, second) in itertools.combinations(sources, 2):
+        try:
+            found = near_seeds(source, second)
+        except DataError:  # a malformed source is reported where it is opened
+            continue
+        if found:
+            problems.append(f"{name}.source and {other}.source: {found}")
     return problems
 
 

@@ -19,6 +19,8 @@ from rlhf_core.errors import DataError
 PREFIX = "reasoning-gym:"
 DEFAULT_SIZE = 500
 MAX_SIZE = 10_000_000
+# Right for no question of any task, so a verifier that gives it full marks does not judge.
+SENSELESS = ("qwx zvk qwx", "#" * 40)
 
 
 def is_reasoning(source: str) -> bool:
@@ -72,8 +74,9 @@ def rows(source: str) -> Iterator[RawRow]:
     """The task's questions with their answers.
 
     Raises:
-        DataError: the package is missing, the task or an option is unknown, or the task's entries
-            do not survive conversion to JSON, so that its verifier would give wrong scores.
+        DataError: the package is missing, the task or an option is unknown, the task's entries
+            do not survive conversion to JSON, so that its verifier would give wrong scores, or its
+            verifier gives a senseless reply full marks.
     """
     version()
     task, options = parse(source)
@@ -84,6 +87,7 @@ def rows(source: str) -> Iterator[RawRow]:
             entry = dataset[number - 1]
             written = json.loads(json.dumps(entry))
             scores = [dataset.score_answer(entry["answer"], form) for form in (entry, written)]
+            fooled = _accepted_nonsense(dataset, written)
         except Exception as error:  # a task's code raises what it likes
             raise DataError(
                 f"{source}, row {number}: the task failed ({type(error).__name__}: {error}); "
@@ -94,10 +98,57 @@ def rows(source: str) -> Iterator[RawRow]:
                 f"{source}, row {number}: the task's verifier scores its own answer {scores[0]:g}, "
                 f"but {scores[1]:g} after the entry was stored as JSON; use another task."
             )
+        if fooled is not None:
+            raise DataError(
+                f"{source}, row {number}: the task's verifier gives the senseless reply "
+                f"{fooled[:20]!r} full marks (1), so it rewards any reply; use another task."
+            )
         answer = "" if entry["answer"] is None else str(entry["answer"])
         extra = {"reasoning_gym": {"task": task, "options": own, "entry": written}}
         row = {"prompt": entry["question"], "completion": answer, "answer": answer, "extra": extra}
         yield RawRow(source, number, row)
+
+
+def _accepted_nonsense(dataset: Any, entry: dict[str, Any]) -> str | None:
+    """A senseless reply that the task's verifier gives 1; None if there is none."""
+    for reply in SENSELESS:
+        try:
+            if dataset.score_answer(reply, entry) >= 1.0:
+                return reply
+        except Exception:  # a verifier may refuse a reply in this way; the reply then gets 0
+            continue
+    return None
+
+
+def near_seeds(first: str, second: str) -> str:
+    """Why two sources share some of their questions, though their seeds differ; empty otherwise.
+
+    Nearly all tasks make question i with the seed `seed + i`, so sources of the same task and
+    options share questions if their seeds are less than the first one's size apart. Equal seeds are
+    taken for a choice: the smaller source is the beginning of the larger one.
+
+    Raises:
+        DataError: a source is malformed.
+    """
+    (task, one), (other_task, other) = sorted((parse(first), parse(second)), key=_seed_of)
+    own, others = (
+        {name: value for name, value in options.items() if name not in ("size", "seed")}
+        for options in (one, other)
+    )
+    shared = min(one["seed"] + one["size"], other["seed"] + other["size"]) - other["seed"]
+    if task != other_task or own != others or one["seed"] == other["seed"] or shared <= 0:
+        return ""
+    return (
+        f"seeds {one['seed']} and {other['seed']} of task {task} share up to {shared} of "
+        f"{other['size']} questions, because question i is made with seed + i; set the second seed "
+        f"to {one['seed'] + one['size']} or more for other questions, or to {one['seed']} for the "
+        "same"
+    )
+
+
+def _seed_of(parsed: tuple[str, dict[str, Any]]) -> int:
+    seed: int = parsed[1]["seed"]
+    return seed
 
 
 def _create_dataset(source: str, task: str, options: dict[str, Any]) -> Any:

@@ -74,6 +74,17 @@ def test_all_problems_come_in_one_list() -> None:
     assert "evaluate.samples is 200" in text
 
 
+def test_near_seeds_of_reasoning_gym_are_refused_with_the_seed_to_set() -> None:
+    def data(seed: int) -> dict[str, Any]:
+        first = {"source": "reasoning-gym:leg_counting?size=200&seed=3", "heldout_fraction": 0.1}
+        return {"sft": first, "prompts": {"source": f"reasoning-gym:leg_counting?seed={seed}"}}
+
+    problem = only_problem(data=data(4))
+    assert problem.startswith("data.sft.source and data.prompts.source: seeds 3 and 4 of task")
+    assert "share up to 199 of 500 questions" in problem and "set the second seed to 203" in problem
+    assert dry_run(config(data=data(203)), CPU) == dry_run(config(data=data(3)), CPU) == []
+
+
 def test_batch_that_ranks_do_not_share() -> None:
     problem = only_problem(sft={"batch_size": 32, "resources": {"ranks": 3}})
     assert "sft.batch_size is 32" in problem

@@ -25,6 +25,8 @@ class Task:
         print("a task may print")
         if self.name == "tuples":
             return float(isinstance(entry["metadata"]["pair"], tuple))
+        if self.name == "anything":
+            return 1.0
         if answer == "hang":
             time.sleep(600)
         if answer == "die":
@@ -48,7 +50,9 @@ def gym(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "site"
     (root / "reasoning_gym").mkdir(parents=True)
     (root / "reasoning_gym" / "__init__.py").write_text(INIT)
-    (root / "reasoning_gym" / "factory.py").write_text("DATASETS = {'say': 1, 'tuples': 2}\n")
+    (root / "reasoning_gym" / "factory.py").write_text(
+        "DATASETS = {'anything': 0, 'say': 1, 'tuples': 2}\n"
+    )
     info = root / "reasoning_gym-9.9.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: reasoning-gym\nVersion: 9.9\n")

@@ -70,15 +70,40 @@ def test_source_becomes_a_data_set_that_the_reward_reads(gym, tmp_path):
         ("say?size=0", "size is '0'; expected an integer from 1"),
         ("say?seed=x", "seed is 'x'; expected an integer from 0"),
         ("say?size", "write reasoning-gym:TASK\\?size=500&seed=0"),
-        ("sing", "has no task 'sing'; the tasks are say, tuples"),
+        ("sing", "has no task 'sing'; the tasks are anything, say, tuples"),
         ("say?fixed=-1", "fixed must be positive; correct the options"),
         ("say?colour=1", "unexpected keyword argument 'colour'; correct the options"),
+        ("anything", "row 1: the task's verifier gives the senseless reply 'qwx zvk qwx'"),
         ("tuples", "row 1: the task's verifier scores its own answer 1, but 0 after the entry"),
     ],
 )
 def test_source_that_cannot_be_made_is_refused(gym, source, message):
     with pytest.raises(DataError, match=message):
         rows(f"reasoning-gym:{source}")
+
+
+def test_verifier_of_anything_is_refused_before_a_run_starts(gym):
+    [problem] = check_source(DataSettings(source="reasoning-gym:anything"), "prompts")
+    assert "full marks (1), so it rewards any reply; use another task" in problem
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ("say?seed=0", "say?seed=1", "share up to 499 of 500 questions"),
+        ("say?seed=1", "say", "seeds 0 and 1 of task say share up to 499 of 500 questions"),
+        ("say?size=10&seed=5", "say?size=4&seed=14", "share up to 1 of 4 questions"),
+        ("say?size=10&seed=5", "say?size=3&seed=6", "share up to 3 of 3 questions"),
+        ("say?size=10&seed=5", "say?size=4&seed=15", ""),
+        ("say?size=10&seed=5", "say?size=4&seed=5", ""),
+        ("say?seed=0", "say?seed=1&fixed=5", ""),
+        ("say?seed=0", "tuples?seed=1", ""),
+    ],
+)
+def test_near_seeds_share_the_questions_that_are_told(first, second, shared):
+    first, second = f"reasoning-gym:{first}", f"reasoning-gym:{second}"
+    found = reasoning.near_seeds(first, second)
+    assert shared in found and bool(shared) == bool(found)
 
 
 def test_verifier_that_hangs_or_dies_gives_0_and_is_counted(gym):
@@ -141,6 +166,18 @@ def test_source_whose_package_is_missing_is_refused_with_the_command(monkeypatch
     monkeypatch.setattr(importlib.metadata, "version", gone)
     with pytest.raises(DataError, match=r'pip install "rlhf-pipeline\[reasoning\]"'):
         rows("reasoning-gym:leg_counting")
+
+
+@pytest.mark.extras
+def test_real_verifier_of_anything_is_refused_and_real_near_seeds_overlap():
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym; run: make test-extras")
+    with pytest.raises(DataError, match="gives the senseless reply"):
+        rows("reasoning-gym:game_of_life_halting?size=1")
+    first, near, far = (
+        {row["prompt"] for row in rows(f"reasoning-gym:basic_arithmetic?size=50&seed={seed}")}
+        for seed in (0, 1, 50)
+    )
+    assert (len(first & near), len(first & far)) == (49, 0)
 
 
 @pytest.mark.extras
