@@ -11,7 +11,7 @@ import json
 import multiprocessing
 from dataclasses import asdict
 
-from benchmarks.memory.cases import grid
+from benchmarks.memory.cases import Case, grid
 from benchmarks.memory.compare import RESULTS, rows, write_page
 from benchmarks.memory.simulate import simulated
 
@@ -26,11 +26,17 @@ def main() -> None:
         known = dict(rows()) if arguments.missing else {}
         todo = [case for case in grid() if case not in known]
         with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-            known |= dict(pool.imap_unordered(simulated, todo))
-        lines = ",\n".join(json.dumps({**asdict(c), "peaks": known[c]}) for c in grid())
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(f"[\n{lines}\n]\n")
+            for case, peaks in pool.imap_unordered(simulated, todo):
+                known[case] = peaks
+                save(known)
     write_page()
+
+
+def save(known: dict[Case, dict[str, int]]) -> None:
+    """Write what is known, one case a line."""
+    found = [json.dumps({**asdict(c), "peaks": known[c]}) for c in grid() if c in known]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("[\n" + ",\n".join(found) + "\n]\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ class ModelShape:
         embedding_parameters: of token embedding, learned positions and their norm.
         head_parameters: of an untied vocabulary head, else 0.
         gated: the MLP has three matrices instead of two.
+        mlp_tensors: tensors as wide as the MLP that a layer keeps for the backward pass.
         keeps_scores: attention keeps its (S,S) scores for the backward pass.
+        fused_norms: its RMSNorm can be one kernel on a GPU, see rlhf_core.nn.fused_norms.
     """
 
     layers: int
@@ -39,7 +41,9 @@ class ModelShape:
     embedding_parameters: int
     head_parameters: int
     gated: bool
+    mlp_tensors: int
     keeps_scores: bool
+    fused_norms: bool
 
     @property
     def parameters(self) -> int:
@@ -88,7 +92,9 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
         embedding_parameters=_embedding_parameters(fields, kind, d, vocabulary, int(context or 0)),
         head_parameters=0 if tied else vocabulary * d,
         gated=kind not in _PLAIN_MLP,
+        mlp_tensors=_mlp_tensors(fields, kind),
         keeps_scores=kind in _EAGER_ONLY,
+        fused_norms=kind not in _PLAIN_MLP and not kind.startswith("gemma"),
     )
 
 
@@ -100,6 +106,13 @@ def _field(fields: Mapping[str, Any], *names: str, default: Any = None) -> Any:
     if default is None:
         raise KeyError(f"config.json has none of {', '.join(names)}")
     return default
+
+
+def _mlp_tensors(fields: Mapping[str, Any], kind: str) -> int:
+    if kind not in _PLAIN_MLP:
+        return 4
+    name = fields.get("activation_function", "gelu_new" if kind == "gpt2" else "")
+    return 5 if name == "gelu_new" else 2  # computed step by step
 
 
 def _layer_parameters(

@@ -4,16 +4,18 @@ d hidden size, q and k the widths of all query and of all key heads, f width of 
 vocabulary, S tokens of a row, N tokens of a micro-batch, c bytes of a number in the products: 2
 for bf16 and fp16, 4 for fp32.
 
-One layer of a gated model (llama) keeps for each token until its backward pass:
+One layer of a gated model (llama) on a GPU keeps for each token until its backward pass:
 
-    all weights trained, autocast over fp32      26 d + 2 c (q + k) + 4 c f
-    all weights trained, in half precision       16 d + 2 c (q + k) + 4 c f
-    adapters trained, autocast                   18 d + 2 c (q + k) + c q + 4 c f
-    adapters trained, in half precision          12 d + 2 c (q + k) + 4 c f
+    all weights trained, autocast over fp32      18 d + 2 c (q + k) + 4 c f
+    all weights trained, in half precision        8 d + 2 c (q + k) + 4 c f
+    adapters trained, autocast over bf16         14 d + 2 c (q + k) + c q + 4 c f
+    adapters trained, in half precision           8 d + 2 c (q + k) + 4 c f
 
-Norms keep fp32 copies. Under autocast each of the five projections that read a norm's output keeps
-a cast copy of its own. Without a fused kernel, attention keeps its scores (bloom). Gradient
-checkpointing keeps the input of each layer only.
+These are the inputs of both norms, copies of their outputs for the projections (under autocast
+each of the five casts its own), queries, keys, values and the output of attention, and four
+tensors of the MLP. Where RMSNorm is not one kernel (on a CPU) it keeps fp32 copies too. Without a
+fused kernel, attention keeps its scores (bloom). Gradient checkpointing keeps the input of each
+layer only.
 
 The vocabulary head computes logits in chunks, see `rlhf_core.nn.chunked_logprobs`.
 """
@@ -41,6 +43,7 @@ class Passes:
         adapters: rank of the adapters that are trained alone; 0: weights are trained.
         checkpointing: layers are computed again in the backward pass.
         layers: layers that a gradient goes through.
+        fused_norms: RMSNorm is one kernel, see rlhf_core.nn.fused_norms.
     """
 
     shape: ModelShape
@@ -51,6 +54,7 @@ class Passes:
     adapters: int
     checkpointing: bool
     layers: int
+    fused_norms: bool
 
     def kept(self, tokens: int, length: int) -> int:
         """Activations from the forward to the backward pass. length: tokens of a row."""
@@ -62,12 +66,15 @@ class Passes:
         """Activations of one layer, for each token."""
         s, c = self.shape, self.width
         d, q, f = s.hidden, s.query, s.intermediate
-        norms = 2 * 4 * d if s.gated or self.autocast else 2 * c * d
-        if s.gated and not self.adapters:
-            norms += 2 * (4 if self.autocast else c) * d
+        if not s.gated:  # LayerNorm, in fp32 under autocast
+            norms = 2 * (4 if self.autocast else c) * d
+        elif self.fused_norms:
+            norms = 2 * self.stream * d
+        else:  # the input in fp32; for the gradient of the weight what it is multiplied with
+            norms = 2 * (4 + (0 if self.adapters else self.stream)) * d
         reading = (5 if s.gated else 2) if self.autocast else 2  # projections that read a norm
         attention = 2 * c * (q + s.key_value) + (c * q if self.adapters and self.autocast else 0)
-        mlp = (4 if s.gated else 2) * c * f
+        mlp = s.mlp_tensors * c * f
         adapters = (7 if s.gated else 6) * c * self.adapters
         scores = s.heads * length * (4 + (c if c < 4 else 0)) if s.keeps_scores else 0
         return norms + reading * c * d + attention + mlp + adapters + scores

@@ -96,7 +96,7 @@ def estimate(
     if models == 2:
         parts = {name: policy[name] + critic[name] for name in policy}
     if samples:
-        parts["reference and reward model"] = plan.frozen_models()
+        parts["reference and reward model"] = plan.frozen_models(models)
     kept = models * plan.passes.kept(tokens, max_length)
     parts["gathered"] = models * plan.gathered(layers=False)
     parts["activations"] = kept
@@ -111,12 +111,11 @@ def estimate(
         if isinstance(engine, VllmRollout) and device == "cpu":  # on a GPU it sleeps meanwhile
             parts["vLLM"] = plan.width * shape.parameters + engine.cpu_cache_mib * 2**20
     parts["process"] = _PROCESS[device]
-    trained = plan.trained(shape.parameters) * models
-    copies = 12 * trained  # weights and AdamW's states in fp32: a checkpoint
     host = once = 0
-    if device == "cpu":
+    if device == "cpu":  # a checkpoint: weights and AdamW's states in fp32
+        copies = 12 * plan.trained(shape.parameters) * models
         parts["checkpoint"] = max(0, copies - parts["activations"])
     else:
-        host = _PROCESS["cpu"] + plan.host(models)
-        once = max(0, copies - plan.host(models))
+        host, once = plan.host(models)
+        host += _PROCESS["cpu"]
     return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host), int(once))

@@ -34,13 +34,13 @@ class Plan:
         kind, bf16 = self.resources.strategy, self.settings.precision == "bf16"
         if kind.startswith("zero"):
             return self.width
-        if kind == "ddp" and bf16 and (self.quantization or self._adapters_on_gpu):
+        if kind == "ddp" and bf16 and (self.quantization or (self.settings.lora and self._on_gpu)):
             return 2
         return 4
 
     @property
-    def _adapters_on_gpu(self) -> bool:
-        return self.settings.lora is not None and self.device == "cuda"
+    def _on_gpu(self) -> bool:
+        return self.device == "cuda"
 
     @property
     def top(self) -> int:
@@ -59,6 +59,7 @@ class Plan:
             adapters=0 if lora is None else lora.rank,
             checkpointing=self.resources.gradient_checkpointing,
             layers=self.top,
+            fused_norms=self._on_gpu and self.resources.fast_paths and self.shape.fused_norms,
         )
 
     def trained(self, parameters: int) -> int:
@@ -80,8 +81,15 @@ class Plan:
         kind, half = self.resources.strategy, c == 2
         weights = self.frozen(frozen)
         if kind == "ddp":
-            layers = min(trained, self.shape.layers * self.shape.layer_parameters)
-            casts = c * layers if half else 0
+            layers = self.shape.layers * self.shape.layer_parameters
+            casts = c * min(trained, layers) if half else 0
+            if half and self.settings.lora is not None and self.frozen_width == 4:
+                # Of frozen weights in fp32 autograd keeps a copy until each layer's backward pass.
+                casts += (
+                    c
+                    * layers
+                    // (self.shape.layers if self.resources.gradient_checkpointing else 1)
+                )
             return {
                 "weights": weights + 4 * trained + casts,
                 "gradients": 4 * trained,
@@ -106,18 +114,24 @@ class Plan:
         layers = min(parameters, self.shape.layers * self.shape.layer_parameters)
         return int(_NF4 * layers) + self.frozen_width * (parameters - layers)
 
-    def frozen_models(self) -> int:
-        """Reference and reward model; with trainable_layers and ddp they share the lower layers."""
+    def frozen_models(self, models: int) -> int:
+        """Reference and reward model; with trainable_layers and ddp they share the lower layers.
+
+        Args:
+            models: that are trained: policy and critic.
+        """
         shape, sharded = self.shape, self.resources.strategy == "fsdp2"
+        judges = getattr(self.settings, "wants_reward_model", True)
+        reward = shape.backbone_parameters if judges else 0
         if self.settings.lora is not None:  # the reference is the policy without its adapters
             if sharded:
-                return self.width * shape.backbone_parameters // self.resources.ranks
-            return self.frozen(shape.backbone_parameters)
+                return self.width * reward // self.resources.ranks
+            return self.frozen(reward)
         c = 4 if self.resources.strategy == "ddp" else self.width
-        count = shape.parameters + shape.backbone_parameters
+        count = shape.parameters + reward
         if self.settings.trainable_layers is not None and c == 4:
-            # policy, reference, critic and reward model share the lower layers
-            count -= 3 * (shape.parameters - self.trained(shape.parameters))
+            # The policy holds the lower layers for reference, critic and reward model too.
+            count -= (models + judges) * (shape.parameters - self.trained(shape.parameters))
         return c * count // (self.resources.ranks if sharded else 1)
 
     def gathered(self, *, layers: bool) -> int:
@@ -181,15 +195,20 @@ class Plan:
         layers = 2 * c * shape.layer_parameters if self.resources.strategy == "fsdp2" else 0
         return cache + prompts * (3 * c * shape.intermediate + 2 * 4 * shape.hidden) + layers
 
-    def host(self, models: int) -> int:
-        """Main memory of a rank on a GPU: what it loads, or gathers for a checkpoint."""
+    def host(self, models: int) -> tuple[int, int]:
+        """Main memory of each rank on a GPU, and of rank 0 beside that: what they load, and what
+        they gather for a checkpoint."""
         shape, kind = self.shape, self.resources.strategy
         trained = models * self.trained(shape.parameters)
-        # A model at a time, or under fsdp2 all that are trained; nf4 quantises layer by layer.
         width = self.frozen_width if self.settings.lora is not None else 4
-        loaded = width * shape.parameters * (models if kind == "fsdp2" else 1)
-        if self.quantization is not None:
+        loaded = width * shape.parameters  # a model at a time
+        if self.quantization is not None:  # quantised layer by layer
             loaded = self.frozen_width * shape.embedding_parameters
         gathered = 8 * trained if kind.startswith("zero") else 0  # AdamW's states, on every rank
         offloaded = 16 * trained // self.resources.ranks if kind == "zero2_cpu" else 0
-        return max(loaded, gathered) + offloaded
+        each = gathered if kind == "fsdp2" else max(loaded, gathered)
+        if kind == "fsdp2":  # rank 0 alone loads, all that is trained
+            loaded *= models
+        # A checkpoint holds weights and AdamW's states in fp32, the result the weights.
+        first = max(loaded, 12 * trained, 4 * shape.parameters)
+        return each + offloaded, max(0, first - each)

@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from rlhf_core.jobs import LoRA, PPOSettings, Resources, RewardSettings, SFTSettings
+from rlhf_core.jobs import (
+    GRPOSettings,
+    LoRA,
+    PPOSettings,
+    Resources,
+    RewardSettings,
+    SFTSettings,
+)
+from rlhf_core.jobs.rewards import SentimentReward
 from rlhf_core.model_files.shape import read_shape
 from rlhf_core.model_files.source_check import BUILTIN_CONFIGS, model_config
 from rlhf_core.preflight.fitting import ways_to_fit
@@ -101,10 +110,10 @@ def test_activations_by_hand() -> None:
               "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 50}  # fmt: skip
     place = Resources(micro_batch_size=2)
     parts = estimate(config, SFTSettings(), place, "sft", max_length=7).parts
-    # Bytes per token. A norm keeps its input and its output before the weight in fp32, 2 x 2 x 40;
-    # the five projections behind them keep bf16 copies, 5 x 20; q, k, v, the attention's output
-    # and four tensors of the MLP are bf16.
-    layer = 160 + 100 + 2 * 4 * 10 + 2 * 4 * 30
+    # Bytes per token. A norm is one kernel and keeps its input in fp32, 2 x 40; the five
+    # projections behind norms keep bf16 copies, 5 x 20; q, k, v, the attention's output and four
+    # tensors of the MLP are bf16.
+    layer = 80 + 100 + 2 * 4 * 10 + 2 * 4 * 30
     last = 16 * 10  # the last norm, and what the head reads
     assert parts["activations"] == 2 * 7 * (3 * layer + last)
     two = estimate(config, SFTSettings(trainable_layers=2), place, "sft", max_length=7).parts
@@ -117,31 +126,55 @@ def test_activations_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "settings", "norms", "copies", "attention", "mlp"),
+    ("strategy", "settings", "gpu", "cpu", "copies", "attention", "mlp"),
     [
-        # ZeRO: fp32 input and bf16 value of each norm; q, k and v read one output, as do both of
-        # the MLP.
-        ("zero2", SFTSettings(), 2 * (40 + 20), 2 * 20, 80, 240),
-        ("fsdp2", SFTSettings(precision="fp32"), 2 * (40 + 40), 2 * 40, 160, 480),
-        # Adapters: the norms' weights get no gradient. Under autocast each adapter keeps a cast
-        # copy of its input, the output projection's is another 20.
-        ("zero2", SFTSettings(lora=LoRA(rank=1)), 2 * 40, 2 * 20, 80, 240),
-        ("ddp", SFTSettings(lora=LoRA(rank=1)), 2 * 40, 5 * 20, 80 + 20, 240),
+        # A norm keeps its input, and on a CPU an fp32 copy and the normalised value instead; q, k
+        # and v read one output, as do both of the MLP.
+        ("zero2", SFTSettings(), 2 * 20, 2 * (40 + 20), 2 * 20, 80, 240),
+        ("fsdp2", SFTSettings(precision="fp32"), 2 * 40, 2 * (40 + 40), 2 * 40, 160, 480),
+        # Adapters: the norms' weights get no gradient.
+        ("zero2", SFTSettings(lora=LoRA(rank=1)), 2 * 20, 2 * 40, 2 * 20, 80, 240),
+        # Under autocast each adapter keeps a cast copy of its input; the attention's is 20 more.
+        ("ddp", SFTSettings(lora=LoRA(rank=1)), 2 * 20, 2 * 40, 5 * 20, 80 + 20, 240),
     ],
 )
 def test_activations_of_a_layer_by_hand(
-    strategy: str, settings: SFTSettings, norms: int, copies: int, attention: int, mlp: int
+    strategy: str, settings: SFTSettings, gpu: int, cpu: int, copies: int, attention: int, mlp: int
 ) -> None:
-    def of_layers(count: int) -> int:
-        config = {
-            "model_type": "llama", "hidden_size": 10, "intermediate_size": 30, "vocab_size": 50,
-            "num_hidden_layers": count, "num_attention_heads": 2,
-        }  # fmt: skip
-        place = Resources(strategy=strategy, micro_batch_size=1)  # type: ignore[arg-type]
-        return estimate(config, settings, place, "sft", max_length=7).parts["activations"]
+    def layer(device: Literal["cpu", "cuda"], *, fast_paths: bool = True) -> int:
+        sizes = []
+        for count in (2, 3):
+            config = {
+                "model_type": "llama", "hidden_size": 10, "intermediate_size": 30,
+                "vocab_size": 50, "num_hidden_layers": count, "num_attention_heads": 2,
+            }  # fmt: skip
+            place = Resources(
+                strategy=strategy,  # type: ignore[arg-type]
+                micro_batch_size=1, fast_paths=fast_paths,
+            )  # fmt: skip
+            found = estimate(config, settings, place, "sft", max_length=7, device=device)
+            sizes.append(found.parts["activations"])
+        return sizes[1] - sizes[0]
 
     adapters = 7 * 2 if settings.lora is not None else 0  # their output, seven of rank 1
-    assert of_layers(3) - of_layers(2) == 7 * (norms + copies + attention + mlp + adapters)
+    rest = copies + attention + mlp + adapters
+    assert layer("cuda") == 7 * (gpu + rest)
+    assert layer("cpu") == 7 * (cpu + rest)
+    assert layer("cuda", fast_paths=False) == 7 * (cpu + rest)
+
+
+def test_autograd_keeps_a_copy_of_every_frozen_weight_in_fp32() -> None:
+    settings = SFTSettings(lora=LoRA(rank=1))
+    shape = read_shape(LLAMA_7B)
+    layers = 32 * shape.layer_parameters
+
+    def weights(device: Literal["cpu", "cuda"], *, saving: bool = False) -> int:
+        place = Resources(gradient_checkpointing=saving)
+        return estimate(LLAMA_7B, settings, place, "sft", device=device).parts["weights"]
+
+    assert weights("cpu") - weights("cpu", saving=True) == 2 * layers * 31 // 32
+    # on a GPU they are loaded in bf16
+    assert weights("cpu") - weights("cuda") == 2 * shape.parameters + 2 * layers
 
 
 def test_nf4_takes_4_127_bits_of_a_layers_weight_and_leaves_the_rest_in_bf16() -> None:
@@ -171,6 +204,36 @@ def test_ppo_holds_four_models() -> None:
     ppo = estimate(SMOL, PPOSettings(precision="fp32"), place, "ppo").parts
     assert ppo["optimizer"] == pytest.approx(2 * sft["optimizer"], rel=1e-4)
     assert ppo["reference and reward model"] == pytest.approx(2 * sft["weights"], rel=1e-4)
+
+
+def test_rules_need_no_reward_model_and_shared_layers_are_held_once() -> None:
+    rules = GRPOSettings(rewards=(SentimentReward(),), precision="fp32")
+    model, shape = GRPOSettings(precision="fp32"), read_shape(SMOL)
+
+    def frozen(settings: GRPOSettings) -> int:
+        return estimate(SMOL, settings, Resources(), "grpo").parts["reference and reward model"]
+
+    assert frozen(rules) == 4 * shape.parameters
+    assert frozen(model) == 4 * (shape.parameters + shape.backbone_parameters)
+    # reference and reward model have ten layers each of their own, and heads and norms
+    top = 10 * shape.layer_parameters
+    assert frozen(model.model_copy(update={"trainable_layers": 10})) == pytest.approx(
+        4 * 2 * top, rel=0.001
+    )
+
+
+def test_main_memory_of_all_ranks_together() -> None:
+    def needs(strategy: str) -> tuple[float, float]:
+        place = Resources(ranks=8, strategy=strategy)  # type: ignore[arg-type]
+        found = estimate(LLAMA_7B, SFTSettings(), place, "sft")
+        count = read_shape(LLAMA_7B).parameters
+        return (found.host - 0.8 * GIB) / count, found.host_once / count
+
+    # bytes per parameter: a model in fp32 on each rank, a checkpoint of 12 on the first
+    assert needs("ddp") == pytest.approx((4, 8), abs=0.01)
+    assert needs("zero2") == pytest.approx((8, 4), abs=0.01)  # AdamW's states on each
+    assert needs("zero2_cpu") == pytest.approx((8 + 16 / 8, 4), abs=0.01)
+    assert needs("fsdp2") == pytest.approx((0, 12), abs=0.01)  # the first alone loads
 
 
 def test_ppo_of_llama_7b_fits_eight_gpus_of_80_gib_where_gradients_are_sharded() -> None:

@@ -43,7 +43,7 @@ GPUS = Machine(gpus=8, gpu_memory=80 * GIB, cores=96, ram=2048 * GIB)
 def test_what_was_added_leaves_the_key_as_it_was(kind: type[BaseJob]) -> None:
     job = kind(**DIGESTS)
     before = job.model_dump(mode="json", exclude={"resources", "trust_remote_code"})
-    for added in ("rollout", "on_nonfinite", "min_length", "max_length"):
+    for added in ("rollout", "on_nonfinite", "min_length", "max_length", "quantization"):
         del before[added]  # the jobs before they had these settings
     text = json.dumps(
         {"version": job.current_version(), "job": before},

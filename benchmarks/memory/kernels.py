@@ -1,4 +1,4 @@
-"""QLoRA's frozen layers: 4 bits a weight, computed as bitsandbytes' Linear4bit computes them."""
+"""What kernels of a GPU keep: RMSNorm in one, and bitsandbytes' layers of 4 bits a weight."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ from torch import Tensor, nn
 from rlhf_core.nn.layers import transformer_layers
 
 BLOCK, SECOND_BLOCK = 64, 256  # weights that share a scale; scales that share one
+
+
+class _Norm(torch.autograd.Function):
+    """As aten._fused_rms_norm, which takes no fake tensors of a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1]
+        return torch.empty_like(x), torch.empty_like(weight) if needed else None
+
+
+def fused_norm(norm: Any, x: Tensor) -> Tensor:
+    """The norm of x (...,d)."""
+    assert x.dtype == norm.weight.dtype
+    return _Norm.apply(x, norm.weight)  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
