@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     work.mkdir(parents=True, exist_ok=True)
     try:
         supervise(options, work, began)
-        report = write_report(options, work, began)
     finally:
+        report = write_report(options, work, began)
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
     bad = [name for name, part in report["parts"].items() if part["status"] == "failed"]
@@ -111,7 +111,7 @@ def watch(worker: Any, work: Path, seconds: float, patience: float, tell: Any) -
     while worker.poll() is None:
         time.sleep(0.2)
         now = read_json(now_file(work))
-        if now.get("part", "") != seen:
+        if now and now["part"] != seen:
             seen = now["part"]
             tell()
         if time.monotonic() > end:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections import Counter
@@ -244,7 +245,8 @@ def fast_paths(check: Check, found: dict[str, Any]) -> list[str]:
     folder = check.store.fetch(inputs.large(check)["digests"]["model"])
     model = load_causal_lm(folder).to(check.device)
     base = backbone.backbone(model)
-    asked = {
+    asked: dict[str, Any] = {
+        "RMSNorm as one kernel": lambda: isinstance(base.norm.forward, functools.partial),
         "rows without padding": lambda: unpadded.is_used(base),
         "right-padded rows without a mask": lambda: backbone.WITHOUT_MASK.works(base),
         "pairs in a shared row": lambda: shared_prompt.takes_block_masks(base),

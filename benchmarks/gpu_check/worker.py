@@ -40,6 +40,13 @@ def now_file(folder: Path) -> Path:
     return folder / "now.json"
 
 
+def begin(folder: Path, part: str) -> None:
+    """Write `now_file`, all or nothing: another process reads it at any time."""
+    partial = now_file(folder).with_suffix(".tmp")
+    partial.write_text(json.dumps({"part": part, "began": time.time()}))
+    partial.replace(now_file(folder))
+
+
 def run_parts(check: Check, parts: list[str]) -> None:
     """Run parts; after one that leaves the device unusable, leave the rest to another process."""
     import transformers
@@ -53,7 +60,7 @@ def run_parts(check: Check, parts: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     log = _listen()
     for part in parts:
-        now_file(check.folder).write_text(json.dumps({"part": part, "began": time.time()}))
+        begin(check.folder, part)
         log.clear()
         run_part(check, part, log)
         if not usable(check):

@@ -67,6 +67,8 @@ def shard(
         for name in METHODS:
             if hasattr(root, name):
                 register_fsdp_forward_method(root, name)
+        if not trained:  # FSDP notes the order of passes until a backward pass, which never comes
+            root.register_forward_hook(lambda part, inputs, output: release(part))
     return module
 
 

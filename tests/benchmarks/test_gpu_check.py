@@ -60,16 +60,19 @@ def test_a_rank_runs_stages_with_a_file_store_without_the_orchestrators_packages
 FAKE = """
 import os, sys, time
 from pathlib import Path
-from benchmarks.gpu_check.worker import now_file
+from benchmarks.gpu_check.worker import begin, now_file
 from benchmarks.gpu_check.check import write_part
-import json
 work, parts = Path(sys.argv[1]), sys.argv[2].split(",")
 for part in parts:
-    now_file(work).write_text(json.dumps({"part": part, "began": time.time()}))
+    begin(work, part)
     write_part(work, part, "running", 0.0, {"so far": 1}, [])
     if part == "peak":
         os._exit(11)  # as a process does that the driver ends
     if part == "stages":
+        time.sleep(0.5)
+        now_file(work).write_text("{")  # as a reader finds a file that is being written
+        time.sleep(0.5)
+        begin(work, part)
         time.sleep(60)
     write_part(work, part, "passed", 0.1, {}, [])
 """

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
@@ -153,6 +154,9 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif name in COPIES and not kwargs.get("non_blocking"):
         record(UPLOAD)
     result = func(*inner, **options)
+    if name == "resize_":
+        args[0].data = GpuTensor(result, args[0].index)
+        return args[0]
     if name == "_to_copy" and result is inner[0]:
         result = result.clone()  # a copy between devices is never the same tensor
     if to is None:
@@ -213,6 +217,8 @@ def gpu_index(device: Any) -> int | None:
 
 def wrapped(tree: Any, index: int, seen: dict[int, GpuTensor]) -> Any:
     """CPU tensors of a result as tensors of a GPU; the same one twice stays the same."""
+    if isinstance(tree, AsyncCollectiveTensor):
+        tree = tree.wait()
     if isinstance(tree, GpuTensor):
         return tree
     if isinstance(tree, Tensor):

@@ -1,4 +1,4 @@
-"""`Group` and every strategy on two pretended GPUs, by gloo posing as NCCL.
+"""`Group`, every strategy and some stages on two pretended GPUs, by gloo posing as NCCL.
 
     python -m tests.gpu.ranks results.json
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from tests.gpu import stub
+from tests.gpu.stages import start
 
 RANKS = 2
 TIMEOUT = 60  # seconds that a rank waits for the other
@@ -115,7 +116,25 @@ def train(kind: str, precision: str, device: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rank_main(rank: int, port: int, out: Path) -> None:
+# Algorithm, strategy and precision of whole stages.
+STAGES = (
+    ("sft", "zero2", "fp32"), ("sft", "fsdp2", "fp32"),
+    ("ppo", "fsdp2", "bf16"),
+)  # fmt: skip
+
+
+def stage(runner: Any, inputs: Any, algorithm: str, kind: str, precision: str) -> Any:
+    """Run a whole stage; its metrics by step."""
+    from tests.gpu.cases import Case, job
+
+    place = {"strategy": kind, "ranks": RANKS, "collective_timeout": TIMEOUT}
+    _, metrics, _ = runner(
+        job(Case(algorithm, "llama", precision), inputs, "cuda", resources=place)
+    )
+    return metrics
+
+
+def rank_main(rank: int, port: int, out: Path, runner: Any, inputs: Any) -> None:
     """What each rank does; rank 0 writes the results."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
@@ -124,30 +143,30 @@ def rank_main(rank: int, port: int, out: Path) -> None:
     from rlhf_core.jobs import Resources, Strategy
     from rlhf_core.runtime.distributed import Group
 
-    checks = Checks()
-    check_group(checks, Group(Resources(device="cuda", collective_timeout=TIMEOUT)))
+    checks, group = Checks(), Group(Resources(device="cuda", collective_timeout=TIMEOUT))
+    check_group(checks, group)
     for kind in get_args(Strategy):
         for precision in ("fp32", "bf16", "fp16"):
             checks(f"{kind}-{precision}", lambda k=kind, p=precision: train(k, p, "cuda"))
+    for what in STAGES:
+        checks("-".join(("stage", *what)), lambda what=what: stage(runner, inputs, *what))
+    group.barrier()  # the other rank may still need what this one sends
     out.with_suffix(f".{rank}").write_text(json.dumps(checks.results))
 
 
 def main(arguments: list[str]) -> int:
     out = Path(arguments[0])
     os.environ["RLHF_PRETEND_GPUS"] = str(RANKS)
-    stub.load(stub.build())
-    import torch
+    with tempfile.TemporaryDirectory(prefix="rlhf-gpu-") as folder:
+        return run_ranks(*start(Path(folder)), out)
 
-    torch.set_num_threads(1)
-    from rlhf_core.runtime.rank import silence_libraries
-    from rlhf_core.system.ports import free_ports
-    from tests.gpu import install
 
-    silence_libraries()
-    install.install()
+def run_ranks(runner: Any, inputs: Any, out: Path) -> int:
+    """Fork the ranks and wait for them; 0 if none failed."""
     import colossalai.booster  # noqa: F401  # before the fork: two seconds
 
     import rlhf_core.training.strategy  # noqa: F401
+    from rlhf_core.system.ports import free_ports
 
     (port,), children = free_ports(1), []
     for rank in range(RANKS):
@@ -155,7 +174,7 @@ def main(arguments: list[str]) -> int:
         if child == 0:
             code = 1
             try:
-                rank_main(rank, port, out)
+                rank_main(rank, port, out, runner, inputs)
                 code = 0
             except BaseException:
                 traceback.print_exc()

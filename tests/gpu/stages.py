@@ -41,8 +41,12 @@ class Runner:
 
         self._count += 1
         folder = self.folder / "jobs" / str(self._count)
-        folder.mkdir(parents=True)
-        context = StageContext(store=self.store, key=f"{self._count:064d}", folder=folder)
+        folder.mkdir(parents=True, exist_ok=True)  # ranks share it
+        context = StageContext(
+            store=self.store, key=f"{self._count:064d}", folder=folder,
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        )  # fmt: skip
         module, said = importlib.import_module(job.module), io.StringIO()
         with contextlib.redirect_stdout(said), fast_paths_as_set(job), context.closing:
             artifact = module.run(job, context)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rlhf_core.jobs import Strategy
+from tests.gpu.ranks import STAGES
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +93,20 @@ def test_strategy_in_fp16_lowers_its_loss_scale_and_goes_on(ranks, kind):
     assert skipped[1] == 0.0, "a loss of 0.77 overflows at a scale of 2^16"
     assert skipped[0] == pytest.approx(plain_torch()[0][0], rel=2e-3)
     assert all(norm > 0 for norm in norms[1:])
+
+
+@pytest.mark.parametrize("what", ["-".join(("stage", *what)) for what in STAGES])
+def test_stage_runs_on_two_gpus(ranks, what):
+    for rank in ranks:
+        assert "error" not in rank[what], rank[what]["traceback"]
+    metrics = ranks[0][what]["found"]
+    assert [line["step"] for line in metrics] == [1, 2]
+
+
+def test_strategies_train_a_model_alike(ranks):
+    zero, fully = (ranks[0][f"stage-sft-{kind}-fp32"]["found"] for kind in ("zero2", "fsdp2"))
+    for one, other in zip(zero, fully, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def plain_torch():

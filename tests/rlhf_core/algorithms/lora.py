@@ -39,8 +39,9 @@ def name_of(kind):
 
 
 def make(kind, models, data, random_reward, target=None, **settings):
+    targets = (target,) if isinstance(target, str) else target
     values = {
-        "model": models["llama"], "lora": LoRA(rank=2, targets=(target,) if target else None),
+        "model": models["llama"], "lora": LoRA(rank=2, targets=targets),
         "learning_rate": 0.03, "batch_size": 8, "schedule": "constant", "warmup_fraction": 0.0,
         "precision": "fp32",
         "resources": Resources(micro_batch_size=8, threads=1, device="cpu"),

@@ -47,8 +47,8 @@ def mixing(make, data, name, **settings):
     return make(name, ptx=data["sft"], ptx_coef=5.0, steps=6, learning_rate=3e-3, **settings)
 
 
-def collapsing(make, name, **settings):
-    place = {"checkpoint_every": 1, "keep_checkpoints": 20}
+def collapsing(make, name, strategy="ddp", **settings):
+    place = {"checkpoint_every": 1, "keep_checkpoints": 20, "strategy": strategy}
     return make(name, **{"steps": 15, "collapse_window": 2, "place": place} | settings)
 
 
@@ -90,7 +90,7 @@ def two_ranks(run_plan, make, data):
     plan = {n: (make(n, steps=4, place={"strategy": kinds[n]}), {}) for n in NEW}
     plan["grpo-ptx"] = (mixing(make, data, "grpo", place={"micro_batch_size": 2}), {})
     plan["rloo-rule"] = (make("rloo"), {"rule": True})
-    plan["collapsed"] = (collapsing(make, "ppo", max_kl=0.2, ppo_epochs=2), {})
+    plan["collapsed"] = (collapsing(make, "ppo", "fsdp2", max_kl=0.2, ppo_epochs=2), {})
     return run_plan(2, plan)
 
 

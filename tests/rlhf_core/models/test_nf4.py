@@ -188,6 +188,10 @@ def test_next_stage_starts_from_what_was_published(tmp_path, name):
             snapped = logprobs(load_causal_lm(place, nf4=FP32)).detach()
             assert (snapped - reached).norm() > 5 * (again - reached).norm(), "what it is for"
             shutil.move(tmp_path / "aside", place / "nf4")
+    # The reference of the next stage: the policy without its own adapter, but with earlier ones.
+    policy = adapted(load_causal_lm(place, nf4=FP32))
+    with policy.disable_adapter():
+        assert torch.equal(logprobs(policy), again)
     plain = dequantised(load_causal_lm(place, nf4=FP32))
     torch.testing.assert_close(logprobs(plain), again, atol=1e-5, rtol=1e-5)
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from rlhf_core.errors import ModelError
 from rlhf_core.nn import fast_paths, probe_model
-from rlhf_core.nn.fast_paths import FastPath, Unsuited, patched, switched
+from rlhf_core.nn.fast_paths import FastPath, Unsuited, keep_in_step, patched, switched
 from tests.rlhf_core.nn.test_response_logprobs import make_model
 
 
@@ -167,6 +167,25 @@ def test_what_the_plain_code_could_not_mend_is_raised(error) -> None:
     with pytest.raises(type(error)):
         good.run(model, failing(error), lambda: pytest.fail("the plain code ran"))
     assert good.works(model)
+
+
+def test_a_model_that_other_ranks_run_along_does_not_fall_back() -> None:
+    good, model = path(), linear()
+    keep_in_step(model)
+    assert good.run(model, lambda: "fast", lambda: "plain") == "fast"
+    with pytest.raises(RuntimeError, match="illegal shape") as raised:
+        good.run(
+            model, failing(RuntimeError("illegal shape")), lambda: pytest.fail("a second pass")
+        )
+    assert "resources.fast_paths false" in raised.value.__notes__[0]
+
+
+def test_an_answer_that_is_forgotten_is_found_again() -> None:
+    good, model, other = path(), linear(), linear()
+    assert good.works(model) and good.works(other) and good.works(model)
+    good.forget(model)
+    assert good.works(model) and good.works(other)
+    assert good.asked == [model, other, model]
 
 
 def test_an_error_of_the_plain_code_is_not_put_on_the_fast_path(caplog) -> None:

@@ -124,6 +124,13 @@ def test_models_that_read_across_documents_are_found_out(tmp_path, architecture)
     torch.testing.assert_close(got[0, 1:], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("architecture", "apart"), [("llama", True), ("opt", False)])
+def test_documents_are_found_apart_in_half_precision(architecture, apart, dtype):
+    # Rounding must not pass for another document's influence, nor hide it.
+    assert separates_documents(tiny(architecture).to(dtype)) is apart
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_sequences_longer_than_the_model_reads_are_refused(name):
     model = tiny(name)
