@@ -28,7 +28,7 @@ from rlhf_core.models.loading import load_causal_lm, load_scalar_model
 from rlhf_core.nn.layers import share_frozen
 from rlhf_core.nn.modules import Policy, ScalarModel
 from rlhf_core.nn.padding import mark_from
-from rlhf_core.rollout.replies import Reply, fast_inference, sample_replies
+from rlhf_core.rollout.replies import Reply, fast_inference, inference_dtype, sample_replies
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.store import Artifact, Store
@@ -87,7 +87,8 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
     reference = load_policy(inputs.folders[inputs.start], group)
     reward = None
     if job.reward_model is not None:
-        reward = load_scalar_model(context.store.fetch(job.reward_model)).requires_grad_(False)
+        folder = context.store.fetch(job.reward_model)
+        reward = load_scalar_model(folder, inference_dtype(group.device)).requires_grad_(False)
         reward.to(group.device)
     found: dict[str, Measured] = {}
     for stream, (name, folder) in enumerate(inputs.folders.items()):
@@ -146,7 +147,8 @@ def load_inputs(job: EvaluateJob, store: Store) -> Inputs:
 
 def load_policy(folder: Path, group: Group) -> Policy:
     """A frozen model on this rank's device."""
-    return Policy(load_causal_lm(folder)).requires_grad_(False).to(group.device)
+    model = load_causal_lm(folder, inference_dtype(group.device))
+    return Policy(model).requires_grad_(False).to(group.device)
 
 
 def measure(

@@ -21,7 +21,7 @@ from rlhf_core.jobs import LabelJob
 from rlhf_core.judges.lexicon import get_judge
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm, load_scalar_model
-from rlhf_core.rollout.replies import Reply, fast_inference, sample_replies
+from rlhf_core.rollout.replies import Reply, fast_inference, inference_dtype, sample_replies
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.store import Artifact
@@ -36,7 +36,8 @@ def run(job: LabelJob, context: StageContext) -> Artifact | None:
     source = context.store.fetch(job.model)
     prompts = context.store.fetch(job.prompts)
     tokenizer = load_tokenizer(source, is_trusted(source))
-    model = load_causal_lm(source).requires_grad_(False).to(group.device)
+    model = load_causal_lm(source, inference_dtype(group.device))
+    model.requires_grad_(False).to(group.device)
     labeller = make_labeller(job, context, group, tokenizer)
 
     pairs: dict[str, list[Row]] = {}
@@ -85,7 +86,8 @@ def make_labeller(job: LabelJob, context: StageContext, group: Group, tokenizer:
     """The labeller that the job names."""
     if job.labeller == "reward_model":
         assert job.reward_model is not None
-        reward = load_scalar_model(context.store.fetch(job.reward_model)).requires_grad_(False)
+        folder = context.store.fetch(job.reward_model)
+        reward = load_scalar_model(folder, inference_dtype(group.device)).requires_grad_(False)
         reward.to(group.device)
         micro = job.resources.micro_batch_size
 
