@@ -83,16 +83,26 @@ def attempt(runner: Runner, inputs: Any, case: Any) -> dict[str, Any]:
         gpu, and cpu in fp32: metrics by step and of the result; off: fast paths that did not run;
         syncs; or error and its traceback; and the CPU seconds that all took.
     """
+    import torch
+
+    from rlhf_core.evaluation import evaluate
     from rlhf_core.nn import fast_paths
     from rlhf_core.rollout import replies
+    from rlhf_core.stages import label
     from tests.gpu import cases, install, syncs
 
     began, result = time.process_time(), {}
-    # Replies are sampled in bf16 where the device computes in it, also in fp32 stages.
+    # A GPU samples, labels and evaluates in bf16, also in fp32 stages.
     same = case.precision == "fp32"
-    sampling = [(replies, "computes_in_bf16", lambda device: False)] if same else []
+    in_fp32 = [
+        (replies, "computes_in_bf16", lambda device: False),
+        *(
+            (module, "inference_dtype", lambda device: torch.float32)
+            for module in (evaluate, label)
+        ),
+    ]
     try:
-        with fast_paths.patched(*sampling):
+        with fast_paths.patched(*(in_fp32 if same else [])):
             result["gpu"], result["off"], found = _on(runner, cases.job(case, inputs, "cuda"))
             result["syncs"] = syncs.table(found)
             if same:
