@@ -26,6 +26,7 @@ from rlhf_core.store import Store
 from tasks import stages
 from tasks.events import hide_expected_tracebacks, log_event
 from tasks.gates import judge
+from tasks.promotion import refusal
 from tasks.publish import compare_with_champion, keep_candidate, publish
 from tasks.reporting.evaluation import read_evaluation
 from tasks.reporting.report import report
@@ -88,7 +89,11 @@ def rlhf_retrain(
     )
     log_event(log, "note", "retrain", verdict["text"])
     name = "Rejected" if verdict["failed"] else "Promoted"
-    return Completed(name=name, message=verdict["text"], data=run.summary())
+    text = verdict["text"]
+    if run.verdict.get("state") == "reward hacked":
+        name = "RewardHacked"
+        text = text if '"reward hacked"' in text else f"{text}\n{run.verdict['text']}"
+    return Completed(name=name, message=text, data=run.summary())
 
 
 def _train(run: Run, gates: Gates, last_stage: str) -> dict[str, Any]:
@@ -105,6 +110,14 @@ def _train(run: Run, gates: Gates, last_stage: str) -> dict[str, Any]:
             if stage == last_stage:
                 break
         verdict = _compare(run, gates)
+        why = refusal(run) if run.config.publish.promote == "earned" else None
+        if why and not verdict["failed"]:
+            text = f"not promoted: {why}"
+            verdict = {
+                "failed": ["verdict"],
+                "text": text,
+                "markdown": f"{verdict['markdown']}\n\nAll gates passed, but {text}",
+            }
     except GateFailed as failed:  # one of the pipeline's own gates
         text = f"not promoted: {failed}"
         verdict = {"failed": ["pipeline"], "text": text, "markdown": text}

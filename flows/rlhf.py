@@ -20,9 +20,10 @@ from tasks import stages
 from tasks.events import hide_expected_tracebacks, log_event
 from tasks.gates import check_evaluation
 from tasks.launchers import launcher_for
+from tasks.promotion import promotion_of
 from tasks.publish import compare_with_champion, keep_candidate, keep_last_good_policy, publish
 from tasks.reporting.curves import prepare
-from tasks.reporting.evaluation import read_evaluation
+from tasks.reporting.evaluation import evaluation_of, read_evaluation
 from tasks.reporting.report import render, report
 from tasks.run import Run, new_run_id, recorded
 from tasks.watch import stop_when_cancelled
@@ -64,10 +65,28 @@ def rlhf_pipeline(
                 if stage == until:
                     break
             report(run)
+    return outcome(run)
+
+
+def outcome(run: Run) -> dict[str, Any] | State[dict[str, Any]]:
+    """The run's summary, in a state whose name says so when its reward was hacked or its model is
+    not the champion."""
+    hacked = run.verdict.get("state") == "reward hacked"
+    found = [f'The verdict is "reward hacked". {run.verdict["text"]}'] if hacked else []
+    name = "RewardHacked"
     if run.decision.get("decision") == "reject":
-        reason = run.decision.get("reason") or "no reason given"
-        return Completed(name="Rejected", message=f"not published: {reason}", data=run.summary())
-    return run.summary()
+        name = "Rejected"
+        found.insert(0, f"not published: {run.decision.get('reason') or 'no reason given'}")
+    elif run.version and run.version["state"] != "champion":
+        name = name if hacked else "NotPromoted"
+        version, number = run.version["name"], run.version["number"]
+        found = [
+            f"version {number} of {version} is a candidate, {run.version['reason']}",
+            f"To promote it by hand: rlhf models promote {version} {number}",
+        ]
+    if not found:
+        return run.summary()
+    return Completed(name=name, message="\n".join(found), data=run.summary())
 
 
 def pipeline(run: Run) -> Iterator[str]:
@@ -102,14 +121,7 @@ def pipeline(run: Run) -> Iterator[str]:
 
     if not recipe.produces_model(run.config):
         return
-    evaluation = stages.evaluate(run, artifacts)
-    settings, made_by = run.config.evaluate, recipe.model_stages(run.config)[-1]
-    compared = compare_with_champion(run) if settings.against_champion else None
-    numbers = read_evaluation(run.store, evaluation.digest)
-    beside = read_evaluation(run.store, compared.digest) if compared is not None else None
-    if wrong := check_evaluation(settings, numbers, made_by, beside):
-        keep_candidate(run, artifacts["model"], evaluation.digest, wrong)
-        raise GateFailed(wrong)
+    evaluation = evaluated(run)
     yield "evaluate"
 
     if run.config.lm_eval is not None:
@@ -121,7 +133,34 @@ def pipeline(run: Run) -> Iterator[str]:
         run.decision = decision.model_dump()
         if decision.decision == "reject":
             reason = f"rejected: {decision.reason or 'no reason given'}"
-            keep_candidate(run, artifacts["model"], evaluation.digest, reason)
+            keep_candidate(run, artifacts["model"], evaluation, reason)
             return
-    publish(run, artifacts["model"], evaluation.digest)
+    promotion = promotion_of(run)
+    if promotion.promoted:
+        publish(run, artifacts["model"], evaluation, promotion.reason)
+    else:
+        reason = f"not promoted: {promotion.reason}"
+        keep_candidate(run, artifacts["model"], evaluation, reason)
     yield "publish"
+
+
+def evaluated(run: Run) -> str:
+    """Evaluate the final model, which gives the run its verdict; returns the evaluation's digest.
+
+    Raises:
+        GateFailed: a gate failed; the model is a candidate.
+    """
+    artifacts = run.artifacts_by_role
+    evaluation = stages.evaluate(run, artifacts)
+    settings, made_by = run.config.evaluate, recipe.model_stages(run.config)[-1]
+    compared = compare_with_champion(run) if settings.against_champion else None
+    shown = evaluation_of(run, evaluation.digest)
+    if conclusion := shown.conclusion():
+        run.verdict = {"state": conclusion.state, "text": conclusion.text}
+    beside = read_evaluation(run.store, compared.digest) if compared is not None else None
+    if wrong := check_evaluation(settings, shown.data, made_by, beside):
+        if run.verdict.get("state") == "reward hacked":
+            wrong += f' The verdict is "reward hacked". {run.verdict["text"]}'
+        keep_candidate(run, artifacts["model"], evaluation.digest, wrong)
+        raise GateFailed(wrong)
+    return evaluation.digest

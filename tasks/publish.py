@@ -28,18 +28,20 @@ NOT_PUBLISHED = {"metrics.jsonl", "README.md"}
 
 
 @stage("publish")
-def publish(run: Run, policy: str, evaluation: str) -> StageResult:
+def publish(run: Run, policy: str, evaluation: str, reason: str = "") -> StageResult:
     """Publish the final model under the name `publish.name`, and make it champion.
 
     Args:
         policy: digest of the final model.
         evaluation: digest of its evaluation.
+        reason: why it is champion, for the history.
     """
     began = time.monotonic()
     name = run.config.publish.name
     key = publish_key(name, policy, evaluation, benchmarks_digest(run))
     artifact, reused = published_artifact(run, "publish", key, policy, evaluation)
-    if registry.promote(run.store, name, artifact.digest, run=run.id) is not None:
+    changed = registry.promote(run.store, name, artifact.digest, run=run.id, reason=reason)
+    if changed is not None:
         assets.published(run.store, name, artifact, run.id)
     newest = registry.champion(run.store, name)  # another run may have promoted its own since
     shown = run.store.get(newest) if newest else artifact
@@ -108,6 +110,12 @@ def _done(
         stage=stage, digest=artifact.digest, kind=artifact.kind, key=key,
         reused=reused, seconds=elapsed(began),
     )  # fmt: skip
+    name = run.config.publish.name
+    version = registry.read_model(run.store, name).find(artifact.digest)
+    run.version = {
+        "name": name, "number": version.number, "digest": artifact.digest,
+        "state": version.state, "reason": version.reason,
+    }  # fmt: skip
     how = "reused" if reused else f"done in {seconds(result.seconds)}"
     log_event(
         get_run_logger(), "done", stage, f"{how}, {artifact.ref} {what}",

@@ -64,6 +64,8 @@ class Run:
         self.model_folder: Path | None = None
         self.report: Path | None = None
         self.decision: dict[str, Any] = {}  # of the person who approved or rejected it
+        self.verdict: dict[str, str] = {}  # of the evaluation: state, text
+        self.version: dict[str, Any] = {}  # of its model: name, number, digest, state, reason
         self._record: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -105,6 +107,7 @@ class Run:
         self._record |= {
             "updated": now(),
             "stages": {name: r.model_dump(exclude={"stage"}) for name, r in self.stages.items()},
+            "verdict": self.verdict.get("state"),
         }
         self.store.write_record(self.record_path, self._record)
 
@@ -122,6 +125,8 @@ class Run:
         return {
             "run": self.id,
             "stages": {name: r.model_dump() for name, r in self.stages.items()},
+            "verdict": self.verdict,
+            "version": self.version,
             "model": str(self.model_folder) if self.model_folder else None,
             "report": str(self.report) if self.report else None,
         }

@@ -46,8 +46,10 @@ def runs(
         reused = sum(bool(result.get("reused")) for result in stages.values())
         error = (record.get("error") or "").splitlines()
         started = str(record.get("started", ""))[:19].replace("T", " ")
+        hacked = record.get("verdict") == "reward hacked"
+        state = f"{record['state']}, reward hacked" if hacked else record["state"]
         rows.append(
-            [record["id"], record["name"], record["state"], started, str(len(stages)),
+            [record["id"], record["name"], state, started, str(len(stages)),
              str(reused), error[0][:80] if error else ""]
         )  # fmt: skip
     table(rows)

@@ -73,8 +73,9 @@ def _champion(store: Store, name: str | None) -> Artifact:
     names = [name] if name else registry.model_names(store)
     if names:
         raise ArtifactNotFound(
-            f"{' and '.join(names)} in {store.url} has candidates but no champion: list them "
-            f"with `rlhf models list`, then `rlhf models promote {names[0]} VERSION`."
+            f"{' and '.join(names)} in {store.url} has candidates but no champion: `rlhf models "
+            f"list {names[0]}` says why. `rlhf chat DIGEST` talks to one; `rlhf models promote "
+            f"{names[0]} VERSION` makes it the champion."
         )
     raise ArtifactNotFound(
         f"No model is published in {store.url} yet; `rlhf run --preset demo` makes one."

@@ -59,6 +59,8 @@ def list_models(
         for line in lines
     ]  # fmt: skip
     table(rows)
+    if any(line["state"] == "candidate" for line in lines):
+        typer.echo("\nA candidate becomes champion by hand: rlhf models promote NAME VERSION")
 
 
 @models.command("show")
@@ -92,6 +94,8 @@ def show_model(
         typer.echo(json.dumps({**line, "history": history}, ensure_ascii=False))
         return
     size = "not in the store" if line["size"] is None else size_text(line["size"])
+    if chosen.state == "candidate":
+        typer.echo(f"# To make it the champion: rlhf models promote {name} {chosen.number}")
     typer.echo(yaml.safe_dump({**line, "size": size}, sort_keys=False, allow_unicode=True))
     if line["size"] is not None:
         for text in tree_lines(chosen.digest, opened.lineage(chosen.digest)):

@@ -181,17 +181,26 @@ def _print_summary(settings: PipelineConfig, summary: dict[str, Any], took: floa
 
     results = summary["stages"].values()
     reused = sum(result["reused"] for result in results)
+    option = f" --store {shlex.quote(settings.store)}" if settings.store else ""
     note = f", {reused} of {len(results)} stages reused" if reused else ""
     typer.echo(f"\nDone in {seconds(took)}{note}.")
     if summary["model"]:
         typer.echo(f"  model     {summary['model']}")
+    verdict, version = summary["verdict"], summary["version"]
+    if verdict.get("state") in ("worse", "reward hacked"):
+        typer.echo(f"  verdict   {verdict['state']}: {verdict['text']}")
+    kept = version if version and version["state"] != "champion" else None
+    if kept:
+        name, number = kept["name"], kept["number"]
+        typer.echo(f"  version   {number} of {name}, a candidate, {kept['reason']}")
+        typer.echo(f"  promote   rlhf models promote {name} {number}{option}  (by hand)")
     report = Path(summary["report"])
     typer.echo(f"  report    {report.with_suffix('.html')}")
     if (curves := report.with_name("curves.png")).exists():
         typer.echo(f"  curves    {curves}")
-    if summary["model"]:
-        option = f" --store {shlex.quote(settings.store)}" if settings.store else ""
-        typer.echo(f"  chat      rlhf chat {settings.publish.name}{option}")
+    if summary["model"] or kept:
+        what = kept["digest"][:12] if kept else settings.publish.name
+        typer.echo(f"  chat      rlhf chat {what}{option}")
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

@@ -56,6 +56,11 @@ class PublishSettings(Settings):
 
     name: Slug = "chat-model"
     """Name of the published model, for `rlhf chat`, `rlhf serve` and `rlhf models`."""
+    promote: Literal["earned", "always"] = "earned"
+    """When the finished model becomes the champion of its name. earned: unless the verdict of the
+    evaluation is worse or reward hacked; where there is a champion, only if the comparison with it
+    (evaluate.against_champion) shows a gain or passes evaluate.min_win_rate. Other models are kept
+    as candidates. always: every model that passes its gates."""
     approval: Literal["none", "manual"] = "none"
     """manual: the run pauses before publishing, with the report and a form on its Prefect page."""
     approval_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 604_800

@@ -11,7 +11,7 @@ from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.jobs import PipelineConfig
 from rlhf_core.pipeline import recipe
 from rlhf_core.store import Store
-from tasks.reporting.verdict import Names, conclude
+from tasks.reporting.verdict import Names, Verdict, conclude
 from tasks.run import Run
 
 MODELS = ("base", "sft", "policy")
@@ -135,10 +135,15 @@ class Evaluation:
 
     def verdict(self) -> str:
         """What the numbers show, the price beside the gain; "" without a final model."""
+        shown = self.conclusion()
+        return str(shown) if shown else ""
+
+    def conclusion(self) -> Verdict | None:
+        """The verdict; None without a final model."""
         if "policy" not in (self.data.get("models") or {}):
-            return ""
+            return None
         names = Names(self.policy, self.names[self.start])
-        return str(conclude(self.data, self.start, names, self.labelled_by))
+        return conclude(self.data, self.start, names, self.labelled_by)
 
     def reward_model(self) -> str:
         """Table of held-out accuracy, with trivial judges as baselines."""

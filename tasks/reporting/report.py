@@ -95,6 +95,13 @@ def _facts(run: Run) -> str:
             f"The model is published as `{run.config.publish.name}` in `{run.model_folder}`; "
             f"chat with it: `rlhf chat {run.config.publish.name}`."
         )
+    if run.version and run.version["state"] != "champion":
+        name, number = run.version["name"], run.version["number"]
+        lines.append(
+            f"The model is version {number} of `{name}`, a candidate and not the champion: "
+            f"{table_cell(run.version['reason'], 2000)}"
+        )
+        lines.append(f"To promote it by hand: `rlhf models promote {name} {number}`.")
     return "\n\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.cli.run import _print_summary
 from rlhf_core.errors import GateFailed, JobFailed, PreflightError
 from rlhf_core.jobs import BaseJob
 from rlhf_core.pipeline.presets import build_config
@@ -232,12 +233,64 @@ def test_failed_gate_ends_the_run_and_another_bound_goes_on(pipeline, without_to
     assert [v.state for v in registry.read_model(pipeline.store, "smoke").versions] == ["champion"]
 
 
+def states_of(store):
+    return [v.state for v in registry.read_model(store, "smoke").versions]
+
+
+def test_run_that_hacks_its_reward_says_so_and_is_not_promoted(pipeline, without_torchrun, capsys):
+    pipeline.plan(evaluate=["hacked"])
+    summary = pipeline()
+    assert list(summary["stages"]) == [*STAGES[:-1], "candidate"]
+    state = newest_flow_run().state
+    assert (state.type.value, state.name) == ("COMPLETED", "RewardHacked")
+    assert state.message.startswith(
+        'version 1 of smoke is a candidate, not promoted: the verdict is "reward hacked". '
+    )
+    assert '97% of the replies begin with "i love a"' in state.message
+    assert "rlhf models promote smoke 1" in state.message
+    report = Path(summary["report"]).read_text()
+    assert "Verdict: **reward hacked**." in report
+    assert "a candidate and not the champion: not promoted" in report
+    [version] = registry.read_model(pipeline.store, "smoke").versions
+    assert version.state == "candidate" and "reward hacked" in version.reason
+    record = pipeline.store.read_record(f"runs/{summary['run']}.json")
+    assert (record["state"], record["verdict"]) == ("completed", "reward hacked")
+    capsys.readouterr()
+    _print_summary(build_config("smoke"), summary, took=1.0)
+    said = capsys.readouterr().out
+    assert "\n  verdict   reward hacked: PPO over SFT: " in said
+    assert "\n  version   1 of smoke, a candidate, not promoted: the verdict is" in said
+    assert "\n  promote   rlhf models promote smoke 1" in said
+    assert f"\n  chat      rlhf chat {version.digest[:12]}\n" in said
+
+    with pytest.raises(GateFailed, match=r'min_win_rate.* The verdict is "reward hacked"\.'):
+        pipeline("evaluate.min_win_rate=0.9")
+    pipeline("publish.promote=always")
+    assert states_of(pipeline.store) == ["champion"]
+    assert newest_flow_run().state.name == "RewardHacked", "it is what it is"
+
+
+def test_later_run_is_no_champion_by_being_last(pipeline, without_torchrun):
+    first = pipeline()["version"]
+    assert (first["state"], first["reason"]) == ("champion", "the first champion")
+    assert pipeline("name=again")["version"] == first, "the champion keeps its place"
+    summary = pipeline("ppo.kl_coef=0.3")
+    assert list(summary["stages"]) == [*STAGES[:-1], "candidate"]
+    state = newest_flow_run().state
+    assert (state.type.value, state.name) == ("COMPLETED", "NotPromoted")
+    assert "not compared with the champion; evaluate.against_champion=true" in state.message
+    assert states_of(pipeline.store) == ["champion", "candidate"]
+    pipeline("ppo.kl_coef=0.3", "publish.promote=always")
+    assert states_of(pipeline.store) == ["archived", "champion"]
+
+
 def test_challenger_is_compared_with_the_champion_when_asked_to(pipeline, without_torchrun):
     first = pipeline("evaluate.against_champion=true")["stages"]
     assert list(first) == STAGES, "there is no champion yet"
     summary = pipeline("evaluate.against_champion=true", "ppo.kl_coef=0.3")
     done = summary["stages"]
-    assert list(done) == [*STAGES[:-1], "compare", "publish"]
+    assert list(done) == [*STAGES[:-1], "compare", "candidate"], "its judge labelled the pairs"
+    assert "no gain over the champion is shown" in summary["version"]["reason"]
     compared = pipeline.store.get(done["compare"]["digest"])
     job = compared.metadata["job"]
     assert (job["sft"], job["policy"]) == (first["ppo"]["digest"], done["ppo"]["digest"])
@@ -248,6 +301,8 @@ def test_challenger_is_compared_with_the_champion_when_asked_to(pipeline, withou
     assert "## Champion and challenger" in report and "PPO's reply beats champion's on" in report
     with pytest.raises(GateFailed, match=r"win against the champion on 0.74 of 128 prompts"):
         pipeline("evaluate.against_champion=true", "evaluate.min_win_rate=0.9", "ppo.kl_coef=0.4")
+    passed = ["evaluate.against_champion=true", "evaluate.min_win_rate=0.7", "ppo.kl_coef=0.3"]
+    assert pipeline(*passed)["version"]["state"] == "champion", "the user's own bound"
 
 
 def test_last_stage_that_the_run_does_not_have_is_refused(pipeline):

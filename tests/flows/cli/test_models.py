@@ -73,7 +73,8 @@ def test_list_has_states_and_numbers(command, store, two):
     lines = command("list").splitlines()
     assert lines[0].split() == ["NAME", "VERSION", "STATE", "DIGEST", "SINCE", "(UTC)", "RUN",
                                 "METRICS", "REASON"]  # fmt: skip
-    first, second = lines[1:]
+    first, second, empty, advice = lines[1:]
+    assert (empty, advice.partition(": ")[2]) == ("", "rlhf models promote NAME VERSION")
     assert first.split()[:4] == ["chat", "1", "champion", two[0].digest[:12]]
     assert "run-1  win (gold) 0.625, KL 3, length 20, accuracy 0.75" in first
     assert second.split()[:4] == ["chat", "2", "candidate", two[1].digest[:12]]
@@ -122,6 +123,7 @@ def test_show_has_lineage_and_history(command, two):
     text = command("show", "chat", "2")
     head, tree = text.split("\n\n", 1)
     assert yaml.safe_load(head)["state"] == "candidate"
+    assert head.startswith("# To make it the champion: rlhf models promote chat 2\n")
     assert "├── model/" in tree and "win rate is 0.5" in tree
 
 

@@ -119,9 +119,12 @@ def run(path: Path) -> None:
         numbers = {"shown": list(job.tasks), "models": {"base": rows, "policy": rows}}
         (folder / "lm_eval.json").write_text(json.dumps(numbers))
     if job.kind == "evaluation":
-        (folder / "evaluation.json").write_bytes(
-            Path(__file__).with_name("evaluation.json").read_bytes()
-        )
+        found = json.loads(Path(__file__).with_name("evaluation.json").read_text())
+        if planned == "hacked":  # the reward rises, and every reply is the same
+            found["models"]["sft"] |= {"distinct_2": 0.9, "top_opening": 0.05}
+            one = {"distinct_2": 0.02, "top_opening": 0.97, "opening": "i love a"}
+            found["models"]["policy"] |= one
+        (folder / "evaluation.json").write_text(json.dumps(found))
         (folder / "samples.jsonl").write_bytes(
             Path(__file__).with_name("samples.jsonl").read_bytes()
         )
