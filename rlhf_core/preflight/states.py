@@ -197,16 +197,15 @@ class Plan:
 
     def host(self, models: int) -> tuple[int, int]:
         """Main memory of each rank on a GPU, and of rank 0 beside that: what they load, and what
-        they gather for a checkpoint."""
+        rank 0 gathers for a checkpoint."""
         shape, kind = self.shape, self.resources.strategy
         trained = models * self.trained(shape.parameters)
         width = self.frozen_width if self.settings.lora is not None else 4
         loaded = width * shape.parameters  # a model at a time
         if self.quantization is not None:  # quantised layer by layer
             loaded = self.frozen_width * shape.embedding_parameters
-        gathered = 8 * trained if kind.startswith("zero") else 0  # AdamW's states, on every rank
         offloaded = 16 * trained // self.resources.ranks if kind == "zero2_cpu" else 0
-        each = gathered if kind == "fsdp2" else max(loaded, gathered)
+        each = 0 if kind == "fsdp2" else loaded
         if kind == "fsdp2":  # rank 0 alone loads, all that is trained
             loaded *= models
         # A checkpoint holds weights and AdamW's states in fp32, the result the weights.

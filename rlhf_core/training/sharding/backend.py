@@ -124,14 +124,23 @@ class Backend(ABC):
             for key, value in entry.items()
         }
 
-    def nested_states(self, flat: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """Undo `flat_states`; entries of the loss scale are left out."""
+    def nested_states(
+        self, flat: Mapping[str, Tensor], part: Callable[[Tensor, nn.Parameter], Tensor]
+    ) -> dict[int, dict[str, Tensor]]:
+        """Undo `flat_states`; entries of the loss scale are left out.
+
+        Args:
+            flat: may lie in a mapped file, of which only the parts are read into memory.
+            part: what this rank keeps of a state of the parameter's shape.
+        """
         index = {name: i for i, name in enumerate(self.params)}
         entries: dict[int, dict[str, Tensor]] = {}
         for key, value in flat.items():
             name, _, field = key.rpartition("|")
-            if name != SCALE:  # clone: torch would alias it
-                entries.setdefault(index[name], {})[field] = value.clone()
+            if name == SCALE:
+                continue
+            own = value if field == "step" else part(value, self.params[name])
+            entries.setdefault(index[name], {})[field] = own.clone()  # torch would alias it
         return entries
 
 

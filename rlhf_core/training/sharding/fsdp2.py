@@ -21,7 +21,7 @@ from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import Precision
 from rlhf_core.nn.sharded import part_of, release, shard, whole
 from rlhf_core.runtime.distributed import Group
-from rlhf_core.training.sharding.backend import HALF, SCALE, Backend, Guard, Update, check_names
+from rlhf_core.training.sharding.backend import HALF, Backend, Guard, Update, check_names
 from rlhf_core.training.sharding.trials import answer_trials
 
 NO_FP16 = (
@@ -122,13 +122,7 @@ class FullySharded(Backend):
         with torch.no_grad():
             for name, param in self.params.items():
                 param.copy_(part_of(weights[name], param))
-        index = {name: i for i, name in enumerate(self.params)}
-        entries: dict[int, dict[str, Tensor]] = {}
-        for key, value in optimizer.items():  # a part at a time: no rank copies all of it
-            name, _, field = key.rpartition("|")
-            if name != SCALE:
-                state = value.clone() if field == "step" else part_of(value, self.params[name])
-                entries.setdefault(index[name], {})[field] = state
+        entries = self.nested_states(optimizer, part_of)
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": entries, "param_groups": groups})
 

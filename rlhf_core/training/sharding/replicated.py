@@ -109,7 +109,7 @@ class Replicated(Backend):
             for name, param in self.params.items():
                 param.copy_(weights[name])
         groups = self._optimizer.state_dict()["param_groups"]
-        states = self.nested_states(optimizer)
+        states = self.nested_states(optimizer, lambda state, _: state)
         self._optimizer.load_state_dict({"state": states, "param_groups": groups})
         scale = scale_entries(optimizer)
         if scale and self._scaler.is_enabled():

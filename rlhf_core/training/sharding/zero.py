@@ -112,11 +112,21 @@ class Zero(Backend):
         """ColossalAI's loss scaling; None in other precisions than fp16."""
         return self._optimizer.mixed_precision_mixin if self.precision == "fp16" else None
 
+    def _master(self, param: nn.Parameter) -> Tensor:
+        """This rank's share of a parameter's fp32 master weight."""
+        master: Tensor = self._optimizer.working_to_master_param[id(param)]
+        return master
+
+    def _share(self, whole: Tensor, param: nn.Parameter) -> Tensor:
+        """What this rank holds of a tensor of a parameter's shape."""
+        master, size = self._master(param), self.group.size
+        padded = nn.functional.pad(whole.flatten(), [0, master.numel() * size - whole.numel()])
+        return padded.chunk(size)[self.group.rank].view_as(master)
+
     def weights(self, *, keep: bool) -> dict[str, Tensor]:
         result = {}
-        masters = self._optimizer.working_to_master_param
         for name, param in self.params.items():
-            shard = masters[id(param)].detach().flatten().to(self.device)
+            shard = self._master(param).detach().flatten().to(self.device)
             whole = torch.empty(
                 shard.numel() * self.group.size, dtype=shard.dtype, device=self.device
             )
@@ -126,7 +136,8 @@ class Zero(Backend):
         return result
 
     def optimizer_state(self, *, keep: bool) -> dict[str, Tensor]:
-        state = self._optimizer.state_dict()["state"]  # gathers: every rank calls
+        # Gathers, so that every rank calls; the others' main memory holds nothing of it.
+        state = self._optimizer.state_dict(only_on_master=not keep)["state"]
         if not keep:
             return {}
         flat = self.flat_states(state)
@@ -138,17 +149,15 @@ class Zero(Backend):
 
     def load_state(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         check_names(weights, self.params)
-        size, rank = self.group.size, self.group.rank
         with torch.no_grad():
             for name, param in self.params.items():
                 param.copy_(weights[name])
-                master = self._optimizer.working_to_master_param[id(param)]
-                flat = weights[name].float().flatten()
-                padded = nn.functional.pad(flat, [0, master.numel() * size - flat.numel()])
-                master.copy_(padded.chunk(size)[rank].view_as(master))
-        groups = self._optimizer.state_dict()["param_groups"]
-        states = self.nested_states(optimizer)
-        self._optimizer.load_state_dict({"state": states, "param_groups": groups})
+                self._master(param).copy_(self._share(weights[name].float(), param))
+        # The inner optimizer's: ColossalAI's own would copy every state whole, on every rank.
+        inner = self._optimizer.optim
+        groups = inner.state_dict()["param_groups"]
+        states = self.nested_states(optimizer, self._share)
+        inner.load_state_dict({"state": states, "param_groups": groups})
         scale = scale_entries(optimizer)
         if scale and self._scaling is not None:
             scaler = self._scaling.grad_scaler
