@@ -137,7 +137,8 @@ class AnswerReward(WeightedReward):
     """Type of the reward."""
     match: Literal["exact", "numeric"] = "exact"
     """exact: equal, ignoring case, width, white space, and punctuation at both ends. numeric: the
-    last numbers of both are equal (1,234.5, 3/4, 1 1/2, 50%, 1e-3)."""
+    last numbers of both are equal, with their brackets and units (1,234.5, 3/4, 50%, 1e-3, [0,1),
+    12:30). What cannot be read is not equal, and is counted."""
     pattern: str | None = None
     r"""Regular expression that finds the answer: the first group of its last match in the reply,
     for example `####\s*(.*)`. No match: 0. It also applies to the row's answer if it matches there.

@@ -22,7 +22,7 @@ from rlhf_core.jobs.rewards import (
     Reward,
     SentimentReward,
 )
-from rlhf_core.rewards.answer import exact_match, last_number, numeric_match
+from rlhf_core.rewards.answer import Verdict, exact_match, has_number, numeric_match
 from rlhf_core.rewards.forbidden import forbidden_score
 from rlhf_core.rewards.function import user_function
 from rlhf_core.rewards.length import length_score
@@ -57,7 +57,8 @@ class Rules:
         names: one per rule, for metrics: its type, with -2, -3 for further rules of the type.
         weights: one per rule; `score` does not apply them.
         failures: name -> number of replies that got a rule's lowest score because the rule failed:
-            regex_timeout, verifier_timeout, verifier_error. Counted since the start.
+            regex_timeout, verifier_timeout, verifier_error, answer_unreadable. Counted since the
+            start.
 
     Raises:
         ConfigError: a package or function that a rule needs is missing.
@@ -156,7 +157,7 @@ def _answers(rule: AnswerReward, failures: Counter[str]) -> Scorer:
         if pattern is not None:
             inside = extract(pattern, answer, failures)
             answer = answer if inside is None else inside
-        missing = not answer.strip() or (rule.match == "numeric" and last_number(answer) is None)
+        missing = not answer.strip() or (rule.match == "numeric" and not has_number(answer))
         if missing and rule.without_answer is None:
             raise DataError(_no_answer(rule, row))
         if missing:
@@ -165,7 +166,10 @@ def _answers(rule: AnswerReward, failures: Counter[str]) -> Scorer:
         if given is None:
             return 0.0
         if rule.match == "numeric":
-            return float(numeric_match(given, answer, rule.tolerance))
+            verdict = numeric_match(given, answer, rule.tolerance)
+            if verdict is Verdict.UNREADABLE:
+                failures["answer_unreadable"] += 1
+            return float(verdict is Verdict.EQUAL)
         return float(exact_match(given, answer))
 
     return lambda batch: [one(*pair) for pair in zip(batch.replies, batch.rows, strict=True)]

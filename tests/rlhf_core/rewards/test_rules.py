@@ -21,7 +21,9 @@ from rlhf_core.jobs.rewards import (
     SentimentReward,
 )
 from rlhf_core.rewards import Rules
-from rlhf_core.rewards.answer import last_number
+from rlhf_core.rewards.numbers import Number, Parts
+from rlhf_core.rewards.spans import last_span
+from rlhf_core.rewards.values import read
 from tests.rlhf_core.rewards.helpers import score
 
 LONG = "word " * 40_000
@@ -121,17 +123,20 @@ def test_exact_answer_ignores_case_space_and_outer_punctuation():
     ("text", "value"),
     [
         ("It is 42.", 42), ("first 1, then 2", 2), ("1,234,567.5 km", 1234567.5), ("-3", -3),
-        ("7-3", 3), ("x = -3", -3), ("3/4", 0.75), ("1 1/2 cups", 1.5), ("1e-3", 0.001),
+        ("x = -3", -3), ("3/4", 0.75), ("1 1/2 cups", 1.5), ("1e-3", 0.001),
         (r"\boxed{\frac{3}{4}}", 0.75), (r"-\frac{1}{2}", -0.5), (r"1\frac{1}{2}", 1.5),
         (".5", 0.5), ("$1,000", 1000), ("-$5", -5), ("４２", 42), ("\u22127", -7),
         ("答案是12。", 12),
-        ("1,2", 2), ("1234,5678", 5678), ("12,345,67", 67), ("1/0", None), ("none", None),
-        ("", None), ("9" * 400, None), ("1e999", None), ("😀", None),
+        ("7-3", (7, 3)), ("1,2", (1, 2)), ("1234,5678", (1234, 5678)), ("12,345,67", (12345, 67)),
+        ("1/0", None), ("none", None), ("", None), ("9" * 400, None), ("1e999", None), ("😀", None),
     ],
 )  # fmt: skip
-def test_last_number(text, value):
-    found = last_number(text)
-    assert (found and found[0]) == (value if value is None else pytest.approx(value))
+def test_last_number_is_read_with_what_belongs_to_it(text, value):
+    found = read(last_span(text) or [])
+    if isinstance(found, Parts):
+        assert tuple(item.value for item in found.items) == value
+    else:
+        assert (found.value if isinstance(found, Number) else None) == pytest.approx(value)
 
 
 def test_numeric_answer_compares_the_last_numbers():
