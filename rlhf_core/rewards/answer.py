@@ -91,9 +91,11 @@ def numeric_match(reply: str, answer: str, tolerance: float) -> Verdict:
         if one is missing.
     """
     given, wanted = last_span(reply), last_span(answer)
+    if wanted is not None and unicode_form(reply).split() == unicode_form(answer).split():
+        return Verdict.EQUAL
     if given is None or wanted is None:
         return Verdict.DIFFERENT
-    if not given or not wanted:
+    if not given or not wanted or _several(answer):
         return Verdict.UNREADABLE
     if written(given) == written(wanted):
         return Verdict.EQUAL
@@ -101,6 +103,13 @@ def numeric_match(reply: str, answer: str, tolerance: float) -> Verdict:
     if one is None or other is None:
         return Verdict.UNREADABLE
     return _compare(one, other, tolerance)
+
+
+def _several(answer: str) -> bool:
+    """Whether an answer has numbers on several lines or in several equations, and no words: a grid,
+    or x = 2, y = 3. Its last number is not the answer, unlike that of a solution in prose."""
+    parts = [part for part in regex.split(r"\n|[,;](?=[^,;\n]*=)", answer) if has_number(part)]
+    return len(parts) > 1 and not regex.search(r"(?<!\\)\b\p{L}{2,}", answer)
 
 
 def _compare(one: Value, other: Value, tolerance: float) -> Verdict:

@@ -38,6 +38,7 @@ _MATRIX = regex.compile(r"\\(begin|end)\s*\{[a-zA-Z]*(?:matrix|array)\}(?:\{[lcr
 _ROW = regex.compile(r"\\\\(?![a-zA-Z])")
 _TEXT = regex.compile(r"\\(?:text(?:bf|rm|it)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _DOLLARS = regex.compile(r"(?<!\\)\$\$?([^$\n]+)\$\$?(?!\d)")
+_BOXED = regex.compile(r"\\(?:boxed|fbox)\s*(\{((?:[^{}]++|(?1))*+)\})")
 _DOLLAR = "\ue000"  # an escaped one, while the others are matched in pairs
 _TAG = regex.compile(r"</?[a-zA-Z]\w+/?>")
 _DEGREE = regex.compile(r"\^\s*(?:\{\s*(?:°|\\circ)\s*\}|°|\\circ(?![a-zA-Z]))")
@@ -62,6 +63,7 @@ def plain_form(text: str) -> str:
     """The text with the notation of LaTeX and Unicode rewritten to the marks of this module."""
     text = unicode_form(text)
     if "\\" in text:
+        text = _BOXED.sub(r"¦\2¦", text)
         text = _DEGREE.sub("°", text)
         text = _MATRIX.sub(lambda m: "⟦" if m[1] == "begin" else "⟧", text)
         text = _ROW.sub("⏎", text)

@@ -138,6 +138,8 @@ class NumberReader:
         if token.kind != "number":
             raise UnreadError
         self.place += 1
+        if token.text[:2] in ("0x", "0X"):
+            return float(int(token.text, 16))
         return float(token.text.replace(",", "").replace(" ", ""))
 
     def divided(self, above: float) -> float:

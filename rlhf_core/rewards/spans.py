@@ -16,7 +16,8 @@ _WINDOW = (700, 300)  # characters before and after the last number that are loo
 
 Kind = Literal["number", "operator", "open", "close", "letter", "command", "unit", "join", "end"]
 _TOKEN = regex.compile(
-    r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?![\d])|\d{1,3}(?:[ ]\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    r"(?P<number>0[xX][0-9a-fA-F]+(?!\w)"
+    r"|(?:\d{1,3}(?:,\d{3})+(?![\d])|\d{1,3}(?:[ ]\d{3})+(?!\d)|\d+)(?:\.\d+)?"
     r"(?:[eE][-+]?\d+(?![\w]))?|(?<![\d.])\.\d+(?:[eE][-+]?\d+(?![\w]))?)"
     r"|(?P<time>[ap]\.m\.)"
     r"|(?P<word>\\?[a-zA-Z]+|\p{L})"
@@ -169,7 +170,19 @@ def _trimmed(tokens: list[Token], first: int, last: int) -> list[Token]:
         elif 0 in lone and span[0].text in "([{⦃":
             span = span[1:]
         else:
-            return [] if lone else span
+            return [] if lone else _without_group(span)
+
+
+def _without_group(span: list[Token]) -> list[Token]:
+    """The span without braces around all of it, unless they hold a set: {x^2} is x^2."""
+    while len(span) > 2 and (span[0].text, span[-1].text) == ("{", "}"):
+        depth = 1
+        for token in span[1:-1]:
+            depth += (token.kind == "open") - (token.kind == "close")
+            if depth == 0 or (depth == 1 and token.text in (",", ";")):
+                return span
+        span = span[1:-1]
+    return span
 
 
 def _is_word(token: Token) -> bool:

@@ -175,8 +175,14 @@ DIFFERENT = [
     (r"\frac{1}{23}", r"\frac{12}{3}"),
     ("5 ms", "5 m"),
 ]
-# Not even equal to themselves, because it is not clear what belongs to the number.
-UNCLEAR = {"12abc", "12abd", "]0,1[", "]0,1]", "abc12", "abd12", "x_{max}2", "y_{min}2"}
+EQUAL += [
+    (r"\boxed{(7.765, 7.882)}", "(7.765,7.882)"),
+    (r"\boxed{x^2 + 1}", "x^2+1"),
+    (r"\boxed{2, 3}", "2,3"),
+    ("{(1,2)}", "(1, 2)"),
+    ("0x1f", "31"),
+]
+DIFFERENT += [("0x1f", "0x2f"), (r"\boxed{03:22:03}", "03:22:04")]
 UNREADABLE = [
     ("12abc", "12abd"),
     ("abc12", "abd12"),
@@ -265,8 +271,18 @@ def test_pairs_have_the_verdict_of_the_table_in_both_directions(verdict, pairs):
 
 def test_text_is_equal_to_itself_wherever_it_has_a_number():
     texts = {text for pair in EQUAL + DIFFERENT + UNREADABLE for text in pair}
-    unclear = {t for t in texts if has_number(t) and numeric_match(t, t, 0.0) != Verdict.EQUAL}
-    assert unclear == UNCLEAR
+    assert all(numeric_match(t, t, 0.0) is Verdict.EQUAL for t in texts if has_number(t))
+    boxed = {t for t in texts if has_number(t) and t.count("{") == t.count("}") and "$" not in t}
+    verdicts = {t: numeric_match(rf"So \boxed{{{t}}}.", t, 0.0) for t in boxed}
+    assert Verdict.DIFFERENT not in verdicts.values()
+
+
+def test_answer_of_several_lines_or_equations_is_not_its_last_number():
+    for answer, other in [("1 0\n0 1", "0 0\n0 1"), ("x=2, y=3", "x=5, y=3"), ("1\n5", "3\n5")]:
+        assert numeric_match(answer, answer, 0.0) is Verdict.EQUAL
+        assert numeric_match(other, answer, 0.0) is Verdict.UNREADABLE
+    assert numeric_match("4", "2 + 2 = 4", 0.0) is Verdict.EQUAL
+    assert numeric_match("42", "There are 6 rows of 7.\nThat is 42", 0.0) is Verdict.EQUAL
     assert not has_number("forty-two") and not has_number("")
 
 
