@@ -33,7 +33,8 @@ OPTIONS = {"max_new_tokens": 12, "eos_ids": ENDS, "pad_id": 3, "temperature": 0.
 
 @pytest.fixture(scope="module", autouse=True)
 def strategy():
-    return Strategy(Resources(threads=1, device="cpu"), "fp32", 1.0)
+    yield Strategy(Resources(threads=1, device="cpu"), "fp32", 1.0)
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,13 @@ from rlhf_core.training.strategy import Strategy
 MICRO_BATCHES = [[0, 3], [1], [2, 4]]
 
 
+@pytest.fixture(autouse=True)
+def no_group_is_left():
+    """Other tests in this process make groups of their own."""
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def start(monkeypatch):
     """A strategy with one weight of 2, on the CPU; readings of tensors are noted."""
     strategy = Strategy(Resources(device="cpu", threads=1), "fp32", 1e9)
