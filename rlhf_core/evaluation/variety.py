@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 OPENING = 3  # words
+WORD = re.compile(r"\w+(?:['’]\w+)*")  # "I'm" is one
 
 
 def variety(texts: Sequence[str]) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def variety(texts: Sequence[str]) -> dict[str, Any]:
       these words.
     * repeated: share of replies that are also the reply to another prompt.
     """
-    replies = [re.findall(r"\w+", text.lower()) for text in texts]
+    replies = [WORD.findall(text.lower()) for text in texts]
     openings = Counter(" ".join(words[:OPENING]) for words in replies)
     opening, most = openings.most_common(1)[0] if openings else ("", 0)
     count = Counter(text.strip() for text in texts)

@@ -17,3 +17,7 @@ def test_no_words_are_no_variety():
     found = variety(["", "!"])
     assert (found["distinct_1"], found["distinct_2"], found["repeated"]) == (0.0, 0.0, 0.0)
     assert (found["top_opening"], found["opening"]) == (1.0, "")
+
+
+def test_a_contraction_is_one_word():
+    assert variety(["I'm so glad", "I’m so sad"])["opening"] == "i'm so glad"
