@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_core.jobs import LoRA, Resources, TrainSettings
+from rlhf_core.jobs import LoRA, Resources, Strategy, TrainSettings
 from rlhf_core.model_files.shape import read_shape
 from rlhf_core.preflight.memory import MemoryEstimate, estimate
 
@@ -14,6 +14,7 @@ MOST_ROWS = 64  # micro-batches are not tried beyond
 ADAPTERS = LoRA(rank=16)
 
 Tuning = Literal["all weights", "LoRA", "QLoRA"]
+Way = tuple[Tuning, Strategy]
 Device = Literal["cpu", "cuda"]
 
 
@@ -27,17 +28,17 @@ class Fit:
     """
 
     tuning: Tuning
-    strategy: str
+    strategy: Strategy
     checkpointing: bool
     rows: int
     need: MemoryEstimate
 
 
-def ways_to_train(ranks: int, device: Device) -> list[tuple[Tuning, str]]:
+def ways_to_train(ranks: int, device: Device) -> list[Way]:
     """What is trained, and by which strategy: all combinations that make sense."""
-    ways: list[tuple[Tuning, str]] = [("all weights", "ddp")]
+    ways: list[Way] = [("all weights", "ddp")]
     if ranks > 1:
-        ways += [("all weights", name) for name in ("zero1", "zero2", "fsdp2")]
+        ways += [("all weights", "zero1"), ("all weights", "zero2"), ("all weights", "fsdp2")]
     if device == "cuda":
         ways.append(("all weights", "zero2_cpu"))
     ways.append(("LoRA", "ddp"))
@@ -52,7 +53,7 @@ def largest_micro_batch(
     ranks: int,
     stage: str,
     available: int,
-    way: tuple[Tuning, str],
+    way: Way,
     *,
     checkpointing: bool,
     max_length: int,
@@ -66,7 +67,7 @@ def largest_micro_batch(
     def need(rows: int) -> MemoryEstimate:
         place = Resources(
             ranks=ranks,
-            strategy=strategy,  # type: ignore[arg-type]
+            strategy=strategy,
             micro_batch_size=rows,
             gradient_checkpointing=checkpointing,
         )
