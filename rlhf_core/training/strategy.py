@@ -28,7 +28,7 @@ from rlhf_core.errors import ConfigError, NonFinite
 from rlhf_core.jobs import Precision, Resources
 from rlhf_core.nn.modules import padding_cost
 from rlhf_core.runtime.distributed import Group, computes_in_bf16
-from rlhf_core.training.sharding.backend import HALF, Backend, Update
+from rlhf_core.training.sharding.backend import HALF, Backend, Update, check_names
 
 __all__ = ["HALF", "Strategy"]
 
@@ -233,6 +233,7 @@ class Strategy:
         Raises:
             ConfigError: the checkpoint is of another set of parameters.
         """
+        check_names(weights, self._backend.params)
         self._backend.load_state(weights, optimizer)
 
     def unsharded(

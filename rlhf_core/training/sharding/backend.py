@@ -54,19 +54,25 @@ class Backend(ABC):
         self.group, self.precision, self.max_grad_norm = group, precision, max_grad_norm
         self.device = group.device
         self.params: dict[str, nn.Parameter] = {}  # trained, in the order of the optimizer's groups
+        self._optimizer: Any = None
 
     @abstractmethod
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """Shard or replicate onto the rank's device; returns the module to call from now on."""
+        """Shard or replicate; returns the module to call from now on.
+
+        Args:
+            module: on the rank's device, see `Strategy.place`.
+        """
 
     def place_frozen(self, module: nn.Module) -> nn.Module:
         """Put a module that is not trained where the trained one is, and as it is; returns it."""
         return module.to(self.device)
 
     @property
-    @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups."""
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return groups
 
     @property
     def loss_scale(self) -> float:

@@ -21,7 +21,7 @@ from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import Precision
 from rlhf_core.nn.sharded import part_of, release, shard, whole
 from rlhf_core.runtime.distributed import Group
-from rlhf_core.training.sharding.backend import HALF, Backend, Guard, Update, check_names
+from rlhf_core.training.sharding.backend import HALF, Backend, Guard, Update
 from rlhf_core.training.sharding.trials import answer_trials
 
 NO_FP16 = (
@@ -44,7 +44,6 @@ class FullySharded(Backend):
         self._mesh: DeviceMesh | None = None
         self._module: Any = None
         self._skeleton: nn.Module | None = None  # the module, its parameters without memory
-        self._optimizer: Any = None
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -72,11 +71,6 @@ class FullySharded(Backend):
         shard(module, self.mesh, None, trained=False)
         answer_trials(module, self.group)
         return module
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._optimizer.param_groups
-        return groups
 
     def backward(self, loss: Tensor) -> None:
         # FSDP takes the mean over the ranks.
@@ -117,7 +111,6 @@ class FullySharded(Backend):
         return result
 
     def load_state(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        check_names(weights, self.params)
         release(self._module)  # what a pass has gathered would be the old weights
         with torch.no_grad():
             for name, param in self.params.items():

@@ -24,7 +24,6 @@ from rlhf_core.training.sharding.backend import (
     Context,
     Guard,
     Update,
-    check_names,
     scale_entries,
 )
 
@@ -39,10 +38,8 @@ class Replicated(Backend):
             self.device.type, init_scale=FIRST_LOSS_SCALE, enabled=half
         )
         self._ddp: DistributedDataParallel | None = None
-        self._optimizer: Any = None
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        module.to(self.device)
         self.name_parameters(module, optimizer)
         self._optimizer = optimizer
         if self.group.size == 1:
@@ -52,11 +49,6 @@ class Replicated(Backend):
             module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
         return self._ddp
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._optimizer.param_groups
-        return groups
 
     @property
     def loss_scale(self) -> float:
@@ -104,7 +96,6 @@ class Replicated(Backend):
         }
 
     def load_state(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        check_names(weights, self.params)
         with torch.no_grad():
             for name, param in self.params.items():
                 param.copy_(weights[name])

@@ -23,7 +23,6 @@ from rlhf_core.training.sharding.backend import (
     Context,
     Guard,
     Update,
-    check_names,
     scale_entries,
 )
 
@@ -38,10 +37,8 @@ class Zero(Backend):
         self.kind = kind
         self._booster: Any = None
         self._module: Any = None
-        self._optimizer: Any = None
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        module.to(self.device)
         self.name_parameters(module, optimizer)
         if self.device.type == "cpu":
             from rlhf_core.training import cpu_accelerator
@@ -64,11 +61,6 @@ class Zero(Backend):
         self._module, self._optimizer, *_ = self._booster.boost(module, optimizer)
         wrapped: nn.Module = self._module
         return wrapped
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._optimizer.param_groups
-        return groups
 
     @property
     def loss_scale(self) -> float:
@@ -148,7 +140,6 @@ class Zero(Backend):
         return flat
 
     def load_state(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        check_names(weights, self.params)
         with torch.no_grad():
             for name, param in self.params.items():
                 param.copy_(weights[name])

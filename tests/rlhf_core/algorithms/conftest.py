@@ -1,14 +1,13 @@
 """One store with tiny models and data, shared by all training tests."""
 
 import json
+from functools import partial
 
 import pytest
 
 from rlhf_core.jobs import DataJob, ImportModelJob
-from rlhf_core.store import open_store
 from tests.rlhf_core.algorithms.lora import outputs
-from tests.rlhf_core.algorithms.stages import Run, Stages, copy_inputs
-from tests.rlhf_core.torchrun import run_ranks
+from tests.rlhf_core.algorithms.stages import Stages, run_plan_in
 
 WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "music", "paper")
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "opt", "bloom")
@@ -73,31 +72,10 @@ def random_reward(stages, models):
 
 @pytest.fixture(scope="module")
 def run_plan(stages, models, data, random_reward, tmp_path_factory):
-    """ranks, name -> job and what `online_ranks` is to do with it; all in one start of the ranks.
-
-    Every job has a store with the inputs alone, `where` names one that two jobs share.
-    """
+    """ranks, name -> job and what `online_ranks` is to do with it, see `run_plan_in`."""
     home = tmp_path_factory.mktemp("online")
 
-    def run(ranks, entries):
-        runs, plan = {}, []
-        for name, (job, what) in entries.items():
-            store = home / f"{what.pop('where', name)}-{ranks}"
-            if not store.exists():
-                copy_inputs(stages, store, {models["llama"], random_reward, *data.values()})
-            runs[name] = Run(open_store(f"file://{store}"), home / f"{name}-{ranks}-job", job)
-            runs[name].folder.mkdir()
-            plan.append(
-                {"job": json.loads(job.model_dump_json()), "store": f"file://{store}",
-                 "folder": str(runs[name].folder), **what}
-            )  # fmt: skip
-        path = home / f"plan-{ranks}.json"
-        path.write_text(json.dumps(plan))
-        script = "tests.rlhf_core.algorithms.online_ranks"
-        run_ranks(ranks, script, str(path), env=stages.env)
-        return runs
-
-    return run
+    return partial(run_plan_in, stages, home, {models["llama"], random_reward, *data.values()})
 
 
 @pytest.fixture

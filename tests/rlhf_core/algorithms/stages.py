@@ -110,3 +110,29 @@ def copy_inputs(stages, store, digests):
                     stages.store.fetch(artifact.digest), kind=kind,
                     metadata=artifact.metadata, parents=artifact.parents,
                 )  # fmt: skip
+
+
+def run_plan_in(stages, home, inputs, ranks, entries):
+    """Jobs by name, each with what `online_ranks` is to do with it; all in one start of the ranks.
+
+    Every job has a store with the inputs alone, `where` names one that two jobs share.
+
+    Args:
+        home: folder of the stores and jobs. inputs: digests.
+        entries: name -> job, and what `online_ranks` is to do with it.
+    """
+    runs, plan = {}, []
+    for name, (job, what) in entries.items():
+        store = home / f"{what.pop('where', name)}-{ranks}"
+        if not store.exists():
+            copy_inputs(stages, store, inputs)
+        runs[name] = Run(open_store(f"file://{store}"), home / f"{name}-{ranks}-job", job)
+        runs[name].folder.mkdir()
+        plan.append(
+            {"job": json.loads(job.model_dump_json()), "store": f"file://{store}",
+             "folder": str(runs[name].folder), **what}
+        )  # fmt: skip
+    path = home / f"plan-{ranks}.json"
+    path.write_text(json.dumps(plan))
+    run_ranks(ranks, "tests.rlhf_core.algorithms.online_ranks", str(path), env=stages.env)
+    return runs

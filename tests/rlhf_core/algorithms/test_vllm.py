@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,12 +23,10 @@ from rlhf_core.jobs import (
 from rlhf_core.models.loading import new_scalar_model
 from rlhf_core.models.saving import save_scalar_model
 from rlhf_core.runtime.distributed import computes_in_bf16
-from rlhf_core.store import open_store
 from tests.rlhf_core.algorithms.conftest import talk
-from tests.rlhf_core.algorithms.stages import Run, copy_inputs, weight_hashes
+from tests.rlhf_core.algorithms.stages import run_plan_in, weight_hashes
 from tests.rlhf_core.algorithms.test_online import column
 from tests.rlhf_core.tiny_models import wide_copy
-from tests.rlhf_core.torchrun import run_ranks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -77,25 +76,7 @@ def run_plan(stages, inputs, tmp_path_factory):
     """ranks, name -> job and what `online_ranks` is to do with it; all in one start."""
     home = tmp_path_factory.mktemp("vllm")
 
-    def run(ranks, entries):
-        runs, plan = {}, []
-        for name, (job, what) in entries.items():
-            store = home / f"{what.pop('where', name)}-{ranks}"
-            if not store.exists():
-                copy_inputs(stages, store, set(inputs.values()))
-            runs[name] = Run(open_store(f"file://{store}"), home / f"{name}-{ranks}-job", job)
-            runs[name].folder.mkdir()
-            plan.append(
-                {"job": json.loads(job.model_dump_json()), "store": f"file://{store}",
-                 "folder": str(runs[name].folder), **what}
-            )  # fmt: skip
-        path = home / f"plan-{ranks}.json"
-        path.write_text(json.dumps(plan))
-        script = "tests.rlhf_core.algorithms.online_ranks"
-        run_ranks(ranks, script, str(path), env=stages.env)
-        return runs
-
-    return run
+    return partial(run_plan_in, stages, home, set(inputs.values()))
 
 
 @pytest.fixture(scope="module")
