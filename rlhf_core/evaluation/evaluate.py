@@ -19,7 +19,6 @@ from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.errors import DataError
 from rlhf_core.evaluation.statistics import mean, spread, standard_error, win_rate
-from rlhf_core.evaluation.variety import variety
 from rlhf_core.jobs import EvaluateJob
 from rlhf_core.judges.endpoint import EndpointJudge
 from rlhf_core.judges.lexicon import get_judge
@@ -29,6 +28,7 @@ from rlhf_core.nn.layers import share_frozen
 from rlhf_core.nn.modules import Policy, ScalarModel
 from rlhf_core.nn.padding import mark_from
 from rlhf_core.rollout.replies import Reply, fast_inference, inference_dtype, sample_replies
+from rlhf_core.rollout.variety import variety
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.store import Artifact, Store

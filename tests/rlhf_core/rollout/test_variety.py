@@ -1,6 +1,6 @@
 """How much replies differ, against hand values."""
 
-from rlhf_core.evaluation.variety import variety
+from rlhf_core.rollout.variety import variety
 
 
 def test_variety_by_hand():
