@@ -5,14 +5,15 @@ A policy that exploits its reward answers every prompt alike, and no mean score 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from rlhf_core.rewards.text import words
+
 OPENING = 3  # words
-WORD = re.compile(r"\w+(?:['’]\w+)*")  # "I'm" is one
+SHOWN = 3  # openings
 
 
 def variety(texts: Sequence[str]) -> dict[str, Any]:
@@ -21,19 +22,20 @@ def variety(texts: Sequence[str]) -> dict[str, Any]:
     * distinct_1, distinct_2: different words, and pairs of neighbours, as shares of all of them
       (Li et al. 2016, arXiv 1510.03055); 0 where there are none.
     * top_opening: share of replies that begin with the three most common first words; opening:
-      these words.
+      these words; openings: the most common of them, each with its share.
     * repeated: share of replies that are also the reply to another prompt.
     """
-    replies = [WORD.findall(text.lower()) for text in texts]
-    openings = Counter(" ".join(words[:OPENING]) for words in replies)
-    opening, most = openings.most_common(1)[0] if openings else ("", 0)
-    count = Counter(text.strip() for text in texts)
+    replies = [words(text.lower()) for text in texts]
+    openings = Counter(" ".join(reply[:OPENING]) for reply in replies)
     total = max(1, len(texts))
+    shares = [[opening, count / total] for opening, count in openings.most_common(SHOWN)]
+    count = Counter(text.strip() for text in texts)
     return {
-        "distinct_1": _distinct([word for words in replies for word in words]),
-        "distinct_2": _distinct([pair for words in replies for pair in pairwise(words)]),
-        "top_opening": most / total,
-        "opening": opening,
+        "distinct_1": _distinct([word for reply in replies for word in reply]),
+        "distinct_2": _distinct([pair for reply in replies for pair in pairwise(reply)]),
+        "top_opening": shares[0][1] if shares else 0.0,
+        "opening": shares[0][0] if shares else "",
+        "openings": shares,
         "repeated": sum(n for n in count.values() if n > 1) / total,
     }
 
