@@ -39,6 +39,13 @@ _ROW = regex.compile(r"\\\\(?![a-zA-Z])")
 _TEXT = regex.compile(r"\\(?:text(?:bf|rm|it)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _DOLLARS = regex.compile(r"(?<!\\)\$\$?([^$\n]+)\$\$?(?!\d)")
 _BOXED = regex.compile(r"\\(?:boxed|fbox)\s*(\{((?:[^{}]++|(?1))*+)\})")
+_SIGN_WORDS = {
+    "minus": "-", "negative": "-", "plus": "+", "plusorminus": "±", "负": "-", "~": " about ",
+}  # fmt: skip
+_SIGN_WORD = regex.compile(
+    r"(?i)(?:(?<![a-zA-Z])(?:plus\s+or\s+minus|minus|negative|plus)\s+|负\s*|(?<!\S)~)"
+    r"(?=[\d.$(\\-])"
+)
 _DOLLAR = "\ue000"  # an escaped one, while the others are matched in pairs
 _TAG = regex.compile(r"</?[a-zA-Z]\w+/?>")
 _DEGREE = regex.compile(r"\^\s*(?:\{\s*(?:°|\\circ)\s*\}|°|\\circ(?![a-zA-Z]))")
@@ -68,6 +75,7 @@ def plain_form(text: str) -> str:
         text = _MATRIX.sub(lambda m: "⟦" if m[1] == "begin" else "⟧", text)
         text = _ROW.sub("⏎", text)
         text = _TEXT.sub(r" \1 ", text)
+    text = _SIGN_WORD.sub(lambda m: _SIGN_WORDS["".join(m[0].casefold().split())], text)
     text = _TAG.sub("¦", text).replace(r"\$", _DOLLAR)
     text = _DOLLARS.sub(r"¦\1¦", text).replace(_DOLLAR, "$")
     text = _SYMBOL.sub(lambda m: _SYMBOLS[m[0]], text)

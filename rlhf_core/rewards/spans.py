@@ -8,18 +8,22 @@ from typing import Literal
 
 import regex
 
+from rlhf_core.rewards import qualifiers
 from rlhf_core.rewards.notation import plain_form
 from rlhf_core.rewards.units import CURRENCIES, SCALES, UNITS
 
 MOST_TOKENS = 120
 _WINDOW = (700, 300)  # characters before and after the last number that are looked at
 
-Kind = Literal["number", "operator", "open", "close", "letter", "command", "unit", "join", "end"]
+Kind = Literal[
+    "number", "operator", "open", "close", "letter", "command", "unit", "join", "words", "end"
+]
 _TOKEN = regex.compile(
     r"(?P<number>0[xX][0-9a-fA-F]+(?!\w)"
     r"|(?:\d{1,3}(?:,\d{3})+(?![\d])|\d{1,3}(?:[ ]\d{3})+(?!\d)|\d+)(?:\.\d+)?"
     r"(?:[eE][-+]?\d+(?![\w]))?|(?<![\d.])\.\d+(?:[eE][-+]?\d+(?![\w]))?)"
     r"|(?P<time>[ap]\.m\.)"
+    rf"|(?P<words>{qualifiers.PATTERN})"
     r"|(?P<word>\\?[a-zA-Z]+|\p{L})"
     r"|(?P<open>[(\[{⦃⟦])|(?P<close>[)\]}⦄⟧])"
     r"|(?P<colon>(?<=\d)(?::|[ ]:[ ])(?=\d))"
@@ -55,7 +59,8 @@ def last_span(text: str) -> list[Token] | None:
     """The tokens around the last number of a text; None without a number, [] if its end is unclear.
 
     A word ends the span, unless it is a unit or a single letter beside an operator. So do a new
-    line, an equals sign, a colon before white space, and the end of a sentence.
+    line, an equals sign, a colon before white space, and the end of a sentence. Words that change
+    the number (qualifiers.py) are part of the span.
     """
     found = [match.start() for match in _NUMERIC.finditer(text)]
     if not found:
@@ -69,6 +74,8 @@ def last_span(text: str) -> list[Token] | None:
         last += 1
     while last - first < MOST_TOKENS and first > 0 and _goes_back(tokens, first):
         first -= 1
+    if _qualified_later(tokens, last):
+        return []
     cut = (first == 0 and found[-1] > _WINDOW[0]) or (
         last + 1 == len(tokens) and found[-1] + _WINDOW[1] < len(text)
     )
@@ -85,6 +92,8 @@ def _tokens(text: str) -> list[Token]:
         end = match.end()
         if kind == "word":
             kind = _word_kind(word)
+        elif kind == "words":
+            word = " ".join(word.casefold().split())
         elif kind == "time":
             kind, word = "unit", word.replace(".", "")
         elif kind == "colon":
@@ -114,9 +123,20 @@ def _goes_on(tokens: list[Token], last: int) -> bool:
             return not after.spaced or (here.kind == "operator" and here.text not in ",;")
         case "command":
             return True
+        case "words":
+            return qualifiers.is_after(after.text) and here.kind != "words"
         case "unit":
             return here.kind in ("number", "close", "unit", "command") or here.text in "%°/"
     return False
+
+
+def _qualified_later(tokens: list[Token], last: int) -> bool:
+    """Whether a span is followed by a word and a phrase that changes it: 5 people or more."""
+    if last + 2 >= len(tokens):
+        return False
+    word, phrase = tokens[last + 1 : last + 3]
+    plain = word.kind == "end" and word.text.isalpha()
+    return plain and phrase.kind == "words" and qualifiers.is_after(phrase.text)
 
 
 def _goes_back(tokens: list[Token], first: int) -> bool:
@@ -142,6 +162,9 @@ def _goes_back(tokens: list[Token], first: int) -> bool:
             return further.kind in ("number", "close", "unit") or (
                 len(before.text) == 1 and (here.kind == "operator" or not here.spaced)
             )
+        case "words":
+            beside = further.kind in _VALUES or further.text in "%°"
+            return beside or not qualifiers.is_between(before.text)
         case "join":
             return further.kind in ("number", "close", "unit") and here.kind != "operator"
     return False

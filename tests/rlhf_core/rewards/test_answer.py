@@ -248,6 +248,31 @@ UNREADABLE = [
     ("5 cm x 3 cm", "3 cm"),
     ("H_{1}2", "H_{12}"),
 ]
+# Words that change a number: none of these is shown to be 5.
+QUALIFIED = """
+at least 5|at most 5|no more than 5|not more than 5 km|no fewer than 5|more than 5|less than $5
+greater than or equal to 5|up to 5|about 5|about $5|About 5|around 5|approximately 5|approx. 5
+roughly 5|nearly 5|almost 5|close to 5|over 5|under 5|between 3 and 5|5 or more|5 or fewer
+5 people or more|5 and above|5+|5 at least|5 at the most|5 or so|5-ish|5ish|~5|not 5
+It is not equal to 5|never 5|except 5|5 squared|5 cubed|5 factorial|5 and a half|twice 5|double 5
+half of 5|10% of 5|3 of 5|3 out of 5|square root of 5|8 plus 5|8 minus 5|8 times 5|10 divided by 5
+8 by 5|3 to 5|3 to the 5|5 km to 5 km|8 over 5|8 per 5|to the power of 5|17 remainder 5
+rather than 5|\\boxed{\\text{at least } 5}|The answer is at least 5.|至少5|大约 5|5以上|5左右|不到5
+"""
+QUALIFIED = [(text, "5") for line in QUALIFIED.split("\n") for text in line.split("|") if text]
+UNREADABLE += [*QUALIFIED, ("at least 5", "at most 5"), ("at least 5", "at least 6")]
+EQUAL += [
+    ("minus 5", "-5"), ("negative 5", "-5"), ("负5", "-5"), ("plus 5", "5"),
+    ("5 plus or minus 1", "5±1"), ("at least 5", "It is At  least 5."), ("5 or more", "5 OR more"),
+    ("a total of 5", "5"), ("the sum of 5", "5"), ("The number of apples is 5", "5"),
+    ("only 5", "5"),
+    ("exactly 5", "5"), ("5 times", "5"), ("equal to 5", "5"), ("From 3 apples he goes to 5", "5"),
+    ("I am not sure, but 5", "5"), ("I think about it: 5", "5"), ("more than enough: 5", "5"),
+    ("x ≈ 5", "5"), ("Figure~5", "5"), ("What I have left over is 5", "5"),
+    ("7 plus 5 is 12", "12"),
+    ("20% of 50 = 10", "10"), ("at least 3, so 5", "5"), ("After 5 days", "5"),
+]  # fmt: skip
+DIFFERENT += [("minus 5", "5"), ("negative 5", "5"), ("负5", "5")]
 LONG = [("9" * 400, "9" * 401), ("1" + "0" * 900 + "5", "5")]
 
 
