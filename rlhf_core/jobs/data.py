@@ -81,8 +81,8 @@ class SampledPreferences(Settings):
 
     source: Literal["sampled"] = "sampled"
     """Sample replies from the SFT model to the prompts of data.prompts."""
-    labeller: Literal["vader", "reward_model"] = "vader"
-    """Who compares two replies. vader: a sentiment lexicon, the more positive reply wins;
+    labeller: Literal["vader", "textblob", "reward_model"] = "vader"
+    """Who compares two replies. vader, textblob: a sentiment lexicon, the more positive reply wins;
     reward_model: the pipeline's reward model."""
     max_prompts: PositiveInt = 256
     """Maximum number of training prompts."""

@@ -29,9 +29,10 @@ class EvaluateSettings(Settings):
     """Longest reply in tokens. Empty: as in the last stage that samples replies."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature of the replies."""
-    judge: Literal["none", "vader"] = "none"
-    """Gold judge, which online RL never sees, reported beside the reward model. vader: a sentiment
-    lexicon."""
+    judge: Literal["none", "vader", "textblob"] = "none"
+    """Gold judge, which online RL never sees, reported beside the reward model. vader, textblob:
+    sentiment lexicons, made apart. One that labelled the preference pairs is no independent
+    judge."""
     judge_endpoint: EndpointJudgeSettings | None = None
     """Judge behind an OpenAI-compatible endpoint. It compares the finished model's reply to each
     prompt with that of the model before the alignment. Empty: none."""

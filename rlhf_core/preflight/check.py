@@ -19,6 +19,7 @@ from rlhf_core.jobs import (
     OnlineSettings,
     PipelineConfig,
 )
+from rlhf_core.judges.lexicon import PACKAGES
 from rlhf_core.model_files.shape import ModelShape, read_shape
 from rlhf_core.model_files.source_check import check_model, model_config, new_model_sizes
 from rlhf_core.pipeline import recipe
@@ -182,8 +183,9 @@ def _check_lm_eval(settings: LmEvalSettings, here: bool) -> list[str]:
 def _check_packages(config: PipelineConfig) -> list[str]:
     needed = {"gguf": config.model.source.startswith("builtin:")}
     labels = (step for step in recipe.steps(config) if step.algorithm == "label")
-    vader = any(recipe.label_settings(config, step)[1].labeller == "vader" for step in labels)
-    needed["vaderSentiment"] = vader or config.evaluate.judge == "vader"
+    judges = {recipe.label_settings(config, step)[1].labeller for step in labels}
+    for judge, package in PACKAGES.items():
+        needed[package] = judge in judges | {config.evaluate.judge}
     needed["peft"] = any(recipe.section(config, stage).lora for stage in config.stages)
     needed["bitsandbytes"] = config.model.quantization is not None
     return [

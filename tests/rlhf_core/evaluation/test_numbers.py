@@ -61,11 +61,14 @@ def test_bag_of_words_penalty_keeps_the_weights_small():
         assert 4 / (1 + math.exp(margin)) == pytest.approx(l2 * margin / 2, rel=1e-3)
 
 
-def test_vader_orders_replies_and_unknown_judges_are_refused():
-    judge = get_judge("vader")
-    assert judge("", "I love it, wonderful!") > 0.5 > 0 > judge("", "This is horrible.")
-    assert judge("", "The table is brown.") == 0.0
-    with pytest.raises(ConfigError, match="known: vader"):
+def test_judges_order_replies_and_unknown_ones_are_refused():
+    for name in ("vader", "textblob"):
+        judge = get_judge(name)
+        assert judge("", "I love it, wonderful!") > 0.5 > 0 > judge("", "This is horrible.")
+        assert judge("", "I am not happy.") < 0 == judge("", "The table has four legs.")
+    # TextBlob averages over the words it knows: great 0.8, bad -0.7
+    assert get_judge("textblob")("", "Great food, bad wine.") == pytest.approx(0.05)
+    with pytest.raises(ConfigError, match="known: vader, textblob"):
         get_judge("nobody")
 
 
