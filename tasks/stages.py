@@ -171,7 +171,8 @@ def label(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult
     inputs = {name: artifacts[role] for name, role in LabelJob.roles().items() if role in artifacts}
     if settings.labeller != "reward_model":
         inputs.pop("reward_model", None)
-    job = LabelJob(**job_fields(run, settings, step), **inputs)
+    margins = "reward" in run.config.stages and run.config.reward.margin_coef > 0
+    job = LabelJob(**job_fields(run, settings, step), **inputs, margins=margins)
     return run_job(run, step.name, job)
 
 

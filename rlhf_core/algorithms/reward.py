@@ -6,14 +6,16 @@ b pairs of a micro-batch, S positions.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.errors import DataError
 from rlhf_core.evaluation.reward_accuracy import accuracy_report, heldout_margins
 from rlhf_core.jobs import RewardJob
 from rlhf_core.losses.reductions import Metrics
@@ -28,6 +30,7 @@ from rlhf_core.store import Artifact
 from rlhf_core.training.batching import batch_rows, split_batch, steps_in
 from rlhf_core.training.calibration import score_mean_and_std, sft_replies
 from rlhf_core.training.checkpoint import Checkpointer
+from rlhf_core.training.length import length_differences, length_weight
 from rlhf_core.training.optimizer import adamw
 from rlhf_core.training.policy import enable_checkpointing, frozen_storage
 from rlhf_core.training.preference import collate_pairs, pair_length
@@ -44,6 +47,9 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
     source, data = context.store.fetch(job.model), context.store.fetch(job.data)
     train = Rows(data, "train", purpose="preference")
     heldout = Rows(data, "heldout", purpose="preference")
+    per_token = 0.0
+    if job.length_debias:
+        per_token = length_weight(length_differences(train), context.log)
     # Replies of the SFT model, before its weights change, to normalise the scores with.
     calibration = sft_replies(job, context, strategy, source, train)
 
@@ -66,7 +72,7 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
         )  # fmt: skip
         metrics = update_on_batch(
             strategy, checkpointer, step, rows, micro_batches,
-            partial(loss, job, strategy, rows, one_row),
+            partial(loss, job, strategy, rows, loss_margins(job, rows, per_token), one_row),
         )  # fmt: skip
         # 3. Report and save.
         metrics |= {
@@ -116,17 +122,44 @@ def in_one_row(job: RewardJob, module: ScalarModel, rows: Sequence[dict[str, Any
     return takes_block_masks(module.backbone)
 
 
+def loss_margins(
+    job: RewardJob, rows: Sequence[Mapping[str, Any]], per_token: float
+) -> Tensor | None:
+    """The margins (B,) of the loss for a global batch: those of its pairs, less the logit that
+    their lengths explain; None where neither is used.
+
+    Args:
+        per_token: see `length_weight`.
+
+    Raises:
+        DataError: the pairs have no margins.
+    """
+    if not job.margin_coef and not per_token:
+        return None
+    if job.margin_coef and "margin" not in rows[0]:
+        raise DataError(
+            f"reward.margin_coef is {job.margin_coef:g}, but the preference data has no column "
+            "margin; name it with data.preference.columns: {margin: <its name>}, or set "
+            "margin_coef to 0."
+        )
+    longer = [len(r["chosen_ids"]) - len(r["rejected_ids"]) for r in rows]
+    own = [job.margin_coef * r["margin"] if job.margin_coef else 0.0 for r in rows]
+    return torch.tensor([m - per_token * n for m, n in zip(own, longer, strict=True)])
+
+
 def loss(
     job: RewardJob,
     strategy: Strategy,
     rows: Sequence[dict[str, Any]],
+    margins: Tensor | None,
     one_row: bool,
     indices: list[int],
 ) -> tuple[Tensor, Metrics]:
     """Bradley-Terry loss of the pairs at some indices of the global batch.
 
     Args:
-        rows: the global batch. one_row: see `in_one_row`.
+        rows: the global batch. margins: (B,) of its pairs, see `loss_margins`.
+        one_row: see `in_one_row`.
     """
     assert strategy.module is not None
     pairs = [rows[i] for i in indices]
@@ -136,7 +169,11 @@ def loss(
     else:
         scores = strategy.module(*collate_pairs(pairs, strategy.device))  # (2b,)
     chosen, rejected = scores.chunk(2)  # (b,) each
-    return pairwise_loss(chosen, rejected, job.loss, denominator=float(len(rows)))
+    return pairwise_loss(
+        chosen, rejected, job.loss,
+        margins=None if margins is None else margins[indices].to(strategy.device),
+        center_coef=job.center_coef, denominator=float(len(rows)),
+    )  # fmt: skip
 
 
 def publish(

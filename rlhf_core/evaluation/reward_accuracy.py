@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.evaluation import baselines
 from rlhf_core.evaluation.statistics import accuracy
 from rlhf_core.nn.modules import ScalarModel
+from rlhf_core.training.length import length_correlation, length_differences
 from rlhf_core.training.scoring import score_all
 from rlhf_core.training.strategy import Strategy
 
@@ -25,7 +28,8 @@ def heldout_margins(module: ScalarModel, rows: Rows, strategy: Strategy, micro: 
 def accuracy_report(
     margins: list[float], train: Rows, heldout: Rows, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Held-out accuracy with its interval, beside the baselines'; empty without held-out pairs.
+    """Held-out accuracy with its interval, beside the baselines', and how far scores go with the
+    replies' lengths; empty without held-out pairs.
 
     Args:
         margins: chosen - rejected score of every held-out pair.
@@ -43,10 +47,14 @@ def accuracy_report(
             "length": accuracy(baselines.length_margins(known, unknown)),
             "bag_of_words": accuracy(baselines.bag_of_words_margins(known, unknown)),
         },
+        "length_correlation": length_correlation(
+            torch.tensor(margins, dtype=torch.float64), length_differences(heldout)
+        ),
     }
     log(
         f"held-out accuracy {report['accuracy']:.3f} "
         f"[{report['low']:.3f}, {report['high']:.3f}] on {report['n']} pairs; baselines: "
         + ", ".join(f"{k} {v['accuracy']:.3f}" for k, v in report["baselines"].items())
+        + f"; correlation of score and length {report['length_correlation']:+.2f}"
     )
     return report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -49,9 +49,9 @@ class DataSettings(Settings):
     format: Format = "auto"
     """Layout of the rows. auto: recognised by the columns of the first row."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Column names: the name that the format expects -> the name in the file. Prompts can have two
-    more columns for rewards, answer (text or number) and extra (JSON); name them here to keep
-    them."""
+    """Column names: the name that the format expects -> the name in the file. Name more columns
+    here to keep them: answer (text or number) and extra (JSON) of prompts, for rewards; margin (a
+    number) of preference pairs, for reward.margin_coef."""
     subset: str | None = None
     """Configuration of a hub dataset, or language of the built-in set (english, chinese)."""
     split: str = "train"
@@ -190,5 +190,14 @@ class LabelJob(SampledPreferences, BaseJob):
     """Data set of purpose prompts."""
     reward_model: Digest | None = job_input(default=None)
     """Reward model, when it is the labeller."""
+    margins: bool = False
+    """Keep the difference of the labeller's scores as the pair's margin, for reward.margin_coef."""
     resources: Resources = Resources()
     """Placement of the job."""
+
+    def key_settings(self) -> dict[str, Any]:
+        """Leaves out margins where there are none, so that older results keep their keys."""
+        settings = super().key_settings()
+        if not self.margins:
+            del settings["margins"]
+        return settings

@@ -133,6 +133,17 @@ class RewardSettings(TrainSettings):
     head: Literal["random", "probe"] = "random"
     """Start of the head: random, or a linear probe, which needs far fewer pairs. probe: logistic
     regression on the untrained model's states, penalty cross-validated over prompts (LP-FT)."""
+    margin_coef: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the pairs' margins: the loss is -log sigmoid(c - r - margin_coef * margin), as in
+    Llama 2. A margin is a column of the data (data.preference.columns: {margin: <its name>}), or
+    the difference of the labeller's scores where pairs are sampled. 0: off."""
+    center_coef: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the term (c + r)^2 in the loss, which holds the mean score of a pair at 0, for
+    example 0.01. Scores of different prompts can then be compared. 0: off."""
+    length_debias: bool = False
+    """Train on what the replies' lengths do not explain: a logistic regression on the difference of
+    lengths, fitted to the training pairs, is added to c - r in the loss and left out afterwards (a
+    product of experts)."""
     normalization_prompts: PositiveInt = 64
     """Training prompts whose SFT replies set the mean score to 0 and its standard deviation to
     1."""
@@ -162,6 +173,7 @@ class SFTJob(SFTSettings, TrainJob):
 class RewardJob(RewardSettings, TrainJob):
     """Reward model training."""
 
+    version: ClassVar[int] = 2  # normalises over prompts, not over pairs
     module: ClassVar[str] = "rlhf_core.algorithms.reward"
     kind: ClassVar[str] = "reward_model"
     excluded_from_key: ClassVar[frozenset[str]] = BaseJob.excluded_from_key | {

@@ -11,6 +11,7 @@ from rlhf_core.data.sources.reasoning import is_reasoning, near_seeds
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import (
     BaseJob,
+    DataSettings,
     PipelineConfig,
     Resources,
     TrainSettings,
@@ -66,6 +67,13 @@ def check_data_settings(config: PipelineConfig) -> list[str]:
         problems.append(
             f"evaluate.samples is {config.evaluate.samples}, more than evaluate.max_prompts "
             f"({config.evaluate.max_prompts}); lower it, or raise max_prompts"
+        )
+    preference, coef = config.data.preference, config.reward.margin_coef
+    unnamed = isinstance(preference, DataSettings) and "margin" not in preference.columns
+    if coef > 0 and "reward" in config.stages and unnamed:
+        problems.append(
+            f"reward.margin_coef is {coef:g}, but data.preference names no column with margins; "
+            "set data.preference.columns: {margin: <its name>}, or clear margin_coef"
         )
     return problems + _near_seeds(config)
 

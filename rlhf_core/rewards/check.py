@@ -73,7 +73,7 @@ def _answers(reward: Reward, prompts: DataSettings) -> str:
     from rlhf_core.data.dataset.carried import carried
     from rlhf_core.data.sources.reasoning import is_reasoning
 
-    columns = carried(prompts)
+    columns = carried(prompts, "prompts")
     match reward:
         case AnswerReward(without_answer=None) if "answer" not in columns:
             return (

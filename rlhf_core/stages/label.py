@@ -59,7 +59,9 @@ def run(job: LabelJob, context: StageContext) -> Artifact | None:
         for i, item in enumerate(items):
             candidates, scores = replies[i * n :][:n], all_scores[i * n :][:n]
             kept, too_close = compare(scores, job.min_margin, best_worst=split == "heldout")
-            pairs[split] += [pair(item, candidates[b], candidates[w], tokenizer) for b, w in kept]
+            for b, w in kept:
+                margin = {"margin": scores[b] - scores[w]} if job.margins else {}
+                pairs[split].append(pair(item, candidates[b], candidates[w], tokenizer) | margin)
             counts[f"{split}_too_close"] = counts.get(f"{split}_too_close", 0) + too_close
         counts[f"{split}_prompts"] = len(items)
         counts[f"{split}_pairs"] = len(pairs[split])
@@ -155,4 +157,4 @@ def write_pairs(
         "source": f"sampled from model {job.model[:12]}, compared by {job.labeller}",
         "counts": counts,
     }
-    write_dataset(folder, "preference", pairs, card)
+    write_dataset(folder, "preference", pairs, card, ("margin",) if job.margins else ())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
@@ -24,15 +25,22 @@ from rlhf_core.training.strategy import HALF, Strategy
 def sft_replies(
     job: RewardJob, context: StageContext, strategy: Strategy, source: Path, train: Rows
 ) -> list[list[int]]:
-    """Prompt + SFT reply of some training prompts, as token ids.
+    """Prompt + SFT reply of the first `normalization_prompts` training prompts, as token ids.
 
-    Pairs that were sampled from this very model are such replies already; else they are sampled.
+    Pairs that were sampled from this very model are such replies already, each of which counts
+    once; else one reply to each prompt is sampled.
     """
-    count = min(job.normalization_prompts, len(train))
-    rows = train.take(list(range(count)))
+    pairs = pairs_by_prompt(train, job.normalization_prompts)
+    prompts = [list(ids) for ids in pairs]
     sampled = context.store.get(job.data).metadata.get("sampled_from") == job.model
     if sampled:
-        return [[*r["prompt_ids"], *r[k]] for r in rows for k in ("chosen_ids", "rejected_ids")]
+        replies = (
+            (prompt, tuple(row[key]))
+            for prompt, rows in pairs.items()
+            for row in rows
+            for key in ("chosen_ids", "rejected_ids")
+        )
+        return [[*prompt, *reply] for prompt, reply in dict.fromkeys(replies)]
     dtype, *how = frozen_storage(job, strategy)
     if strategy.sharded and strategy.precision in HALF:  # which is then what it computes in
         dtype = HALF[strategy.precision]
@@ -40,11 +48,11 @@ def sft_replies(
     strategy.place_frozen(policy)
     tokenizer = load_tokenizer(source, is_trusted(source))
     group = strategy.group
-    mine = list(range(count))[group.rank :: group.size]
+    mine = list(range(len(prompts)))[group.rank :: group.size]
     with strategy.autocast():
         rollout = generate_together(
             policy,
-            [rows[i]["prompt_ids"] for i in mine],
+            [prompts[i] for i in mine],
             group,
             max_new_tokens=job.max_new_tokens,
             eos_ids=stop_tokens(source),
@@ -55,7 +63,24 @@ def sft_replies(
     del policy
     gc.collect()  # a sharded module refers to itself, and its memory is needed now
     whole = group.interleave(replies)
-    return [[*row["prompt_ids"], *reply] for row, reply in zip(rows, whole, strict=True)]
+    return [[*prompt, *reply] for prompt, reply in zip(prompts, whole, strict=True)]
+
+
+def pairs_by_prompt(
+    rows: Iterable[Mapping[str, Any]], count: int
+) -> dict[tuple[int, ...], list[Mapping[str, Any]]]:
+    """The pairs of the first `count` different prompts, by the prompts' token ids.
+
+    Pairs are read until one more prompt is found: those of a prompt are neighbours where they were
+    sampled.
+    """
+    found: dict[tuple[int, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        prompt = tuple(row["prompt_ids"])
+        if prompt not in found and len(found) == count:
+            break
+        found.setdefault(prompt, []).append(row)
+    return found
 
 
 def score_mean_and_std(

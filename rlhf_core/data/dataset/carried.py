@@ -1,4 +1,5 @@
-"""The columns `answer` and `extra`, which a prompts data set carries to the rewards.
+"""Columns that a data set carries beside the text: `answer` and `extra` of prompts, for rewards,
+and `margin` of preference pairs, for the reward model.
 
 A data set has them only if its setting `columns` names them, or if the source is reasoning-gym. So
 the columns depend on the settings alone, never on the rows.
@@ -11,27 +12,31 @@ import math
 from decimal import Decimal
 from typing import Any
 
-from rlhf_core.data.rows.row import BadRow, whole_text
+from rlhf_core.data.rows.row import BadRow, short, whole_text
 from rlhf_core.data.sources.reasoning import is_reasoning
-from rlhf_core.jobs import DataSettings
+from rlhf_core.jobs import DataSettings, Purpose
 
-CARRIED = ("answer", "extra")
-
-
-def carried(settings: DataSettings) -> tuple[str, ...]:
-    """Which of `answer` and `extra` a prompts data set with these settings has."""
-    if is_reasoning(settings.source):
-        return CARRIED
-    return tuple(name for name in CARRIED if name in settings.columns)
+CARRIED: dict[Purpose, tuple[str, ...]] = {
+    "prompts": ("answer", "extra"),
+    "preference": ("margin",),
+}
 
 
-def carried_values(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, str]:
-    """A row's values of these columns as texts; "" for a missing value.
+def carried(settings: DataSettings, purpose: Purpose) -> tuple[str, ...]:
+    """Which of these columns a data set with these settings has."""
+    if purpose == "prompts" and is_reasoning(settings.source):
+        return CARRIED["prompts"]
+    return tuple(name for name in CARRIED.get(purpose, ()) if name in settings.columns)
+
+
+def carried_values(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """A row's values of these columns: `margin` as a number, the others as texts, "" for a missing
+    value.
 
     Raises:
         BadRow: a value has a type that the column cannot hold.
     """
-    write = {"answer": answer_text, "extra": extra_text}
+    write = {"answer": answer_text, "extra": extra_text, "margin": margin_number}
     return {name: write[name](row.get(name)) for name in names}
 
 
@@ -77,3 +82,19 @@ def extra_text(value: Any) -> str:
             "wrong_type", f"column 'extra' cannot be written as JSON ({error}); change the value"
         ) from None
     return whole_text(text, "column 'extra'")
+
+
+def margin_number(value: Any) -> float:
+    """A number of at least 0: how much better the chosen reply is, in any unit.
+
+    Raises:
+        BadRow: the value is no such number.
+    """
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if not number or not (math.isfinite(value) and value >= 0):
+        raise BadRow(
+            "wrong_type",
+            f"column 'margin' holds {short(value)}; expected a number of at least 0: how much "
+            "better the chosen reply is",
+        )
+    return float(value)

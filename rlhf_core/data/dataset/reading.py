@@ -76,7 +76,8 @@ class Rows:
 
     def _with_carried(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row; prompts get "" for the columns that their data set does not carry."""
-        return {**dict.fromkeys(CARRIED, ""), **row} if self.purpose == "prompts" else row
+        missing = dict.fromkeys(CARRIED["prompts"], "")
+        return {**missing, **row} if self.purpose == "prompts" else row
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows at these indices, in that order."""

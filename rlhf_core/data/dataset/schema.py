@@ -3,7 +3,8 @@
     sft, pretrain  input_ids, trainable (the loss mask, same length), prompt (text of the user's
                    first turn), row
     preference     prompt_ids, chosen_ids, rejected_ids, prompt (JSON messages), chosen, rejected,
-                   row; the two replies' ids end with the end-of-turn token
+                   row; the two replies' ids end with the end-of-turn token; and, if the settings
+                   name it (carried.py), margin (how much better the chosen reply is)
     unpaired       prompt_ids, completion_ids (with the end-of-turn token), prompt (JSON messages),
                    completion, label (was it good?), row
     prompts        prompt_ids, prompt (JSON messages), reference (the data set's own reply or null),
@@ -32,7 +33,7 @@ def schema(purpose: Purpose, carried: tuple[str, ...] = ()) -> Any:
     """The pyarrow schema; its metadata names the purpose.
 
     Args:
-        carried: additional text columns (carried.py); they come before the last column.
+        carried: additional columns (carried.py); they come before the last column.
 
     Raises:
         DataError: unknown purpose.
@@ -55,7 +56,9 @@ def schema(purpose: Purpose, carried: tuple[str, ...] = ()) -> Any:
     fields["pretrain"] = fields["sft"]
     if purpose not in fields:
         raise DataError(f"There is no purpose {purpose!r}; there are {', '.join(fields)}.")
-    columns = [*fields[purpose], *((name, pa.string()) for name in carried), ("row", pa.int64())]
+    kinds = {"margin": pa.float64()}
+    added = [(name, kinds.get(name, pa.string())) for name in carried]
+    columns = [*fields[purpose], *added, ("row", pa.int64())]
     return pa.schema(columns, metadata={"rlhf_purpose": purpose})
 
 

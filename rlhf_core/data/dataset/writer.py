@@ -25,7 +25,7 @@ class SplitWriter:
 
     Args:
         scratch: folder for temporary files.
-        carried: additional columns of prompts (carried.py).
+        carried: additional columns (carried.py).
     """
 
     def __init__(
@@ -180,7 +180,7 @@ def write_dataset(
             once, BATCH_ROWS rows in memory at a time. A missing split is written empty.
         card: a DataCard, or a mapping with its `source` and perhaps `dropped`; numbers under
             `counts` become the card's notes. If `read` is 0, it becomes kept + dropped + bad.
-        carried: additional columns of prompts (carried.py).
+        carried: additional columns (carried.py).
 
     Returns:
         The completed card, which is in the folder too.

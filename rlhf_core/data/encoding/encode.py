@@ -33,8 +33,8 @@ class Plan:
     seed: int
 
     def carried(self) -> tuple[str, ...]:
-        """The columns `answer` and `extra`, as far as the data set has them."""
-        return carried(self.settings) if self.purpose == "prompts" else ()
+        """The additional columns that the data set has, see `carried`."""
+        return carried(self.settings, self.purpose)
 
 
 @dataclass

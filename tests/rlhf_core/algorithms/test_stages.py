@@ -13,6 +13,9 @@ pytestmark = pytest.mark.slow
 SMALL = {"precision": "fp32", "schedule": "constant", "warmup_fraction": 0.0}
 
 
+MITIGATED = {"center_coef": 0.1, "length_debias": True}
+
+
 def resources(**kwargs):
     return Resources(**({"micro_batch_size": 4, "checkpoint_every": 1000, "threads": 1} | kwargs))
 
@@ -67,6 +70,7 @@ def one_rank(stages, models, data, reward):
         "sft-top": sft_job(models, data, trainable_layers=1, max_steps=12, learning_rate=1e-2),
         "reward-lora": reward_job(models, data, lora=lora, learning_rate=1e-2),
         "reward-top": reward_job(models, data, trainable_layers=1, max_steps=3),
+        "reward-mitigated": reward_job(models, data, max_steps=3, **MITIGATED),
         "ppo": ppo_job(models, data, digest),
         "ppo-minibatches": ppo_job(models, data, digest, minibatches=2),
         "ppo-ptx": ppo_job(models, data, digest, ptx=data["sft"], ptx_coef=5.0, steps=5),
@@ -95,6 +99,9 @@ def two_ranks(stages, models, data, reward):
         jobs[f"sft-{kind}"] = sft_job(models, data, **update)
         jobs[f"ppo-{kind}"] = ppo_job(models, data, reward.digest, **update)
     jobs["reward"] = reward_job(models, data, weight_decay=1e-12)
+    jobs["reward-mitigated"] = reward_job(
+        models, data, max_steps=3, weight_decay=1e-12, **MITIGATED
+    )
     jobs["sft-nf4"] = nf4_job(models, data, weight_decay=1e-12)
     jobs["sft-lora"] = sft_job(
         models, data, lora=LoRA(rank=2, alpha=8), max_steps=12, learning_rate=1e-2,
@@ -197,6 +204,16 @@ def test_reward_model_learns_what_wins(reward, one_rank, two_ranks):
         assert heldout["low"] > 0.5
         assert set(heldout["baselines"]) == {"length", "bag_of_words"}
         assert heldout["baselines"]["bag_of_words"]["accuracy"] > 0.9, "yes against no is easy"
+        assert -1.0 <= heldout["length_correlation"] <= 1.0
+
+
+def test_two_ranks_train_a_centred_and_debiased_reward_model_as_one_does(
+    stages, one_rank, two_ranks
+):
+    expected = losses(stages, one_rank["reward-mitigated"])
+    found = losses(stages, two_ranks["reward-mitigated"])
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert expected != losses(stages, one_rank["reward-top"])
 
 
 def test_reward_scores_are_normalised(reward):

@@ -42,6 +42,20 @@ def test_pairwise_loss_matches_hand_value(kind: str) -> None:
     assert metrics["margin"].item() == pytest.approx(-0.05)
 
 
+def test_pairwise_loss_with_margins_and_centring_matches_hand_values() -> None:
+    chosen, rejected = torch.tensor([1.2, 0.3]), torch.tensor([0.7, 0.9])
+    margins = torch.tensor([1.0, 0.5])  # softplus(1.0 - 0.5), softplus(0.5 + 0.6)
+    loss, metrics = pairwise_loss(chosen, rejected, margins=margins)
+    assert loss.item() == pytest.approx((0.974077 + 1.387336) / 2, abs=1e-6)
+    assert metrics["margin"].item() == pytest.approx(-0.05), "of the scores, whatever was asked for"
+    centred, _ = pairwise_loss(chosen, rejected, center_coef=0.1)
+    assert centred.item() == pytest.approx(0.755782 + 0.1 * (1.9**2 + 1.2**2) / 2, abs=1e-6)
+    half, _ = pairwise_loss(chosen, rejected, margins=margins, center_coef=0.1, denominator=4.0)
+    assert half.item() == pytest.approx((1.180707 + 0.2525) / 2, abs=1e-6), "the global batch"
+    with pytest.raises(ValueError, match="one shape"):
+        pairwise_loss(chosen, rejected, margins=torch.zeros(2, 1))
+
+
 def test_pairwise_loss_counts_a_tie_as_half() -> None:
     scores = torch.tensor([1.0, 2.0])
     _, metrics = pairwise_loss(scores, torch.tensor([1.0, 0.0]))

@@ -194,6 +194,15 @@ def test_shares_that_leave_nothing() -> None:
     assert "held-out prompts" in only_problem(data={"prompts": {"heldout_fraction": 0}})
 
 
+def test_margins_that_the_pairs_do_not_have() -> None:
+    pairs = {"source": "pairs.jsonl"}
+    text = only_problem(reward={"margin_coef": 1}, data={"preference": pairs})
+    assert "data.preference.columns: {margin: <its name>}" in text
+    named = {"preference": pairs | {"columns": {"margin": "rating"}}}
+    assert dry_run(config(reward={"margin_coef": 1}, data=named), CPU) == []
+    assert dry_run(config(reward={"margin_coef": 1}), CPU) == [], "sampled pairs have them"
+
+
 def test_pretraining_data_that_would_not_be_used() -> None:
     assert "ptx_coef is 0" in only_problem(data={"ptx": {}})
     assert dry_run(config(data={"ptx": {}}, ppo={"ptx_coef": 1.0}), CPU) == []

@@ -127,3 +127,24 @@ def test_tokenised_rows_can_carry_them_too(tmp_path):
     with pytest.raises(DataError, match="needs"):
         write_dataset(tmp_path / "b", "prompts", {"train": [{**row, "answer": "4"}]}, card)
     assert schema("prompts").names == ["prompt_ids", "prompt", "reference", "row"]
+
+
+PAIRS = [
+    {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "rating": 3},
+    {"prompt": "3 + 3?", "chosen": "6", "rejected": "7", "rating": 0.5},
+]
+
+
+def test_margins_of_pairs_are_kept_where_they_are_named(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", PAIRS)
+    out = prepared(tmp_path / "out", source, "preference", columns={"margin": "rating"})
+    assert {row["chosen"]: row["margin"] for row in out} == {"4": 3.0, "6": 0.5}
+    bare = prepared(tmp_path / "bare", source, "preference")
+    assert all("margin" not in row for row in bare)
+
+
+@pytest.mark.parametrize("value", (None, "much", True, -1.0, float("nan")))
+def test_a_margin_must_be_a_number_of_at_least_0(tmp_path, value):
+    source = jsonl(tmp_path / "a.jsonl", [PAIRS[0] | {"rating": value}])
+    with pytest.raises(DataError, match=r"column 'margin' holds .*; expected a number of at least"):
+        prepared(tmp_path / "out", source, "preference", columns={"margin": "rating"})
