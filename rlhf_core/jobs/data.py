@@ -29,8 +29,12 @@ class ModelSettings(Settings):
     random:NAME (llama, qwen2, gpt2, opt, bloom): a tiny untrained model for tests."""
     revision: str | None = None
     """Branch, tag or commit on the hub. Empty: the default branch."""
-    chat_template: Literal["auto", "chatml", "llama3", "alpaca", "vicuna", "plain"] = "auto"
-    """A built-in chat template; auto: the tokenizer's own, or chatml if it has none."""
+    chat_template: (
+        Literal["auto", "chatml", "llama3", "alpaca", "vicuna", "plain"]
+        | Annotated[str, Field(pattern=r"^tokenizer:.+$")]
+    ) = "auto"
+    """A built-in chat template; auto: the tokenizer's own, or chatml if it has none;
+    tokenizer:NAME: one of several that the tokenizer has."""
     trust_remote_code: bool = False
     """Allow Python code that comes with the model to run."""
     quantization: Quantization | None = None
@@ -160,6 +164,7 @@ class DataJob(DataSettings, BaseJob):
 
     module: ClassVar[str] = "rlhf_core.stages.prepare_data"
     kind: ClassVar[str] = "dataset"
+    version: ClassVar[int] = 2  # templates of reasoning models
     torchrun: ClassVar[bool] = False
 
     algorithm: Literal["data"] = "data"
@@ -172,8 +177,8 @@ class DataJob(DataSettings, BaseJob):
     """Fingerprint of the source's contents, so that a changed file is prepared again."""
 
     def current_version(self) -> int:
-        """Version 2 cuts long documents instead of dropping them, for pretraining only."""
-        return 2 if self.purpose == "pretrain" else self.version
+        """One more for pretraining, where long documents are cut instead of dropped."""
+        return self.version + (self.purpose == "pretrain")
 
 
 class LabelJob(SampledPreferences, BaseJob):

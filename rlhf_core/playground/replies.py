@@ -198,9 +198,9 @@ class Scorer:
         """Score of a conversation that ends with a reply, its end-of-turn token included."""
         import torch
 
-        from rlhf_core.data.encoding.templates import encode_segments, render
+        from rlhf_core.data.encoding.templates import encode_segments, render_reply
 
-        texts = [segment.text for segment in render(self.tokenizer, messages)]
+        texts = [segment.text for segment in render_reply(self.tokenizer, messages)]
         ids = [token for piece in encode_segments(self.tokenizer, texts) for token in piece]
         input_ids = torch.tensor([ids], device=self.device)  # (1,S)
         with torch.no_grad():

@@ -33,7 +33,8 @@ class DataCard:
         settings: the settings that the data set was prepared with.
         format: of the rows, as set or as detected.
         read: number of rows in the source.
-        cut: number of additional rows from splitting long documents (purpose pretrain).
+        cut: number of additional rows from splitting long documents (purpose pretrain), or
+            conversations into a row for each reply.
         kept: number of rows in the data set, both splits together.
         dropped: reason -> number of rows that a setting left out.
         bad: reason -> number of rows that could not be used (only with on_bad_row: skip).
@@ -71,7 +72,7 @@ class DataCard:
     def summary(self) -> str:
         """The row counts in one line."""
         parts = [f"{self.read:,} rows read"]
-        parts += [f"{self.cut:,} more by cutting long ones"] if self.cut else []
+        parts += [f"{self.cut:,} more by splitting"] if self.cut else []
         parts.append(f"{self.kept:,} kept")
         parts += [f"{count:,} {reason}" for reason, count in {**self.dropped, **self.bad}.items()]
         sides = ", ".join(f"{name} {side.rows:,}" for name, side in self.splits.items())
@@ -119,7 +120,7 @@ class DataCard:
             "| rows | count |",
             "| --- | ---: |",
             f"| read | {self.read:,} |",
-            *([f"| more by cutting long ones | {self.cut:,} |"] if self.cut else []),
+            *([f"| more by splitting | {self.cut:,} |"] if self.cut else []),
             *(f"| kept, {name} | {side.rows:,} |" for name, side in self.splits.items()),
             *(f"| dropped: {reason} | {n:,} |" for reason, n in sorted(self.dropped.items())),
             *(f"| bad: {reason} | {n:,} |" for reason, n in sorted(self.bad.items())),

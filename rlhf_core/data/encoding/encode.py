@@ -12,8 +12,8 @@ from typing import Any
 from rlhf_core.data.dataset.carried import carried, carried_values
 from rlhf_core.data.dataset.schema import schema
 from rlhf_core.data.dataset.split import prompt_hash
+from rlhf_core.data.encoding import templates
 from rlhf_core.data.encoding.render import Rendered, render_example
-from rlhf_core.data.encoding.templates import encode_segments
 from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import BadRow, RawRow
 from rlhf_core.jobs import DataSettings, Format, Purpose
@@ -44,7 +44,7 @@ class EncodedBatch:
     Attributes:
         rows: record batch with the schema's columns and SCRATCH_COLUMNS; None without rows.
         read: number of rows read.
-        cut: number of additional rows that long documents were split into.
+        cut: number of additional rows that documents or conversations were split into.
         dropped: reason -> number of rows. notes: remark -> number of rows.
         bad: (file, row, reason, message) of the bad rows, in order; only the first one with
             ``on_bad_row: error``.
@@ -82,15 +82,20 @@ def encode_batch(plan: Plan, tokenizer: Any, rows_in: Sequence[RawRow]) -> Encod
             if plan.purpose in ("sft", "pretrain") and example.label is False:
                 batch.dropped["undesirable"] += 1  # SFT must not imitate a bad reply
                 continue
-            text = render_example(
+            parts = render_example(
                 tokenizer, example, plan.purpose, plan.settings.system, batch.notes
             )
-            text.columns |= carried_values(row, plan.carried())
-            texts.append((raw, text))
+            carried_over = carried_values(row, plan.carried())
+            batch.cut += len(parts) - 1
+            for text in parts:
+                text.columns |= carried_over
+                texts.append((raw, text))
         except BadRow as bad:
             batch.bad.append((raw.file, raw.number, bad.reason, bad.message))
             if plan.settings.on_bad_row == "error":
                 break
+    if any(text.bos_eos is None for _, text in texts) and templates.writes_date(tokenizer):
+        batch.notes["with today's date, which the chat template writes"] += len(texts)
     _tokenise(plan, tokenizer, texts, batch)
     return batch
 
@@ -105,7 +110,7 @@ def _tokenise(
     for _, text in texts:
         for part in (*(s.text for s in text.segments), *text.replies):
             positions.setdefault(part, len(positions))
-    ids = encode_segments(tokenizer, list(positions))
+    ids = templates.encode_segments(tokenizer, list(positions))
     bos_eos = _bos_and_eos(tokenizer) if any(text.bos_eos for _, text in texts) else (-1, -1)
 
     rows: list[dict[str, Any]] = []
@@ -174,6 +179,9 @@ def _row(
     if plan.purpose == "prompts":
         return {"prompt_ids": all_ids}
     if plan.purpose == "preference":
+        if replies[0] == replies[1]:  # the template strips what told them apart
+            batch.dropped["identical_replies"] += 1
+            return None
         return {"prompt_ids": all_ids, "chosen_ids": replies[0], "rejected_ids": replies[1]}
     if plan.purpose == "unpaired":
         return {"prompt_ids": all_ids, "completion_ids": replies[0]}

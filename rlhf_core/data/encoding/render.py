@@ -36,8 +36,9 @@ class Rendered:
 
 def render_example(
     tokenizer: Any, example: Example, purpose: Purpose, system: str | None, notes: Counter[str]
-) -> Rendered:
-    """Render an example for its purpose.
+) -> list[Rendered]:
+    """Render an example for its purpose: one row, or several of a conversation, see
+    `templates.render`.
 
     Args:
         system: system message for conversations without one; None: none.
@@ -48,9 +49,8 @@ def render_example(
     """
     if example.text is not None and purpose in ("sft", "pretrain"):
         text = example.text
-        return Rendered(
-            [templates.Segment(text, True)], {"prompt": text[:200]}, text, bos_eos=(-1, -1)
-        )
+        segments = [templates.Segment(text, True)]
+        return [Rendered(segments, {"prompt": text[:200]}, text, bos_eos=(-1, -1))]
     if example.text is not None:
         example = Example([{"role": "user", "content": example.text}])
     messages = example.messages
@@ -63,15 +63,15 @@ def render_example(
     try:
         if purpose == "preference":
             columns = {"chosen": example.chosen, "rejected": example.rejected}
-            return _render_replies(tokenizer, messages, replies, prompt, columns)
+            return [_render_replies(tokenizer, messages, replies, prompt, columns)]
         if purpose == "unpaired":
             columns = {"completion": example.completion, "label": example.label}
-            return _render_replies(tokenizer, messages, replies, prompt, columns)
+            return [_render_replies(tokenizer, messages, replies, prompt, columns)]
         if purpose == "prompts":
             text = _render_prompt(tokenizer, messages, replies, prompt)
             if example.label is False:
                 text.columns["reference"] = None
-            return text
+            return [text]
         if replies:
             messages = [*messages, {"role": "assistant", "content": replies[0]}]
         return _render_conversation(tokenizer, messages, prompt, purpose, notes)
@@ -92,7 +92,7 @@ def _check_special_tokens(tokenizer: Any, texts: Sequence[str]) -> None:
 
 def _render_conversation(
     tokenizer: Any, messages: list[Message], prompt: str, purpose: Purpose, notes: Counter[str]
-) -> Rendered:
+) -> list[Rendered]:
     """All turns up to the last reply. The loss covers the replies; for pretraining, everything."""
     replies = sum(m["role"] == "assistant" for m in messages)
     if not replies:
@@ -101,10 +101,14 @@ def _render_conversation(
         notes["turns after the last reply left out"] += 1
         while messages[-1]["role"] != "assistant":
             messages = messages[:-1]
-    segments = templates.render(tokenizer, messages)
-    if purpose == "pretrain":
-        segments = [templates.Segment(segment.text, True) for segment in segments]
-    return Rendered(segments, {"prompt": prompt}, prompt)
+    parts = templates.render(tokenizer, messages)
+    if purpose == "pretrain":  # the whole conversation, which ends with its last reply
+        parts = [[templates.Segment(segment.text, True) for segment in parts[-1]]]
+    if len(parts) > 1:
+        notes[
+            "split into a row for each reply, as the chat template writes past ones otherwise"
+        ] += 1
+    return [Rendered(segments, {"prompt": prompt}, prompt) for segments in parts]
 
 
 def _render_prompt(
@@ -130,14 +134,11 @@ def _render_replies(
 ) -> Rendered:
     """A prompt with one or two replies; ``columns`` are their texts by column name."""
     before = templates.render_prompt(tokenizer, messages)
-    reply_texts = []
-    for reply in replies:
-        segments = templates.render(tokenizer, [*messages, {"role": "assistant", "content": reply}])
-        assert segments[:-1] == before or _join(segments[:-1]) == _join(before), messages
-        reply_texts.append(segments[-1].text)
+    reply_texts = tuple(
+        templates.render_reply(tokenizer, [*messages, {"role": "assistant", "content": reply}])[
+            -1
+        ].text
+        for reply in replies
+    )
     columns = {"prompt": dump_messages(messages), **columns}
-    return Rendered(before, columns, prompt, replies=tuple(reply_texts))
-
-
-def _join(segments: Sequence[templates.Segment]) -> str:
-    return "".join(segment.text for segment in segments)
+    return Rendered(before, columns, prompt, replies=reply_texts)

@@ -1,30 +1,39 @@
 """Chat templates: renders messages into segments, and says which ones the loss covers.
 
-A conversation is rendered once and cut at the ends of its prompts and replies; each segment is
-tokenised on its own. So a prompt has the same tokens whether a reply follows (SFT, reward model) or
-not (rollout, chat), and the loss mask comes from positions in the text, never from comparing token
-ids with a special token.
+What is trained is what generation writes: after the prompt as generation sees it, the reply as the
+template writes a new one, and its end-of-turn token. A conversation is rendered once and cut at the
+ends of its prompts and replies; each segment is tokenised on its own. So a prompt has the same
+tokens whether a reply follows (SFT, reward model) or not (rollout, chat), and the loss mask comes
+from positions in the text, never from comparing token ids with a special token.
 
     system and user text, generation prompt | reply + end-of-turn token | ... | reply + end of turn
     loss mask false                         | true                      |     | true
 
-Text after the last end-of-turn token (often a line feed) is left out, because a rollout ends there
-too.
+Where a template writes past replies differently from new ones, a conversation is rendered once for
+each reply. Text after the last end-of-turn token (often a line feed) is left out, because a rollout
+ends there too.
 """
 
 from __future__ import annotations
 
-import re
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_core.data.encoding.builtin_templates import SOURCES, TURN_TOKENS, fill
+from rlhf_core.data.encoding.template_facts import (
+    ADVICE,
+    CLOSE,
+    TemplateFacts,
+    apply_template,
+    facts_of,
+    generated_reply,
+    token_ids,
+)
 from rlhf_core.data.rows.row import Message
-from rlhf_core.errors import DataError, ModelError
+from rlhf_core.errors import ModelError
 
-ADVICE = "set model.chat_template to one of " + ", ".join(SOURCES)
+OWN = "tokenizer:"  # model.chat_template: one of several templates of the tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,40 +48,23 @@ class Segment:
     in_loss: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _TemplateInfo:
-    """Cached facts about a tokenizer with its template.
-
-    Attributes:
-        key: template and vocabulary size that the facts are valid for.
-        end_text, end_id: the end-of-turn token.
-        special_tokens: matches any special token's text.
-        prefix: put before a text and removed after tokenisation, for tokenizers that add a space.
-    """
-
-    key: tuple[str, int]
-    end_text: str
-    end_id: int
-    special_tokens: re.Pattern[str] | None
-    prefix: str
-
-
-_INFO: weakref.WeakKeyDictionary[Any, _TemplateInfo] = weakref.WeakKeyDictionary()
-
-
 def resolve_template(tokenizer: Any, name: str = "auto") -> str:
     """The Jinja source of a chat template for the tokenizer; assign it to `chat_template`.
 
     Args:
-        name: auto (the tokenizer's own template, else chatml) or the name of a built-in template.
+        name: auto (the tokenizer's own template, else chatml), the name of a built-in template, or
+            tokenizer:NAME for one of several that the tokenizer has.
 
     Raises:
-        ModelError: unknown name, or the tokenizer has no token that can end a turn.
+        ModelError: unknown name, no choice among several templates, or the tokenizer has no token
+            that can end a turn.
     """
     own = getattr(tokenizer, "chat_template", None)
     if isinstance(own, dict):
-        own = own.get("default")
-    if name == "auto" and own:
+        own = _named(own, name)
+    elif name.startswith(OWN):
+        raise ModelError(f"The tokenizer has no named chat templates; {ADVICE}, or to auto.")
+    if own and (name == "auto" or name.startswith(OWN)):
         return str(own)
     name = "chatml" if name == "auto" else name
     if name not in SOURCES:
@@ -91,14 +83,33 @@ def resolve_template(tokenizer: Any, name: str = "auto") -> str:
     return fill(name, bos if adds_bos else "", end)
 
 
+def _named(own: dict[str, str], name: str) -> str | None:
+    """The template that a name chooses among a tokenizer's; None for a built-in one."""
+    choices = " or ".join(f"{OWN}{key}" for key in own)
+    wanted = "default" if name == "auto" else name.removeprefix(OWN)
+    if name != "auto" and not name.startswith(OWN):
+        return None
+    if wanted not in own:
+        raise ModelError(
+            f"The tokenizer has the chat templates {', '.join(own)}, and none is named {wanted}; "
+            f"set model.chat_template to {choices}, or to one of {', '.join(SOURCES)}."
+        )
+    return own[wanted]
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the template writes today's date: prompts of another day then have other tokens."""
+    return facts_of(tokenizer).dated
+
+
 def end_of_turn(tokenizer: Any) -> tuple[str, int]:
     """Text and id of the token that ends an assistant's turn, read from a rendered example.
 
     Raises:
         ModelError: the tokenizer has no chat template, or its turns end without such a token.
     """
-    info = _template_info(tokenizer)
-    return info.end_text, info.end_id
+    facts = facts_of(tokenizer)
+    return facts.end_text, facts.end_id
 
 
 def find_special_token(tokenizer: Any, text: str) -> str | None:
@@ -107,71 +118,66 @@ def find_special_token(tokenizer: Any, text: str) -> str | None:
     The tokenizer would read it as if the template had written it: a turn could end in the middle of
     a reply.
     """
-    pattern = _template_info(tokenizer).special_tokens
+    pattern = facts_of(tokenizer).markers
     match = pattern.search(text) if pattern else None
     return match.group() if match else None
 
 
-def render(
-    tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
-) -> list[Segment]:
-    """Render a conversation into segments.
+def render(tokenizer: Any, messages: Sequence[Message]) -> list[list[Segment]]:
+    """Render a conversation up to its last reply.
 
-    Args:
-        generation_prompt: end with the prompt for the next reply; else with the last end of turn.
+    Returns:
+        Segments, in one list, or in a list for each reply where the template writes a past reply
+        differently from a new one: then only the list's last segment is a reply to train on.
 
     Raises:
-        DataError: the template rejects the conversation (roles out of order, no system message).
-        ModelError: the template renders the start of a conversation differently once it continues,
-            so that a prompt would have other tokens in training than in a rollout.
+        DataError: the template rejects the conversation (roles out of order, no system message),
+            or writes it so that training and generation would see different texts.
     """
-    end = _template_info(tokenizer).end_text
-    full = _apply_template(tokenizer, messages, generation_prompt)
-    pieces: list[Segment] = []
-    done = 0
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _apply_template(tokenizer, messages[:turn], True)
-        if not full.startswith(prompt) or len(prompt) < done:
-            if len(messages) == turn + 1 and prompt.startswith(full[:done]):
-                # The template renders the last reply differently from a generated one (a reasoning
-                # model's template opens the thinking block itself): take the generated form.
-                pieces.append(Segment(prompt[done:], False))
-                pieces.append(Segment(message["content"] + end, True))
-                return pieces
-            raise ModelError(_prefix_mismatch(turn, prompt, full))
-        stop = full.find(end, len(prompt))
-        if stop < 0:
-            raise ModelError(
-                f"The chat template does not end the assistant's turn (message {turn + 1}) with "
-                f"{end!r}, though it does so after a short one; {ADVICE}."
-            )
-        stop += len(end)
-        pieces.append(Segment(full[done : len(prompt)], False))
-        pieces.append(Segment(full[len(prompt) : stop], True))
-        done = stop
-    if generation_prompt:
-        pieces.append(Segment(full[done:], False))
-    return pieces
+    facts = facts_of(tokenizer)
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(turns) > 1 and _alike(facts, messages):
+        segments = _cut(tokenizer, facts, messages[: turns[-1] + 1], generation_prompt=False)
+        if segments is not None:
+            return [segments]
+    return [render_reply(tokenizer, messages[: turn + 1]) for turn in turns]
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[Segment]:
-    """Segments of the messages before a reply, with the generation prompt. Raises as `render`."""
-    return render(tokenizer, messages, generation_prompt=True)
+    """Segments of the messages before a reply, with the generation prompt; none is in the loss.
+
+    Raises:
+        DataError: the template rejects the messages.
+    """
+    facts = facts_of(tokenizer)
+    cut = None
+    if _alike(facts, messages) and any(m["role"] == "assistant" for m in messages):
+        cut = _cut(tokenizer, facts, messages, generation_prompt=True)
+    if cut is None:
+        return [Segment(apply_template(tokenizer, messages, True), False)]
+    return [Segment(segment.text, False) for segment in cut]
+
+
+def render_reply(tokenizer: Any, messages: Sequence[Message]) -> list[Segment]:
+    """Segments of a prompt, and as the last one the reply to it, the last message. Raises as
+    `render`."""
+    before = render_prompt(tokenizer, messages[:-1])
+    prompt = "".join(segment.text for segment in before)
+    reply = generated_reply(tokenizer, facts_of(tokenizer), messages, prompt)
+    return [*before, Segment(reply, True)]
 
 
 def encode_segments(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, tokenised on its own and without added special tokens."""
     if not texts:
         return []
-    prefix = _template_info(tokenizer).prefix
+    prefix = facts_of(tokenizer).prefix
     if not prefix:
-        return _ids(tokenizer, texts)
-    start = _ids(tokenizer, [prefix])[0]
-    rows = _ids(tokenizer, [prefix + text for text in texts])
+        return token_ids(tokenizer, texts)
+    start = token_ids(tokenizer, [prefix])[0]
+    rows = token_ids(tokenizer, [prefix + text for text in texts])
     return [
-        row[len(start) :] if row[: len(start)] == start else _ids(tokenizer, [text])[0]
+        row[len(start) :] if row[: len(start)] == start else token_ids(tokenizer, [text])[0]
         for row, text in zip(rows, texts, strict=True)
     ]
 
@@ -194,102 +200,29 @@ def reply_text(tokenizer: Any, response_ids: Sequence[int]) -> str:
 # --------------------------------------------------------------------------- details
 
 
-def _apply_template(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
-    """The rendered text; template errors as ModelError or DataError, see `render`."""
-    import jinja2
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
-            )
-        )
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(f"The chat template is not valid Jinja ({error}); {ADVICE}.") from error
-    except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"the chat template rejects turns of {roles}: {error}") from error
+def _alike(facts: TemplateFacts, messages: Sequence[Message]) -> bool:
+    """Whether the template writes the past replies of a conversation as it writes new ones."""
+    reasoning = any(m["role"] == "assistant" and CLOSE in m["content"] for m in messages)
+    return facts.alike and (facts.alike_reasoning or not reasoning)
 
 
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
-    return [list(row) for row in encoded["input_ids"]]
-
-
-def _find_prefix(tokenizer: Any, end: str) -> str:
-    """A text after which the tokenizer adds no space; empty if it never adds one.
-
-    Sentencepiece-like tokenizers add a space before every text, or after every special token, so
-    that a reply would start with a space that the template does not write.
-    """
-
-    def spaced(prefix: str) -> bool:
-        skip = len(_ids(tokenizer, [prefix])[0]) if prefix else 0
-        first = tokenizer.convert_ids_to_tokens(_ids(tokenizer, [prefix + "a"])[0][skip:])[:1]
-        return not first or str(first[0])[:1] in ("▁", "Ġ")
-
-    return next((prefix for prefix in ("", end, "\n") if not spaced(prefix)), "")
-
-
-def _template_info(tokenizer: Any) -> _TemplateInfo:
-    key = (str(getattr(tokenizer, "chat_template", None)), len(tokenizer))
-    info = _INFO.get(tokenizer)
-    if info is None or info.key != key:
-        info = _INFO[tokenizer] = _read_template(tokenizer, key)
-    return info
-
-
-def _read_template(tokenizer: Any, key: tuple[str, int]) -> _TemplateInfo:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ModelError(f"The tokenizer has no chat template; {ADVICE}.")
-    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
-    for token in (tokenizer.eos_token, tokenizer.bos_token):
-        if token:
-            added.setdefault(token, tokenizer.convert_tokens_to_ids(token))
-    special = {
-        str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
-    } | set(tokenizer.all_special_tokens)
-    probe = "Zebra answers 7"
-    try:
-        text = _apply_template(tokenizer, [_user("Question 1"), _assistant(probe)], False)
-    except DataError as error:
-        raise ModelError(f"The chat template fails on a plain question: {error}; {ADVICE}.") from (
-            error
-        )
-    tail = text[text.rfind(probe) + len(probe) :]
-    found = _any_of(added).match(tail.lstrip()) if added and probe in text else None
-    if found is None:
-        shown = repr(tail[:40]) if tail else "nothing"
-        raise ModelError(
-            f"The chat template has no end-of-turn token: a reply is followed by {shown}, expected "
-            f"one of the tokenizer's special tokens; {ADVICE}."
-        )
-    end = found.group()
-    return _TemplateInfo(
-        key, end, added[end], _any_of(special) if special else None, _find_prefix(tokenizer, end)
-    )
-
-
-def _any_of(texts: Any) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True) if t))
-
-
-def _user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def _assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}
-
-
-def _prefix_mismatch(turn: int, prompt: str, full: str) -> str:
-    same = next(
-        (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b),
-        min(len(prompt), len(full)),
-    )
-    return (
-        f"The chat template renders the prompt of message {turn + 1} in two ways: from character "
-        f"{same + 1} on it is {prompt[same : same + 40]!r} before generation, and "
-        f"{full[same : same + 40]!r} when the reply follows. Training and generation would see "
-        f"different prompts; {ADVICE}, or use single-turn conversations."
-    )
+def _cut(
+    tokenizer: Any, facts: TemplateFacts, messages: Sequence[Message], generation_prompt: bool
+) -> list[Segment] | None:
+    """The rendered conversation, cut at the ends of its prompts and replies; None if the template
+    writes one of its prompts differently once the conversation goes on."""
+    full = apply_template(tokenizer, messages, generation_prompt)
+    pieces: list[Segment] = []
+    done = 0
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = apply_template(tokenizer, messages[:turn], True)
+        stop = full.find(facts.end_text, len(prompt))
+        if not full.startswith(prompt) or len(prompt) < done or stop < 0:
+            return None
+        stop += len(facts.end_text)
+        pieces.append(Segment(full[done : len(prompt)], False))
+        pieces.append(Segment(full[len(prompt) : stop], True))
+        done = stop
+    return [*pieces, Segment(full[done:], False)] if generation_prompt else pieces

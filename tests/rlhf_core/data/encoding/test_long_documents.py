@@ -31,7 +31,7 @@ def test_cutting_loses_no_token_and_trains_on_none_twice(tmp_path, make_tokenize
     assert trained[cut] == trained[whole]
     assert card.read == 2 and card.dropped == {} and card.cut == card.kept - 2 > 0
     assert DataCard.load(cut) == card
-    assert f"{card.cut} more by cutting long ones" in card.summary()
+    assert f"{card.cut} more by splitting" in card.summary()
 
 
 def test_pieces_by_hand(tmp_path):

@@ -1,0 +1,254 @@
+"""What a chat template does, found out by rendering short conversations with it.
+
+A template is code: what it writes around a reply, and whether it writes a past reply as it writes
+a new one, shows only in what it renders. Reasoning models (Qwen3, the R1 distills, gpt-oss) write
+past replies without their reasoning.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlhf_core.data.encoding.builtin_templates import SOURCES
+from rlhf_core.data.rows.row import Message
+from rlhf_core.errors import DataError, ModelError
+
+ADVICE = "set model.chat_template to one of " + ", ".join(SOURCES)
+OPEN, CLOSE = "<think>", "</think>"  # around a reply's reasoning
+PROBE = "Zebra answers 7"
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateFacts:
+    """Facts about a tokenizer with its template.
+
+    Attributes:
+        key: template and vocabulary size that the facts are valid for.
+        end_text, end_id: the end-of-turn token.
+        tail: what follows a reply's text, up to the end-of-turn token and with it.
+        markers: matches the text of any token that no message may hold: special tokens, and
+            others that the template writes around turns.
+        prefix: put before a text and removed after tokenisation, for tokenizers that add a space.
+        alike: a past reply is written as a new one; alike_reasoning: one with reasoning, too.
+        dated: the template writes today's date.
+    """
+
+    key: tuple[str, int]
+    end_text: str
+    end_id: int
+    tail: str
+    markers: re.Pattern[str] | None
+    prefix: str
+    alike: bool = False
+    alike_reasoning: bool = False
+    dated: bool = False
+
+
+_FACTS: weakref.WeakKeyDictionary[Any, TemplateFacts] = weakref.WeakKeyDictionary()
+
+
+def facts_of(tokenizer: Any) -> TemplateFacts:
+    """The facts about a tokenizer's template; kept until the template changes.
+
+    Raises:
+        ModelError: the tokenizer has no chat template, or one that cannot be used.
+    """
+    key = (str(getattr(tokenizer, "chat_template", None)), len(tokenizer))
+    facts = _FACTS.get(tokenizer)
+    if facts is None or facts.key != key:
+        facts = _FACTS[tokenizer] = _read(tokenizer, key)
+    return facts
+
+
+def apply_template(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+    """The rendered text.
+
+    Raises:
+        DataError: the template rejects the conversation. ModelError: it is no valid template.
+    """
+    import jinja2
+
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+            )
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"The chat template is not valid Jinja ({error}); {ADVICE}.") from error
+    except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(f"the chat template rejects turns of {roles}: {error}") from error
+
+
+def generated_reply(
+    tokenizer: Any, facts: TemplateFacts, messages: Sequence[Message], prompt: str
+) -> str:
+    """What generation would write after the prompt: the last message, a reply, to its end of turn.
+
+    Args:
+        prompt: the messages before it, with the generation prompt.
+
+    Raises:
+        DataError: the template writes the prompt in another way once the reply follows, or leaves
+            out a part of the reply.
+    """
+    full = apply_template(tokenizer, messages, False)
+    content = messages[-1]["content"]
+    head, opened, blank = prompt.rpartition(OPEN)
+    if opened and not blank.strip():
+        if not full.startswith(head.rstrip()):
+            raise DataError(_two_ways(prompt, full))
+        return _after_opened_reasoning(facts, full, prompt, content)
+    if not full.startswith(prompt):
+        raise DataError(_two_ways(prompt, full))
+    text = full[len(prompt) :]
+    if (stop := text.find(facts.end_text)) < 0:
+        raise DataError(
+            f"the chat template does not end this reply with {facts.end_text!r}, though it does so "
+            "after a short one"
+        )
+    if content.strip() not in text and _letters(content) not in _letters(text):
+        raise DataError(
+            "the chat template leaves out a part of the reply, such as its reasoning; take that "
+            f"part out of the data, or {ADVICE}"
+        )
+    return text[: stop + len(facts.end_text)]
+
+
+# --------------------------------------------------------------------------- details
+
+
+def _after_opened_reasoning(facts: TemplateFacts, full: str, prompt: str, content: str) -> str:
+    """A reply after a prompt that has opened its reasoning, which need not be there: as the
+    template writes it if it keeps the reasoning where the prompt has it, else from its text."""
+    opened = prompt.rstrip()
+    if full.startswith(opened):
+        blank = prompt[len(opened) :]
+        text = full[len(opened) :]
+        text = text.removeprefix(blank) if text.startswith(blank) else text.lstrip()
+        stop = text.find(facts.end_text)
+        kept = _letters(content).removeprefix(OPEN) in _letters(text)
+        if stop >= 0 and kept and CLOSE in text and not text.lstrip().startswith(OPEN):
+            return text[: stop + len(facts.end_text)]
+    if CLOSE in content:
+        content = content.lstrip().removeprefix(OPEN).lstrip("\n")
+    else:
+        content = f"\n{CLOSE}\n\n{content}"
+    return content + facts.tail
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
+
+
+def _two_ways(prompt: str, full: str) -> str:
+    same = next(
+        (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b),
+        min(len(prompt), len(full)),
+    )
+    return (
+        f"the chat template writes the prompt in two ways: from character {same + 1} on it is "
+        f"{prompt[same : same + 40]!r} before generation, and {full[same : same + 40]!r} when the "
+        f"reply follows, so training and generation would see different prompts; {ADVICE}"
+    )
+
+
+def _read(tokenizer: Any, key: tuple[str, int]) -> TemplateFacts:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(f"The tokenizer has no chat template; {ADVICE}.")
+    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+    for token in (tokenizer.eos_token, tokenizer.bos_token):
+        if token:
+            added.setdefault(token, tokenizer.convert_tokens_to_ids(token))
+    question = [_user("Question 1")]
+    try:
+        prompt = apply_template(tokenizer, question, True)
+        text = apply_template(tokenizer, [*question, _assistant(PROBE)], False)
+    except DataError as error:
+        raise ModelError(f"The chat template fails on a plain question: {error}; {ADVICE}.") from (
+            error
+        )
+    after = text[text.rfind(PROBE) + len(PROBE) :]
+    found = _any_of(added).match(after.lstrip()) if added and PROBE in text else None
+    if found is None:
+        shown = repr(after[:40]) if after else "nothing"
+        raise ModelError(
+            f"The chat template has no end-of-turn token: a reply is followed by {shown}, expected "
+            f"one of the tokenizer's special tokens; {ADVICE}."
+        )
+    end = found.group()
+    facts = TemplateFacts(
+        key, end, added[end], after[: after.index(end) + len(end)],
+        _markers(tokenizer, added, prompt + after),
+        _find_prefix(tokenizer, end), dated="strftime_now" in key[0],
+    )  # fmt: skip
+    return replace(
+        facts,
+        alike=_alike(tokenizer, facts, PROBE),
+        alike_reasoning=_alike(tokenizer, facts, f"{OPEN}\nStripes.\n{CLOSE}\n\n{PROBE}"),
+    )
+
+
+def _alike(tokenizer: Any, facts: TemplateFacts, reply: str) -> bool:
+    """Whether the template writes a past reply as it writes a new one."""
+    talk = [_user("Question 1"), _assistant(reply), _user("Question 2"), _assistant(reply)]
+    try:
+        full = apply_template(tokenizer, talk, False)
+        for turns in (1, 3):
+            prompt = apply_template(tokenizer, talk[:turns], True)
+            written = prompt + generated_reply(tokenizer, facts, talk[: turns + 1], prompt)
+            if not full.startswith(written):
+                return False
+    except DataError:
+        return False
+    return True
+
+
+def _markers(tokenizer: Any, added: Iterable[str], around: str) -> re.Pattern[str] | None:
+    """Special tokens, and other tokens of their own that the template writes around messages. The
+    marks of reasoning are none: a reply may hold them."""
+    special = {
+        str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+    } | set(tokenizer.all_special_tokens)
+    written = {token for token in added if token.strip() and token in around}
+    found = special | (written - {OPEN, CLOSE})
+    return _any_of(found) if found else None
+
+
+def _find_prefix(tokenizer: Any, end: str) -> str:
+    """A text after which the tokenizer adds no space; empty if it never adds one.
+
+    Sentencepiece-like tokenizers add a space before every text, or after every special token, so
+    that a reply would start with a space that the template does not write.
+    """
+
+    def spaced(prefix: str) -> bool:
+        skip = len(token_ids(tokenizer, [prefix])[0]) if prefix else 0
+        ids = token_ids(tokenizer, [prefix + "a"])[0][skip:]
+        first = tokenizer.convert_ids_to_tokens(ids)[:1]
+        return not first or str(first[0])[:1] in ("▁", "Ġ")
+
+    return next((prefix for prefix in ("", end, "\n") if not spaced(prefix)), "")
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without added special tokens."""
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
+    return [list(row) for row in encoded["input_ids"]]
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True) if t))
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
