@@ -153,11 +153,16 @@ def evaluated(run: Run) -> str:
     artifacts = run.artifacts_by_role
     evaluation = stages.evaluate(run, artifacts)
     settings, made_by = run.config.evaluate, recipe.model_stages(run.config)[-1]
-    compared = compare_with_champion(run) if settings.against_champion else None
+    wanted = settings.against_champion
+    if wanted is None:
+        wanted = run.config.publish.promote == "earned"
+    compared = compare_with_champion(run) if wanted else None
     shown = evaluation_of(run, evaluation.digest)
     if conclusion := shown.conclusion():
         run.verdict = {"state": conclusion.state, "text": conclusion.text}
-    beside = read_evaluation(run.store, compared.digest) if compared is not None else None
+    beside = None
+    if compared is not None and settings.against_champion:
+        beside = read_evaluation(run.store, compared.digest)
     if wrong := check_evaluation(settings, shown.data, made_by, beside):
         if run.verdict.get("state") == "reward hacked":
             wrong += f' The verdict is "reward hacked". {run.verdict["text"]}'

@@ -86,7 +86,7 @@ def _win_rate(
 ) -> str | None:
     if bound is None:
         return None
-    judged_by, rate = _judged(comparison or evaluation)
+    judged_by, rate = judged(comparison or evaluation)
     against = " against the champion" if comparison else ""
     value = rate.get("rate")
     if value is None:
@@ -178,11 +178,11 @@ def _checks(
     new = _policy(evaluation.get("models") or {})
     kl = new.get("kl_mean")
     yield "max_kl", kl, f"at most {gates.max_kl:g}", kl is not None and kl <= gates.max_kl
-    judged_by, rate = _judged(comparison or evaluation)
+    judged_by, rate = judged(comparison or evaluation)
     yield _at_least(f"min_win_rate ({judged_by})", rate.get("rate"), gates.min_win_rate)
 
 
-def _judged(evaluation: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def judged(evaluation: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """A judge's name and win rate. A judge that training did not use takes precedence over the
     reward model."""
     rates = evaluation.get("win_rate") or {}

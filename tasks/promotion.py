@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_core.store import registry
+from tasks.gates import judged
 from tasks.publish import champion
 from tasks.reporting.evaluation import comparison_of, evaluation_of
 from tasks.reporting.verdict import Verdict
@@ -44,8 +45,14 @@ def promotion_of(run: Run) -> Promotion:
     if registry.champion(run.store, settings.name) is None:
         return Promotion(True, "the first champion")
     compared = comparison_of(run)
-    against = compared.conclusion() if compared else None
-    return against_champion(against, run.config.evaluate.min_win_rate)
+    if compared is None:
+        return Promotion(
+            False,
+            "it was not compared with the champion; evaluate.against_champion=true compares them, "
+            "and the same run reuses every other stage",
+        )
+    bound = run.config.evaluate.min_win_rate
+    return against_champion(compared.conclusion(), bound, judged(compared.data)[1].get("rate"))
 
 
 def refusal(run: Run) -> str | None:
@@ -62,24 +69,21 @@ def refusal(run: Run) -> str | None:
     return None
 
 
-def against_champion(verdict: Verdict | None, min_win_rate: float | None) -> Promotion:
+def against_champion(
+    verdict: Verdict | None, min_win_rate: float | None, win_rate: float | None
+) -> Promotion:
     """Whether a model takes the place of a champion.
 
     Args:
-        verdict: on the comparison with it; None: they were not compared.
-        min_win_rate: a bound that the win rate against the champion has passed already.
+        verdict: on the comparison with it. win_rate: against it, see `gates.judged`.
+        min_win_rate: a bound of the user, who accepts that judge.
     """
-    if verdict is None:
-        return Promotion(
-            False,
-            "it was not compared with the champion; evaluate.against_champion=true compares them, "
-            "and the same run reuses every other stage",
-        )
-    if verdict.state in WINS:
+    if verdict is not None and verdict.state in WINS:
         return Promotion(True, f"against the champion: {verdict.state}")
-    if min_win_rate is not None:
+    if min_win_rate is not None and win_rate is not None and win_rate >= min_win_rate:
         return Promotion(
-            True, f"its win rate against the champion is at least {min_win_rate:g} "
-            "(evaluate.min_win_rate)",
+            True, f"its win rate against the champion is {win_rate:.3g}, at least "
+            f"{min_win_rate:g} (evaluate.min_win_rate)",
         )  # fmt: skip
-    return Promotion(False, f"no gain over the champion is shown. {verdict.text}")
+    text = verdict.text if verdict else "The comparison has no numbers."
+    return Promotion(False, f"no gain over the champion is shown. {text}")

@@ -175,5 +175,7 @@ def compare_with_champion(run: Run) -> StageResult | None:
     found = champion(run)
     if found is None or found == run.artifacts_by_role["model"]:
         return None
+    if "compare" in run.stages:  # a retraining asks again
+        return run.stages["compare"]
     result: StageResult = compare(run, run.artifacts_by_role, found)
     return result

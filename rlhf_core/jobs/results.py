@@ -36,14 +36,15 @@ class EvaluateSettings(Settings):
     judge_endpoint: EndpointJudgeSettings | None = None
     """Judge behind an OpenAI-compatible endpoint. It compares the finished model's reply to each
     prompt with that of the model before the alignment. Empty: none."""
-    against_champion: bool = False
+    against_champion: bool | None = None
     """Also compare the finished model with the champion of publish.name, if there is one: on the
-    same prompts, with the same judges. min_win_rate then applies to this comparison."""
+    same prompts, with the same judges. true: min_win_rate then applies to this comparison. Empty:
+    where publish.promote is earned, since no other evidence makes a later model the champion."""
     samples: PositiveInt = 8
     """Prompts whose replies the report shows."""
     min_win_rate: Fraction | None = None
     """Gate: the run stops before publishing when the finished model wins on a smaller fraction of
-    the prompts, against the model before the alignment (with against_champion: the champion).
+    the prompts, against the model before the alignment (with against_champion true: the champion).
     Empty: no gate."""
     max_length_ratio: Annotated[float, Field(gt=0.0)] | None = None
     """Gate: the run stops before publishing when the mean reply is longer than this many times that
@@ -60,7 +61,7 @@ class PublishSettings(Settings):
     promote: Literal["earned", "always"] = "earned"
     """When the finished model becomes the champion of its name. earned: unless the verdict of the
     evaluation is worse or reward hacked; where there is a champion, only if the comparison with it
-    (evaluate.against_champion) shows a gain or passes evaluate.min_win_rate. Other models are kept
+    (evaluate.against_champion) shows a gain or reaches evaluate.min_win_rate. Other models are kept
     as candidates. always: every model that passes its gates."""
     approval: Literal["none", "manual"] = "none"
     """manual: the run pauses before publishing, with the report and a form on its Prefect page."""

@@ -274,20 +274,21 @@ def test_later_run_is_no_champion_by_being_last(pipeline, without_torchrun):
     first = pipeline()["version"]
     assert (first["state"], first["reason"]) == ("champion", "the first champion")
     assert pipeline("name=again")["version"] == first, "the champion keeps its place"
-    summary = pipeline("ppo.kl_coef=0.3")
+    summary = pipeline("ppo.kl_coef=0.3", "evaluate.against_champion=false")
     assert list(summary["stages"]) == [*STAGES[:-1], "candidate"]
     state = newest_flow_run().state
     assert (state.type.value, state.name) == ("COMPLETED", "NotPromoted")
     assert "not compared with the champion; evaluate.against_champion=true" in state.message
     assert states_of(pipeline.store) == ["champion", "candidate"]
-    pipeline("ppo.kl_coef=0.3", "publish.promote=always")
+    again = pipeline("ppo.kl_coef=0.3", "publish.promote=always")
+    assert "compare" not in again["stages"], "nothing depends on it"
     assert states_of(pipeline.store) == ["archived", "champion"]
 
 
-def test_challenger_is_compared_with_the_champion_when_asked_to(pipeline, without_torchrun):
-    first = pipeline("evaluate.against_champion=true")["stages"]
+def test_challenger_is_compared_with_the_champion(pipeline, without_torchrun):
+    first = pipeline()["stages"]
     assert list(first) == STAGES, "there is no champion yet"
-    summary = pipeline("evaluate.against_champion=true", "ppo.kl_coef=0.3")
+    summary = pipeline("ppo.kl_coef=0.3")
     done = summary["stages"]
     assert list(done) == [*STAGES[:-1], "compare", "candidate"], "its judge labelled the pairs"
     assert "no gain over the champion is shown" in summary["version"]["reason"]
@@ -301,8 +302,8 @@ def test_challenger_is_compared_with_the_champion_when_asked_to(pipeline, withou
     assert "## Champion and challenger" in report and "PPO's reply beats champion's on" in report
     with pytest.raises(GateFailed, match=r"win against the champion on 0.74 of 128 prompts"):
         pipeline("evaluate.against_champion=true", "evaluate.min_win_rate=0.9", "ppo.kl_coef=0.4")
-    passed = ["evaluate.against_champion=true", "evaluate.min_win_rate=0.7", "ppo.kl_coef=0.3"]
-    assert pipeline(*passed)["version"]["state"] == "champion", "the user's own bound"
+    summary = pipeline("evaluate.min_win_rate=0.7", "ppo.kl_coef=0.3")
+    assert summary["version"]["state"] == "champion", "the user's own bound"
 
 
 def test_last_stage_that_the_run_does_not_have_is_refused(pipeline):

@@ -139,7 +139,7 @@ def ranks_of(process: forked.Process, count: int) -> list[psutil.Process]:
 
 def test_changed_ppo_alone_is_trained_and_goes_on_when_its_ranks_are_killed(smoke):
     """Once the run itself starts them again, and once the same command does."""
-    overrides = ("ppo.steps=24", "ppo.kl_coef=0.4")
+    overrides = ("ppo.steps=24", "ppo.kl_coef=0.4", "evaluate.against_champion=false")
     process = smoke.fork("run", "--preset", "smoke", *sets(overrides))
     first = wait_for_ppo(smoke, process, "ppo", steps=4)
     ranks_of(process, 2)[1].kill()

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.store import registry
-from tasks.promotion import Promotion, against_champion, promotion_of, refusal
+from tasks.promotion import WINS, Promotion, against_champion, promotion_of, refusal
 from tasks.publish import make_artifact
 from tasks.reporting.verdict import Verdict
 from tasks.run import Run, StageResult
@@ -93,9 +93,12 @@ def test_bound_of_the_user_is_enough_but_not_for_a_worse_model(run):
     run.config = build_config("smoke", ["evaluate.min_win_rate=0.5"])
     trained(run, b"other")
     assert not promotion_of(run).promoted, "that bound was kept against the SFT model"
-    trained(run, b"other", compared={"gold_gain": {"mean": 0.01, "se": 0.1}})
-    assert "at least 0.5 (evaluate.min_win_rate)" in promotion_of(run).reason
+    same = {"gold_gain": {"mean": 0.01, "se": 0.1}}
+    trained(run, b"other", compared=same)
+    assert "is 0.74, at least 0.5 (evaluate.min_win_rate)" in promotion_of(run).reason
     assert promotion_of(run).promoted
+    trained(run, b"other", compared={**same, "win_rate": {"gold": {"rate": 0.49, "n": 128}}})
+    assert not promotion_of(run).promoted, "it was kept against the SFT model only"
     trained(run, b"other", compared=WORSE)
     assert not promotion_of(run).promoted
 
@@ -106,5 +109,6 @@ def test_bound_of_the_user_is_enough_but_not_for_a_worse_model(run):
      ("not shown", 0.0, True)],
 )  # fmt: skip
 def test_only_a_shown_gain_or_a_bound_takes_the_champions_place(state, bound, promoted):
-    assert against_champion(Verdict(state, "numbers"), bound).promoted == promoted
-    assert not against_champion(None, bound).promoted
+    assert against_champion(Verdict(state, "numbers"), bound, 0.5).promoted == promoted
+    assert not against_champion(Verdict(state, "numbers"), 0.51, 0.5).promoted or state in WINS
+    assert not against_champion(None, bound, None).promoted
