@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -30,13 +31,20 @@ def batch_rows(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
     """
     per_epoch = max(1, rows // batch_size)
     epoch, position = divmod(step, per_epoch)
-    order: list[int] = []
-    repeat = 0
-    while len(order) < (position + 1) * batch_size:  # more than once only for tiny data sets
-        generator = np.random.default_rng(derive_seed(seed, epoch, repeat))
-        order += generator.permutation(rows).tolist()
-        repeat += 1
-    return order[position * batch_size : (position + 1) * batch_size]
+    order = epoch_order(rows, batch_size, epoch, seed)
+    return [int(row) for row in order[position * batch_size : (position + 1) * batch_size]]
+
+
+@functools.lru_cache(maxsize=4)  # a million rows take 8 MB; with ptx there are two orders
+def epoch_order(rows: int, least: int, epoch: int, seed: int) -> np.ndarray:
+    """Row numbers in the order of an epoch: a permutation, or several if it is shorter than
+    ``least``."""
+    return np.concatenate(
+        [
+            np.random.default_rng(derive_seed(seed, epoch, repeat)).permutation(rows)
+            for repeat in range(-(-least // rows))
+        ]
+    )
 
 
 def split_batch(

@@ -12,6 +12,7 @@ from rlhf_core.system.seeds import derive_seed
 from rlhf_core.training.batching import (
     _cuts,
     batch_rows,
+    epoch_order,
     learning_rate_scale,
     pass_cost,
     scoring_passes,
@@ -45,6 +46,13 @@ def test_a_batch_larger_than_the_data_goes_round():
     rows = batch_rows(3, 8, 0, seed=0)
     assert len(rows) == 8
     assert set(rows) == {0, 1, 2}
+
+
+def test_order_of_an_epoch_is_computed_once():
+    before = epoch_order.cache_info().misses
+    steps = [batch_rows(1000, 10, step, seed=5) for step in range(100)]
+    assert epoch_order.cache_info().misses == before + 1
+    assert sorted(itertools.chain.from_iterable(steps)) == list(range(1000))
 
 
 @pytest.mark.parametrize(
