@@ -23,7 +23,7 @@ from tasks.launchers import launcher_for
 from tasks.promotion import promotion_of
 from tasks.publish import compare_with_champion, keep_candidate, keep_last_good_policy, publish
 from tasks.reporting.curves import prepare
-from tasks.reporting.evaluation import evaluation_of, read_evaluation
+from tasks.reporting.evaluation import Evaluation, evaluation_of, read_evaluation
 from tasks.reporting.report import render, report
 from tasks.run import Run, new_run_id, recorded
 from tasks.watch import stop_when_cancelled
@@ -126,6 +126,7 @@ def pipeline(run: Run) -> Iterator[str]:
 
     if run.config.lm_eval is not None:
         stages.benchmark(run, artifacts)
+        judged(run, evaluation)  # again, with what the alignment cost there
         yield "lm_eval"
 
     if run.config.publish.approval == "manual":
@@ -144,6 +145,14 @@ def pipeline(run: Run) -> Iterator[str]:
     yield "publish"
 
 
+def judged(run: Run, digest: str) -> Evaluation:
+    """The evaluation with this digest, which gives the run its verdict."""
+    shown = evaluation_of(run, digest)
+    if conclusion := shown.conclusion():
+        run.verdict = conclusion.record()
+    return shown
+
+
 def evaluated(run: Run) -> str:
     """Evaluate the final model, which gives the run its verdict; returns the evaluation's digest.
 
@@ -157,9 +166,7 @@ def evaluated(run: Run) -> str:
     if wanted is None:
         wanted = run.config.publish.promote == "earned"
     compared = compare_with_champion(run) if wanted else None
-    shown = evaluation_of(run, evaluation.digest)
-    if conclusion := shown.conclusion():
-        run.verdict = {"state": conclusion.state, "text": conclusion.text}
+    shown = judged(run, evaluation.digest)
     beside = None
     if compared is not None and settings.against_champion:
         beside = read_evaluation(run.store, compared.digest)

@@ -64,7 +64,7 @@ class Run:
         self.model_folder: Path | None = None
         self.report: Path | None = None
         self.decision: dict[str, Any] = {}  # of the person who approved or rejected it
-        self.verdict: dict[str, str] = {}  # of the evaluation: state, text
+        self.verdict: dict[str, Any] = {}  # of the evaluation, see `Verdict.record`
         self.version: dict[str, Any] = {}  # of its model: name, number, digest, state, reason
         self._record: dict[str, Any] = {}
 

@@ -25,11 +25,15 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     return {f"{name}_mean": mean(values), f"{name}_se": standard_error(values)}
 
 
-def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Share of prompts on which ours is higher (ties count half), with its 95 % interval."""
-    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True))
-    low, high = wilson_interval(wins, len(ours))
-    return {"rate": wins / len(ours), "low": low, "high": high, "n": len(ours)}
+def wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """For each prompt 1 if ours is higher, 0 if theirs is, 0.5 for a tie."""
+    return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
+
+
+def rate(won: Sequence[float]) -> dict[str, float]:
+    """Mean of trials that each give 0 to 1, with its 95 % interval and n."""
+    low, high = wilson_interval(sum(won), len(won))
+    return {"rate": mean(won), "low": low, "high": high, "n": len(won)}
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:

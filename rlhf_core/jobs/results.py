@@ -85,7 +85,7 @@ class Gates(Settings):
 class EvaluateJob(EvaluateSettings, BaseJob):
     """Evaluation on held-out data."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     module: ClassVar[str] = "rlhf_core.evaluation.evaluate"
     kind: ClassVar[str] = "evaluation"
     excluded_from_key: ClassVar[frozenset[str]] = BaseJob.excluded_from_key | {

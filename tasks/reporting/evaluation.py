@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_core.errors import ConfigError, StoreError
-from rlhf_core.jobs import PipelineConfig
 from rlhf_core.pipeline import recipe
 from rlhf_core.store import Store
-from tasks.reporting.verdict import Names, Verdict, conclude
+from tasks.reporting.benchmarks import benchmarks_digest
+from tasks.reporting.benchmarks import read as read_benchmarks
+from tasks.reporting.judges import Judge, judges_of
+from tasks.reporting.price_list import openings, price_list, sampling
+from tasks.reporting.prices import Names
+from tasks.reporting.verdict import Verdict, conclude
 from tasks.run import Run
 
-MODELS = ("base", "sft", "policy")
+JUDGES = {"reward": "the reward model", "gold": "the gold judge"}
 
 
 def read_evaluation(store: Store, digest: str) -> dict[str, Any]:
@@ -37,15 +41,10 @@ def read_samples(store: Store, digest: str) -> list[dict[str, Any]]:
 
 def evaluation_of(run: Run, digest: str) -> Evaluation:
     """An evaluation of the run, with names for its models."""
-    data = read_evaluation(run.store, digest)
-    return Evaluation(data, recipe.policy_label(run.config), labelled_by=gold_labeller(run.config))
-
-
-def gold_labeller(config: PipelineConfig) -> str | None:
-    """The gold judge, if it also labels pairs that the run trains on."""
-    labels = [step for step in recipe.steps(config) if step.algorithm == "label"]
-    labellers = [recipe.label_settings(config, step)[1].labeller for step in labels]
-    return config.evaluate.judge if config.evaluate.judge in labellers else None
+    benchmarks = benchmarks_digest(run)
+    measured = read_benchmarks(run.store, benchmarks) if benchmarks else {}
+    data, policy = read_evaluation(run.store, digest), recipe.policy_label(run.config)
+    return Evaluation(data, policy, judges=judges_of(run.config), benchmarks=measured)
 
 
 def comparison_of(run: Run) -> Evaluation | None:
@@ -53,17 +52,22 @@ def comparison_of(run: Run) -> Evaluation | None:
     if "compare" not in run.stages:
         return None
     data = read_evaluation(run.store, run.stages["compare"].digest)
-    return Evaluation(data, recipe.policy_label(run.config), "champion", gold_labeller(run.config))
+    return Evaluation(data, recipe.policy_label(run.config), "champion", judges_of(run.config))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """evaluation.json; rlhf_core/evaluation/evaluate.py has its schema."""
+    """evaluation.json; rlhf_core/evaluation/numbers.py has its schema.
+
+    Attributes:
+        judges: key of a judge's numbers -> the judge. benchmarks: lm_eval.json, or {}.
+    """
 
     data: Mapping[str, Any]
     policy: str = "PPO"
     other: str = "SFT"
-    labelled_by: str | None = None  # the gold judge, if it labelled the reward model's pairs too
+    judges: Mapping[str, Judge] = field(default_factory=dict)
+    benchmarks: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> dict[str, str]:
@@ -81,57 +85,34 @@ class Evaluation:
         return "\n\n".join(part for part in parts if part) or "No evaluation was made."
 
     def models(self) -> str:
-        """Table of base, SFT and final model."""
-        models = self.data.get("models") or {}
-        heldout = self.data.get("heldout") or {}
-        columns = [m for m in MODELS if m in models or m in heldout]
-        if not columns:
-            return ""
-        rows = [
-            ("reward", [_pm(models.get(m), "reward") for m in columns]),
-            ("gold score", [_pm(models.get(m), "gold") for m in columns]),
-            (
-                f"KL to {self.names[self.start]} (nats per reply)",
-                [_pm(models.get(m), "kl") for m in columns],
-            ),
-            ("length (tokens)", [_number(models.get(m), "length_mean", "{:.1f}") for m in columns]),
-            ("finished replies", [_percent(models.get(m), "finished") for m in columns]),
-            ("distinct-1", [_number(models.get(m), "distinct_1", "{:.2f}") for m in columns]),
-            ("distinct-2", [_number(models.get(m), "distinct_2", "{:.2f}") for m in columns]),
-            (
-                "begin with the same words",
-                [_percent(models.get(m), "top_opening") for m in columns],
-            ),
-            (
-                "same reply to several prompts",
-                [_percent(models.get(m), "repeated") for m in columns],
-            ),
-            ("held-out loss", [_number(heldout.get(m), "loss", "{:.3f}") for m in columns]),
-            ("perplexity", [_number(heldout.get(m), "perplexity", "{:.2f}") for m in columns]),
+        """Table of base, SFT and final model: what was gained, and what it cost."""
+        known = {*(self.data.get("models") or {}), *(self.data.get("heldout") or {})}
+        columns = {key: name for key, name in self.names.items() if key in known}
+        found = [
+            price_list(self.data, columns, self.start),
+            openings(self.data, columns),
+            sampling(self.data),
         ]
-        counts = {models[m]["n"] for m in columns if "n" in (models.get(m) or {})}
-        on = f" ({', '.join(map(str, sorted(counts)))} held-out prompts)" if counts else ""
-        head = [f"| mean ± standard error{on} |" + "".join(f" {self.names[m]} |" for m in columns)]
-        head.append("| --- |" + " ---: |" * len(columns))
-        body = [
-            f"| {label} |" + "".join(f" {cell or '–'} |" for cell in cells)
-            for label, cells in rows
-            if any(cells)
-        ]
-        return "\n".join(head + body)
+        return "\n\n".join(text for text in found if text)
 
     def win_rates(self) -> str:
-        """How often the final model's reply beats the other's, by each judge."""
+        """How often the final model's reply beats the other's, and which judge is independent."""
         sentences = []
-        endpoint = f"the judge {(self.data.get('judge') or {}).get('model', '')}".strip()
-        labels = {"reward": "the reward model", "gold": "the gold judge", "judge": endpoint}
-        for judge, label in labels.items():
-            rate = (self.data.get("win_rate") or {}).get(judge)
-            if rate:
-                sentences.append(f"{_interval(rate, 'rate')} of {rate['n']} prompts for {label}")
+        for key, rate in (self.data.get("win_rate") or {}).items():
+            name = self.judges[key].name if key in self.judges else JUDGES.get(key, key)
+            text = f"{_interval(rate, 'rate')} of {rate['n']} prompts for {name}"
+            if equal := rate.get("length_controlled"):
+                text += f" ({_interval(equal, 'rate')} if all replies were equally long)"
+            sentences.append(text)
         other = self.names[self.start]
         start = f"{self.policy}'s reply beats {other}'s on "
-        return start + ", on ".join(sentences) + "." if sentences else ""
+        text = start + ", on ".join(sentences) + "." if sentences else ""
+        facts = [
+            f"- {judge.name[:1].upper()}{judge.name[1:]} is "
+            f"{'independent' if judge.independent else 'not independent'}: it {judge.why}."
+            for judge in self.judges.values()
+        ]
+        return "\n".join(filter(None, [text, "" if not facts else "\n" + "\n".join(facts)])).strip()
 
     def verdict(self) -> str:
         """What the numbers show, the price beside the gain; "" without a final model."""
@@ -143,7 +124,7 @@ class Evaluation:
         if "policy" not in (self.data.get("models") or {}):
             return None
         names = Names(self.policy, self.names[self.start])
-        return conclude(self.data, self.start, names, self.labelled_by)
+        return conclude(self.data, self.start, names, self.judges, self.benchmarks)
 
     def reward_model(self) -> str:
         """Table of held-out accuracy, with trivial judges as baselines."""
@@ -163,24 +144,6 @@ class Evaluation:
                 interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
             lines.append(f"| {label} | {100 * row['accuracy']:.1f} | {interval} |")
         return "\n".join(lines)
-
-
-def _pm(row: Mapping[str, Any] | None, name: str) -> str:
-    mean = (row or {}).get(f"{name}_mean")
-    error = (row or {}).get(f"{name}_se")
-    if mean is None:
-        return ""
-    return f"{mean:.3f} ± {error:.3f}" if error is not None else f"{mean:.3f}"
-
-
-def _number(row: Mapping[str, Any] | None, name: str, shape: str) -> str:
-    value = (row or {}).get(name)
-    return "" if value is None else shape.format(value)
-
-
-def _percent(row: Mapping[str, Any] | None, name: str) -> str:
-    value = (row or {}).get(name)
-    return "" if value is None else f"{100 * value:.0f} %"
 
 
 def _interval(row: Mapping[str, Any], name: str) -> str:

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tasks.reporting.judges import Judge
+from tasks.reporting.prices import Names, collapsed, prices
+
 State = Literal["better", "better at a price", "worse", "reward hacked", "not shown"]
-
-# What counts as a price, beside the model that the alignment started from.
-MORE_ALIKE = 1.5  # times the share of replies that begin alike, and 5 points more
-LESS_DISTINCT = 0.9  # of its distinct-2
-HIGHER_LOSS = 1.05  # times its held-out loss
-POINTS = 0.05  # of the share of repeated replies
-FEWER_ENDS = 0.1  # of the share of finished replies
-# What no gain makes up for: the replies are one reply.
-COLLAPSED_DISTINCT = 0.5  # of its distinct-2
-COLLAPSED_ALIKE = 0.4  # of all replies begin alike, three times as many as before
-
-
-@dataclass(frozen=True)
-class Names:
-    """Display names: the final model, and the one that it started from."""
-
-    policy: str
-    start: str
+LABELS = {"reward": "reward", "answers": "right answers", "gold": "gold score", "judge": "win rate"}
+"""Key of a judge in evaluation.json -> what it measures."""
 
 
 @dataclass(frozen=True)
@@ -32,121 +19,174 @@ class Verdict:
     """What the numbers show.
 
     Attributes:
-        text: a sentence with the numbers.
+        text: sentences with the numbers.
+        prices: what became worse.
+        judges: those that were asked, by their key in evaluation.json.
     """
 
     state: State
     text: str
+    prices: tuple[str, ...] = ()
+    judges: Mapping[str, Judge] = field(default_factory=dict)
 
     def __str__(self) -> str:
         state = f"**{self.state}**" if self.state in ("worse", "reward hacked") else self.state
         return f"Verdict: {state}. {self.text}"
 
+    def record(self) -> dict[str, Any]:
+        """The verdict as data, for the record of a run."""
+        judges = {
+            key: {"name": j.name, "independent": j.independent, "why": j.why}
+            for key, j in self.judges.items()
+        }
+        return {
+            "state": self.state, "text": self.text, "prices": list(self.prices), "judges": judges,
+        }  # fmt: skip
 
-def conclude(data: Mapping[str, Any], start: str, names: Names, labelled_by: str | None) -> Verdict:
+
+@dataclass(frozen=True)
+class Signal:
+    """What one judge says of the difference between the models.
+
+    Attributes:
+        change: of its score. low, high: of the 95 % interval.
+        neutral: the value that says "equally good".
+    """
+
+    label: str
+    judge: Judge
+    change: float
+    low: float
+    high: float
+    neutral: float = 0.0
+
+    @property
+    def rose(self) -> bool:
+        return self.low > self.neutral
+
+    @property
+    def fell(self) -> bool:
+        return self.high < self.neutral
+
+    def __str__(self) -> str:
+        if self.neutral:
+            return f"{self.label} {self.change:.0%} ({self.low:.0%} to {self.high:.0%})"
+        return f"{self.label} {self.change:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+
+def conclude(
+    data: Mapping[str, Any],
+    start: str,
+    names: Names,
+    judges: Mapping[str, Judge],
+    benchmarks: Mapping[str, Any] | None = None,
+) -> Verdict:
     """The verdict on an evaluation.
 
     Args:
         data: evaluation.json. start: name of the model that the alignment started from.
-        labelled_by: the gold judge, if the reward model's pairs are labelled by it too.
+        judges: by their key in the data, see `judges_of`; those without numbers are left out.
+        benchmarks: lm_eval.json, if there is one.
     """
-    models = data.get("models") or {}
-    reward = gain(models, "reward", start)
-    paired = data.get("gold_gain")
-    gold = (paired["mean"], paired["se"]) if paired else gain(models, "gold", start)
-    prices, collapsed = _prices(data, start, names)
-    rate = (data.get("win_rate") or {}).get("judge") or {}
-    found = [f"{n} {signed(g)}" for n, g in (("reward", reward), ("gold score", gold)) if g]
-    numbers = f"{names.policy} over {names.start}: {', '.join(found)}. " if found else ""
-    pleased = any(g is not None and _rose(g) for g in (reward, gold))
-    price = f" The price: {'; '.join(prices)}." if prices else ""
-    if pleased and (collapsed or (gold is not None and _fell(gold))):
-        fell = "the gold score fell while the reward rose" if not collapsed else ""
-        why = "; ".join(filter(None, [fell, *prices]))
-        return Verdict(
-            "reward hacked", f"{numbers}The score rose, but not because the replies became "
-            f"better: {why}.",
-        )  # fmt: skip
-    if (gold is not None and _fell(gold)) or rate.get("high", 1.0) < 0.5:
-        return Verdict("worse", f"{numbers}The judge prefers {names.start}'s replies.{price}")
-    seen = _evidence(gold, rate, labelled_by)
-    if seen.startswith("!"):
-        return Verdict("not shown", f"{numbers}{seen[1:]}{price}")
-    return Verdict("better at a price" if prices else "better", f"{numbers}{seen}{price}")
+    signals = {key: s for key, judge in judges.items() if (s := _signal(data, start, key, judge))}
+    asked = {key: judges[key] for key in signals}
+    found = prices(data, start, names, benchmarks or {})
+    few = collapsed(data, start)
+    state, why = _decide(signals, few, names, bool(found))
+    numbers = "; ".join(str(signal) for signal in signals.values())
+    text = [f"{names.policy} over {names.start}: {numbers}." if numbers else "", why]
+    text.append(f"The price: {'; '.join(found)}." if found else "")
+    return Verdict(state, " ".join(filter(None, text)), tuple(found), asked)
 
 
-def _evidence(
-    gold: tuple[float, float] | None, rate: Mapping[str, Any], labelled_by: str | None
-) -> str:
-    """Which independent judge says that the replies are better; "!" and why none does."""
-    if rate.get("low", 0.0) > 0.5:
-        return "The judge behind the endpoint prefers its replies."
-    if gold is None:
-        return "!No judge but the reward model was asked, so nobody knows whether replies improved."
-    if not _rose(gold):
-        return "!The gold score did not rise by more than two standard errors."
-    if labelled_by is not None:
-        return (
-            f"!The gold judge {labelled_by} also labelled the reward model's pairs. So the policy "
-            "does what the labels ask for; whether its replies are better, no judge without a part "
-            "in the training has said."
+def _decide(
+    signals: Mapping[str, Signal], few: bool, names: Names, priced: bool
+) -> tuple[State, str]:
+    """The state, and why.
+
+    Args:
+        few: the replies have become alike. priced: something became worse.
+    """
+    rose = [s for s in signals.values() if s.rose]
+    fell = [s for s in signals.values() if s.fell]
+    agree = [s for s in rose if s.judge.independent]
+    doubt = [s for key, s in signals.items() if s.fell and key != "reward"]
+    if few and rose:
+        return "reward hacked", (
+            "The score rose, but not because the replies became better: they became alike."
         )
-    return "The gold judge, which had no part in the training, agrees."
+    if few:
+        return "worse", "The replies became alike, and no score rose."
+    if doubt and agree:
+        return "not shown", (
+            f"The judges disagree: {_named(agree, 'prefer')} the new replies, {_named(doubt)} "
+            f"those of {names.start}."
+        )
+    if doubt and rose:
+        return "reward hacked", (
+            f"{_sentence(_named(rose, 'give'))} a higher score, but not because the replies became "
+            f"better: {_named(doubt, 'prefer')} those of {names.start}."
+        )
+    if agree:
+        says = "; ".join(f"{s.judge.name}, which {s.judge.why}, agrees" for s in agree)
+        return "better at a price" if priced else "better", f"{_sentence(says)}."
+    if fell and not rose:
+        return "worse", f"{_sentence(_named(fell, 'prefer'))} the replies of {names.start}."
+    return "not shown", _unproven(list(signals.values()))
 
 
-def _prices(data: Mapping[str, Any], start: str, names: Names) -> tuple[list[str], bool]:
-    """What became worse, and whether the replies have collapsed into few."""
-    models, heldout = data.get("models") or {}, data.get("heldout") or {}
-    before, after = models.get(start) or {}, models.get("policy") or {}
-    prices, collapsed = [], False
-
-    def pair(name: str) -> tuple[float, float] | None:
-        values = before.get(name), after.get(name)
-        return values if all(isinstance(v, int | float) for v in values) else None  # type: ignore[return-value]
-
-    if alike := pair("top_opening"):
-        old, new = alike
-        if new > MORE_ALIKE * old and new > old + POINTS:
-            opening = after.get("opening", "")
-            prices.append(
-                f'{new:.0%} of the replies begin with "{opening}" ({names.start}: {old:.0%} '
-                "begin alike)"
-            )
-        collapsed |= new >= COLLAPSED_ALIKE and new >= 3 * old
-    if distinct := pair("distinct_2"):
-        old, new = distinct
-        if new < LESS_DISTINCT * old:
-            prices.append(f"distinct-2 fell from {old:.2f} to {new:.2f}")
-        collapsed |= new < COLLAPSED_DISTINCT * old
-    if (same := pair("repeated")) and same[1] > same[0] + POINTS:
-        prices.append(f"{same[1]:.0%} of the replies answer several prompts ({same[0]:.0%} before)")
-    if (ends := pair("finished")) and ends[1] < ends[0] - FEWER_ENDS:
-        prices.append(f"{ends[1]:.0%} of the replies end by themselves ({ends[0]:.0%} before)")
-    losses = [float((heldout.get(m) or {}).get("loss") or 0) for m in (start, "policy")]
-    if losses[0] and losses[1] > HIGHER_LOSS * losses[0]:
-        prices.append(f"the held-out loss rose from {losses[0]:.2f} to {losses[1]:.2f}")
-    return prices, bool(collapsed)
+def _unproven(signals: list[Signal]) -> str:
+    """Why no gain is shown."""
+    if independent := [s for s in signals if s.judge.independent]:
+        return f"{_sentence(_named(independent, 'show'))} no gain: the interval includes no change."
+    reasons = "; ".join(f"{s.judge.name} {s.judge.why}" for s in signals)
+    return (
+        f"No judge without a part in the training was asked{': ' if reasons else ''}{reasons}. So "
+        "nobody knows whether the replies became better."
+    )
 
 
-def gain(models: Mapping[str, Any], name: str, start: str) -> tuple[float, float] | None:
-    """Difference between final and start model, with the unpaired standard error, which is too
-    large for paired prompts."""
-    sft, ppo = models.get(start) or {}, models.get("policy") or {}
-    keys = (f"{name}_mean", f"{name}_se")
-    if any(not isinstance(row.get(key), int | float) for row in (sft, ppo) for key in keys):
+def _named(signals: list[Signal], verb: str = "") -> str:
+    names = " and ".join(signal.judge.name for signal in signals)
+    return f"{names} {verb}{'s' if len(signals) == 1 else ''}" if verb else names
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _signal(data: Mapping[str, Any], start: str, key: str, judge: Judge) -> Signal | None:
+    """What a judge says; None if its numbers are not there."""
+    if key == "judge":
+        # The length-controlled rate: such judges prefer longer replies.
+        rate = (data.get("win_rate") or {}).get(key) or {}
+        rate = rate.get("length_controlled") or rate
+        if not {"rate", "low", "high"} <= rate.keys():
+            return None
+        return Signal(LABELS[key], judge, rate["rate"], rate["low"], rate["high"], 0.5)
+    change = (data.get("differences") or {}).get(key)
+    if change:
+        return Signal(LABELS[key], judge, change["mean"], change["low"], change["high"])
+    gain = _without_bootstrap(data, start, key)
+    if gain is None:
         return None
-    error = (sft[keys[1]] ** 2 + ppo[keys[1]] ** 2) ** 0.5
-    return ppo[keys[0]] - sft[keys[0]], error
+    mean, error = gain
+    return Signal(LABELS[key], judge, mean, mean - error, mean + error)
 
 
-def signed(value: tuple[float, float]) -> str:
-    """A mean with its standard error."""
-    return f"{value[0]:+.3f} ± {value[1]:.3f}"
-
-
-def _rose(value: tuple[float, float]) -> bool:
-    return value[0] > 2 * value[1]
-
-
-def _fell(value: tuple[float, float]) -> bool:
-    return value[0] < -2 * value[1]
+def _without_bootstrap(
+    data: Mapping[str, Any], start: str, name: str
+) -> tuple[float, float] | None:
+    """Of an older evaluation: the difference and two standard errors, which are paired for the gold
+    score; else they are unpaired, and too large for paired prompts."""
+    paired = data.get(f"{name}_gain")
+    if paired:
+        return paired["mean"], 2 * paired["se"]
+    models = data.get("models") or {}
+    before, after = models.get(start) or {}, models.get("policy") or {}
+    mean, error = f"{name}_mean", f"{name}_se"
+    if any(
+        not isinstance(row.get(k), int | float) for row in (before, after) for k in (mean, error)
+    ):
+        return None
+    return after[mean] - before[mean], 2 * (before[error] ** 2 + after[error] ** 2) ** 0.5

@@ -13,12 +13,21 @@ from tasks.reporting.verdict import Verdict
 from tasks.run import Run, StageResult
 
 NUMBERS = json.loads((Path(__file__).parent / "stubs/rlhf_stub/evaluation.json").read_text())
-WORSE = {"gold_gain": {"mean": -0.3, "se": 0.05}}  # by the judge, and the reward rose: hacked
+REWARD = NUMBERS["differences"]["reward"]  # rose
+
+
+def with_gold(mean, low, high):
+    """The reward rose, and the gold score changed by this much."""
+    return {"differences": {"reward": REWARD, "gold": {"mean": mean, "low": low, "high": high}}}
+
+
+WORSE = with_gold(-0.3, -0.4, -0.2)  # by the judge, and the reward rose: hacked
 WITHOUT_REWARD = {
+    "differences": {"gold": WORSE["differences"]["gold"]},
     "models": {
         name: {key: value for key, value in row.items() if not key.startswith("reward")}
         for name, row in NUMBERS["models"].items()
-    }
+    },
 }
 
 
@@ -93,7 +102,7 @@ def test_bound_of_the_user_is_enough_but_not_for_a_worse_model(run):
     run.config = build_config("smoke", ["evaluate.min_win_rate=0.5"])
     trained(run, b"other")
     assert not promotion_of(run).promoted, "that bound was kept against the SFT model"
-    same = {"gold_gain": {"mean": 0.01, "se": 0.1}}
+    same = with_gold(0.01, -0.1, 0.1)
     trained(run, b"other", compared=same)
     assert "is 0.74, at least 0.5 (evaluate.min_win_rate)" in promotion_of(run).reason
     assert promotion_of(run).promoted

@@ -6,8 +6,8 @@ import pytest
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.evaluation.baselines import bag_of_words_margins, length_margins
-from rlhf_core.evaluation.evaluate import prompt_text
-from rlhf_core.evaluation.statistics import accuracy, standard_error, wilson_interval, win_rate
+from rlhf_core.evaluation.samples import prompt_text
+from rlhf_core.evaluation.statistics import accuracy, rate, standard_error, wilson_interval, wins
 from rlhf_core.judges.lexicon import get_judge
 from rlhf_core.stages.label import compare
 
@@ -73,8 +73,8 @@ def test_judges_order_replies_and_unknown_ones_are_refused():
 
 
 def test_win_rate_and_standard_error():
-    found = win_rate([1, 2, 3, 4], [0, 2, 5, 1])
-    assert found["rate"] == 0.625
+    found = rate(wins([1, 2, 3, 4], [0, 2, 5, 1]))
+    assert (found["rate"], found["n"]) == (0.625, 4)
     assert standard_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3) / 2)
     assert standard_error([1.0]) == 0.0
 

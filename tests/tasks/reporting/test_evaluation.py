@@ -1,33 +1,46 @@
-"""The evaluation's tables and its verdict."""
+"""The evaluation's table and sentences."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from rlhf_core.pipeline.presets import build_config
-from tasks.reporting.evaluation import Evaluation, gold_labeller
+from tasks.reporting.evaluation import Evaluation
+from tasks.reporting.judges import Judge
 
 FULL = json.loads((Path(__file__).parents[1] / "stubs/rlhf_stub/evaluation.json").read_text())
+JUDGES = {
+    "reward": Judge("the reward model", False, "was trained in this run"),
+    "gold": Judge("the gold judge vader", True, "had no part in the training"),
+}
 
 
-def evaluation(reward=(0.0, 1.0), gold=None):
-    def row(mean, gold_mean):
-        found = {"reward_mean": mean, "reward_se": 0.1}
-        return found | ({} if gold_mean is None else {"gold_mean": gold_mean, "gold_se": 0.1})
-
-    golds = gold or (None, None)
-    return Evaluation(
-        {"models": {m: row(reward[i], golds[i]) for i, m in enumerate(("sft", "policy"))}}
-    )
-
-
-def test_table_has_a_column_per_model_and_a_row_per_number():
+def test_table_has_a_column_per_model_and_what_changed():
     table = Evaluation(FULL).models().splitlines()
-    assert table[0] == "| mean ± standard error (128 held-out prompts) | base | SFT | PPO |"
+    assert table[0] == (
+        "| mean ± standard error (128 held-out prompts) | base | SFT | PPO | PPO − SFT |"
+    )
+    assert table[2] == "| **What was gained** | | | | |"
+    assert (
+        "| reward | -0.210 ± 0.080 | 0.020 ± 0.090 | 1.310 ± 0.070 | +1.29 (+1.1 to +1.48) |"
+        in (table)
+    )
+    cost = table[table.index("| **What it cost** | | | | |") :]
+    assert "| held-out loss (nats per token) | 2.910 | 2.550 | – | – |" in cost
+    assert "| finished replies | 71 % | 93 % | 90 % | -3 (-10 to +4) points |" in cost
+    assert "sampled at temperature 1 with seed 0, at most 24 tokens" in table[-1]
+
+
+def test_table_of_an_older_evaluation_has_no_differences():
+    old = {name: value for name, value in FULL.items() if name not in ("differences", "sampling")}
+    table = Evaluation(old).models().splitlines()
+    assert table[0].endswith("| base | SFT | PPO |")
     assert "| reward | -0.210 ± 0.080 | 0.020 ± 0.090 | 1.310 ± 0.070 |" in table
-    assert "| held-out loss | 2.910 | 2.550 | – |" in table
-    assert "| finished replies | 71 % | 93 % | 90 % |" in table
+
+
+def test_openings_are_named_without_what_would_break_the_table():
+    found = {"models": {"policy": {"openings": [["i love a", 0.5], ["a|b *c*", 0.25], ["", 0.2]]}}}
+    assert 'PPO: "i love a" 50%, "ab c" 25%.' in Evaluation(found).models()
 
 
 def test_reward_model_stands_beside_its_baselines():
@@ -37,72 +50,15 @@ def test_reward_model_stands_beside_its_baselines():
     assert "| bag of words | 71.0 |" in table
 
 
-def test_win_rates_are_given_with_their_interval():
-    assert "81 % (73 to 87 %) of 128 prompts for the reward model" in Evaluation(FULL).win_rates()
-
-
-@pytest.mark.parametrize(
-    ("reward", "gold", "text"),
-    [
-        ((0, 1), (0, 1), "Verdict: better. PPO over SFT: reward +1.000 ± 0.141, gold score +1"),
-        ((0, 1), (0, -1), "Verdict: **reward hacked**. "),
-        ((0, 1), (0, 0.1), "Verdict: not shown. "),
-        ((0, 0.1), (0, 0.1), "did not rise by more than two standard errors"),
-        ((0, 0.1), (0, 1), "Verdict: better. "),
-        ((1, 0), (1, 0), "Verdict: **worse**. "),
-        ((0, 1), None, "nobody knows whether replies improved"),
-    ],
-)
-def test_verdict_says_whether_gold_and_proxy_agree(reward, gold, text):
-    assert text in evaluation(reward, gold).verdict()
-
-
-def test_paired_gain_is_preferred_for_the_verdict():
-    found = {**evaluation((0, 1), (0, 0.1)).data, "gold_gain": {"mean": 0.1, "se": 0.01}}
-    assert "gold score +0.100 ± 0.010. The gold judge" in Evaluation(found).verdict()
-
-
-def priced(start, policy, heldout=None):
-    """The reward and the gold score rose by 1; further numbers of SFT and of the final model."""
-    data = evaluation((0, 1), (0, 1)).data
-    data["models"]["sft"] |= start
-    data["models"]["policy"] |= policy
-    return Evaluation({**data, "heldout": heldout or {}}).verdict()
-
-
-def test_a_gain_with_a_price_names_it():
-    text = priced({"distinct_2": 0.8}, {"distinct_2": 0.71})
-    assert "Verdict: better at a price. " in text
-    assert "The price: distinct-2 fell from 0.80 to 0.71." in text
-    text = priced({}, {}, {"sft": {"loss": 3.0}, "policy": {"loss": 3.2}})
-    assert "better at a price" in text
-    assert "held-out loss rose from 3.00 to 3.20" in text
-    assert "Verdict: better. " in priced({"distinct_2": 0.8}, {"distinct_2": 0.73})
-
-
-def test_replies_that_became_one_reply_are_a_hacked_reward_whatever_the_judge_says():
-    text = priced(
-        {"top_opening": 0.1, "distinct_2": 0.8},
-        {"top_opening": 0.6, "opening": "i love a", "distinct_2": 0.6},
-    )
-    assert "Verdict: **reward hacked**. " in text
-    assert '60% of the replies begin with "i love a" (SFT: 10% begin alike)' in text
-    assert "reward hacked" in priced({"distinct_2": 0.8}, {"distinct_2": 0.39})
-
-
-def test_a_judge_that_labelled_the_pairs_shows_nothing():
-    found = Evaluation(evaluation((0, 1), (0, 1)).data, labelled_by="vader").verdict()
-    assert "Verdict: not shown. " in found
-    assert "vader also labelled the reward model's pairs" in found
-
-
-def test_the_pipeline_knows_who_labelled_its_pairs():
-    assert gold_labeller(build_config("demo")) == "vader"
-    assert gold_labeller(build_config("demo", ["evaluate.judge=none"])) is None
-    assert gold_labeller(build_config("grpo-rules", ["evaluate.judge=vader"])) is None
+def test_win_rates_are_given_with_their_interval_and_at_equal_length():
+    text = Evaluation(FULL, judges=JUDGES).win_rates()
+    assert "81 % (73 to 87 %) of 128 prompts for the reward model, on 74 % " in text
+    assert "for the gold judge vader (70 % (60 to 78 %) if all replies were equally long)." in text
+    assert "- The reward model is not independent: it was trained in this run." in text
+    assert "- The gold judge vader is independent: it had no part in the training." in text
 
 
 @pytest.mark.parametrize("missing", [*FULL, None])
 def test_any_part_may_be_missing(missing):
     data = {key: value for key, value in FULL.items() if key != missing and missing is not None}
-    assert Evaluation(data).markdown()
+    assert Evaluation(data, judges=JUDGES).markdown()

@@ -1,0 +1,131 @@
+"""Measures one model: its replies to the held-out prompts, their scores, the held-out loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.jobs import EvaluateJob
+from rlhf_core.nn.modules import Policy, ScalarModel
+from rlhf_core.nn.padding import mark_from
+from rlhf_core.rollout.replies import Reply, fast_inference, sample_replies
+from rlhf_core.runtime.distributed import Group
+from rlhf_core.training.batching import split_batch
+from rlhf_core.training.language_modelling import collate, trained_tokens
+from rlhf_core.training.reading import read_rows
+
+Sequences = list[tuple[list[int], int]]  # prompt + reply, and the prompt's length
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an evaluation reads.
+
+    Attributes:
+        rows: held-out prompts.
+        sft_rows: held-out rows for the language-modelling loss, if the job names a data set.
+        folders: name of a model -> its files.
+        start: the model that the alignment started from: the reference.
+    """
+
+    rows: list[dict[str, Any]]
+    sft_rows: Rows | None
+    folders: dict[str, Path]
+    start: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one model, with an entry for each prompt.
+
+    Attributes:
+        rewards: of the reward model; empty without one.
+        kl: to the reference, nats per reply.
+        losses, tokens: of each held-out row, in nats and trained tokens; empty without such rows.
+    """
+
+    replies: list[Reply]
+    rewards: list[float]
+    kl: list[float]
+    losses: list[float]
+    tokens: list[int]
+
+
+def measure(
+    job: EvaluateJob,
+    inputs: Inputs,
+    group: Group,
+    folder: Path,
+    stream: int,
+    model: Policy,
+    reference: Policy,
+    reward: ScalarModel | None,
+) -> Measured:
+    """Sample one model's replies to all prompts and score them, by all ranks together.
+
+    Args:
+        folder: the model's files. stream: a number of its own, for the random numbers.
+    """
+    micro = job.resources.micro_batch_size
+    prompt_ids = [row["prompt_ids"] for row in inputs.rows]
+    replies = sample_replies(
+        model.model, folder, prompt_ids, group, seed=job.seed, stream=stream,
+        max_new_tokens=job.max_new_tokens, temperature=job.temperature,
+    )  # fmt: skip
+    sequences = [([*p, *r.ids], len(p)) for p, r in zip(prompt_ids, replies, strict=True)]
+    with fast_inference(group):
+        rewards, kl = score_replies(
+            sequences, model, reference, reward, group, micro, job.temperature
+        )
+        losses, tokens = heldout_losses(model, inputs.sft_rows, group, micro)
+    return Measured(replies, rewards if reward is not None else [], kl, losses, tokens)
+
+
+@torch.no_grad()
+def score_replies(
+    sequences: Sequences,
+    policy: Policy,
+    reference: Policy,
+    reward: ScalarModel | None,
+    group: Group,
+    micro: int,
+    temperature: float,
+) -> tuple[list[float], list[float]]:
+    """Reward and KL to the reference (k1, nats) of every sequence, in order, on every rank.
+
+    Without a reward model the first list is of zeros.
+    """
+    rewards, kls = [], []
+    for indices in split_batch([len(s) for s, _ in sequences], group, micro):
+        ids, prompt_lengths = zip(*(sequences[i] for i in indices), strict=True)
+        batch = mark_from(ids, prompt_lengths, group.device)  # (b,S) each
+        scores = kl = torch.zeros(len(indices), device=group.device)  # (b,)
+        if reward is not None:
+            scores = reward(batch.input_ids, batch.mask, batch.index)  # (b,)
+        if policy is not reference:
+            log_ratio = policy(*batch, temperature) - reference(*batch, temperature)  # (b,S)
+            kl = log_ratio.sum(dim=1)  # (b,)
+        rewards.append((indices, scores))
+        kls.append((indices, kl))
+    return group.in_order(read_rows(rewards)), group.in_order(read_rows(kls))
+
+
+@torch.no_grad()
+def heldout_losses(
+    model: Policy, rows: Rows | None, group: Group, micro: int
+) -> tuple[list[float], list[int]]:
+    """Loss (nats, summed over the trained tokens) and trained tokens of each row, in order, on
+    every rank; empty without rows."""
+    if not rows:
+        return [], []
+    losses, tokens = [], []
+    for indices in split_batch(rows.lengths("input_ids").tolist(), group, micro):
+        taken = rows.take(indices)
+        logprobs = model(*collate(taken, group.device))  # (b,S)
+        losses.append((indices, -logprobs.double().sum(dim=1)))
+        tokens += list(zip(indices, map(trained_tokens, taken), strict=True))
+    return group.in_order(read_rows(losses)), group.in_order(tokens)

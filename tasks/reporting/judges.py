@@ -1,0 +1,140 @@
+"""Which judges of an evaluation are independent of what the model was trained on.
+
+A judge that had a part in the training says only whether the training did what it was asked for.
+Known from the configuration: who labelled the pairs, what the rewards are, and the names of models,
+by which their family is told.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from rlhf_core.jobs import DataSettings, OnlineSettings, PipelineConfig
+from rlhf_core.jobs.rewards import (
+    AnswerReward,
+    ModelReward,
+    ReasoningGymReward,
+    Reward,
+    SentimentReward,
+)
+from rlhf_core.pipeline import recipe
+
+VERIFIERS = (AnswerReward, ReasoningGymReward)
+"""Rewards that compare a reply with the prompt's known answer."""
+
+FAMILIES = {
+    "gpt": r"gpt|chatgpt|o[1-9]", "claude": r"claude", "gemini": r"gemini", "gemma": r"gemma",
+    "llama": r"llama|vicuna|alpaca|tulu|hermes", "mistral": r"mistral|mixtral|ministral|zephyr",
+    "qwen": r"qwen|qwq|qvq", "deepseek": r"deepseek", "glm": r"glm|chatglm", "phi": r"phi",
+    "smollm": r"smollm", "yi": r"yi", "olmo": r"olmo", "falcon": r"falcon", "bloom": r"bloom",
+    "pythia": r"pythia", "opt": r"opt", "command": r"command|aya", "granite": r"granite",
+    "internlm": r"internlm", "baichuan": r"baichuan", "kimi": r"kimi", "grok": r"grok",
+    "nemotron": r"nemotron", "minicpm": r"minicpm",
+}  # fmt: skip
+"""Model family -> how its models are called."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A judge of the evaluation.
+
+    Attributes:
+        name: for people.
+        why: the judge is independent, or is not; a sentence without its subject.
+    """
+
+    name: str
+    independent: bool
+    why: str
+
+
+def judges_of(config: PipelineConfig) -> dict[str, Judge]:
+    """Key of each judge's numbers in evaluation.json -> the judge."""
+    settings = config.evaluate
+    found = {}
+    if recipe.has_reward_model(config):
+        found["reward"] = _reward_model(config)
+    elif rewards := last_rewards(config):
+        name = f"the reward ({', '.join(reward.type for reward in rewards)})"
+        found["reward"] = Judge(name, False, "is what the model was trained on")
+    if any(isinstance(reward, VERIFIERS) for reward in last_rewards(config)):
+        found["answers"] = Judge(
+            "the verifier", True, "compares replies with the answers of held-out prompts"
+        )
+    if settings.judge != "none":
+        found["gold"] = _lexicon(config, settings.judge)
+    if settings.judge_endpoint is not None:
+        found["judge"] = _endpoint(config, settings.judge_endpoint.model)
+    return found
+
+
+def last_rewards(config: PipelineConfig) -> tuple[Reward, ...]:
+    """The rules among the rewards of the last stage of online RL; empty without such a stage."""
+    online = [recipe.section(config, stage) for stage in config.stages]
+    rewards = [s.rewards for s in online if isinstance(s, OnlineSettings)]
+    return tuple(r for r in rewards[-1] if not isinstance(r, ModelReward)) if rewards else ()
+
+
+def families(name: str) -> set[str]:
+    """The families that a model's name tells: two of a distilled one, none of an unknown one."""
+    last = name.lower().rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    return {
+        family
+        for family, pattern in FAMILIES.items()
+        if re.search(rf"(?:^|[^a-z]|chat|tiny|code|open)(?:{pattern})(?![a-z])", last)
+    }
+
+
+def _reward_model(config: PipelineConfig) -> Judge:
+    labelled = any(s == "reward_model" for s in _labellers(config))
+    uses = [recipe.roles(config, step.algorithm).values() for step in recipe.steps(config)
+            if step.algorithm != "label"]  # fmt: skip
+    name = "the reward model"
+    if "reward" in config.stages:
+        return Judge(name, False, "was trained in this run, on the preferences that it follows")
+    if labelled or any("reward_model" in roles for roles in uses):
+        return Judge(name, False, "is what the model was trained on")
+    shared = families(config.reward_model or "") & families(config.model.source)
+    if shared:
+        return Judge(name, False, f"is of the policy's family ({', '.join(sorted(shared))})")
+    return Judge(name, True, "had no part in the training")
+
+
+def _lexicon(config: PipelineConfig, judge: str) -> Judge:
+    name = f"the gold judge {judge}"
+    if judge in _labellers(config):
+        return Judge(name, False, "also labelled the pairs that the run trains on")
+    rewards = [r for s in config.stages if isinstance(found := recipe.section(config, s),
+               OnlineSettings) for r in found.rewards]  # fmt: skip
+    if judge == "vader" and any(isinstance(r, SentimentReward) and r.weight for r in rewards):
+        return Judge(name, False, "is the reward 'sentiment', on which the model was trained")
+    return Judge(name, True, _no_part(config))
+
+
+def _endpoint(config: PipelineConfig, model: str) -> Judge:
+    name = f"the judge {model}"
+    others = {"policy": config.model.source if config.new_model is None else ""}
+    if config.reward_model is not None:
+        others["reward model"] = config.reward_model
+    for who, other in others.items():
+        if shared := families(model) & families(other):
+            family = ", ".join(sorted(shared))
+            return Judge(
+                name, False, f"is of the {who}'s family ({family}), and may share its bias"
+            )
+    return Judge(name, True, _no_part(config))
+
+
+def _labellers(config: PipelineConfig) -> list[str]:
+    labels = [step for step in recipe.steps(config) if step.algorithm == "label"]
+    return [recipe.label_settings(config, step)[1].labeller for step in labels]
+
+
+def _no_part(config: PipelineConfig) -> str:
+    read = {role for step in recipe.steps(config)
+            for role in recipe.roles(config, step.algorithm).values()}  # fmt: skip
+    labelled = config.data.preference
+    if "preference" in read and isinstance(labelled, DataSettings):
+        return f"had no part in the training, unless it labelled {labelled.source}"
+    return "had no part in the training"
