@@ -38,7 +38,7 @@ def fingerprint(settings: DataSettings, store: Store | None = None) -> str:
     if kind == "hub":
         return f"hub:{settings.source}@{hub_commit(settings)}"
     total = hashlib.sha256()
-    for file in find_files(settings):
+    for file in find_files(settings).files:
         name = file.name if len(file.name) < len(file.path) else os.path.basename(file.path)
         if file.remote is None:
             with file.open() as stream:

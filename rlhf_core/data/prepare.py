@@ -69,8 +69,9 @@ def prepare(
     if not tokenizer.chat_template:
         tokenizer.chat_template = templates.resolve_template(tokenizer)
     end = templates.end_of_turn(tokenizer)
+    left_out: dict[str, str] = {}
     rows, format = find_format(
-        open_rows(data_settings(job), store, job.fingerprint), job, job.purpose
+        open_rows(data_settings(job), store, job.fingerprint, left_out), job, job.purpose
     )
     check_purpose(format, job.purpose)
     card = DataCard(
@@ -78,6 +79,7 @@ def prepare(
         source=job.source,
         format=format,
         settings=data_settings(job).model_dump(mode="json") | {"seed": job.seed},
+        left_out=left_out,
         tokenizer={"tokens": len(tokenizer), "end_of_turn": end[0], "end_of_turn_id": end[1]},
     )
     if job.purpose == "pretrain" and job.max_length < 2:

@@ -16,7 +16,7 @@ _NAMES = re.compile(
     r"|_KEY$",
     re.I,
 )
-_IN_URL = re.compile(r"(\w://)[^\s/@:]+:[^\s/@]+@")
+_IN_URL = re.compile(r"(?<=\w://)([^\s/@:]+:[^\s/@]+)@")
 _HARMLESS = re.compile(r"^TOKENIZERS_|_FILE$|_PATH$", re.I)
 
 
@@ -31,7 +31,13 @@ def secrets() -> list[str]:
 
 
 def redact(text: str) -> str:
-    """Replace the secrets of this process's environment, and passwords in URLs, by ***."""
+    """Replace the secrets of this process's environment, and users with passwords in URLs, by ***;
+    what a URL shows is hidden in the rest of the text too, such as a library's own words."""
     for secret in secrets():
         text = text.replace(secret, REDACTED)
-    return _IN_URL.sub(rf"\1{REDACTED}@", text)
+    for login in sorted(set(_IN_URL.findall(text)), key=len, reverse=True):
+        text = text.replace(login, REDACTED)
+        password = login.partition(":")[2]
+        if len(password) >= MIN_LENGTH:
+            text = text.replace(password, REDACTED)
+    return text

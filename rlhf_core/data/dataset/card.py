@@ -40,6 +40,7 @@ class DataCard:
         bad: reason -> number of rows that could not be used (only with on_bad_row: skip).
         bad_rows: {file, row, reason, message} of the first MAX_LISTED bad rows.
         notes: remark -> number of rows that it applies to.
+        left_out: file beside the data that was not read -> why.
         splits: train and heldout.
         files: {name, rows, bytes, sha256} of each Arrow file.
         digest: sha256 over the Arrow files' names and contents.
@@ -57,6 +58,7 @@ class DataCard:
     bad: dict[str, int] = field(default_factory=dict)
     bad_rows: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     splits: dict[str, SplitCard] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)
     digest: str = ""
@@ -81,8 +83,9 @@ class DataCard:
     def save(self, folder: Path) -> None:
         """Write card.json and card.md."""
         values = asdict(self)
-        if not self.cut:  # keeps the bytes of cards from before documents were split
-            del values["cut"]
+        for later in ("cut", "left_out"):  # keeps the bytes of older cards
+            if not values[later]:
+                del values[later]
         text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
         (folder / "card.json").write_text(text + "\n", encoding="utf-8")
         (folder / "card.md").write_text(self.markdown(), encoding="utf-8")
@@ -139,6 +142,9 @@ class DataCard:
                 lines += ["", f"Tokens per row: {shown}.", ""]
                 lines += ["| tokens | rows |", "| ---: | ---: |"]
                 lines += [f"| {b['from']} to {b['to']} | {b['rows']:,} |" for b in side.histogram]
+        if self.left_out:
+            lines += ["", "## Files that were not read", ""]
+            lines += [f"- {name}: {why}" for name, why in sorted(self.left_out.items())]
         if self.bad_rows:
             lines += ["", "## Bad rows", ""]
             lines += [f"- {r['file']}, row {r['row']}: {r['message']}" for r in self.bad_rows]

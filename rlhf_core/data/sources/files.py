@@ -5,9 +5,13 @@ from __future__ import annotations
 import glob
 import io
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fsspec.utils import glob_translate
 
 from rlhf_core.data.sources.kind import local_path, path_exists, source_kind
 from rlhf_core.data.sources.readers import READABLE, reader_of
@@ -44,23 +48,40 @@ class SourceFile:
             raise DataError(f"{self.name}: cannot be read ({error.strerror or error}).") from error
 
 
-def find_files(settings: DataSettings) -> list[SourceFile]:
-    """The data files of a local or s3 source, sorted by name.
+@dataclass
+class Found:
+    """The data files of a source, sorted by name, and what lies beside them.
+
+    Attributes:
+        left_out: name -> why it is not read.
+    """
+
+    files: list[SourceFile] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def find_files(settings: DataSettings) -> Found:
+    """The data files of a local or s3 source. The rules are the same for both:
+
+    * A source that exists as it is written is that file or folder, brackets and stars included.
+    * A folder is read with all folders in it. Left out are names that begin with a dot, and files
+      that hold no data. Links are followed, each folder once.
+    * In a pattern, * and [ab] stay within a name, and ** spans folders.
 
     Raises:
-        DataError: there is no data file, or one of an unknown type.
+        DataError: there is no data file, one of an unknown type, or a link to nothing.
         StoreUnavailable: S3 cannot be reached.
     """
     source = settings.source
     texts = settings.format == "text" or reader_of(source) is read_text
     found = (_s3_files if source_kind(source) == "s3" else _local_files)(source, texts)
-    if not found:
+    if not found.files:
         raise DataError(
             f"{source}: no data file found; supported are {READABLE}. Files of the last two types "
             "in a folder are read only with format: text (or a pattern: texts/*.txt). Check the "
             f"path (relative paths start at {os.getcwd()})."
         )
-    for file in found:
+    for file in found.files:
         if reader_of(file.name) is None:
             raise DataError(f"{file.name}: unknown file type; supported are {READABLE}.")
         if not _is_data(file.name, texts):
@@ -80,27 +101,82 @@ def _is_data(name: str, texts: bool) -> bool:
     return reader is not None and (texts or reader is not read_text)
 
 
-def _local_files(source: str, texts: bool) -> list[SourceFile]:
+def _choose(names: Iterable[str], pattern: str, texts: bool, left_out: dict[str, str]) -> list[str]:
+    """Which of the files below a folder are read, by their paths from there.
+
+    Args:
+        pattern: of these paths; empty: the whole folder.
+        left_out: what is not read is added.
+    """
+    matches = re.compile(glob_translate(pattern)).match if pattern else lambda name: True
+    dots = any(part.startswith(".") for part in pattern.split("/"))
+    chosen = []
+    for name in sorted(names):
+        if not matches(name):
+            continue
+        if not dots and any(part.startswith(".") for part in name.split("/")):
+            left_out[name] = "its name, or a folder's, begins with a dot"
+        elif not pattern and not _is_data(name, texts):
+            left_out[name] = "no data file"
+        else:
+            chosen.append(name)
+    return chosen
+
+
+def _local_files(source: str, texts: bool) -> Found:
     path = local_path(source)
-    if not path_exists(path) and not glob.has_magic(str(path)):
+    base, pattern = _split(path)
+    if not path_exists(base) or (pattern and not glob.has_magic(pattern)):
         raise DataError(
             f"{source[:300]}: there is no such file or folder (relative paths start at "
             f"{os.getcwd()}); correct the path, or give a Hugging Face dataset id such as "
             "Anthropic/hh-rlhf."
         )
-    if path.is_file():
-        return [SourceFile(source, str(path))]
-    if path.is_dir():
-        inside = (p for p in sorted(path.rglob("*")) if p.is_file() and _is_data(p.name, texts))
-        return [
-            SourceFile(p.relative_to(path).as_posix(), str(p))
-            for p in inside
-            if not any(part.startswith(".") for part in p.relative_to(path).parts)
-        ]
-    if glob.has_magic(str(path)):
-        matches = sorted(glob.glob(str(path), recursive=True))
-        return [SourceFile(match, match) for match in matches if os.path.isfile(match)]
-    raise DataError(f"{source} is neither a regular file nor a folder; give one of the two.")
+    if base.is_file() and not pattern:
+        return Found([SourceFile(source, str(path))])
+    if not base.is_dir():
+        raise DataError(f"{source} is neither a regular file nor a folder; give one of the two.")
+    found = Found()
+    names = _walk(base, None if "**" in pattern or not pattern else pattern.count("/"), found)
+    for name in _choose(names, pattern, texts, found.left_out):
+        whole = str(base / name)
+        if not os.path.exists(whole):
+            raise DataError(
+                f"{whole}: this link leads to nothing; mend it, or remove it from the folder."
+            )
+        found.files.append(SourceFile(whole if pattern else name, whole))
+    return found
+
+
+def _split(path: Path) -> tuple[Path, str]:
+    """The part of a path that exists as it is written, and the pattern below it."""
+    if path_exists(path):
+        return path, ""
+    base, *rest = [*reversed(path.parents), path]
+    for longer in rest:
+        if not path_exists(longer):
+            break
+        base = longer
+    return base, path.relative_to(base).as_posix()
+
+
+def _walk(base: Path, depth: int | None, found: Found) -> Iterator[str]:
+    """Paths of all files below a folder; links to folders are followed, each folder once.
+
+    Args:
+        depth: of the folders below it to look into; None: all.
+    """
+    seen = {os.path.realpath(base)}
+    for folder, folders, files in os.walk(base, followlinks=True):
+        here = Path(folder).relative_to(base)
+        yield from ((here / name).as_posix() for name in files)
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(folder, name))
+            if real in seen:
+                found.left_out[(here / name).as_posix()] = "a link to a folder that is read already"
+            if real in seen or (depth is not None and len(here.parts) >= depth):
+                folders.remove(name)
+            seen.add(real)
 
 
 def s3_filesystem() -> Any:
@@ -126,16 +202,18 @@ def s3_filesystem() -> Any:
     return fs
 
 
-def _s3_files(source: str, texts: bool) -> list[SourceFile]:
+def _s3_files(source: str, texts: bool) -> Found:
     fs = s3_filesystem()
     path = source.removeprefix("s3://").rstrip("/")
     try:
-        if glob.has_magic(path):
-            matches = sorted(fs.glob(path))
-        elif fs.isfile(path):
-            matches = [path]
+        found, keys = Found(), []
+        if fs.isfile(path):
+            keys = [path]
         elif fs.isdir(path):
-            matches = sorted(match for match in fs.find(path) if _is_data(match, texts))
+            keys = _below(fs, path, "", texts, found)
+        elif glob.has_magic(path):
+            base, pattern = _split_keys(fs, path)
+            keys = _below(fs, base, pattern, texts, found)
         else:
             raise DataError(
                 f"{source}: there is no such object or prefix; check bucket, key and "
@@ -147,7 +225,24 @@ def _s3_files(source: str, texts: bool) -> list[SourceFile]:
         if isinstance(error, DataError):
             raise
         raise s3_error(source, error) from error
-    return [SourceFile(f"s3://{match}", match, fs) for match in matches]
+    found.files = [SourceFile(f"s3://{key}", key, fs) for key in keys]
+    return found
+
+
+def _below(fs: Any, base: str, pattern: str, texts: bool, found: Found) -> list[str]:
+    """The data files below a prefix, as whole keys."""
+    names = (key.removeprefix(f"{base}/") for key in fs.find(base) if not key.endswith("/"))
+    return [f"{base}/{name}" for name in _choose(names, pattern, texts, found.left_out)]
+
+
+def _split_keys(fs: Any, path: str) -> tuple[str, str]:
+    """As `_split`, for a key."""
+    parts = path.split("/")
+    literal = next(i for i, part in enumerate(parts) if glob.has_magic(part)) or 1
+    base = "/".join(parts[:literal])
+    while literal < len(parts) - 1 and fs.isdir(f"{base}/{parts[literal]}"):
+        base, literal = f"{base}/{parts[literal]}", literal + 1
+    return base, "/".join(parts[literal:])
 
 
 def s3_error(source: str, error: Exception) -> Exception:

@@ -13,6 +13,7 @@ from rlhf_core.data.sources.votes import VOTES
 from rlhf_core.errors import DataError
 
 FEEDBACK = {kind.source: kind for kind in (VOTES, THUMBS)}
+_NEAR_URL = re.compile(r"([A-Za-z][\w+.-]+):(?![/][/])/*\S|s3//")  # s3:/b, file:/x, s3:b
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -31,6 +32,11 @@ def source_kind(source: str) -> str:
     if source in FEEDBACK:
         return "feedback"
     if source.startswith("s3://"):
+        if "@" in source.removeprefix("s3://").partition("/")[0]:
+            raise DataError(
+                "The s3:// URL holds a user or a key before an @; write s3://bucket/key, and give "
+                "the keys by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            )
         return "s3"
     if scheme := re.match(r"([A-Za-z][\w+.-]*)://", source):
         if scheme[1] == "file":
@@ -40,6 +46,12 @@ def source_kind(source: str) -> str:
             "a path, an s3:// URL or builtin:chatterbot."
         )
     path = local_path(source)
+    if _NEAR_URL.match(source) and not path_exists(path):
+        raise DataError(
+            f"{source[:300]}: neither a URL nor an existing path; expected s3://bucket/key with "
+            "two slashes, a path such as ./data.jsonl, a Hugging Face dataset id or "
+            "builtin:chatterbot."
+        )
     looks = source.startswith(("/", ".", "~")) or reader_of(source) or glob.has_magic(source)
     if looks or path_exists(path):
         return "local"

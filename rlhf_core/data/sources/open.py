@@ -16,13 +16,17 @@ from rlhf_core.store import Store, open_store
 
 
 def open_rows(
-    settings: DataSettings, store: Store | None = None, fingerprint: str = ""
+    settings: DataSettings,
+    store: Store | None = None,
+    fingerprint: str = "",
+    left_out: dict[str, str] | None = None,
 ) -> Iterator[RawRow]:
     """All rows of the source, in order; a bounded part is in memory at a time.
 
     Args:
         store: holds the votes and thumbs; None: the store of the environment.
         fingerprint: of the votes or thumbs to read, without later ones; empty: all.
+        left_out: files beside the data that are not read are added: name -> why.
 
     Raises:
         DataError: the source does not exist or is damaged beyond single rows.
@@ -38,7 +42,10 @@ def open_rows(
     elif kind == "hub":
         yield from hub_rows(settings)
     else:
-        for file in find_files(settings):
+        found = find_files(settings)
+        if left_out is not None:
+            left_out.update(found.left_out)
+        for file in found.files:
             with file.open() as stream:
                 try:
                     yield from read_file(stream, file.name)

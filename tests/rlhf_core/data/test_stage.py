@@ -1,22 +1,18 @@
-"""The stage with a store, and data on a real S3 server."""
+"""The stage with a store."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from rlhf_core.data.check import check_source
 from rlhf_core.data.dataset.card import DataCard
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.fingerprint import fingerprint
-from rlhf_core.errors import DataError, RLHFError
+from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataJob, DataSettings
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.stages.prepare_data import run
 from rlhf_core.store import open_store
-from tests.rlhf_core.data.helpers import byte_tokenizer, jsonl, prepared
-from tests.rlhf_core.store.conftest import environment, s3_url, seaweed  # noqa: F401
-from tests.rlhf_core.store.seaweed import BUCKET
+from tests.rlhf_core.data.helpers import byte_tokenizer, jsonl
 
 
 def stage(tmp_path, **settings):
@@ -49,36 +45,3 @@ def test_stage_refuses_a_file_that_changed_since_the_run_was_started(tmp_path):
     jsonl(Path(source), [{"prompt": "b"}])
     with pytest.raises(DataError, match="changed after this run was started"):
         run(job, context)
-
-
-@pytest.mark.slow
-def test_s3_source(tmp_path, s3_url):  # noqa: F811
-    from rlhf_core.data.sources.files import s3_filesystem
-
-    fs = s3_filesystem()
-    if not fs.exists(BUCKET):
-        fs.mkdir(BUCKET)
-    path = s3_url.removeprefix("s3://")
-    for name in ("b", "a"):
-        fs.pipe(f"{path}/in/{name}.jsonl", json.dumps({"prompt": name}).encode() + b"\n")
-    first = fingerprint(DataSettings(source=f"{s3_url}/in"))
-    assert first == fingerprint(DataSettings(source=f"{s3_url}/in"))
-    for source in (f"{s3_url}/in", f"{s3_url}/in/*.jsonl"):
-        assert len(prepared(tmp_path / "out", source, "prompts")) == 2
-    assert len(prepared(tmp_path / "out", f"{s3_url}/in/a.jsonl", "prompts")) == 1
-    fs.pipe(f"{path}/in/a.jsonl", b'{"prompt": "c"}\n{\n')
-    assert first != fingerprint(DataSettings(source=f"{s3_url}/in"))
-    with pytest.raises(DataError, match=rf"{s3_url}/in/a.jsonl, row 2: malformed JSON"):
-        prepared(tmp_path / "out", f"{s3_url}/in", "prompts")
-    with pytest.raises(DataError, match="no such object or prefix"):
-        prepared(tmp_path / "out", f"{s3_url}/nothing", "prompts")
-
-
-def test_s3_that_cannot_be_reached_is_worth_a_retry(tmp_path, monkeypatch):
-    monkeypatch.setenv("RLHF_STORE_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("RLHF_STORE_RETRIES", "0")
-    with pytest.raises(RLHFError) as error:
-        prepared(tmp_path / "out", "s3://bucket/a.jsonl", "prompts")
-    assert error.value.category == "store"
-    assert "RLHF_STORE_ENDPOINT" in str(error.value)
-    assert check_source(DataSettings(source="s3://bucket/a.jsonl"))

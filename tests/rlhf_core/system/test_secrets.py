@@ -43,6 +43,11 @@ def test_password_in_a_url_is_hidden() -> None:
     assert redact("at http://host:80/me@x") == "at http://host:80/me@x"
 
 
+def test_password_of_a_url_is_hidden_in_a_library_s_words_too() -> None:
+    text = 's3://ME:secret-word@b/x: Invalid bucket name "ME:secret-word@b", key secret-word'
+    assert redact(text) == 's3://***@b/x: Invalid bucket name "***@b", key ***'
+
+
 def test_longer_secret_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_TOKEN", "abcdefgh")
     monkeypatch.setenv("B_TOKEN", "abcdefgh-more")
