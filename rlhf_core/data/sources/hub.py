@@ -43,8 +43,12 @@ def ask_hub(request: Callable[[HfApi], Reply]) -> Reply:
         ) from error
 
 
-def hub_rows(settings: DataSettings) -> Iterator[RawRow]:
-    """All rows of a split, in order, as they are downloaded. Errors as `open_rows`."""
+def hub_rows(settings: DataSettings, fingerprint: str = "") -> Iterator[RawRow]:
+    """All rows of a split, in order, as they are downloaded. Errors as `open_rows`.
+
+    Args:
+        fingerprint: of the data set; the commit in it is read, even if the branch has moved on.
+    """
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
@@ -54,7 +58,7 @@ def hub_rows(settings: DataSettings) -> Iterator[RawRow]:
             settings.source,
             settings.subset,
             split=settings.split,
-            revision=settings.revision,
+            revision=fingerprint.rpartition("@")[2] or settings.revision,
             streaming=True,
         )
         for number, row in enumerate(stream, 1):

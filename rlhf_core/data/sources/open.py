@@ -25,7 +25,8 @@ def open_rows(
 
     Args:
         store: holds the votes and thumbs; None: the store of the environment.
-        fingerprint: of the votes or thumbs to read, without later ones; empty: all.
+        fingerprint: of the votes, thumbs or hub data set to read, without what came later; empty:
+            all, or the newest.
         left_out: files beside the data that are not read are added: name -> why.
 
     Raises:
@@ -40,7 +41,7 @@ def open_rows(
     elif kind == "feedback":
         yield from FEEDBACK[settings.source].rows(store or open_store(), fingerprint)
     elif kind == "hub":
-        yield from hub_rows(settings)
+        yield from hub_rows(settings, fingerprint)
     else:
         found = find_files(settings)
         if left_out is not None:

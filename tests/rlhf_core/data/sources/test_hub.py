@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import ClassVar
 
 import pytest
 
 from rlhf_core.data.check import check_source
 from rlhf_core.data.sources import hub
-from rlhf_core.errors import StoreUnavailable
+from rlhf_core.errors import DataError, StoreUnavailable
 from rlhf_core.jobs import DataSettings, ModelSettings
 from rlhf_core.model_files.source_check import check_model
 from rlhf_core.system.ports import free_ports
@@ -18,12 +19,17 @@ MODEL = ModelSettings(source="no-such-organisation/model")
 
 
 class Refuses(BaseHTTPRequestHandler):
+    paths: ClassVar[list[str]] = []
+
     def do_GET(self) -> None:
-        code = {"data": "RevisionNotFound", "model": "RepoNotFound"}[self.path.split("/")[4]]
+        self.paths.append(self.path)
+        code = "RepoNotFound" if "/models/" in self.path else "RevisionNotFound"
         self.send_response(404)
         self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    do_HEAD = do_GET
 
     def log_message(self, *_: object) -> None:
         pass
@@ -48,7 +54,11 @@ def away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def at(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+    url = f"http://127.0.0.1:{port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", url)
+    template = "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE"
+    monkeypatch.setattr(template, url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 @pytest.mark.usefixtures("away")
@@ -70,3 +80,11 @@ def test_hub_that_refuses_is_reachable():
     [problem] = check_model(MODEL)
     assert "the hub has no model 'no-such-organisation/model'" in problem
     assert hub.hub_commit(DATA) == "main"
+
+
+@pytest.mark.usefixtures("refusing")
+def test_commit_of_the_fingerprint_is_what_is_loaded():
+    commit = "0123456789" * 4
+    with pytest.raises(DataError):
+        list(hub.hub_rows(DATA, f"hub:{DATA.source}@{commit}"))
+    assert any(f"/resolve/{commit}/" in path for path in Refuses.paths)
