@@ -18,7 +18,8 @@ from typing import Any
 from rlhf_core.data.dataset.card import MAX_LISTED, DataCard
 from rlhf_core.data.dataset.hash_set import HashSet
 from rlhf_core.data.dataset.shuffle import Shuffle
-from rlhf_core.data.dataset.writer import DatasetWriter
+from rlhf_core.data.dataset.split import is_heldout_hash
+from rlhf_core.data.dataset.writer import DatasetWriter, prompt_text
 from rlhf_core.data.encoding import templates
 from rlhf_core.data.encoding.encode import (
     SCRATCH_COLUMNS,
@@ -26,6 +27,7 @@ from rlhf_core.data.encoding.encode import (
     Plan,
     encode_batch,
 )
+from rlhf_core.data.overlap.within import SplitOverlap
 from rlhf_core.data.parallel import ordered_map
 from rlhf_core.data.rows.detect import find_format
 from rlhf_core.data.rows.formats import check_purpose
@@ -95,8 +97,10 @@ def prepare(
         encoded = ordered_map(encode, _batches(rows), workers)
         for batch in _deduplicate(encoded, card, writer.scratch, job, log):
             shuffle.add(batch)
-        _write(shuffle, writer, card, job)
+        overlap = SplitOverlap(writer.scratch)
+        _write(shuffle, writer, overlap, card, job)
         _check_not_empty(writer, card, job)
+        card.overlap = overlap.result()
         return writer.finish(card)
     finally:
         writer.clean()
@@ -167,7 +171,9 @@ def _deduplicate(
     card.bad, card.notes = dict(bad), dict(notes)
 
 
-def _write(shuffle: Shuffle, writer: DatasetWriter, card: DataCard, job: DataJob) -> None:
+def _write(
+    shuffle: Shuffle, writer: DatasetWriter, overlap: SplitOverlap, card: DataCard, job: DataJob
+) -> None:
     """Write the shuffled rows to their splits, up to max_samples rows."""
     import numpy as np
     import pyarrow as pa
@@ -180,13 +186,14 @@ def _write(shuffle: Shuffle, writer: DatasetWriter, card: DataCard, job: DataJob
             rows = rows.slice(0, left)
             left -= rows.num_rows
         hashes = rows.column("_prompt").to_numpy()
-        # The comparison of split.is_heldout, on the prompts' hashes.
-        heldout = np.fromiter(
-            (int(h) < job.heldout_fraction * 2.0**64 for h in hashes), dtype=bool, count=len(hashes)
-        )
-        columns = rows.drop_columns(list(SCRATCH_COLUMNS))
-        writer.write("heldout", columns.filter(pa.array(heldout)), hashes[heldout].tolist())
-        writer.write("train", columns.filter(pa.array(~heldout)), hashes[~heldout].tolist())
+        held = (is_heldout_hash(int(value), job.heldout_fraction) for value in hashes)
+        heldout = np.fromiter(held, dtype=bool, count=len(hashes))
+        apart = [rows.filter(pa.array(side)) for side in (heldout, ~heldout)]
+        texts = list(map(prompt_text, apart[0].column("prompt").to_pylist()))
+        overlap.add(apart[0], apart[1], texts)
+        for name, side in zip(("heldout", "train"), apart, strict=True):
+            prompts = side.column("_prompt").to_pylist()
+            writer.write(name, side.drop_columns(list(SCRATCH_COLUMNS)), prompts)
     if cut_off:
         card.dropped["max_samples"] = cut_off
 

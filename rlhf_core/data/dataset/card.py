@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.data.overlap.result import Overlap
 from rlhf_core.errors import DataError
 
 MAX_LISTED = 1000  # bad rows listed one by one; the others are only counted
@@ -42,6 +43,7 @@ class DataCard:
         notes: remark -> number of rows that it applies to.
         left_out: file beside the data that was not read -> why.
         splits: train and heldout.
+        overlap: of the training rows with the held-out prompts; None: not measured.
         files: {name, rows, bytes, sha256} of each Arrow file.
         digest: sha256 over the Arrow files' names and contents.
     """
@@ -60,6 +62,7 @@ class DataCard:
     notes: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     splits: dict[str, SplitCard] = field(default_factory=dict)
+    overlap: Overlap | None = None
     files: list[dict[str, Any]] = field(default_factory=list)
     digest: str = ""
 
@@ -83,7 +86,7 @@ class DataCard:
     def save(self, folder: Path) -> None:
         """Write card.json and card.md."""
         values = asdict(self)
-        for later in ("cut", "left_out"):  # keeps the bytes of older cards
+        for later in ("cut", "left_out", "overlap"):  # keeps the bytes of older cards
             if not values[later]:
                 del values[later]
         text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
@@ -101,6 +104,8 @@ class DataCard:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             data["splits"] = {name: SplitCard(**side) for name, side in data["splits"].items()}
+            if data.get("overlap") is not None:
+                data["overlap"] = Overlap(**data["overlap"])
             return cls(**data)
         except FileNotFoundError:
             raise DataError(
@@ -145,6 +150,8 @@ class DataCard:
         if self.left_out:
             lines += ["", "## Files that were not read", ""]
             lines += [f"- {name}: {why}" for name, why in sorted(self.left_out.items())]
+        if self.overlap is not None:
+            lines += ["", "## Held-out prompts in the training rows", "", *self.overlap.markdown()]
         if self.bad_rows:
             lines += ["", "## Bad rows", ""]
             lines += [f"- {r['file']}, row {r['row']}: {r['message']}" for r in self.bad_rows]

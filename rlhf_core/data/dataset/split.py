@@ -47,4 +47,9 @@ def is_heldout(prompt: str, fraction: float) -> bool:
         prompt: text as `first_prompt` returns it.
         fraction: share of the prompts that is held out, 0 to 1.
     """
-    return prompt_hash(prompt) < fraction * 2.0**64
+    return is_heldout_hash(prompt_hash(prompt), fraction)
+
+
+def is_heldout_hash(value: int, fraction: float) -> bool:
+    """`is_heldout` of a prompt with this `prompt_hash`."""
+    return value < fraction * 2.0**64

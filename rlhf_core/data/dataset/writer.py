@@ -199,7 +199,7 @@ def write_dataset(
             for start, part in _parts(rows):
                 batch = _record_batch(part, schema(purpose, carried), purpose, split, start)
                 writer.write(
-                    split, batch, [prompt_hash(_prompt_text(row["prompt"])) for row in part]
+                    split, batch, [prompt_hash(prompt_text(row["prompt"])) for row in part]
                 )
         if not card.read:
             rows_kept = sum(split.card.rows for split in writer.splits.values())
@@ -234,7 +234,7 @@ def _record_batch(
         ) from error
 
 
-def _prompt_text(prompt: str) -> str:
+def prompt_text(prompt: str) -> str:
     """The text that identifies the value of a prompt column: JSON messages or plain text."""
     import json
 

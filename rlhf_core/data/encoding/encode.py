@@ -11,16 +11,18 @@ from typing import Any
 
 from rlhf_core.data.dataset.carried import carried, carried_values
 from rlhf_core.data.dataset.schema import schema
-from rlhf_core.data.dataset.split import prompt_hash
+from rlhf_core.data.dataset.split import is_heldout_hash, prompt_hash
 from rlhf_core.data.encoding import templates
 from rlhf_core.data.encoding.render import Rendered, render_example
+from rlhf_core.data.overlap import ngrams
 from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import BadRow, RawRow
 from rlhf_core.jobs import DataSettings, Format, Purpose
 
 # Columns beside those of the schema, used only while preparing: priority in the shuffle, hash of
-# the whole text, hash of the prompt.
-SCRATCH_COLUMNS = ("_priority", "_text", "_prompt")
+# the whole text, hash of the prompt; hash of the prompt's words and hashes of n-grams (bytes), of
+# the prompt if it is held out, else of the whole text.
+SCRATCH_COLUMNS = ("_priority", "_text", "_prompt", "_words", "_grams")
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def _tokenise(
     bos_eos = _bos_and_eos(tokenizer) if any(text.bos_eos for _, text in texts) else (-1, -1)
 
     rows: list[dict[str, Any]] = []
-    for raw, text in texts:
+    passages = _passages([text for _, text in texts], plan.settings.heldout_fraction)
+    for (raw, text), columns in zip(texts, passages, strict=True):
         parts = [(ids[positions[s.text]], s.in_loss) for s in text.segments]
         if text.bos_eos is not None:
             parts = [([t for t in bos_eos[:1] if t >= 0], False), *parts,
@@ -129,7 +132,7 @@ def _tokenise(
             continue
         row |= text.columns
         row["row"] = raw.number
-        row["_prompt"] = prompt_hash(text.prompt)
+        row |= columns
         whole = _text_hash(plan.purpose, text)
         file = raw.file.rpartition("/")[2]  # the folder's path must not change the order
         length = plan.settings.max_length
@@ -137,6 +140,8 @@ def _tokenise(
         for number, part in enumerate(pieces):
             # A later piece is a duplicate only if its whole document is one.
             part["_text"] = _hash(f"{whole}\0{number}") if number else whole
+            if number:
+                part["_words"], part["_grams"] = 0, b""  # the first piece has the document's
             part["_priority"] = _hash(f"{plan.seed}\0{file}\0{raw.number}\0{part['_text']}")
         batch.cut += len(pieces) - 1
         rows += pieces
@@ -144,8 +149,28 @@ def _tokenise(
     if rows:
         kind = schema(plan.purpose, plan.carried())
         for name in SCRATCH_COLUMNS:
-            kind = kind.append(pa.field(name, pa.uint64()))
+            kind = kind.append(pa.field(name, pa.binary() if name == "_grams" else pa.uint64()))
         batch.rows = pa.RecordBatch.from_pylist(rows, schema=kind)
+
+
+def _passages(texts: Sequence[Rendered], fraction: float) -> list[dict[str, Any]]:
+    """The values of the columns `_prompt`, `_words` and `_grams` of each row.
+
+    Args:
+        fraction: share of the prompts that is held out.
+    """
+    hashes = [prompt_hash(text.prompt) for text in texts]
+    prompts = [ngrams.words(text.prompt) for text in texts]
+    compared = [
+        prompt
+        if is_heldout_hash(value, fraction)
+        else ngrams.words(" ".join([*(part.text for part in text.segments), *text.replies]))
+        for text, value, prompt in zip(texts, hashes, prompts, strict=True)
+    ]
+    return [
+        {"_prompt": value, "_words": ngrams.whole(prompt), "_grams": grams.tobytes()}
+        for value, prompt, grams in zip(hashes, prompts, ngrams.grams(compared), strict=True)
+    ]
 
 
 def _row(

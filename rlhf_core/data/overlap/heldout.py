@@ -1,0 +1,186 @@
+"""Finds passages of held-out prompts in training rows.
+
+    shared          the row and the prompt have N words in a row in common
+    near-duplicate  the row has the prompt's words and no others in its own prompt, or at least
+                    NEAR of the prompt's n-grams
+
+A prompt of fewer than N words has no n-gram, and is only found whole. N-grams that are in more than
+COMMON held-out prompts are a template, such as an instruction before each question, and are left
+out (GPT-3 leaves out those of more than 10 training documents).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from rlhf_core.data.overlap.ngrams import N, grams, words
+from rlhf_core.data.overlap.result import NEAR, Overlap
+
+COMMON = 10
+MOST_GRAMS = 2**21  # of held-out prompts that are compared; 24 MiB
+MOST_PROMPTS = 20_000
+MOST_EXAMPLES = 5
+SHOWN = 300  # characters of a prompt in an example
+
+
+class HeldoutPrompts:
+    """The held-out prompts, added one after another; then `find` for each training row.
+
+    Attributes:
+        texts: the prompts that are compared: different ones, the first within MOST_PROMPTS and
+            MOST_GRAMS.
+        left_out: number of rows that were added beyond these bounds.
+    """
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.left_out = 0
+        self._whole: dict[int, int] = {}
+        self._grams: list[Any] = []
+        self._added = 0
+        self._sizes: list[int] = []  # n-grams of each prompt, without templates
+        self._hashes: Any = None  # sorted, (G,)
+        self._owners: Any = None  # prompt number of each, (G,)
+
+    def add(self, text: str, all_words: int, hashes: Any) -> None:
+        """Add a prompt. One without words, or with those of an earlier one, has no effect.
+
+        Args:
+            text: for examples. all_words: `whole` of its words. hashes: `grams` of its words.
+        """
+        import numpy as np
+
+        if not all_words or all_words in self._whole:
+            return
+        if len(self.texts) >= MOST_PROMPTS or self._added >= MOST_GRAMS:
+            self.left_out += 1
+            return
+        self._whole[all_words] = len(self.texts)
+        self._grams.append(np.unique(hashes))
+        self._added += len(self._grams[-1])
+        self.texts.append(text[: 10 * SHOWN])
+
+    def finish(self) -> None:
+        """Sort the n-grams; no prompt can be added afterwards."""
+        import numpy as np
+
+        sizes = [len(found) for found in self._grams]
+        none = [np.zeros(0, np.uint64)]
+        hashes = np.concatenate([*none, *self._grams])
+        owners = np.repeat(np.arange(len(self.texts)), sizes)
+        order = np.argsort(hashes, kind="stable")
+        hashes, owners = hashes[order], owners[order]
+        _, place, times = np.unique(hashes, return_inverse=True, return_counts=True)
+        own = times[place] <= COMMON if len(hashes) else np.zeros(0, bool)
+        self._hashes, self._owners = hashes[own], owners[own]
+        self._sizes = np.bincount(self._owners, minlength=len(self.texts)).tolist()
+        self._grams = []
+        # Of most n-grams of a row a bit says that they are not there, faster than a search.
+        self._bits = np.zeros(2**22, bool)
+        self._bits[_bit(self._hashes)] = True
+
+    def find(self, whole: Sequence[int], hashes: Sequence[Any]) -> dict[int, dict[int, float]]:
+        """Place of a training row -> prompt number -> share of its n-grams that the row has; 1 for
+        the same words. Rows without any are left out.
+
+        Args:
+            whole: `ngrams.whole` of each row's prompt. hashes: `ngrams.grams` of all its words.
+        """
+        import numpy as np
+
+        found: dict[int, dict[int, float]] = {}
+        ends = np.cumsum([len(row) for row in hashes])
+        flat = np.concatenate([np.zeros(0, np.uint64), *hashes])
+        places = np.flatnonzero(self._bits[_bit(flat)])
+        first = np.searchsorted(self._hashes, flat[places], "left")
+        last = np.searchsorted(self._hashes, flat[places], "right")
+        true = last > first
+        rows = np.searchsorted(ends, places[true], "right")
+        hits = set(zip(rows.tolist(), first[true].tolist(), last[true].tolist(), strict=True))
+        counts = Counter(
+            (row, prompt) for row, a, b in hits for prompt in self._owners[a:b].tolist()
+        )
+        for (row, prompt), count in counts.items():
+            found.setdefault(row, {})[prompt] = count / self._sizes[prompt]
+        for row, words_of_row in enumerate(whole):
+            if (same := self._whole.get(words_of_row)) is not None:
+                found.setdefault(row, {})[same] = 1.0
+        return found
+
+    def passage(self, prompt: int, hashes: Any) -> str:
+        """The words of a prompt that a row shares with it; empty if the text is too long to tell.
+
+        Args:
+            hashes: `grams` of the row's words.
+        """
+        import numpy as np
+
+        own = words(self.texts[prompt])
+        places = np.flatnonzero(np.isin(grams([own])[0], hashes)).tolist()
+        if not places:
+            return ""
+        end = next((a for a, b in pairwise(places) if b > a + 1), places[-1])
+        return b" ".join(own[places[0] : end + N]).decode("utf-8", "replace")
+
+
+def _bit(hashes: Any) -> Any:
+    """Place of each hash in a table of 2**22 bits."""
+    import numpy as np
+
+    return (hashes >> np.uint64(42)).astype(np.int64)
+
+
+class Comparison:
+    """Compares training rows with held-out prompts, one after another."""
+
+    def __init__(self, heldout: HeldoutPrompts) -> None:
+        self._heldout = heldout
+        self._result = Overlap(len(heldout.texts), heldout.left_out)
+        self._shared: set[int] = set()
+        self._near: set[int] = set()
+        self._kept = 0
+        self._examples: list[tuple[float, int, dict[str, Any]]] = []
+
+    def add(self, rows: Sequence[int], whole: Sequence[int], hashes: Sequence[Any]) -> None:
+        """Compare rows; see `HeldoutPrompts.find`.
+
+        Args:
+            rows: their numbers, for the examples.
+        """
+        self._result.rows += sum(
+            bool(prompt or len(found)) for prompt, found in zip(whole, hashes, strict=True)
+        )
+        for place, found in sorted(self._heldout.find(whole, hashes).items()):
+            near = {prompt for prompt, share in found.items() if share >= NEAR}
+            self._result.shared_rows += 1
+            self._result.near_rows += bool(near)
+            best = max(found, key=lambda prompt: (found[prompt], -prompt))
+            if best not in self._shared or (best in near and best not in self._near):
+                self._keep(rows[place], best, found[best], hashes[place])
+            self._shared |= found.keys()
+            self._near |= near
+
+    def _keep(self, row: int, prompt: int, share: float, hashes: Any) -> None:
+        """Keep a row as an example for a prompt, if few have a larger share."""
+        self._kept += 1
+        rank = (share, -self._kept)
+        if len(self._examples) == MOST_EXAMPLES and rank < self._examples[0][:2]:
+            return
+        example = {
+            "row": row, "prompt": self._heldout.texts[prompt][:SHOWN], "share": round(share, 3),
+            "passage": self._heldout.passage(prompt, hashes)[:SHOWN],
+        }  # fmt: skip
+        heapq.heappush(self._examples, (*rank, example))
+        if len(self._examples) > MOST_EXAMPLES:
+            heapq.heappop(self._examples)
+
+    def result(self) -> Overlap:
+        """The counts and examples."""
+        self._result.shared_prompts = len(self._shared)
+        self._result.near_prompts = len(self._near)
+        self._result.examples = [e for _, _, e in sorted(self._examples, key=lambda x: x[:2])[::-1]]
+        return self._result
