@@ -93,9 +93,11 @@ def pipeline(run: Run) -> Iterator[str]:
     """Run the stages one after another; yields the name of each when it is done."""
     artifacts = run.artifacts_by_role
     artifacts["base"] = artifacts["start"] = artifacts["model"] = stages.import_model(run).digest
-    if run.config.reward_model is not None:
-        found = stages.import_reward(run, run.config.reward_model, artifacts["base"])
-        artifacts["reward_model"] = found.digest
+    given = recipe.imported_rewards(run.config)
+    for number, source in enumerate(given):
+        name = "reward-model" if len(given) == 1 else f"reward-model-{number + 1}"
+        found = stages.import_reward(run, source, artifacts["base"], name)
+        artifacts[recipe.member_role(number)] = found.digest
     yield "model"
 
     data = stages.prepare_data(run, artifacts["base"])
@@ -104,7 +106,8 @@ def pipeline(run: Run) -> Iterator[str]:
         artifacts["ptx"] = data["sft"].digest
     yield "data"
 
-    for step in recipe.steps(run.config):
+    steps = recipe.steps(run.config)
+    for number, step in enumerate(steps):
         if step.algorithm == "label":
             artifacts["preference"] = stages.label(run, step, artifacts).digest
         else:
@@ -114,10 +117,11 @@ def pipeline(run: Run) -> Iterator[str]:
                 if failed.candidate:
                     raise keep_last_good_policy(run, failed) from None
                 raise
-            artifacts[result.kind] = result.digest
+            artifacts[step.result_role] = result.digest
             if step.algorithm in recipe.BEFORE_ALIGNMENT and result.kind == "model":
                 artifacts["start"] = result.digest
-        yield step.algorithm if step.round + 1 >= run.config.rounds else step.name
+        again = any(later.algorithm == step.algorithm for later in steps[number + 1 :])
+        yield step.name if again else step.algorithm
 
     if not recipe.produces_model(run.config):
         return

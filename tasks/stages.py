@@ -20,6 +20,7 @@ from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
 from rlhf_core.errors import GateFailed, PreflightError
 from rlhf_core.evaluation.harness.tasks import fingerprint as tasks_fingerprint
 from rlhf_core.jobs import (
+    CombineSettings,
     DataJob,
     EvaluateJob,
     ImportModelJob,
@@ -28,6 +29,7 @@ from rlhf_core.jobs import (
     LabelJob,
     LmEvalJob,
     NewModelJob,
+    OnlineSettings,
     PipelineConfig,
     Resources,
     Settings,
@@ -122,11 +124,12 @@ def import_model(run: Run) -> StageResult:
 
 
 @stage("reward-model")
-def import_reward(run: Run, source: str, model: str) -> StageResult:
+def import_reward(run: Run, source: str, model: str, name: str = "reward-model") -> StageResult:
     """Import an existing reward model into the store.
 
     Args:
         model: digest of the base model, whose vocabulary it must share.
+        name: of the stage, another one for each of several.
     """
     job = ImportRewardJob(
         source=source,
@@ -135,7 +138,7 @@ def import_reward(run: Run, source: str, model: str) -> StageResult:
         trust_remote_code=run.config.model.trust_remote_code,
         fingerprint=model_fingerprint(source, None),
     )
-    return run_job(run, "reward-model", job)
+    return run_job(run, name, job)
 
 
 @stage("data")
@@ -171,6 +174,8 @@ def label(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult
     inputs = {name: artifacts[role] for name, role in LabelJob.roles().items() if role in artifacts}
     if settings.labeller != "reward_model":
         inputs.pop("reward_model", None)
+    else:
+        inputs |= ensemble(run, artifacts)
     margins = "reward" in run.config.stages and run.config.reward.margin_coef > 0
     job = LabelJob(**job_fields(run, settings, step), **inputs, margins=margins)
     return run_job(run, step.name, job)
@@ -186,8 +191,10 @@ def _training_task(algorithm: str) -> Callable[..., StageResult]:
         """
         roles = recipe.roles(run.config, algorithm)
         inputs = {name: artifacts[role] for name, role in roles.items() if role in artifacts}
-        settings = job_fields(run, recipe.section(run.config, algorithm), step)
-        job = cast(Job, step.job(**settings, **inputs))
+        section = recipe.section(run.config, algorithm)
+        if isinstance(section, OnlineSettings) and section.wants_reward_model:
+            inputs |= ensemble(run, artifacts)
+        job = cast(Job, step.job(**job_fields(run, section, step), **inputs))
         result = run_job(run, step.name, job)
         wrong = check_reward(run.config.reward, result.metrics) if algorithm == "reward" else None
         if wrong is not None:
@@ -248,8 +255,18 @@ def run_evaluation(run: Run, name: str, artifacts: dict[str, str]) -> StageResul
         reward_model=artifacts.get("reward_model"),
         prompts=artifacts["prompts"],
         sft_data=artifacts.get("sft"),
+        **ensemble(run, artifacts),
     )
     return run_job(run, name, job)
+
+
+def ensemble(run: Run, artifacts: dict[str, str]) -> dict[str, Any]:
+    """The fields of an `EnsembleJob` for the run's reward models; empty for one."""
+    roles = [recipe.member_role(i) for i in range(1, recipe.reward_models(run.config))]
+    if not roles:
+        return {}
+    how = {name: getattr(run.config.reward, name) for name in CombineSettings.model_fields}
+    return {"ensemble": tuple(artifacts[role] for role in roles), **how}
 
 
 def run_job(run: Run, name: str, job: Job) -> StageResult:
@@ -272,7 +289,8 @@ def job_fields(run: Run, settings: Settings, step: recipe.Step | None = None) ->
         **settings_fields(settings),
         **({"quantization": run.config.model.quantization} if trains else {}),
         "seed": run.config.seed
-        + (step.round if step else 0),  # another order of the data in each round
+        # another order of the data in each round, and for each member of an ensemble
+        + (step.round + step.member if step else 0),
         "resources": resources,
         "trust_remote_code": run.config.model.trust_remote_code,
     }

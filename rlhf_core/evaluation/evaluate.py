@@ -22,13 +22,14 @@ from rlhf_core.jobs import EvaluateJob
 from rlhf_core.judges.endpoint import EndpointJudge
 from rlhf_core.judges.lexicon import get_judge
 from rlhf_core.model_files.remote_code import is_trusted
-from rlhf_core.models.loading import load_causal_lm, load_scalar_model
+from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.layers import share_frozen
 from rlhf_core.nn.modules import Policy
 from rlhf_core.rollout.replies import inference_dtype
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.store import Artifact, Store
+from rlhf_core.training.ensemble import load_ensemble
 
 MODELS = ("base", "sft", "policy")
 """Names in the report, and fields of the job."""
@@ -54,6 +55,8 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
     if job.reward_model is not None:
         trained = context.store.get(job.reward_model).metadata.get("metrics", {})
         result["reward_model"] = trained.get("heldout", {})
+        if job.ensemble:
+            result["reward_model"] |= {"members": len(job.reward_models)}
     if job.judge_endpoint is not None:
         judge = EndpointJudge(job.judge_endpoint)
         replies = texts["policy"], texts[inputs.start]
@@ -93,19 +96,15 @@ def load_inputs(job: EvaluateJob, store: Store) -> Inputs:
 def measure_all(
     job: EvaluateJob, inputs: Inputs, group: Group, context: StageContext
 ) -> dict[str, Measured]:
-    """Load one model after another and measure it; the reference and the reward model stay."""
+    """Load one model after another and measure it; the reference and the reward models stay."""
     reference = load_policy(inputs.folders[inputs.start], group)
-    reward = None
-    if job.reward_model is not None:
-        folder = context.store.fetch(job.reward_model)
-        reward = load_scalar_model(folder, inference_dtype(group.device)).requires_grad_(False)
-        reward.to(group.device)
+    reward = load_ensemble(job, context.store, inference_dtype(group.device), group.device)
     found: dict[str, Measured] = {}
     for stream, (name, folder) in enumerate(inputs.folders.items()):
         model = reference
         if name != inputs.start:
             model = load_policy(folder, group)
-            share_frozen(reference, model, *([reward] if reward is not None else []))
+            share_frozen(reference, model, *(reward.members if reward is not None else ()))
         found[name] = measure(job, inputs, group, folder, stream, model, reference, reward)
         if reward is not None:
             context.log(f"{name}: mean reward {mean(found[name].rewards):.3f}")

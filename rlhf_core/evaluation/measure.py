@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.jobs import EvaluateJob
-from rlhf_core.nn.modules import Policy, ScalarModel
+from rlhf_core.nn.ensemble import RewardEnsemble, combine_scores, disagreement
+from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.padding import mark_from
 from rlhf_core.rollout.replies import Reply, fast_inference, sample_replies
 from rlhf_core.runtime.distributed import Group
@@ -43,13 +45,15 @@ class Measured:
     """What was measured of one model, with an entry for each prompt.
 
     Attributes:
-        rewards: of the reward model; empty without one.
+        rewards: of the reward model, or of several together; empty without one.
+        disagreement: standard deviation over several reward models; empty without several.
         kl: to the reference, nats per reply.
         losses, tokens: of each held-out row, in nats and trained tokens; empty without such rows.
     """
 
     replies: list[Reply]
     rewards: list[float]
+    disagreement: list[float]
     kl: list[float]
     losses: list[float]
     tokens: list[int]
@@ -63,7 +67,7 @@ def measure(
     stream: int,
     model: Policy,
     reference: Policy,
-    reward: ScalarModel | None,
+    reward: RewardEnsemble | None,
 ) -> Measured:
     """Sample one model's replies to all prompts and score them, by all ranks together.
 
@@ -78,11 +82,13 @@ def measure(
     )  # fmt: skip
     sequences = [([*p, *r.ids], len(p)) for p, r in zip(prompt_ids, replies, strict=True)]
     with fast_inference(group):
-        rewards, kl = score_replies(
+        scores, kl = score_replies(
             sequences, model, reference, reward, group, micro, job.temperature
         )
         losses, tokens = heldout_losses(model, inputs.sft_rows, group, micro)
-    return Measured(replies, rewards if reward is not None else [], kl, losses, tokens)
+    rewards = combine_scores(scores, job).tolist() if len(scores) else []
+    unsure = disagreement(scores).tolist() if len(scores) > 1 else []
+    return Measured(replies, rewards, unsure, kl, losses, tokens)
 
 
 @torch.no_grad()
@@ -90,28 +96,30 @@ def score_replies(
     sequences: Sequences,
     policy: Policy,
     reference: Policy,
-    reward: ScalarModel | None,
+    reward: RewardEnsemble | None,
     group: Group,
     micro: int,
     temperature: float,
-) -> tuple[list[float], list[float]]:
-    """Reward and KL to the reference (k1, nats) of every sequence, in order, on every rank.
-
-    Without a reward model the first list is of zeros.
-    """
-    rewards, kls = [], []
+) -> tuple[Tensor, list[float]]:
+    """Scores (k,n) fp64 by each of k reward models, perhaps none, and KL to the reference (k1,
+    nats) of every sequence, in order, on every rank."""
+    members = 0 if reward is None else len(reward.members)
+    found: list[list[tuple[list[int], Tensor]]] = [[] for _ in range(members)]
+    kls = []
     for indices in split_batch([len(s) for s, _ in sequences], group, micro):
         ids, prompt_lengths = zip(*(sequences[i] for i in indices), strict=True)
         batch = mark_from(ids, prompt_lengths, group.device)  # (b,S) each
-        scores = kl = torch.zeros(len(indices), device=group.device)  # (b,)
+        kl = torch.zeros(len(indices), device=group.device)  # (b,)
         if reward is not None:
-            scores = reward(batch.input_ids, batch.mask, batch.index)  # (b,)
+            each = reward.each(batch.input_ids, batch.mask, batch.index)  # (k,b)
+            for of_member, scores in zip(found, each, strict=True):
+                of_member.append((indices, scores))
         if policy is not reference:
             log_ratio = policy(*batch, temperature) - reference(*batch, temperature)  # (b,S)
             kl = log_ratio.sum(dim=1)  # (b,)
-        rewards.append((indices, scores))
         kls.append((indices, kl))
-    return group.in_order(read_rows(rewards)), group.in_order(read_rows(kls))
+    scores = torch.tensor([group.in_order(read_rows(f)) for f in found], dtype=torch.float64)
+    return scores, group.in_order(read_rows(kls))
 
 
 @torch.no_grad()

@@ -1,13 +1,14 @@
 """The numbers of an evaluation: of each model, and the differences between two of them.
 
 evaluation.json:
-    models       base, sft, policy -> means and standard errors (reward, gold, kl), shares, n
+    models       base, sft, policy -> means and standard errors (reward, gold, kl; disagreement of
+                 several reward models), shares, n
     heldout      model -> loss (nats per token), perplexity
     differences  policy minus start: mean, low, high (95 %, paired bootstrap), n
     gold_gain    the same of the gold score: mean, se
     win_rate     judge -> rate, low, high, n of the policy against start, and length_controlled
     sampling     temperature, max_new_tokens, seed, n: how the replies were made
-    reward_model accuracy on held-out pairs
+    reward_model accuracy on held-out pairs; of an ensemble its first member's, and their number
     judge        counts of the judge behind an endpoint
 """
 
@@ -30,6 +31,10 @@ Columns = Mapping[str, Sequence[float]]
 """Name of a number -> its value for each prompt."""
 
 
+SPREADS = ("reward", "disagreement", "gold", "kl")
+"""Numbers that are reported with their standard error."""
+
+
 def columns(
     found: Measured, gold: Sequence[float], prompts: Sequence[str], texts: Sequence[str]
 ) -> dict[str, Sequence[float]]:
@@ -41,6 +46,7 @@ def columns(
     pairs = list(zip(prompts, texts, strict=True))
     known: dict[str, Sequence[float]] = {
         "reward": found.rewards,
+        "disagreement": found.disagreement,
         "gold": gold,
         "kl": found.kl,
         "length": [float(len(reply.ids)) for reply in found.replies],
@@ -58,7 +64,7 @@ def of_model(known: Columns, texts: Sequence[str]) -> dict[str, Any]:
     entropy is that of the sampled distribution in nats per token: the mean of -log p over the
     tokens of the model's own samples, an unbiased estimate over sequences.
     """
-    spreads = [spread(name, known[name]) for name in ("reward", "gold", "kl") if name in known]
+    spreads = [spread(name, known[name]) for name in SPREADS if name in known]
     flags = ("finished", "language_changes", "refusals")
     return {
         **{key: value for found in spreads for key, value in found.items()},

@@ -37,6 +37,7 @@ from rlhf_core.jobs.data import (
     ModelSettings,
     SampledPreferences,
 )
+from rlhf_core.jobs.ensemble import CombineSettings, EnsembleJob
 from rlhf_core.jobs.harness import LmEvalJob, LmEvalSettings
 from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
@@ -83,6 +84,7 @@ __all__ = [
     "LARGEST",
     "BaseJob",
     "BuiltinRollout",
+    "CombineSettings",
     "DPOJob",
     "DPOSettings",
     "DataConfig",
@@ -90,6 +92,7 @@ __all__ = [
     "DataSettings",
     "Digest",
     "EndpointJudgeSettings",
+    "EnsembleJob",
     "EvaluateJob",
     "EvaluateSettings",
     "Format",

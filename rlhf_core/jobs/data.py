@@ -19,6 +19,7 @@ from rlhf_core.jobs.base import (
     Settings,
     job_input,
 )
+from rlhf_core.jobs.ensemble import EnsembleJob
 
 
 class ModelSettings(Settings):
@@ -181,7 +182,7 @@ class DataJob(DataSettings, BaseJob):
         return self.version + (self.purpose == "pretrain")
 
 
-class LabelJob(SampledPreferences, BaseJob):
+class LabelJob(SampledPreferences, EnsembleJob):
     """Samples replies from a model and labels pairs of them."""
 
     module: ClassVar[str] = "rlhf_core.stages.label"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.jobs.base import Digest, Fraction, PositiveInt, Resources, job_input
+from rlhf_core.jobs.ensemble import EnsembleJob
 from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, VllmRollout
 from rlhf_core.jobs.training import TrainJob, TrainSettings
@@ -41,6 +42,12 @@ class OnlineSettings(TrainSettings):
     """The probability ratio is clipped to 1 - clip_range and 1 + clip_range."""
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
     """Subtracted from the score of a reply that was cut at max_new_tokens."""
+    score_clip: Annotated[float, Field(gt=0.0)] | None = None
+    """The reward model's score is clipped to -score_clip and score_clip, in standard deviations of
+    the SFT model's replies: a policy gains nothing from what scores beyond. Empty: off."""
+    score_whiten: bool = False
+    """Shift and scale the sum of the rewards to mean 0 and standard deviation 1 over each rollout,
+    before missing_eos_penalty. kl_coef then weighs the same whatever the rewards' scale."""
     ptx_coef: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of a language-modelling loss mixed into each step (PPO-ptx), for every online
     algorithm. 0: off."""
@@ -95,6 +102,20 @@ class OnlineSettings(TrainSettings):
             raise ValueError(f"min_length {least:g} is above max_length {most:g}; swap them")
         return self
 
+    @model_validator(mode="after")
+    def _scores_can_be_shaped(self) -> Self:
+        if self.score_clip is not None and not self.wants_reward_model:
+            raise ValueError(
+                f"score_clip is {self.score_clip:g}, but rewards has no entry of type model whose "
+                "score it would clip; add one, or clear score_clip"
+            )
+        if self.score_whiten and self.replies < 2:
+            raise ValueError(
+                "score_whiten is set, but a rollout has one reply, which has no standard "
+                "deviation; raise batch_size"
+            )
+        return self
+
     @property
     def replies(self) -> int:
         """Replies per rollout over all ranks."""
@@ -106,7 +127,7 @@ class OnlineSettings(TrainSettings):
         return any(isinstance(r, ModelReward) for r in self.rewards)
 
 
-class OnlineJob(OnlineSettings, TrainJob):
+class OnlineJob(OnlineSettings, EnsembleJob, TrainJob):
     """An online algorithm's settings and inputs."""
 
     kind: ClassVar[str] = "model"
@@ -127,7 +148,7 @@ class OnlineJob(OnlineSettings, TrainJob):
         """Leaves out default values of later settings (built-in rollout, length bounds), so that
         older results keep their keys, and vLLM's memory, which changes no result."""
         settings = super().key_settings()
-        for name in ("min_length", "max_length"):
+        for name in ("min_length", "max_length", "score_clip", "score_whiten"):
             if settings[name] == OnlineSettings.model_fields[name].default:
                 del settings[name]
         if isinstance(self.rollout, VllmRollout):
@@ -221,6 +242,15 @@ class GRPOSettings(GroupSettings):
     average: Literal["reply", "token"] = "reply"
     """How the loss is averaged. reply: over each reply's tokens, then over replies, as in the
     paper; bad replies then tend to grow. token: over all tokens of the rollout (Dr. GRPO, DAPO)."""
+
+    @model_validator(mode="after")
+    def _scores_are_scaled_once(self) -> Self:
+        if self.score_whiten and self.scale_rewards:
+            raise ValueError(
+                "score_whiten and scale_rewards are both set, and scale_rewards scales the scores "
+                "of each group already; clear one"
+            )
+        return self
 
 
 class GRPOJob(GRPOSettings, OnlineJob):

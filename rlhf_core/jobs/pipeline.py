@@ -52,9 +52,10 @@ class PipelineConfig(Settings):
     """Create the base model from scratch instead of importing one: random weights, and a tokenizer
     trained on data.pretrain. Of model, only trust_remote_code and quantization are
     then used."""
-    reward_model: str | None = None
+    reward_model: str | tuple[str, ...] | None = None
     """An existing reward model, when reward is not among the stages: artifact:DIGEST, a local
-    folder or a Hugging Face id."""
+    folder or a Hugging Face id. Or a list of several, which score together as reward.combine
+    says."""
     data: DataConfig = DataConfig()
     """Data sets."""
     resources: Resources = Resources()

@@ -17,6 +17,7 @@ from rlhf_core.jobs.base import (
     Slug,
     job_input,
 )
+from rlhf_core.jobs.ensemble import EnsembleJob
 from rlhf_core.jobs.judging import EndpointJudgeSettings
 
 
@@ -82,7 +83,7 @@ class Gates(Settings):
     new reward model."""
 
 
-class EvaluateJob(EvaluateSettings, BaseJob):
+class EvaluateJob(EvaluateSettings, EnsembleJob):
     """Evaluation on held-out data."""
 
     version: ClassVar[int] = 4

@@ -44,6 +44,29 @@ class LengthReward(WeightedReward):
     """Unit of the length. A Chinese or Japanese character is a word."""
 
 
+class LengthPenaltyReward(WeightedReward):
+    """Penalty for long replies: 0 up to `start`, falling linearly to -1 at `end`, -1 beyond (soft
+    overlong punishment, arXiv 2503.14476)."""
+
+    type: Literal["length_penalty"] = "length_penalty"
+    """Type of the reward."""
+    start: Annotated[float, Field(ge=0.0, le=LARGEST)]
+    """Length up to which nothing is subtracted, in `unit`."""
+    end: Annotated[float, Field(gt=0.0, le=LARGEST)]
+    """Length from which on the penalty is 1, in `unit`."""
+    unit: Literal["tokens", "words", "characters"] = "tokens"
+    """Unit of the length. Tokens include the end of turn; a Chinese or Japanese character is a
+    word."""
+
+    @field_validator("end")
+    @classmethod
+    def _after_the_start(cls, value: float, info: ValidationInfo) -> float:
+        start = info.data.get("start", 0.0)
+        if value <= start:
+            raise ValueError(f"end is {value:g} and start {start:g}; expected a greater end")
+        return value
+
+
 class RegexReward(WeightedReward):
     """1 if the pattern matches, else 0."""
 
@@ -209,6 +232,7 @@ class PythonReward(WeightedReward):
 Reward = (
     ModelReward
     | LengthReward
+    | LengthPenaltyReward
     | RegexReward
     | MustEndReward
     | ForbiddenWordsReward

@@ -17,6 +17,7 @@ from rlhf_core.jobs.base import (
     Settings,
     job_input,
 )
+from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.jobs.lora import LoRA
 
 
@@ -114,7 +115,7 @@ class SFTSettings(TrainSettings):
     """Sequences per optimizer step over all ranks and micro-batches."""
 
 
-class RewardSettings(TrainSettings):
+class RewardSettings(CombineSettings, TrainSettings):
     """Reward model: a scalar head trained on preference pairs."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-5
@@ -149,6 +150,9 @@ class RewardSettings(TrainSettings):
     1."""
     max_new_tokens: PositiveInt = 64
     """Longest of these SFT replies in tokens, when they have to be sampled."""
+    members: Annotated[int, Field(ge=1, le=64)] = 1
+    """Reward models to train, each with another seed, for the order of the pairs and the start of
+    the head. Online RL, labelling and evaluation use all of them, see combine."""
     min_heldout_accuracy: Fraction | None = None
     """Gate: the run stops after this stage when the accuracy on held-out pairs is lower. Empty: no
     gate."""
@@ -177,8 +181,8 @@ class RewardJob(RewardSettings, TrainJob):
     module: ClassVar[str] = "rlhf_core.algorithms.reward"
     kind: ClassVar[str] = "reward_model"
     excluded_from_key: ClassVar[frozenset[str]] = BaseJob.excluded_from_key | {
-        "min_heldout_accuracy"
-    }
+        "min_heldout_accuracy", "members", "combine", "std_coef"
+    }  # fmt: skip
 
     algorithm: Literal["reward"] = "reward"
     """Name of the algorithm."""

@@ -1,6 +1,7 @@
 """The steps of a configuration's stages, and the data that they need. Does not import torch.
 
     stages [sft, reward, ppo]          sft, label, reward, ppo
+    the same, 2 reward.members         sft, label, reward-1, reward-2, ppo
     stages [sft, dpo]                  sft, label, dpo
     stages [sft, reward, dpo], 2 rounds  sft, label, reward, label-1, dpo-1, label-2, dpo-2
 
@@ -38,15 +39,27 @@ class Step:
         name: in the run's record: the algorithm, with the round if there are several.
         algorithm: "label", or one of the configuration's stages.
         round: from 0; 0 for stages that are not repeated.
+        member: of an ensemble of reward models, from 0; 0 for all other stages.
     """
 
     name: str
     algorithm: str
     round: int = 0
+    member: int = 0
 
     @property
     def job(self) -> type[BaseJob]:
         return job_class(self.algorithm)
+
+    @property
+    def result_role(self) -> str:
+        """Role of the step's result, see `job_input`; `member_role` of a reward model."""
+        return member_role(self.member) if self.job.kind == "reward_model" else self.job.kind
+
+
+def member_role(member: int) -> str:
+    """Role of a reward model: `reward_model`, `reward_model-2` and so on."""
+    return f"reward_model-{member + 1}" if member else "reward_model"
 
 
 def steps(config: PipelineConfig) -> list[Step]:
@@ -57,7 +70,9 @@ def steps(config: PipelineConfig) -> list[Step]:
     for algorithm in before:
         if sampled and "preference" in roles(config, algorithm).values() and not _labelled(result):
             result.append(Step("label", "label"))
-        result.append(Step(algorithm, algorithm))
+        members = config.reward.members if algorithm == "reward" else 1
+        names = [algorithm] if members == 1 else [f"{algorithm}-{i + 1}" for i in range(members)]
+        result += [Step(name, algorithm, member=i) for i, name in enumerate(names)]
     for number in range(config.rounds):
         suffix = f"-{number + 1}" if config.rounds > 1 else ""
         for algorithm in repeated:
@@ -89,9 +104,12 @@ def policy_label(config: PipelineConfig) -> str:
 
 
 def display_name(stage: str) -> str:
-    """Display name of a stage's model; the stage may have a round, as ppo-2."""
+    """Display name of a stage's model; the stage may have a round, as ppo-2, or a member, as
+    reward-2."""
     algorithm, _, number = stage.partition("-")
     label = LABELS.get(algorithm, algorithm.upper())
+    if algorithm == "reward" and number:
+        return f"{label} {number}"
     return f"{label}, round {number}" if number else label
 
 
@@ -125,9 +143,22 @@ def check_until(config: PipelineConfig, until: str) -> list[str]:
     return [f"until is {until}, but this run has no such stage; its stages are {', '.join(names)}"]
 
 
+def reward_models(config: PipelineConfig) -> int:
+    """Number of reward models that the run trains or imports."""
+    if "reward" in config.stages:
+        return config.reward.members
+    return len(imported_rewards(config))
+
+
+def imported_rewards(config: PipelineConfig) -> tuple[str, ...]:
+    """Sources of the existing reward models that the run uses."""
+    given = config.reward_model
+    return () if given is None else (given,) if isinstance(given, str) else given
+
+
 def has_reward_model(config: PipelineConfig) -> bool:
     """Whether the run trains or imports a reward model."""
-    return "reward" in config.stages or config.reward_model is not None
+    return reward_models(config) > 0
 
 
 def label_settings(config: PipelineConfig, step: Step) -> tuple[str, SampledPreferences]:
@@ -231,7 +262,7 @@ def _labelling(config: PipelineConfig, there: bool) -> list[str]:
         if step.algorithm != "label":
             continue
         name, settings = label_settings(config, step)
-        early = step.name == "label" and config.reward_model is None and "reward" in config.stages
+        early = step.name == "label" and not imported_rewards(config) and "reward" in config.stages
         if settings.labeller == "reward_model" and (early or not there):
             found.append(
                 f"{name}.labeller is reward_model, but there is none "

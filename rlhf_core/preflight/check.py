@@ -66,10 +66,8 @@ def check(
         problems += found
     if config.new_model is None:
         problems += check_model(config.model, store, contact=contact, packages=here)
-    if config.reward_model is not None:
-        there = ModelSettings(
-            source=config.reward_model, trust_remote_code=config.model.trust_remote_code
-        )
+    for source in recipe.imported_rewards(config):
+        there = ModelSettings(source=source, trust_remote_code=config.model.trust_remote_code)
         found = check_model(there, store, contact=contact, kind="reward_model")
         problems += [f"reward_model: {text}" for text in found]
     model = model or _config_of(config, store)
@@ -228,12 +226,12 @@ def _check_memory(config: PipelineConfig, model: Mapping[str, Any], machine: Mac
             place += f"{resources.ranks} rank{'s' if resources.ranks > 1 else ''})"
         found = estimate_memory(
             model, settings, resources, stage, max_length=length, device=device,
-            quantization=config.model.quantization,
+            quantization=config.model.quantization, reward_models=recipe.reward_models(config),
         )  # fmt: skip
         if available and found.total > _TOLERANCE * available:
             ways = ways_to_fit(
                 model, settings, resources, stage, available, max_length=length, device=device,
-                quantization=config.model.quantization,
+                quantization=config.model.quantization, reward_models=recipe.reward_models(config),
             )  # fmt: skip
             advice = "; or ".join(ways) or (
                 "a smaller model, or more ranks with fsdp2"
@@ -258,17 +256,19 @@ def _check_memory(config: PipelineConfig, model: Mapping[str, Any], machine: Mac
 def _check_disk(config: PipelineConfig, shape: ModelShape, store: Store | None) -> list[str]:
     """Disk space for what a run writes to the store and to the working folder.
 
-    The store gets four models (all fp32, except for the imported one) and PPO's checkpoints. The
-    working folder has a copy of each model that a stage reads, its result, and one checkpoint.
+    The store gets four models (all fp32, except for the imported one), the further members of an
+    ensemble of reward models, and PPO's checkpoints. The working folder has a copy of each model
+    that a stage reads, its result, and one checkpoint.
     """
+    models = 4 + max(0, recipe.reward_models(config) - 1)
     keep = max(r.keep_checkpoints for r in placements(config).values()) + 1
     checkpoint = 12 * 2 * shape.parameters
     sizes: dict[Path, tuple[int, str]] = {}
     home = rlhf_home()
-    sizes[home] = (16 * shape.parameters + 2 * checkpoint, f"the working folder {home}")
+    sizes[home] = (4 * models * shape.parameters + 2 * checkpoint, f"the working folder {home}")
     if store is not None and store.url.startswith("file://"):
         place = Path(store.url.removeprefix("file://"))
-        sizes[place] = (16 * shape.parameters + keep * checkpoint, f"the store {store.url}")
+        sizes[place] = (4 * models * shape.parameters + keep * checkpoint, f"the store {store.url}")
     return [
         f"{name} needs about {size / GIB:.1f} GiB for {shape.parameters:,} parameters, but its "
         f"disk has {free_disk(path) / GIB:.1f} GiB free; free some space, or use another disk "

@@ -94,8 +94,13 @@ def ways_to_fit(
     max_length: int = 512,
     device: Device = "cuda",
     quantization: str | None = None,
+    reward_models: int = 1,
 ) -> list[str]:
-    """Settings with which a stage fits into `available` bytes per rank, the mildest first."""
+    """Settings with which a stage fits into `available` bytes per rank, the mildest first.
+
+    Args:
+        reward_models: see `estimate`.
+    """
     quantization = quantization or getattr(settings, "quantization", None)
 
     def fits(
@@ -103,7 +108,7 @@ def ways_to_fit(
     ) -> bool:
         found = estimate(
             model_config, settings, place, stage, max_length=max_length, device=device,
-            quantization=quantization,
+            quantization=quantization, reward_models=reward_models,
         )  # fmt: skip
         return found.total <= available
 

@@ -70,6 +70,7 @@ def estimate(
     max_length: int = 512,
     device: Literal["cpu", "cuda"] = "cuda",
     quantization: str | None = None,
+    reward_models: int = 1,
 ) -> MemoryEstimate:
     """Memory that a stage needs on each rank at its peak, in bytes.
 
@@ -77,13 +78,14 @@ def estimate(
         model_config: the model's config.json.
         max_length: tokens of the longest sequence, prompt and reply together.
         quantization: of frozen weights, as model.quantization; default: a job's own.
+        reward_models: that score the rollouts of an online stage.
 
     Raises:
         KeyError: the config lacks a size that all language models have.
     """
     shape = read_shape(model_config)
     quantization = quantization or getattr(settings, "quantization", None)
-    plan = Plan(shape, settings, resources, device, quantization)
+    plan = Plan(shape, settings, resources, device, quantization, reward_models)
     job = job_class(stage)
     # Chosen and rejected reply are in one forward pass.
     rows = 2 if "preference" in job.roles().values() else 1

@@ -22,6 +22,7 @@ class Plan:
     resources: Resources
     device: str
     quantization: str | None
+    reward_models: int = 1  # that score the rollouts of an online stage
 
     @property
     def width(self) -> int:
@@ -115,14 +116,15 @@ class Plan:
         return int(_NF4 * layers) + self.frozen_width * (parameters - layers)
 
     def frozen_models(self, models: int) -> int:
-        """Reference and reward model; with trainable_layers and ddp they share the lower layers.
+        """Reference and reward models; with trainable_layers and ddp they share the lower layers.
 
         Args:
             models: that are trained: policy and critic.
         """
         shape, sharded = self.shape, self.resources.strategy == "fsdp2"
-        judges = getattr(self.settings, "wants_reward_model", True)
-        reward = shape.backbone_parameters if judges else 0
+        wanted = getattr(self.settings, "wants_reward_model", True)
+        judges = self.reward_models if wanted else 0
+        reward = judges * shape.backbone_parameters
         if self.settings.lora is not None:  # the reference is the policy without its adapters
             if sharded:
                 return self.width * reward // self.resources.ranks

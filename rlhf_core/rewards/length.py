@@ -1,4 +1,4 @@
-"""The length reward: how close a reply's length is to a target."""
+"""The length rewards: how close a reply's length is to a target, and a penalty for long ones."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ def length_score(text: str, target: float, width: float, unit: str) -> float:
     Args:
         target, width: in `unit`, "words" or "characters" (code points).
     """
-    length = len(text) if unit == "characters" else len(words(text))
-    distance = (length - target) / width
+    distance = (text_length(text, unit) - target) / width
     return 1.0 / (1.0 + distance * distance)
+
+
+def length_penalty(length: float, start: float, end: float) -> float:
+    """0 up to `start`, (start - length) / (end - start) up to `end`, then -1 (arXiv 2503.14476,
+    equation 13)."""
+    return -min(1.0, max(0.0, (length - start) / (end - start)))
+
+
+def text_length(text: str, unit: str) -> int:
+    """Length of a text in "words" or "characters" (code points)."""
+    return len(text) if unit == "characters" else len(words(text))

@@ -12,6 +12,7 @@ from rlhf_core.jobs.rewards import (
     AnswerReward,
     ForbiddenWordsReward,
     LanguageReward,
+    LengthPenaltyReward,
     LengthReward,
     ModelReward,
     MustEndReward,
@@ -25,7 +26,7 @@ from rlhf_core.jobs.rewards import (
 from rlhf_core.rewards.answer import Verdict, exact_match, has_number, numeric_match
 from rlhf_core.rewards.forbidden import forbidden_score
 from rlhf_core.rewards.function import user_function
-from rlhf_core.rewards.length import length_score
+from rlhf_core.rewards.length import length_penalty, length_score, text_length
 from rlhf_core.rewards.patterns import compile_pattern, extract, matches
 from rlhf_core.rewards.reasoning import reasoning_score
 from rlhf_core.rewards.repetition import repetition_score
@@ -41,6 +42,7 @@ class Batch:
     replies: list[str]
     rows: list[dict[str, Any]]
     finished: list[bool]
+    tokens: list[int] | None
 
 
 Scorer = Callable[[Batch], list[float]]
@@ -82,6 +84,7 @@ class Rules:
         replies: list[str],
         rows: list[dict[str, Any]],
         finished: list[bool],
+        tokens: list[int] | None = None,
     ) -> list[list[float]]:
         """The scores: one list per rule, with one finite number per sample.
 
@@ -90,6 +93,7 @@ class Rules:
             replies: N texts without special tokens.
             rows: N rows of the prompts data set; `answer` and `extra` may be missing or empty.
             finished: whether each reply ended with its end-of-turn token.
+            tokens: of each reply; may be None where no rule counts them.
 
         Raises:
             DataError: a row lacks what a rule needs.
@@ -98,7 +102,7 @@ class Rules:
         """
         count = len(replies)
         assert len(prompts) == len(rows) == len(finished) == count
-        batch = Batch(prompts, replies, rows, finished)
+        batch = Batch(prompts, replies, rows, finished, tokens)
         scores = [scorer(batch) for scorer in self._scorers]
         assert all(len(of_rule) == count for of_rule in scores)
         return scores
@@ -108,6 +112,8 @@ def _scorer(rule: Reward, seed: int, failures: Counter[str]) -> Scorer:
     match rule:
         case LengthReward():
             return _each(lambda text: length_score(text, rule.target, rule.width, rule.unit))
+        case LengthPenaltyReward():
+            return lambda batch: _length_penalty(rule, batch)
         case RegexReward():
             pattern = compile_pattern(rule.pattern, rule.ignore_case)
             return _each(lambda text: float(matches(pattern, text, rule.mode, failures)))
@@ -137,6 +143,15 @@ def _scorer(rule: Reward, seed: int, failures: Counter[str]) -> Scorer:
 
 def _each(score: Callable[[str], float]) -> Scorer:
     return lambda batch: [score(reply) for reply in batch.replies]
+
+
+def _length_penalty(rule: LengthPenaltyReward, batch: Batch) -> list[float]:
+    if rule.unit == "tokens":
+        assert batch.tokens is not None
+        lengths = batch.tokens
+    else:
+        lengths = [text_length(reply, rule.unit) for reply in batch.replies]
+    return [length_penalty(length, rule.start, rule.end) for length in lengths]
 
 
 def _must_end(rule: MustEndReward, batch: Batch) -> list[float]:

@@ -20,11 +20,12 @@ from rlhf_core.errors import DataError
 from rlhf_core.jobs import LabelJob
 from rlhf_core.judges.lexicon import get_judge
 from rlhf_core.model_files.remote_code import is_trusted
-from rlhf_core.models.loading import load_causal_lm, load_scalar_model
+from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.rollout.replies import Reply, fast_inference, inference_dtype, sample_replies
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.store import Artifact
+from rlhf_core.training.ensemble import load_ensemble
 from rlhf_core.training.scoring import score_sequences
 
 Row = dict[str, Any]
@@ -87,10 +88,8 @@ Labeller = Callable[[list[list[int]], list[Row], list[Reply]], list[float]]
 def make_labeller(job: LabelJob, context: StageContext, group: Group, tokenizer: Any) -> Labeller:
     """The labeller that the job names."""
     if job.labeller == "reward_model":
-        assert job.reward_model is not None
-        folder = context.store.fetch(job.reward_model)
-        reward = load_scalar_model(folder, inference_dtype(group.device)).requires_grad_(False)
-        reward.to(group.device)
+        reward = load_ensemble(job, context.store, inference_dtype(group.device), group.device)
+        assert reward is not None
         micro = job.resources.micro_batch_size
 
         def score(

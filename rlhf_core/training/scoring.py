@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from rlhf_core.nn.ensemble import RewardEnsemble
 from rlhf_core.nn.modules import ScalarModel
 from rlhf_core.nn.padding import rows_on
 from rlhf_core.runtime.distributed import Group
@@ -17,9 +18,12 @@ from rlhf_core.training.strategy import Strategy
 
 @torch.no_grad()
 def score_sequences(
-    module: nn.Module, sequences: Sequence[Sequence[int]], group: Group, micro: int
+    module: ScalarModel | RewardEnsemble,
+    sequences: Sequence[Sequence[int]],
+    group: Group,
+    micro: int,
 ) -> list[float]:
-    """Scores of sequences by a `ScalarModel`, in their order, computed by all ranks together.
+    """Scores of sequences, in their order, computed by all ranks together.
 
     Args:
         micro: sequences in one pass on one rank.

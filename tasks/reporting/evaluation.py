@@ -131,7 +131,8 @@ class Evaluation:
         model = self.data.get("reward_model") or {}
         if "accuracy" not in model:
             return ""
-        rows = [("reward model", model)]
+        members = model.get("members")
+        rows = [(f"reward model 1 of {members}" if members else "reward model", model)]
         baselines = model.get("baselines") or {}
         for key, label in (("length", "longer reply wins"), ("bag_of_words", "bag of words")):
             if isinstance(baselines.get(key), dict):

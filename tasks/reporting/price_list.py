@@ -32,6 +32,7 @@ GAINED = (
 )
 COST = (
     Row("KL to {start} (nats per reply)", "models", "kl", "mean"),
+    Row("reward models disagree (std)", "models", "disagreement", "mean", "disagreement"),
     Row("length (tokens)", "models", "length_mean", "number", "length"),
     Row("held-out loss (nats per token)", "heldout", "loss", "number", "loss"),
     Row("perplexity", "heldout", "perplexity", "number"),

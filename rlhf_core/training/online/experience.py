@@ -16,12 +16,14 @@ from torch import Tensor
 
 from rlhf_core.errors import TrainingFailure
 from rlhf_core.jobs import OnlineJob, VllmRollout
+from rlhf_core.nn.ensemble import combine_scores, disagreement
 from rlhf_core.rewards import Rules
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.training.online.batches import collate_responses, micro_batches, split_minibatches
 from rlhf_core.training.online.first_pass import FirstPass
 from rlhf_core.training.online.models import Models
 from rlhf_core.training.online.sampling import GlobalRollout
+from rlhf_core.training.online.scores import shape_scores, weighted_sum
 from rlhf_core.training.online.stage import OnlineStage
 
 
@@ -38,8 +40,9 @@ class Experience:
     values: Tensor | None  # (B,T) of PPO's critic before the rollout's updates
     components: dict[str, Tensor]  # name of a reward -> (B,), without its weight
     raw_scores: Tensor  # (B,) weighted sum of the components
-    scores: Tensor  # (B,) raw_scores less the penalty for a missing end of turn
+    scores: Tensor  # (B,) what is learned from, see `shape_scores`
     failures: dict[str, int]  # why a rule could not be applied -> replies
+    disagreement: Tensor | None  # (B,) of several reward models, see `nn.ensemble`
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class ModelOutputs(NamedTuple):
     """What the models say about one reply of T' tokens."""
 
     columns: list[Tensor]  # (T',) each: old logprobs, reference logprobs, with a critic values
-    score: float | None  # of the reward model, if there is one
+    scores: list[float]  # of each of the reward models; empty without one
 
 
 def score(
@@ -74,9 +77,9 @@ def score(
     first_pass = FirstPass(models.trunk, minibatches[0] if defer else ())
     outputs = run_models(stage, rollout, minibatches, first_pass)
     components, failures = score_by_rules(models, group, rollout)
+    members = torch.tensor([o.scores for o in outputs]).t()  # (k,B)
     if models.reward is not None:
-        components = {"model": torch.tensor([o.score for o in outputs]), **components}
-    raw_scores = sum(models.weights[name] * x.double() for name, x in components.items()).float()
+        components = {"model": combine_scores(members, job), **components}
     columns = zip(*(o.columns for o in outputs), strict=True)
     old_logprobs, ref_logprobs, *values = (pad_columns(c) for c in columns)  # (B,T) each
     experience = Experience(
@@ -87,10 +90,11 @@ def score(
         ref_logprobs=ref_logprobs,
         values=values[0] if values else None,
         components=components,
-        raw_scores=raw_scores,
+        raw_scores=weighted_sum(components, models.weights),
         # A reply that was cut is scored as it stands, less the penalty.
-        scores=raw_scores - job.missing_eos_penalty * (~rollout.finished).float(),
+        scores=shape_scores(job, components, models.weights, rollout.finished),
         failures=failures,
+        disagreement=disagreement(members) if len(members) > 1 else None,
     )
     if not first_pass.unfinished:
         assert_same_policy(job, experience)
@@ -125,7 +129,7 @@ def run_models(
                 old, values, _ = models.trained(*batch, job.temperature)  # (b,S)
             scores = None
             if models.reward is not None:
-                scores = models.reward(input_ids, mask, index)  # (b,)
+                scores = models.reward.each(input_ids, mask, index)  # (k,b)
         outputs = [old, ref] if values is None else [old, ref, values]
         found += by_reply(rollout, indices, outputs, scores)
     return strategy.group.in_order(found)
@@ -137,16 +141,15 @@ def by_reply(
     """What the models say about each reply of a micro-batch, by one copy from the device.
 
     Args:
-        outputs: (b,S) each. scores: (b,).
+        outputs: n of (b,S) each. scores: (k,b).
     """
-    planes = outputs if scores is None else [*outputs, scores.unsqueeze(1).expand_as(outputs[0])]
-    copied = torch.stack([plane.float() for plane in planes]).cpu()  # (k,b,S)
+    members = [] if scores is None else [s.unsqueeze(1).expand_as(outputs[0]) for s in scores]
+    copied = torch.stack([plane.float() for plane in [*outputs, *members]]).cpu()  # (n+k,b,S)
     found = []
     for row, index in enumerate(indices):
         response = slice(rollout.prompt_lengths[index], len(rollout.sequences[index]))
         columns = [plane[row, response].clone() for plane in copied[: len(outputs)]]
-        score = None if scores is None else float(copied[-1, row, 0])
-        found.append((index, ModelOutputs(columns, score)))
+        found.append((index, ModelOutputs(columns, copied[len(outputs) :, row, 0].tolist())))
     return found
 
 
@@ -174,6 +177,7 @@ def score_by_rules(
         [models.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies],
         [rollout.rows[i] for i in mine],
         [bool(rollout.finished[i]) for i in mine],
+        [len(ids) for ids in replies],
     )
     by_reply = group.interleave(list(zip(*by_rule, strict=True)))
     components = {

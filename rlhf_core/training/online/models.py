@@ -13,6 +13,7 @@ from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.jobs import ModelReward, OnlineJob
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm, load_scalar_model
+from rlhf_core.nn.ensemble import RewardEnsemble
 from rlhf_core.nn.layers import share_frozen
 from rlhf_core.nn.modules import Actor, ActorCritic, Policy, ScalarModel
 from rlhf_core.nn.padding import TokenIndex
@@ -49,7 +50,7 @@ class Models:
 
     trained: ActorCritic | Actor
     reference: Policy | AdapterOff
-    reward: ScalarModel | None  # None when all rewards are rules
+    reward: RewardEnsemble | None  # None when all rewards are rules
     rules: Rules
     weights: dict[str, float]  # of each reward, by name
     tokenizer: Any  # None on ranks that decode nothing
@@ -81,13 +82,13 @@ def load_models(
         reference = Policy(load_causal_lm(source, dtype, None, empty)).requires_grad_(False)
         frozen.append(strategy.place_frozen(reference))
         saved += 0 if strategy.sharded else share_frozen(trained, *frozen)
-    reward = None
-    if job.wants_reward_model:
-        assert job.reward_model is not None
-        folder = context.store.fetch(job.reward_model)
-        reward = load_scalar_model(folder, dtype, nf4, empty).requires_grad_(False)
-        frozen.append(strategy.place_frozen(reward))
+    members: list[ScalarModel] = []
+    for digest in job.reward_models if job.wants_reward_model else ():
+        folder = context.store.fetch(digest)
+        members.append(load_scalar_model(folder, dtype, nf4, empty).requires_grad_(False))
+        frozen.append(strategy.place_frozen(members[-1]))
         saved += 0 if strategy.sharded else share_frozen(trained, *frozen)
+    reward = RewardEnsemble(members, job) if members else None
     if saved:
         context.log(f"frozen layers shared between the models: {saved / 2**20:.0f} MiB saved")
     rules = Rules(job.rewards, job.seed)
@@ -114,7 +115,7 @@ def share_trunk(
     if isinstance(models.trained, ActorCritic):
         whole.append(models.trained.critic.backbone)
     if models.reward is not None:
-        whole.append(models.reward.backbone)
+        whole += [member.backbone for member in models.reward.members]
     trunk = find_trunk(whole)
     if trunk is not None:
         context.log(f"the lower {trunk.depth} layers run once for all {len(whole)} models")

@@ -16,6 +16,7 @@ from rlhf_core.models.saving import export
 from rlhf_core.training.online.collapse import Save, stop_if_collapsed
 from rlhf_core.training.online.experience import Experience, Targets, logprob_gap
 from rlhf_core.training.online.sampling import GlobalRollout
+from rlhf_core.training.online.scores import score_metrics
 from rlhf_core.training.online.stage import OnlineStage
 from rlhf_core.training.policy import save_policy
 
@@ -103,6 +104,7 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
         "score": float(experience.raw_scores.mean()),
         "reward": float(experience.scores.mean()),
         **{f"reward_{name}": float(x.mean()) for name, x in experience.components.items()},
+        **score_metrics(job, experience.components, experience.disagreement),
         **{f"failure_{name}": float(n) for name, n in experience.failures.items()},
         "kl": float((k1 * mask).sum() / len(mask)),
         "kl_k3": float((k3 * mask).sum() / len(mask)),

@@ -59,23 +59,31 @@ def data(stages, models):
 
 
 @pytest.fixture(scope="session")
-def random_reward(stages, models):
-    """Digest of a reward model with a random head: something to optimise, at no cost."""
+def random_rewards(stages, models):
+    """Digests of two reward models with random heads: something to optimise, at no cost."""
     from rlhf_core.models.loading import new_scalar_model
     from rlhf_core.models.saving import save_scalar_model
 
-    source, folder = stages.store.fetch(models["llama"]), stages.folder / "random-reward"
-    folder.mkdir()
-    save_scalar_model(new_scalar_model(source, 0), folder, source)
-    return stages.store.publish(folder, kind="reward_model").digest
+    source, digests = stages.store.fetch(models["llama"]), []
+    for seed in range(2):
+        folder = stages.folder / f"random-reward-{seed}"
+        folder.mkdir()
+        save_scalar_model(new_scalar_model(source, seed), folder, source)
+        digests.append(stages.store.publish(folder, kind="reward_model").digest)
+    return digests
+
+
+@pytest.fixture(scope="session")
+def random_reward(random_rewards):
+    return random_rewards[0]
 
 
 @pytest.fixture(scope="module")
-def run_plan(stages, models, data, random_reward, tmp_path_factory):
+def run_plan(stages, models, data, random_rewards, tmp_path_factory):
     """ranks, name -> job and what `online_ranks` is to do with it, see `run_plan_in`."""
     home = tmp_path_factory.mktemp("online")
-
-    return partial(run_plan_in, stages, home, {models["llama"], random_reward, *data.values()})
+    inputs = {models["llama"], *random_rewards, *data.values()}
+    return partial(run_plan_in, stages, home, inputs)
 
 
 @pytest.fixture

@@ -42,8 +42,8 @@ class Letters:
         self.weights = [rewards[0].weight]
         self.failures = Counter()
 
-    def score(self, prompts, replies, rows, finished):
-        assert len(prompts) == len(replies) == len(rows) == len(finished)
+    def score(self, prompts, replies, rows, finished, tokens):
+        assert len(prompts) == len(replies) == len(rows) == len(finished) == len(tokens)
         for prompt, row in zip(prompts, rows, strict=True):
             assert prompt == json.loads(row["prompt"])
             assert prompt[-1]["role"] == "user"

@@ -52,8 +52,14 @@ def collapsing(make, name, strategy="ddp", **settings):
     return make(name, **{"steps": 15, "collapse_window": 2, "place": place} | settings)
 
 
+def shaped(make, rewards, **place):
+    """Two reward models, whose scores are clipped and whitened; all models share lower layers."""
+    return make("rloo", ensemble=rewards[1:], combine="mean_minus_std", score_clip=0.5,
+                score_whiten=True, trainable_layers=1, place=place)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def one_rank(run_plan, make, data):
+def one_rank(run_plan, make, data, random_rewards):
     """Every variant that one rank runs, in one process."""
     jobs = {
         "grpo-updates": make("grpo", minibatches=2, epochs=2, steps=2),
@@ -68,6 +74,7 @@ def one_rank(run_plan, make, data):
     plan = {name: (job, {}) for name, job in jobs.items()}
     plan["ppo-rule"] = (make("ppo"), {"rule": True})
     plan["rloo-rule"] = (make("rloo"), {"rule": True})
+    plan["shaped"] = (shaped(make, random_rewards), {})
     for name in NEW:
         job = make(name, steps=4)
         plan[name] = (job, {})
@@ -85,11 +92,12 @@ def one_rank(run_plan, make, data):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(run_plan, make, data):
+def two_ranks(run_plan, make, data, random_rewards):
     kinds = {"grpo": "ddp", "rloo": "zero2", "reinforce_pp": "zero1"}
     plan = {n: (make(n, steps=4, place={"strategy": kinds[n]}), {}) for n in NEW}
     plan["grpo-ptx"] = (mixing(make, data, "grpo", place={"micro_batch_size": 2}), {})
     plan["rloo-rule"] = (make("rloo"), {"rule": True})
+    plan["shaped"] = (shaped(make, random_rewards, strategy="fsdp2"), {})
     plan["collapsed"] = (collapsing(make, "ppo", "fsdp2", max_kl=0.2, ppo_epochs=2), {})
     return run_plan(2, plan)
 
@@ -131,6 +139,17 @@ def test_micro_batches_do_not_change_what_is_learned(one_rank, name):
 @pytest.mark.parametrize("name", NEW)
 def test_two_ranks_train_as_one_does(one_rank, two_ranks, name):
     assert_same_course(one_rank[name], two_ranks[name])
+
+
+def test_two_ranks_combine_and_shape_scores_as_one_does(one_rank, two_ranks):
+    first, second = one_rank["shaped"], two_ranks["shaped"]
+    assert_same_course(first, second)
+    for name in ("reward_model", "reward_model_std", "score_clipped", "reward"):
+        np.testing.assert_allclose(column(first, name), column(second, name), atol=2e-3)
+    for line in first.metrics:
+        assert line["reward_model_std"] > 0 and 0 < line["score_clipped"] < 1
+        # whitened to mean 0, less 1 for each reply that was cut
+        assert line["reward"] == pytest.approx(line["finished"] - 1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", NEW)

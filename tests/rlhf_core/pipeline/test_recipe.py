@@ -20,6 +20,7 @@ def names(**settings):
         ({"stages": ("reward",)}, ["label", "reward"]),
         ({"stages": ("ppo",)}, ["ppo"]),
         ({"rounds": 2}, ["sft", "label", "reward", "ppo-1", "ppo-2"]),
+        ({"reward": {"members": 3}}, ["sft", "label", "reward-1", "reward-2", "reward-3", "ppo"]),
         ({"stages": ("sft", "dpo")}, ["sft", "label", "dpo"]),
         ({"stages": ("sft", "dpo"), "data": READY}, ["sft", "dpo"]),
         ({"stages": ("sft", "reward", "dpo"), "rounds": 2},
@@ -59,6 +60,7 @@ def test_only_the_data_that_a_stage_needs_is_prepared():
         ({"stages": ("sft", "ppo")}, ["ppo needs a reward model: put reward before ppo in stages, "
                                       "or set reward_model to an existing one"]),
         ({"stages": ("sft", "ppo"), "reward_model": "artifact:abcdef"}, []),
+        ({"stages": ("ppo",), "reward_model": ("artifact:abcdef", "judges/2")}, []),
         ({"reward_model": "artifact:abcdef"},
          ["stages has reward and reward_model is set too; leave one out"]),
         ({"stages": ("ppo", "reward")},
@@ -102,3 +104,13 @@ def test_finished_model_is_named_after_the_last_stage_that_made_one():
     assert recipe.policy_label(PipelineConfig()) == "PPO"
     assert recipe.policy_label(PipelineConfig(stages=("sft", "reward"))) == "SFT"
     assert recipe.display_name("ppo-2") == "PPO, round 2"
+    assert recipe.display_name("reward-2") == "reward model 2"
+
+
+def test_members_of_an_ensemble_have_roles_of_their_own():
+    config = PipelineConfig(reward={"members": 2})
+    roles = [step.result_role for step in recipe.steps(config)]
+    assert roles == ["model", "dataset", "reward_model", "reward_model-2", "model"]
+    assert recipe.reward_models(config) == 2
+    assert recipe.reward_models(PipelineConfig(reward_model=("a", "b", "c"), stages=("ppo",))) == 3
+    assert recipe.check_until(config, "reward") == recipe.check_until(config, "reward-2") == []

@@ -222,6 +222,21 @@ def test_rules_need_no_reward_model_and_shared_layers_are_held_once() -> None:
     )
 
 
+def test_each_member_of_an_ensemble_is_counted() -> None:
+    def frozen(members: int, **settings: object) -> int:
+        return estimate(
+            SMOL, PPOSettings(precision="fp32", **settings), Resources(), "ppo",
+            reward_models=members,
+        ).parts["reference and reward model"]  # fmt: skip
+
+    shape = read_shape(SMOL)
+    assert frozen(3) - frozen(1) == 2 * 4 * shape.backbone_parameters
+    rules = {"rewards": (SentimentReward(),)}
+    assert frozen(3, **rules) == frozen(1, **rules), "of no use to rules"
+    top = {"trainable_layers": 10}
+    assert frozen(3, **top) - frozen(1, **top) < frozen(3) - frozen(1), "lower layers are shared"
+
+
 def test_main_memory_of_all_ranks_together() -> None:
     def needs(strategy: str) -> tuple[float, float]:
         place = Resources(ranks=8, strategy=strategy)  # type: ignore[arg-type]

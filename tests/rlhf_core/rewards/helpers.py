@@ -16,8 +16,9 @@ def score(rule: Reward, *replies: str, finished: bool = True, **row: Any) -> lis
     count = len(replies)
     prompts = [[{"role": "user", "content": "Hi"}]] * count
     [scores] = Rules([rule], seed=0).score(
-        prompts, list(replies), [{"row": 7, **row}] * count, [finished] * count
-    )
+        prompts, list(replies), [{"row": 7, **row}] * count, [finished] * count,
+        [len(reply.split()) + finished for reply in replies],
+    )  # fmt: skip
     return scores
 
 

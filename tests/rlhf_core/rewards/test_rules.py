@@ -12,6 +12,7 @@ from rlhf_core.jobs.rewards import (
     AnswerReward,
     ForbiddenWordsReward,
     LanguageReward,
+    LengthPenaltyReward,
     LengthReward,
     ModelReward,
     MustEndReward,
@@ -46,6 +47,19 @@ def test_length_counts_words_of_any_script_or_characters():
 def test_length_still_tells_far_replies_apart():
     near, far = score(LengthReward(target=10, width=5), LONG, LONG * 2)
     assert near > far > 0
+
+
+@pytest.mark.parametrize(
+    ("unit", "replies"),
+    [
+        ("tokens", ["a b c", "a b c d", "a b c d e", "a b c d e f g", "a b c d e f g h i", ""]),
+        ("words", ["a b c d", "a b c d e", "a, b c d. e f", "a b c d e f g h", "好" * 10, ""]),
+        ("characters", ["abcd", "abc e", "abcdef", "😀" * 8, "x" * 10, ""]),
+    ],
+)
+def test_length_penalty_falls_from_start_to_end(unit, replies):
+    rule = LengthPenaltyReward(start=4, end=8, unit=unit)  # tokens: with the end of turn
+    assert score(rule, *replies) == [0.0, -0.25, -0.5, -1.0, -1.0, 0.0]
 
 
 def test_regex_searches_or_matches_the_whole():
@@ -214,6 +228,7 @@ def test_names_and_weights_are_those_of_the_rules():
         ({"type": "must_end", "end_of_turn": False}, "every reply would get 1"),
         ({"type": "must_end", "endings": [""]}, "with which every reply ends"),
         ({"type": "length", "target": 5, "width": 0}, "greater than 0"),
+        ({"type": "length_penalty", "start": 9, "end": 9}, "end is 9 and start 9; expected a gre"),
         ({"type": "python", "function": "my_rewards.brevity"}, "use package.module:function"),
         ({"type": "python", "function": "os:system('x')"}, "use package.module:function"),
     ],
