@@ -95,7 +95,8 @@ def _reward_model(config: PipelineConfig) -> Judge:
         return Judge(name, False, "was trained in this run, on the preferences that it follows")
     if labelled or any("reward_model" in roles for roles in uses):
         return Judge(name, False, "is what the model was trained on")
-    shared = families(config.reward_model or "") & families(config.model.source)
+    imported: set[str] = set().union(*map(families, recipe.imported_rewards(config)))
+    shared = imported & families(config.model.source)
     if shared:
         return Judge(name, False, f"is of the policy's family ({', '.join(sorted(shared))})")
     return Judge(name, True, "had no part in the training")
@@ -114,10 +115,9 @@ def _lexicon(config: PipelineConfig, judge: str) -> Judge:
 
 def _endpoint(config: PipelineConfig, model: str) -> Judge:
     name = f"the judge {model}"
-    others = {"policy": config.model.source if config.new_model is None else ""}
-    if config.reward_model is not None:
-        others["reward model"] = config.reward_model
-    for who, other in others.items():
+    others = [("policy", config.model.source if config.new_model is None else "")]
+    others += [("reward model", source) for source in recipe.imported_rewards(config)]
+    for who, other in others:
         if shared := families(model) & families(other):
             family = ", ".join(sorted(shared))
             return Judge(
