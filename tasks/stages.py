@@ -20,7 +20,6 @@ from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
 from rlhf_core.errors import GateFailed, PreflightError
 from rlhf_core.evaluation.harness.tasks import fingerprint as tasks_fingerprint
 from rlhf_core.jobs import (
-    CombineSettings,
     DataJob,
     EvaluateJob,
     ImportModelJob,
@@ -36,6 +35,7 @@ from rlhf_core.jobs import (
     TrainingStage,
     TrainSettings,
 )
+from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.model_files.source import fingerprint as model_fingerprint
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import reply_length

@@ -37,7 +37,6 @@ from rlhf_core.jobs.data import (
     ModelSettings,
     SampledPreferences,
 )
-from rlhf_core.jobs.ensemble import CombineSettings, EnsembleJob
 from rlhf_core.jobs.harness import LmEvalJob, LmEvalSettings
 from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
@@ -84,7 +83,6 @@ __all__ = [
     "LARGEST",
     "BaseJob",
     "BuiltinRollout",
-    "CombineSettings",
     "DPOJob",
     "DPOSettings",
     "DataConfig",
@@ -92,7 +90,6 @@ __all__ = [
     "DataSettings",
     "Digest",
     "EndpointJudgeSettings",
-    "EnsembleJob",
     "EvaluateJob",
     "EvaluateSettings",
     "Format",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_core.jobs import CombineSettings
+from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.nn.modules import ScalarModel
 from rlhf_core.nn.padding import TokenIndex
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlhf_core.jobs import CombineSettings, EvaluateJob, GRPOJob, PPOJob, RewardJob, RLOOJob
+from rlhf_core.jobs import EvaluateJob, GRPOJob, PPOJob, RewardJob, RLOOJob
+from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.nn.ensemble import combine_scores, disagreement
 from rlhf_core.training.online.scores import score_metrics, shape_scores, weighted_sum
 
