@@ -93,11 +93,7 @@ def pipeline(run: Run) -> Iterator[str]:
     """Run the stages one after another; yields the name of each when it is done."""
     artifacts = run.artifacts_by_role
     artifacts["base"] = artifacts["start"] = artifacts["model"] = stages.import_model(run).digest
-    given = recipe.imported_rewards(run.config)
-    for number, source in enumerate(given):
-        name = "reward-model" if len(given) == 1 else f"reward-model-{number + 1}"
-        found = stages.import_reward(run, source, artifacts["base"], name)
-        artifacts[recipe.member_role(number)] = found.digest
+    import_rewards(run)
     yield "model"
 
     data = stages.prepare_data(run, artifacts["base"])
@@ -155,6 +151,15 @@ def judged(run: Run, digest: str) -> Evaluation:
     if conclusion := shown.conclusion():
         run.verdict = conclusion.record()
     return shown
+
+
+def import_rewards(run: Run) -> None:
+    """Import the existing reward models that the run uses, if any."""
+    artifacts, given = run.artifacts_by_role, recipe.imported_rewards(run.config)
+    for number, source in enumerate(given):
+        name = "reward-model" if len(given) == 1 else f"reward-model-{number + 1}"
+        found = stages.import_reward(run, source, artifacts["base"], name)
+        artifacts[recipe.member_role(number)] = found.digest
 
 
 def evaluated(run: Run) -> str:
