@@ -96,11 +96,8 @@ def ways_to_fit(
     quantization: str | None = None,
     reward_models: int = 1,
 ) -> list[str]:
-    """Settings with which a stage fits into `available` bytes per rank, the mildest first.
-
-    Args:
-        reward_models: see `estimate`.
-    """
+    """Settings with which a stage fits into `available` bytes per rank, the mildest first; the
+    arguments are those of `estimate`."""
     quantization = quantization or getattr(settings, "quantization", None)
 
     def fits(
