@@ -39,6 +39,8 @@ def run_jobs(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> list[St
         began = time.monotonic()
         for name, artifact in _launch(run, stage, missing, log).items():
             results[name] = _note(run, name, jobs[name], artifact, False, elapsed(began), log)
+    for name in jobs:  # in their order, whichever were reused: the model card lists them
+        run.stages[name] = run.stages.pop(name)
     return [results[name] for name in jobs]
 
 
@@ -84,15 +86,17 @@ def _with_candidate(run: Run, jobs: Mapping[str, Job], error: JobFailed) -> JobF
 def _note(
     run: Run, name: str, job: Job, artifact: Artifact, reused: bool, took: float, log: Log
 ) -> StageResult:
+    work = run.store.stage_work(job.key())
+    work.pop("steps", None)
     metrics = artifact.metadata.get("metrics") or {}
     result = StageResult(
         stage=name, digest=artifact.digest, kind=artifact.kind, key=job.key(),
-        reused=reused, seconds=took, metrics=metrics,
+        reused=reused, seconds=took, work=work, metrics=metrics,
     )  # fmt: skip
     how = "reused" if reused else f"done in {seconds(took)}"
     log_event(
-        log, "done", name, f"{how}, {artifact.ref}  {headline(metrics)}".rstrip(),
-        reused=reused, seconds=took, ref=artifact.ref, metrics=metrics,
+        log, "done", name, f"{how}, {artifact.ref}  {headline(result.shown)}".rstrip(),
+        reused=reused, seconds=took, ref=artifact.ref, metrics=result.shown,
     )  # fmt: skip
     if reused:
         assets.reused(run.store, name, artifact)

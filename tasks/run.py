@@ -25,7 +25,13 @@ log = logging.getLogger("rlhf")
 
 
 class StageResult(BaseModel):
-    """The result of a stage: a small reference; the data are in the store."""
+    """The result of a stage: a small reference; the data are in the store.
+
+    Attributes:
+        seconds: that this run waited for it: for a place to run, for the work, or for the store.
+        work: what making it took, in whichever run, see `rlhf_core.runtime.work`; without the
+            steps. {} for what the orchestrator itself makes, and for results of older versions.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,7 +41,13 @@ class StageResult(BaseModel):
     key: str
     reused: bool
     seconds: float
+    work: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The metrics and the throughput."""
+        return self.metrics | self.work.get("throughput", {})
 
     @property
     def ref(self) -> str:

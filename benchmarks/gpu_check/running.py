@@ -21,9 +21,9 @@ from benchmarks.gpu_check.inputs import fresh
 from rlhf_core.jobs import Job
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.rank import fast_paths_as_set
+from rlhf_core.runtime.work import without_measurements
 from rlhf_core.store import Artifact
 
-TIMES = ("time", "seconds", "per_second")  # in the names of metrics that no two runs share
 _numbers = itertools.count()
 
 
@@ -58,7 +58,7 @@ class Ran:
             whole = self.metrics[step]
         elif self.artifact is not None:
             whole = self.artifact.metadata.get("metrics", {})
-        return {name: value for name, value in flat(whole) if not any(t in name for t in TIMES)}
+        return dict(flat(without_measurements(whole)))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

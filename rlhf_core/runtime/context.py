@@ -28,6 +28,7 @@ from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import Job
 from rlhf_core.runtime.stopping import stop
 from rlhf_core.runtime.uploads import retry_while_unavailable
+from rlhf_core.runtime.work import without_measurements, work
 from rlhf_core.store import Artifact, Store
 
 
@@ -42,6 +43,8 @@ class StageContext:
         rank, world_size, local_rank: of this process.
         store_timeout: seconds for which publishing retries while the store is unavailable.
         lowered: see Checkpointer.lowered; part of the result's metadata.
+        worked_before: seconds that earlier attempts worked up to the checkpoint that is resumed.
+        started: seconds since 1970.
         closing: what the stage has to close: before its result is published, or after it fails.
     """
 
@@ -53,7 +56,10 @@ class StageContext:
     local_rank: int = 0
     store_timeout: float = 900.0
     lowered: list[dict[str, Any]] = field(default_factory=list)
+    worked_before: float = 0.0
+    started: float = field(default_factory=time.time)
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
+    _began: float = field(default_factory=time.monotonic, repr=False)
     _writer: Any = field(default=None, repr=False)
     _wandb_run: Any = field(default=None, repr=False)
 
@@ -97,7 +103,8 @@ class StageContext:
         Args:
             step: finished steps, from 1.
             total: steps that the stage will take.
-            metrics: name -> number.
+            metrics: name -> number. Those that `work.is_measurement` tells stay out of the
+                artifact.
         """
         if not self.main:
             return
@@ -161,6 +168,11 @@ class StageContext:
             return []
         return [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line]
 
+    @property
+    def worked(self) -> float:
+        """Seconds of work on the result so far."""
+        return self.worked_before + time.monotonic() - self._began
+
     def publish(
         self,
         job: Job,
@@ -173,7 +185,7 @@ class StageContext:
         """Publish the stage's result and bind it to the stage key. Call on rank 0 only.
 
         The job and metrics.jsonl are stored with the artifact, so that the stage can be repeated
-        and its curves drawn later.
+        and its curves drawn later. Times and throughputs go to the stage's record, see `work`.
 
         Args:
             bind: False publishes an artifact that is not the stage's result.
@@ -184,8 +196,10 @@ class StageContext:
         stop.phase = "leaving"
         if self._writer:
             self._writer[0].flush()
-        if self.metrics_path.exists():
-            shutil.copy(self.metrics_path, folder / "metrics.jsonl")
+        lines = self.read_metrics()
+        if lines:
+            kept = [json.dumps(without_measurements(line)) + "\n" for line in lines]
+            (folder / "metrics.jsonl").write_text("".join(kept))
         described = {
             "algorithm": job.algorithm,
             "job": job.model_dump(mode="json"),
@@ -193,13 +207,18 @@ class StageContext:
             **({"learning_rate_lowered": self.lowered} if self.lowered else {}),
             **(metadata or {}),
         }
+        if "metrics" in described:
+            described["metrics"] = without_measurements(described["metrics"])
         made_of = list(job.inputs().values()) if parents is None else list(parents)
 
         def send() -> Artifact:
             artifact = self.store.publish(
                 folder, kind=kind or job.kind, metadata=described, parents=made_of
             )
-            return self.store.commit_stage(self.key, artifact) if bind else artifact
+            if not bind:
+                return artifact
+            made = work(self.started, time.time(), self.worked, self.world_size, lines)
+            return self.store.commit_stage(self.key, artifact, made)
 
         return retry_while_unavailable(send, "the result", self.store_timeout)
 

@@ -1,9 +1,10 @@
-"""Stage records: map a stage key to the artifact that is its result."""
+"""Stage records: map a stage key to the artifact that is its result, and to what making it took."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from rlhf_core.errors import ArtifactNotFound
 from rlhf_core.store.artifact import Artifact
@@ -45,11 +46,23 @@ def stage_result(
     return artifact
 
 
+def stage_work(backend: Backend, key: str) -> dict[str, Any]:
+    """See `Store.stage_work`."""
+    found = (read_record(backend, _path(key)) or {}).get("work")
+    return found if isinstance(found, dict) else {}
+
+
 def commit_stage(
-    backend: Backend, key: str, artifact: Artifact, read: Callable[[str, str], Artifact]
+    backend: Backend,
+    key: str,
+    artifact: Artifact,
+    work: Mapping[str, Any],
+    read: Callable[[str, str], Artifact],
 ) -> Artifact:
     """See `Store.commit_stage`."""
-    record = {"kind": artifact.kind, "digest": artifact.digest}
+    record: dict[str, Any] = {"kind": artifact.kind, "digest": artifact.digest}
+    if work:
+        record["work"] = dict(work)
     if write_record(backend, _path(key), record, create=True):
         return artifact
     winner = stage_result(backend, key, read)

@@ -277,9 +277,23 @@ class Store:
         """The complete result of a stage key; None if the stage must run."""
         return stages.stage_result(self._backend, key, self._read)
 
-    def commit_stage(self, key: str, artifact: Artifact) -> Artifact:
-        """Record an artifact as a stage's result; returns the winner's if another was faster."""
-        return stages.commit_stage(self._backend, key, artifact, self._read)
+    def commit_stage(
+        self, key: str, artifact: Artifact, work: Mapping[str, Any] | None = None
+    ) -> Artifact:
+        """Record an artifact as a stage's result; returns the winner's if another was faster.
+
+        Args:
+            work: what making it took, which `stage_work` returns; no part of the artifact.
+        """
+        return stages.commit_stage(self._backend, key, artifact, work or {}, self._read)
+
+    def stage_work(self, key: str) -> dict[str, Any]:
+        """What making a stage's result took, see `rlhf_core.runtime.work`; {} if that is not known.
+
+        Raises:
+            ArtifactCorrupt: the stage's record is not JSON.
+        """
+        return stages.stage_work(self._backend, key)
 
     # The store itself
 

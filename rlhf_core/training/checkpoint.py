@@ -101,7 +101,8 @@ class Checkpointer:
         save_file(
             {f"rank{i}": state for i, state in enumerate(generators)}, folder / "rng.safetensors"
         )
-        (folder / "state.json").write_text(json.dumps({"step": step, "counters": counters}))
+        state = {"step": step, "counters": counters, "worked": self.context.worked}
+        (folder / "state.json").write_text(json.dumps(state))
         if self.context.metrics_path.exists():
             shutil.copy(self.context.metrics_path, folder / "metrics.jsonl")
         self._uploads.put(folder, step)
@@ -147,6 +148,7 @@ class Checkpointer:
             self._fetch(folder, step)  # the first rank of every further machine
         group.barrier()
         state = json.loads((folder / "state.json").read_text())
+        self.context.worked_before = state.get("worked", 0.0)
         self.strategy.load_state(
             load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
         )

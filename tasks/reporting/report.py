@@ -109,7 +109,7 @@ def _stages(run: Run) -> str:
     rows = ["| stage | time | result | artifact |", "| --- | ---: | --- | --- |"]
     for name, result in run.stages.items():
         took = "reused" if result.reused else seconds(result.seconds)
-        shown = headline(result.metrics).replace("  ", ", ")
+        shown = headline(result.shown).replace("  ", ", ")
         if result.kind == "dataset" and (dropped := _dropped(result.metrics)):
             shown = f"{shown} ({dropped})" if shown else dropped
         rows.append(f"| {name} | {took} | {shown} | `{result.ref}` |")

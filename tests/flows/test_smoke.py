@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from rlhf_core.store import open_store
 from tasks.launchers.usage import rank_of
 from tests import forked
+from tests.rlhf_core.torchrun import run_ranks
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -53,7 +55,10 @@ class Pipeline:
         began = time.monotonic()
         start = self.fork if fork else self.start
         process = start("run", "--preset", "smoke", *sets(overrides))
-        out, err = process.communicate(timeout=timeout)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
         assert process.returncode == 0, out + err
         return self.newest(), time.monotonic() - began
 
@@ -114,6 +119,35 @@ def test_published_folder_opens_without_this_project(smoke):
     card = (folder / "README.md").read_text()
     assert "builtin:chatterbot" in card
     assert smoke.first["stages"]["ppo"]["digest"] in card
+
+
+def test_what_stages_took_is_kept_beside_their_results(smoke):
+    for name, stage in smoke.first["stages"].items():
+        if name == "publish":
+            continue
+        work = smoke.store.stage_work(stage["key"])
+        assert 0 < work["seconds"] < stage["seconds"] < smoke.seconds, name
+        assert work["started"] < work["ended"]
+        assert (work["gpus"], work["device"]) == (0, "cpu")
+        assert work["ranks"] == (1 if name.startswith(("model", "data")) else 2)
+        steps = work.pop("steps", None)
+        assert work == stage["work"], "the run's record has all but the steps"
+        if name in ("sft", "reward", "ppo"):
+            assert steps["step"] == [1, 2, 3] and steps["time"] == sorted(steps["time"])
+            assert min(work["throughput"].values()) > 0
+            assert work["throughput"].keys() | {"step", "time"} == steps.keys()
+
+
+def test_the_same_jobs_give_the_same_digests_in_an_empty_store(smoke, tmp_path):
+    run, store = Path(smoke.first["folder"]), open_store(str(tmp_path / "store"))
+    env = {"RLHF_STORE": store.url, "RLHF_HOME": str(tmp_path / "home")}
+    for name in (*BEFORE_PPO, "ppo", "evaluate"):
+        group, ranks = ("data", 1) if name.startswith("data") else ("", 1 if name == "model" else 2)
+        (tmp_path / name).mkdir()
+        job = shutil.copy(run / group / name / "job.json", tmp_path / name)
+        run_ranks(ranks, "rlhf_core.__main__", str(job), env=env)
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert result["artifact"] == smoke.first["stages"][name]["digest"], name
 
 
 def test_second_run_trains_nothing(smoke):

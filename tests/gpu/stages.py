@@ -56,7 +56,9 @@ class Runner:
 
 def without_times(line: dict[str, Any]) -> dict[str, Any]:
     """What two runs must agree on; accuracies count what may differ by rounding alone."""
-    return {k: v for k, v in line.items() if k != "time" and "second" not in k and k != "accuracy"}
+    from rlhf_core.runtime.work import without_measurements
+
+    return {k: v for k, v in without_measurements(line).items() if k != "accuracy"}
 
 
 def start(folder: Path) -> tuple[Runner, Any]:

@@ -28,7 +28,12 @@ class FakeLauncher:
         outcomes = []
         for job in launch.jobs.values():
             artifact = self.store.publish_derived(kind=job.kind, files={"x": job.key().encode()})
-            self.store.commit_stage(job.key(), artifact)
+            work = {
+                "seconds": 3.0,
+                "throughput": {"tokens_per_second": 7.0},
+                "steps": {"step": [1]},
+            }
+            self.store.commit_stage(job.key(), artifact, work)
             outcomes.append(Outcome(artifact.digest, artifact.kind, job.key()))
         return outcomes
 
@@ -59,6 +64,15 @@ def test_stage_in_the_store_is_not_launched_again(start):
     assert len(launcher.launches) == 1
 
 
+def test_work_is_that_of_the_run_that_made_the_result(start):
+    run, _ = start()
+    for _ in range(2):
+        [result] = execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+        assert result.work == {"seconds": 3.0, "throughput": {"tokens_per_second": 7.0}}
+        assert result.metrics == {} and result.shown == {"tokens_per_second": 7.0}
+    assert run.store.read_record(run.record_path)["stages"]["sft"]["work"]["seconds"] == 3.0
+
+
 def test_placement_does_not_count(start):
     run, launcher = start()
     execute.run_jobs(run, "sft", {"sft": job(ranks=2)}, LOG)
@@ -73,6 +87,7 @@ def test_only_missing_jobs_of_a_group_are_launched(start):
     results = execute.run_jobs(run, "models", jobs, LOG)
     assert [r.stage for r in results] == ["m0", "m1", "m2"]
     assert [r.reused for r in results] == [False, True, False]
+    assert list(run.stages) == ["m0", "m1", "m2"], "or model cards would depend on what was reused"
     assert list(launcher.launches[1].jobs.values()) == [jobs["m0"], jobs["m2"]]
 
 

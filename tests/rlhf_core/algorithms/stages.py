@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from rlhf_core.jobs import BaseJob
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.rank import fast_paths_as_set
+from rlhf_core.runtime.work import without_measurements
 from rlhf_core.store import Artifact, Store, open_store
 from tests.rlhf_core.torchrun import run_ranks
-
-TIMES = ("time", "rollout_seconds", "tokens_per_second")
 
 
 class Stages:
@@ -44,13 +43,12 @@ class Stages:
         return [self.result(f) for f in folders]
 
     def run_here(self, job: BaseJob, key: str) -> tuple[dict[str, str], list[dict]]:
-        """Train in this process, under a key of its own: weight hashes, and metrics but for times.
+        """Train in this process, under a key of its own: weight hashes and metrics.
 
         Monkeypatches of the training code count.
         """
         artifact = self.train_here(job, key)
-        lines = [{k: v for k, v in m.items() if k not in TIMES} for m in self.metrics(artifact)]
-        return weight_hashes(artifact), lines
+        return weight_hashes(artifact), self.metrics(artifact)
 
     def train_here(self, job: BaseJob, key: str, *, resume: bool = False) -> Artifact:
         """The result of a job in this process, under a key of its own."""
@@ -90,7 +88,8 @@ class Run:
 
     @property
     def metrics(self):
-        return [json.loads(x) for x in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [without_measurements(json.loads(line)) for line in lines]
 
     @property
     def said(self):

@@ -13,7 +13,7 @@ from rlhf_core.jobs import (
     RewardJob,
     SFTJob,
 )
-from tests.rlhf_core.algorithms.stages import TIMES, weight_hashes
+from tests.rlhf_core.algorithms.stages import weight_hashes
 
 pytestmark = pytest.mark.slow
 
@@ -29,8 +29,7 @@ VARIANTS = {
     "grpo": {"kl_coef": 0.1, "minibatches": 2},
     "grpo-adapters": {"lora": LoRA(rank=2, alpha=8), "learning_rate": 1e-2, "kl_coef": 0.1},
 }
-# Not the same by rounding: times, and on which side of 0 a log-ratio of nearly 0 is.
-UNSTEADY = (*TIMES, "pairs_per_second", "accuracy")
+UNSTEADY = "accuracy"  # not the same by rounding: on which side of 0 a log-ratio of nearly 0 is
 CHECKPOINTED = ("sft-adapters", "reward", "grpo")
 NAMES = tuple(VARIANTS)
 
@@ -97,7 +96,7 @@ def assert_same(run, plain, rtol, atol=1e-4):
     for line, other in zip(run.metrics, plain.metrics, strict=True):
         assert line.keys() == other.keys()
         for name, value in other.items():
-            if name not in UNSTEADY:
+            if name != UNSTEADY:
                 np.testing.assert_allclose(line[name], value, rtol, atol, err_msg=name)
 
 
@@ -140,10 +139,10 @@ def test_rollout_by_layer_samples_what_a_gathered_policy_does(two):
 
 
 @pytest.mark.parametrize("name", ("sft", "ppo"))
-def test_resumed_run_ends_in_the_same_bytes(two, name):
+def test_resumed_run_ends_in_the_same_artifact(two, name):
     whole, half, rest = (two[f"{name}{part}"] for part in ("", "-half", "-rest"))
     assert "the checkpoint after step 2" in half.said
-    assert weight_hashes(whole.artifact) == weight_hashes(rest.artifact)
+    assert whole.artifact.digest == rest.artifact.digest
 
 
 def test_checkpoint_goes_on_under_another_strategy(two, plain):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from rlhf_core.jobs import DPOJob, KTOJob, LoRA, ORPOJob, Resources, SimPOJob
-from tests.rlhf_core.algorithms.stages import weight_hashes
 from tests.rlhf_core.torchrun import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -167,14 +166,9 @@ def test_two_ranks_train_as_one_does(stages, one_rank, two_ranks, algorithm, str
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_cut_off_and_started_again_ends_in_the_same_bytes(stages, one_rank, algorithm):
     whole, cut = one_rank[algorithm], one_rank[f"{algorithm}-cut"]
-    assert weight_hashes(cut) == weight_hashes(whole)
+    assert cut.files == whole.files, "the weights, and the metrics of every step"
     assert cut.metadata["metrics"] == whole.metadata["metrics"]
-    passing = ("time", "tokens_per_second")
-    lines = [
-        [{k: v for k, v in m.items() if k not in passing} for m in stages.metrics(artifact)]
-        for artifact in (cut, whole)
-    ]
-    assert lines[0] == lines[1] and len(lines[0]) == STEPS
+    assert len(stages.metrics(whole)) == STEPS
 
 
 def test_top_layers_leave_the_lower_ones_untouched(stages, models, one_rank):

@@ -134,16 +134,19 @@ def test_stage_result_is_none_until_committed_and_when_files_are_lost(
 ) -> None:
     assert store.stage_result("key") is None
     artifact = store.publish(folder, kind="model")
-    assert store.commit_stage("key", artifact) == artifact
+    assert store.stage_work("key") == {}
+    assert store.commit_stage("key", artifact, {"seconds": 2.5}) == artifact
     assert store.stage_result("key") == artifact
 
     other = store.publish(folder, kind="model", metadata={"second": True})
-    assert store.commit_stage("key", other) == artifact
+    assert store.commit_stage("key", other, {"seconds": 9.0}) == artifact
+    assert store.stage_work("key") == {"seconds": 2.5}, "of the winner"
 
     store.delete(artifact.digest)
     assert store.stage_result("key") is None
     assert store.commit_stage("key", other) == other
     assert store.stage_result("key") == other
+    assert store.stage_work("key") == {}
     store._backend.delete(blobs(store)[0])
     assert store.stage_result("key") is None
 
