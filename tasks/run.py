@@ -47,7 +47,7 @@ class StageResult(BaseModel):
     @property
     def shown(self) -> dict[str, Any]:
         """The metrics and the throughput."""
-        return self.metrics | self.work.get("throughput", {})
+        return {**self.metrics, **self.work.get("throughput", {})}
 
     @property
     def ref(self) -> str:
