@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
+from rlhf_core.data.rows.columns import Rules
 from rlhf_core.data.rows.detect import find_format
-from rlhf_core.data.rows.formats import check_purpose, normalise
+from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import SKIP_HINT, BadRow
 from rlhf_core.data.sources.hub import hub_problem
 from rlhf_core.data.sources.kind import source_kind
@@ -31,14 +33,13 @@ def check_source(
         if source_kind(settings.source) == "hub" and (problem := hub_problem(settings)):
             return [problem]
         rows, format = find_format(rows, settings, purpose)
-        if purpose is not None:
-            check_purpose(format, purpose)
+        rules = Rules.of(settings, purpose or "prompts", Counter())
         good, bad = 0, ""
         for raw in itertools.islice(rows, ROWS_CHECKED):
             if raw.dropped:
                 continue
             try:
-                normalise(raw.columns(settings.columns), format, purpose or "prompts")
+                normalise(raw.columns(settings.columns), format, rules.purpose, rules)
                 good += 1
             except BadRow as error:
                 bad = bad or f"{raw.where()}: {error.message}."

@@ -30,7 +30,6 @@ from rlhf_core.data.encoding.encode import (
 from rlhf_core.data.overlap.within import SplitOverlap
 from rlhf_core.data.parallel import ordered_map
 from rlhf_core.data.rows.detect import find_format
-from rlhf_core.data.rows.formats import check_purpose
 from rlhf_core.data.rows.row import SKIP_HINT, RawRow
 from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import DataError
@@ -75,12 +74,11 @@ def prepare(
     rows, format = find_format(
         open_rows(data_settings(job), store, job.fingerprint, left_out), job, job.purpose
     )
-    check_purpose(format, job.purpose)
     card = DataCard(
         purpose=job.purpose,
         source=job.source,
         format=format,
-        settings=data_settings(job).model_dump(mode="json") | {"seed": job.seed},
+        settings=_shown_settings(job),
         left_out=left_out,
         tokenizer={"tokens": len(tokenizer), "end_of_turn": end[0], "end_of_turn_id": end[1]},
     )
@@ -104,6 +102,14 @@ def prepare(
         return writer.finish(card)
     finally:
         writer.clean()
+
+
+def _shown_settings(job: DataJob) -> dict[str, Any]:
+    """The settings in the data card, with the seed; an empty `ignore_columns` is left out."""
+    settings = data_settings(job).model_dump(mode="json") | {"seed": job.seed}
+    if not job.ignore_columns:  # keeps the bytes of cards from before there was this setting
+        del settings["ignore_columns"]
+    return settings
 
 
 def data_settings(job: DataJob) -> DataSettings:

@@ -25,8 +25,8 @@ Strategy = Literal["ddp", "zero1", "zero2", "zero2_cpu", "fsdp2"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Quantization = Literal["nf4"]
 Format = Literal[
-    "auto", "alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference", "unpaired",
-    "prompt", "text",
+    "auto", "alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference",
+    "implicit_prompt", "unpaired", "prompt", "text",
 ]  # fmt: skip
 Purpose = Literal["sft", "preference", "unpaired", "prompts", "pretrain"]
 

@@ -57,6 +57,9 @@ class DataSettings(Settings):
     """Column names: the name that the format expects -> the name in the file. Name more columns
     here to keep them: answer (text or number) and extra (JSON) of prompts, for rewards; margin (a
     number) of preference pairs, for reward.margin_coef."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns, and keys inside messages, to leave unread although they may change what a row means
+    (images, tools, weight, history ...). Without this setting such rows are refused."""
     subset: str | None = None
     """Configuration of a hub dataset, or language of the built-in set (english, chinese)."""
     split: str = "train"
@@ -165,7 +168,7 @@ class DataJob(DataSettings, BaseJob):
 
     module: ClassVar[str] = "rlhf_core.stages.prepare_data"
     kind: ClassVar[str] = "dataset"
-    version: ClassVar[int] = 2  # templates of reasoning models
+    version: ClassVar[int] = 3  # templates of reasoning models; all columns, whole histories
     torchrun: ClassVar[bool] = False
 
     algorithm: Literal["data"] = "data"
@@ -180,6 +183,13 @@ class DataJob(DataSettings, BaseJob):
     def current_version(self) -> int:
         """One more for pretraining, where long documents are cut instead of dropped."""
         return self.version + (self.purpose == "pretrain")
+
+    def key_settings(self) -> dict[str, Any]:
+        """The settings in the key; an empty `ignore_columns` is left out."""
+        settings = super().key_settings()
+        if not self.ignore_columns:
+            del settings["ignore_columns"]
+        return settings
 
 
 class LabelJob(SampledPreferences, EnsembleJob):

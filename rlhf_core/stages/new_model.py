@@ -12,13 +12,15 @@ unknown to it), ChatML as chat template, and generation settings that end at eit
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rlhf_core.data.dataset.split import first_prompt, is_heldout
 from rlhf_core.data.fingerprint import fingerprint
+from rlhf_core.data.rows.columns import Rules
 from rlhf_core.data.rows.detect import find_format
-from rlhf_core.data.rows.formats import check_purpose, normalise
+from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import SKIP_HINT, BadRow
 from rlhf_core.data.sources.kind import source_kind
 from rlhf_core.data.sources.open import open_rows
@@ -84,15 +86,15 @@ def texts(settings: DataSettings) -> Iterator[str]:
     Raises:
         DataError: the source or a row cannot be used (see `on_bad_row`), or nothing is left.
     """
-    rows, format = find_format(open_rows(settings), settings)
-    check_purpose(format, "pretrain")
+    rows, format = find_format(open_rows(settings), settings, "pretrain")
+    rules = Rules.of(settings, "pretrain", Counter())
     read = used = 0
     for raw in rows:
         read += 1
         if raw.dropped:
             continue
         try:
-            example = normalise(raw.columns(settings.columns), format, "pretrain")
+            example = normalise(raw.columns(settings.columns), format, "pretrain", rules)
         except BadRow as bad:
             if settings.on_bad_row == "error":
                 raise DataError(f"{raw.where()}: {bad.message}. {SKIP_HINT}") from None

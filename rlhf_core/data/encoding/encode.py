@@ -15,6 +15,7 @@ from rlhf_core.data.dataset.split import is_heldout_hash, prompt_hash
 from rlhf_core.data.encoding import templates
 from rlhf_core.data.encoding.render import Rendered, render_example
 from rlhf_core.data.overlap import ngrams
+from rlhf_core.data.rows.columns import Rules
 from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import BadRow, RawRow
 from rlhf_core.jobs import DataSettings, Format, Purpose
@@ -69,6 +70,7 @@ def encode_batch(plan: Plan, tokenizer: Any, rows_in: Sequence[RawRow]) -> Encod
         ModelError: the chat template cannot be used.
     """
     batch = EncodedBatch()
+    rules = Rules.of(plan.settings, plan.purpose, batch.notes)
     texts: list[tuple[RawRow, Rendered]] = []
     for raw in rows_in:
         batch.read += 1
@@ -77,7 +79,7 @@ def encode_batch(plan: Plan, tokenizer: Any, rows_in: Sequence[RawRow]) -> Encod
             continue
         try:
             row = raw.columns(plan.settings.columns)
-            example = normalise(row, plan.format, plan.purpose)
+            example = normalise(row, plan.format, plan.purpose, rules)
             if plan.purpose == "preference" and example.chosen == example.rejected:
                 batch.dropped["identical_replies"] += 1
                 continue
@@ -257,4 +259,6 @@ def _text_hash(purpose: Purpose, text: Rendered) -> int:
         parts += text.replies
     if purpose == "unpaired":
         parts.append(str(text.columns["label"]))
+    if text.flags:  # with other replies in the loss it is another row
+        parts.append(str(text.flags))
     return _hash(json.dumps(parts))

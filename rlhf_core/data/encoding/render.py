@@ -11,6 +11,7 @@ from rlhf_core.data.dataset.schema import dump_messages
 from rlhf_core.data.dataset.split import first_prompt
 from rlhf_core.data.encoding import templates
 from rlhf_core.data.rows.formats import Example
+from rlhf_core.data.rows.messages import Untrained, untrained
 from rlhf_core.data.rows.row import BadRow, Message
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import Purpose
@@ -25,6 +26,7 @@ class Rendered:
         prompt: text of the prompt, for the split.
         replies: the rendered replies after the prompt, for pairs and labelled replies.
         bos_eos: ids for plain text, -1 for a missing one; None: the template writes its own.
+        flags: whether each reply is trained on; empty: all are.
     """
 
     segments: list[templates.Segment]
@@ -32,6 +34,7 @@ class Rendered:
     prompt: str
     replies: tuple[str, ...] = ()
     bos_eos: tuple[int, int] | None = None
+    flags: tuple[bool, ...] = ()
 
 
 def render_example(
@@ -73,7 +76,7 @@ def render_example(
                 text.columns["reference"] = None
             return [text]
         if replies:
-            messages = [*messages, {"role": "assistant", "content": replies[0]}]
+            messages = [*untrained(messages), {"role": "assistant", "content": replies[0]}]
         return _render_conversation(tokenizer, messages, prompt, purpose, notes)
     except DataError as error:
         raise BadRow("template", str(error)) from None
@@ -101,26 +104,50 @@ def _render_conversation(
         notes["turns after the last reply left out"] += 1
         while messages[-1]["role"] != "assistant":
             messages = messages[:-1]
-    parts = templates.render(tokenizer, messages)
+    trained = [not isinstance(m, Untrained) for m in messages if m["role"] == "assistant"]
+    parts = _render_trained(tokenizer, messages, [True] if purpose == "pretrain" else trained)
     if purpose == "pretrain":  # the whole conversation, which ends with its last reply
         parts = [[templates.Segment(segment.text, True) for segment in parts[-1]]]
     if len(parts) > 1:
         notes[
             "split into a row for each reply, as the chat template writes past ones otherwise"
         ] += 1
-    return [Rendered(segments, {"prompt": prompt}, prompt) for segments in parts]
+    flags = () if purpose == "pretrain" or all(trained) else tuple(trained)
+    return [Rendered(segments, {"prompt": prompt}, prompt, flags=flags) for segments in parts]
+
+
+def _render_trained(
+    tokenizer: Any, messages: list[Message], trained: Sequence[bool]
+) -> list[list[templates.Segment]]:
+    """As `templates.render`, with the loss on some replies only: ``trained`` has a flag for each.
+
+    Raises:
+        BadRow: none is trained on. Also as `templates.render`.
+    """
+    if all(trained):
+        return templates.render(tokenizer, messages)
+    if not any(trained):
+        raise BadRow("nothing_to_train", "each reply has the weight 0: nothing is trained on")
+    if not any(trained[:-1]):
+        return [templates.render_reply(tokenizer, messages)]
+    parts = templates.render(tokenizer, messages)
+    if len(parts) > 1:
+        return [segments for segments, flag in zip(parts, trained, strict=True) if flag]
+    left = iter(trained)
+    return [[templates.Segment(s.text, s.in_loss and next(left)) for s in parts[0]]]
 
 
 def _render_prompt(
     tokenizer: Any, messages: list[Message], replies: Sequence[str], prompt: str
 ) -> Rendered:
-    """The messages before the first reply; that reply becomes the column `reference`."""
+    """All messages up to the last turn of the user; the reply to it becomes `reference`."""
     reference = replies[0] if replies else None
     if not replies:
-        first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
-        if first is not None:
-            reference = messages[first]["content"]
-            messages = messages[:first]
+        last = max(i for i, m in enumerate(messages) if m["role"] == "user")
+        end = next((i for i in range(last, len(messages)) if messages[i]["role"] == "assistant"),
+                   len(messages))  # fmt: skip
+        reference = messages[end]["content"] if end < len(messages) else None
+        messages = messages[:end]
     columns = {"prompt": dump_messages(messages), "reference": reference}
     return Rendered(templates.render_prompt(tokenizer, messages), columns, prompt)
 

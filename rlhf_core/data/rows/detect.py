@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from typing import Any
 
+from rlhf_core.data.dataset.carried import CARRIED
+from rlhf_core.data.rows.formats import check_purpose
 from rlhf_core.data.rows.labels import is_label
+from rlhf_core.data.rows.layout import (
+    CONVERSATION,
+    FORMAT_COLUMNS,
+    LABEL,
+    PROMPT,
+    REPLY,
+    check_columns,
+    first_of,
+)
+from rlhf_core.data.rows.messages import is_transcript
 from rlhf_core.data.rows.row import SKIP_HINT, BadRow, RawRow, names
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings, Format, Purpose
+
+# Other names of the columns, as found in public data sets; only for advice.
+_PROMPTS = (
+    "prompt", "question", "query", "problem", "instruction", "input", "user", "human",
+    "context_messages", "task", "post", "text",
+)  # fmt: skip
+_REPLIES = (
+    "completion", "response", "output", "answer", "solution", "reply", "assistant", "gpt", "target",
+    "summary",
+)  # fmt: skip
+_PAIRS = (
+    ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_j", "response_k"),
+    ("response_chosen", "response_rejected"), ("better", "worse"), ("win", "lose"),
+    ("accepted", "rejected"), ("preferred", "dispreferred"), ("positive", "negative"),
+)  # fmt: skip
 
 
 def find_format(
@@ -28,17 +56,29 @@ def find_format(
         seen.append(raw)
         if raw.dropped:
             continue
-        if settings.format != "auto":
-            return itertools.chain(seen, rows), settings.format
-        try:
-            return itertools.chain(seen, rows), detect_format(
-                raw.columns(settings.columns), purpose
-            )
-        except BadRow as bad:
-            readable = bad.reason in ("unknown_format", "missing_column", "not_an_object")
-            if readable or settings.on_bad_row == "error":
-                hint = "" if readable else f" {SKIP_HINT}"
-                raise DataError(f"{raw.where()}: {bad.message}.{hint}") from None
+        format = settings.format
+        if format == "auto":
+            try:
+                row = {
+                    name: value
+                    for name, value in raw.columns(settings.columns).items()
+                    if name not in settings.ignore_columns
+                }
+                format = detect_format(row, purpose)
+                if purpose is not None:
+                    found = f"{raw.where()} has {names(row)}. {advice(frozenset(row), purpose)}"
+                    check_purpose(format, purpose, found)
+            except BadRow as bad:
+                readable = bad.reason in ("unknown_format", "missing_column", "not_an_object")
+                if readable or settings.on_bad_row == "error":
+                    hint = "" if readable else f" {SKIP_HINT}"
+                    raise DataError(f"{raw.where()}: {bad.message}.{hint}") from None
+                continue
+        elif purpose is not None:
+            check_purpose(format, purpose)
+        further = CARRIED.get(purpose, ()) if purpose else sum(CARRIED.values(), ())
+        check_columns(format, settings.columns, further)
+        return itertools.chain(seen, rows), format
     if seen:
         raise DataError(
             f"{settings.source}: none of its {len(seen):,} rows can be read; the last one "
@@ -57,33 +97,102 @@ def detect_format(row: dict[str, Any], purpose: Purpose | None = None) -> Format
     Raises:
         BadRow: the columns match no format.
     """
-    has = row.keys()
+    has = frozenset(row)
     if {"chosen", "rejected"} <= has:
-        transcript = isinstance(row["chosen"], str) and "\n\nHuman:" in row["chosen"]
-        if "prompt" in has or not transcript:
-            return "preference"
-        return "hh"
-    if "messages" in has:
-        return "messages"
-    if "conversations" in has:
-        return "sharegpt"
+        return _pair_format(row, has)
+    conversation = first_of(CONVERSATION, has)
+    label = first_of(LABEL, has)
+    labelled = label and (purpose == "unpaired" or is_label(row[label]))
+    if conversation:
+        talk: Format = "sharegpt" if conversation == "conversations" else "messages"
+        return "unpaired" if labelled else talk
+    prompt, reply = first_of(PROMPT, has), first_of(REPLY, has)
+    if reply and ("instruction" in has or prompt):
+        single: Format = "alpaca" if "instruction" in has else "prompt_completion"
+        return "unpaired" if labelled else single
+    if known := _known_but_unread(row):
+        raise BadRow("unknown_format", known)
     if "instruction" in has:
         return "alpaca"
-    if {"prompt", "completion"} <= has:
-        labelled = "label" in has and (purpose == "unpaired" or is_label(row["label"]))
-        return "unpaired" if labelled else "prompt_completion"
-    if "prompt" in has:
+    if prompt == "input" and purpose != "prompts" and isinstance(row["input"], list):
+        return "messages"
+    if prompt:
         return "prompt"
     if "text" in has:
         return "text"
+    columns = ", ".join(f"{name} {text}" for name, text in FORMAT_COLUMNS.items())
     raise BadRow(
         "unknown_format",
-        f"no format has the columns {names(row)}. The formats are alpaca (instruction, input, "
-        "output), messages, sharegpt (conversations), prompt_completion (prompt, completion), hh "
-        "(chosen, rejected), preference (prompt, chosen, rejected), unpaired (prompt, completion, "
-        "label), prompt and text; rename columns with the setting columns, for example "
+        f"no format has the columns {names(row)}. {advice(has, purpose)}The formats are {columns}; "
+        "rename columns with the setting columns, for example "
         '{"prompt": "question", "completion": "answer"}',
     )
+
+
+def _known_but_unread(row: dict[str, Any]) -> str:
+    """What to do with a known layout that no format reads; "" for other rows."""
+    if {"prompt", "completions", "labels"} <= row.keys():
+        return (
+            "columns prompt, completions and labels are stepwise supervision, which is not "
+            "supported: join the steps to one completion with one label, for format unpaired"
+        )
+    tree = row.get("prompt")
+    if isinstance(tree, dict) and "replies" in tree:
+        return (
+            "column 'prompt' holds a tree of messages, as Open Assistant exports them: write each "
+            "path from the first message to a reply as one row with the column messages "
+            "({role, content}), or two replies to the same path as prompt, chosen and rejected"
+        )
+    if "instruction" in row and isinstance(row.get("instances"), list):
+        return (
+            "column 'instances' holds several inputs and outputs of one instruction, as in "
+            "Self-Instruct: write each instance as one row with the columns instruction, input "
+            "and output"
+        )
+    return ""
+
+
+def _pair_format(row: dict[str, Any], has: frozenset[str]) -> Format:
+    """The format of a row with the columns chosen and rejected.
+
+    Raises:
+        BadRow: they are texts, and nothing says what the prompt is.
+    """
+    if is_transcript(row["chosen"]) and is_transcript(row["rejected"]):
+        return "hh"
+    if "instruction" in has or first_of((*PROMPT, *CONVERSATION), has):
+        return "preference"
+    if not isinstance(row["chosen"], str) or not isinstance(row["rejected"], str):
+        return "preference"
+    if "\n\nHuman:" in row["chosen"]:
+        return "hh"
+    raise BadRow(
+        "unknown_format",
+        f"chosen and rejected are texts without a column 'prompt'; the row has {names(row)}. "
+        f"{advice(has, 'preference')}If both texts begin with the prompt, set format: "
+        "implicit_prompt, which reads the beginning that they share as the prompt",
+    )
+
+
+def advice(has: frozenset[str], purpose: Purpose | None) -> str:
+    """The setting `columns` that may fit a row with these columns; "" if none does."""
+    wanted: dict[str, str] = {}
+    prompt = first_of(_PROMPTS, has)
+    if prompt:
+        wanted["prompt"] = prompt
+    if purpose == "preference":
+        pair = next((pair for pair in _PAIRS if has.issuperset(pair)), ())
+        wanted |= dict(zip(("chosen", "rejected"), pair, strict=False))
+    elif purpose == "prompts" and "answer" in has:
+        wanted["answer"] = "answer"  # for rewards
+    elif purpose != "prompts" and (reply := first_of(_REPLIES, has - {prompt})):
+        wanted["completion"] = reply
+    renamed = {name: present for name, present in wanted.items() if name != present}
+    if not renamed.keys() - {"answer"} or (purpose != "prompts" and len(wanted) < 2):
+        return ""
+    if "answer" in wanted:
+        renamed["answer"] = wanted["answer"]
+    return f"For these, set columns: {json.dumps(renamed)}. "
 
 
 def _problem(raw: RawRow) -> str:

@@ -6,18 +6,38 @@ sharegpt           conversations: [{"from": "human|gpt|system", "value": ...}, .
 prompt_completion  prompt, completion (texts or messages)
 hh                 chosen, rejected: transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:"
 preference         prompt, chosen, rejected (texts or messages)
+implicit_prompt    chosen, rejected: texts that begin with the same prompt
 unpaired           prompt, completion (texts or messages), label: was the reply good? (see `labels`)
 prompt             prompt (text or messages)
 text               text
+
+A prompt may also be an instruction with input, or a conversation; `layout` has the other names.
+`system` and `history` come before it.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_core.data.rows.columns import Rules, check_unread
 from rlhf_core.data.rows.labels import read_label
-from rlhf_core.data.rows.row import BadRow, Message, names, short, whole_text
+from rlhf_core.data.rows.layout import FORMAT_COLUMNS, Layout, find_layout
+from rlhf_core.data.rows.markers import check_markers, check_turns
+from rlhf_core.data.rows.messages import Untrained, is_messages, read_transcript, untrained
+from rlhf_core.data.rows.parts import (
+    column,
+    message,
+    prompt_of,
+    repeated,
+    repeats_text,
+    reply_of,
+    text_of,
+    with_system,
+)
+from rlhf_core.data.rows.row import BadRow, Message
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import Format, Purpose
 
@@ -28,17 +48,11 @@ PURPOSES_OF: dict[str, tuple[Purpose, ...]] = {
     "prompt_completion": ("sft", "prompts", "pretrain"),
     "hh": ("preference", "sft", "prompts", "pretrain"),
     "preference": ("preference", "sft", "prompts", "pretrain"),
+    "implicit_prompt": ("preference", "sft", "prompts", "pretrain"),
     "unpaired": ("unpaired", "sft", "prompts", "pretrain"),
     "prompt": ("prompts",),
     "text": ("pretrain", "sft", "prompts"),
 }
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-_SHAREGPT = {
-    "system": "system", "human": "user", "user": "user",
-    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant",
-}  # fmt: skip
-_TURN_PREFIXES = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
 
 
 @dataclass(slots=True)
@@ -60,199 +74,185 @@ class Example:
     completion: str | None = None
     label: bool | None = None
 
+    def replies(self) -> list[str]:
+        """The replies outside the messages."""
+        return [text for text in (self.chosen, self.rejected, self.completion) if text is not None]
 
-def check_purpose(format: Format, purpose: Purpose) -> None:
+
+def check_purpose(format: Format, purpose: Purpose, found: str = "") -> None:
     """Check that rows of a format can be used for a purpose.
+
+    Args:
+        found: columns of a row, and advice about them, for the error.
 
     Raises:
         DataError: they cannot; the text lists the possible purposes and formats.
     """
     if purpose not in PURPOSES_OF[format]:
-        able = ", ".join(name for name, purposes in PURPOSES_OF.items() if purpose in purposes)
+        able = [name for name, purposes in PURPOSES_OF.items() if purpose in purposes]
+        columns = ", ".join(f"{name} {FORMAT_COLUMNS[name]}" for name in able)
         raise DataError(
             f"Format {format} can be used for {', '.join(PURPOSES_OF[format])}, not for {purpose}; "
-            f"{purpose} needs one of the formats {able}."
+            f"{purpose} needs one of the formats {', '.join(able)}. {found}Their columns are "
+            f"{columns}."
         )
 
 
-def normalise(row: dict[str, Any], format: Format, purpose: Purpose) -> Example:
+def normalise(
+    row: dict[str, Any], format: Format, purpose: Purpose, rules: Rules | None = None
+) -> Example:
     """Convert a row as far as the purpose needs it.
 
+    Args:
+        rules: what may be left unread; its notes count what is.
+
     Raises:
-        BadRow: a column is missing, has the wrong type, or is empty.
+        BadRow: a column is missing, has the wrong type, is empty, or is not read though it may
+            change what the row means.
     """
-    if format == "text":
-        return Example([], text=_text(row, "text"))
-    if format == "hh":
-        return _pair(_transcript(_text(row, "chosen"), "chosen"),
-                     _transcript(_text(row, "rejected"), "rejected"))  # fmt: skip
-    if format == "preference":
-        return _preference(row)
-    if format == "unpaired":
-        return _unpaired(row)
-    if format == "prompt":
-        return _conversation(_prompt(row))
-    if format == "prompt_completion":
-        prompt = _prompt(row)
-        if purpose == "prompts" and not row.get("completion"):
-            return _conversation(prompt)
-        return _conversation(prompt + _reply(row, "completion"))
-    if format == "alpaca":
-        extra = row.get("input")
-        if extra is not None and not isinstance(extra, str):
-            raise _wrong_type("input", extra, "text or nothing")
-        question = _text(row, "instruction")
-        if extra and extra.strip():
-            question += "\n\n" + _check_text(extra, "column 'input'")
-        messages = [_message("user", question)]
-        if purpose != "prompts" or row.get("output"):
-            messages.append(_message("assistant", _text(row, "output")))
-        return _conversation(messages)
-    if format == "messages":
-        return _conversation(_messages(row, "messages", "role", "content", _ROLES))
-    assert format == "sharegpt", format
-    messages = _messages(row, "conversations", "from", "value", _SHAREGPT)
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages.insert(0, _message("system", _check_text(system, "column 'system'")))
-    return _conversation(messages)
+    rules = rules or Rules(purpose)
+    rules.remarks.clear()
+    layout = find_layout(format, tuple(row), rules.ignored)
+    example = _READERS[format](row, layout, rules)
+    if layout.unread:
+        again = repeated(row, layout, example.messages, example.replies())
+        check_unread(row, [name for name in layout.unread if name not in again], rules)
+    if example.text is None:
+        check_markers(example.messages, example.replies())
+    elif purpose != "pretrain":
+        check_turns(example.text, "column 'text'")
+    if rules.remarks:
+        rules.count()
+    return example
+
+
+# --------------------------------------------------------------------------- formats
+
+
+def _plain(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
+    return Example([], text=text_of(row, "text"))
+
+
+def _talk(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
+    return _conversation(prompt_of(row, layout, rules))
+
+
+def _asked(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
+    return _conversation(prompt_of(row, layout, rules))
+
+
+def _answered(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
+    prompt = prompt_of(row, layout, rules)
+    if rules.purpose == "prompts" and not row.get(layout.reply):
+        return _conversation(prompt)
+    if layout.prompt:  # its replies are context; those of a history are trained on, as others
+        prompt = untrained(prompt)
+    return _conversation(prompt + reply_of(row, layout.reply, rules))
+
+
+def _hh(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
+    chosen, rejected = (
+        read_transcript(text_of(row, name), name) for name in ("chosen", "rejected")
+    )
+    return _pair(with_system(row, layout, chosen), with_system(row, layout, rejected))
+
+
+def _common_start(first: str, second: str) -> str:
+    pairs = enumerate(zip(first, second, strict=False))
+    return first[: next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))]
+
+
+def _implicit(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
+    texts = [text_of(row, name) for name in ("chosen", "rejected")]
+    shared = _common_start(*texts)
+    words = re.match(r"(?s).*(?=\s)", shared)  # up to the last space: a reply starts with a word
+    prompt = (words.group() if words else "" if shared.isascii() else shared).rstrip()
+    if not prompt or prompt in (text.rstrip() for text in texts):
+        raise BadRow(
+            "no_prompt",
+            "chosen and rejected do not begin with the same words and go on differently; format "
+            "implicit_prompt reads the beginning that they share as the prompt",
+        )
+    before = with_system(row, layout, [message("user", prompt)])
+    chosen, rejected = ([*before, message("assistant", t[len(prompt) :])] for t in texts)
+    return _pair(chosen, rejected)
+
+
+def _preference(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
+    chosen, rejected = reply_of(row, "chosen", rules), reply_of(row, "rejected", rules)
+    for name, reply in (("chosen", chosen), ("rejected", rejected)):
+        _check_trained(reply[-1], name, rules)
+    whole = len(chosen) > 1 or len(rejected) > 1
+    # Whole conversations need no column with the prompt; if there is one, it repeats their start.
+    present = layout.instruction or layout.conversation or layout.prompt in row
+    prompt = prompt_of(row, layout, rules) if present or not whole else []
+    if layout.conversation and len(prompt) > 1 and prompt[-1] == chosen[-1]:
+        prompt = prompt[:-1]  # the conversation repeats the chosen reply
+    return _pair(
+        _continue(row, layout, prompt, chosen, "chosen"),
+        _continue(row, layout, prompt, rejected, "rejected"),
+    )
+
+
+def _continue(
+    row: dict[str, Any], layout: Layout, prompt: list[Message], reply: list[Message], name: str
+) -> list[Message]:
+    """The conversation of a prompt and of a column that goes on after it, or repeats it first."""
+    if reply[0]["role"] == "assistant":
+        return prompt + reply
+    spoken = [m for m in reply if m["role"] != "system"]
+    asked = [m for m in prompt if m["role"] != "system"]
+    texts = [m["content"] for m in spoken[:-1]]
+    # A prompt as one text may be a part of the conversation, such as its last question.
+    whole = bool(layout.conversation) or is_messages(row.get(layout.prompt))
+    if spoken[: len(asked)] != asked and (
+        whole or not all(repeats_text(m["content"].strip(), texts) for m in asked)
+    ):
+        raise BadRow(
+            "prompts_differ",
+            f"column {name!r} is a whole conversation that does not contain the prompt of column "
+            f"{layout.conversation or layout.instruction or layout.prompt!r}; leave one of the two "
+            "out, or set ignore_columns",
+        )
+    first = [m for m in prompt if m["role"] == "system"]
+    return [*first, *reply] if len(spoken) == len(reply) else with_system(row, layout, reply)
+
+
+def _unpaired(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
+    label = read_label(column(row, layout.label), layout.label)
+    messages = prompt_of(row, layout, rules)
+    if layout.reply:
+        messages = messages + reply_of(row, layout.reply, rules)
+    name = layout.reply or layout.conversation
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("nothing_to_train", f"column {name!r} does not end with a reply")
+    _check_trained(messages[-1], name, rules)
+    example = _conversation(messages[:-1])
+    example.completion, example.label = messages[-1]["content"], label
+    return example
+
+
+_READERS: dict[str, Callable[[dict[str, Any], Layout, Rules], Example]] = {
+    "alpaca": _answered,
+    "messages": _talk,
+    "sharegpt": _talk,
+    "prompt_completion": _answered,
+    "hh": _hh,
+    "preference": _preference,
+    "implicit_prompt": _implicit,
+    "unpaired": _unpaired,
+    "prompt": _asked,
+    "text": _plain,
+}
 
 
 # --------------------------------------------------------------------------- details
 
 
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _column(row: dict[str, Any], name: str) -> Any:
-    if name not in row:
-        raise BadRow(
-            "missing_column",
-            f"there is no column {name!r}; the row has {names(row)}. If it has another name, set "
-            f'columns: {{"{name}": "<its name>"}}; if the format is another one, set format',
-        )
-    return row[name]
-
-
-def _wrong_type(name: str, value: Any, needed: str) -> BadRow:
-    found = "null" if value is None else f"a {type(value).__name__}"
-    return BadRow("wrong_type", f"column {name!r} holds {found}; expected {needed}")
-
-
-def _check_text(value: str, name: str) -> str:
-    if not value.strip():
-        raise BadRow("no_text", f"{name} is empty")
-    return whole_text(value, name)
-
-
-def _text(row: dict[str, Any], name: str) -> str:
-    value = _column(row, name)
-    if value is None:
-        raise BadRow("no_text", f"column {name!r} is null")
-    if not isinstance(value, str):
-        raise _wrong_type(name, value, "text")
-    return _check_text(value, f"column {name!r}")
-
-
-def _messages(
-    row: dict[str, Any], name: str, role_key: str, text_key: str, roles: dict[str, str]
-) -> list[Message]:
-    value = _column(row, name)
-    if not isinstance(value, list):
-        raise _wrong_type(name, value, f"a list of {{{role_key}, {text_key}}}")
-    if not value:
-        raise BadRow("no_text", f"column {name!r} is an empty list")
-    messages = []
-    for position, item in enumerate(value, 1):
-        where = f"message {position} of column {name!r}"
-        if not isinstance(item, dict) or not {role_key, text_key} <= item.keys():
-            found = names(item) if isinstance(item, dict) else f"a {type(item).__name__}"
-            raise BadRow("wrong_type", f"{where} is {found}; expected {role_key}, {text_key}")
-        role = roles.get(str(item[role_key]).lower())
-        if role is None:
-            raise BadRow(
-                "unknown_role",
-                f"{where} has the {role_key} {short(item[role_key])}; expected one of "
-                f"{', '.join(roles)}",
-            )
-        if item.get("tool_calls"):
-            raise BadRow("unsupported", f"{where} has tool calls, which are not supported")
-        messages.append(_message(role, _check_text(_parts(item[text_key], where), where)))
-    return messages
-
-
-def _parts(value: Any, where: str) -> str:
-    """A message's content as one text; it may be a list of text parts."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in texts):
-        raise BadRow("wrong_type", f"{where} is a {type(value).__name__}; expected text")
-    return "".join(part["text"] for part in texts)
-
-
-def _transcript(text: str, name: str) -> list[Message]:
-    """The messages of an Anthropic HH transcript; their texts are stripped."""
-    messages = []
-    rest = "\n\n" + text.lstrip("\n")
-    while rest.strip():
-        prefix = next((prefix for prefix in _TURN_PREFIXES if rest.startswith(prefix)), None)
-        if prefix is None:
-            raise BadRow(
-                "not_a_transcript",
-                f"column {name!r} starts with {text[:30]!r}; expected a transcript that starts "
-                'with "\\n\\nHuman:"',
-            )
-        rest = rest[len(prefix) :]
-        end = min((at for m in _TURN_PREFIXES if (at := rest.find(m)) >= 0), default=len(rest))
-        messages.append(_message(_TURN_PREFIXES[prefix], rest[:end].strip()))
-        rest = rest[end:]
-    for position, message in enumerate(messages, 1):
-        _check_text(message["content"], f"turn {position} of column {name!r}")
-    return messages
-
-
-def _prompt(row: dict[str, Any]) -> list[Message]:
-    value = _column(row, "prompt")
-    if isinstance(value, list):
-        return _messages(row, "prompt", "role", "content", _ROLES)
-    text = _text(row, "prompt")
-    if text.startswith("\n\nHuman:"):
-        return _transcript(text.rstrip().removesuffix("\n\nAssistant:"), "prompt")
-    return [_message("user", text)]
-
-
-def _reply(row: dict[str, Any], name: str) -> list[Message]:
-    """A column with a reply: a text, or messages that end with the reply."""
-    if isinstance(_column(row, name), list):
-        return _messages(row, name, "role", "content", _ROLES)
-    return [_message("assistant", _text(row, name))]
-
-
-def _preference(row: dict[str, Any]) -> Example:
-    chosen, rejected = _reply(row, "chosen"), _reply(row, "rejected")
-    # If the two columns hold whole conversations, `prompt` only repeats their first message.
-    if len(chosen) == 1 and len(rejected) == 1:
-        prompt = _prompt(row)
-        chosen, rejected = prompt + chosen, prompt + rejected
-    elif "prompt" in row and isinstance(row["prompt"], list):
-        prompt = _prompt(row)
-        chosen = chosen if chosen[: len(prompt)] == prompt else prompt + chosen
-        rejected = rejected if rejected[: len(prompt)] == prompt else prompt + rejected
-    return _pair(chosen, rejected)
-
-
-def _unpaired(row: dict[str, Any]) -> Example:
-    label = read_label(_column(row, "label"))
-    messages = _prompt(row) + _reply(row, "completion")
-    if messages[-1]["role"] != "assistant":
-        raise BadRow("nothing_to_train", "column 'completion' does not end with a reply")
-    example = _conversation(messages[:-1])
-    example.completion, example.label = messages[-1]["content"], label
-    return example
+def _check_trained(reply: Message, name: str, rules: Rules) -> None:
+    """Check that the reply of a pair or of a label is not marked as context."""
+    if isinstance(reply, Untrained) and rules.purpose != "prompts":
+        raise BadRow("nothing_to_train", f"the reply in column {name!r} has the weight 0")
 
 
 def _pair(chosen: list[Message], rejected: list[Message]) -> Example:

@@ -23,7 +23,7 @@ def is_label(value: Any) -> bool:
     return isinstance(value, (bool, int, float)) and value in (0, 1)
 
 
-def read_label(value: Any) -> bool:
+def read_label(value: Any, name: str = "label") -> bool:
     """True for a good reply, False for a bad one.
 
     Raises:
@@ -33,8 +33,8 @@ def read_label(value: Any) -> bool:
         found = "null" if value is None else short(value)
         raise BadRow(
             "bad_label",
-            f"column 'label' holds {found}; expected true or false (or 1, 0): was the reply good? "
-            "Convert ratings into one of the two; if the column means something else, set format "
-            "to prompt_completion or name another column in the setting columns",
+            f"column {name!r} holds {found}; expected true or false (or 1, 0): was the reply good? "
+            "Convert ratings into one of the two; if the column means something else, set "
+            f"ignore_columns: [{name}], or name another column in the setting columns",
         )
     return _TEXTS[value.strip().lower()] if isinstance(value, str) else bool(value)

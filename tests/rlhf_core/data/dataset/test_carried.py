@@ -71,8 +71,10 @@ def test_other_purposes_and_formats(tmp_path):
     columns = {"answer": "answer"}
     [out] = prepared(tmp_path / "prompts", source, "prompts", columns=columns)
     assert (out["answer"], out["reference"]) == ("Yo", "Yo")
-    [out] = prepared(tmp_path / "sft", source, "sft", columns=columns)
+    [out] = prepared(tmp_path / "sft", source, "sft")
     assert "answer" not in out
+    with pytest.raises(DataError, match="answer: answer} has no effect"):
+        prepared(tmp_path / "sft", source, "sft", columns=columns)
 
 
 def test_row_without_the_named_column_or_with_another_type_is_bad(tmp_path):

@@ -199,9 +199,11 @@ def test_card_counts_the_tokens_of_labelled_replies(tmp_path):
     assert side.tokens == side.trainable_tokens + sum(len(r["prompt_ids"]) for r in out)
 
 
-def test_a_column_label_with_something_else_leaves_demonstrations_as_they_were(tmp_path):
-    rows = [{"prompt": "1+1?", "completion": "2", "label": "maths"}]
-    assert len(prepared(tmp_path / "out", jsonl(tmp_path / "a.jsonl", rows))) == 1
+def test_a_column_label_with_something_else_is_ignored_when_the_settings_say_so(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": "1+1?", "completion": "2", "label": "maths"}])
+    with pytest.raises(DataError, match=r"column 'label' holds 'maths'.*ignore_columns: \[label\]"):
+        prepared(tmp_path / "out", source)
+    assert len(prepared(tmp_path / "out", source, ignore_columns=["label"])) == 1
     assert DataCard.load(tmp_path / "out").format == "prompt_completion"
 
 
@@ -217,8 +219,8 @@ def test_a_column_label_with_something_else_leaves_demonstrations_as_they_were(t
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
                                {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]},
-            [("user", "a")],
-            "b",
+            [("user", "a"), ("assistant", "b"), ("user", "c")],
+            "d",
         ),
     ],
 )  # fmt: skip

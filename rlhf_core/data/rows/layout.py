@@ -1,0 +1,149 @@
+"""Which column of a row holds which part, by the names of its columns.
+
+The names that projects use for the same part count as one: TRL's prompt and completion, OpenRLHF's
+input and output, LLaMA-Factory's instruction, input, output, system, history and kto_tag.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from rlhf_core.errors import DataError
+from rlhf_core.jobs import Format
+
+CONVERSATION = ("messages", "conversations", "conversation")
+PROMPT = ("prompt", "input")
+REPLY = ("completion", "response", "output")
+LABEL = ("label", "kto_tag")
+SYSTEM = ("system", "system_prompt")
+
+# The columns of each format, for messages.
+FORMAT_COLUMNS: dict[str, str] = {
+    "alpaca": "(instruction, input, output)",
+    "messages": "(messages)",
+    "sharegpt": "(conversations)",
+    "prompt_completion": "(prompt, completion)",
+    "hh": "(chosen, rejected; transcripts)",
+    "preference": "(prompt, chosen, rejected)",
+    "implicit_prompt": "(chosen, rejected; texts that begin with the prompt)",
+    "unpaired": "(prompt, completion, label)",
+    "prompt": "(prompt)",
+    "text": "(text)",
+}
+_QUESTION = (*PROMPT, "instruction", *CONVERSATION, "history", *SYSTEM)
+# Every column that a format may read.
+_READ: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input", *REPLY, "history", *SYSTEM),
+    "messages": (*CONVERSATION, "input", *SYSTEM),
+    "sharegpt": (*CONVERSATION, "input", *SYSTEM),
+    "prompt_completion": (*PROMPT, *REPLY, "history", *SYSTEM),
+    "hh": ("chosen", "rejected", *SYSTEM),
+    "preference": (*_QUESTION, "chosen", "rejected"),
+    "implicit_prompt": ("chosen", "rejected", *SYSTEM),
+    "unpaired": (*_QUESTION, *REPLY, *LABEL),
+    "prompt": (*PROMPT, "history", *SYSTEM),
+    "text": ("text",),
+}
+# A label says nothing about a row without replies; it may be a class or an answer.
+_HARMLESS_LABEL = ("text", "prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The columns of a row by part; "" for a part that it does not have.
+
+    Attributes:
+        conversation: messages; they may end with the reply.
+        instruction, input: a prompt in two texts.
+        prompt: a prompt in one column.
+        reply: a single reply.
+        unread: the other columns.
+    """
+
+    conversation: str = ""
+    instruction: str = ""
+    input: str = ""
+    prompt: str = ""
+    reply: str = ""
+    label: str = ""
+    system: str = ""
+    history: str = ""
+    unread: tuple[str, ...] = ()
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether there is a column with the prompt."""
+        return bool(self.conversation or self.instruction or self.prompt)
+
+
+def first_of(known: tuple[str, ...], has: frozenset[str]) -> str:
+    """The first of some names that a row has; "" if it has none."""
+    return next((name for name in known if name in has), "")
+
+
+@functools.lru_cache(maxsize=256)
+def find_layout(format: Format, names: tuple[str, ...], ignored: frozenset[str]) -> Layout:
+    """The layout of a row with these columns, of which some are ignored.
+
+    A part that the format needs and the row lacks has the name that the format expects, so that
+    reading it says what is missing.
+    """
+    has = frozenset(names) - ignored
+    parts: dict[str, str] = {}
+    if format in ("messages", "sharegpt"):
+        own = "messages" if format == "messages" else "conversations"
+        # OpenRLHF keeps whole conversations in the column input.
+        parts["conversation"] = (
+            own if own in has else first_of((*CONVERSATION, "input"), has) or own
+        )
+    elif format == "alpaca":
+        parts |= {"instruction": "instruction", "reply": first_of(REPLY[::-1], has) or "output"}
+    elif format in ("prompt_completion", "prompt"):
+        parts["prompt"] = first_of(PROMPT, has) or "prompt"
+    elif format in ("preference", "unpaired"):
+        parts |= _question(has, format)
+    if format == "prompt_completion" or (format == "unpaired" and "conversation" not in parts):
+        parts["reply"] = first_of(REPLY, has) or "completion"
+    if format == "unpaired":
+        parts["label"] = first_of(LABEL, has) or "label"
+    if "instruction" in parts and "input" in has:
+        parts["input"] = "input"
+    if "instruction" in parts or "prompt" in parts or format == "preference":
+        parts["history"] = "history" if "history" in has else ""
+    if format != "text":
+        parts["system"] = first_of(SYSTEM, has)
+    used = {*parts.values()} | {name for name in ("chosen", "rejected") if name in _READ[format]}
+    used |= {"text"} if format == "text" else set()
+    if format in _HARMLESS_LABEL:
+        used |= {"label"}
+    return Layout(**parts, unread=tuple(name for name in names if name not in used))
+
+
+def _question(has: frozenset[str], format: Format) -> dict[str, str]:
+    """The columns of the prompt before a pair or a labelled reply."""
+    conversation = first_of(CONVERSATION, has)
+    alone = format == "preference" or not first_of(REPLY, has)
+    if conversation and alone and not (format == "preference" and "prompt" in has):
+        return {"conversation": conversation}
+    if "prompt" in has or "instruction" not in has:
+        return {"prompt": first_of(PROMPT, has) or "prompt"}
+    return {"instruction": "instruction"}
+
+
+def check_columns(format: Format, columns: dict[str, str], carried: tuple[str, ...]) -> None:
+    """Check that each name in the setting `columns` has an effect.
+
+    Args:
+        carried: names that a later step reads.
+
+    Raises:
+        DataError: the format reads no column of some name.
+    """
+    for name, present in columns.items():
+        if name not in _READ[format] and name not in carried:
+            raise DataError(
+                f"columns: {{{name}: {present}}} has no effect: format {format} reads no column "
+                f"{name!r}, only {', '.join((*_READ[format], *carried))}. Correct the name, remove "
+                "it, or set another format."
+            )

@@ -1,0 +1,93 @@
+"""Finds what no message may contain: the turns of a rendered conversation, and media placeholders.
+
+A text with the turns of a whole conversation inside would be trained on as one reply, the person's
+words included.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rlhf_core.data.rows.row import BadRow, Message, short
+
+# Turn tokens with a role, as chat templates write them.
+_TOKENS = re.compile(
+    r"<\|im_start\|>\s*(?:system|user|assistant)"
+    r"|<\|(?:start_header_id|header_start)\|>\s*(?:system|user|assistant)"
+    r"|<\|start\|>(?:system|developer|user|assistant)"
+    r"|<\|(?:user|assistant|system|prompter|human|bot)\|>"
+    r"|<\|START_OF_TURN_TOKEN\|>"
+    r"|<start_of_turn>(?:user|model)"
+    r"|<｜(?:User|Assistant)｜>"
+)
+# A person's turn: at the start of the text, or of a line in the words of HH; then the assistant's.
+_PERSON = re.compile(r"\A\s*(?:#+ *)?(?:User|USER|Human|HUMAN) *:|\n(?:#+ *)?Human *:")
+_ASSISTANT = re.compile(r"\s(?:#+ *)?(?:Assistant|ASSISTANT|AI|GPT) *:")
+_PERSONS = ("Human", "User", "USER", "HUMAN")
+_IMAGE = re.compile(r"(?<![\w`'\"])<image>(?![`'\"]|\s*(?:tag|element)s?\b)")
+_MEDIA = re.compile(r"(?:\A|\n)\s*<(?:video|audio)>|<(?:video|audio)>\s*(?:\n|\Z)")
+_TODO = (
+    "a conversation inside one text would be read as a single turn; write it as messages "
+    "({role, content}), or as Anthropic's HH writes it, for format hh"
+)
+
+
+def check_markers(messages: list[Message], replies: list[str]) -> None:
+    """Check that no text is a whole conversation, and that none stands for an image.
+
+    Args:
+        replies: further ones outside the messages.
+
+    Raises:
+        BadRow: one is.
+    """
+    for position, message in enumerate(messages, 1):
+        text = message["content"]
+        if message["role"] == "assistant":
+            check_turns(text, f"message {position}")
+        elif "<" in text or "[INST]" in text:
+            where = f"message {position}"
+            _check_tokens(text, where)
+            if found := _placeholder(text):
+                raise BadRow(
+                    "unsupported",
+                    f"{where} contains {found}, which stands for a file; images, video and audio "
+                    "are not supported",
+                )
+    for text in replies:
+        check_turns(text, "the reply")
+
+
+def check_turns(text: str, where: str) -> None:
+    """Check that a text, which is one turn or a document, does not hold the turns of several.
+
+    Raises:
+        BadRow: it does.
+    """
+    if "<" in text or "[INST]" in text:
+        _check_tokens(text, where)
+    if "\n\nHuman:" in text:
+        raise _transcript(where, "\n\nHuman:")
+    person = _PERSON.search(text) if any(name in text for name in _PERSONS) else None
+    if person and _ASSISTANT.search(text, person.end()):
+        raise _transcript(where, person.group())
+
+
+def _check_tokens(text: str, where: str) -> None:
+    if found := _TOKENS.search(text):
+        raise _transcript(where, found.group())
+    if "[INST]" in text and "[/INST]" in text:
+        raise _transcript(where, "[INST]")
+
+
+def _placeholder(text: str) -> str:
+    """The first text that stands for a file; code that opens and closes such an element is none."""
+    for name, pattern in (("image", _IMAGE), ("video", _MEDIA), ("audio", _MEDIA)):
+        tag = f"<{name}>"
+        if tag in text and f"</{name}>" not in text and pattern.search(text):
+            return tag
+    return ""
+
+
+def _transcript(where: str, found: str) -> BadRow:
+    return BadRow("transcript", f"{where} contains {short(found)}: {_TODO}")

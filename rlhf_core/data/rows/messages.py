@@ -1,0 +1,201 @@
+"""Reads messages: lists of them, single ones, and transcripts as texts.
+
+    {"role": "system|user|assistant", "content": ...}     keys of OpenAI and of chat templates
+    {"from": "system|human|gpt", "value": ...}            keys of ShareGPT
+    "\\n\\nHuman: ...\\n\\nAssistant: ..."                    transcripts of Anthropic's HH
+
+A message's text may be a list of text parts. `weight` or `train` of a reply, 0 or 1, says whether
+it is trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_core.data.rows.columns import Rules, check_unread, is_empty, read_flag
+from rlhf_core.data.rows.row import BadRow, Message, names, short, whole_text
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_SHAREGPT = {
+    "system": "system", "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant",
+}  # fmt: skip
+_KEYS = (("role", "content", _ROLES), ("from", "value", _SHAREGPT))
+_TOOL_ROLES = frozenset(
+    {"tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response"}
+)
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+_TURN_PREFIXES = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
+_FLAGS = ("weight", "train", "training", "trainable")
+
+
+class Untrained(dict[str, str]):
+    """A reply that is context only: the row says that it is not trained on."""
+
+
+def untrained(messages: Sequence[Message]) -> list[Message]:
+    """The messages, with replies that are context only."""
+    return [Untrained(m) if m["role"] == "assistant" else m for m in messages]
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a list of messages or a single message, not a text."""
+    return isinstance(value, list | dict)
+
+
+def check_text(value: str, name: str) -> str:
+    """The text, if it is not empty and can be encoded.
+
+    Raises:
+        BadRow: it is empty, or holds half a character.
+    """
+    if not value.strip():
+        raise BadRow("no_text", f"{name} is empty")
+    return whole_text(value, name)
+
+
+def wrong_type(name: str, value: Any, needed: str) -> BadRow:
+    """The error for a column with a value of the wrong type."""
+    found = "null" if value is None else f"a {type(value).__name__}"
+    return BadRow("wrong_type", f"column {name!r} holds {found}; expected {needed}")
+
+
+def read_messages(value: Any, name: str, rules: Rules) -> list[Message]:
+    """The messages of a column: a list of them, or a single one.
+
+    Args:
+        name: of the column, for errors.
+
+    Raises:
+        BadRow: it holds something else, or messages that cannot be used.
+    """
+    items = [value] if isinstance(value, dict) else value
+    if not isinstance(items, list):
+        raise wrong_type(name, value, "a list of {role, content} or {from, value}")
+    if not items:
+        raise BadRow("no_text", f"column {name!r} is an empty list")
+    first = items[0]
+    keys = _KEYS[isinstance(first, dict) and "from" in first and "role" not in first]
+    return [
+        _message(item, keys, f"message {position} of column {name!r}", rules)
+        for position, item in enumerate(items, 1)
+    ]
+
+
+def _message(item: Any, keys: tuple[str, str, dict[str, str]], where: str, rules: Rules) -> Message:
+    role_key, text_key, roles = keys
+    if not isinstance(item, dict) or role_key not in item:
+        raise _no_message(item, keys, where)
+    role = roles.get(str(item[role_key]).lower())
+    if role is None:
+        raise _unknown_role(item[role_key], keys, where)
+    others = item.keys() - {role_key, text_key} if len(item) > 2 else ()
+    if item.get("tool_calls") and "tool_calls" not in rules.ignored:
+        raise BadRow("unsupported", f"{where} has tool calls, which are not supported")
+    if text_key not in item:
+        raise _no_message(item, keys, where)
+    text = item[text_key]
+    message: Message = {
+        "role": role,
+        "content": check_text(text if isinstance(text, str) else _parts(text, where, rules), where),
+    }
+    if others:
+        flags = [key for key in _FLAGS if key in others and key not in rules.ignored]
+        check_unread(item, sorted(others - set(flags)), rules, where)
+        for key in flags:
+            message = _flagged(message, key, item[key], where, rules)
+    return message
+
+
+def _flagged(message: Message, key: str, value: Any, where: str, rules: Rules) -> Message:
+    """The message as its flag says. Only replies are ever trained on."""
+    if is_empty(value) or rules.purpose == "prompts":
+        return message
+    flag, reply = read_flag(value), message["role"] == "assistant"
+    if flag is None or (reply and not flag and rules.purpose == "pretrain"):
+        raise BadRow(
+            "unused_column",
+            f"key {key!r} of {where} holds {short(value)}; expected 1 (train on this reply) or 0 "
+            "(context only; not for pretraining). Other weights are not supported",
+        )
+    if flag and not reply and key != "weight":
+        raise BadRow(
+            "unused_column",
+            f"key {key!r} of {where} asks to train on a turn of the role {message['role']}; only "
+            f"replies are trained on. Remove it, or set ignore_columns: [{key}]",
+        )
+    return Untrained(message) if reply and not flag else message
+
+
+def _no_message(item: Any, keys: tuple[str, str, dict[str, str]], where: str) -> BadRow:
+    found = names(item) if isinstance(item, dict) else f"a {type(item).__name__}"
+    return BadRow("wrong_type", f"{where} is {found}; expected {keys[0]}, {keys[1]}")
+
+
+def _unknown_role(role: Any, keys: tuple[str, str, dict[str, str]], where: str) -> BadRow:
+    found = f"{where} has the {keys[0]} {short(role)}"
+    if str(role).lower() in _TOOL_ROLES:
+        return BadRow("unsupported", f"{found}; tool use is not supported: leave such rows out")
+    return BadRow("unknown_role", f"{found}; expected one of {', '.join(keys[2])}")
+
+
+def _parts(value: Any, where: str, rules: Rules) -> str:
+    """A message's content as one text; it may be a list of text parts."""
+    if value is None:
+        return ""
+    parts = value if isinstance(value, list) else [value]
+    texts = []
+    for number, part in enumerate(parts, 1):
+        if isinstance(part, str) and value is parts:
+            texts.append(part)
+            continue
+        which = f"part {number} of {where}"
+        if not isinstance(part, dict):
+            found = type(value).__name__
+            raise BadRow("wrong_type", f"{where} is a {found}; expected text, or parts with text")
+        if part.get("type") not in _TEXT_PARTS:
+            raise BadRow(
+                "unsupported", f"{which} is of type {short(part['type'])}; only text is supported"
+            )
+        key = next((k for k in ("text", "value", "content") if isinstance(part.get(k), str)), None)
+        if key is None:
+            raise BadRow(
+                "wrong_type", f"{which} has no text: it is {names(part)}; expected type and text"
+            )
+        texts.append(part[key])
+        if len(part) > 2:
+            check_unread(part, sorted(part.keys() - {"type", key}), rules, which)
+    return "".join(texts)
+
+
+def is_transcript(text: Any) -> bool:
+    """Whether a text is a transcript of Anthropic's HH: it starts with a turn of the human."""
+    return isinstance(text, str) and ("\n\n" + text.lstrip("\n")).startswith("\n\nHuman:")
+
+
+def read_transcript(text: str, name: str) -> list[Message]:
+    """The messages of a transcript; their texts are stripped.
+
+    Raises:
+        BadRow: the text is no transcript, or a turn is empty.
+    """
+    messages: list[Message] = []
+    rest = "\n\n" + text.lstrip("\n")
+    while rest.strip():
+        prefix = next((prefix for prefix in _TURN_PREFIXES if rest.startswith(prefix)), None)
+        if prefix is None:
+            raise BadRow(
+                "not_a_transcript",
+                f"column {name!r} starts with {text[:30]!r}; expected a transcript that starts "
+                'with "\\n\\nHuman:"',
+            )
+        rest = rest[len(prefix) :]
+        end = min((at for m in _TURN_PREFIXES if (at := rest.find(m)) >= 0), default=len(rest))
+        content = rest[:end].strip()
+        messages.append({"role": _TURN_PREFIXES[prefix], "content": content})
+        rest = rest[end:]
+    for position, message in enumerate(messages, 1):
+        check_text(message["content"], f"turn {position} of column {name!r}")
+    return messages

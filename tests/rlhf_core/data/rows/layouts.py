@@ -1,0 +1,127 @@
+"""One row of each layout that TRL, OpenRLHF and LLaMA-Factory document, and what it says.
+
+Each entry is (name, purpose, row, turns, replies): the turns are (role, text, trained?), and the
+replies are those of a pair or of a label. Written from the projects' documentation, in own words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+BAD = {"role": "assistant", "content": "Go away"}
+H, G = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
+SYSTEM = {"role": "system", "content": "Be kind."}
+MORE = {"role": "user", "content": "And now?"}
+LATER = {"role": "assistant", "content": "Goodbye"}
+
+ASKED = ("user", "Hi", False)
+SAID = ("assistant", "Hello", True)
+HEARD = ("assistant", "Hello", False)  # a reply that is context
+KIND = ("system", "Be kind.", False)
+AGAIN = ("user", "And now?", False)
+END = ("assistant", "Goodbye", True)
+PAIR = ("Hello", "Go away")
+
+Layout = tuple[str, str, dict[str, Any], list[tuple[str, str, bool]], tuple[Any, ...]]
+
+LAYOUTS: list[Layout] = [
+    # TRL
+    ("trl conversation", "sft", {"messages": [U, A, MORE, LATER]}, [ASKED, SAID, AGAIN, END], ()),
+    ("trl prompt", "prompts", {"prompt": "Hi"}, [ASKED], ()),
+    ("trl prompt messages", "prompts", {"prompt": [U, A, MORE]}, [ASKED, HEARD, AGAIN], ()),
+    ("trl completion", "sft", {"prompt": "Hi", "completion": "Hello"}, [ASKED, SAID], ()),
+    ("trl completion messages", "sft", {"prompt": [U], "completion": [A]}, [ASKED, SAID], ()),
+    ("trl completion, history", "sft", {"prompt": [SYSTEM, U, A, MORE], "completion": [LATER]},
+     [KIND, ASKED, HEARD, AGAIN, END], ()),
+    ("trl pair", "preference", {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"},
+     [ASKED], PAIR),
+    ("trl pair messages", "preference", {"prompt": [U], "chosen": [A], "rejected": [BAD]},
+     [ASKED], PAIR),
+    ("trl implicit prompt", "preference", {"chosen": [U, A], "rejected": [U, BAD]}, [ASKED], PAIR),
+    ("trl unpaired", "unpaired", {"prompt": "Hi", "completion": "Hello", "label": True},
+     [ASKED], ("Hello", True)),
+    ("trl unpaired messages", "unpaired", {"prompt": [U], "completion": [BAD], "label": False},
+     [ASKED], ("Go away", False)),
+    # OpenRLHF
+    ("openrlhf texts", "sft", {"input": "Hi", "output": "Hello"}, [ASKED, SAID], ()),
+    ("openrlhf messages", "sft", {"input": [U, A, MORE], "output": [LATER]},
+     [ASKED, HEARD, AGAIN, END], ()),
+    ("openrlhf conversation", "sft", {"input": [U, A]}, [ASKED, SAID], ()),
+    ("openrlhf question", "sft", {"prompt": "Hi", "response": "Hello"}, [ASKED, SAID], ()),
+    ("openrlhf prompts", "prompts", {"input": "Hi", "datasource": "math"}, [ASKED], ()),
+    ("openrlhf pair", "preference", {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"},
+     [ASKED], PAIR),
+    ("openrlhf pair messages", "preference", {"chosen": [U, A], "rejected": [U, BAD]},
+     [ASKED], PAIR),
+    ("openrlhf label", "unpaired", {"prompt": "Hi", "output": "Hello", "label": 1},
+     [ASKED], ("Hello", True)),
+    # LLaMA-Factory
+    ("factory alpaca", "sft",
+     {"instruction": "Hi", "input": "", "output": "Goodbye", "system": "Be kind.",
+      "history": [["Hi", "Hello"]]},
+     [KIND, ASKED, SAID, ASKED, END], ()),
+    ("factory alpaca input", "sft",
+     {"instruction": "Say", "input": "Hi", "output": "Hello", "system": "", "history": []},
+     [("user", "Say\n\nHi", False), SAID], ()),
+    ("factory alpaca pair", "preference",
+     {"instruction": "Hi", "input": "", "chosen": "Hello", "rejected": "Go away"}, [ASKED], PAIR),
+    ("factory alpaca kto", "unpaired",
+     {"instruction": "Hi", "input": "", "output": "Hello", "kto_tag": True},
+     [ASKED], ("Hello", True)),
+    ("factory sharegpt", "sft", {"conversations": [H, G], "system": "Be kind.", "tools": ""},
+     [KIND, ASKED, SAID], ()),
+    ("factory sharegpt pair", "preference",
+     {"conversations": [H], "chosen": G, "rejected": {"from": "gpt", "value": "Go away"}},
+     [ASKED], PAIR),
+    ("factory sharegpt kto", "unpaired", {"conversations": [H, G], "kto_tag": False},
+     [ASKED], ("Hello", False)),
+    ("factory openai", "sft", {"messages": [SYSTEM, U, A]}, [KIND, ASKED, SAID], ()),
+    ("factory openai kto", "unpaired", {"messages": [U, A], "label": True},
+     [ASKED], ("Hello", True)),
+    ("factory openai pair", "preference", {"messages": [U, A, MORE], "chosen": LATER,
+     "rejected": BAD}, [ASKED, HEARD, AGAIN], ("Goodbye", "Go away")),
+    # Others
+    ("sharegpt keys in messages", "sft", {"messages": [H, G]}, [ASKED, SAID], ()),
+    ("openai keys in conversations", "sft", {"conversations": [U, A]}, [ASKED, SAID], ()),
+    ("text parts", "sft",
+     {"messages": [{"role": "user", "content": [{"type": "text", "value": "Hi"}]},
+                   {"role": "assistant", "content": [{"type": "text", "text": "Hello"}]}]},
+     [ASKED, SAID], ()),
+    ("weights", "sft", {"messages": [U, {**A, "weight": 0}, MORE, {**LATER, "weight": 1}]},
+     [ASKED, HEARD, AGAIN, END], ()),
+    ("training flags", "sft",
+     {"conversations": [{**H, "train": False}, {**G, "train": "true"}, H, {**G, "train": "0"}]},
+     [ASKED, SAID, ASKED, HEARD], ()),
+    ("pair with system", "preference",
+     {"system": "Be kind.", "prompt": "Hi", "chosen": "Hello", "rejected": "Go away"},
+     [KIND, ASKED], PAIR),
+    ("pair that repeats its prompt", "preference",
+     {"prompt": "Hi", "messages": [U, A], "chosen": [U, A], "rejected": [U, BAD], "score": 1},
+     [ASKED], PAIR),
+    ("pair that repeats the chosen one", "preference",
+     {"messages": [U, A], "chosen": [U, A], "rejected": [U, BAD]}, [ASKED], PAIR),
+    ("transcripts with prompt", "preference",
+     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
+      "rejected": "\n\nHuman: Hi\n\nAssistant: Go away"}, [ASKED], PAIR),
+    ("conversation with its prompt", "sft", {"prompt": "Hi", "messages": [U, A]},
+     [ASKED, SAID], ()),
+    ("rendered text beside", "sft",
+     {"instruction": "Hi", "input": "", "output": "Hello", "text": "Below: Hi\n### Hello"},
+     [ASKED, SAID], ()),
+    ("prompts of conversations", "prompts", {"messages": [U, A, MORE, LATER]},
+     [ASKED, HEARD, AGAIN], ()),
+    ("prompts of sharegpt", "prompts", {"conversations": [H, G, H], "system": "Be kind."},
+     [KIND, ASKED, HEARD, ASKED], ()),
+    ("prompts of alpaca", "prompts",
+     {"instruction": "And now?", "history": [["Hi", "Hello"]], "output": "Goodbye"},
+     [ASKED, HEARD, AGAIN], ()),
+    ("prompts of labels", "prompts", {"messages": [U, A, MORE, LATER], "label": False},
+     [ASKED, HEARD, AGAIN], ()),
+    ("chosen reply", "sft", {"prompt": [U, A, MORE], "chosen": "Goodbye", "rejected": "x"},
+     [ASKED, HEARD, AGAIN, END], ()),
+    ("chosen transcript", "sft",
+     {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And now?\n\nAssistant: Goodbye",
+      "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And now?\n\nAssistant: No"},
+     [ASKED, HEARD, AGAIN, END], ()),
+]  # fmt: skip
