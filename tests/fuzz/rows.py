@@ -34,7 +34,8 @@ transcript = st.lists(st.tuples(text, text), min_size=1, max_size=2).map(
 )
 SOUND: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "alpaca": st.fixed_dictionaries(
-        {"instruction": text, "output": text}, optional={"input": text}
+        {"instruction": text, "output": text},
+        optional={"input": text, "system": text, "history": st.lists(st.lists(text, max_size=3))},
     ),
     "messages": st.fixed_dictionaries({"messages": messages}),
     "sharegpt": st.fixed_dictionaries(
@@ -50,6 +51,9 @@ SOUND: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "preference": st.fixed_dictionaries(
         {"chosen": st.one_of(text, messages), "rejected": st.one_of(text, messages)},
         optional={"prompt": st.one_of(text, messages)},
+    ),
+    "implicit_prompt": st.tuples(text, text, text).map(
+        lambda t: {"chosen": f"{t[0]} {t[1]}", "rejected": f"{t[0]} {t[2]}"}
     ),
     "unpaired": st.fixed_dictionaries(
         {
@@ -75,12 +79,14 @@ def spoilt(draw: st.DrawFn, sound: dict[str, Any]) -> Any:
     elif kind == "replace":
         row[column] = draw(anything)
     elif kind == "add":
-        row[draw(texts)] = draw(anything)
+        names = st.sampled_from(["images", "label", "messages", "prompt", "system", "weight"])
+        row[draw(st.one_of(texts, names))] = draw(anything)
     elif kind == "deep":
         row[column] = draw(deep())
     elif kind == "inside" and isinstance(row[column], list) and row[column]:
         turn = draw(st.sampled_from(row[column]))
-        turn[draw(st.sampled_from([*turn, "tool_calls"]))] = draw(anything)
+        if isinstance(turn, dict):
+            turn[draw(st.sampled_from([*turn, "tool_calls", "weight", "name"]))] = draw(anything)
     else:
         return draw(anything)
     return row

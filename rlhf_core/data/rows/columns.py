@@ -137,17 +137,19 @@ class Rules:
         self.remarks.clear()
 
 
-def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, NaN, an empty text, or a collection of such values."""
+def is_empty(value: Any, levels: int = 8) -> bool:
+    """Whether a value says nothing: null, NaN, an empty text, or a collection of such values, as
+    far as ``levels`` inside it."""
     if value is None:
         return True
     if isinstance(value, str):
         return not value.strip()
     if isinstance(value, float):
         return math.isnan(value)
-    if isinstance(value, Mapping):
-        return all(map(is_empty, value.values()))
-    return isinstance(value, list | tuple) and all(map(is_empty, value))
+    items = value.values() if isinstance(value, Mapping) else value
+    return isinstance(value, Mapping | list | tuple) and (
+        levels > 0 and all(is_empty(item, levels - 1) for item in items)
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -237,10 +239,10 @@ def unread(values: Mapping[str, Any], refused: Mapping[str, str], where: str = "
     found = f"key {short(first)} of {where}" if where else f"column {short(first)}"
     others = ", ".join(short(name) for name in shown[1:])
     also = f" (also {others})" if others else ""
-    listed = ", ".join(name if len(name) <= 40 else short(name) for name in shown)
+    plain = [name if re.fullmatch(r"[\w.-]{1,40}", name) else short(name) for name in shown]
     return BadRow(
         "unused_column",
         f"{found} holds {short(values[first])}, which is not read here and may change what the row "
-        f"means{also}: {refused[first].replace('NAME', first[:40])}. If the rows are right "
-        f"without it, set ignore_columns: [{listed}]",
+        f"means{also}: {refused[first].replace('NAME', plain[0])}. If the rows are right "
+        f"without it, set ignore_columns: [{', '.join(plain)}]",
     )

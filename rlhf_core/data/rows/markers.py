@@ -21,9 +21,9 @@ _TOKENS = re.compile(
     r"|<｜(?:User|Assistant)｜>"
 )
 # A person's turn: at the start of the text, or of a line in the words of HH; then the assistant's.
-_PERSON = re.compile(r"\A\s*(?:#+ *)?(?:User|USER|Human|HUMAN) *:|\n(?:#+ *)?Human *:")
+_FIRST_PERSON = re.compile(r"\s*(?:#+ *)?(?:User|USER|Human|HUMAN) *:")
+_PERSON = re.compile(r"\n(?:#+ *)?Human *:")
 _ASSISTANT = re.compile(r"\s(?:#+ *)?(?:Assistant|ASSISTANT|AI|GPT) *:")
-_PERSONS = ("Human", "User", "USER", "HUMAN")
 _IMAGE = re.compile(r"(?<![\w`'\"])<image>(?![`'\"]|\s*(?:tag|element)s?\b)")
 _MEDIA = re.compile(r"(?:\A|\n)\s*<(?:video|audio)>|<(?:video|audio)>\s*(?:\n|\Z)")
 _TODO = (
@@ -68,7 +68,9 @@ def check_turns(text: str, where: str) -> None:
         _check_tokens(text, where)
     if "\n\nHuman:" in text:
         raise _transcript(where, "\n\nHuman:")
-    person = _PERSON.search(text) if any(name in text for name in _PERSONS) else None
+    person = _FIRST_PERSON.match(text)
+    if not person and "Human" in text:
+        person = _PERSON.search(text)
     if person and _ASSISTANT.search(text, person.end()):
         raise _transcript(where, person.group())
 

@@ -16,7 +16,7 @@ from typing import Any
 from rlhf_core.data.rows.columns import Rules, check_unread, is_empty, read_flag
 from rlhf_core.data.rows.row import BadRow, Message, names, short, whole_text
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "developer": "system"}
 _SHAREGPT = {
     "system": "system", "human": "user", "user": "user",
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",

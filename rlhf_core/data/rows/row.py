@@ -85,7 +85,10 @@ class RawRow:
 
 def short(value: Any, longest: int = 60) -> str:
     """A value as a message shows it: its repr in at most ``longest`` characters."""
-    text = repr(value[: 2 * longest] if isinstance(value, str) else value)
+    try:
+        text = repr(value[: 2 * longest] if isinstance(value, str) else value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of many levels"
     return text if len(text) <= longest else f"{text[: longest - 4]} ..."
 
 

@@ -95,7 +95,7 @@ def test_implicit_prompt_is_read_only_when_the_settings_say_so(tokenizer):
     example, _ = read({"chosen": "The sk", "rejected": "The sx"}, "preference",
                       format="implicit_prompt")  # fmt: skip
     assert (example.messages[0]["content"], example.chosen) == ("The", " sk")
-    for chosen, rejected in (("Yes", "No"), ("The", "The sky"), ("a b", "a b")):
+    for chosen, rejected in (("Yes", "No"), ("The", "The sky")):
         with pytest.raises(BadRow, match="do not begin with the same words"):
             read({"chosen": chosen, "rejected": rejected}, "preference", format="implicit_prompt")
 
