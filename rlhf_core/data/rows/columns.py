@@ -59,6 +59,10 @@ _MEANINGS: dict[str, tuple[frozenset[str], str]] = {
         ),
         "images, video and audio are not supported",
     ),
+    "template": (
+        _words("template kwargs enable effort"),
+        "options of the chat template are not supported",
+    ),
     "tools": (
         _words("tool tools function functions plugin plugins api apis observation"),
         "tool use is not supported",
@@ -93,7 +97,6 @@ _MEANINGS: dict[str, tuple[frozenset[str], str]] = {
         "a single reply is read from completion, a pair from chosen and rejected; set format or "
         "columns",
     ),
-    "template": (_words("template kwargs"), "options of the chat template are not supported"),
 }
 _FLAG_TEXT = "only the weights 0 and 1 of single messages are read"
 _LABEL_TEXT = (
@@ -143,7 +146,7 @@ def is_empty(value: Any, levels: int = 8) -> bool:
     if value is None:
         return True
     if isinstance(value, str):
-        return not value.strip()
+        return value.strip() in ("", "[]", "{}", "null")  # as tables without lists hold them
     if isinstance(value, float):
         return math.isnan(value)
     items = value.values() if isinstance(value, Mapping) else value
@@ -185,7 +188,9 @@ def _refusal(name: str, value: Any, purpose: Purpose, message: bool) -> str | No
         return None if read_flag(value) else todo
     if kind == "label":
         return todo
-    if kind:  # numbers and yes or no are no part of a conversation: has_context, n_images
+    if kind == "template":
+        return todo
+    if kind:  # numbers and yes or no are no part of a conversation
         return todo if collection or isinstance(value, str) else ""
     return "lists and objects may be a part of the conversation" if collection else ""
 
@@ -204,12 +209,14 @@ def check_unread(
     names: Iterable[str],
     rules: Rules,
     where: str = "",
+    harmless: tuple[str, ...] = (),
 ) -> None:
     """Count columns or keys that are not read.
 
     Args:
         names: those of ``values`` that are not read.
         where: the message that holds them; empty: they are columns.
+        harmless: names that say nothing here.
 
     Raises:
         BadRow: some change what the row means.
@@ -224,6 +231,7 @@ def check_unread(
                 rules.remarks.add(f"{what} {short(name)} ignored (ignore_columns)")
             continue
         why = _refusal(name, values[name], rules.purpose, bool(where))
+        why = why and "" if name in harmless else why
         if why:
             refused[name] = why
         elif why is not None:

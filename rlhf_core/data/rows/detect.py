@@ -78,6 +78,11 @@ def find_format(
             check_purpose(format, purpose)
         further = CARRIED.get(purpose, ()) if purpose else sum(CARRIED.values(), ())
         check_columns(format, settings.columns, further)
+        if settings.system and format == "text" and purpose in ("sft", "pretrain"):
+            raise DataError(
+                f"{settings.source}: system has no effect on plain text (format text), which has "
+                "no turns; remove the setting, or give the rows another format."
+            )
         return itertools.chain(seen, rows), format
     if seen:
         raise DataError(

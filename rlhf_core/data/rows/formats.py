@@ -24,10 +24,11 @@ from typing import Any
 
 from rlhf_core.data.rows.columns import Rules, check_unread
 from rlhf_core.data.rows.labels import read_label
-from rlhf_core.data.rows.layout import FORMAT_COLUMNS, Layout, find_layout
+from rlhf_core.data.rows.layout import FORMAT_COLUMNS, HARMLESS, Layout, find_layout
 from rlhf_core.data.rows.markers import check_markers, check_turns
 from rlhf_core.data.rows.messages import Untrained, is_messages, read_transcript, untrained
 from rlhf_core.data.rows.parts import (
+    LONG,
     column,
     message,
     prompt_of,
@@ -116,7 +117,8 @@ def normalise(
     example = _READERS[format](row, layout, rules)
     if layout.unread:
         again = repeated(row, layout, example.messages, example.replies())
-        check_unread(row, [name for name in layout.unread if name not in again], rules)
+        unread = [name for name in layout.unread if name not in again]
+        check_unread(row, unread, rules, harmless=HARMLESS.get(format, ()))
     if example.text is None:
         check_markers(example.messages, example.replies())
     elif purpose != "pretrain":
@@ -182,6 +184,7 @@ def _preference(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
     chosen, rejected = reply_of(row, "chosen", rules), reply_of(row, "rejected", rules)
     for name, reply in (("chosen", chosen), ("rejected", rejected)):
         _check_trained(reply[-1], name, rules)
+    _check_not_repeated(row, layout)
     whole = len(chosen) > 1 or len(rejected) > 1
     # Whole conversations need no column with the prompt; if there is one, it repeats their start.
     present = layout.instruction or layout.conversation or layout.prompt in row
@@ -192,6 +195,20 @@ def _preference(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
         _continue(row, layout, prompt, chosen, "chosen"),
         _continue(row, layout, prompt, rejected, "rejected"),
     )
+
+
+def _check_not_repeated(row: dict[str, Any], layout: Layout) -> None:
+    """Check that the replies of a pair are not prompt and reply in one text."""
+    prompt = row.get(layout.prompt)
+    if isinstance(prompt, str) and len(prompt) >= LONG and all(
+        isinstance(row[name], str) and row[name].startswith(prompt)
+        for name in ("chosen", "rejected")
+    ):  # fmt: skip
+        raise BadRow(
+            "transcript",
+            "columns 'chosen' and 'rejected' begin with the prompt, which would be trained on as a "
+            "part of the replies; remove it there, or set format: implicit_prompt",
+        )
 
 
 def _continue(

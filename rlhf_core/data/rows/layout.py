@@ -46,7 +46,7 @@ _READ: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 # A label says nothing about a row without replies; it may be a class or an answer.
-_HARMLESS_LABEL = ("text", "prompt")
+HARMLESS: dict[str, tuple[str, ...]] = {"text": LABEL, "prompt": LABEL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,6 @@ def find_layout(format: Format, names: tuple[str, ...], ignored: frozenset[str])
         parts["system"] = first_of(SYSTEM, has)
     used = {*parts.values()} | {name for name in ("chosen", "rejected") if name in _READ[format]}
     used |= {"text"} if format == "text" else set()
-    if format in _HARMLESS_LABEL:
-        used |= {"label"}
     return Layout(**parts, unread=tuple(name for name in names if name not in used))
 
 

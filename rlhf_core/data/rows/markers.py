@@ -64,7 +64,7 @@ def check_turns(text: str, where: str) -> None:
     Raises:
         BadRow: it does.
     """
-    if "<" in text or "[INST]" in text:
+    if "<" in text or "[INST]" in text or "### Instruction:" in text:
         _check_tokens(text, where)
     if "\n\nHuman:" in text:
         raise _transcript(where, "\n\nHuman:")
@@ -78,8 +78,9 @@ def check_turns(text: str, where: str) -> None:
 def _check_tokens(text: str, where: str) -> None:
     if found := _TOKENS.search(text):
         raise _transcript(where, found.group())
-    if "[INST]" in text and "[/INST]" in text:
-        raise _transcript(where, "[INST]")
+    for first, second in (("[INST]", "[/INST]"), ("### Instruction:", "### Response:")):
+        if first in text and second in text:
+            raise _transcript(where, first)
 
 
 def _placeholder(text: str) -> str:

@@ -10,11 +10,12 @@ it is trained on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from rlhf_core.data.rows.columns import Rules, check_unread, is_empty, read_flag
-from rlhf_core.data.rows.row import BadRow, Message, names, short, whole_text
+from rlhf_core.data.rows.row import BadRow, Message, names, parse_json, short, whole_text
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "developer": "system"}
 _SHAREGPT = {
@@ -28,6 +29,7 @@ _TOOL_ROLES = frozenset(
 )
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _TURN_PREFIXES = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
+_WRITTEN = re.compile(r"\s*(?:\[\s*)?\{\s*['\"](?:role|content|from|value)['\"]\s*:")  # as a text
 _FLAGS = ("weight", "train", "training", "trainable")
 
 
@@ -41,8 +43,10 @@ def untrained(messages: Sequence[Message]) -> list[Message]:
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a value is a list of messages or a single message, not a text."""
-    return isinstance(value, list | dict)
+    """Whether a value is a list of messages or a single message, perhaps as JSON, not a text."""
+    return isinstance(value, list | dict) or (
+        isinstance(value, str) and _WRITTEN.match(value) is not None
+    )
 
 
 def check_text(value: str, name: str) -> str:
@@ -71,6 +75,8 @@ def read_messages(value: Any, name: str, rules: Rules) -> list[Message]:
     Raises:
         BadRow: it holds something else, or messages that cannot be used.
     """
+    if isinstance(value, str) and _WRITTEN.match(value):
+        value = _parsed(value, name)
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list):
         raise wrong_type(name, value, "a list of {role, content} or {from, value}")
@@ -82,6 +88,18 @@ def read_messages(value: Any, name: str, rules: Rules) -> list[Message]:
         _message(item, keys, f"message {position} of column {name!r}", rules)
         for position, item in enumerate(items, 1)
     ]
+
+
+def _parsed(text: str, name: str) -> Any:
+    """The messages of a column that holds them as JSON, as tables do."""
+    try:
+        return parse_json(text)
+    except BadRow as bad:
+        raise BadRow(
+            "wrong_type",
+            f"column {name!r} holds messages as a text that is not JSON ({bad.message}); write it "
+            "with json.dumps",
+        ) from None
 
 
 def _message(item: Any, keys: tuple[str, str, dict[str, str]], where: str, rules: Rules) -> Message:

@@ -50,7 +50,7 @@ def prompt_of(row: dict[str, Any], layout: Layout, rules: Rules) -> list[Message
     if layout.instruction:
         messages = [message("user", _instruction(row, layout))]
     elif layout.conversation or is_messages(column(row, name)):
-        messages = read_messages(column(row, name), name, rules)
+        messages = read_messages(row.get(name), name, rules)
     else:
         text = text_of(row, name)
         if is_transcript(text):
@@ -128,7 +128,7 @@ def reply_of(row: dict[str, Any], name: str, rules: Rules) -> list[Message]:
 _MAY_REPEAT = frozenset(
     {*CONVERSATION, *PROMPT, *REPLY, "instruction", "question", "query", "text", "chosen"}
 )
-_LONG = 20  # characters from which a text that occurs in another one is no chance
+LONG = 20  # characters from which a text that occurs in another one is no chance
 
 
 def repeated(
@@ -164,4 +164,4 @@ def repeated(
 
 def repeats_text(value: str, texts: list[str]) -> bool:
     """Whether a text is one of some texts, or a long part of one."""
-    return value in texts or (len(value) >= _LONG and any(value in text for text in texts))
+    return value in texts or (len(value) >= LONG and any(value in text for text in texts))

@@ -34,6 +34,7 @@ def open_rows(
         StoreUnavailable: S3 or the hub cannot be reached.
     """
     kind = source_kind(settings.source)
+    check_settings(settings, kind)
     if kind == "builtin":
         yield from builtin.rows(settings.source.removeprefix("builtin:"), settings.subset)
     elif kind == "reasoning":
@@ -56,3 +57,21 @@ def open_rows(
                         if kind == "s3"
                         else DataError(f"{file.name}: reading failed ({error.strerror or error}).")
                     ) from error
+
+
+def check_settings(settings: DataSettings, kind: str) -> None:
+    """Check that the settings that choose a part of a source have an effect.
+
+    Args:
+        kind: of the source, as `source_kind` returns it.
+
+    Raises:
+        DataError: one is set and has none.
+    """
+    for name, value in (("split", settings.split), ("revision", settings.revision)):
+        # A subset stays from a preset when the source is another one; it is the built-in set's.
+        if kind != "hub" and value not in ("train", None):
+            raise DataError(
+                f"{settings.source}: {name} ({value}) has no effect on this source, only on a hub "
+                "data set. Remove it, or name the files of that part in source."
+            )

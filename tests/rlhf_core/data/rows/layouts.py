@@ -6,7 +6,15 @@ replies are those of a pair or of a label. Written from the projects' documentat
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
+
+from rlhf_core.data.encoding.encode import EncodedBatch, Plan, encode_batch
+from rlhf_core.data.rows.columns import Rules
+from rlhf_core.data.rows.detect import find_format
+from rlhf_core.data.rows.formats import normalise
+from rlhf_core.data.rows.row import RawRow
+from rlhf_core.jobs import DataSettings
 
 U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 BAD = {"role": "assistant", "content": "Go away"}
@@ -22,6 +30,24 @@ KIND = ("system", "Be kind.", False)
 AGAIN = ("user", "And now?", False)
 END = ("assistant", "Goodbye", True)
 PAIR = ("Hello", "Go away")
+
+
+def read(row: Any, purpose: str = "sft", **given: Any) -> Any:
+    """The example of a single row."""
+    settings = DataSettings(source="a.jsonl", **given)
+    rows, format = find_format(iter([RawRow("a.jsonl", 1, row)]), settings, purpose)
+    rules = Rules.of(settings, purpose, Counter())
+    example = normalise(next(rows).columns(settings.columns), format, purpose, rules)
+    return example, rules.notes
+
+
+def encoded(tokenizer: Any, rows: list[Any], purpose: str, **given: Any) -> EncodedBatch:
+    """The encoded rows, without files and worker processes."""
+    settings = DataSettings(source="a.jsonl", max_length=4096, **given)
+    raws = [RawRow("a.jsonl", number, row) for number, row in enumerate(rows, 1)]
+    _, format = find_format(iter(raws), settings, purpose)
+    return encode_batch(Plan(settings, format, purpose, 0), tokenizer, raws)
+
 
 Layout = tuple[str, str, dict[str, Any], list[tuple[str, str, bool]], tuple[Any, ...]]
 

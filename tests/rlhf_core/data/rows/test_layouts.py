@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any
 
 import pytest
 
-from rlhf_core.data.encoding.encode import EncodedBatch, Plan, encode_batch
-from rlhf_core.data.rows.columns import Rules
-from rlhf_core.data.rows.detect import find_format
-from rlhf_core.data.rows.formats import normalise
-from rlhf_core.data.rows.row import BadRow, RawRow
+from rlhf_core.data.rows.row import BadRow
 from rlhf_core.errors import DataError
-from rlhf_core.jobs import DataJob, DataSettings
-from tests.rlhf_core.data.helpers import byte_tokenizer, job
-from tests.rlhf_core.data.rows.layouts import BAD, LAYOUTS, A, U
+from tests.rlhf_core.data.encoding.test_templates import QWEN3
+from tests.rlhf_core.data.helpers import byte_tokenizer
+from tests.rlhf_core.data.rows.layouts import LAYOUTS, A, U, encoded, read
 
 STOP = "<|im_end|>"
-TALK = {"messages": [U, A]}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return byte_tokenizer()
-
-
-def read(row: Any, purpose: str = "sft", **given: Any) -> Any:
-    """The example of a single row."""
-    settings = DataSettings(source="a.jsonl", **given)
-    rows, format = find_format(iter([RawRow("a.jsonl", 1, row)]), settings, purpose)
-    rules = Rules.of(settings, purpose, Counter())
-    example = normalise(next(rows).columns(settings.columns), format, purpose, rules)
-    return example, rules.notes
-
-
-def encoded(tokenizer: Any, rows: list[Any], purpose: str, **given: Any) -> EncodedBatch:
-    """The encoded rows, without files and worker processes."""
-    settings = DataSettings(source="a.jsonl", max_length=4096, **given)
-    raws = [RawRow("a.jsonl", number, row) for number, row in enumerate(rows, 1)]
-    _, format = find_format(iter(raws), settings, purpose)
-    return encode_batch(Plan(settings, format, purpose, 0), tokenizer, raws)
 
 
 def by_hand(tokenizer: Any, turns: list[tuple[str, str, bool]], open_: bool) -> Any:
@@ -100,189 +77,35 @@ def test_implicit_prompt_is_read_only_when_the_settings_say_so(tokenizer):
             read({"chosen": chosen, "rejected": rejected}, "preference", format="implicit_prompt")
 
 
-REFUSED = [
-    ({**TALK, "images": ["a.png"]}, "column 'images'", "images, video and audio"),
-    ({**TALK, "image_path": "a.png"}, "column 'image_path'", "images, video and audio"),
-    ({**TALK, "audios": [{"bytes": b"x", "path": None}]}, "column 'audios'", "not supported"),
-    ({**TALK, "tools": "[{}]"}, "column 'tools'", "tool use"),
-    ({**TALK, "weight": 0.3}, "column 'weight'", "weights 0 and 1"),
-    ({**TALK, "sample_weight": "0"}, "column 'sample_weight'", "weights 0 and 1"),
-    ({**TALK, "loss_mask": [0, 1]}, "column 'loss_mask'", "weights 0 and 1"),
-    ({**TALK, "train": False}, "column 'train'", "weights 0 and 1"),
-    ({**TALK, "history": [["a", "b"]]}, "column 'history'", "belongs to the prompt"),
-    ({**TALK, "rejected": "No"}, "column 'rejected'", "chosen and rejected"),
-    ({**TALK, "label": "good"}, "column 'label'", "true or false"),
-    ({**TALK, "label": -1}, "column 'label'", "true or false"),
-    ({**TALK, "prompt": "Something else"}, "column 'prompt'", "belongs to the prompt"),
-    ({**TALK, "chat_template_kwargs": {"a": 1}}, "column 'chat_template_kwargs'", "template"),
-    ({**TALK, "turns_before": [{"a": 1}]}, "column 'turns_before'", "lists and objects"),
-    ({**TALK, "character": "pirate"}, "column 'character'", "columns: {system: character}"),
-    ({"instruction": "a", "context": "c", "output": "b"}, "column 'context'", "{input: context}"),
-    ({"prompt": "a", "completion": "b", "choices": ["x"]}, "column 'choices'", "prompt's text"),
-    ({"prompt": "a", "input": "x", "completion": "b"}, "column 'input'", "prompt's text"),
-    ({"text": "a", "role": "prompter"}, "column 'role'", "single message"),
-    ({"messages": [U, {**A, "reasoning_content": "r"}]}, "key 'reasoning_content'", "<think>"),
-    ({"messages": [U, {**A, "thinking": "r"}]}, "key 'thinking' of message 2", "<think>"),
-    ({"messages": [{**U, "name": "Bob"}, A]}, "key 'name' of message 1", "speakers"),
-    ({"messages": [U, {**A, "weight": 0.5}]}, "key 'weight' of message 2", "expected 1"),
-    ({"messages": [{**U, "train": True}, A]}, "key 'train' of message 1", "only replies"),
-    ({"messages": [U, {**A, "loss": False}]}, "key 'loss' of message 2", "weights 0 and 1"),
-    ({"messages": [U, {**A, "images": ["x"]}]}, "key 'images' of message 2", "not supported"),
-    ({**TALK, "system": "a", "system_prompt": "b"}, "column 'system_prompt'", "system"),
-    ({"system": "a", "messages": [{"role": "system", "content": "b"}, U, A]}, "column 'system'",
-     "two different system messages"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("row", "name", "todo"), REFUSED)
-def test_what_changes_the_meaning_of_a_row_is_refused_by_name(row, name, todo):
-    with pytest.raises(BadRow) as error:
-        read(row)
-    assert error.value.reason == "unused_column"
-    assert name in error.value.message and todo in error.value.message, error.value.message
-    column = name.split("'")[1]
-    if "expected 1" not in todo and "two different" not in todo:
-        assert f"ignore_columns: [{column}" in error.value.message
-    if column not in ("input", "context"):
-        read(row, ignore_columns=[column])  # does not raise
-
-
-def test_unknown_metadata_is_read_past_and_counted(tokenizer):
-    row = {**TALK, "id": 7, "source": "web", "created": "2024-01-01", "is_good": True,
-           "metadata": {"a": 1}, "views": 3.5, "num_images": None, "note": "x"}  # fmt: skip
-    row["messages"] = [{**U, "timestamp": 5, "weight": None}, {**A, "language": "en", "weight": 1}]
-    empty = {**TALK, "id": None, "images": [], "tools": None, "system": "", "history": [[]],
-             "weight": 1, "label": None}  # fmt: skip
-    batch = encoded(tokenizer, [row, row, empty], "sft")
-    assert batch.bad == []
-    unread = ["id", "source", "created", "is_good", "metadata", "views", "note"]
-    assert batch.notes == {
-        **{f"column '{name}' not used": 2 for name in unread},
-        **{f"key '{name}' not used": 2 for name in ("timestamp", "language")},
-    }
-
-
-def test_ignored_columns_are_counted_and_leave_the_reading_as_it_is(tokenizer):
-    row = {"messages": [U, {**A, "reasoning_content": "r"}], "images": ["x"], "system": "Be cruel."}
-    batch = encoded(tokenizer, [row], "sft",
-                    ignore_columns=["images", "reasoning_content", "system"])  # fmt: skip
-    assert batch.rows.to_pylist()[0]["input_ids"] == by_hand(
-        tokenizer, [("user", "Hi", False), ("assistant", "Hello", True)], open_=False
-    )[0]  # fmt: skip
-    assert set(batch.notes) == {
-        f"{name} ignored (ignore_columns)"
-        for name in ("column 'images'", "column 'system'", "key 'reasoning_content'")
-    }
-
-
-def test_notes_of_endless_names_stay_few():
-    rules = Rules("sft")
-    for number in range(500):
-        normalise({**TALK, f"name_{number}_x": "y"}, "messages", "sft", rules)
-    assert len(rules.notes) < 110 and sum(rules.notes.values()) == 500
-
-
-@pytest.mark.parametrize(
-    ("row", "columns", "words"),
-    [
-        ({"a": "s", "instruction": "i", "output": "o"}, {"sys": "a"},
-         ["format alpaca reads no column 'sys', only instruction, input"]),
-        ({"a": [U, A]}, {"messages": "a", "prompt": "a"}, ["messages reads no column 'prompt'"]),
-        ({"a": [U, A], "b": "4"}, {"messages": "a", "answer": "b"}, ["no column 'answer'"]),
-    ],
-)  # fmt: skip
-def test_name_in_columns_without_effect_is_an_error(row, columns, words):
-    for format in ("auto", "messages" if "messages" in columns else "alpaca"):
-        with pytest.raises(DataError) as error:
-            read(row, columns=columns, format=format)
-        assert all(word in str(error.value) for word in words), error.value
-    if "sys" in columns:
-        example, _ = read(row, columns={"system": "a"})
-        assert example.messages[0] == {"role": "system", "content": "s"}
-
-
-TRANSCRIPTS = [
-    ({"prompt": "a", "chosen": "b\n\nHuman: c\n\nAssistant: d", "rejected": "e"}, "preference"),
-    ({"prompt": "a", "completion": "Human: b\nAssistant: c"}, "sft"),
-    ({"prompt": "a", "completion": "b\nHuman: c\nAssistant: d"}, "sft"),
-    ({"prompt": "USER: a ASSISTANT:", "completion": "c"}, "sft"),
-    ({"prompt": f"<|im_start|>user\na{STOP}\n<|im_start|>assistant\n", "completion": "b"}, "sft"),
-    ({"messages": [U, {**A, "content": "<start_of_turn>user\na"}]}, "sft"),
-    ({"instruction": "a", "output": "[INST] b [/INST] c"}, "sft"),
-    ({"text": f"<|im_start|>user\na{STOP}\n<|im_start|>assistant\nb{STOP}"}, "sft"),
-    ({"text": "### Human: a### Assistant: b"}, "sft"),
-    ({"text": "\n\nHuman: a\n\nAssistant:"}, "prompts"),
-]
-
-
-@pytest.mark.parametrize(("row", "purpose"), TRANSCRIPTS)
-def test_transcript_in_one_text_is_refused(row, purpose):
-    with pytest.raises(BadRow) as error:
-        read(row, purpose)
-    assert error.value.reason == "transcript"
-    assert "write it as messages" in error.value.message
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["Humans: all of us\nAssistants help.", "The User: a class.\nIn short.", "a < b",
-     "Use `<image>` in SVG", "<image>x</image>", "print('<|x|>')", "A dialogue:\nUser: hello"],
-)  # fmt: skip
-def test_text_that_only_looks_like_a_transcript_is_read(text):
-    example, _ = read({"prompt": text, "completion": text})
-    assert [m["content"] for m in example.messages] == [text, text]
-
-
-@pytest.mark.parametrize("text", ["<image>What is it?", "Tell me:\n<video>", "<audio>\nWho?"])
-def test_placeholder_of_a_file_is_refused(text):
-    with pytest.raises(BadRow, match="stands for a file"):
-        read({"prompt": text, "completion": "a"})
-
-
-@pytest.mark.parametrize(
-    ("row", "purpose", "words"),
-    [
-        ({"question": "a", "answer": "b"}, "sft",
-         ['set columns: {"prompt": "question", "completion": "answer"}']),
-        ({"question": "a", "answer": "b"}, "prompts",
-         ['set columns: {"prompt": "question", "answer": "answer"}']),
-        ({"question": "a", "chosen": "b", "rejected": "c"}, "preference",
-         ['set columns: {"prompt": "question"}', "implicit_prompt"]),
-        ({"question": "a", "response_j": "b", "response_k": "c"}, "preference",
-         ['{"prompt": "question", "chosen": "response_j", "rejected": "response_k"}']),
-        ({"prompt": "a", "solution": "b"}, "sft", ['set columns: {"completion": "solution"}']),
-        ({"prompt": "a", "completions": ["b"], "labels": [True]}, "sft", ["stepwise", "unpaired"]),
-        ({"prompt": {"text": "a", "replies": []}}, "prompts", ["tree of messages", "path"]),
-        ({"instruction": "a", "instances": [{}]}, "sft", ["Self-Instruct", "instruction, input"]),
-        ({**TALK}, "unpaired", ["unpaired (prompt, completion, label)"]),
-        ({"messages": [U, {"role": "tool", "content": "3"}, A]}, "sft", ["tool use is not"]),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "sft",
-         ["part 1 of message 1", "'image_url'; only text"]),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "sft",
-         ["part 1 of message 1", "has no text"]),
-        ({"messages": [U, A, U], "chosen": [U, A], "rejected": [U, BAD]}, "preference",
-         ["does not contain the prompt", "'messages'"]),
-        ({"instruction": "a", "output": "b", "history": ["x"]}, "sft",
-         ["entry 1 of column 'history'", "a question and its answer"]),
-        ({"prompt": "a", "chosen": {**A, "weight": 0}, "rejected": "c"}, "preference",
-         ["'chosen' has the weight 0"]),
-    ],
-)  # fmt: skip
-def test_refusal_says_what_to_do(row, purpose, words):
-    with pytest.raises((BadRow, DataError)) as error:
-        read(row, purpose)
-    text = getattr(error.value, "message", str(error.value))
-    assert all(word in text for word in words), text
-
-
 def test_rows_that_differ_in_trained_replies_are_no_duplicates(tokenizer):
     rows = [{"messages": [U, A, U, {**A, "weight": flag}]} for flag in (1, 0)]
     hashes = encoded(tokenizer, rows, "sft").rows.column("_text").to_pylist()
     assert len({*hashes}) == 2
 
 
-def test_an_empty_list_of_ignored_columns_is_not_in_the_key():
-    plain = job("a.jsonl")
-    assert "ignore_columns" not in plain.key_settings()
-    ignoring = DataJob(**plain.model_dump() | {"ignore_columns": ["id"]})
-    assert ignoring.key_settings()["ignore_columns"] == ["id"]
+def test_template_that_splits_conversations_splits_off_only_trained_replies():
+    """A template that rewrites past replies makes a row of each reply that is trained on."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = QWEN3
+    turns = [U, {**A, "weight": 1}, U, {**A, "weight": 0}, U, {**A, "content": "Bye"}]
+    batch = encoded(tokenizer, [{"messages": turns}], "sft")
+    rows = batch.rows.to_pylist()
+    trained = [
+        tokenizer.decode(
+            [i for i, kept in zip(r["input_ids"], r["trainable"], strict=True) if kept]
+        )
+        for r in rows
+    ]
+    assert (batch.cut, batch.bad) == (1, [])
+    assert [text.split("\n")[-1] for text in trained] == ["Hello" + STOP, "Bye" + STOP]
+    history = {"prompt": [U, A, U], "completion": "Bye"}
+    [row] = encoded(tokenizer, [history], "sft").rows.to_pylist()
+    prompt = tokenizer.apply_chat_template([U, A, U], tokenize=False, add_generation_prompt=True)
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert row["input_ids"][: len(before)] == before
+    assert row["trainable"] == [i >= len(before) for i in range(len(row["input_ids"]))]
+
+
+def test_row_without_a_trained_reply_is_bad(tokenizer):
+    batch = encoded(tokenizer, [{"messages": [U, {**A, "weight": 0}]}], "sft", on_bad_row="skip")
+    assert [bad[2] for bad in batch.bad] == ["nothing_to_train"]
