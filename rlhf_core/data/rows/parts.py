@@ -50,7 +50,7 @@ def prompt_of(row: dict[str, Any], layout: Layout, rules: Rules) -> list[Message
     if layout.instruction:
         messages = [message("user", _instruction(row, layout))]
     elif layout.conversation or is_messages(column(row, name)):
-        messages = read_messages(row.get(name), name, rules)
+        messages = read_messages(column(row, name), name, rules)
     else:
         text = text_of(row, name)
         if is_transcript(text):
