@@ -17,6 +17,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
+from rlhf_core.data.questions import read_questions
 from rlhf_core.errors import GateFailed, PreflightError
 from rlhf_core.evaluation.harness.tasks import fingerprint as tasks_fingerprint
 from rlhf_core.jobs import (
@@ -27,6 +28,7 @@ from rlhf_core.jobs import (
     Job,
     LabelJob,
     LmEvalJob,
+    ModelReward,
     NewModelJob,
     OnlineSettings,
     PipelineConfig,
@@ -246,6 +248,9 @@ def run_evaluation(run: Run, name: str, artifacts: dict[str, str]) -> StageResul
     """
     settings = job_fields(run, run.config.evaluate)
     settings["max_new_tokens"] = reply_length(run.config)
+    rewards = recipe.online_rewards(run.config)
+    rules = any(not isinstance(reward, ModelReward) for reward in rewards)
+    questions = settings["questions"]
     start = artifacts.get("start")
     job = EvaluateJob(
         **settings,
@@ -253,6 +258,8 @@ def run_evaluation(run: Run, name: str, artifacts: dict[str, str]) -> StageResul
         sft=start if start not in (artifacts["base"], artifacts["model"]) else None,
         policy=artifacts["model"],
         reward_model=artifacts.get("reward_model"),
+        rewards=rewards if rules else (),
+        own_questions=() if questions in ("builtin", "none") else read_questions(questions),
         prompts=artifacts["prompts"],
         sft_data=artifacts.get("sft"),
         **ensemble(run, artifacts),

@@ -1,26 +1,26 @@
 """Base, SFT and finished model on held-out data: the same prompts, the same seeds.
 
-Writes evaluation.json (numbers.py has its form) and samples.jsonl. KL is that of a model's own
-replies to the reference, in nats per reply: the model that the alignment started from, else the
-base model. Without a reward model there are no rewards.
+Writes evaluation.json (numbers.py has its form), samples.jsonl and questions.jsonl. KL is that of a
+model's own replies to the reference, in nats per reply: the model that the alignment started from,
+else the base model. Without a reward model and rules there are no rewards.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.errors import DataError
 from rlhf_core.evaluation.measure import Inputs, Measured, measure
-from rlhf_core.evaluation.numbers import beside, numbers
-from rlhf_core.evaluation.samples import prompt_text, write_samples
+from rlhf_core.evaluation.numbers import beside, marked, numbers
+from rlhf_core.evaluation.questions import Question, is_right, questions
+from rlhf_core.evaluation.samples import write_answers, write_samples
+from rlhf_core.evaluation.scored import Scorer
 from rlhf_core.evaluation.statistics import mean
 from rlhf_core.jobs import EvaluateJob
 from rlhf_core.judges.endpoint import EndpointJudge
-from rlhf_core.judges.lexicon import get_judge
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.layers import share_frozen
@@ -47,11 +47,10 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
     if not context.main:
         return None
 
-    tokenizer = load_tokenizer(inputs.folders["policy"], is_trusted(inputs.folders["policy"]))
-    texts = {name: [r.text(tokenizer) for r in m.replies] for name, m in found.items()}
-    prompts = [prompt_text(row["prompt"]) for row in inputs.rows]
-    gold = judge_all(job, prompts, texts)
-    result = numbers(job, found, gold, prompts, texts, inputs.start)
+    score = Scorer(job, inputs.rows, inputs.tokenizer, context.log)
+    sampled = {name: score(measured) for name, measured in found.items()}
+    greedy = {name: score(m.greedy) for name, m in found.items() if m.greedy is not None}
+    result = numbers(job, sampled, greedy, inputs.start)
     if job.reward_model is not None:
         trained = context.store.get(job.reward_model).metadata.get("metrics", {})
         result["reward_model"] = trained.get("heldout", {})
@@ -59,16 +58,23 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
             result["reward_model"] |= {"members": len(job.reward_models)}
     if job.judge_endpoint is not None:
         judge = EndpointJudge(job.judge_endpoint)
-        replies = texts["policy"], texts[inputs.start]
-        won = judge.compare(prompts, *replies)
+        replies = sampled["policy"].texts, sampled[inputs.start].texts
+        won = judge.compare(score.prompts, *replies)
         result["win_rate"]["judge"] = beside(won, *replies, job.seed)
         result["judge"] = {"model": job.judge_endpoint.model, **judge.counts}
         context.log(f"{job.judge_endpoint.model} prefers the policy's reply on {mean(won):.0%}")
     folder = context.scratch("result")
+    if inputs.asked:
+        answers = {name: [r.text(inputs.tokenizer) for r in m.answers] for name, m in found.items()}
+        right = {
+            name: [is_right(*pair) for pair in zip(inputs.asked, texts, strict=True)]
+            for name, texts in answers.items()
+        }
+        result["questions"], change = marked(right, inputs.start, job.seed)
+        result["differences"]["questions"] = change
+        write_answers(folder / "questions.jsonl", inputs.asked, answers, right)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    rewards = {name: m.rewards for name, m in found.items() if m.rewards}
-    scores = {"reward": rewards, "gold": gold}
-    write_samples(folder / "samples.jsonl", prompts, texts, scores)
+    write_samples(folder / "samples.jsonl", score.prompts, sampled, greedy)
     return context.publish(job, folder, {"metrics": result})
 
 
@@ -90,7 +96,9 @@ def load_inputs(job: EvaluateJob, store: Store) -> Inputs:
     digests = {name: getattr(job, name) for name in MODELS}
     folders = {name: store.fetch(digest) for name, digest in digests.items() if digest}
     rows = prompts.take(list(range(min(job.max_prompts, len(prompts)))))
-    return Inputs(rows, sft_rows, folders, "sft" if "sft" in folders else "base")
+    start = "sft" if "sft" in folders else "base"
+    tokenizer = load_tokenizer(folders["policy"], is_trusted(folders["policy"]))
+    return Inputs(rows, sft_rows, questions_of(job), tokenizer, folders, start)
 
 
 def measure_all(
@@ -107,7 +115,7 @@ def measure_all(
             share_frozen(reference, model, *(reward.members if reward is not None else ()))
         found[name] = measure(job, inputs, group, folder, stream, model, reference, reward)
         if reward is not None:
-            context.log(f"{name}: mean reward {mean(found[name].rewards):.3f}")
+            context.log(f"{name}: mean score {mean(found[name].rewards):.3f}")
     return found
 
 
@@ -117,14 +125,8 @@ def load_policy(folder: Path, group: Group) -> Policy:
     return Policy(model).requires_grad_(False).to(group.device)
 
 
-def judge_all(
-    job: EvaluateJob, prompts: Sequence[str], texts: dict[str, list[str]]
-) -> dict[str, list[float]]:
-    """The gold judge's score of every reply; empty without a judge."""
-    if job.judge == "none":
-        return {}
-    judge = get_judge(job.judge)
-    return {
-        name: [judge(p, t) for p, t in zip(prompts, replies, strict=True)]
-        for name, replies in texts.items()
-    }
+def questions_of(job: EvaluateJob) -> tuple[Question, ...]:
+    """The general questions of a job."""
+    if job.own_questions:
+        return tuple(Question(q.question, q.answers) for q in job.own_questions)
+    return () if job.questions == "none" else questions()

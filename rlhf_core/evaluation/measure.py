@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.encoding.templates import prompt_ids
+from rlhf_core.evaluation.questions import Question
 from rlhf_core.jobs import EvaluateJob
 from rlhf_core.nn.ensemble import RewardEnsemble, combine_scores, disagreement
 from rlhf_core.nn.modules import Policy
@@ -30,12 +33,15 @@ class Inputs:
     Attributes:
         rows: held-out prompts.
         sft_rows: held-out rows for the language-modelling loss, if the job names a data set.
+        asked: general questions. tokenizer: of all models.
         folders: name of a model -> its files.
         start: the model that the alignment started from: the reference.
     """
 
     rows: list[dict[str, Any]]
     sft_rows: Rows | None
+    asked: tuple[Question, ...]
+    tokenizer: Any
     folders: dict[str, Path]
     start: str
 
@@ -49,14 +55,18 @@ class Measured:
         disagreement: standard deviation over several reward models; empty without several.
         kl: to the reference, nats per reply.
         losses, tokens: of each held-out row, in nats and trained tokens; empty without such rows.
+        greedy: the same of greedy replies to the first prompts, without KL and losses.
+        answers: greedy replies to the general questions.
     """
 
     replies: list[Reply]
     rewards: list[float]
-    disagreement: list[float]
-    kl: list[float]
-    losses: list[float]
-    tokens: list[int]
+    disagreement: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    greedy: Measured | None = None
+    answers: list[Reply] = field(default_factory=list)
 
 
 def measure(
@@ -75,20 +85,44 @@ def measure(
         folder: the model's files. stream: a number of its own, for the random numbers.
     """
     micro = job.resources.micro_batch_size
-    prompt_ids = [row["prompt_ids"] for row in inputs.rows]
+    prompts = [row["prompt_ids"] for row in inputs.rows]
     replies = sample_replies(
-        model.model, folder, prompt_ids, group, seed=job.seed, stream=stream,
+        model.model, folder, prompts, group, seed=job.seed, stream=stream,
         max_new_tokens=job.max_new_tokens, temperature=job.temperature,
     )  # fmt: skip
-    sequences = [([*p, *r.ids], len(p)) for p, r in zip(prompt_ids, replies, strict=True)]
+    # greedy replies and answers are decoded together: two small batches would take twice as long
+    some = prompts[: job.greedy_prompts]
+    asked = [
+        prompt_ids(inputs.tokenizer, [{"role": "user", "content": question.prompt}])
+        for question in inputs.asked
+    ]
+    likeliest = sample_replies(
+        model.model, folder, [*some, *asked], group, seed=job.seed,
+        max_new_tokens=job.max_new_tokens, temperature=1.0, greedy=True,
+    )  # fmt: skip
+    greedy, answers = likeliest[: len(some)], likeliest[len(some) :]
     with fast_inference(group):
         scores, kl = score_replies(
-            sequences, model, reference, reward, group, micro, job.temperature
+            _sequences(prompts, replies), model, reference, reward, group, micro, job.temperature
+        )
+        of_greedy, _ = score_replies(
+            _sequences(some, greedy), reference, reference, reward, group, micro, 1.0
         )
         losses, tokens = heldout_losses(model, inputs.sft_rows, group, micro)
+    return Measured(
+        replies, *_rewards(scores, job), kl, losses, tokens,
+        greedy=Measured(greedy, *_rewards(of_greedy, job)) if some else None, answers=answers,
+    )  # fmt: skip
+
+
+def _sequences(prompts: Sequence[list[int]], replies: Sequence[Reply]) -> Sequences:
+    return [([*p, *r.ids], len(p)) for p, r in zip(prompts, replies, strict=True)]
+
+
+def _rewards(scores: Tensor, job: EvaluateJob) -> tuple[list[float], list[float]]:
+    """Reward and disagreement of each reply, from the scores (k,n) of k reward models."""
     rewards = combine_scores(scores, job).tolist() if len(scores) else []
-    unsure = disagreement(scores).tolist() if len(scores) > 1 else []
-    return Measured(replies, rewards, unsure, kl, losses, tokens)
+    return rewards, disagreement(scores).tolist() if len(scores) > 1 else []
 
 
 @torch.no_grad()

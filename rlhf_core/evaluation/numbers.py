@@ -1,13 +1,16 @@
 """The numbers of an evaluation: of each model, and the differences between two of them.
 
 evaluation.json:
-    models       base, sft, policy -> means and standard errors (reward, gold, kl; disagreement of
-                 several reward models), shares, n
+    models       base, sft, policy -> means and errors (reward, answers, gold, kl; disagreement
+                 of several reward models), shares, n
+    greedy       models: the same of greedy replies to the first n prompts, without KL and entropy
+    questions    models: model -> right answers to n general questions: rate, low, high
     heldout      model -> loss (nats per token), perplexity
-    differences  policy minus start: mean, low, high (95 %, paired bootstrap), n
+    differences  policy minus start: mean, low, high (95 %, paired bootstrap), n; greedy_...: of
+                 the greedy replies
     gold_gain    the same of the gold score: mean, se
     win_rate     judge -> rate, low, high, n of the policy against start, and length_controlled
-    sampling     temperature, max_new_tokens, seed, n: how the replies were made
+    sampling     temperature, max_new_tokens, seed, n, greedy: how the replies were made
     reward_model accuracy on held-out pairs; of an ensemble its first member's, and their number
     judge        counts of the judge behind an endpoint
 """
@@ -18,63 +21,39 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_core.evaluation.behaviour import changes_language, refuses
 from rlhf_core.evaluation.intervals import difference
 from rlhf_core.evaluation.length_control import controlled_win_rate
 from rlhf_core.evaluation.measure import Measured
+from rlhf_core.evaluation.scored import Columns, Scored
 from rlhf_core.evaluation.self_bleu import self_bleu
 from rlhf_core.evaluation.statistics import mean, rate, spread, standard_error, wins
 from rlhf_core.jobs import EvaluateJob
 from rlhf_core.rollout.variety import variety
 
-Columns = Mapping[str, Sequence[float]]
-"""Name of a number -> its value for each prompt."""
+SCORES = ("reward", "answers", "gold")
 
 
-SPREADS = ("reward", "disagreement", "gold", "kl")
-"""Numbers that are reported with their standard error."""
-
-
-def columns(
-    found: Measured, gold: Sequence[float], prompts: Sequence[str], texts: Sequence[str]
-) -> dict[str, Sequence[float]]:
-    """What is known of each reply of a model.
-
-    Args:
-        gold: the judge's scores; empty without a judge.
-    """
-    pairs = list(zip(prompts, texts, strict=True))
-    known: dict[str, Sequence[float]] = {
-        "reward": found.rewards,
-        "disagreement": found.disagreement,
-        "gold": gold,
-        "kl": found.kl,
-        "length": [float(len(reply.ids)) for reply in found.replies],
-        "surprise": [-reply.logprob for reply in found.replies],
-        "finished": [float(reply.finished) for reply in found.replies],
-        "language_changes": [float(changes_language(*pair)) for pair in pairs],
-        "refusals": [float(refuses(text)) for text in texts],
-    }
-    return {name: values for name, values in known.items() if len(values)}
-
-
-def of_model(known: Columns, texts: Sequence[str]) -> dict[str, Any]:
-    """The report's numbers of one model.
-
-    entropy is that of the sampled distribution in nats per token: the mean of -log p over the
-    tokens of the model's own samples, an unbiased estimate over sequences.
-    """
-    spreads = [spread(name, known[name]) for name in SPREADS if name in known]
+def of_model(replies: Scored) -> dict[str, Any]:
+    """The report's numbers of one model."""
+    known = replies.columns
+    spreads = [
+        spread(name, known[name]) for name in (*SCORES, "disagreement", "kl") if name in known
+    ]
     flags = ("finished", "language_changes", "refusals")
     return {
         **{key: value for found in spreads for key, value in found.items()},
         "length_mean": mean(known["length"]),
-        "entropy": sum(known["surprise"]) / sum(known["length"]),
         **{name: mean(known[name]) for name in flags},
-        **variety(texts),
-        "self_bleu": self_bleu(texts),
-        "n": len(texts),
+        **variety(replies.texts),
+        "self_bleu": self_bleu(replies.texts),
+        "n": len(replies.texts),
     }
+
+
+def entropy(known: Columns) -> float:
+    """Entropy of the sampled distribution in nats per token: the mean of -log p over the tokens of
+    the model's own samples, which estimates it without bias."""
+    return sum(known["surprise"]) / sum(known["length"])
 
 
 def of_heldout(found: Measured) -> dict[str, float]:
@@ -83,26 +62,30 @@ def of_heldout(found: Measured) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-def differences(
-    policy: Columns, start: Columns, heldout: tuple[Measured, Measured], seed: int
-) -> dict[str, Any]:
-    """What changed from the start model to the policy, with paired intervals.
-
-    Args:
-        heldout: policy and start, for the loss of held-out rows.
-    """
+def differences(policy: Scored, start: Scored, seed: int) -> dict[str, Any]:
+    """What changed from the start model to the policy, with paired intervals."""
+    ours, theirs = policy.columns, start.columns
     found = {
-        name: difference(policy[name], start[name], seed)
-        for name in policy
-        if name in start and name != "surprise"
+        name: difference(ours[name], theirs[name], seed)
+        for name in ours
+        if name in theirs and name != "surprise"
     }
-    tokens = policy["length"], start["length"]
-    found["entropy"] = difference(policy["surprise"], start["surprise"], seed, tokens)
-    ours, theirs = heldout
-    if ours.losses:
-        tokens = ours.tokens, theirs.tokens
-        found["loss"] = difference(ours.losses, theirs.losses, seed, tokens)
+    tokens = ours["length"], theirs["length"]
+    found["entropy"] = difference(ours["surprise"], theirs["surprise"], seed, tokens)
+    new, old = policy.measured, start.measured
+    if new.losses:
+        found["loss"] = difference(new.losses, old.losses, seed, (new.tokens, old.tokens))
     return found
+
+
+def greedy_differences(policy: Scored, start: Scored, seed: int) -> dict[str, Any]:
+    """What changed in the scores of the greedy replies."""
+    ours, theirs = policy.columns, start.columns
+    return {
+        f"greedy_{name}": difference(ours[name], theirs[name], seed)
+        for name in SCORES
+        if name in ours and name in theirs
+    }
 
 
 def beside(
@@ -119,41 +102,60 @@ def beside(
 
 def numbers(
     job: EvaluateJob,
-    found: Mapping[str, Measured],
-    gold: Mapping[str, Sequence[float]],
-    prompts: Sequence[str],
-    texts: Mapping[str, Sequence[str]],
+    sampled: Mapping[str, Scored],
+    greedy: Mapping[str, Scored],
     start: str,
 ) -> dict[str, Any]:
-    """evaluation.json, without what other judges say.
+    """evaluation.json, without general questions and what other judges say.
 
     Args:
-        gold: the judge's scores by model; empty without a judge.
+        greedy: empty without greedy replies.
     """
-    known = {
-        name: columns(m, gold.get(name, ()), prompts, texts[name]) for name, m in found.items()
-    }
-    policy, reference = known["policy"], known[start]
+    policy, reference = sampled["policy"], sampled[start]
+    ours, theirs = policy.columns, reference.columns
     result: dict[str, Any] = {
-        "models": {name: of_model(known[name], texts[name]) for name in found},
-        "heldout": {name: of_heldout(m) for name, m in found.items() if m.losses},
-        "differences": differences(policy, reference, (found["policy"], found[start]), job.seed),
+        "models": {
+            name: of_model(replies) | {"entropy": entropy(replies.columns)}
+            for name, replies in sampled.items()
+        },
+        "heldout": {
+            name: of_heldout(replies.measured)
+            for name, replies in sampled.items()
+            if replies.measured.losses
+        },
+        "differences": differences(policy, reference, job.seed),
         "win_rate": {
-            name: beside(
-                wins(policy[name], reference[name]), texts["policy"], texts[start], job.seed
-            )
+            name: beside(wins(ours[name], theirs[name]), policy.texts, reference.texts, job.seed)
             for name in ("reward", "gold")
-            if name in policy
+            if name in ours
         },
         "reward_model": {},
         "sampling": {
             "temperature": job.temperature,
             "max_new_tokens": job.max_new_tokens,
             "seed": job.seed,
-            "n": len(prompts),
+            "n": len(policy.texts),
+            "greedy": 0,
         },
     }
-    if "gold" in policy:
-        gains = [a - b for a, b in zip(policy["gold"], reference["gold"], strict=True)]
+    if greedy:
+        result["greedy"] = {"models": {name: of_model(replies) for name, replies in greedy.items()}}
+        result["differences"] |= greedy_differences(greedy["policy"], greedy[start], job.seed)
+        result["sampling"]["greedy"] = len(greedy["policy"].texts)
+    if "gold" in ours:
+        gains = [a - b for a, b in zip(ours["gold"], theirs["gold"], strict=True)]
         result["gold_gain"] = {"mean": mean(gains), "se": standard_error(gains)}
     return result
+
+
+def marked(
+    right: Mapping[str, Sequence[bool]], start: str, seed: int
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """General questions: each model's rate with its interval (Wilson), and the difference.
+
+    Args:
+        right: model -> whether it answered each question right.
+    """
+    values = {name: [float(one) for one in found] for name, found in right.items()}
+    change = difference(values["policy"], values[start], seed)
+    return {"models": {name: rate(found) for name, found in values.items()}}, change

@@ -1,37 +1,58 @@
-"""samples.jsonl: every prompt with each model's reply."""
+"""samples.jsonl: every prompt with each model's reply; questions.jsonl: the same of questions."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
-def prompt_text(messages: str) -> str:
-    """A prompt as text for people: its only user turn, or the whole conversation."""
-    turns = [m for m in json.loads(messages) if m["role"] != "system"]
-    if len(turns) == 1:
-        return str(turns[0]["content"])
-    return "\n".join(f"{m['role']}: {m['content']}" for m in turns)
+from rlhf_core.evaluation.questions import Question
+from rlhf_core.evaluation.scored import Scored
 
 
 def write_samples(
     path: Path,
     prompts: Sequence[str],
-    texts: Mapping[str, Sequence[str]],
-    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    sampled: Mapping[str, Scored],
+    greedy: Mapping[str, Scored],
 ) -> None:
-    """One line per prompt: prompt, each model's reply, and each judge's scores.
+    """One line per prompt: prompt, each model's reply, its scores, and the first greedy replies."""
+    lines = []
+    for i, prompt in enumerate(prompts):
+        line: dict[str, Any] = {"prompt": prompt}
+        line |= {name: replies.texts[i] for name, replies in sampled.items()}
+        for judge in ("reward", "gold"):
+            known = {n: r.columns[judge] for n, r in sampled.items() if judge in r.columns}
+            if known:
+                line[judge] = {name: round(scores[i], 4) for name, scores in known.items()}
+        if shown := {n: r.texts[i] for n, r in greedy.items() if i < len(r.texts)}:
+            line["greedy"] = shown
+        lines.append(line)
+    write_lines(path, lines)
 
-    Args:
-        scores: reward, gold -> model -> a score for each prompt.
-    """
-    with path.open("w") as file:
-        for i, prompt in enumerate(prompts):
-            line: dict[str, Any] = {"prompt": prompt}
-            line |= {name: texts[name][i] for name in texts}
-            for judge, by_model in scores.items():
-                if by_model:
-                    line[judge] = {name: round(s[i], 4) for name, s in by_model.items()}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+def write_answers(
+    path: Path,
+    asked: Sequence[Question],
+    texts: Mapping[str, Sequence[str]],
+    right: Mapping[str, Sequence[bool]],
+) -> None:
+    """One line per question: it, accepted answers, each model's reply and whether it is right."""
+    write_lines(
+        path,
+        (
+            {
+                "question": question.prompt, "answers": question.answers,
+                **{name: replies[i] for name, replies in texts.items()},
+                "right": {name: marks[i] for name, marks in right.items()},
+            }
+            for i, question in enumerate(asked)
+        ),
+    )  # fmt: skip
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """A JSON object per line."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")

@@ -19,6 +19,7 @@ from rlhf_core.jobs.base import (
 )
 from rlhf_core.jobs.ensemble import EnsembleJob
 from rlhf_core.jobs.judging import EndpointJudgeSettings
+from rlhf_core.jobs.rewards import Reward
 
 
 class EvaluateSettings(Settings):
@@ -30,6 +31,14 @@ class EvaluateSettings(Settings):
     """Longest reply in tokens. Empty: as in the last stage that samples replies."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature of the replies."""
+    greedy_prompts: Annotated[int, Field(ge=0, le=LARGEST)] = 32
+    """Held-out prompts to which each model also replies greedily (always the likeliest token), as
+    many chats do. 0: none."""
+    questions: str = "builtin"
+    """General questions that each model answers greedily: what it knew, and may have lost. builtin:
+    40 short English ones. none. Or your own: a source of rows {question, answers}, such as a path
+    or s3:// URL of a .jsonl file; answers is a text, or a list of texts of which one must stand in
+    the reply. Read when the stage starts."""
     judge: Literal["none", "vader", "textblob"] = "none"
     """Gold judge, which online RL never sees, reported beside the reward model. vader, textblob:
     sentiment lexicons, made apart. One that labelled the preference pairs is no independent
@@ -83,6 +92,15 @@ class Gates(Settings):
     new reward model."""
 
 
+class GeneralQuestion(Settings):
+    """A question, and the answers of which one must stand in a reply."""
+
+    question: Annotated[str, Field(min_length=1)]
+    """The user's message."""
+    answers: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Accepted answers."""
+
+
 class EvaluateJob(EvaluateSettings, EnsembleJob):
     """Evaluation on held-out data."""
 
@@ -105,6 +123,11 @@ class EvaluateJob(EvaluateSettings, EnsembleJob):
     """The finished model."""
     reward_model: Digest | None = job_input(default=None)
     """Reward model, if there is one."""
+    rewards: tuple[Reward, ...] = ()
+    """Rewards of the last stage of online RL, if rules are among them. Empty: the reward model
+    alone."""
+    own_questions: tuple[GeneralQuestion, ...] = ()
+    """The rows of `questions`, if that is a source."""
     prompts: Digest = job_input()
     """Data set of purpose prompts."""
     sft_data: Digest | None = job_input("sft", default=None)

@@ -23,6 +23,7 @@ from rlhf_core.jobs import (
     TrainSettings,
     job_class,
 )
+from rlhf_core.jobs.rewards import Reward
 
 BEFORE_ALIGNMENT = ("pretrain", "sft", "reward")
 """Stages before the alignment, which rounds do not repeat."""
@@ -159,6 +160,13 @@ def imported_rewards(config: PipelineConfig) -> tuple[str, ...]:
 def has_reward_model(config: PipelineConfig) -> bool:
     """Whether the run trains or imports a reward model."""
     return reward_models(config) > 0
+
+
+def online_rewards(config: PipelineConfig) -> tuple[Reward, ...]:
+    """The rewards of the last stage of online RL; empty without such a stage."""
+    found = [section(config, stage) for stage in config.stages]
+    rewards = [settings.rewards for settings in found if isinstance(settings, OnlineSettings)]
+    return rewards[-1] if rewards else ()
 
 
 def label_settings(config: PipelineConfig, step: Step) -> tuple[str, SampledPreferences]:

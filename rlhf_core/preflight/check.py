@@ -137,7 +137,19 @@ def _check_data_sources(config: PipelineConfig, store: Store | None) -> list[str
         except RLHFError as error:
             found = [str(error)]
         problems += [f"{name}: {text}" for text in found]
+    if recipe.produces_model(config) and config.evaluate.questions not in ("builtin", "none"):
+        problems += _check_questions(config.evaluate.questions)
     return problems
+
+
+def _check_questions(source: str) -> list[str]:
+    from rlhf_core.data.questions import read_questions
+
+    try:
+        read_questions(source)
+    except RLHFError as error:
+        return [str(error)]
+    return []
 
 
 def _check_rewards(config: PipelineConfig) -> list[str]:

@@ -55,6 +55,7 @@ def sample_replies(
     temperature: float,
     batch_size: int = 64,
     stream: int = 0,
+    greedy: bool = False,
 ) -> list[Reply]:
     """One reply per prompt, in the order of the prompts; all of them on every rank.
 
@@ -62,6 +63,7 @@ def sample_replies(
         model: causal LM on the group's device. folder: its files, for the stop tokens.
         seed, stream: a reply depends on them and on its index in the list, not on the rank.
         batch_size: rows decoded at a time on one rank.
+        greedy: always the likeliest token; the random numbers are then not used.
     """
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     mine = order[group.rank :: group.size]
@@ -73,7 +75,8 @@ def sample_replies(
             temperature=temperature,
             eos_ids=stop_tokens(folder),
             pad_id=0,
-            row_seeds=make_row_seeds(seed, stream, mine),
+            row_seeds=None if greedy else make_row_seeds(seed, stream, mine),
+            greedy=greedy,
             batch_size=batch_size,
         ).cpu()
     replies = [

@@ -55,10 +55,10 @@ def judges_of(config: PipelineConfig) -> dict[str, Judge]:
     found = {}
     if recipe.has_reward_model(config):
         found["reward"] = _reward_model(config)
-    elif rewards := last_rewards(config):
+    elif rewards := last_rules(config):
         name = f"the reward ({', '.join(reward.type for reward in rewards)})"
         found["reward"] = Judge(name, False, "is what the model was trained on")
-    if any(isinstance(reward, VERIFIERS) for reward in last_rewards(config)):
+    if any(isinstance(reward, VERIFIERS) for reward in last_rules(config)):
         found["answers"] = Judge(
             "the verifier", True, "compares replies with the answers of held-out prompts"
         )
@@ -69,11 +69,9 @@ def judges_of(config: PipelineConfig) -> dict[str, Judge]:
     return found
 
 
-def last_rewards(config: PipelineConfig) -> tuple[Reward, ...]:
+def last_rules(config: PipelineConfig) -> tuple[Reward, ...]:
     """The rules among the rewards of the last stage of online RL; empty without such a stage."""
-    online = [recipe.section(config, stage) for stage in config.stages]
-    rewards = [s.rewards for s in online if isinstance(s, OnlineSettings)]
-    return tuple(r for r in rewards[-1] if not isinstance(r, ModelReward)) if rewards else ()
+    return tuple(r for r in recipe.online_rewards(config) if not isinstance(r, ModelReward))
 
 
 def families(name: str) -> set[str]:

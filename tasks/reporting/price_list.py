@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Shape = Literal["mean", "number", "share"]
+Shape = Literal["mean", "number", "share", "rate"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Row:
     """
 
     label: str
-    part: Literal["models", "heldout"]
+    part: Literal["models", "heldout", "greedy", "questions"]
     key: str
     shape: Shape
     change: str = ""
@@ -28,12 +28,17 @@ class Row:
 
 GAINED = (
     Row("reward", "models", "reward", "mean", "reward"),
+    Row("reward, greedy", "greedy", "reward", "mean", "greedy_reward"),
+    Row("right answers (verifier)", "models", "answers", "mean", "answers"),
+    Row("right answers, greedy", "greedy", "answers", "mean", "greedy_answers"),
     Row("gold score", "models", "gold", "mean", "gold"),
+    Row("gold score, greedy", "greedy", "gold", "mean", "greedy_gold"),
 )
 COST = (
     Row("KL to {start} (nats per reply)", "models", "kl", "mean"),
     Row("reward models disagree (std)", "models", "disagreement", "mean", "disagreement"),
     Row("length (tokens)", "models", "length_mean", "number", "length"),
+    Row("general questions, right", "questions", "rate", "rate", "questions"),
     Row("held-out loss (nats per token)", "heldout", "loss", "number", "loss"),
     Row("perplexity", "heldout", "perplexity", "number"),
     Row("entropy (nats per token)", "models", "entropy", "number", "entropy"),
@@ -41,7 +46,9 @@ COST = (
     Row("distinct-2", "models", "distinct_2", "number"),
     Row("self-BLEU", "models", "self_bleu", "number"),
     Row("begin with the same words", "models", "top_opening", "share"),
+    Row("begin with the same words, greedy", "greedy", "top_opening", "share"),
     Row("same reply to several prompts", "models", "repeated", "share"),
+    Row("same reply to several prompts, greedy", "greedy", "repeated", "share"),
     Row("finished replies", "models", "finished", "share", "finished"),
     Row("refusals", "models", "refusals", "share", "refusals"),
     Row("another script than the prompt", "models", "language_changes", "share",
@@ -79,10 +86,20 @@ def sampling(data: Mapping[str, Any]) -> str:
     how = data.get("sampling") or {}
     if not how:
         return ""
+    asked = ((data.get("questions") or {}).get("models") or {}).get("policy") or {}
+    likeliest = [
+        text
+        for count, text in (
+            (how.get("greedy"), f"to the first {how.get('greedy')} of them"),
+            (asked.get("n"), f"to {asked.get('n')} general questions"),
+        )
+        if count
+    ]
+    greedy = f" Greedy replies {' and '.join(likeliest)}." if likeliest else ""
     return (
         f"One reply to each of {how['n']} held-out prompts, sampled at temperature "
-        f"{how['temperature']:g} with seed {how['seed']}, at most {how['max_new_tokens']} tokens. "
-        "Differences have 95 % intervals of a paired bootstrap over the prompts."
+        f"{how['temperature']:g} with seed {how['seed']}, at most {how['max_new_tokens']} tokens."
+        f"{greedy} Differences have 95 % intervals of a paired bootstrap over the prompts."
     )
 
 
@@ -102,6 +119,8 @@ def _plain(text: str) -> str:
 
 def _line(row: Row, data: Mapping[str, Any], columns: Mapping[str, str], start: str) -> str:
     part = data.get(row.part) or {}
+    if row.part in ("greedy", "questions"):
+        part = part.get("models") or {}
     cells = [_cell(part.get(model) or {}, row) for model in columns]
     if not any(cells):
         return ""
@@ -121,6 +140,8 @@ def _cell(numbers: Mapping[str, Any], row: Row) -> str:
     value = numbers.get(row.key)
     if value is None:
         return ""
+    if row.shape == "rate":
+        return f"{_percent(value)} ({100 * numbers['low']:.0f} to {_percent(numbers['high'])})"
     return _percent(value) if row.shape == "share" else _number(value)
 
 
@@ -128,7 +149,7 @@ def _change(found: Mapping[str, Any], shape: Shape) -> str:
     if "mean" not in found:
         return ""
     mean, low, high = (found[key] for key in ("mean", "low", "high"))
-    if shape == "share":
+    if shape in ("share", "rate"):
         return f"{100 * mean:+.0f} ({100 * low:+.0f} to {100 * high:+.0f}) points"
     return f"{mean:+.3g} ({low:+.3g} to {high:+.3g})"
 

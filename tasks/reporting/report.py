@@ -135,6 +135,8 @@ def _sample(sample: dict[str, Any], names: dict[str, str]) -> str:
             scores = [sample[judge].get(name) for judge in judges]
             cells = ["" if score is None else f"{score:.2f}" for score in scores]
             rows.append(f"| {' | '.join([label, table_cell(sample[name]), *cells])} |")
+            if greedy := (sample.get("greedy") or {}).get(name):
+                rows.append(f"| {label}, greedy | {table_cell(greedy)} |" + " |" * len(judges))
     return "\n".join(rows)
 
 

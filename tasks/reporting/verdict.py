@@ -51,6 +51,7 @@ class Signal:
     Attributes:
         change: of its score. low, high: of the 95 % interval.
         neutral: the value that says "equally good".
+        greedy: the same change of greedy replies, if it is known: (mean, low, high).
     """
 
     label: str
@@ -59,6 +60,15 @@ class Signal:
     low: float
     high: float
     neutral: float = 0.0
+    greedy: tuple[float, float, float] | None = None
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether greedy replies changed the other way."""
+        if self.greedy is None:
+            return False
+        _, low, high = self.greedy
+        return (self.rose and high < 0) or (self.fell and low > 0)
 
     @property
     def rose(self) -> bool:
@@ -117,6 +127,8 @@ def _decide(
         )
     if few:
         return "worse", "The replies became alike, and no score rose."
+    if torn := [s for s in [*agree, *doubt] if s.contradicted]:
+        return "not shown", _torn(torn)
     if doubt and agree:
         return "not shown", (
             f"The judges disagree: {_named(agree, 'prefer')} the new replies, {_named(doubt)} "
@@ -133,6 +145,16 @@ def _decide(
     if fell and not rose:
         return "worse", f"{_sentence(_named(fell, 'prefer'))} the replies of {names.start}."
     return "not shown", _unproven(list(signals.values()))
+
+
+def _torn(signals: list[Signal]) -> str:
+    """How sampled and greedy replies disagree."""
+    found = [
+        f"{s.label} {s.change:+.3f} of sampled replies and {s.greedy[0]:+.3f} of greedy ones"
+        for s in signals
+        if s.greedy is not None
+    ]
+    return f"Sampled and greedy replies disagree: {'; '.join(found)}."
 
 
 def _unproven(signals: list[Signal]) -> str:
@@ -166,7 +188,10 @@ def _signal(data: Mapping[str, Any], start: str, key: str, judge: Judge) -> Sign
         return Signal(LABELS[key], judge, rate["rate"], rate["low"], rate["high"], 0.5)
     change = (data.get("differences") or {}).get(key)
     if change:
-        return Signal(LABELS[key], judge, change["mean"], change["low"], change["high"])
+        numbers = [change[name] for name in ("mean", "low", "high")]
+        greedy = (data.get("differences") or {}).get(f"greedy_{key}")
+        likeliest = (greedy["mean"], greedy["low"], greedy["high"]) if greedy else None
+        return Signal(LABELS[key], judge, *numbers, greedy=likeliest)
     gain = _without_bootstrap(data, start, key)
     if gain is None:
         return None

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.evaluation.baselines import bag_of_words_margins, length_margins
-from rlhf_core.evaluation.samples import prompt_text
+from rlhf_core.evaluation.scored import prompt_text
 from rlhf_core.evaluation.statistics import accuracy, rate, standard_error, wilson_interval, wins
 from rlhf_core.judges.lexicon import get_judge
 from rlhf_core.stages.label import compare

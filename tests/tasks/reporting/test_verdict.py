@@ -78,6 +78,26 @@ def test_the_win_rate_at_equal_length_decides():
     assert found.state == "not shown" and "The judge gpt-4 shows no gain" in found.text
 
 
+def test_greedy_and_sampled_replies_must_agree():
+    changes = {"gold": change(UP), "greedy_gold": change(DOWN)}
+    found = verdict(differences=changes)
+    assert found.state == "not shown" and "+0.500 of sampled replies and -0.500 of" in found.text
+    assert verdict(differences={**changes, "greedy_gold": change(NONE)}).state == "better"
+
+
+def test_greedy_replies_that_became_alike_are_a_collapse():
+    models = {"sft": {"top_opening": 0.1, "distinct_2": 0.8},
+              "policy": {"top_opening": 0.2, "distinct_2": 0.7, "opening": "i am"}}  # fmt: skip
+    found = verdict(UP, UP, greedy={"models": models})
+    assert found.state == "better at a price"
+    assert found.prices == (
+        '20% of the greedy replies begin with "i am" (SFT: 10% begin alike)',
+        "distinct-2 of the greedy replies fell from 0.80 to 0.70",
+    )
+    models["policy"]["top_opening"] = 0.6
+    assert verdict(UP, UP, greedy={"models": models}).state == "reward hacked"
+
+
 def test_an_older_evaluation_is_judged_by_its_standard_errors():
     errors = {"reward_se": 0.1, "gold_se": 0.1}
     models = {
@@ -118,6 +138,11 @@ def test_lost_knowledge_is_a_price():
     found = verdict(UP, UP, heldout={"sft": {"loss": 3.0}, "policy": {"loss": 3.2}})
     assert found.prices == ("the held-out loss rose from 3.00 to 3.20",)
     assert verdict(UP, UP, heldout={"sft": {"loss": 3.0}, "policy": {"loss": 3.1}}).prices == ()
+    asked = {"models": {"sft": {"rate": 0.5}, "policy": {"rate": 0.2}}}
+    changes = {"gold": change(UP), "questions": change((-0.3, -0.5, -0.1))}
+    assert verdict(questions=asked, differences=changes).prices == (
+        "20% of the general questions are answered right (SFT: 50%)",
+    )
     tasks = {"arc": {"higher_is_better": {"acc": True, "ppl": False}}}
     rows = {"acc,none": {"value": -0.1, "stderr": 0.03}, "ppl,none": {"value": 9, "stderr": None},
             "acc_norm,none": {"value": -0.9, "stderr": 0.01}}  # fmt: skip
