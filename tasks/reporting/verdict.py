@@ -188,10 +188,11 @@ def _signal(data: Mapping[str, Any], start: str, key: str, judge: Judge) -> Sign
         return Signal(LABELS[key], judge, rate["rate"], rate["low"], rate["high"], 0.5)
     change = (data.get("differences") or {}).get(key)
     if change:
-        numbers = [change[name] for name in ("mean", "low", "high")]
         greedy = (data.get("differences") or {}).get(f"greedy_{key}")
-        likeliest = (greedy["mean"], greedy["low"], greedy["high"]) if greedy else None
-        return Signal(LABELS[key], judge, *numbers, greedy=likeliest)
+        return Signal(
+            LABELS[key], judge, change["mean"], change["low"], change["high"],
+            greedy=(greedy["mean"], greedy["low"], greedy["high"]) if greedy else None,
+        )  # fmt: skip
     gain = _without_bootstrap(data, start, key)
     if gain is None:
         return None
