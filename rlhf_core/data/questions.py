@@ -5,7 +5,8 @@ from __future__ import annotations
 from rlhf_core.data.rows.row import BadRow, short
 from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import DataError
-from rlhf_core.jobs import DataSettings, GeneralQuestion
+from rlhf_core.jobs import DataSettings
+from rlhf_core.jobs.results import GeneralQuestion
 
 LARGEST = 10_000  # questions: they travel in the job
 

@@ -66,13 +66,7 @@ from rlhf_core.jobs.preference import (
     SimPOSettings,
 )
 from rlhf_core.jobs.pretraining import NewModelJob, NewModelSettings, PretrainJob, PretrainSettings
-from rlhf_core.jobs.results import (
-    EvaluateJob,
-    EvaluateSettings,
-    Gates,
-    GeneralQuestion,
-    PublishSettings,
-)
+from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
 from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, VllmRollout
 from rlhf_core.jobs.training import (
@@ -103,7 +97,6 @@ __all__ = [
     "GRPOJob",
     "GRPOSettings",
     "Gates",
-    "GeneralQuestion",
     "ImportModelJob",
     "ImportRewardJob",
     "Job",
