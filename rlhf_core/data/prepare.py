@@ -29,6 +29,7 @@ from rlhf_core.data.encoding.encode import (
 )
 from rlhf_core.data.overlap.within import SplitOverlap
 from rlhf_core.data.parallel import ordered_map
+from rlhf_core.data.rows.columns import FURTHER, MAX_NOTES
 from rlhf_core.data.rows.detect import find_format
 from rlhf_core.data.rows.row import SKIP_HINT, RawRow
 from rlhf_core.data.sources.open import open_rows
@@ -174,7 +175,11 @@ def _deduplicate(
     finally:
         hashes.close()
     card.dropped = {reason: count for reason, count in dropped.items() if count}
-    card.bad, card.notes = dict(bad), dict(notes)
+    card.bad = dict(bad)
+    # Each batch has few notes; a file with endless names has others in each batch.
+    shown = notes.most_common(2 * MAX_NOTES)
+    further = sum(notes.values()) - sum(count for _, count in shown)
+    card.notes = dict(shown) | ({FURTHER: notes[FURTHER] + further} if further else {})
 
 
 def _write(

@@ -29,6 +29,8 @@ def run(job: DataJob, context: StageContext) -> Artifact | None:
     folder = context.scratch("dataset")
     card = prepare(job, tokenizer, folder, log=context.log, store=context.store)
     context.log(card.summary())
+    if unused := [note.removesuffix(" not used") for note in card.notes if "not used" in note]:
+        context.log(f"not used of these rows: {', '.join(unused)}")
     metadata = {
         "purpose": job.purpose,
         "source": job.source,

@@ -25,7 +25,8 @@ from rlhf_core.data.rows.row import BadRow, short
 from rlhf_core.jobs import DataSettings, Purpose
 
 LONGEST_NAME = 200  # characters of a name that are looked at
-MAX_NOTES = 100  # different notes that one count holds, for files with endless names
+MAX_NOTES = 100  # different notes that a count holds, for files with endless names
+FURTHER = "further columns not used"
 
 
 def _words(text: str) -> frozenset[str]:
@@ -105,6 +106,7 @@ _LABEL_TEXT = (
 _SPEAKER = "speakers and channels are not read; put the name into the message's text"
 _IN_MESSAGES = dict.fromkeys(("name", "speaker", "recipient", "channel"), _SPEAKER)
 _IN_ROWS = {"role": "the row seems to be a single message; put whole conversations into the rows"}
+_UNSUPPORTED = frozenset({"media", "tools", "template"})
 # What says nothing about a prompt, so that it may stand beside one in a set of prompts.
 _OF_REPLIES = frozenset({"flag", "label", "reply", "reasoning"})
 
@@ -136,7 +138,7 @@ class Rules:
         """Count the row's remarks; endless different ones share a count."""
         for remark in self.remarks:
             full = remark not in self.notes and len(self.notes) >= MAX_NOTES
-            self.notes["further columns not used" if full else remark] += 1
+            self.notes[FURTHER if full else remark] += 1
         self.remarks.clear()
 
 
@@ -248,8 +250,9 @@ def unread(values: Mapping[str, Any], refused: Mapping[str, str], where: str = "
     others = ", ".join(short(name) for name in shown[1:])
     also = f" (also {others})" if others else ""
     plain = [name if re.fullmatch(r"[\w.-]{1,40}", name) else short(name) for name in shown]
+    unsupported = any(_meaning(name[:LONGEST_NAME])[0] in _UNSUPPORTED for name in refused)
     return BadRow(
-        "unused_column",
+        "unsupported" if unsupported else "unused_column",
         f"{found} holds {short(values[first])}, which is not read here and may change what the row "
         f"means{also}: {refused[first].replace('NAME', plain[0])}. If the rows are right "
         f"without it, set ignore_columns: [{', '.join(plain)}]",

@@ -17,13 +17,12 @@ from typing import Any
 from rlhf_core.data.rows.columns import Rules, check_unread, is_empty, read_flag
 from rlhf_core.data.rows.row import BadRow, Message, names, parse_json, short, whole_text
 
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "developer": "system"}
-_SHAREGPT = {
-    "system": "system", "human": "user", "user": "user",
-    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
+_ROLES = {
+    "system": "system", "user": "user", "assistant": "assistant", "human": "user",
+    "gpt": "assistant", "developer": "system", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant",
 }  # fmt: skip
-_KEYS = (("role", "content", _ROLES), ("from", "value", _SHAREGPT))
+_KEYS = (("role", "content"), ("from", "value"))
 _TOOL_ROLES = frozenset(
     {"tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response"}
 )
@@ -102,11 +101,11 @@ def _parsed(text: str, name: str) -> Any:
         ) from None
 
 
-def _message(item: Any, keys: tuple[str, str, dict[str, str]], where: str, rules: Rules) -> Message:
-    role_key, text_key, roles = keys
+def _message(item: Any, keys: tuple[str, str], where: str, rules: Rules) -> Message:
+    role_key, text_key = keys
     if not isinstance(item, dict) or role_key not in item:
         raise _no_message(item, keys, where)
-    role = roles.get(str(item[role_key]).lower())
+    role = _ROLES.get(str(item[role_key]).lower())
     if role is None:
         raise _unknown_role(item[role_key], keys, where)
     others = item.keys() - {role_key, text_key} if len(item) > 2 else ()
@@ -147,16 +146,20 @@ def _flagged(message: Message, key: str, value: Any, where: str, rules: Rules) -
     return Untrained(message) if reply and not flag else message
 
 
-def _no_message(item: Any, keys: tuple[str, str, dict[str, str]], where: str) -> BadRow:
+def _no_message(item: Any, keys: tuple[str, str], where: str) -> BadRow:
     found = names(item) if isinstance(item, dict) else f"a {type(item).__name__}"
-    return BadRow("wrong_type", f"{where} is {found}; expected {keys[0]}, {keys[1]}")
+    other = _KEYS[keys == _KEYS[0]]
+    return BadRow(
+        "wrong_type",
+        f"{where} is {found}; expected {keys[0]}, {keys[1]} (or {other[0]}, {other[1]})",
+    )
 
 
-def _unknown_role(role: Any, keys: tuple[str, str, dict[str, str]], where: str) -> BadRow:
+def _unknown_role(role: Any, keys: tuple[str, str], where: str) -> BadRow:
     found = f"{where} has the {keys[0]} {short(role)}"
     if str(role).lower() in _TOOL_ROLES:
         return BadRow("unsupported", f"{found}; tool use is not supported: leave such rows out")
-    return BadRow("unknown_role", f"{found}; expected one of {', '.join(keys[2])}")
+    return BadRow("unknown_role", f"{found}; expected one of {', '.join(_ROLES)}")
 
 
 def _parts(value: Any, where: str, rules: Rules) -> str:

@@ -39,6 +39,15 @@ def version(name: str) -> str:
         ) from None
 
 
+def languages() -> list[str]:
+    """The languages of the chatterbot corpus."""
+    return sorted(entry.name for entry in _root().iterdir() if entry.is_dir())
+
+
+def _root() -> Any:
+    return importlib.resources.files("chatterbot_corpus") / "data"
+
+
 def files(name: str, subset: str | None) -> list[tuple[str, Any]]:
     """Category files of a subset: (name for messages, readable resource), sorted.
 
@@ -49,18 +58,17 @@ def files(name: str, subset: str | None) -> list[tuple[str, Any]]:
         DataError: unknown data set, language or category; the text lists the known ones.
     """
     version(name)
-    root = importlib.resources.files("chatterbot_corpus") / "data"
     language, _, wanted = (subset or "english").partition(":")
-    languages = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    if language not in languages:
+    known = languages()
+    if language not in known:
         raise DataError(
             f"builtin:{name} has no language {language!r}; subset is one of "
-            f"{', '.join(languages)}, optionally with categories as in "
+            f"{', '.join(known)}, optionally with categories as in "
             "english:emotion,conversations."
         )
     found = {
         entry.name.removesuffix(".yml"): entry
-        for entry in (root / language).iterdir()
+        for entry in (_root() / language).iterdir()
         if entry.name.endswith(".yml")
     }
     categories = [part.strip() for part in wanted.split(",") if part.strip()] or sorted(found)

@@ -68,9 +68,16 @@ def check_settings(settings: DataSettings, kind: str) -> None:
     Raises:
         DataError: one is set and has none.
     """
-    for name, value in (("split", settings.split), ("revision", settings.revision)):
-        # A subset stays from a preset when the source is another one; it is the built-in set's.
-        if kind != "hub" and value not in ("train", None):
+    if kind == "hub":
+        return
+    given = {"revision": settings.revision}
+    if settings.split != "train":
+        given["split"] = settings.split
+    # A preset's subset of the built-in set stays when only the source is set.
+    if kind != "builtin" and (settings.subset or "").partition(":")[0] not in builtin.languages():
+        given["subset"] = settings.subset
+    for name, value in given.items():
+        if value:
             raise DataError(
                 f"{settings.source}: {name} ({value}) has no effect on this source, only on a hub "
                 "data set. Remove it, or name the files of that part in source."
