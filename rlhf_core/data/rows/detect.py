@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_core.data.dataset.carried import CARRIED
+from rlhf_core.data.rows.columns import is_empty
 from rlhf_core.data.rows.formats import check_purpose
 from rlhf_core.data.rows.labels import is_label
 from rlhf_core.data.rows.layout import (
@@ -124,6 +125,14 @@ def detect_format(row: dict[str, Any], purpose: Purpose | None = None) -> Format
     if prompt:
         return "prompt"
     if "text" in has:
+        reply = first_of(_REPLIES, has) if purpose == "sft" else ""
+        if reply and not is_empty(row[reply]):
+            raise BadRow(
+                "unknown_format",
+                f"columns 'text' and {reply!r} may be a prompt and its reply; the row has "
+                f'{names(row)}. Set columns: {{"prompt": "text", "completion": "{reply}"}}, or '
+                f"ignore_columns: [{reply}] to train on the text alone",
+            )
         return "text"
     columns = ", ".join(f"{name} {text}" for name, text in FORMAT_COLUMNS.items())
     raise BadRow(

@@ -108,9 +108,13 @@ def _message(item: Any, keys: tuple[str, str], where: str, rules: Rules) -> Mess
     role = _ROLES.get(str(item[role_key]).lower())
     if role is None:
         raise _unknown_role(item[role_key], keys, where)
-    others = item.keys() - {role_key, text_key} if len(item) > 2 else ()
     if item.get("tool_calls") and "tool_calls" not in rules.ignored:
         raise BadRow("unsupported", f"{where} has tool calls, which are not supported")
+    flags: list[str] = []
+    if len(item) > 2:  # first, because a message that is a tool call may have no text
+        flags = [key for key in _FLAGS if key in item and key not in rules.ignored]
+        others = item.keys() - {role_key, text_key, *flags}
+        check_unread(item, sorted(others), rules, where)
     if text_key not in item:
         raise _no_message(item, keys, where)
     text = item[text_key]
@@ -118,11 +122,8 @@ def _message(item: Any, keys: tuple[str, str], where: str, rules: Rules) -> Mess
         "role": role,
         "content": check_text(text if isinstance(text, str) else _parts(text, where, rules), where),
     }
-    if others:
-        flags = [key for key in _FLAGS if key in others and key not in rules.ignored]
-        check_unread(item, sorted(others - set(flags)), rules, where)
-        for key in flags:
-            message = _flagged(message, key, item[key], where, rules)
+    for key in flags:
+        message = _flagged(message, key, item[key], where, rules)
     return message
 
 
