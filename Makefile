@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos demo-s3 bench bench-store bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
+.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos demo-s3 bench bench-store bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,11 @@ demo-s3: $(STAMP)  ## the demo with its artifacts on an S3 server that is starte
 
 bench-store: $(STAMP)  ## throughput of the S3 store beside boto3's (two minutes)
 	@$(BIN)/python benchmarks/store_throughput.py
+
+POINTS ?= benchmarks/frontier/demo.yaml
+SEEDS ?= 0
+bench-frontier: $(STAMP)  ## what settings gain and what they cost (POINTS, PRESET, SEEDS="1 2 3"; ten minutes a point)
+	@$(BIN)/python -m benchmarks.frontier $(POINTS) --preset $(PRESET) --seeds $(SEEDS)
 
 bench-nf4: $(STAMP)  ## memory of frozen weights, LoRA on bf16 beside QLoRA (two minutes)
 	@$(BIN)/python -m benchmarks.memory.frozen_weights
