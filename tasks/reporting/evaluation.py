@@ -144,6 +144,9 @@ class Evaluation:
             if "low" in row and "high" in row:
                 interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
             lines.append(f"| {label} | {100 * row['accuracy']:.1f} | {interval} |")
+        if "length_correlation" in model:
+            found = f"{model['length_correlation']:+.2f}"
+            lines += ["", f"Over these pairs, score and length correlate with {found}."]
         return "\n".join(lines)
 
 

@@ -48,6 +48,11 @@ def test_reward_model_stands_beside_its_baselines():
     assert "| reward model | 78.0 | 70.0 to 84.0 |" in table
     assert "| longer reply wins | 55.0 |" in table
     assert "| bag of words | 71.0 |" in table
+    assert "length" not in table.rpartition("|")[2], "results of older versions have none"
+    first = {"reward_model": {**FULL["reward_model"], "length_correlation": -0.4, "members": 3}}
+    table = Evaluation(FULL | first).reward_model()
+    assert "| reward model 1 of 3 | 78.0 |" in table
+    assert table.endswith("\n\nOver these pairs, score and length correlate with -0.40.")
 
 
 def test_win_rates_are_given_with_their_interval_and_at_equal_length():
