@@ -8,11 +8,10 @@ from typing import Any
 
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import ModelReward
-from rlhf_core.jobs.rewards import AnswerReward, ReasoningGymReward, Reward
+from rlhf_core.jobs.rewards import VERIFIERS, Reward
 from rlhf_core.rewards import Rules
 from rlhf_core.rollout.replies import Reply
 
-VERIFIERS = (AnswerReward, ReasoningGymReward)
 ANSWERS = "answers"
 """Name of a verifier's score: how many of the answers are right, at weight 1."""
 

@@ -32,16 +32,16 @@ def self_bleu(texts: Sequence[str]) -> float:
 def _precision(replies: Sequence[Sequence[str]], n: int) -> float:
     """Share of all n-grams that occur in another reply, at most as often as in any one of them."""
     counts = [Counter(zip(*(reply[i:] for i in range(n)), strict=False)) for reply in replies]
-    largest: dict[tuple[str, ...], list[int]] = {}  # the two largest counts in one reply
+    largest: dict[tuple[str, ...], tuple[int, int]] = {}  # the two largest counts in one reply
     for count in counts:
         for gram, times in count.items():
-            largest[gram] = sorted([*largest.get(gram, []), times])[-2:]
+            first, second = largest.get(gram, (0, 0))
+            largest[gram] = (times, first) if times > first else (first, max(second, times))
     matched = total = 0
     for count in counts:
         for gram, times in count.items():
-            known = largest[gram]
-            of_others = known[-1] if times < known[-1] else known[0] if len(known) == 2 else 0
-            matched += min(times, of_others)
+            first, second = largest[gram]
+            matched += min(times, first if times < first else second)
             total += times
     return matched / total if total else 0.0
 

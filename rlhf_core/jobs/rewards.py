@@ -246,6 +246,10 @@ Reward = (
 """A reward; a plain union, because `Field(discriminator=...)` breaks Prefect's form."""
 
 
+VERIFIERS = (AnswerReward, ReasoningGymReward)
+"""Rewards that compare a reply with the prompt's known answer."""
+
+
 def _compiles(pattern: str) -> str:
     import regex
 

@@ -12,16 +12,11 @@ from dataclasses import dataclass
 
 from rlhf_core.jobs import DataSettings, OnlineSettings, PipelineConfig
 from rlhf_core.jobs.rewards import (
-    AnswerReward,
+    VERIFIERS,
     ModelReward,
-    ReasoningGymReward,
-    Reward,
     SentimentReward,
 )
 from rlhf_core.pipeline import recipe
-
-VERIFIERS = (AnswerReward, ReasoningGymReward)
-"""Rewards that compare a reply with the prompt's known answer."""
 
 FAMILIES = {
     "gpt": r"gpt|chatgpt|o[1-9]", "claude": r"claude", "gemini": r"gemini", "gemma": r"gemma",
@@ -53,12 +48,13 @@ def judges_of(config: PipelineConfig) -> dict[str, Judge]:
     """Key of each judge's numbers in evaluation.json -> the judge."""
     settings = config.evaluate
     found = {}
-    if recipe.has_reward_model(config):
-        found["reward"] = _reward_model(config)
-    elif rewards := last_rules(config):
+    rewards = recipe.online_rewards(config)
+    if any(not isinstance(reward, ModelReward) for reward in rewards):
         name = f"the reward ({', '.join(reward.type for reward in rewards)})"
         found["reward"] = Judge(name, False, "is what the model was trained on")
-    if any(isinstance(reward, VERIFIERS) for reward in last_rules(config)):
+    elif recipe.has_reward_model(config):
+        found["reward"] = _reward_model(config)
+    if any(isinstance(reward, VERIFIERS) for reward in rewards):
         found["answers"] = Judge(
             "the verifier", True, "compares replies with the answers of held-out prompts"
         )
@@ -67,11 +63,6 @@ def judges_of(config: PipelineConfig) -> dict[str, Judge]:
     if settings.judge_endpoint is not None:
         found["judge"] = _endpoint(config, settings.judge_endpoint.model)
     return found
-
-
-def last_rules(config: PipelineConfig) -> tuple[Reward, ...]:
-    """The rules among the rewards of the last stage of online RL; empty without such a stage."""
-    return tuple(r for r in recipe.online_rewards(config) if not isinstance(r, ModelReward))
 
 
 def families(name: str) -> set[str]:

@@ -113,6 +113,7 @@ def _evaluate(data: dict[str, str], reward: str, settings: dict[str, Any]) -> Ba
     common = {
         "policy": model, "sft": model, "base": model, "reward_model": reward,
         "prompts": data["prompts"], "sft_data": data["sft"], "max_prompts": 5, "max_new_tokens": 6,
+        "greedy_prompts": 3, "rewards": ({"type": "model"}, {"type": "must_end", "weight": 0.5}),
     }  # fmt: skip
     return jobs.EvaluateJob(**(common | {k: v for k, v in settings.items() if k != "model"}))
 

@@ -172,6 +172,7 @@ ENDPOINT = "evaluate.judge_endpoint={{url: 'http://localhost:1/v1', model: {}}}"
     ("preset", "changes", "judge", "independent", "why"),
     [
         ("smoke", [], "gold", False, "labelled the pairs"),
+        ("smoke", ["evaluate.judge=textblob"], "gold", True, "had no part in the training"),
         ("smoke", [], "reward", False, "trained in this run"),
         ("smoke", ["data.preference={source: pairs.jsonl}", "evaluate.judge=vader"], "gold", True,
          "unless it labelled pairs.jsonl"),
