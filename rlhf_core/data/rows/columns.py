@@ -44,9 +44,10 @@ _ABOUT = _words(
     "languages locale country time date timestamp created updated version url link license licence "
     "author annotator annotators annotation annotations worker user metadata meta info stats "
     "statistics header headers status state correct correctness verified usage cost price title "
-    "extra answer filename"
+    "extra answer filename name format"
 )
-_ABOUT_FIRST = _words("id num n nb count is has score rating avg mean")
+_ABOUT_FIRST = _words("id is score rating avg mean")
+_COUNTS = _words("num n nb count counts number has contains")  # of images too
 _FLAGS = _words("train trainable training trained loss masked learn learnable")
 _WEIGHTS = _words("weight weights mask masks")
 _LABELS = _words("label labels kto desirable preferred preference better winner thumb thumbs")
@@ -65,7 +66,7 @@ _MEANINGS: dict[str, tuple[frozenset[str], str]] = {
         "options of the chat template are not supported",
     ),
     "tools": (
-        _words("tool tools function functions plugin plugins api apis observation"),
+        _words("tool tools function functions observation"),
         "tool use is not supported",
     ),
     "reasoning": (
@@ -85,7 +86,7 @@ _MEANINGS: dict[str, tuple[frozenset[str], str]] = {
             "background knowledge evidence choices options demonstrations shots hint hints premise "
             "hypothesis prefix suffix article articles paragraph paragraphs excerpt snippet table "
             "schema facts constraint constraints examples instruction instructions prompt prompts "
-            "query question questions dialog dialogue text"
+            "query question questions dialog dialogue text messages conversation conversations"
         ),
         "if it belongs to the prompt, put it into the prompt's text (format alpaca reads such a "
         "column after the instruction: columns: {input: NAME})",
@@ -104,8 +105,13 @@ _LABEL_TEXT = (
     "if it says whether the reply is good, write true or false (or 1, 0) and set format: unpaired"
 )
 _SPEAKER = "speakers and channels are not read; put the name into the message's text"
-_IN_MESSAGES = dict.fromkeys(("name", "speaker", "recipient", "channel"), _SPEAKER)
-_IN_ROWS = {"role": "the row seems to be a single message; put whole conversations into the rows"}
+_IN_MESSAGES = dict.fromkeys(
+    ("name", "speaker", "speaker_name", "user_name", "recipient", "channel"), _SPEAKER
+)
+_IN_ROWS = {
+    "role": "if the row is a single message, put whole conversations into rows; if it is a "
+    "persona, set columns: {system: role}"
+}
 _UNSUPPORTED = frozenset({"media", "tools", "template"})
 # What says nothing about a prompt, so that it may stand beside one in a set of prompts.
 _OF_REPLIES = frozenset({"flag", "label", "reply", "reasoning"})
@@ -162,6 +168,8 @@ def _meaning(name: str) -> tuple[str, str]:
     """The kind of a name ("" for nothing known), and what to do about its value."""
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
     found = frozenset(words)
+    if words and (words[0] in _COUNTS or words[-1] in _COUNTS):
+        return "about", ""
     if found & _MEANINGS["media"][0]:
         return "media", _MEANINGS["media"][1]
     if words and (words[0] in _ABOUT_FIRST or words[-1] in _ABOUT):
@@ -174,6 +182,11 @@ def _meaning(name: str) -> tuple[str, str]:
         if found & known:
             return kind, todo
     return "", ""
+
+
+def is_part(name: str) -> bool:
+    """Whether a column of this name may hold a part of a prompt or a reply."""
+    return _meaning(name[:LONGEST_NAME])[0] in ("prompt", "reply")
 
 
 def _refusal(name: str, value: Any, purpose: Purpose, message: bool) -> str | None:

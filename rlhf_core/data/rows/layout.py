@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from rlhf_core.data.rows.columns import is_part
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import Format
 
@@ -59,6 +60,7 @@ class Layout:
         prompt: a prompt in one column.
         reply: a single reply.
         unread: the other columns.
+        doubtful: those of them that may say once more what was read.
     """
 
     conversation: str = ""
@@ -70,6 +72,7 @@ class Layout:
     system: str = ""
     history: str = ""
     unread: tuple[str, ...] = ()
+    doubtful: tuple[str, ...] = ()
 
     @property
     def has_prompt(self) -> bool:
@@ -115,7 +118,8 @@ def find_layout(format: Format, names: tuple[str, ...], ignored: frozenset[str])
         parts["system"] = first_of(SYSTEM, has)
     used = {*parts.values()} | {name for name in ("chosen", "rejected") if name in _READ[format]}
     used |= {"text"} if format == "text" else set()
-    return Layout(**parts, unread=tuple(name for name in names if name not in used))
+    unread = tuple(name for name in names if name not in used)
+    return Layout(**parts, unread=unread, doubtful=tuple(filter(is_part, unread)))
 
 
 def _question(has: frozenset[str], format: Format) -> dict[str, str]:

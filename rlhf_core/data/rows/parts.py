@@ -134,28 +134,37 @@ LONG = 20  # characters from which a text that occurs in another one is no chanc
 def repeated(
     row: dict[str, Any], layout: Layout, messages: list[Message], replies: list[str]
 ) -> set[str]:
-    """Unread columns that only say once more what was read: `prompt` beside `messages`.
+    """Unread columns that only say once more what was read: `prompt` beside `messages`, or a
+    context that the prompt quotes.
 
     Args:
         replies: that were read besides the messages.
     """
-    again = set()
+    again: set[str] = set()
+    if not layout.doubtful:
+        return again
     texts = [m["content"] for m in messages] + replies
-    for name in layout.unread:
+    bare = [text.strip() for text in texts]
+    asked = [m["content"] for m in messages if m["role"] != "assistant"]
+    for name in layout.doubtful:
         value = row[name]
-        if name not in _MAY_REPEAT or not value:
-            continue
         if is_transcript(value):
             value = [dict(m) for m in _transcript_prompt(value, name)]
-        if isinstance(value, str):
-            same = repeats_text(value.strip(), [text.strip() for text in texts])
+        if isinstance(value, str) and name in _MAY_REPEAT:
+            same = repeats_text(value.strip(), bare)
             if not same and name in ("text", "prompt"):  # the whole row, rendered
                 read = [v for n, v in row.items() if n not in layout.unread and isinstance(v, str)]
                 same = all(text.strip() in value for text in (read or texts))
+        elif isinstance(value, str):  # a context, which the prompt quotes
+            same = len(value) >= LONG and any(value.strip() in text for text in asked)
         else:
-            same = isinstance(value, list) and all(
-                isinstance(item, dict) and item.get("content", item.get("value")) in texts
-                for item in value
+            same = (
+                name in _MAY_REPEAT
+                and isinstance(value, list)
+                and all(
+                    isinstance(item, dict) and item.get("content", item.get("value")) in texts
+                    for item in value
+                )
             )
         if same:
             again.add(name)

@@ -46,7 +46,7 @@ REFUSED = [
     ({"instruction": "a", "context": "c", "output": "b"}, "column 'context'", "{input: context}"),
     ({"prompt": "a", "completion": "b", "choices": ["x"]}, "column 'choices'", "prompt's text"),
     ({"prompt": "a", "input": "x", "completion": "b"}, "column 'input'", "prompt's text"),
-    ({"text": "a", "role": "prompter"}, "column 'role'", "single message"),
+    ({"text": "a", "role": "prompter"}, "column 'role'", "columns: {system: role}"),
     ({"messages": [U, {**A, "reasoning_content": "r"}]}, "key 'reasoning_content'", "<think>"),
     ({"messages": [U, {**A, "thinking": "r"}]}, "key 'thinking' of message 2", "<think>"),
     ({"messages": [{**U, "name": "Bob"}, A]}, "key 'name' of message 1", "speakers"),
@@ -72,6 +72,17 @@ def test_what_changes_the_meaning_of_a_row_is_refused_by_name(row, name, todo):
         assert f"ignore_columns: [{column}" in error.value.message
     if column not in ("input", "context"):
         read(row, ignore_columns=[column])  # does not raise
+
+
+def test_context_that_the_prompt_quotes_is_no_loss():
+    passage = "Paris is the capital of France."
+    row = {"prompt": f"Read this. {passage} What is the capital?", "completion": "Paris"}
+    assert read({**row, "context": passage})[1] == {}
+    for other in ("Rome is the capital of Italy.", "Paris"):
+        with pytest.raises(BadRow, match="column 'context'"):
+            read({**row, "context": other})
+    with pytest.raises(BadRow, match="column 'context'"):  # the reply does not tell the model
+        read({"prompt": "What is the capital?", "completion": passage, "context": passage})
 
 
 def test_label_without_a_reply_is_metadata():
@@ -102,13 +113,15 @@ def test_setting_without_effect_is_an_error(tmp_path, given, words):
 
 def test_unknown_metadata_is_read_past_and_counted(tokenizer):
     row = {**TALK, "id": 7, "source": "web", "created": "2024-01-01", "is_good": True,
-           "metadata": {"a": 1}, "views": 3.5, "num_images": None, "note": "x"}  # fmt: skip
+           "metadata": {"a": 1}, "views": 3.5, "num_images": None, "image_count": "0",
+           "prompt_name": "p", "output_format": "md", "note": "x"}  # fmt: skip
     row["messages"] = [{**U, "timestamp": 5, "weight": None}, {**A, "language": "en", "weight": 1}]
     empty = {**TALK, "id": None, "images": [], "tools": None, "system": "", "history": [[]],
              "weight": 1, "label": None}  # fmt: skip
     batch = encoded(tokenizer, [row, row, empty], "sft")
     assert batch.bad == []
-    unread = ["id", "source", "created", "is_good", "metadata", "views", "note"]
+    unread = ["id", "source", "created", "is_good", "metadata", "views", "image_count",
+              "prompt_name", "output_format", "note"]  # fmt: skip
     assert batch.notes == {
         **{f"column '{name}' not used": 2 for name in unread},
         **{f"key '{name}' not used": 2 for name in ("timestamp", "language")},
