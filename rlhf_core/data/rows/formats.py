@@ -113,12 +113,14 @@ def normalise(
     """
     rules = rules or Rules(purpose)
     rules.remarks.clear()
-    layout = find_layout(format, tuple(row), rules.ignored)
-    example = _READERS[format](row, layout, rules)
-    if layout.unread:
-        again = repeated(row, layout, example.messages, example.replies())
+    ignored = [name for name in row if name in rules.ignored] if rules.ignored else []
+    read = {name: row[name] for name in row if name not in ignored} if ignored else row
+    layout = find_layout(format, tuple(read))
+    example = _READERS[format](read, layout, rules)
+    if layout.unread or ignored:
+        again = repeated(read, layout, example.messages, example.replies())
         unread = [name for name in layout.unread if name not in again]
-        check_unread(row, unread, rules, harmless=HARMLESS.get(format, ()))
+        check_unread(row, unread + ignored, rules, harmless=HARMLESS.get(format, ()))
     if example.text is None:
         check_markers(example.messages, example.replies())
     elif purpose != "pretrain":
@@ -136,10 +138,6 @@ def _plain(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
 
 
 def _talk(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
-    return _conversation(prompt_of(row, layout, rules))
-
-
-def _asked(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
     return _conversation(prompt_of(row, layout, rules))
 
 
@@ -258,7 +256,7 @@ _READERS: dict[str, Callable[[dict[str, Any], Layout, Rules], Example]] = {
     "preference": _preference,
     "implicit_prompt": _implicit,
     "unpaired": _unpaired,
-    "prompt": _asked,
+    "prompt": _talk,
     "text": _plain,
 }
 

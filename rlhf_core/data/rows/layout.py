@@ -86,13 +86,13 @@ def first_of(known: tuple[str, ...], has: frozenset[str]) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def find_layout(format: Format, names: tuple[str, ...], ignored: frozenset[str]) -> Layout:
-    """The layout of a row with these columns, of which some are ignored.
+def find_layout(format: Format, names: tuple[str, ...]) -> Layout:
+    """The layout of a row with these columns.
 
     A part that the format needs and the row lacks has the name that the format expects, so that
     reading it says what is missing.
     """
-    has = frozenset(names) - ignored
+    has = frozenset(names)
     parts: dict[str, str] = {}
     if format in ("messages", "sharegpt"):
         own = "messages" if format == "messages" else "conversations"

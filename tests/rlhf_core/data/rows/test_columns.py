@@ -140,6 +140,15 @@ def test_ignored_columns_are_counted_and_leave_the_reading_as_it_is(tokenizer):
     }
 
 
+def test_an_ignored_column_is_not_read_where_the_format_would_read_it():
+    row = {"prompt": "Something else", "chosen": [U, A], "rejected": [U, BAD]}
+    with pytest.raises(BadRow, match="does not contain the prompt"):
+        read(row, "preference")
+    example, notes = read(row, "preference", ignore_columns=["prompt"])
+    assert (example.messages, example.chosen) == ([U], "Hello")
+    assert notes == {"column 'prompt' ignored (ignore_columns)": 1}
+
+
 def test_notes_of_endless_names_stay_few():
     rules = Rules("sft")
     for number in range(500):
