@@ -34,6 +34,7 @@ from rlhf_core.jobs import (
     PipelineConfig,
     Resources,
     Settings,
+    TrainingData,
     TrainingStage,
     TrainSettings,
 )
@@ -41,6 +42,7 @@ from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.model_files.source import fingerprint as model_fingerprint
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import reply_length
+from rlhf_core.preflight.answers import check_answers
 from rlhf_core.preflight.check import check
 from tasks.events import log_event
 from tasks.execute import run_jobs, should_retry
@@ -100,6 +102,8 @@ def preflight(config: PipelineConfig, until: str = "publish") -> None:
     problems = check(config) + recipe.check_until(config, until)
     if problems:
         raise PreflightError(problems)
+    for remark in check_answers(config)[1]:
+        log_event(get_run_logger(), "note", "preflight", remark)
     log_event(get_run_logger(), "note", "preflight", "passed")
 
 
@@ -224,7 +228,7 @@ def benchmark(run: Run, artifacts: dict[str, str]) -> StageResult:
     job = LmEvalJob(
         **job_fields(run, settings),
         fingerprint=tasks_fingerprint(settings.include_path),
-        **{name: artifacts[role] for name, role in LmEvalJob.roles().items()},
+        **{n: artifacts[role] for n, role in LmEvalJob.roles().items() if role in artifacts},
     )
     return run_job(run, "lm_eval", job)
 
@@ -261,7 +265,7 @@ def run_evaluation(run: Run, name: str, artifacts: dict[str, str]) -> StageResul
         rewards=rewards if rules else (),
         own_questions=() if questions in ("builtin", "none") else read_questions(questions),
         prompts=artifacts["prompts"],
-        sft_data=artifacts.get("sft"),
+        **{name: artifacts.get(role) for name, role in TrainingData.roles().items()},
         **ensemble(run, artifacts),
     )
     return run_job(run, name, job)

@@ -13,6 +13,8 @@ evaluation.json:
     sampling     temperature, max_new_tokens, seed, n, greedy: how the replies were made
     reward_model accuracy on held-out pairs; of an ensemble its first member's, and their number
     judge        counts of the judge behind an endpoint
+    contamination  prompts, questions -> training data set -> how much of them its rows have
+                 (rlhf_core/data/overlap/result.py)
 """
 
 from __future__ import annotations

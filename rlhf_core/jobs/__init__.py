@@ -36,6 +36,7 @@ from rlhf_core.jobs.data import (
     LabelJob,
     ModelSettings,
     SampledPreferences,
+    TrainingData,
 )
 from rlhf_core.jobs.harness import LmEvalJob, LmEvalSettings
 from rlhf_core.jobs.judging import EndpointJudgeSettings
@@ -146,6 +147,7 @@ __all__ = [
     "Strategy",
     "TrainJob",
     "TrainSettings",
+    "TrainingData",
     "TrainingStage",
     "VllmRollout",
     "WorkPoolLauncher",

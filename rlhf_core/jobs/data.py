@@ -192,6 +192,36 @@ class DataJob(DataSettings, BaseJob):
         return settings
 
 
+class TrainingData(BaseJob):
+    """The data sets that a run trained on: a measurement looks for its prompts in them."""
+
+    pretrain_data: Digest | None = job_input("pretrain", default=None)
+    """Texts of the stage pretrain."""
+    sft_data: Digest | None = job_input("sft", default=None)
+    """Demonstrations; the evaluation also measures the loss on their held-out rows."""
+    preference_data: Digest | None = job_input("preference", default=None)
+    """Preference pairs."""
+    unpaired_data: Digest | None = job_input("unpaired", default=None)
+    """Labelled replies."""
+    ptx_data: Digest | None = job_input("ptx", default=None)
+    """Data mixed into online RL."""
+
+    def key_settings(self) -> dict[str, Any]:
+        """Data sets that there are not have no place in the key."""
+        names = {*TrainingData.roles(), "prompts"}
+        settings = super().key_settings()
+        return {k: v for k, v in settings.items() if k not in names or v is not None}
+
+    def training_data(self) -> dict[str, str]:
+        """Role of each data set, also of `prompts`, if the job has it -> its digest; each once."""
+        found: dict[str, str] = {}
+        for field, role in {**TrainingData.roles(), "prompts": "prompts"}.items():
+            digest = getattr(self, field, None)
+            if digest is not None and digest not in found.values():
+                found[role] = digest
+        return found
+
+
 class LabelJob(SampledPreferences, EnsembleJob):
     """Samples replies from a model and labels pairs of them."""
 

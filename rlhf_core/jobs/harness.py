@@ -8,13 +8,13 @@ from pydantic import Field, field_validator
 
 from rlhf_core.jobs.base import (
     LARGEST,
-    BaseJob,
     Digest,
     PositiveInt,
     Resources,
     Settings,
     job_input,
 )
+from rlhf_core.jobs.data import TrainingData
 
 
 class LmEvalSettings(Settings):
@@ -50,7 +50,7 @@ class LmEvalSettings(Settings):
         return value
 
 
-class LmEvalJob(LmEvalSettings, BaseJob):
+class LmEvalJob(LmEvalSettings, TrainingData):
     """Measures the base and the finished model with the harness."""
 
     module: ClassVar[str] = "rlhf_core.evaluation.harness.stage"
@@ -62,6 +62,8 @@ class LmEvalJob(LmEvalSettings, BaseJob):
     """Base model."""
     policy: Digest = job_input("model")
     """The finished model."""
+    prompts: Digest | None = job_input(default=None)
+    """Prompts of online RL."""
     fingerprint: str = ""
     """Fingerprint of include_path, so that a changed task is measured again."""
     resources: Resources = Resources()

@@ -17,6 +17,7 @@ from rlhf_core.jobs.base import (
     Slug,
     job_input,
 )
+from rlhf_core.jobs.data import TrainingData
 from rlhf_core.jobs.ensemble import EnsembleJob
 from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.rewards import Reward
@@ -101,7 +102,7 @@ class GeneralQuestion(Settings):
     """Accepted answers."""
 
 
-class EvaluateJob(EvaluateSettings, EnsembleJob):
+class EvaluateJob(EvaluateSettings, TrainingData, EnsembleJob):
     """Evaluation on held-out data."""
 
     version: ClassVar[int] = 4
@@ -130,7 +131,5 @@ class EvaluateJob(EvaluateSettings, EnsembleJob):
     """The rows of `questions`, if that is a source."""
     prompts: Digest = job_input()
     """Data set of purpose prompts."""
-    sft_data: Digest | None = job_input("sft", default=None)
-    """Data set of purpose sft, for the held-out loss."""
     resources: Resources = Resources()
     """Placement of the job."""

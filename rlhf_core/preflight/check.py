@@ -24,6 +24,7 @@ from rlhf_core.model_files.shape import ModelShape, read_shape
 from rlhf_core.model_files.source_check import check_model, model_config, new_model_sizes
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import device_of, placements, trained_stages
+from rlhf_core.preflight.answers import check_answers
 from rlhf_core.preflight.fitting import ways_to_fit
 from rlhf_core.preflight.memory import GIB
 from rlhf_core.preflight.memory import estimate as estimate_memory
@@ -83,6 +84,8 @@ def check(
         problems += _check_packages(config)
     if contact and here:
         problems += _check_rewards(config)
+    if contact:
+        problems += check_answers(config, store)[0]
     if contact and here and config.evaluate.judge_endpoint is not None:
         problems += _check_judge(config.evaluate.judge_endpoint)
     if contact and config.lm_eval is not None:

@@ -80,6 +80,12 @@ def has_number(text: str) -> bool:
     return last_span(text) is not None
 
 
+def is_readable(answer: str) -> bool:
+    """Whether an expected answer is one value, which replies can have in other words too."""
+    span = last_span(answer)
+    return span is not None and not _several(answer) and read(span) is not None
+
+
 def numeric_match(reply: str, answer: str, tolerance: float) -> Verdict:
     """Compares the last values of two texts.
 

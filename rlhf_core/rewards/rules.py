@@ -23,12 +23,13 @@ from rlhf_core.jobs.rewards import (
     Reward,
     SentimentReward,
 )
-from rlhf_core.rewards.answer import Verdict, exact_match, has_number, numeric_match
+from rlhf_core.rewards.answer import Verdict, exact_match, numeric_match
 from rlhf_core.rewards.forbidden import forbidden_score
 from rlhf_core.rewards.function import user_function
 from rlhf_core.rewards.length import length_penalty, length_score, text_length
 from rlhf_core.rewards.patterns import compile_pattern, extract, matches
 from rlhf_core.rewards.reasoning import reasoning_score
+from rlhf_core.rewards.references import expected, is_missing
 from rlhf_core.rewards.repetition import repetition_score
 from rlhf_core.rewards.sentiment import sentiment_score
 from rlhf_core.rewards.text import script_share
@@ -168,11 +169,8 @@ def _answers(rule: AnswerReward, failures: Counter[str]) -> Scorer:
     pattern = compile_pattern(rule.pattern) if rule.pattern is not None else None
 
     def one(reply: str, row: dict[str, Any]) -> float:
-        answer = row.get("answer") or ""
-        if pattern is not None:
-            inside = extract(pattern, answer, failures)
-            answer = answer if inside is None else inside
-        missing = not answer.strip() or (rule.match == "numeric" and not has_number(answer))
+        answer = expected(pattern, row.get("answer") or "", failures)
+        missing = is_missing(rule, answer)
         if missing and rule.without_answer is None:
             raise DataError(_no_answer(rule, row))
         if missing:

@@ -11,6 +11,7 @@ from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.pipeline import recipe
 from rlhf_core.store import Store
 from tasks.events import table_cell
+from tasks.reporting.contamination import contamination
 from tasks.run import Run
 
 STAGE = "lm_eval"
@@ -59,7 +60,16 @@ class Benchmarks:
             "mean, the error of a difference is paired over the same examples. Measured with "
             f"lm-eval {self.data.get('lm_eval', '?')}."
         )
-        return "\n".join(lines) + f"\n\n{note}"
+        return "\n\n".join(filter(None, ["\n".join(lines), note, self.known()]))
+
+    def known(self) -> str:
+        """How many of the questions are in the training data; "" if nobody looked."""
+        found = {
+            f"{task} in {data_set}": row
+            for task, data_sets in (self.data.get("contamination") or {}).items()
+            for data_set, row in data_sets.items()
+        }
+        return contamination(found, "questions")
 
     def _metrics(self) -> Iterator[tuple[str, str]]:
         models = self.data.get("models") or {}

@@ -18,6 +18,7 @@ from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.store import Store
 from tasks.events import headline, log_event, seconds, table_cell
 from tasks.reporting.benchmarks import benchmarks_of
+from tasks.reporting.contamination import known_prompts
 from tasks.reporting.curves import draw
 from tasks.reporting.evaluation import comparison_of, evaluation_of, read_samples
 from tasks.run import Run
@@ -63,6 +64,8 @@ def render(run: Run, has_curves: bool) -> str:
         if beside := comparison_of(run):
             found = [beside.models(), beside.win_rates(), beside.verdict()]
             parts += ["## Champion and challenger", *filter(None, found)]
+        if known := known_prompts(evaluation.data):
+            parts += ["## Held-out prompts in the training data", known]
         if text := evaluation.reward_model():
             parts += ["## Reward model", text]
         samples = read_samples(run.store, digest)[: run.config.evaluate.samples]

@@ -91,6 +91,9 @@ def test_smoke_runs_every_stage(smoke):
     folder = Path(smoke.first["folder"])
     report = (folder / "report.md").read_text()
     assert "## Evaluation" in report
+    assert "## Held-out prompts in the training data" in report
+    for name in ("sft", "preference", "prompts"):  # preference: sampled
+        assert f"\n| {name} | " in report
     assert "## Replies before and after" in report
     assert (folder / "curves.png").stat().st_size > 10_000
     assert smoke.seconds < 240  # 90 s on an idle machine

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from rlhf_core.data.overlap.ngrams import N, grams, words
+from rlhf_core.data.overlap.ngrams import N, grams, whole, words
 from rlhf_core.data.overlap.result import NEAR, Overlap
 
 COMMON = 10
@@ -45,6 +45,16 @@ class HeldoutPrompts:
         self._sizes: list[int] = []  # n-grams of each prompt, without templates
         self._hashes: Any = None  # sorted, (G,)
         self._owners: Any = None  # prompt number of each, (G,)
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> HeldoutPrompts:
+        """These prompts, finished."""
+        prompts = cls()
+        for text in texts:
+            found = words(text)
+            prompts.add(text, whole(found), grams([found])[0])
+        prompts.finish()
+        return prompts
 
     def add(self, text: str, all_words: int, hashes: Any) -> None:
         """Add a prompt. One without words, or with those of an earlier one, has no effect.
@@ -83,12 +93,12 @@ class HeldoutPrompts:
         self._bits = np.zeros(2**22, bool)
         self._bits[_bit(self._hashes)] = True
 
-    def find(self, whole: Sequence[int], hashes: Sequence[Any]) -> dict[int, dict[int, float]]:
+    def find(self, own: Sequence[int], hashes: Sequence[Any]) -> dict[int, dict[int, float]]:
         """Place of a training row -> prompt number -> share of its n-grams that the row has; 1 for
         the same words. Rows without any are left out.
 
         Args:
-            whole: `ngrams.whole` of each row's prompt. hashes: `ngrams.grams` of all its words.
+            own: `ngrams.whole` of each row's prompt. hashes: `ngrams.grams` of all its words.
         """
         import numpy as np
 
@@ -106,7 +116,7 @@ class HeldoutPrompts:
         )
         for (row, prompt), count in counts.items():
             found.setdefault(row, {})[prompt] = count / self._sizes[prompt]
-        for row, words_of_row in enumerate(whole):
+        for row, words_of_row in enumerate(own):
             if (same := self._whole.get(words_of_row)) is not None:
                 found.setdefault(row, {})[same] = 1.0
         return found
@@ -145,16 +155,16 @@ class Comparison:
         self._kept = 0
         self._examples: list[tuple[float, int, dict[str, Any]]] = []
 
-    def add(self, rows: Sequence[int], whole: Sequence[int], hashes: Sequence[Any]) -> None:
+    def add(self, rows: Sequence[int], own: Sequence[int], hashes: Sequence[Any]) -> None:
         """Compare rows; see `HeldoutPrompts.find`.
 
         Args:
             rows: their numbers, for the examples.
         """
         self._result.rows += sum(
-            bool(prompt or len(found)) for prompt, found in zip(whole, hashes, strict=True)
+            bool(prompt or len(found)) for prompt, found in zip(own, hashes, strict=True)
         )
-        for place, found in sorted(self._heldout.find(whole, hashes).items()):
+        for place, found in sorted(self._heldout.find(own, hashes).items()):
             near = {prompt for prompt, share in found.items() if share >= NEAR}
             self._result.shared_rows += 1
             self._result.near_rows += bool(near)

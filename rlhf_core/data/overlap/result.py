@@ -18,7 +18,7 @@ class Overlap:
     Attributes:
         prompts: different held-out prompts that were compared.
         prompts_left_out: held-out rows that were not, beyond the bounds.
-        rows: training rows with words.
+        rows: training rows with words that were compared. rows_left_out: those that were not.
         shared_prompts, shared_rows: that have N words in a row in common, or are near-duplicates.
         near_prompts, near_rows: that are near-duplicates.
         examples: {row, prompt, share, passage}, largest share first.
@@ -27,6 +27,7 @@ class Overlap:
     prompts: int = 0
     prompts_left_out: int = 0
     rows: int = 0
+    rows_left_out: int = 0
     shared_prompts: int = 0
     shared_rows: int = 0
     near_prompts: int = 0

@@ -6,6 +6,8 @@ Writes lm_eval.json:
     shown     names for a table, in the order of the settings; a group represents its tasks
     tasks     name -> n (examples), of (examples there are), num_fewshot, higher_is_better
     models    base, policy -> task -> "metric,filter" -> value, stderr (null: none, or not finite)
+    contamination  name in lm_eval.tasks -> data set -> how much of the examples' questions its
+              training rows have (rlhf_core/data/overlap/result.py)
     change    task -> "metric,filter" -> value (policy minus base), stderr (of the mean of the
               differences on the same examples; null where the metric is no mean of theirs)
 """
@@ -22,10 +24,14 @@ import jinja2
 import numpy as np
 import torch
 
+from rlhf_core.data.encoding.tokenizer import load_tokenizer
+from rlhf_core.data.overlap.datasets import contamination
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.evaluation.harness.numbers import summary
+from rlhf_core.evaluation.harness.questions import questions
 from rlhf_core.evaluation.harness.tasks import INSTALL, installed
 from rlhf_core.jobs import LmEvalJob
+from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.store import Artifact
@@ -79,6 +85,7 @@ def run(job: LmEvalJob, context: StageContext) -> Artifact | None:
     if loaded is None:
         return None
     result = summary(found, loaded.members)
+    result["contamination"] = look_for_questions(job, loaded, context)
     folder = context.scratch("result")
     (folder / "lm_eval.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return context.publish(job, folder, {"metrics": result})
@@ -126,6 +133,20 @@ def measure(lm: SharedLM, loaded: Loaded, job: LmEvalJob) -> dict[str, Any]:
             f"{', '.join(job.tasks)[:200]} ({_where(error)}). Correct the task's files, or leave "
             "the task out of lm_eval.tasks."
         ) from error
+
+
+def look_for_questions(job: LmEvalJob, loaded: Loaded, context: StageContext) -> dict[str, Any]:
+    """How much of the tasks' questions is in the data that the policy was trained on."""
+    fetch = context.store.fetch
+    folders = {name: fetch(digest) for name, digest in job.training_data().items()}
+    if not folders:
+        return {}
+    tasks, model = loaded.items["tasks"], fetch(job.base)
+    asked = {
+        name: [text for member in members for text in questions(tasks[member], job.limit)]
+        for name, members in loaded.members.items()
+    }
+    return contamination(asked, folders, load_tokenizer(model, is_trusted(model)))
 
 
 def _where(error: BaseException) -> str:

@@ -20,12 +20,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 def compare(prompts: list[str], rows: list[tuple[str, str]]):
     """The result for held-out prompts and (prompt, whole text) of training rows."""
-    words = [ngrams.words(prompt) for prompt in prompts]
-    index = HeldoutPrompts()
-    for text, found, grams in zip(prompts, words, ngrams.grams(words), strict=True):
-        index.add(text, ngrams.whole(found), grams)
-    index.finish()
-    comparison = Comparison(index)
+    comparison = Comparison(HeldoutPrompts.of(prompts))
     own = [ngrams.whole(ngrams.words(prompt)) for prompt, _ in rows]
     grams = ngrams.grams([ngrams.words(text) for _, text in rows])
     comparison.add(range(1, len(rows) + 1), own, grams)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from rlhf_core.data.dataset.schema import dump_messages
+from rlhf_core.data.dataset.writer import write_dataset
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.evaluation.harness.tasks import fingerprint
 from rlhf_core.jobs import ImportModelJob, LmEvalJob, Resources
@@ -37,6 +39,19 @@ class Measured:
         self.own = folder / "own tasks"
         write_tasks(self.own, self._words())
         self.made: dict[str, dict[str, Any]] = {}
+        self.data = self._training_data(folder / "data")
+
+    def _training_data(self, folder: Path) -> str:
+        """Two prompts: one is a question of own_choice, the other resembles none."""
+        texts = [questions(12)[3]["question"].upper(), "Which stone is red?"]
+        rows = [
+            {"prompt_ids": [1], "prompt": dump_messages([{"role": "user", "content": text}]),
+             "reference": None, "row": number}
+            for number, text in enumerate(texts, 1)
+        ]  # fmt: skip
+        write_dataset(folder, "prompts", {"train": rows}, {"source": "test"})
+        files = {path.name: path for path in folder.iterdir()}
+        return self.stages.store.publish_derived(kind="dataset", files=files).digest
 
     def _words(self) -> list[dict[str, str]]:
         """Questions of which the base model answers every other one as the file wants it."""
@@ -124,7 +139,7 @@ class Plain:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     found = Measured(tmp_path_factory.mktemp("harness"))
     found.run(
-        both=found.job(),
+        both=found.job(prompts=found.data),
         plain=found.job(apply_chat_template=False),
         same=found.job(policy=found.base, num_fewshot=2),
     )
@@ -146,6 +161,17 @@ def by_two(measured: Measured) -> dict[str, dict[str, Any]]:
 def values(made: dict[str, Any], model: str) -> dict[str, float]:
     rows = made["models"][model]
     return {f"{task} {key}": row["value"] for task in rows for key, row in rows[task].items()}
+
+
+def test_questions_are_looked_for_in_the_training_data(measured: Measured) -> None:
+    found = measured.made["both"]["contamination"]
+    assert {task: row["prompts"]["near_prompts"] for task, row in found.items()} == {
+        "own_choice": 1, "own_words": 0, "own_text": 0
+    }  # fmt: skip
+    row = found["own_choice"]["prompts"]
+    assert (row["prompts"], row["rows"], row["near_rows"]) == (12, 2, 1)
+    assert row["examples"][0]["prompt"] == questions(12)[3]["question"]
+    assert measured.made["plain"]["contamination"] == {}
 
 
 @pytest.mark.parametrize("name", ["base", "policy"])

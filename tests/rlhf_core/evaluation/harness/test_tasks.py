@@ -10,7 +10,7 @@ import pytest
 from rlhf_core.errors import ConfigError
 from rlhf_core.evaluation.harness.shares import distribute
 from rlhf_core.evaluation.harness.tasks import check_tasks, fingerprint
-from rlhf_core.jobs import LmEvalJob, LmEvalSettings, PipelineConfig, Resources
+from rlhf_core.jobs import LmEvalJob, LmEvalSettings, PipelineConfig, Resources, TrainingData
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.preflight.check import check
 from rlhf_core.store import open_store
@@ -119,7 +119,8 @@ def test_key_counts_tasks_and_their_contents_but_not_where_they_are_measured() -
     for change in ({"fingerprint": "2"}, {"limit": 3}, {"tasks": ("piqa",)}, {"base": "c" * 64}):
         assert job.model_copy(update=change).key() != job.key()
     assert job.inputs() == JOB
-    assert LmEvalJob.roles() == {"base": "base", "policy": "model"}
+    models, data = {"base": "base", "policy": "model"}, TrainingData.roles()
+    assert LmEvalJob.roles() == {**models, **data, "prompts": "prompts"}
 
 
 @pytest.mark.parametrize("tasks", [(), ("piqa", "piqa"), ("",)])
