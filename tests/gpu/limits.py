@@ -34,7 +34,7 @@ SCORING: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
         "label", "rlhf_core.stages.label.score_sequences", [{"max_prompts": 4}, {"max_prompts": 8}],
     ),
     "rewards and KL of an evaluation": (
-        "evaluate", "rlhf_core.evaluation.evaluate.score_replies",
+        "evaluate", "rlhf_core.evaluation.measure.score_replies",
         [{"max_prompts": 3}, {"max_prompts": 6}],
     ),
     "log-probabilities of pairs": (

@@ -106,7 +106,8 @@ def test_all_models_of_ppo_are_quantised_and_the_reference_is_the_policy(
 
     def watched(*args):
         found = load(*args)
-        whole = (found.trained.policy, found.trained.critic.backbone, found.reward.backbone)
+        [reward] = found.reward.members
+        whole = (found.trained.policy, found.trained.critic.backbone, reward.backbone)
         seen.extend([*map(is_quantised, whole), found.reference.policy is whole[0]])
         seen.append(found.trained.critic.head.weight.dtype)
         return found
