@@ -27,18 +27,18 @@ def read_questions(source: str) -> tuple[GeneralQuestion, ...]:
         try:
             row = raw.columns({})
         except BadRow as error:
-            raise DataError(f"evaluate.questions: {raw.where()}: {error.message}.") from None
+            raise DataError(f"{raw.where()}: {error.message}.") from None
         question, answers = row.get("question"), row.get("answers")
         answers = [answers] if isinstance(answers, str) else answers
         texts = [question, *answers] if isinstance(answers, list) and answers else [None]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise DataError(
-                f"evaluate.questions: {raw.where()} has question {short(question)} and answers "
+                f"{raw.where()} has question {short(question)} and answers "
                 f"{short(answers)}; expected a text, and a text or a list of texts."
             )
         found.append(GeneralQuestion(question=question, answers=tuple(answers or ())))
         if len(found) > LARGEST:
-            raise DataError(f"evaluate.questions: {source} has more than {LARGEST:,} questions.")
+            raise DataError(f"{source} has more than {LARGEST:,} questions.")
     if not found:
-        raise DataError(f"evaluate.questions: {source} has no rows.")
+        raise DataError(f"{source} has no rows.")
     return tuple(found)

@@ -151,7 +151,7 @@ def _check_questions(source: str) -> list[str]:
     try:
         read_questions(source)
     except RLHFError as error:
-        return [str(error)]
+        return [f"evaluate.questions: {error}"]
     return []
 
 

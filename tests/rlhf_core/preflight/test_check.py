@@ -43,6 +43,19 @@ def test_defaults_pass_on_a_small_machine() -> None:
     assert check(config(), machine=CPU) == []
 
 
+def test_own_questions_are_read_before_a_run_starts(tmp_path: Path) -> None:
+    source = tmp_path / "questions.jsonl"
+    source.write_text('{"question": "1 + 1?"}\n')
+    evaluate = {"questions": str(source)}
+    [problem] = check(config(evaluate=evaluate), machine=CPU)
+    assert problem.startswith("evaluate.questions: ") and "answers" in problem
+    source.write_text('{"question": "1 + 1?", "answers": "2"}\n')
+    assert check(config(evaluate=evaluate), machine=CPU) == []
+    source.unlink()
+    [problem] = check(config(evaluate=evaluate), machine=CPU)
+    assert "evaluate.questions" in problem and "questions.jsonl" in problem
+
+
 @pytest.mark.parametrize(
     ("preset", "machine", "model"),
     [
