@@ -47,4 +47,4 @@ def test_policy_that_hacks_its_reward_is_called_so_and_is_not_promoted(
     model = registry.read_model(open_store(url), "hacked")
     assert model.champion is None
     [version] = model.versions
-    assert version.state == "candidate" and "of the replies begin with" in version.reason
+    assert version.state == "candidate" and "replies begin with" in version.reason
