@@ -35,6 +35,9 @@ from tasks.watch import stop_when_cancelled
 
 hide_expected_tracebacks()
 
+# Settings that change no result: a change of them is no reason to train again.
+NOT_PART_OF_STATE = {"resources", "launcher", "name", "author", "gpu_hour_price"}
+
 
 @flow(name="rlhf-retrain", flow_run_name="retrain {config.publish.name}", persist_result=False)
 def rlhf_retrain(
@@ -133,7 +136,7 @@ def _train(run: Run, gates: Gates, last_stage: str) -> dict[str, Any]:
 def _source_state(config: PipelineConfig, store: Store) -> str:
     """Digest of the settings and of all data and models that they name."""
     parts = {
-        "config": config.model_dump(mode="json", exclude={"resources", "launcher", "name"}),
+        "config": config.model_dump(mode="json", exclude=NOT_PART_OF_STATE),
         "model": model_fingerprint(config.model.source, config.model.revision),
         "data": {
             name: data_fingerprint(settings, store) for _, name, settings in data_sets(config)

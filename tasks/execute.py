@@ -17,6 +17,9 @@ from tasks.launchers import Launch, launcher_for
 from tasks.progress import Lines, Progress
 from tasks.run import Run, StageResult, elapsed
 
+LONG_WAIT = 10.0
+"""Seconds of waiting, the start of the processes included, that the log mentions."""
+
 
 def run_jobs(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> list[StageResult]:
     """The results of jobs, in order. Jobs without a result are launched in one process group.
@@ -36,9 +39,15 @@ def run_jobs(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> list[St
             results[name] = _note(run, name, job, artifact, True, elapsed(began), log)
     missing = {name: job for name, job in jobs.items() if name not in results}
     if missing:
-        began = time.monotonic()
-        for name, artifact in _launch(run, stage, missing, log).items():
-            results[name] = _note(run, name, jobs[name], artifact, False, elapsed(began), log)
+        began = run.began.setdefault(stage, time.monotonic())
+        made = _launch(run, stage, missing, log)
+        work = {n: run.store.stage_work(jobs[n].key()).get("seconds", 0.0) for n in made}
+        waited = max(0.0, elapsed(began) - sum(work.values()))
+        for name, artifact in made.items():
+            took = round(waited + work[name], 2)
+            results[name] = _note(run, name, jobs[name], artifact, False, took, log)
+            waited = 0.0  # jobs of one launch have waited together
+        del run.began[stage]
     for name in jobs:  # in their order, whichever were reused: the model card lists them
         run.stages[name] = run.stages.pop(name)
     return [results[name] for name in jobs]
@@ -93,10 +102,12 @@ def _note(
         stage=name, digest=artifact.digest, kind=artifact.kind, key=job.key(),
         reused=reused, seconds=took, work=work, metrics=metrics,
     )  # fmt: skip
-    how = "reused" if reused else f"done in {seconds(took)}"
+    waited = result.seconds - result.worked
+    after = f" after {seconds(waited)} of waiting" if waited >= LONG_WAIT and not reused else ""
+    how = "reused" if reused else f"done in {seconds(result.worked)}{after}"
     log_event(
         log, "done", name, f"{how}, {artifact.ref}  {headline(result.shown)}".rstrip(),
-        reused=reused, seconds=took, ref=artifact.ref, metrics=result.shown,
+        reused=reused, seconds=result.worked, ref=artifact.ref, metrics=result.shown,
     )  # fmt: skip
     if reused:
         assets.reused(run.store, name, artifact)

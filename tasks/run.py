@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import logging
 import os
 import socket
@@ -28,7 +29,8 @@ class StageResult(BaseModel):
     """The result of a stage: a small reference; the data are in the store.
 
     Attributes:
-        seconds: that this run waited for it: for a place to run, for the work, or for the store.
+        seconds: that this run waited for it: for a place to run, for the work, or for the store,
+            and between two attempts.
         work: what making it took, in whichever run, see `rlhf_core.runtime.work`; without the
             steps. {} for what the orchestrator itself makes, and for results of older versions.
     """
@@ -48,6 +50,13 @@ class StageResult(BaseModel):
     def shown(self) -> dict[str, Any]:
         """The metrics and the throughput."""
         return {**self.metrics, **self.work.get("throughput", {})}
+
+    @property
+    def worked(self) -> float:
+        """Seconds of work in this run; the others of `seconds` it waited."""
+        if self.reused:
+            return 0.0
+        return min(self.seconds, float(self.work.get("seconds", self.seconds)))
 
     @property
     def ref(self) -> str:
@@ -71,6 +80,7 @@ class Run:
         self.store = store or open_store(config.store)
         self.folder = rlhf_home() / "runs" / run_id
         self.stages: dict[str, StageResult] = {}
+        self.began: dict[str, float] = {}  # stage -> monotonic time of its first attempt
         # role of a stage's input (see job_input) -> digest
         self.artifacts_by_role: dict[str, str] = {}
         self.model_folder: Path | None = None
@@ -100,6 +110,7 @@ class Run:
             "name": self.config.name,
             "started": earlier.get("started") or now(),
             "config": self.config.model_dump(mode="json"),
+            "author": self.config.author or author(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "flow_run": self.flow_run,
@@ -166,6 +177,16 @@ def new_run_id(flow_run_id: str | None, scheduled: datetime | None = None) -> st
     """Scheduled time and first digits of the flow run's id, so that a retry has the same id."""
     when = scheduled or datetime.now(UTC)
     return f"{when:%Y%m%d-%H%M%S}-{(flow_run_id or os.urandom(4).hex())[:8]}"
+
+
+def author() -> str:
+    """$RLHF_AUTHOR, else the user of this process."""
+    if named := os.environ.get("RLHF_AUTHOR", "").strip():
+        return named
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"user {os.getuid()}"
 
 
 def now() -> str:

@@ -69,9 +69,11 @@ def submit(preset: Preset = None, config: ConfigFile = None, overrides: Override
     """Start a pipeline on the workers of a running system (`rlhf up`), and return."""
     from flows.cli import remote
     from rlhf_core.jobs import WorkPoolLauncher
+    from tasks.run import author
 
     settings = _settings(preset, config, overrides, None)
-    typer.echo(remote.submit(settings.model_copy(update={"launcher": WorkPoolLauncher()})))
+    here = {"launcher": WorkPoolLauncher(), "author": settings.author or author()}
+    typer.echo(remote.submit(settings.model_copy(update=here)))
 
 
 def retry(run: RunId = "last", store: StoreUrl = None, verbose: Verbose = False) -> None:

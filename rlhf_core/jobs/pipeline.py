@@ -38,6 +38,11 @@ class PipelineConfig(Settings):
     """Name of the run in lists."""
     seed: Seed = 0
     """Seed of all shuffles, splits, initialisations and samples."""
+    author: Annotated[str, Field(max_length=200)] | None = None
+    """Who is responsible for the run, for lists and reports. Empty: $RLHF_AUTHOR, else the user who
+    starts it."""
+    gpu_hour_price: Annotated[float, Field(ge=0.0)] | None = None
+    """Price of one GPU for an hour, in any currency, for the costs in reports. Empty: none."""
     store: str | None = None
     """URL of the artifact store (file:// or s3://). Empty: $RLHF_STORE, else .rlhf/store here."""
     stages: tuple[TrainingStage, ...] = ("sft", "reward", "ppo")

@@ -19,6 +19,7 @@ from rlhf_core.store import Store
 from tasks.events import headline, log_event, seconds, table_cell
 from tasks.reporting.benchmarks import benchmarks_of
 from tasks.reporting.contamination import known_prompts
+from tasks.reporting.cost import HEADS, cells, cost
 from tasks.reporting.curves import draw
 from tasks.reporting.evaluation import comparison_of, evaluation_of, read_samples
 from tasks.run import Run
@@ -109,14 +110,23 @@ def _facts(run: Run) -> str:
 
 
 def _stages(run: Run) -> str:
-    rows = ["| stage | time | result | artifact |", "| --- | ---: | --- | --- |"]
+    """What each stage took and gave; columns without an entry are left out."""
+    price, results = run.config.gpu_hour_price, list(run.stages.values())
+    rows = []
     for name, result in run.stages.items():
-        took = "reused" if result.reused else seconds(result.seconds)
+        took = cells(cost([result], price))
+        if result.reused:
+            made = result.work.get("seconds")
+            took = ["reused" if made is None else f"reused ({seconds(made)})", "", "", ""]
         shown = headline(result.shown).replace("  ", ", ")
         if result.kind == "dataset" and (dropped := _dropped(result.metrics)):
             shown = f"{shown} ({dropped})" if shown else dropped
-        rows.append(f"| {name} | {took} | {shown} | `{result.ref}` |")
-    return "\n".join(rows)
+        rows.append([name, *took, shown, f"`{result.ref}`"])
+    rows.append(["all", *cells(cost(results, price)), "", ""])
+    kept = [c for c in range(len(rows[0])) if c not in range(2, 5) or any(r[c] for r in rows)]
+    align = ["---", *["---:"] * len(HEADS), "---", "---"]
+    lines = [["stage", *HEADS, "result", "artifact"], align, *rows]
+    return "\n".join(f"| {' | '.join(line[c] for c in kept)} |" for line in lines)
 
 
 def _dropped(metrics: dict[str, Any]) -> str:

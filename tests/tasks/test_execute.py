@@ -1,6 +1,7 @@
 """Reuse by stage key, and what an out-of-memory failure changes."""
 
 import logging
+import time
 
 import pytest
 
@@ -15,7 +16,13 @@ LOG = logging.getLogger("test")
 
 
 class FakeLauncher:
-    """Publishes through the store, or fails as it is told."""
+    """Publishes through the store, or fails as it is told.
+
+    Attributes:
+        work: seconds that each job says it took. queue: seconds before the first one.
+    """
+
+    work, queue = 3.0, 0.0
 
     def __init__(self, store, *failures):
         self.store, self.failures, self.launches = store, list(failures), []
@@ -23,13 +30,14 @@ class FakeLauncher:
     def run(self, launch, on_output, on_progress):
         self.launches.append(launch)
         launch.log.parent.mkdir(parents=True)
+        time.sleep(self.queue)
         if self.failures:
             raise JobFailed("sft failed: no room", self.failures.pop(0))
         outcomes = []
         for job in launch.jobs.values():
             artifact = self.store.publish_derived(kind=job.kind, files={"x": job.key().encode()})
             work = {
-                "seconds": 3.0,
+                "seconds": self.work,
                 "throughput": {"tokens_per_second": 7.0},
                 "steps": {"step": [1]},
             }
@@ -71,6 +79,26 @@ def test_work_is_that_of_the_run_that_made_the_result(start):
         assert result.work == {"seconds": 3.0, "throughput": {"tokens_per_second": 7.0}}
         assert result.metrics == {} and result.shown == {"tokens_per_second": 7.0}
     assert run.store.read_record(run.record_path)["stages"]["sft"]["work"]["seconds"] == 3.0
+
+
+def test_waiting_stands_apart_from_work_and_counts_once_for_jobs_that_wait_together(start):
+    run, launcher = start()
+    launcher.work, launcher.queue = 0.05, 0.3
+    jobs = {f"m{i}": ImportModelJob(seed=i) for i in range(2)}
+    first, second = execute.run_jobs(run, "models", jobs, LOG)
+    assert first.worked == second.worked == second.seconds == 0.05
+    assert 0.2 < first.seconds < 5
+    [again] = execute.run_jobs(run, "m1", {"m1": jobs["m1"]}, LOG)
+    assert again.reused and again.worked == 0 and again.work["seconds"] == 0.05
+
+
+def test_failed_attempts_are_part_of_the_time_of_a_stage(start):
+    run, launcher = start("lost")
+    launcher.work, launcher.queue = 0.01, 0.3
+    with pytest.raises(JobFailed):
+        execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+    [result] = execute.run_jobs(run, "sft", {"sft": job()}, LOG)
+    assert result.seconds > 0.6 and result.worked == 0.01
 
 
 def test_placement_does_not_count(start):
