@@ -130,7 +130,7 @@ def pipeline(run: Run) -> Iterator[str]:
         yield "lm_eval"
 
     if run.config.publish.approval == "manual":
-        decision = approval.ask(run.config, render(run, has_curves=False))
+        decision = approval.ask(run.config, render(run, images={}))
         run.decision = decision.model_dump()
         if decision.decision == "reject":
             reason = f"rejected: {decision.reason or 'no reason given'}"

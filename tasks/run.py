@@ -76,6 +76,8 @@ class Run:
     ) -> None:
         self.flow_run = flow_run
         self.config = config
+        self.author = config.author or author()
+        self.started = now()
         self.id = run_id
         self.store = store or open_store(config.store)
         self.folder = rlhf_home() / "runs" / run_id
@@ -105,12 +107,13 @@ class Run:
     def begin(self) -> None:
         """Write the record for the first time, or again when the run is retried."""
         earlier = self.store.read_record(self.record_path) or {}
+        self.started = earlier.get("started") or self.started
         self._record = {
             "id": self.id,
             "name": self.config.name,
-            "started": earlier.get("started") or now(),
+            "started": self.started,
             "config": self.config.model_dump(mode="json"),
-            "author": self.config.author or author(),
+            "author": self.author,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "flow_run": self.flow_run,

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_core.errors import StoreError
 from rlhf_core.store import Artifact, Store
+from tasks.reporting.differences import flat, numbers, side_by_side, unequal
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 NOT_COMPARED = {"resources", "algorithm", "trust_remote_code"}  # they do not change the result
@@ -64,28 +65,14 @@ def difference(store: Store, left: Artifact, right: Artifact) -> dict[str, Any]:
         }
         for stages in made
     ]
-    numbers = [
-        {k: v for k, v in flat(evaluated(store, artifact)).items() if isinstance(v, int | float)}
-        for artifact in (left, right)
-    ]
+    measured = [numbers(evaluated(store, artifact)) for artifact in (left, right)]
     refs = [{name: artifact.ref for name, artifact in stages.items()} for stages in made]
     return {
-        "settings": _unequal(*jobs),
-        "metrics": _unequal(*numbers),
-        "lineage": _pairs(*refs),
+        "settings": unequal(jobs),
+        "metrics": unequal(measured),
+        "lineage": side_by_side(refs),
         "size": [left.size, right.size],
     }
-
-
-def flat(value: dict[str, Any]) -> dict[str, Any]:
-    """A nested mapping with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, part in value.items():
-        if isinstance(part, dict) and part:
-            found |= {f"{key}.{inner}": each for inner, each in flat(part).items()}
-        else:
-            found[str(key)] = part
-    return found
 
 
 def _names_artifact(value: Any) -> bool:
@@ -104,12 +91,3 @@ def _stages(store: Store, artifact: Artifact) -> dict[str, Artifact]:
         count = sum(other == name or other.startswith(f"{name} #") for other in found)
         found[f"{name} #{count + 1}" if count else name] = each
     return found
-
-
-def _pairs(left: dict[str, Any], right: dict[str, Any]) -> dict[str, list[Any]]:
-    names = [*left, *(name for name in right if name not in left)]
-    return {name: [left.get(name), right.get(name)] for name in names}
-
-
-def _unequal(left: dict[str, Any], right: dict[str, Any]) -> dict[str, list[Any]]:
-    return {name: pair for name, pair in _pairs(left, right).items() if pair[0] != pair[1]}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.options import StoreUrl
+from flows.cli.options import Page, StoreUrl
 
 if TYPE_CHECKING:
     from rlhf_core.store import Artifact, Store
@@ -25,14 +25,26 @@ def runs(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print complete records, one JSON object per line.")
     ] = False,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Show evaluation, time and cost: a leaderboard.")
+    ] = False,
+    sort: Annotated[
+        str | None,
+        typer.Option("--sort", metavar="COLUMN", help="Sort by a column of --metrics, best first."),
+    ] = None,
+    page: Page = None,
 ) -> None:
-    """List the runs, newest first."""
+    """List the runs, newest first, or the best first with --sort."""
     import json
 
     from flows.cli.lookup import read_runs
 
     opened = open_now(store)
-    found = read_runs(opened)[:limit]
+    found = read_runs(opened)
+    if metrics or sort or page:
+        _leaderboard(opened, found, limit, sort, page)
+        return
+    found = found[:limit]
     if as_json:
         for record in found:
             typer.echo(json.dumps(record, ensure_ascii=False))
@@ -53,6 +65,26 @@ def runs(
              str(reused), error[0][:80] if error else ""]
         )  # fmt: skip
     table(rows)
+
+
+def _leaderboard(
+    opened: Store, records: list[dict[str, Any]], limit: int, sort: str | None, page: Path | None
+) -> None:
+    from tasks.reporting import markdown
+    from tasks.reporting.past import leaderboard, past_run
+
+    found = [past_run(opened, record) for record in (records if sort else records[:limit])]
+    rows, note = leaderboard(found, sort)
+    shown = rows[: limit + 1]
+    if not found:
+        typer.echo(f"No runs in {opened.url}.")
+        return
+    table(shown)
+    if note:
+        typer.echo(f"\n{note}")
+    if page is not None:
+        title = f"Runs in {opened.url}"
+        write_page(page, title, f"# {title}\n\n{markdown.table(shown)}\n\n{note}\n")
 
 
 @artifacts.command("list")
@@ -193,6 +225,24 @@ def open_now(url: str | None) -> Store:
     opened = open_store(url)
     opened.ping()
     return opened
+
+
+def write_page(path: Path, title: str, text: str) -> None:
+    """Write Markdown as a page.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from rlhf_core.errors import ConfigError
+    from tasks.reporting.markdown import page
+
+    try:
+        path.write_text(page(title, text), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write {path}: {error.strerror}; choose another --page."
+        ) from error
+    typer.echo(f"page: {path}")
 
 
 def table(rows: list[list[str]]) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn, cast
 import typer
 
 from flows.cli import run as running
+from flows.cli.compare import compare
 from flows.cli.gc import gc
 from flows.cli.listing import artifacts, open_now, runs
 from flows.cli.models import models
@@ -114,6 +115,7 @@ def presets() -> None:
 
 
 app.command("runs")(runs)
+app.command("compare")(compare)
 app.command("playground")(playground)
 app.command("serve")(serve)
 

@@ -37,6 +37,10 @@ RunId = Annotated[
         autocompletion=complete_run,
     ),
 ]
+Page = Annotated[
+    Path | None,
+    typer.Option("--page", metavar="FILE", help="Also write a self-contained HTML page."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show all output of the ranks.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that came with the model.")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.pipeline.recipe import display_name
+from rlhf_core.store import Store
 
 Lines = Sequence[Mapping[str, Any]]
+Points = list[tuple[int, float]]
 
 # metric -> title; online algorithms have other metrics than the rest
 TRAINED = {"loss": "loss", "accuracy": "accuracy in training"}
@@ -16,7 +20,8 @@ ONLINE = {
     "score": "score", "gold": "gold score", "kl": "KL to the reference (nats per reply)",
     "length": "length (tokens)", "entropy": "entropy (nats per token)", "value_loss": "value loss",
 }  # fmt: skip
-BLUE, GREY = "#2563eb", "#9ca3af"
+COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+GREY = "#9ca3af"
 
 
 def draw(metrics: Mapping[str, Lines], width: int = 3) -> bytes | None:
@@ -25,7 +30,28 @@ def draw(metrics: Mapping[str, Lines], width: int = 3) -> bytes | None:
     Args:
         metrics: stage -> lines of its metrics.jsonl.
     """
-    panels = []
+    panels = {title: {"": points} for title, points in _panels(metrics).items()}
+    return _draw(panels, width) if panels else None
+
+
+def overlay(runs: Mapping[str, Mapping[str, Lines]], width: int = 2) -> bytes | None:
+    """The curves of several runs over each other, as `draw`.
+
+    Args:
+        runs: run -> stage -> lines of its metrics.jsonl.
+    """
+    panels: dict[str, dict[str, Points]] = {}
+    for run, metrics in runs.items():
+        for title, points in _panels(metrics).items():
+            known = panels.setdefault(title, {})
+            if points not in known.values():  # a stage that both have reused is one curve
+                known[run] = points
+    return _draw(panels, width) if panels else None
+
+
+def _panels(metrics: Mapping[str, Lines]) -> dict[str, Points]:
+    """Title -> the curve."""
+    panels = {}
     for stage, lines in metrics.items():
         for name, title in (ONLINE if any("kl" in line for line in lines) else TRAINED).items():
             points = [
@@ -34,9 +60,16 @@ def draw(metrics: Mapping[str, Lines], width: int = 3) -> bytes | None:
                 if isinstance(line.get(name), int | float)
             ]
             if points:
-                panels.append((f"{display_name(stage)}: {title}", points))
-    if not panels:
-        return None
+                panels[f"{display_name(stage)}: {title}"] = points
+    return panels
+
+
+def _draw(panels: Mapping[str, Mapping[str, Points]], width: int) -> bytes:
+    """PNG bytes.
+
+    Args:
+        panels: title -> label of each curve -> its points; a panel with one curve has no legend.
+    """
     prepare()
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -49,14 +82,11 @@ def draw(metrics: Mapping[str, Lines], width: int = 3) -> bytes | None:
         left=0.5 / (4.0 * width), right=1 - 0.1 / (4.0 * width), wspace=0.5 / 3.4,
         bottom=0.3 / (2.5 * rows), top=1 - 0.3 / (2.5 * rows), hspace=0.6 / 1.9,
     )  # fmt: skip
-    for number, (title, points) in enumerate(panels, 1):
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    for number, (title, curves) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, width, number)
-        steps, values = zip(*points, strict=True)
-        many = len(points) > 30
-        axes.plot(steps, values, color=GREY if many else BLUE, linewidth=1 if many else 1.6,
-                  marker="" if len(points) > 12 else "o", markersize=3)  # fmt: skip
-        if many:
-            axes.plot(steps, smooth(values), color=BLUE, linewidth=1.8)
+        for label, points in curves.items():
+            _plot(axes, points, COLOURS[labels.index(label) % len(COLOURS)], label)
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
@@ -64,9 +94,31 @@ def draw(metrics: Mapping[str, Lines], width: int = 3) -> bytes | None:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
+        if len(labels) > 1:
+            axes.legend(fontsize=7, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
     return buffer.getvalue()
+
+
+def _plot(axes: Any, points: Points, colour: str, label: str) -> None:
+    steps, values = zip(*points, strict=True)
+    many = len(points) > 30
+    raw = GREY if not label else colour
+    axes.plot(steps, values, color=raw if many else colour, linewidth=1 if many else 1.6,
+              alpha=0.3 if many and label else 1, label=None if many else label or None,
+              marker="" if len(points) > 12 else "o", markersize=3)  # fmt: skip
+    if many:
+        axes.plot(steps, smooth(values), color=colour, linewidth=1.8, label=label or None)
+
+
+def read_metrics(store: Store, digest: str) -> list[dict[str, Any]]:
+    """The lines of an artifact's metrics.jsonl; [] when it has none."""
+    try:
+        text = store.read_bytes(digest, "metrics.jsonl").decode()
+        return [json.loads(line) for line in text.splitlines() if line]
+    except (ConfigError, StoreError, ValueError):
+        return []
 
 
 def prepare() -> None:

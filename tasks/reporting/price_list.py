@@ -117,11 +117,15 @@ def _plain(text: str) -> str:
     return "".join(char for char in text if char.isalnum() or char in " '’")
 
 
-def _line(row: Row, data: Mapping[str, Any], columns: Mapping[str, str], start: str) -> str:
+def part_of(row: Row, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Model -> the numbers that the row's is among."""
     part = data.get(row.part) or {}
-    if row.part in ("greedy", "questions"):
-        part = part.get("models") or {}
-    cells = [_cell(part.get(model) or {}, row) for model in columns]
+    return (part.get("models") or {}) if row.part in ("greedy", "questions") else part
+
+
+def _line(row: Row, data: Mapping[str, Any], columns: Mapping[str, str], start: str) -> str:
+    part = part_of(row, data)
+    cells = [cell(part.get(model) or {}, row) for model in columns]
     if not any(cells):
         return ""
     changes = data.get("differences") or {}
@@ -131,7 +135,8 @@ def _line(row: Row, data: Mapping[str, Any], columns: Mapping[str, str], start: 
     return f"| {label} |" + "".join(f" {cell or '–'} |" for cell in cells)
 
 
-def _cell(numbers: Mapping[str, Any], row: Row) -> str:
+def cell(numbers: Mapping[str, Any], row: Row) -> str:
+    """The number of one model as text; "" if it is not there."""
     if row.shape == "mean":
         value, error = numbers.get(f"{row.key}_mean"), numbers.get(f"{row.key}_se")
         if value is None:

@@ -2,60 +2,67 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
-import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
+from prefect.utilities.urls import url_for
 
-from rlhf_core.errors import ConfigError, StoreError
-from rlhf_core.store import Store
+from rlhf_core.store import registry
+from rlhf_core.system.secrets import redact
 from tasks.events import headline, log_event, seconds, table_cell
+from tasks.reporting import lineage
 from tasks.reporting.benchmarks import benchmarks_of
 from tasks.reporting.contamination import known_prompts
 from tasks.reporting.cost import HEADS, cells, cost
-from tasks.reporting.curves import draw
+from tasks.reporting.curves import draw, read_metrics
+from tasks.reporting.differences import changed
 from tasks.reporting.evaluation import comparison_of, evaluation_of, read_samples
+from tasks.reporting.markdown import embedded, folded, page, sample_table
+from tasks.reporting.model_card import data_card
 from tasks.run import Run
 
-CURVES = "curves.png"
+CURVES, LINEAGE = "curves.png", "lineage.svg"
+LONGEST_CARD = 8000  # characters of a data card
 
 
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def report(run: Run) -> None:
-    """Write report.md, report.html and curves.png to the run's folder, and a Prefect artifact."""
+    """Write report.md, report.html and their images to the run's folder, and a Prefect artifact."""
     began = time.monotonic()
+    images = {LINEAGE: lineage.draw(nodes(run)).encode()}
     curves = draw({name: read_metrics(run.store, r.digest) for name, r in run.stages.items()})
-    markdown = render(run, has_curves=curves is not None)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    embedded = markdown
     if curves is not None:
-        (run.folder / CURVES).write_bytes(curves)
-        data = base64.b64encode(curves).decode()
-        embedded = markdown.replace(f"({CURVES})", f"(data:image/png;base64,{data})")
+        images[CURVES] = curves
+    markdown = whole = render(run, images)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    for name, content in images.items():
+        (run.folder / name).write_bytes(content)
+        kind = "png" if name == CURVES else "svg+xml"
+        whole = whole.replace(f"]({name})", f"]({embedded(content, kind)})")
     run.report = run.folder / "report.md"
     run.report.write_text(markdown, encoding="utf-8")
-    (run.folder / "report.html").write_text(page(run.config.name, embedded), encoding="utf-8")
-    create_markdown_artifact(
-        f"{embedded}\n## Lineage\n\n{lineage(run)}\n",
-        key="report",
-        description=f"Report of run {run.id}",
-    )
+    (run.folder / "report.html").write_text(page(run.config.name, whole), encoding="utf-8")
+    create_markdown_artifact(whole, key="report", description=f"Report of run {run.id}")
     log_event(
         get_run_logger(), "note", "report", f"{run.report} ({seconds(time.monotonic() - began)})"
     )
 
 
-def render(run: Run, has_curves: bool) -> str:
-    """The report in Markdown; it refers to the file with the curves."""
+def render(run: Run, images: Mapping[str, bytes]) -> str:
+    """The report in Markdown.
+
+    Args:
+        images: files that it refers to, by their names.
+    """
     parts = [f"# {run.config.name}", _facts(run), "## Stages", _stages(run)]
-    if has_curves:
+    if CURVES in images:
         parts += ["## Curves", f"![training curves]({CURVES})"]
     if "evaluate" in run.stages:
         digest = run.stages["evaluate"].digest
@@ -63,7 +70,7 @@ def render(run: Run, has_curves: bool) -> str:
         parts += ["## Evaluation", *filter(None, [evaluation.models(), evaluation.win_rates()])]
         parts += [text for text in [evaluation.verdict()] if text]
         if beside := comparison_of(run):
-            found = [beside.models(), beside.win_rates(), beside.verdict()]
+            found = [_champion(run), beside.models(), beside.win_rates(), beside.verdict()]
             parts += ["## Champion and challenger", *filter(None, found)]
         if known := known_prompts(evaluation.data):
             parts += ["## Held-out prompts in the training data", known]
@@ -73,27 +80,37 @@ def render(run: Run, has_curves: bool) -> str:
         if samples:
             parts += [
                 "## Replies before and after",
-                *(_sample(s, evaluation.names) for s in samples),
+                *(sample_table(s, evaluation.names) for s in samples),
             ]
     if benchmarks := benchmarks_of(run):
         parts += ["## Benchmarks", benchmarks]
+    if LINEAGE in images:
+        parts += ["## Lineage", f"![what was made from what]({LINEAGE})"]
+    if cards := _data_cards(run):
+        parts += ["## Data", *cards]
+    settings = redact(yaml.safe_dump(changed(run.config), sort_keys=False, allow_unicode=True))
+    parts += ["## Settings", folded("what differs from the defaults", settings)]
     return "\n\n".join(parts) + "\n"
 
 
-def lineage(run: Run) -> str:
-    """Lineage of the run's artifacts as a Mermaid graph, which Prefect's pages render."""
-    names = {result.digest: name for name, result in run.stages.items()}
-    lines = ["```mermaid", "flowchart LR"]
+def nodes(run: Run) -> dict[str, lineage.Node]:
+    """The run's artifacts and what they were made from, by digest."""
+    found = {}
     for name, result in run.stages.items():
-        lines.append(f'  {name}["{name}<br/>{result.ref}"]')
         parents = run.store.get(result.digest).parents
-        lines += [f"  {names[p]} --> {name}" for p in dict.fromkeys(parents) if p in names]
-    return "\n".join([*lines, "```"])
+        found[result.digest] = lineage.Node(name, result.ref, parents)
+    for node in list(found.values()):
+        for parent in node.parents:
+            found.setdefault(parent, lineage.Node("of another run", parent[:12]))
+    return found
 
 
 def _facts(run: Run) -> str:
     name = f"[{run.id}]({run.page})" if run.page else f"`{run.id}`"
-    lines = [f"Run {name}, base model `{run.config.model.source}`, store `{run.store.url}`."]
+    lines = [
+        f"Run {name} of {table_cell(run.author)}, started {run.started}, base model "
+        f"`{run.config.model.source}`, store `{run.store.url}`."
+    ]
     if run.model_folder is not None:
         lines.append(
             f"The model is published as `{run.config.publish.name}` in `{run.model_folder}`; "
@@ -107,6 +124,22 @@ def _facts(run: Run) -> str:
         )
         lines.append(f"To promote it by hand: `rlhf models promote {name} {number}`.")
     return "\n\n".join(lines)
+
+
+def _champion(run: Run) -> str:
+    """Which run made the champion that the model is compared with."""
+    name, policy = run.config.publish.name, run.store.get(run.stages["compare"].digest)
+    compared = (policy.metadata.get("job") or {}).get("sft")
+    for version in reversed(registry.read_model(run.store, name).versions):
+        if compared and run.store.get(version.digest).metadata.get("policy") == compared:
+            other = run.store.read_record(f"runs/{version.run}.json") if version.run else None
+            flow_run = (other or {}).get("flow_run")
+            link = url_for("flow-run", flow_run) if flow_run else None
+            shown = f"[{version.run}]({link})" if link else f"`{version.run or 'unknown'}`"
+            text = f"The champion is version {version.number} of `{name}`, made by run {shown}."
+            beside = f" Side by side: `rlhf compare {version.run} {run.id}`." if version.run else ""
+            return text + beside
+    return ""
 
 
 def _stages(run: Run) -> str:
@@ -135,57 +168,16 @@ def _dropped(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
 
 
-def _sample(sample: dict[str, Any], names: dict[str, str]) -> str:
-    judges = [judge for judge in ("reward", "gold") if sample.get(judge)]
-    rows = [
-        f"> {table_cell(sample.get('prompt', ''))}",
-        "",
-        f"| | {' | '.join(['reply', *judges])} |",
-    ]
-    rows.append("| --- | --- |" + " ---: |" * len(judges))
-    for name, label in names.items():
-        if name in sample:
-            scores = [sample[judge].get(name) for judge in judges]
-            cells = ["" if score is None else f"{score:.2f}" for score in scores]
-            rows.append(f"| {' | '.join([label, table_cell(sample[name]), *cells])} |")
-            if greedy := (sample.get("greedy") or {}).get(name):
-                rows.append(f"| {label}, greedy | {table_cell(greedy)} |" + " |" * len(judges))
-    return "\n".join(rows)
-
-
-def read_metrics(store: Store, digest: str) -> list[dict[str, Any]]:
-    """The lines of an artifact's metrics.jsonl; [] when it has none."""
-    try:
-        text = store.read_bytes(digest, "metrics.jsonl").decode()
-        return [json.loads(line) for line in text.splitlines() if line]
-    except (ConfigError, StoreError, ValueError):
-        return []
-
-
-def page(title: str, markdown: str) -> str:
-    """The report as a self-contained HTML page."""
-    from markdown_it import MarkdownIt
-
-    renderer = MarkdownIt("commonmark").enable("table")
-    renderer.validateLink = _safe_link  # type: ignore[method-assign]
-    body = renderer.render(markdown)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
-<meta name="viewport" content="width=device-width"><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1f2937; background: #fff }}
-table {{ border-collapse: collapse; margin: 1rem 0; font-size: .92rem }}
-th, td {{ border-bottom: 1px solid #e5e7eb; padding: .35rem .7rem; text-align: left;
-  vertical-align: top }}
-th {{ background: #f9fafb }} img {{ max-width: 100% }}
-code {{ background: #f3f4f6; padding: .1em .3em; border-radius: 4px; font-size: .88em }}
-blockquote {{ border-left: 4px solid #2563eb; margin: 1.5rem 0 .3rem; padding: .1rem 1rem;
-  background: #f9fafb }}
-</style></head><body>
-{body}</body></html>
-"""
-
-
-def _safe_link(url: str) -> bool:
-    ours = url.startswith("data:image/png;base64,")
-    return ours or not re.match(r"(?i)(javascript|data|file|vbscript):", url)
+def _data_cards(run: Run) -> list[str]:
+    """The card of each data set, folded."""
+    found = []
+    for name, result in run.stages.items():
+        if result.kind != "dataset":
+            continue
+        if card := data_card(run.store, run.store.get(result.digest)):
+            text = json.dumps(card, indent=1, ensure_ascii=False, sort_keys=True)
+            if len(text) > LONGEST_CARD:
+                rest = f"the whole card: rlhf artifacts pull {result.ref} FOLDER"
+                text = f"{text[:LONGEST_CARD]}…\n{rest}"
+            found.append(folded(f"{name}: {headline(result.metrics)}", text))
+    return found

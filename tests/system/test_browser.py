@@ -111,7 +111,8 @@ def test_smoke_run_from_the_form_to_the_report(system, page):
     page.get_by_text("Replies before and after").first.wait_for()
     curves = page.locator("img[src^='data:image/png']").first
     assert curves.evaluate("image => image.complete && image.naturalWidth > 300")
-    page.get_by_text("Lineage").first.wait_for()
+    drawn = page.locator("img[src^='data:image/svg+xml']").first
+    assert drawn.evaluate("image => image.complete && image.naturalWidth > 300"), "the lineage"
 
 
 def test_retry_is_clicked_and_only_what_failed_runs(system, page):

@@ -64,10 +64,10 @@ def test_table_has_both_models_and_what_changed():
 
 
 def test_report_and_model_card_show_the_table(run):
-    assert "## Benchmarks" not in render(run, has_curves=False)
+    assert "## Benchmarks" not in render(run, images={})
     benchmarks(run)
     for text in (
-        render(run, has_curves=False),
+        render(run, images={}),
         model_card(run, "smoke", run.policy, run.evaluation),
     ):
         assert "## Benchmarks" in text
@@ -76,7 +76,7 @@ def test_report_and_model_card_show_the_table(run):
 
 def test_artifact_without_numbers_is_said_to_have_none(run):
     benchmarks(run, {})
-    assert "No benchmark has a result." in render(run, has_curves=False)
+    assert "No benchmark has a result." in render(run, images={})
 
 
 def test_published_model_is_made_from_its_benchmarks(run):

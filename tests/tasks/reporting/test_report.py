@@ -1,12 +1,16 @@
 """The report's Markdown, page and curves."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from rlhf_core.pipeline.presets import build_config
-from tasks.reporting.curves import draw, smooth
-from tasks.reporting.report import page, read_metrics, render
+from rlhf_core.store import registry
+from tasks.reporting.curves import draw, read_metrics, smooth
+from tasks.reporting.markdown import folded, page
+from tasks.reporting.report import nodes, render
 from tasks.run import Run, StageResult
 
 STUB = Path(__file__).parents[1] / "stubs/rlhf_stub"
@@ -24,16 +28,17 @@ def run(tmp_path, monkeypatch, store):
     return run
 
 
-def add(run, stage, kind, files, metrics=None, reused=False):
-    artifact = run.store.publish_derived(kind=kind, files=files)
+def add(run, stage, kind, files, metrics=None, reused=False, **metadata):
+    artifact = run.store.publish_derived(kind=kind, files=files, metadata=metadata)
     run.stages[stage] = StageResult(
         stage=stage, digest=artifact.digest, kind=kind, key="", reused=reused, seconds=65,
         metrics=metrics or {},
     )  # fmt: skip
+    return artifact.digest
 
 
 def test_report_shows_stages_evaluation_and_replies(run):
-    text = render(run, has_curves=True)
+    text = render(run, images={"curves.png": b""})
     assert "| data-sft | 65 s | 7 of 10 rows (3 too long) | `dataset/" in text
     assert "| sft | reused | loss 1.5 | `model/" in text
     assert "![training curves](curves.png)" in text
@@ -45,7 +50,7 @@ def test_report_shows_stages_evaluation_and_replies(run):
 
 
 def test_texts_cannot_break_the_report(run):
-    text = render(run, has_curves=False)
+    text = render(run, images={})
     assert r"pipes and &lt;b&gt;tags&lt;/b&gt;?" in text
     assert r"like \| pipes" in text
     html = page("a <title>", text)
@@ -56,7 +61,7 @@ def test_texts_cannot_break_the_report(run):
 
 def test_no_more_replies_than_asked_for(run):
     run.config = build_config("smoke", ["evaluate.samples=1"])
-    assert "How are you" not in render(run, has_curves=False)
+    assert "How are you" not in render(run, images={})
 
 
 def test_page_keeps_embedded_images_and_drops_scripts():
@@ -79,3 +84,38 @@ def test_artifact_without_metrics_has_no_curve(run):
 def test_smoothing_starts_at_the_first_value():
     assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
     assert smooth([1.0, 0.0], 0.9)[1] == pytest.approx(0.9 * 0.1 / (0.9 * 0.1 + 0.1))
+
+
+def test_report_has_author_lineage_data_cards_and_changed_settings(run, monkeypatch):
+    card = {"read": 10, "kept": 7, "examples": ["<b>x</b>"]}
+    add(run, "data-prompts", "dataset", {"card.json": json.dumps(card).encode()}, card)
+    text = render(run, images={"lineage.svg": b""})
+    assert f"of {run.author}, started 20" in text
+    assert "![what was made from what](lineage.svg)" in text
+    assert set(nodes(run)) == {result.digest for result in run.stages.values()}
+    shown = page("x", text)
+    assert "<summary>data-prompts: 7 of 10 rows</summary>" in shown
+    assert '"&lt;b&gt;x&lt;/b&gt;"' in shown and "<b>x</b>" not in shown
+    assert "ppo.steps: 3" in text and "ppo.clip_range" not in text, "a default"
+
+
+def test_folded_text_with_empty_lines_stays_inside_of_the_fold():
+    shown = page("x", folded("a & b", "one\n\n```\n</pre>\n\n\nlast"))
+    inside = re.search(
+        r"<details><summary>a &amp; b</summary><pre>(.*?)</pre></details>", shown, re.S
+    )
+    assert inside[1].replace("&#10;", "\n") == "one\n\n```\n&lt;/pre&gt;\n\n\nlast"
+
+
+def test_report_names_the_run_of_the_champion_that_it_is_compared_with(run):
+    policy = add(run, "ppo", "model", {"w": b"new"})
+    old = run.store.publish_derived(kind="model", files={"w": b"old"})
+    published = run.store.publish_derived(
+        kind="published", files={"w": b"old"}, metadata={"policy": old.digest}
+    )
+    registry.promote(run.store, "smoke", published.digest, run="run-0")
+    compared = {"evaluation.json": (STUB / "evaluation.json").read_bytes(), "z": policy.encode()}
+    add(run, "compare", "evaluation", compared, job={"sft": old.digest})
+    text = render(run, images={})
+    assert "The champion is version 1 of `smoke`, made by run `run-0`." in text
+    assert "Side by side: `rlhf compare run-0 run-1`." in text
