@@ -31,12 +31,13 @@ from tasks.publish import compare_with_champion, keep_candidate, publish
 from tasks.reporting.evaluation import read_evaluation
 from tasks.reporting.report import report
 from tasks.run import Run, new_run_id, now, recorded
+from tasks.tracking import mirrored
 from tasks.watch import stop_when_cancelled
 
 hide_expected_tracebacks()
 
 # Settings that change no result: a change of them is no reason to train again.
-NOT_PART_OF_STATE = {"resources", "launcher", "name", "author", "gpu_hour_price"}
+NOT_PART_OF_STATE = {"resources", "launcher", "name", "author", "gpu_hour_price", "tracking"}
 
 
 @flow(name="rlhf-retrain", flow_run_name="retrain {config.publish.name}", persist_result=False)
@@ -79,7 +80,7 @@ def rlhf_retrain(
     with stop_when_cancelled():
         last_stage = evaluation_stages(config)[-1]
         stages.preflight(config, last_stage)
-        with recorded(run):
+        with recorded(run), mirrored(run, log):
             verdict = _train(run, gates, last_stage)
             report(run)
             create_markdown_artifact(

@@ -26,6 +26,7 @@ from tasks.reporting.curves import prepare
 from tasks.reporting.evaluation import Evaluation, evaluation_of, read_evaluation
 from tasks.reporting.report import render, report
 from tasks.run import Run, new_run_id, recorded
+from tasks.tracking import mirrored
 from tasks.watch import stop_when_cancelled
 
 Stage = Literal["model", "data", "label", TrainingStage, "evaluate", "lm_eval", "publish"]
@@ -60,7 +61,7 @@ def rlhf_pipeline(
     with stop_when_cancelled():
         stages.preflight(config, until)
         threading.Thread(target=prepare, name="imports", daemon=True).start()
-        with recorded(run):
+        with recorded(run), mirrored(run, get_run_logger()):
             for stage in pipeline(run):
                 if stage == until:
                     break

@@ -11,13 +11,13 @@ import logging
 import re
 from typing import Any, Literal
 
-Kind = Literal["run", "start", "line", "progress", "done", "retry", "note", "failed"]
+Kind = Literal["run", "start", "line", "progress", "done", "retry", "note", "warning", "failed"]
 Log = logging.Logger | logging.LoggerAdapter[Any]
 
 
 def log_event(log: Log, kind: Kind, stage: str, text: str, **fields: Any) -> None:
     """Log one event of a stage."""
-    level = logging.WARNING if kind == "retry" else logging.INFO
+    level = logging.WARNING if kind in ("retry", "warning") else logging.INFO
     shown = text if kind == "line" or not stage else f"{stage}: {text}"
     event = {"kind": kind, "stage": stage, "text": text, **fields}
     log.log(level, "%s", shown, extra={"rlhf": event})

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ class Run:
         self.artifacts_by_role: dict[str, str] = {}
         self.model_folder: Path | None = None
         self.report: Path | None = None
+        self.observers: list[Callable[[StageResult], None]] = []  # get each finished stage
         self.decision: dict[str, Any] = {}  # of the person who approved or rejected it
         self.verdict: dict[str, Any] = {}  # of the evaluation, see `Verdict.record`
         self.version: dict[str, Any] = {}  # of its model: name, number, digest, state, reason
@@ -125,6 +126,8 @@ class Run:
         """Add a finished stage."""
         self.stages[result.stage] = result
         self.save()
+        for observe in self.observers:
+            observe(result)
         return result
 
     def save(self, **changes: Any) -> None:

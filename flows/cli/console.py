@@ -63,7 +63,7 @@ class Console(logging.Handler):
             took = "reused" if reused else seconds(event["seconds"])
             shown = f"{took:<13}{event['ref']:<28} {headline(event['metrics'])}".rstrip()
             self._stage("=" if reused else "✓", stage, shown, "2" if reused else "32")
-        elif kind == "retry":
+        elif kind in ("retry", "warning"):
             self._stage("!", stage, text, "33")
         elif kind == "note" and stage != "report":
             self._stage("✓", stage, text, "32")

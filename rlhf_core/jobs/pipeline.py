@@ -14,6 +14,7 @@ from rlhf_core.jobs.online import GRPOSettings, PPOSettings, ReinforcePPSettings
 from rlhf_core.jobs.preference import DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from rlhf_core.jobs.pretraining import NewModelSettings, PretrainSettings
 from rlhf_core.jobs.results import EvaluateSettings, PublishSettings
+from rlhf_core.jobs.tracking import MlflowTracking
 from rlhf_core.jobs.training import RewardSettings, SFTSettings
 
 Preset = Literal[
@@ -93,5 +94,7 @@ class PipelineConfig(Settings):
     """Standard benchmarks after the evaluation (package lm-eval). Empty: not run."""
     publish: PublishSettings = PublishSettings()
     """Name of the published model, and its approval."""
+    tracking: MlflowTracking | None = None
+    """Mirror of the run in an experiment tracker. Empty: none."""
     launcher: Launcher = LocalLauncher()
     """How stages are started."""

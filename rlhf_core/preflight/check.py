@@ -88,6 +88,11 @@ def check(
         problems += check_answers(config, store)[0]
     if contact and here and config.evaluate.judge_endpoint is not None:
         problems += _check_judge(config.evaluate.judge_endpoint)
+    if contact and config.tracking is not None and find_spec("mlflow") is None:
+        problems.append(
+            "tracking needs the package mlflow where the pipeline runs, and it is not installed; "
+            'run: pip install "rlhf-pipeline[mlflow]", or clear tracking'
+        )
     if contact and config.lm_eval is not None:
         problems += _check_lm_eval(config.lm_eval, here)
     if here:
