@@ -79,7 +79,7 @@ def check(
         return problems
     problems += check_data_settings(config)
     if contact:
-        problems += _check_data_sources(config, store)
+        problems += _check_data_sources(config, store) + _check_tracking(config)
     if contact and here:
         problems += _check_packages(config)
     if contact and here:
@@ -88,11 +88,6 @@ def check(
         problems += check_answers(config, store)[0]
     if contact and here and config.evaluate.judge_endpoint is not None:
         problems += _check_judge(config.evaluate.judge_endpoint)
-    if contact and config.tracking is not None and find_spec("mlflow") is None:
-        problems.append(
-            "tracking needs the package mlflow where the pipeline runs, and it is not installed; "
-            'run: pip install "rlhf-pipeline[mlflow]", or clear tracking'
-        )
     if contact and config.lm_eval is not None:
         problems += _check_lm_eval(config.lm_eval, here)
     if here:
@@ -196,6 +191,15 @@ def _check_lm_eval(settings: LmEvalSettings, here: bool) -> list[str]:
     except RLHFError as error:
         return [str(error)]
     return []
+
+
+def _check_tracking(config: PipelineConfig) -> list[str]:
+    if config.tracking is None or find_spec("mlflow") is not None:
+        return []
+    return [
+        "tracking needs the package mlflow where the pipeline runs, and it is not installed; "
+        'run: pip install "rlhf-pipeline[mlflow]", or clear tracking'
+    ]
 
 
 def _check_packages(config: PipelineConfig) -> list[str]:
