@@ -195,5 +195,6 @@ def _replies(
             if any(_score(line, judge) is not None for line in named.values())
         }
         replies = {name: line["policy"] for name, line in named.items()}
-        found.append({"prompt": prompt, **replies, **scores})
+        greedy = {name: (line.get("greedy") or {}).get("policy") for name, line in named.items()}
+        found.append({"prompt": prompt, **replies, **scores, "greedy": greedy})
     return found

@@ -129,6 +129,18 @@ def _number(find: Callable[[PastRun], Any], shape: str) -> Callable[[PastRun], V
     return value
 
 
+def _at(*keys: str) -> Callable[[PastRun], Any]:
+    """A number in evaluation.json; None where it is not."""
+
+    def find(run: PastRun) -> Any:
+        found: Any = run.evaluation
+        for key in keys:
+            found = (found or {}).get(key)
+        return found
+
+    return find
+
+
 def _gain(run: PastRun) -> Value | None:
     found = (run.evaluation.get("differences") or {}).get("gold")
     if not found:
@@ -159,15 +171,14 @@ COLUMNS = (
     Column("reward", -1, _mean("reward")),
     Column("win", -1, _win_rate),
     Column("kl", 1, _mean("kl")),
-    Column("loss", 1, _number(
-        lambda r: ((r.evaluation.get("heldout") or {}).get("policy") or {}).get("loss"), "{:.3f}"
-    )),
-    Column("distinct-2", -1, _number(lambda r: r.policy.get("distinct_2"), "{:.2f}")),
-    Column("length", 1, _number(lambda r: r.policy.get("length_mean"), "{:.1f}")),
+    Column("loss", 1, _number(_at("heldout", "policy", "loss"), "{:.3f}")),
+    Column("questions", -1, _number(_at("questions", "models", "policy", "rate"), "{:.0%}")),
+    Column("distinct-2", -1, _number(_at("models", "policy", "distinct_2"), "{:.2f}")),
+    Column("length", 1, _number(_at("models", "policy", "length_mean"), "{:.1f}")),
     Column("work", 1, _time),
     Column("gpu-hours", 1, _number(lambda r: r.cost.gpu_hours or None, "{:.3g}")),
     Column("cost", 1, _number(lambda r: r.cost.price, "{:.2f}")),
-)  # fmt: skip
+)
 
 
 def leaderboard(runs: Sequence[PastRun], sort: str | None = None) -> tuple[list[list[str]], str]:

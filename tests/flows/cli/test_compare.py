@@ -41,7 +41,8 @@ def made(store, name, gold, kl_coef, *more, seconds=60.0, waited=0.0, prompts="p
     numbers = {**NUMBERS, "models": {**NUMBERS["models"], "policy": policy}}
     samples = [
         {"prompt": prompt, "policy": f"{name} answers {n}", "reward": {"policy": 1.0},
-         "gold": {"policy": gold + 0.01 * n}} for n, prompt in enumerate(PROMPTS)
+         "gold": {"policy": gold + 0.01 * n}, "greedy": {"policy": f"{name} surely {n}"}}
+        for n, prompt in enumerate(PROMPTS)
     ]  # fmt: skip
     files = {
         "evaluation.json": json.dumps(numbers).encode(),
@@ -128,7 +129,7 @@ def test_page_has_curves_and_replies_and_needs_nothing_else(command, tmp_path):
     assert f"page: {page}" in command("compare", "run-low", "run-high", "--page", str(page))
     html = page.read_text()
     assert html.count("data:image/png;base64,") == 1
-    assert "low answers 0" in html and "high answers 2" in html
+    assert "low answers 0" in html and "high answers 2" in html and "high surely 1" in html
     assert "&lt;b&gt;you" in html and "<b>you" not in html
     assert not re.search(r'(src|href)="(?!data:)', html) and len(html) < 400_000
 
