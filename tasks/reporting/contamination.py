@@ -47,7 +47,7 @@ def contamination(found: Mapping[str, Mapping[str, Any]], what: str) -> str:
         )
     note = (
         f"Looked for: passages of 13 words (the whole text of shorter {what}). A near-duplicate "
-        "has the same words, or 80 % of these passages."
+        "is the same text, or has 80 % of these passages."
     )
     parts = ["\n".join(lines), note]
     worst = max((_part(row["near_prompts"], row["prompts"]) for row in found.values()), default=0.0)

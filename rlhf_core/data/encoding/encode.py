@@ -21,9 +21,9 @@ from rlhf_core.data.rows.row import BadRow, RawRow
 from rlhf_core.jobs import DataSettings, Format, Purpose
 
 # Columns beside those of the schema, used only while preparing: priority in the shuffle, hash of
-# the whole text, hash of the prompt; hash of the prompt's words and hashes of n-grams (bytes), of
-# the prompt if it is held out, else of the whole text.
-SCRATCH_COLUMNS = ("_priority", "_text", "_prompt", "_words", "_grams")
+# the whole text, hash of the prompt; hash of the prompt without punctuation, and hashes of n-grams
+# (bytes), of the prompt if it is held out, else of the whole text.
+SCRATCH_COLUMNS = ("_priority", "_text", "_prompt", "_whole", "_grams")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _tokenise(
             # A later piece is a duplicate only if its whole document is one.
             part["_text"] = _hash(f"{whole}\0{number}") if number else whole
             if number:
-                part["_words"], part["_grams"] = 0, b""  # the first piece has the document's
+                part["_whole"], part["_grams"] = 0, b""  # the first piece has the document's
             part["_priority"] = _hash(f"{plan.seed}\0{file}\0{raw.number}\0{part['_text']}")
         batch.cut += len(pieces) - 1
         rows += pieces
@@ -156,22 +156,22 @@ def _tokenise(
 
 
 def _passages(texts: Sequence[Rendered], fraction: float) -> list[dict[str, Any]]:
-    """The values of the columns `_prompt`, `_words` and `_grams` of each row.
+    """The values of the columns `_prompt`, `_whole` and `_grams` of each row.
 
     Args:
         fraction: share of the prompts that is held out.
     """
     hashes = [prompt_hash(text.prompt) for text in texts]
-    prompts = [ngrams.words(text.prompt) for text in texts]
     compared = [
-        prompt
+        text.prompt
         if is_heldout_hash(value, fraction)
-        else ngrams.words(" ".join([*(part.text for part in text.segments), *text.replies]))
-        for text, value, prompt in zip(texts, hashes, prompts, strict=True)
+        else " ".join([*(part.text for part in text.segments), *text.replies])
+        for text, value in zip(texts, hashes, strict=True)
     ]
+    found = ngrams.grams(list(map(ngrams.words, compared)))
     return [
-        {"_prompt": value, "_words": ngrams.whole(prompt), "_grams": grams.tobytes()}
-        for value, prompt, grams in zip(hashes, prompts, ngrams.grams(compared), strict=True)
+        {"_prompt": value, "_whole": ngrams.whole(text.prompt), "_grams": grams.tobytes()}
+        for value, text, grams in zip(hashes, texts, found, strict=True)
     ]
 
 

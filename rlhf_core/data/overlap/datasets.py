@@ -51,7 +51,7 @@ def _batches(rows: Rows, tokenizer: Any) -> Iterator[tuple[list[int], list[int],
     end = min(len(rows), MOST_ROWS)
     for start in range(0, end, BATCH_ROWS):
         part = rows.take(range(start, min(start + BATCH_ROWS, end)))
-        whole = [ngrams.whole(ngrams.words(prompt_text(row["prompt"]))) for row in part]
+        whole = [ngrams.whole(prompt_text(row["prompt"])) for row in part]
         texts = _texts(part, tokenizer)
         yield [row["row"] for row in part], whole, ngrams.grams(list(map(ngrams.words, texts)))
 

@@ -1,12 +1,13 @@
 """Finds passages of held-out prompts in training rows.
 
     shared          the row and the prompt have N words in a row in common
-    near-duplicate  the row has the prompt's words and no others in its own prompt, or at least
-                    NEAR of the prompt's n-grams
+    near-duplicate  the row's own prompt is the same but for case, white space and punctuation at
+                    the ends of words, or the row has at least NEAR of the prompt's n-grams
 
 A prompt of fewer than N words has no n-gram, and is only found whole. N-grams that are in more than
-COMMON held-out prompts are a template, such as an instruction before each question, and are left
-out (GPT-3 leaves out those of more than 10 training documents).
+COMMON held-out prompts are a template, such as an instruction before each question. They are left
+out (GPT-3 leaves out those of more than 10 training documents), and so are the n-grams of which
+most words are a template's.
 """
 
 from __future__ import annotations
@@ -51,43 +52,41 @@ class HeldoutPrompts:
         """These prompts, finished."""
         prompts = cls()
         for text in texts:
-            found = words(text)
-            prompts.add(text, whole(found), grams([found])[0])
+            prompts.add(text, whole(text), grams([words(text)])[0])
         prompts.finish()
         return prompts
 
-    def add(self, text: str, all_words: int, hashes: Any) -> None:
-        """Add a prompt. One without words, or with those of an earlier one, has no effect.
+    def add(self, text: str, own: int, hashes: Any) -> None:
+        """Add a prompt. An empty one, or one that equals an earlier one, has no effect.
 
         Args:
-            text: for examples. all_words: `whole` of its words. hashes: `grams` of its words.
+            text: for examples. own: `whole` of it. hashes: `grams` of its words.
         """
-        import numpy as np
-
-        if not all_words or all_words in self._whole:
+        if not own or own in self._whole:
             return
         if len(self.texts) >= MOST_PROMPTS or self._added >= MOST_GRAMS:
             self.left_out += 1
             return
-        self._whole[all_words] = len(self.texts)
-        self._grams.append(np.unique(hashes))
-        self._added += len(self._grams[-1])
+        self._whole[own] = len(self.texts)
+        self._grams.append(hashes)
+        self._added += len(hashes)
         self.texts.append(text[: 10 * SHOWN])
 
     def finish(self) -> None:
         """Sort the n-grams; no prompt can be added afterwards."""
         import numpy as np
 
-        sizes = [len(found) for found in self._grams]
         none = [np.zeros(0, np.uint64)]
-        hashes = np.concatenate([*none, *self._grams])
-        owners = np.repeat(np.arange(len(self.texts)), sizes)
+        found, times = np.unique(
+            np.concatenate([*none, *map(np.unique, self._grams)]), return_counts=True
+        )
+        common = found[times > COMMON]
+        own = [np.unique(_without_template(row, common)) for row in self._grams]
+        self._sizes = list(map(len, own))
+        hashes = np.concatenate([*none, *own])
         order = np.argsort(hashes, kind="stable")
-        hashes, owners = hashes[order], owners[order]
-        _, place, times = np.unique(hashes, return_inverse=True, return_counts=True)
-        own = times[place] <= COMMON if len(hashes) else np.zeros(0, bool)
-        self._hashes, self._owners = hashes[own], owners[own]
-        self._sizes = np.bincount(self._owners, minlength=len(self.texts)).tolist()
+        self._hashes = hashes[order]
+        self._owners = np.repeat(np.arange(len(own)), self._sizes)[order]
         self._grams = []
         # Of most n-grams of a row a bit says that they are not there, faster than a search.
         self._bits = np.zeros(2**22, bool)
@@ -116,8 +115,8 @@ class HeldoutPrompts:
         )
         for (row, prompt), count in counts.items():
             found.setdefault(row, {})[prompt] = count / self._sizes[prompt]
-        for row, words_of_row in enumerate(own):
-            if (same := self._whole.get(words_of_row)) is not None:
+        for row, prompt_of_row in enumerate(own):
+            if (same := self._whole.get(prompt_of_row)) is not None:
                 found.setdefault(row, {})[same] = 1.0
         return found
 
@@ -130,11 +129,23 @@ class HeldoutPrompts:
         import numpy as np
 
         own = words(self.texts[prompt])
-        places = np.flatnonzero(np.isin(grams([own])[0], hashes)).tolist()
+        both = np.intersect1d(hashes, self._hashes)
+        places = np.flatnonzero(np.isin(grams([own])[0], both)).tolist()
         if not places:
             return ""
         end = next((a for a, b in pairwise(places) if b > a + 1), places[-1])
         return b" ".join(own[places[0] : end + N]).decode("utf-8", "replace")
+
+
+def _without_template(hashes: Any, common: Any) -> Any:
+    """The n-grams of a prompt of which most words are not in one of the common n-grams."""
+    import numpy as np
+
+    if not len(common) or not len(hashes):
+        return hashes
+    shared = np.convolve(np.isin(hashes, common), np.ones(N, int))  # (words,)
+    own = np.convolve(shared == 0, np.ones(N, int), "valid")  # (n-grams,)
+    return hashes[own > N // 2]
 
 
 def _bit(hashes: Any) -> Any:

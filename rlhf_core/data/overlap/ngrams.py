@@ -19,6 +19,8 @@ N = 13
 _FACTOR = 0x9E3779B97F4A7C15  # odd: a hash of N words is a polynomial in it, modulo 2**64
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_QUOTES = "\"'`“”‘’«»「」"
+_STOPS = f".,;:!?…。、{_QUOTES}"
 # ASCII: upper case to lower case, and what is neither letter nor digit to a space.
 _ASCII = bytes(ord(chr(i).lower()) if chr(i).isalnum() else 32 for i in range(128)) + bytes(128)
 
@@ -55,10 +57,11 @@ def grams(rows: Sequence[list[bytes]], n: int = N) -> list[Any]:
     ]
 
 
-def whole(found: list[bytes]) -> int:
-    """A hash of all words, 64 bits: equal for texts that differ in case and punctuation only; 0
-    without words."""
-    if not found:
-        return 0
-    digest = hashlib.blake2b(b" ".join(found), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+def whole(text: str) -> int:
+    """A hash of a text, 64 bits, that case, width, white space and punctuation at the ends of words
+    do not change; 0 if nothing else is in it. Signs such as + count: 2 + 3 is not 2 - 3."""
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    parts = (part.rstrip(_STOPS).lstrip(_QUOTES) for part in plain.casefold().split())
+    found = "".join(parts).encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(found, digest_size=8).digest()
+    return int.from_bytes(digest, "big") if found else 0

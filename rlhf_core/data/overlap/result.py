@@ -44,12 +44,12 @@ class Overlap:
             return ["There are no held-out prompts to compare with."]
         counts = [
             (f"a passage of {N} words, or the whole prompt", self.shared_prompts, self.shared_rows),
-            (f"of these, near-duplicates: the same words, or {NEAR:.0%} of the prompt",
+            (f"of these, near-duplicates: the same text, or {NEAR:.0%} of the prompt",
              self.near_prompts, self.near_rows),
         ]  # fmt: skip
         lines = [
             f"{self.prompts:,} different held-out prompts were looked for in {self.rows:,} "
-            "training rows; case and punctuation do not count. A model may know by heart what it "
+            "training rows, whatever their case and punctuation. A model may know by heart what it "
             "was trained on, so a measurement on such prompts says little about new ones.",
             "",
             "| found in training rows | held-out prompts | training rows |",

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_core.data.overlap.heldout import Comparison, HeldoutPrompts, Overlap
 
-_COLUMNS = ("row", "_words", "_grams")
+_COLUMNS = ("row", "_whole", "_grams")
 
 
 class SplitOverlap:
@@ -25,7 +25,7 @@ class SplitOverlap:
         self._file: Any = None
 
     def add(self, heldout: Any, train: Any, texts: list[str]) -> None:
-        """Add record batches with the columns row, _words and _grams.
+        """Add record batches with the columns row, _whole and _grams.
 
         Args:
             texts: the prompts of the held-out rows.
@@ -34,8 +34,8 @@ class SplitOverlap:
         import pyarrow as pa
 
         columns = (heldout.column(name).to_pylist() for name in _COLUMNS[1:])
-        for text, words, grams in zip(texts, *columns, strict=True):
-            self._heldout.add(text, words, np.frombuffer(grams, np.uint64))
+        for text, whole, grams in zip(texts, *columns, strict=True):
+            self._heldout.add(text, whole, np.frombuffer(grams, np.uint64))
         train = train.select(list(_COLUMNS))
         if self._file is None:
             self._file = pa.ipc.new_stream(str(self._path), train.schema)

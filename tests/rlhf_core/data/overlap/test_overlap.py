@@ -21,7 +21,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 def compare(prompts: list[str], rows: list[tuple[str, str]]):
     """The result for held-out prompts and (prompt, whole text) of training rows."""
     comparison = Comparison(HeldoutPrompts.of(prompts))
-    own = [ngrams.whole(ngrams.words(prompt)) for prompt, _ in rows]
+    own = [ngrams.whole(prompt) for prompt, _ in rows]
     grams = ngrams.grams([ngrams.words(text) for _, text in rows])
     comparison.add(range(1, len(rows) + 1), own, grams)
     return comparison.result()
@@ -38,7 +38,7 @@ def compare(prompts: list[str], rows: list[tuple[str, str]]):
 )
 def test_words_have_no_case_width_or_punctuation(text, expected):
     assert [word.decode() for word in ngrams.words(text)] == expected.split()
-    assert (ngrams.whole(ngrams.words(text)) == 0) is not bool(expected)
+    assert (ngrams.whole(text) == 0) is not bool(expected)
 
 
 def test_ascii_texts_are_split_as_others():
@@ -86,10 +86,24 @@ def test_near_duplicate_has_four_fifths_of_the_ngrams():
 
 def test_template_of_many_prompts_does_not_count():
     template = " ".join(f"w{i}" for i in range(20))
-    prompts = [f"{template} {word}" for word in ALPHABET[: heldout.COMMON + 1]]
-    assert compare(prompts, [("x", template)]).shared_rows == 0
-    assert compare(prompts[:-1], [("x", template)]).shared_rows == 1
+    own = [[f"{letter}{i}" for i in range(9)] for letter in ALPHABET[: heldout.COMMON + 1]]
+    prompts = [f"{template} {' '.join(words)}" for words in own]
+    few, most = (f"{template} {' '.join(own[0][:n])}" for n in (6, 7))
+    assert compare(prompts, [("x", few)]).shared_rows == 0  # at most 6 of 13 words are its own
+    found = compare(prompts, [("x", most)])
+    assert (found.shared_rows, found.near_rows) == (1, 0)
+    assert found.examples[0]["share"] == pytest.approx(1 / 3, abs=1e-3)  # with 7, 8 and 9
+    assert found.examples[0]["passage"] == " ".join([f"w{i}" for i in range(14, 20)] + own[0][:7])
     assert compare(prompts, [("x", prompts[0])]).near_prompts == 1
+    assert compare(prompts[:-1], [("x", template)]).shared_prompts == heldout.COMMON
+
+
+def test_signs_make_another_prompt_and_punctuation_does_not():
+    prompts = ["What is 29 - 48?", 'a "b", c.', "X # @ X"]
+    rows = ["What is 29 + 48?", "What is 29-48", "A b c!", "X @ # X", "What is 2.9 - 48?"]
+    found = compare(prompts, [(row, row) for row in rows])
+    assert (found.prompts, found.near_rows) == (3, 2)
+    assert {e["row"] for e in found.examples} == {2, 3}
 
 
 def test_prompts_beyond_the_bound_are_counted_and_not_compared(monkeypatch):
@@ -108,7 +122,9 @@ def test_counts_are_those_of_a_search_of_all_passages():
         copy = [f"b{start + i}" for i in range(rng.randrange(1, most))]
         return [word if rng.random() < 0.98 else rng.choice("xyz") for word in copy]
 
-    prompts = list(dict.fromkeys(" ".join(text(40)) for _ in range(60)))
+    template = [f"b{i}" for i in range(100, 116)]
+    asked = (template * (rng.random() < 0.4) + text(40) for _ in range(60))
+    prompts = list(dict.fromkeys(map(" ".join, asked)))
     rows = [(" ".join(text(8)), " ".join(text(80))) for _ in range(200)]
 
     def passages(words: str) -> set[tuple[str, ...]]:
@@ -116,7 +132,18 @@ def test_counts_are_those_of_a_search_of_all_passages():
         return {tuple(split[i : i + 13]) for i in range(len(split) - 12)}
 
     owners = Counter(gram for prompt in prompts for gram in passages(prompt))
-    own = [{g for g in passages(p) if owners[g] <= 10} for p in prompts]
+    own = []
+    for prompt in prompts:
+        split = prompt.split()
+        known = {
+            i + k
+            for i in range(len(split) - 12)
+            for k in range(13)
+            if owners[tuple(split[i : i + 13])] > 10
+        }
+        kept = [i for i in range(len(split) - 12) if len(known & set(range(i, i + 13))) <= 6]
+        own.append({tuple(split[i : i + 13]) for i in kept})
+    assert any(len(o) < len(passages(p)) for o, p in zip(own, prompts, strict=True))
     texts = [passages(row) for _, row in rows]
     shared, near = set(), set()
     for r, (head, _) in enumerate(rows):
