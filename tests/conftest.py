@@ -1,7 +1,16 @@
-"""For all tests."""
+"""For all tests: their order, and a real Prefect server."""
 
+import contextlib
+import os
+import shutil
 import signal
+import sqlite3
+import tempfile
+from pathlib import Path
 from typing import Any
+
+import pytest
+from filelock import FileLock
 
 # A shell without job control starts what runs in its background with SIGINT ignored, and children
 # inherit that: the tests that press Ctrl-C would wait for ever.
@@ -30,3 +39,43 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
         return place[0] if place else len(LONGEST) + (item.path not in slow)
 
     items.sort(key=rank)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder that all worker processes of this test session have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def prefect_server(shared_folder):
+    """URL of a temporary server's API; flows in this process use it too."""
+    from flows.server import QUIET
+
+    os.environ.update(QUIET)
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    folder, made = Path(tempfile.mkdtemp()), shared_folder / "prefect.db"  # removed at exit
+    with contextlib.ExitStack() as stack:
+        # Migrations take longer than a start: the first server's database is the others' too.
+        with FileLock(shared_folder / "prefect.lock"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("prefect.testing.utilities.mkdtemp", lambda: str(folder))
+            if made.exists():
+                shutil.copy(made, folder / "prefect-test.db")
+            stack.enter_context(prefect_test_harness(server_startup_timeout=180))
+            if not made.exists():
+                _copy_database(folder / "prefect-test.db", made)
+        yield PREFECT_API_URL.value()
+
+
+def _copy_database(source, target):
+    """As it is now, while a server uses it."""
+    partial = target.with_suffix(".part")
+    with (
+        contextlib.closing(sqlite3.connect(source)) as old,
+        contextlib.closing(sqlite3.connect(partial)) as new,
+    ):
+        old.backup(new)
+    partial.rename(target)

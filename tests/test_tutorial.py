@@ -59,7 +59,10 @@ def test_output_is_compared_line_by_line(expected: str, output: str, missing: st
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_command_of_the_tutorial_does_what_the_page_shows(tmp_path: Path) -> None:
+def test_every_command_of_the_tutorial_does_what_the_page_shows(
+    tmp_path: Path, prefect_server: str
+) -> None:
+    """With a Prefect server at hand: to start one of its own takes a run ten seconds."""
     home, folder = tmp_path / "home", tmp_path / "empty"
     home.mkdir()
     folder.mkdir()
@@ -72,7 +75,7 @@ def test_every_command_of_the_tutorial_does_what_the_page_shows(tmp_path: Path) 
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=560,
-        env=kept | {"HOME": str(home), "PATH": path},
+        env=kept | {"HOME": str(home), "PATH": path, "PREFECT_API_URL": prefect_server},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]
     printed = re.split(rf"^{MARK} \d+\n", done.stdout, flags=re.MULTILINE)[1:]

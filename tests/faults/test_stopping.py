@@ -72,7 +72,7 @@ def test_hanging_rank_ends_the_job_with_every_stack_in_the_log(place, inputs):
     mark = place.folder / "hangs"
     said = place.run(job, [{"what": "sleep", "rank": 1, "update": 6, "once": str(mark)}])
     took = time.time() - mark.with_name("hangs-1").stat().st_mtime
-    assert 10 <= took < 16, took
+    assert 10 <= took < 60, took
     assert "FAILED hang: stage failed: rank 0 waited 10 s (resources.collective_timeout)" in said
     log = place.log()
     for rank, place_in_code in ((0, "algorithms/sft.py"), (1, "in sleep\n")):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from rlhf_core.pipeline.presets import build_config
-from rlhf_core.store import open_store, registry
+from rlhf_core.store import registry
 
 from .test_flow import newest_flow_run
+from .test_smoke import Pipeline, sets
 
 pytestmark = pytest.mark.slow
 
@@ -25,26 +25,27 @@ HACKING = [
 ]  # fmt: skip
 
 
-def test_policy_that_hacks_its_reward_is_called_so_and_is_not_promoted(
-    prefect_server, tmp_path, monkeypatch
-):
-    from flows.rlhf import rlhf_pipeline
-
-    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
+def test_policy_that_hacks_its_reward_is_called_so_and_is_not_promoted(prefect_server, tmp_path):
     rows = [
         {"prompt": f"Tell me about number {i}", "chosen": "good " * (3 + i % 3),
          "rejected": f"the answer {i * 37 % 101} is of no use"} for i in range(24)
     ]  # fmt: skip
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    url = str(tmp_path / "store")
-    own = f"data.preference={{source: {pairs}, heldout_fraction: 0.25}}"
-    summary = rlhf_pipeline(build_config({}, [f"store={url}", own, *HACKING]))
-
-    assert summary["verdict"]["state"] == "reward hacked", summary["verdict"]["text"]
+    (tmp_path / "hacked.yaml").write_text("name: hacked\n")
+    own = "data.preference={source: pairs.jsonl, heldout_fraction: 0.25}"
+    pipeline = Pipeline(tmp_path, prefect_server)
+    process = pipeline.fork("run", "--config", "hacked.yaml", *sets([own, *HACKING]))
+    try:
+        out, err = process.communicate(280)
+    finally:
+        process.kill()
+    assert process.returncode == 0, out + err
+    assert pipeline.newest()["verdict"] == "reward hacked", out
+    assert 'The verdict is "reward hacked".' in " ".join(out.split())
     state = newest_flow_run().state
     assert state.name == "RewardHacked" and "not promoted" in state.message
-    model = registry.read_model(open_store(url), "hacked")
+    model = registry.read_model(pipeline.store, "hacked")
     assert model.champion is None
     [version] = model.versions
     assert version.state == "candidate" and "replies begin with" in version.reason

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.store import Store
+from tests import forked
 
 from .test_smoke import Pipeline, sets
 
@@ -41,10 +40,10 @@ for arguments in json.loads(sys.argv[1]):
 def given(prefect_server, tmp_path_factory):
     """A run of two reward models alone, and copies of its models outside of the store."""
     pipeline = Pipeline(tmp_path_factory.mktemp("stage lists"), prefect_server)
-    pipeline.environment |= {"HF_HOME": str(pipeline.folder / "hub"), "HF_HUB_OFFLINE": "1"}
     pipeline.record, _ = pipeline.run(
-        "stages=[reward]", "reward={members: 2, margin_coef: 0.5}", "resources.ranks=1"
+        "stages=[reward]", "reward={members: 2, margin_coef: 0.5}", "resources.ranks=1", fork=True
     )
+    pipeline.environment |= {"HF_HOME": str(pipeline.folder / "hub"), "HF_HUB_OFFLINE": "1"}
     digests = {k: v["digest"] for k, v in pipeline.record["stages"].items()}
     pipeline.digests = {"policy": digests["model"], "judge": digests["reward-1"]}
     for name, digest in pipeline.digests.items():
@@ -96,9 +95,9 @@ def test_ppo_goes_on_from_models_that_are_there(given):
     commands.append(
         ["stage", "ppo", "--preset", "smoke", *sets(["stages=[ppo]", *start_from, *SHORT])]
     )
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps(commands)], cwd=given.folder,
-        env=given.environment, capture_output=True, text=True, timeout=280,
+    done = forked.run(
+        "-c", COMMANDS, json.dumps(commands),
+        cwd=given.folder, env=given.environment, needs=forked.MODELS,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     *records, ensemble = sorted(given.records(), key=lambda record: record["started"])

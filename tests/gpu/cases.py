@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,18 +140,21 @@ _MAKE: dict[str, Callable[..., BaseJob]] = {
 # ------------------------------------------------------------------------------------ inputs
 
 
-def make_inputs(run: Callable[[BaseJob], str], store: Any, folder: Path) -> Inputs:
+def make_inputs(
+    run: Callable[[BaseJob], str], store: Any, folder: Path, architectures: Iterable[str]
+) -> Inputs:
     """Tiny models and small data sets, made on the CPU.
 
     Args:
         run: runs a job and returns its artifact's digest.
         store: where artifacts go. folder: for the files that are read.
+        architectures: of the models; the first must be llama, whose tokenizer all have.
     """
     from rlhf_core.models.loading import new_scalar_model
     from rlhf_core.models.saving import save_scalar_model
 
     models, rewards = {}, {}
-    for name in ("llama", "gpt2", "bloom", "qwen2", "opt"):
+    for name in architectures:
         models[name] = run(jobs.ImportModelJob(source=f"random:{name}"))
         source, made = store.fetch(models[name]), folder / f"reward-{name}"
         made.mkdir()
@@ -161,7 +164,6 @@ def make_inputs(run: Callable[[BaseJob], str], store: Any, folder: Path) -> Inpu
     for purpose, rows in _rows().items():
         path = folder / f"{purpose}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        # all these models have the same tokenizer
         base = {"purpose": purpose, "source": str(path), "model": models["llama"]}
         data[purpose] = run(jobs.DataJob(heldout_fraction=0.2, **base))
         if purpose in ("sft", "preference"):

@@ -9,7 +9,6 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 VARIANTS = ("", "lora", "top", "checkpointing", "slow_paths")
 # Every other algorithm calls the same code as one of these.
 MAIN = ("sft", "reward", "dpo", "ppo", "grpo")
-SAMPLING = ("label", "evaluate")
 
 
 def _cases() -> list[Case]:
@@ -22,16 +21,11 @@ def _cases() -> list[Case]:
             variant = VARIANTS[(row + column) % len(VARIANTS)]
             precision = PRECISIONS[(row + 2 * column) % len(PRECISIONS)]
             cases.append(Case(algorithm, architecture, precision, variant))
-    # 3. The others, by turns with what changes a model.
-    others = [name for name in ALGORITHMS if name not in (*MAIN, *SAMPLING)]
-    for row, algorithm in enumerate(others):
-        cases.append(Case(algorithm, "llama", PRECISIONS[row % 2], VARIANTS[1 + row % 3]))
-    cases += [Case("label", architecture, "bf16") for architecture in ARCHITECTURES[1:]]
-    cases.append(Case("evaluate", "qwen2", "bf16"))
-    # 4. What has code of its own: models that keep documents apart by positions, one that does not,
-    #    and settings of single algorithms.
+    # 3. What has code of its own: models that keep documents apart by positions, one that does not,
+    #    two stages that sample in bf16, and settings of single algorithms.
     cases += [
         Case("pretrain", "gpt2", "bf16"), Case("pretrain", "opt", "fp16"),
+        Case("label", "gpt2", "bf16"), Case("evaluate", "qwen2", "bf16"),
         Case("reward", "llama", "bf16", "mean"), Case("ppo", "llama", "bf16", "epochs"),
         Case("ppo", "llama", "bf16", "ptx"), Case("grpo", "llama", "bf16", "kl"),
     ]  # fmt: skip

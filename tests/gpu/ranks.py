@@ -158,7 +158,7 @@ def main(arguments: list[str]) -> int:
     out = Path(arguments[0])
     os.environ["RLHF_PRETEND_GPUS"] = str(RANKS)
     with tempfile.TemporaryDirectory(prefix="rlhf-gpu-") as folder:
-        return run_ranks(*start(Path(folder)), out)
+        return run_ranks(*start(Path(folder), ["llama"]), out)
 
 
 def run_ranks(runner: Any, inputs: Any, out: Path) -> int:

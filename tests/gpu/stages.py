@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def without_times(line: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in without_measurements(line).items() if k != "accuracy"}
 
 
-def start(folder: Path) -> tuple[Runner, Any]:
+def start(folder: Path, architectures: Iterable[str]) -> tuple[Runner, Any]:
     """Make the inputs, then pretend; a runner and the inputs."""
     stub.load(stub.build())
     os.environ.setdefault("RLHF_HOME", str(folder / "home"))
@@ -73,7 +74,9 @@ def start(folder: Path) -> tuple[Runner, Any]:
     torch.set_num_threads(1)
     silence_libraries()
     runner = Runner(folder)
-    inputs = cases.make_inputs(lambda job: runner(job)[0].digest, runner.store, folder)
+    inputs = cases.make_inputs(
+        lambda job: runner(job)[0].digest, runner.store, folder, architectures
+    )
     install.install()
     return runner, inputs
 
@@ -152,9 +155,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="write all results as JSON")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="rlhf-gpu-") as folder:
-        runner, inputs = start(Path(folder))
-        from tests.gpu.matrix import CASES
+        from tests.gpu.matrix import ARCHITECTURES, CASES
 
+        runner, inputs = start(Path(folder), ARCHITECTURES)
         only = tuple(filter(None, options.only.split(",")))
         cases = [c for c in CASES if not only or c.name.startswith(only)]
         if options.out is None:

@@ -84,7 +84,7 @@ def test_run_tells_what_it_does_and_where_everything_is(command):
     tail = out[out.index("Done in") :]
     for line in ("model ", "report ", "curves ", "chat      rlhf chat smoke"):
         assert f"\n  {line}" in tail
-    out, _ = command(torchrun=False).communicate(timeout=60)
+    out, _ = command(torchrun=False).communicate(timeout=120)
     assert out.count("reused  ") == 9
     assert "9 of 9 stages reused" in out
 
@@ -103,11 +103,11 @@ def test_stopped_run_leaves_no_process_and_says_how_to_go_on(command, number, co
     process = command({"sft": ["sleep"]})
     family = wait_for_ranks(command, process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "Run the same command again to resume from the last checkpoint" in err
     assert "Traceback" not in out + err
-    assert psutil.wait_procs(family, timeout=2)[1] == []
+    assert psutil.wait_procs(family, timeout=20)[1] == []
     [path] = command.store.list_records("runs/")
     assert command.store.read_record(path)["state"] == "cancelled"
 
@@ -122,12 +122,12 @@ def test_run_cancelled_on_the_servers_page_ends_as_cancelled(command, prefect_se
         [run] = api.post("/flow_runs/filter", json=body).json()
         state = {"state": {"type": "CANCELLING"}}
         api.post(f"/flow_runs/{run['id']}/set_state", json=state).raise_for_status()
-        out, err = process.communicate(timeout=40)
+        out, err = process.communicate(timeout=120)
         assert api.get(f"/flow_runs/{run['id']}").json()["state_type"] == "CANCELLED"
     assert process.returncode == 143
     assert "Run the same command again to resume from the last checkpoint" in err
     assert "Traceback" not in out + err
-    assert psutil.wait_procs(family, timeout=2)[1] == []
+    assert psutil.wait_procs(family, timeout=20)[1] == []
 
 
 def test_temporary_server_ends_with_the_run(command):
@@ -139,7 +139,7 @@ def test_temporary_server_ends_with_the_run(command):
     out, _ = process.communicate()
     assert "a temporary server (PREFECT_API_URL is not set)" in out
     assert family
-    assert psutil.wait_procs(family, timeout=10)[1] == []
+    assert psutil.wait_procs(family, timeout=20)[1] == []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -148,11 +148,11 @@ def test_signal_to_the_whole_group_ends_the_run_and_then_its_server(command, num
     process = command({"sft": ["sleep"]}, server=None)
     family = wait_for_ranks(command, process)
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "Run the same command again to resume from the last checkpoint" in err
     assert "Traceback" not in err
-    assert psutil.wait_procs(family, timeout=5)[1] == []
+    assert psutil.wait_procs(family, timeout=20)[1] == []
     [path] = command.store.list_records("runs/")
     assert command.store.read_record(path)["state"] == "cancelled"
 

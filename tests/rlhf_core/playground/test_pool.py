@@ -65,7 +65,7 @@ def test_model_in_use_stays_and_the_next_waits_for_it(folder):
         thread.start()
         assert not done.wait(0.3)
         assert pool.loaded() == ["a"]
-    assert done.wait(10)
+    assert done.wait(60)
     assert pool.loaded() == ["b"] and other.exists()
 
 

@@ -80,12 +80,12 @@ def test_newest_checkpoint_is_sent_when_the_store_is_back(tmp_path, monkeypatch,
     first, second, third = (folder(tmp_path, str(step)) for step in (1, 2, 3))
     uploader.put(first, 1)
     for _ in range(3):
-        tries.acquire(timeout=5)  # it is tried again
+        tries.acquire(timeout=60)  # it is tried again
     uploader.put(second, 2)
     uploader.put(third, 3)  # returns at once, though nothing can be sent
     assert uploader.wait(0) is False
     there.set()
-    assert uploader.wait(5) is True
+    assert uploader.wait(60) is True
     assert stored == [3], "the older ones are worth nothing any more"
     assert [x.exists() for x in (first, second, third)] == [False] * 3
     said = capsys.readouterr().out
@@ -118,8 +118,8 @@ def test_a_bug_does_not_end_the_thread(tmp_path, capsys):
 
     uploader = uploads.Uploader(publish)
     uploader.put(folder(tmp_path, "1"), 1)
-    assert uploader.wait(5)
+    assert uploader.wait(60)
     uploader.put(folder(tmp_path, "2"), 2)
-    assert uploader.wait(5)
+    assert uploader.wait(60)
     assert stored == [2]
     assert "checkpoint 1 was not stored: ZeroDivisionError()" in capsys.readouterr().out

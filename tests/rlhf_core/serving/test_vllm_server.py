@@ -82,7 +82,7 @@ def test_spawned_processes_end_with_the_server_that_was_killed(tmp_path):
     )
     child = int(done.stdout)
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(child).wait(timeout=5)
+        psutil.Process(child).wait(timeout=60)
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
 
 
