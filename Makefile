@@ -92,8 +92,8 @@ up: $(STAMP)  ## start a whole system here: Prefect and S3 servers, workers, dep
 down: $(STAMP)  ## end what `make up` started
 	@$(BIN)/rlhf down
 
-# Two files at a time: half of what the tests do is to wait for servers and processes.
-WORKERS ?= 2
+# Three files at a time: two left a sixth of two cores idle, waiting for servers and processes.
+WORKERS ?= 3
 test: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 \
 	  -m "not demo and not system and not images and not chaos and not extras and not vllm"

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 PLAN = {
-    "rows": 500,
-    "files": 300,
+    "rows": 300,
+    "files": 200,
     "damaged files": 250,
     "parquet types": 100,
-    "configurations": 300,
-    "overrides": 250,
+    "configurations": 150,
+    "overrides": 125,
     "yaml": 250,
     "jobs": 250,
     "manifests": 400,

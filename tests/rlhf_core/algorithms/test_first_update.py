@@ -24,7 +24,7 @@ def inputs(models, data, random_reward):
 def make(kind, inputs, **settings):
     values = {
         **inputs, "steps": ROLLOUTS, "max_new_tokens": 6, "learning_rate": 1e-3, "batch_size": 4,
-        "resources": Resources(micro_batch_size=2, device="cpu"),
+        "precision": "fp32", "resources": Resources(micro_batch_size=2, device="cpu", threads=1),
     }  # fmt: skip
     if kind in (GRPOJob, RLOOJob):
         values["group_size"] = 2
@@ -48,7 +48,7 @@ def rows(monkeypatch):
 
 # kind, settings, rows whose second pass is saved in each rollout but the first
 VARIANTS = {
-    "grpo": (GRPOJob, {}, 8),
+    "grpo": (GRPOJob, {"precision": "bf16"}, 8),
     "grpo-minibatches": (GRPOJob, {"minibatches": 2, "epochs": 2}, 4),
     "grpo-top": (GRPOJob, {"trainable_layers": 1}, 8),
     "rloo": (RLOOJob, {"kl_coef": 0.0}, 8),
@@ -83,7 +83,7 @@ def test_text_that_is_mixed_in_goes_through_with_its_replies(inputs, data, stage
 
 def test_replies_of_another_policy_are_found_in_the_first_update(inputs, stages, monkeypatch):
     """An engine whose weights are old, say: before the weights change."""
-    job = make(GRPOJob, inputs, precision="fp32")  # in bf16 replies and scores differ by more
+    job = make(GRPOJob, inputs)  # in fp32: in bf16 replies and scores differ by more
     judge, judged = experience.assert_same_policy, []
 
     def watched(job, found):

@@ -83,7 +83,7 @@ def one_rank(run_plan, make, data, random_rewards):
         plan[f"{name}-ptx"] = (mixing(make, data, name), {})
         plan[f"{name}-micro"] = (make(name, steps=4, place={"micro_batch_size": 2}), {})
         learns = make(
-            name, steps=15, batch_size=32 if name == "reinforce_pp" else 8, learning_rate=1e-2,
+            name, steps=12, batch_size=32 if name == "reinforce_pp" else 8, learning_rate=1e-2,
             epochs=2, kl_coef=0.0, missing_eos_penalty=0.0, place={"micro_batch_size": 16},
         )  # fmt: skip
         plan[f"{name}-learns"] = (learns, {})
