@@ -42,7 +42,7 @@ def test_policy_that_hacks_its_reward_is_called_so_and_is_not_promoted(prefect_s
         process.kill()
     assert process.returncode == 0, out + err
     assert pipeline.newest()["verdict"] == "reward hacked", out
-    assert 'The verdict is "reward hacked".' in " ".join(out.split())
+    assert "\n  verdict   reward hacked: " in out
     state = newest_flow_run().state
     assert state.name == "RewardHacked" and "not promoted" in state.message
     model = registry.read_model(pipeline.store, "hacked")

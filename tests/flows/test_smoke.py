@@ -122,6 +122,8 @@ def test_published_folder_opens_without_this_project(smoke):
     card = (folder / "README.md").read_text()
     assert "builtin:chatterbot" in card
     assert smoke.first["stages"]["ppo"]["digest"] in card
+    for own in (smoke.first["id"], smoke.first["host"], str(smoke.folder), smoke.first["started"]):
+        assert own not in card, "equal runs have equal cards"
 
 
 def test_what_stages_took_is_kept_beside_their_results(smoke):
