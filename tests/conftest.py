@@ -64,7 +64,7 @@ def prefect_server(shared_folder):
             patch.setattr("prefect.testing.utilities.mkdtemp", lambda: str(folder))
             if made.exists():
                 shutil.copy(made, folder / "prefect-test.db")
-            stack.enter_context(prefect_test_harness(server_startup_timeout=180))
+            stack.enter_context(prefect_test_harness(server_startup_timeout=600))
             if not made.exists():
                 _copy_database(folder / "prefect-test.db", made)
         yield PREFECT_API_URL.value()
