@@ -13,6 +13,7 @@ from rlhf_core.jobs import BaseJob, Resources
 from tests.rlhf_core.algorithms.conftest import talk
 
 STEPS = 2
+ARCHITECTURES = ("llama", "gpt2", "bloom", "qwen2", "opt")
 ALGORITHMS = (
     "sft", "pretrain", "reward", "reward_probe", "dpo", "simpo", "orpo", "kto", "ppo", "grpo",
     "rloo", "reinforce_pp", "label", "evaluate",

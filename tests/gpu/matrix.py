@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tests.gpu.cases import ALGORITHMS, Case
+from tests.gpu.cases import ALGORITHMS, ARCHITECTURES, Case
 
-ARCHITECTURES = ("llama", "gpt2", "bloom", "qwen2", "opt")
 PRECISIONS = ("bf16", "fp16", "fp32")
 VARIANTS = ("", "lora", "top", "checkpointing", "slow_paths")
 # Every other algorithm calls the same code as one of these.

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,12 @@ def without_times(line: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in without_measurements(line).items() if k != "accuracy"}
 
 
-def start(folder: Path, architectures: Iterable[str]) -> tuple[Runner, Any]:
-    """Make the inputs, then pretend; a runner and the inputs."""
+def start(folder: Path, architectures: Sequence[str] = ()) -> tuple[Runner, Any]:
+    """Make the inputs, then pretend; a runner and the inputs.
+
+    Args:
+        architectures: of the models; empty: all.
+    """
     stub.load(stub.build())
     os.environ.setdefault("RLHF_HOME", str(folder / "home"))
     import torch
@@ -75,8 +79,9 @@ def start(folder: Path, architectures: Iterable[str]) -> tuple[Runner, Any]:
     silence_libraries()
     runner = Runner(folder)
     inputs = cases.make_inputs(
-        lambda job: runner(job)[0].digest, runner.store, folder, architectures
-    )
+        lambda job: runner(job)[0].digest, runner.store, folder,
+        architectures or cases.ARCHITECTURES,
+    )  # fmt: skip
     install.install()
     return runner, inputs
 
@@ -155,9 +160,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="write all results as JSON")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="rlhf-gpu-") as folder:
-        from tests.gpu.matrix import ARCHITECTURES, CASES
+        runner, inputs = start(Path(folder))
+        from tests.gpu.matrix import CASES
 
-        runner, inputs = start(Path(folder), ARCHITECTURES)
         only = tuple(filter(None, options.only.split(",")))
         cases = [c for c in CASES if not only or c.name.startswith(only)]
         if options.out is None:

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.gpu.cases import ALGORITHMS
+from tests.gpu.cases import ALGORITHMS, ARCHITECTURES
 from tests.gpu.limits import LEARNS, SCORING
-from tests.gpu.matrix import ARCHITECTURES, CASES, MAIN, PRECISIONS, VARIANTS
+from tests.gpu.matrix import CASES, MAIN, PRECISIONS, VARIANTS
 
 pytestmark = pytest.mark.slow
 
