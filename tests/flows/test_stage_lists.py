@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.store import Store
-from tests import forked
 
 from .test_smoke import Pipeline, sets
 
@@ -95,9 +96,9 @@ def test_ppo_goes_on_from_models_that_are_there(given):
     commands.append(
         ["stage", "ppo", "--preset", "smoke", *sets(["stages=[ppo]", *start_from, *SHORT])]
     )
-    done = forked.run(
-        "-c", COMMANDS, json.dumps(commands),
-        cwd=given.folder, env=given.environment, needs=forked.MODELS,
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)], cwd=given.folder,
+        env=given.environment, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     *records, ensemble = sorted(given.records(), key=lambda record: record["started"])
