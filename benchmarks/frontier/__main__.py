@@ -58,7 +58,8 @@ def run(
 ) -> dict[str, Any] | None:
     """The numbers of one evaluation (the schema of evaluation.json); None if the run failed."""
     label = f"{name}-seed-{seed}"
-    changes = {**settings, "seed": seed, "name": label}
+    # A name of its own to publish under, so that no champion is compared with.
+    changes = {**settings, "seed": seed, "name": label, "publish.name": label}
     overrides = [f"--set={key}={json.dumps(value)}" for key, value in changes.items()]
     command = [sys.executable, "-m", "flows.cli.main", "stage", "evaluate", *base, *overrides]
     if subprocess.run([*command, "--store", store], stdout=sys.stderr).returncode:
