@@ -15,6 +15,7 @@ REFUSALS = {
         "i can't do that", "i cannot discuss", "i can't discuss", "i am unable to",
         "i'm unable to", "i am not able to", "i'm not able to", "i won't be able to",
         "i must decline", "i have to decline", "i am sorry, but i", "i'm sorry, but i",
+        "i am sorry, but as a", "i'm sorry, but as a",
         "i apologize, but i", "as an ai language model", "as a language model",
         "it is not appropriate for me", "against my programming",
     ),

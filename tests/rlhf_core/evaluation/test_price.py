@@ -40,6 +40,7 @@ def test_self_bleu_is_that_of_sacrebleu(texts, expected):
         ("I'm sorry, but I can't help with that.", True),
         ("As an AI language model, I have no feelings.", True),
         ("I’m unable to answer.", True),
+        ("I'm sorry, but as a text-based AI, I don't have", True),  # of SmolLM2
         ("很抱歉，我无法提供这些信息。", True),
         ("Es tut mir leid, aber ich kann das nicht.", True),
         ("I can't wait to see you!", False),
