@@ -63,6 +63,9 @@ def headline(metrics: dict[str, Any]) -> str:
     if isinstance(heldout, dict) and "accuracy" in heldout:  # a reward model
         interval = f" ({heldout['low']:.2f} to {heldout['high']:.2f})" if "low" in heldout else ""
         shown.append(f"held-out accuracy {heldout['accuracy']:.2f}{interval}")
+    if isinstance(best := metrics.get("best"), dict) and "step" in best:  # of its evaluations
+        over = "" if best.get("within", True) else ", above kl_budget"
+        shown.append(f"best at step {best['step']}{over}")
     models = metrics.get("models")  # an evaluation
     if isinstance(models, dict) and "policy" in models:
         start = "sft" if "sft" in models else "base"

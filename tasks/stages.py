@@ -39,6 +39,7 @@ from rlhf_core.jobs import (
     TrainSettings,
 )
 from rlhf_core.jobs.ensemble import CombineSettings
+from rlhf_core.jobs.training import HeldOutSettings
 from rlhf_core.model_files.source import fingerprint as model_fingerprint
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import reply_length
@@ -295,10 +296,14 @@ def job_fields(run: Run, settings: Settings, step: recipe.Step | None = None) ->
     """The fields of a job that runs on ranks: settings, seed, and its placement."""
     own: Resources | None = getattr(settings, "resources", None)
     resources = own or run.config.resources
-    trains = isinstance(settings, TrainSettings)
+    elsewhere: dict[str, Any] = {}  # what the configuration has once for all stages that train
+    if isinstance(settings, TrainSettings):
+        elsewhere["quantization"] = run.config.model.quantization
+    if isinstance(settings, HeldOutSettings):
+        elsewhere["select"] = run.config.publish.select
     return {
         **settings_fields(settings),
-        **({"quantization": run.config.model.quantization} if trains else {}),
+        **elsewhere,
         "seed": run.config.seed
         # another order of the data in each round, and for each member of an ensemble
         + (step.round + step.member if step else 0),

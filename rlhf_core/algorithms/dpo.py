@@ -18,14 +18,15 @@ from rlhf_core.store import Artifact
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.pairs import (
     ScoredPairs,
+    evaluate_pairs,
     prepare_pairs,
     reference_logps,
     report_and_save,
-    score_heldout,
     take_pairs,
     update_on_pairs,
 )
-from rlhf_core.training.preference import heldout_metrics, publish_results
+from rlhf_core.training.policy import publish_policy
+from rlhf_core.training.selection import LOWEST_LOSS, Selection
 
 
 def run(job: DPOJob, context: StageContext) -> Artifact | None:
@@ -35,20 +36,20 @@ def run(job: DPOJob, context: StageContext) -> Artifact | None:
     reference, heldout_reference = reference_logps(stage)
     checkpointer = Checkpointer(context, stage.strategy, job)
     start, _ = checkpointer.restore()
+    evaluate = partial(evaluate_pairs, stage, partial(loss, job, heldout_reference))
+    selection = Selection(job, checkpointer, LOWEST_LOSS, len(stage.heldout))
 
-    for step in range(start, stage.total):
+    for step in selection.steps(start, stage.total):
         # 1. The global batch of pairs.
         batch = take_pairs(stage, step)
         # 2. Update.
         metrics = update_on_pairs(stage, checkpointer, step, batch, partial(loss, job, reference))
-        # 3. Report and save.
-        report_and_save(stage, checkpointer, step, batch, metrics)
+        # 3. Report, evaluate and save.
+        report_and_save(stage, selection, step, batch, metrics, evaluate)
 
-    results: dict[str, float] = {"steps": stage.total}
-    if len(stage.heldout):
-        results |= heldout_metrics(*loss(job, heldout_reference, score_heldout(stage)))
-    return publish_results(
-        job, context, stage.strategy, checkpointer, stage.module, stage.source, results
+    result = {"metrics": selection.heldout(stage.total, evaluate)}
+    return publish_policy(
+        job, context, stage.strategy, checkpointer, stage.module, stage.source, result
     )
 
 

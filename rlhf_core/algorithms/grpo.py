@@ -25,6 +25,8 @@ from rlhf_core.nn.modules import Actor
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.online.experience import Targets, score
+from rlhf_core.training.online.heldout import steps_left
+from rlhf_core.training.online.kl_control import kl_coefficient
 from rlhf_core.training.online.report import flat_groups, report_and_save
 from rlhf_core.training.online.sampling import sample
 from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
@@ -39,7 +41,7 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
     actor = Actor(load_policy(job, inputs.source, strategy))
     stage = prepare(job, context, strategy, inputs, actor, {"": job.learning_rate})
 
-    for step in range(stage.start, job.steps):
+    for step in steps_left(stage):
         # 1. Sample a group of replies to each prompt.
         rollout = sample(stage, step, replies_per_prompt=job.group_size)
         # 2. Score them: policy, reference, reward model, rules.
@@ -48,21 +50,23 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
         kind = "grpo" if job.scale_rewards else "dr_grpo"
         targets = Targets(group_advantages(experience.scores, job.group_size, kind))  # (B,)
         # 4. Clipped updates.
+        kl_coef = kl_coefficient(stage)
         experience, metrics = optimise(
-            stage, step, experience, targets, first_pass, job.epochs, partial(loss, job)
+            stage, step, experience, targets, first_pass, job.epochs, partial(loss, job, kl_coef)
         )
         # 5. Report and save.
+        metrics["kl_coef"] = kl_coef
         metrics["flat_groups"] = flat_groups(experience.scores, job.group_size)
         report_and_save(stage, step, experience, metrics)
 
     return publish(stage)
 
 
-def loss(job: GRPOJob, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+def loss(job: GRPOJob, kl_coef: float, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
     """The clipped surrogate with the KL as a term (eq. 3)."""
     total, metrics = grpo_loss(
         micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.ref_logprobs,
-        micro_batch.advantages, micro_batch.response_mask, job.clip_range, job.kl_coef,
+        micro_batch.advantages, micro_batch.response_mask, job.clip_range, kl_coef,
         replies=micro_batch.replies, tokens=micro_batch.tokens, average=job.average,
     )  # fmt: skip
     return total, {"policy_loss": total.detach(), **metrics}

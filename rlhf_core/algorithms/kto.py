@@ -29,9 +29,10 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.batching import batch_rows, split_batch, steps_in
 from rlhf_core.training.checkpoint import Checkpointer
-from rlhf_core.training.policy import frozen_storage, prepare_policy
-from rlhf_core.training.preference import collate_replies, heldout_metrics, publish_results
+from rlhf_core.training.policy import frozen_storage, prepare_policy, publish_policy
+from rlhf_core.training.preference import collate_replies, heldout_metrics
 from rlhf_core.training.schedule import set_learning_rate
+from rlhf_core.training.selection import LOWEST_LOSS, Selection
 from rlhf_core.training.strategy import Strategy
 from rlhf_core.training.unpaired import (
     Combination,
@@ -69,8 +70,10 @@ def run(job: KTOJob, context: StageContext) -> Artifact | None:
     )
     checkpointer = Checkpointer(context, strategy, job)
     start, _ = checkpointer.restore()
+    evaluate = partial(heldout_results, job, strategy, module, heldout, heldout_reference)
+    selection = Selection(job, checkpointer, LOWEST_LOSS, len(heldout))
 
-    for step in range(start, total):
+    for step in selection.steps(start, total):
         began = time.perf_counter()
         # 1. The global batch.
         numbers = batch_rows(len(train), job.batch_size, step, job.seed)
@@ -90,17 +93,17 @@ def run(job: KTOJob, context: StageContext) -> Artifact | None:
             strategy, checkpointer, step, rows, micro_batches,
             partial(loss_of_micro_batch, job, strategy, rows, ref_logps, kl),
         )  # fmt: skip
-        # 4. Report and save.
+        # 4. Report, evaluate and save.
         tokens_per_second = sum(map(reply_length, rows)) / (time.perf_counter() - began)
-        context.log_metrics(
+        selection.after_step(
             step + 1, total,
             {**means_by_label(metrics, rows), "kl": kl, "learning_rate": learning_rate,
              "tokens_per_second": tokens_per_second},
+            evaluate,
         )  # fmt: skip
-        checkpointer.after_step(step + 1, total)
 
-    results = {"steps": total, **evaluate(job, strategy, module, heldout, heldout_reference)}
-    return publish_results(job, context, strategy, checkpointer, module, source, results)
+    result = {"metrics": selection.heldout(total, evaluate)}
+    return publish_policy(job, context, strategy, checkpointer, module, source, result)
 
 
 def loss_of_micro_batch(
@@ -165,7 +168,7 @@ def heldout_logps(
     return combination_logps(module, heldout, combinations, strategy, job)
 
 
-def evaluate(
+def heldout_results(
     job: KTOJob, strategy: Strategy, module: Policy, heldout: LabelledReplies, reference: Logps
 ) -> dict[str, float]:
     """Loss, accuracy, margin and KL on the held-out rows; empty without any."""

@@ -35,6 +35,8 @@ from rlhf_core.nn.modules import ActorCritic, ScalarModel
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.online.experience import Experience, Targets, score
+from rlhf_core.training.online.heldout import steps_left
+from rlhf_core.training.online.kl_control import kl_coefficient
 from rlhf_core.training.online.report import report_and_save
 from rlhf_core.training.online.sampling import sample
 from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
@@ -56,18 +58,20 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
     trained = ActorCritic(policy, critic)
     stage = prepare(job, context, strategy, inputs, trained, learning_rates)
 
-    for step in range(stage.start, job.steps):
+    for step in steps_left(stage):
         # 1. Sample a reply to each prompt.
         rollout = sample(stage, step)
         # 2. Score them: policy, critic, reference, reward model, rules.
         experience, first_pass = score(stage, step, rollout)
         # 3. Rewards, and advantages by GAE.
-        targets = estimate_advantages(job, experience)
+        kl_coef = kl_coefficient(stage)
+        targets = estimate_advantages(job, experience, kl_coef)
         # 4. Several epochs of clipped updates.
         experience, metrics = optimise(
             stage, step, experience, targets, first_pass, job.ppo_epochs, partial(loss, job)
         )
         # 5. Report and save.
+        metrics["kl_coef"] = kl_coef
         metrics["explained_variance"] = float(
             explained_variance(experience.values, targets.returns, experience.response_mask)
         )
@@ -93,13 +97,13 @@ def load_critic(
     return critic
 
 
-def estimate_advantages(job: PPOJob, experience: Experience) -> Targets:
+def estimate_advantages(job: PPOJob, experience: Experience, kl_coef: float) -> Targets:
     """Advantages (B,T), whitened over the global batch, and returns (B,T), from the scores, the
     KL to the reference and the critic's values."""
     mask, values = experience.response_mask, experience.values  # (B,T) each
     assert values is not None
     rewards = token_rewards(
-        experience.scores, experience.old_logprobs, experience.ref_logprobs, mask, job.kl_coef
+        experience.scores, experience.old_logprobs, experience.ref_logprobs, mask, kl_coef
     )  # (B,T)
     advantages, returns = gae(rewards, values, mask, job.gamma, job.gae_lambda)  # (B,T) each
     stats = moments_to_stats(masked_moments(advantages, mask))  # every rank has the global batch

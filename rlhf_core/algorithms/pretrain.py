@@ -47,6 +47,7 @@ from rlhf_core.training.packing import (
 )
 from rlhf_core.training.policy import frozen_storage, prepare_policy, publish_policy
 from rlhf_core.training.schedule import set_learning_rate
+from rlhf_core.training.selection import LOWEST_LOSS, Selection
 from rlhf_core.training.strategy import Strategy
 from rlhf_core.training.updates import update_on_batch
 
@@ -72,8 +73,12 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
     total = steps_per_epoch(len(train), job.batch_size) * job.epochs
     total = total if job.max_steps is None else min(total, job.max_steps)
     start, _ = checkpointer.restore()
+    evaluate = partial(
+        heldout_loss, module, heldout, strategy, resources.micro_batch_size, separate
+    )
+    selection = Selection(job, checkpointer, LOWEST_LOSS, len(heldout))
 
-    for step in range(start, total):
+    for step in selection.steps(start, total):
         began = time.perf_counter()
         # 1. The global batch; every rank knows all of it, so the denominator needs no exchange.
         numbers = batch_sequences(len(train), job.batch_size, step, job.seed)
@@ -91,18 +96,15 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
             strategy, checkpointer, step, [vars(sequence) for sequence in batch], micro_batches,
             partial(loss, strategy, batch, tokens, separate),
         )  # fmt: skip
-        # 3. Report and save.
+        # 3. Report, evaluate and save.
         metrics |= {
             "learning_rate": learning_rate,
             "tokens_per_second": tokens / (time.perf_counter() - began),
         }
-        context.log_metrics(step + 1, total, metrics)
-        checkpointer.after_step(step + 1, total)
+        selection.after_step(step + 1, total, metrics, evaluate)
 
-    metrics = heldout_loss(module, heldout, strategy, resources.micro_batch_size, separate)
-    context.log("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     result = {
-        "metrics": {"steps": total, "sequences": len(train), **metrics},
+        "metrics": {"sequences": len(train), **selection.heldout(total, evaluate)},
         "documents_separated": separate,
     }
     return publish_policy(job, context, strategy, checkpointer, module, source, result)

@@ -20,6 +20,8 @@ from rlhf_core.nn.modules import Actor
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.online.experience import Targets, score
+from rlhf_core.training.online.heldout import steps_left
+from rlhf_core.training.online.kl_control import kl_coefficient
 from rlhf_core.training.online.report import report_and_save
 from rlhf_core.training.online.sampling import sample
 from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
@@ -34,16 +36,17 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
     actor = Actor(load_policy(job, inputs.source, strategy))
     stage = prepare(job, context, strategy, inputs, actor, {"": job.learning_rate})
 
-    for step in range(stage.start, job.steps):
+    for step in steps_left(stage):
         # 1. Sample a reply to each prompt.
         rollout = sample(stage, step)
         # 2. Score them: policy, reference, reward model, rules.
         no_kl = job.kl_coef == 0  # otherwise the rewards need the old log-probabilities
         experience, first_pass = score(stage, step, rollout, defer_old_logprobs=no_kl)
         # 3. Advantages: whitened over the global batch, which every rank has whole.
+        kl_coef = kl_coefficient(stage)
         mask = experience.response_mask  # (B,T)
         rewards = token_rewards(
-            experience.scores, experience.old_logprobs, experience.ref_logprobs, mask, job.kl_coef
+            experience.scores, experience.old_logprobs, experience.ref_logprobs, mask, kl_coef
         )  # (B,T)
         returns = returns_to_go(rewards, mask, job.gamma)  # (B,T)
         targets = Targets(masked_whiten(returns, mask))  # (B,T)
@@ -52,6 +55,7 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
             stage, step, experience, targets, first_pass, job.epochs, partial(loss, job)
         )
         # 5. Report and save.
+        metrics["kl_coef"] = kl_coef
         report_and_save(stage, step, experience, metrics)
 
     return publish(stage)

@@ -23,6 +23,8 @@ from rlhf_core.nn.modules import Actor
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.online.experience import Targets, score
+from rlhf_core.training.online.heldout import steps_left
+from rlhf_core.training.online.kl_control import kl_coefficient
 from rlhf_core.training.online.report import flat_groups, report_and_save
 from rlhf_core.training.online.sampling import sample
 from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
@@ -37,16 +39,17 @@ def run(job: RLOOJob, context: StageContext) -> Artifact | None:
     actor = Actor(load_policy(job, inputs.source, strategy))
     stage = prepare(job, context, strategy, inputs, actor, {"": job.learning_rate})
 
-    for step in range(stage.start, job.steps):
+    for step in steps_left(stage):
         # 1. Sample a group of replies to each prompt.
         rollout = sample(stage, step, replies_per_prompt=job.group_size)
         # 2. Score them: policy, reference, reward model, rules.
         no_kl = job.kl_coef == 0  # otherwise the rewards need the old log-probabilities
         experience, first_pass = score(stage, step, rollout, defer_old_logprobs=no_kl)
         # 3. Advantages: the reward, KL included, less the mean of the group's other replies.
+        kl_coef = kl_coefficient(stage)
         rewards = token_rewards(
             experience.scores, experience.old_logprobs, experience.ref_logprobs,
-            experience.response_mask, job.kl_coef,
+            experience.response_mask, kl_coef,
         ).sum(dim=1)  # (B,)  # fmt: skip
         targets = Targets(group_advantages(rewards, job.group_size, "rloo"))  # (B,)
         # 4. Clipped updates.
@@ -54,6 +57,7 @@ def run(job: RLOOJob, context: StageContext) -> Artifact | None:
             stage, step, experience, targets, first_pass, job.epochs, partial(loss, job)
         )
         # 5. Report and save.
+        metrics["kl_coef"] = kl_coef
         metrics["flat_groups"] = flat_groups(experience.scores, job.group_size)
         report_and_save(stage, step, experience, metrics)
 

@@ -23,6 +23,7 @@ from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.language_modelling import collate, heldout_loss, trained_tokens
 from rlhf_core.training.policy import frozen_storage, prepare_policy, publish_policy
 from rlhf_core.training.schedule import set_learning_rate
+from rlhf_core.training.selection import LOWEST_LOSS, Selection
 from rlhf_core.training.strategy import Strategy
 from rlhf_core.training.updates import update_on_batch
 
@@ -40,8 +41,10 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
     checkpointer = Checkpointer(context, strategy, job)
     total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
     start, _ = checkpointer.restore()
+    evaluate = partial(heldout_loss, module, heldout, strategy.group, micro_batch_size, strategy)
+    selection = Selection(job, checkpointer, LOWEST_LOSS, len(heldout))
 
-    for step in range(start, total):
+    for step in selection.steps(start, total):
         began = time.perf_counter()
         # 1. The global batch; every rank knows all of it, so the denominator needs no exchange.
         rows = train.take(batch_rows(len(train), job.batch_size, step, job.seed))
@@ -56,18 +59,15 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
             strategy, checkpointer, step, rows, micro_batches,
             partial(loss, strategy, rows, trained),
         )  # fmt: skip
-        # 3. Report and save.
+        # 3. Report, evaluate and save.
         tokens = sum(len(row["input_ids"]) for row in rows)
         metrics |= {
             "learning_rate": learning_rate,
             "tokens_per_second": tokens / (time.perf_counter() - began),
         }
-        context.log_metrics(step + 1, total, metrics)
-        checkpointer.after_step(step + 1, total)
+        selection.after_step(step + 1, total, metrics, evaluate)
 
-    metrics = heldout_loss(module, heldout, strategy.group, micro_batch_size, strategy)
-    context.log("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    result = {"metrics": {"steps": total, **metrics}}
+    result = {"metrics": selection.heldout(total, evaluate)}
     return publish_policy(job, context, strategy, checkpointer, module, source, result)
 
 

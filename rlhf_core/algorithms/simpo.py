@@ -18,13 +18,14 @@ from rlhf_core.store import Artifact
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.pairs import (
     ScoredPairs,
+    evaluate_pairs,
     prepare_pairs,
     report_and_save,
-    score_heldout,
     take_pairs,
     update_on_pairs,
 )
-from rlhf_core.training.preference import heldout_metrics, publish_results
+from rlhf_core.training.policy import publish_policy
+from rlhf_core.training.selection import LOWEST_LOSS, Selection
 
 
 def run(job: SimPOJob, context: StageContext) -> Artifact | None:
@@ -32,20 +33,20 @@ def run(job: SimPOJob, context: StageContext) -> Artifact | None:
     stage = prepare_pairs(job, context)
     checkpointer = Checkpointer(context, stage.strategy, job)
     start, _ = checkpointer.restore()
+    evaluate = partial(evaluate_pairs, stage, partial(loss, job))
+    selection = Selection(job, checkpointer, LOWEST_LOSS, len(stage.heldout))
 
-    for step in range(start, stage.total):
+    for step in selection.steps(start, stage.total):
         # 1. The global batch of pairs.
         batch = take_pairs(stage, step)
         # 2. Update.
         metrics = update_on_pairs(stage, checkpointer, step, batch, partial(loss, job))
-        # 3. Report and save.
-        report_and_save(stage, checkpointer, step, batch, metrics)
+        # 3. Report, evaluate and save.
+        report_and_save(stage, selection, step, batch, metrics, evaluate)
 
-    results: dict[str, float] = {"steps": stage.total}
-    if len(stage.heldout):
-        results |= heldout_metrics(*loss(job, score_heldout(stage)))
-    return publish_results(
-        job, context, stage.strategy, checkpointer, stage.module, stage.source, results
+    result = {"metrics": selection.heldout(stage.total, evaluate)}
+    return publish_policy(
+        job, context, stage.strategy, checkpointer, stage.module, stage.source, result
     )
 
 

@@ -8,14 +8,20 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.jobs.base import Digest, Fraction, PositiveInt, Resources, job_input
 from rlhf_core.jobs.ensemble import EnsembleJob
-from rlhf_core.jobs.rewards import ModelReward, Reward
+from rlhf_core.jobs.rewards import ModelReward, Reward, reward_names
 from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, VllmRollout
-from rlhf_core.jobs.training import TrainJob, TrainSettings
+from rlhf_core.jobs.training import HeldOutJob, HeldOutSettings
 
 GroupSize = Annotated[int, Field(ge=2, le=1024)]
 
+LATER = (
+    "min_length", "max_length", "score_clip", "score_whiten", "max_opening", "min_distinct",
+    "kl_target", "kl_horizon", "eval_prompts", "select_by", "kl_budget",
+)  # fmt: skip
+"""Settings that are younger than stored results: their defaults are not in the key."""
 
-class OnlineSettings(TrainSettings):
+
+class OnlineSettings(HeldOutSettings):
     """Settings that all online algorithms share."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
@@ -38,6 +44,20 @@ class OnlineSettings(TrainSettings):
     """The objective: a weighted sum of the reward model's score and of rules."""
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.05
     """Weight of the per-token KL penalty to the SFT model."""
+    kl_target: Annotated[float, Field(gt=0.0)] | None = None
+    """KL to the SFT model (nats per reply) at which to hold the policy: kl_coef is then the first
+    value of a coefficient that follows the KL of the rollouts (arXiv 1909.08593). Empty: off."""
+    kl_horizon: Annotated[float, Field(gt=0.0)] = 10.0
+    """Each rollout changes the coefficient by (KL / kl_target - 1, at most ± 0.2) / kl_horizon."""
+    eval_prompts: PositiveInt = 64
+    """Held-out prompts of each evaluation during training, see eval_every: the last ones (the
+    evaluation of the finished model takes the first), with the same random numbers each time."""
+    select_by: str = "reward"
+    """What is highest at the best evaluation: reward (the objective), or one of the rewards by its
+    type, such as model or a rule; one of weight 0 is measured and not trained on."""
+    kl_budget: Annotated[float, Field(gt=0.0)] | None = None
+    """KL to the SFT model (nats per reply, on held-out prompts) above which an evaluation is not
+    the best one; if all are above, the lowest KL is. Empty: any KL."""
     clip_range: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """The probability ratio is clipped to 1 - clip_range and 1 + clip_range."""
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
@@ -71,6 +91,12 @@ class OnlineSettings(TrainSettings):
     max_unfinished: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """The stage fails when more than this fraction of replies has no end-of-turn token. Empty: no
     bound, when replies are cut on purpose."""
+    max_opening: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """The stage fails when more than this fraction of the replies begins with the same three
+    tokens. Empty: no bound, only a warning in the log from one half on."""
+    min_distinct: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """The stage fails when distinct-2 (different pairs of neighbouring tokens in a rollout, among
+    all of them) falls below this fraction of the first rollouts'. Empty: no bound."""
 
     @field_validator("rewards")
     @classmethod
@@ -116,6 +142,24 @@ class OnlineSettings(TrainSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _best_point_can_be_found(self) -> Self:
+        if self.kl_budget is not None and self.eval_every is None:
+            raise ValueError(
+                f"kl_budget is {self.kl_budget:g} but eval_every is empty, so the KL would never "
+                "be measured on held-out prompts; set eval_every, or clear kl_budget"
+            )
+        known = ["reward", *reward_names(self.rewards)]
+        if self.select_by not in known:
+            names = " or ".join(known)
+            raise ValueError(f"select_by is {self.select_by}, not a reward; expected {names}")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                f"kl_target is {self.kl_target:g} but kl_coef is 0, which no factor raises; set "
+                "kl_coef to its first value, such as 0.05, or clear kl_target"
+            )
+        return self
+
     @property
     def replies(self) -> int:
         """Replies per rollout over all ranks."""
@@ -127,7 +171,7 @@ class OnlineSettings(TrainSettings):
         return any(isinstance(r, ModelReward) for r in self.rewards)
 
 
-class OnlineJob(OnlineSettings, EnsembleJob, TrainJob):
+class OnlineJob(OnlineSettings, EnsembleJob, HeldOutJob):
     """An online algorithm's settings and inputs."""
 
     kind: ClassVar[str] = "model"
@@ -145,10 +189,10 @@ class OnlineJob(OnlineSettings, EnsembleJob, TrainJob):
     """Placement of the job."""
 
     def key_settings(self) -> dict[str, Any]:
-        """Leaves out default values of later settings (built-in rollout, length bounds), so that
-        older results keep their keys, and vLLM's memory, which changes no result."""
+        """Leaves out default values of later settings (built-in rollout, `LATER`), so that older
+        results keep their keys, and vLLM's memory, which changes no result."""
         settings = super().key_settings()
-        for name in ("min_length", "max_length", "score_clip", "score_whiten"):
+        for name in LATER:
             if settings[name] == OnlineSettings.model_fields[name].default:
                 del settings[name]
         if isinstance(self.rollout, VllmRollout):

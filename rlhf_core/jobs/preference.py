@@ -14,13 +14,13 @@ from rlhf_core.jobs.base import (
     Resources,
     job_input,
 )
-from rlhf_core.jobs.training import TrainJob, TrainSettings
+from rlhf_core.jobs.training import HeldOutJob, HeldOutSettings
 
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 
 
-class DPOSettings(TrainSettings):
+class DPOSettings(HeldOutSettings):
     """Direct preference optimisation (arXiv 2305.18290): the policy is its own reward model."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
@@ -52,7 +52,7 @@ class DPOSettings(TrainSettings):
         return self
 
 
-class SimPOSettings(TrainSettings):
+class SimPOSettings(HeldOutSettings):
     """Simple preference optimisation (arXiv 2405.14734): mean log-probabilities, no reference
     model."""
 
@@ -72,7 +72,7 @@ class SimPOSettings(TrainSettings):
     """Target margin, in beta times nats per token. The paper recommends about half of beta."""
 
 
-class ORPOSettings(TrainSettings):
+class ORPOSettings(HeldOutSettings):
     """Odds ratio preference optimisation (arXiv 2403.07691): fine-tuning and preferences in one
     stage."""
 
@@ -90,7 +90,7 @@ class ORPOSettings(TrainSettings):
     """Weight of the odds-ratio term; the cross-entropy of the chosen replies has weight 1."""
 
 
-class KTOSettings(TrainSettings):
+class KTOSettings(HeldOutSettings):
     """Kahneman-Tversky optimisation (arXiv 2402.01306): single replies labelled good or bad."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 5e-7
@@ -122,7 +122,7 @@ class KTOSettings(TrainSettings):
         return self
 
 
-class DPOJob(DPOSettings, TrainJob):
+class DPOJob(DPOSettings, HeldOutJob):
     """Direct preference optimisation."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.dpo"
@@ -138,7 +138,7 @@ class DPOJob(DPOSettings, TrainJob):
     """Placement of the job."""
 
 
-class SimPOJob(SimPOSettings, TrainJob):
+class SimPOJob(SimPOSettings, HeldOutJob):
     """Simple preference optimisation."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.simpo"
@@ -154,7 +154,7 @@ class SimPOJob(SimPOSettings, TrainJob):
     """Placement of the job."""
 
 
-class ORPOJob(ORPOSettings, TrainJob):
+class ORPOJob(ORPOSettings, HeldOutJob):
     """Odds ratio preference optimisation."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.orpo"
@@ -170,7 +170,7 @@ class ORPOJob(ORPOSettings, TrainJob):
     """Placement of the job."""
 
 
-class KTOJob(KTOSettings, TrainJob):
+class KTOJob(KTOSettings, HeldOutJob):
     """Kahneman-Tversky optimisation."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.kto"

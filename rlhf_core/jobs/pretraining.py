@@ -16,7 +16,7 @@ from rlhf_core.jobs.base import (
     job_input,
 )
 from rlhf_core.jobs.data import DataSettings
-from rlhf_core.jobs.training import TrainJob, TrainSettings
+from rlhf_core.jobs.training import HeldOutJob, HeldOutSettings
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte has a token of its own
@@ -70,7 +70,7 @@ class NewModelJob(NewModelSettings, BaseJob):
     """Fingerprint of the text, so that a changed file gives a new tokenizer."""
 
 
-class PretrainSettings(TrainSettings):
+class PretrainSettings(HeldOutSettings):
     """Pretraining: next-token prediction on packed plain text, before the other stages."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 5e-5
@@ -87,7 +87,7 @@ class PretrainSettings(TrainSettings):
     """Length of a packed sequence in tokens, at most the model's context length."""
 
 
-class PretrainJob(PretrainSettings, TrainJob):
+class PretrainJob(PretrainSettings, HeldOutJob):
     """Pretraining."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.pretrain"

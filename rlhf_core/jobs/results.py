@@ -21,6 +21,7 @@ from rlhf_core.jobs.data import TrainingData
 from rlhf_core.jobs.ensemble import EnsembleJob
 from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.rewards import Reward
+from rlhf_core.jobs.training import Select
 
 
 class EvaluateSettings(Settings):
@@ -74,6 +75,9 @@ class PublishSettings(Settings):
     evaluation is worse or reward hacked; where there is a champion, only if the comparison with it
     (evaluate.against_champion) shows a gain or reaches evaluate.min_win_rate. Other models are kept
     as candidates. always: every model that passes its gates."""
+    select: Select = "best"
+    """Which weights a training stage with eval_every makes its result. best: those of its best
+    evaluation on held-out rows, in online RL within kl_budget. last: those of its last step."""
     approval: Literal["none", "manual"] = "none"
     """manual: the run pauses before publishing, with the report and a form on its Prefect page."""
     approval_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 604_800

@@ -7,6 +7,8 @@ docs/rewards.md has the table.
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -248,6 +250,18 @@ Reward = (
 
 VERIFIERS = (AnswerReward, ReasoningGymReward)
 """Rewards that compare a reply with the prompt's known answer."""
+
+
+def reward_names(rewards: Sequence[Reward]) -> list[str]:
+    """A name for each reward, for metrics: its type, with -2, -3 for further rewards of the
+    type."""
+    seen: Counter[str] = Counter()
+    names = []
+    for reward in rewards:
+        seen[reward.type] += 1
+        again = seen[reward.type]
+        names.append(reward.type if again == 1 else f"{reward.type}-{again}")
+    return names
 
 
 def _compiles(pattern: str) -> str:

@@ -20,6 +20,8 @@ from rlhf_core.jobs.base import (
 from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.jobs.lora import LoRA
 
+Select = Literal["best", "last"]
+
 
 class TrainSettings(Settings):
     """Settings that all training stages share."""
@@ -102,7 +104,49 @@ class TrainJob(BaseJob):
         return self
 
 
-class SFTSettings(TrainSettings):
+class HeldOutSettings(TrainSettings):
+    """Settings of stages that can be evaluated while they train."""
+
+    eval_every: PositiveInt | None = None
+    """Steps between two evaluations on held-out rows during training (and one at the end). The
+    result then has the weights of the best evaluation, unless publish.select is last. Empty: none,
+    and the last weights."""
+    patience: PositiveInt | None = None
+    """The stage ends after this many evaluations in a row none of which was the best so far. Empty:
+    it takes all its steps."""
+
+    @model_validator(mode="after")
+    def _patience_has_something_to_wait_for(self) -> Self:
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError(
+                f"patience is {self.patience} but eval_every is empty, so there are no evaluations "
+                "to count; set eval_every, or clear patience"
+            )
+        return self
+
+
+class HeldOutJob(HeldOutSettings, TrainJob):
+    """What jobs have in common that can be evaluated while they train."""
+
+    select: Select = "best"
+    """Which weights are the result, as publish.select says."""
+
+    @property
+    def selects(self) -> bool:
+        """Whether the weights of the best evaluation are the result."""
+        return self.eval_every is not None and self.select == "best"
+
+    def key_settings(self) -> dict[str, Any]:
+        """Leaves the evaluations out where there are none, so that older results keep their
+        keys."""
+        settings = super().key_settings()
+        if self.eval_every is None:
+            for name in ("eval_every", "patience", "select"):
+                del settings[name]
+        return settings
+
+
+class SFTSettings(HeldOutSettings):
     """Supervised fine-tuning: cross-entropy on the assistant's tokens."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-5
@@ -158,7 +202,7 @@ class RewardSettings(CombineSettings, TrainSettings):
     gate."""
 
 
-class SFTJob(SFTSettings, TrainJob):
+class SFTJob(SFTSettings, HeldOutJob):
     """Supervised fine-tuning."""
 
     module: ClassVar[str] = "rlhf_core.algorithms.sft"

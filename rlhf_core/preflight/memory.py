@@ -106,8 +106,7 @@ def estimate(
     predicted = 0 if scalar else tokens // max_length * reply
     parts["working memory"] = plan.working(tokens, max_length, models, predicted)
     if samples:  # a rollout keeps no activations
-        replies = settings.batch_size * getattr(settings, "group_size", 1)
-        rollout = plan.rollout(-(-replies // resources.ranks), max_length)
+        rollout = plan.rollout(-(-most_replies(settings) // resources.ranks), max_length)
         parts["rollout"] = max(0, rollout - kept - parts["working memory"])
         engine = getattr(settings, "rollout", None)
         if isinstance(engine, VllmRollout) and device == "cpu":  # on a GPU it sleeps meanwhile
@@ -121,3 +120,10 @@ def estimate(
         host, once = plan.host(models)
         host += _PROCESS["cpu"]
     return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host), int(once))
+
+
+def most_replies(settings: TrainSettings) -> int:
+    """Replies that all ranks sample together, in training or in an evaluation."""
+    replies: int = settings.batch_size * getattr(settings, "group_size", 1)
+    evaluates = getattr(settings, "eval_every", None) is not None
+    return max(replies, getattr(settings, "eval_prompts", 0) if evaluates else 0)

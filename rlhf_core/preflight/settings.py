@@ -54,6 +54,7 @@ def check_data_settings(config: PipelineConfig) -> list[str]:
                 f"({settings.max_length}), which counts prompt and reply; lower it or raise "
                 "max_length"
             )
+    problems += _nothing_to_evaluate_on(config)
     mixing = [s for s in config.stages if hasattr(recipe.section(config, s), "ptx_coef")]
     if config.data.ptx is not None and not any(
         "ptx" in recipe.roles(config, stage).values() for stage in mixing
@@ -76,6 +77,26 @@ def check_data_settings(config: PipelineConfig) -> list[str]:
             "set data.preference.columns: {margin: <its name>}, or clear margin_coef"
         )
     return problems + _near_seeds(config)
+
+
+def _nothing_to_evaluate_on(config: PipelineConfig) -> list[str]:
+    """Stages that are evaluated in training, on a data set that holds no rows out."""
+    whole = {
+        name.rpartition(".")[2]: name
+        for purpose, name, settings in recipe.data_sets(config)
+        if settings.heldout_fraction <= 0.0 and purpose != "prompts"
+    }
+    problems = []
+    for stage in config.stages:
+        every = getattr(recipe.section(config, stage), "eval_every", None)
+        roles = recipe.roles(config, stage).values() if every is not None else ()
+        problems += [
+            f"{stage}.eval_every is {every}, but {whole[role]}.heldout_fraction is 0, so there "
+            "would be no rows to evaluate on; set it to 0.1, or clear eval_every"
+            for role in roles
+            if role in whole
+        ]
+    return problems
 
 
 def _near_seeds(config: PipelineConfig) -> list[str]:

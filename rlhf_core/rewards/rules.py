@@ -22,6 +22,7 @@ from rlhf_core.jobs.rewards import (
     RepetitionReward,
     Reward,
     SentimentReward,
+    reward_names,
 )
 from rlhf_core.rewards.answer import Verdict, exact_match, numeric_match
 from rlhf_core.rewards.forbidden import forbidden_score
@@ -69,12 +70,7 @@ class Rules:
 
     def __init__(self, rewards: Sequence[Reward], seed: int) -> None:
         rules = [reward for reward in rewards if not isinstance(reward, ModelReward)]
-        seen: Counter[str] = Counter()
-        self.names: list[str] = []
-        for rule in rules:
-            seen[rule.type] += 1
-            again = seen[rule.type]
-            self.names.append(rule.type if again == 1 else f"{rule.type}-{again}")
+        self.names = reward_names(rules)
         self.weights = [rule.weight for rule in rules]
         self.failures: Counter[str] = Counter()
         self._scorers = [_scorer(rule, seed, self.failures) for rule in rules]

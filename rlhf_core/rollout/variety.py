@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_core.rewards.text import words
 
-OPENING = 3  # words
+OPENING = 3  # words, or tokens
 SHOWN = 3  # openings
 
 
@@ -26,18 +26,29 @@ def variety(texts: Sequence[str]) -> dict[str, Any]:
     * repeated: share of replies that are also the reply to another prompt.
     """
     replies = [words(text.lower()) for text in texts]
-    openings = Counter(" ".join(reply[:OPENING]) for reply in replies)
-    total = max(1, len(texts))
-    shares = [[opening, count / total] for opening, count in openings.most_common(SHOWN)]
+    shares = [[" ".join(opening), share] for opening, share in openings(replies)]
     count = Counter(text.strip() for text in texts)
     return {
         "distinct_1": _distinct([word for reply in replies for word in reply]),
-        "distinct_2": _distinct([pair for reply in replies for pair in pairwise(reply)]),
+        "distinct_2": distinct_2(replies),
         "top_opening": shares[0][1] if shares else 0.0,
         "opening": shares[0][0] if shares else "",
         "openings": shares,
-        "repeated": sum(n for n in count.values() if n > 1) / total,
+        "repeated": sum(n for n in count.values() if n > 1) / max(1, len(texts)),
     }
+
+
+def openings(replies: Sequence[Sequence[Any]]) -> list[tuple[tuple[Any, ...], float]]:
+    """The most common beginnings of replies, each a list of words or of token ids, with the share
+    of the replies that begin so; the most common one first."""
+    count = Counter(tuple(reply[:OPENING]) for reply in replies)
+    return [(opening, n / len(replies)) for opening, n in count.most_common(SHOWN)]
+
+
+def distinct_2(replies: Sequence[Sequence[Any]]) -> float:
+    """Different pairs of neighbours in replies, each a list of words or of token ids, as a share of
+    all of them; 0 where there are none."""
+    return _distinct([pair for reply in replies for pair in pairwise(reply)])
 
 
 def _distinct(grams: Sequence[Any]) -> float:

@@ -2,14 +2,16 @@
 
 A checkpoint is an artifact in the stage's own prefix of the store (`checkpoints/<stage key>/`), so
 that its blobs can be deleted without checking whether other artifacts use them. It has the trained
-weights (fp32 masters), the optimizer's states, each rank's generator state, the counters and the
-metrics logged so far; whole, not sharded, so that any number of ranks can resume from it.
+weights (fp32 masters), the optimizer's states, each rank's generator state, the counters, the
+metrics logged so far, and the best weights so far where a stage looks for them; whole, not sharded,
+so that any number of ranks can resume from it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -28,6 +30,7 @@ from rlhf_core.store import Artifact, Store
 from rlhf_core.training.strategy import Strategy
 
 KIND = "checkpoint"
+BEST = "best.safetensors"
 LISTINGS = 3  # attempts to list checkpoints while another process deletes some
 
 
@@ -44,6 +47,7 @@ class Checkpointer:
         self._store = context.store.scoped(f"checkpoints/{context.key}")
         self._uploads = Uploader(self._publish)
         self._saved = 0  # step of the newest checkpoint of this process
+        self._best = context.folder / BEST
         stop.seconds = job.placement().stop_timeout
         stop.uploading = lambda: not self._uploads.wait(0)
         stop.phase = "training"
@@ -105,7 +109,24 @@ class Checkpointer:
         (folder / "state.json").write_text(json.dumps(state))
         if self.context.metrics_path.exists():
             shutil.copy(self.context.metrics_path, folder / "metrics.jsonl")
+        if self._best.exists():  # never changed, only replaced
+            try:
+                os.link(self._best, folder / BEST)
+            except OSError:  # a file system without links
+                shutil.copy(self._best, folder / BEST)
         self._uploads.put(folder, step)
+
+    def keep_best(self) -> None:
+        """Have the weights as they are now in every checkpoint from now on, as the best ones."""
+        weights = self.strategy.weights(keep=self.context.main)
+        if self.context.main:
+            new = self._best.with_suffix(".part")
+            save_file(weights, new)
+            new.replace(self._best)
+
+    def best_weights(self) -> dict[str, Tensor]:
+        """Those of the last `keep_best`, also of an earlier process. Rank 0 only."""
+        return load_file(self._best)
 
     def _publish(self, folder: Path, step: int) -> None:
         self._store.publish(folder, kind=KIND, metadata={"step": step})
@@ -142,6 +163,9 @@ class Checkpointer:
         for entry in lowered:
             self.rate *= entry["factor"]
         step = group.broadcast(self._fetch(folder) if self.context.main else 0)
+        if self.context.main:  # what an earlier process of this job left
+            for path in (self.context.metrics_path, self._best):
+                path.unlink(missing_ok=True)
         if step == 0:
             return 0, {}
         if self.context.local_rank == 0 and not self.context.main:
@@ -156,8 +180,10 @@ class Checkpointer:
         if len(generators) == self.strategy.world_size:
             torch.set_rng_state(generators[f"rank{self.context.rank}"])
         group.barrier()
-        if self.context.main and (folder / "metrics.jsonl").exists():
-            shutil.copy(folder / "metrics.jsonl", self.context.metrics_path)
+        if self.context.main:
+            for path in (self.context.metrics_path, self._best):
+                if (folder / path.name).exists():
+                    shutil.copy(folder / path.name, path)
         group.barrier()
         if self.context.local_rank == 0:
             shutil.rmtree(folder, ignore_errors=True)

@@ -27,6 +27,7 @@ from rlhf_core.training.policy import frozen_storage, prepare_policy
 from rlhf_core.training.preference import (
     by_pair,
     collate_replies,
+    heldout_metrics,
     pair_length,
     pair_logps,
     pair_replies,
@@ -35,6 +36,7 @@ from rlhf_core.training.preference import (
     visited,
 )
 from rlhf_core.training.schedule import set_learning_rate
+from rlhf_core.training.selection import Evaluate, Selection
 from rlhf_core.training.strategy import Strategy
 from rlhf_core.training.updates import update_on_batch
 
@@ -157,24 +159,28 @@ def loss_of_micro_batch(
 
 def report_and_save(
     stage: PairStage,
-    checkpointer: Checkpointer,
+    selection: Selection,
     step: int,
     batch: PairBatch,
     metrics: Mapping[str, float],
+    evaluate: Evaluate,
 ) -> None:
-    """Log a step's metrics, save a checkpoint where one is due. Every rank calls."""
+    """What `Selection.after_step` does, with the step's throughput. Every rank calls."""
     seconds = time.perf_counter() - batch.began
     tokens = sum(pair_tokens(row) for row in batch.rows)
-    stage.context.log_metrics(
-        step + 1, stage.total, {**metrics, "tokens_per_second": tokens / seconds}
-    )
-    checkpointer.after_step(step + 1, stage.total)
+    metrics = {**metrics, "tokens_per_second": tokens / seconds}
+    selection.after_step(step + 1, stage.total, metrics, evaluate)
 
 
 def heldout_logps(stage: PairStage) -> Tensor:
     """The policy's log-probabilities (m,2) of the held-out pairs."""
     numbers, micro = range(len(stage.heldout)), stage.job.resources.micro_batch_size
     return pair_logps(stage.module, stage.heldout, numbers, stage.strategy, micro)
+
+
+def evaluate_pairs(stage: PairStage, loss: Loss) -> dict[str, float]:
+    """Loss, accuracy and margin on the held-out pairs; empty without any."""
+    return heldout_metrics(*loss(score_heldout(stage))) if len(stage.heldout) else {}
 
 
 def score_heldout(stage: PairStage) -> ScoredPairs:

@@ -82,8 +82,12 @@ def publish_policy(
     source: Path,
     metadata: Mapping[str, Any],
 ) -> Artifact | None:
-    """The stage's result. Every rank calls; rank 0 returns the artifact."""
-    weights = strategy.weights(keep=context.main)
+    """The stage's result: the last weights, or those of the best evaluation. Every rank calls; rank
+    0 returns the artifact."""
+    if job.selects:
+        weights = checkpointer.best_weights() if context.main else {}
+    else:
+        weights = strategy.weights(keep=context.main)
     whole = strategy.unsharded(module, weights, keep=context.main)
     if not context.main:
         return None

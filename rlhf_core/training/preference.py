@@ -7,7 +7,6 @@ to one prompt. A response's log-probability is the sum over its tokens, the end 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,7 @@ from rlhf_core.jobs import PreferenceJob
 from rlhf_core.losses.reductions import Metrics, sequence_logps
 from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.padding import Batch, TokenIndex, mark_from, rows_on
-from rlhf_core.runtime.context import StageContext
-from rlhf_core.store import Artifact
 from rlhf_core.training.batching import batch_rows, scoring_passes
-from rlhf_core.training.checkpoint import Checkpointer
-from rlhf_core.training.policy import publish_policy
 from rlhf_core.training.reading import read_rows
 from rlhf_core.training.strategy import Strategy
 
@@ -117,28 +112,10 @@ def pair_logps(
 
 
 def heldout_metrics(loss: Tensor, metrics: Metrics) -> dict[str, float]:
-    """A loss over all held-out rows, its accuracy and margin, under their published names."""
-    return {
-        "heldout_loss": float(loss),
-        "heldout_accuracy": float(metrics["accuracy"]),
-        "heldout_margin": float(metrics["margin"]),
-    }
-
-
-def publish_results(
-    job: PreferenceJob,
-    context: StageContext,
-    strategy: Strategy,
-    checkpointer: Checkpointer,
-    module: Policy,
-    source: Path,
-    metrics: Mapping[str, Any],
-) -> Artifact | None:
-    """Log the stage's metrics, publish them with the policy. Every rank calls; rank 0 returns the
-    artifact."""
-    context.log("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    result = {"metrics": dict(metrics)}
-    return publish_policy(job, context, strategy, checkpointer, module, source, result)
+    """A loss over all held-out rows, its accuracy, margin and (ORPO) nll, under their published
+    names."""
+    names = [name for name in ("accuracy", "margin", "nll") if name in metrics]
+    return {"heldout_loss": float(loss), **{f"heldout_{n}": float(metrics[n]) for n in names}}
 
 
 def pair_length(row: dict[str, Any]) -> int:

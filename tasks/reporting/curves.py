@@ -12,14 +12,18 @@ from rlhf_core.pipeline.recipe import display_name
 from rlhf_core.store import Store
 
 Lines = Sequence[Mapping[str, Any]]
-Points = list[tuple[int, float]]
+Points = list[tuple[float, float]]
 
 # metric -> title; online algorithms have other metrics than the rest
-TRAINED = {"loss": "loss", "accuracy": "accuracy in training"}
+TRAINED = {
+    "loss": "loss", "heldout_loss": "held-out loss", "accuracy": "accuracy in training",
+}  # fmt: skip
 ONLINE = {
     "score": "score", "gold": "gold score", "kl": "KL to the reference (nats per reply)",
     "length": "length (tokens)", "entropy": "entropy (nats per token)", "value_loss": "value loss",
+    "top_opening": "share of the most common opening", "distinct_2": "distinct-2",
 }  # fmt: skip
+GAIN = "held-out gain against KL (nats)"  # of the evaluations in training, in their order
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
 GREY = "#9ca3af"
 
@@ -50,7 +54,7 @@ def overlay(runs: Mapping[str, Mapping[str, Lines]], width: int = 2) -> bytes | 
 
 
 def _panels(metrics: Mapping[str, Lines]) -> dict[str, Points]:
-    """Title -> the curve."""
+    """Title -> the curve: a metric by step, or the gain of evaluations in training by their KL."""
     panels = {}
     for stage, lines in metrics.items():
         for name, title in (ONLINE if any("kl" in line for line in lines) else TRAINED).items():
@@ -61,6 +65,11 @@ def _panels(metrics: Mapping[str, Lines]) -> dict[str, Points]:
             ]
             if points:
                 panels[f"{display_name(stage)}: {title}"] = points
+        evaluated = [line for line in lines if {"heldout_reward", "heldout_kl"} <= line.keys()]
+        if evaluated:
+            start = evaluated[0]["heldout_reward"]  # of the untrained policy
+            gains = [(line["heldout_kl"], line["heldout_reward"] - start) for line in evaluated]
+            panels[f"{display_name(stage)}: {GAIN}"] = gains
     return panels
 
 
@@ -85,13 +94,15 @@ def _draw(panels: Mapping[str, Mapping[str, Points]], width: int) -> bytes:
     labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
     for number, (title, curves) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, width, number)
+        steps = not title.endswith(GAIN)
         for label, points in curves.items():
-            _plot(axes, points, COLOURS[labels.index(label) % len(COLOURS)], label)
+            colour = COLOURS[labels.index(label) % len(COLOURS)]
+            _plot(axes, points, colour, label, many=steps and len(points) > 30)
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.margins(x=0.02)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=steps))
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         if len(labels) > 1:
@@ -101,9 +112,9 @@ def _draw(panels: Mapping[str, Mapping[str, Points]], width: int) -> bytes:
     return buffer.getvalue()
 
 
-def _plot(axes: Any, points: Points, colour: str, label: str) -> None:
+def _plot(axes: Any, points: Points, colour: str, label: str, *, many: bool) -> None:
+    """One curve; a smoothed one over it where there are many points."""
     steps, values = zip(*points, strict=True)
-    many = len(points) > 30
     raw = GREY if not label else colour
     axes.plot(steps, values, color=raw if many else colour, linewidth=1 if many else 1.6,
               alpha=0.3 if many and label else 1, label=None if many else label or None,

@@ -82,3 +82,12 @@ def test_training_stages_are_told_of_the_quantisation(tmp_path, store):
     run = Run(PipelineConfig(model=model), "20260101-000000-abcd", store)
     assert job_fields(run, run.config.ppo)["quantization"] == "nf4"
     assert "quantization" not in job_fields(run, run.config.evaluate)
+
+
+def test_training_jobs_are_told_which_weights_to_publish(run):
+    config = {"publish": {"select": "last"}}
+    run.config = PipelineConfig.model_validate(config)
+    for section in (run.config.sft, run.config.dpo, run.config.ppo):
+        assert job_fields(run, section)["select"] == "last"
+    for section in (run.config.reward, run.config.evaluate):
+        assert "select" not in job_fields(run, section)

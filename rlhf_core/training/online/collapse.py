@@ -12,8 +12,11 @@ from torch import Tensor
 from rlhf_core.errors import PolicyCollapse, StoreError
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.runtime import candidates
+from rlhf_core.runtime.context import StageContext
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.nonfinite import UPLOAD_SECONDS
+
+ALIKE = 0.5  # share of replies with one opening from which on there is a warning
 
 Save = Callable[[dict[str, Tensor], Path], None]
 
@@ -23,7 +26,7 @@ class Bound:
     """A metric that is watched, and the `highest` or lowest mean of it that is allowed."""
 
     setting: str
-    metric: str  # in the result of `summarise`
+    metric: str  # in the result of `summarise`, or made of it by `watched`
     what: str
     highest: bool
     means: str
@@ -66,6 +69,16 @@ BOUNDS = (
         "replies no longer end",
         "Raise {0}.missing_eos_penalty or {0}.max_new_tokens, or add a length rule to {0}.rewards",
     ),
+    Bound(
+        "max_opening", "top_opening", "share of replies with the most common opening", True,
+        "replies to different prompts begin alike, as they do when the rewards favour a phrase",
+        "Raise {0}.kl_coef, lower {0}.learning_rate, or set {0}.kl_target",
+    ),
+    Bound(
+        "min_distinct", "distinct_2_left", "share of the first rollouts' distinct-2", False,
+        "replies to different prompts use the same words",
+        "Raise {0}.kl_coef, lower {0}.learning_rate, or set {0}.kl_target",
+    ),
 )  # fmt: skip
 
 
@@ -80,18 +93,61 @@ def find_collapse(job: OnlineJob, lines: Sequence[dict[str, Any]]) -> dict[str, 
         or there are fewer rollouts than the window has.
     """
     window = min(job.collapse_window, job.steps)
-    if len(lines) < window:
-        return None
-    last = [{**line, "unfinished": 1.0 - line["finished"]} for line in lines[-window:]]
+    means = watched(lines, window)
     for bound in BOUNDS:
-        limit = getattr(job, bound.setting)
-        value = sum(line[bound.metric] for line in last) / window
-        if limit is not None and (value > limit if bound.highest else value < limit):
+        limit, value = getattr(job, bound.setting), means.get(bound.metric)
+        if limit is None or value is None:
+            continue
+        if value > limit if bound.highest else value < limit:
             return {
                 "setting": bound.setting, "metric": bound.metric, "value": value, "bound": limit,
-                "step": int(last[-1]["step"]), "window": window,
+                "step": int(lines[-1]["step"]), "window": window,
             }  # fmt: skip
     return None
+
+
+def watched(lines: Sequence[dict[str, Any]], window: int) -> dict[str, float]:
+    """Means of the metrics over the last rollouts; nothing if there are fewer than the window has.
+    To them belong unfinished (1 - finished) and distinct_2_left (distinct_2 over its mean in the
+    first rollouts)."""
+    rollouts = [line for line in lines if "finished" in line]  # without the evaluation of step 0
+    if len(rollouts) < window:
+        return {}
+    means = _means(rollouts[-window:])
+    means["unfinished"] = 1.0 - means["finished"]
+    first = _means(rollouts[:window]).get("distinct_2")
+    if first and "distinct_2" in means:
+        means["distinct_2_left"] = means["distinct_2"] / first
+    return means
+
+
+def _means(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    names = set.intersection(*(set(line) for line in lines))
+    return {name: sum(line[name] for line in lines) / len(lines) for name in names}
+
+
+def warn_of_openings(job: OnlineJob, context: StageContext) -> None:
+    """Say it once when the replies begin to open alike. Rank 0, after the step's metrics are
+    logged."""
+    window, lines = min(job.collapse_window, job.steps), context.read_metrics()
+    before, now = (opens_alike(part, window) for part in (lines[:-1], lines))
+    if now and not before:
+        share = watched(lines, window)["top_opening"]
+        context.log(
+            f"WARNING: {share:.0%} of the replies of the last {window} rollouts begin with the "
+            "same three tokens, twice as many as at first: the policy may be exploiting its "
+            f"rewards. Look at the samples; raise {job.algorithm}.kl_coef, or set "
+            f"{job.algorithm}.max_opening to stop there"
+        )
+
+
+def opens_alike(lines: Sequence[dict[str, Any]], window: int) -> bool:
+    """Whether half of the last replies have one opening, and not half as many had in the first
+    rollouts: replies of a fixed form have one from the beginning."""
+    first = watched([line for line in lines if "finished" in line][:window], window)
+    now = watched(lines, window)
+    share = now.get("top_opening", 0.0)
+    return share >= ALIKE and share >= 2 * first.get("top_opening", 1.0)
 
 
 def stop_if_collapsed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_core.data.dataset.reading import Rows
@@ -14,7 +15,7 @@ from rlhf_core.training.strategy import Strategy
 
 
 def start_engine(
-    job: OnlineJob, strategy: Strategy, source: Path, prompts: Rows, context: StageContext
+    job: OnlineJob, strategy: Strategy, source: Path, prompts: Sequence[Rows], context: StageContext
 ) -> VllmEngine | None:
     """The engine that the job asks for, asleep, or None for the built-in loop. Every rank calls.
 
@@ -33,7 +34,8 @@ def start_engine(
         precision=strategy.precision,  # fp32 where the processor has no bf16
         device=strategy.device,
         rank=strategy.rank,
-        longest=int(prompts.lengths("prompt_ids").max()) + job.max_new_tokens,
+        longest=max(int(rows.lengths("prompt_ids").max()) for rows in prompts if len(rows))
+        + job.max_new_tokens,
         together=-(-job.replies // strategy.world_size),
     )
     context.closing.callback(engine.close)

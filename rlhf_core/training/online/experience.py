@@ -71,10 +71,28 @@ def score(
             its update, which is to find them (see `FirstPass`). Never done in the first rollout of
             a process, so that `optimise` can check there that a forward pass repeats itself.
     """
-    job, models, group = stage.job, stage.models, stage.strategy.group
+    job = stage.job
     minibatches = split_minibatches(job.replies, job.minibatches)
     defer = defer_old_logprobs and step > stage.start
-    first_pass = FirstPass(models.trunk, minibatches[0] if defer else ())
+    first_pass = FirstPass(stage.models.trunk, minibatches[0] if defer else ())
+    experience = score_rollout(stage, rollout, minibatches, first_pass)
+    if not first_pass.unfinished:
+        assert_same_policy(job, experience)
+    return experience, first_pass
+
+
+def score_rollout(
+    stage: OnlineStage,
+    rollout: GlobalRollout,
+    minibatches: list[list[int]],
+    first_pass: FirstPass,
+) -> Experience:
+    """Log-probabilities, values and rewards of a rollout.
+
+    Args:
+        minibatches: indices of its replies, see `run_models`.
+    """
+    job, models, group = stage.job, stage.models, stage.strategy.group
     outputs = run_models(stage, rollout, minibatches, first_pass)
     components, failures = score_by_rules(models, group, rollout)
     members = torch.tensor([o.scores for o in outputs]).t()  # (k,B)
@@ -82,7 +100,7 @@ def score(
         components = {"model": combine_scores(members, job), **components}
     columns = zip(*(o.columns for o in outputs), strict=True)
     old_logprobs, ref_logprobs, *values = (pad_columns(c) for c in columns)  # (B,T) each
-    experience = Experience(
+    return Experience(
         rollout=rollout,
         response_mask=pad_columns([torch.ones(len(x)) for x in rollout.logprobs]).bool(),
         rollout_logprobs=pad_columns([torch.tensor(x) for x in rollout.logprobs]),
@@ -96,9 +114,6 @@ def score(
         failures=failures,
         disagreement=disagreement(members) if len(members) > 1 else None,
     )
-    if not first_pass.unfinished:
-        assert_same_policy(job, experience)
-    return experience, first_pass
 
 
 @torch.no_grad()

@@ -10,25 +10,22 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_core.jobs import OnlineJob
-from rlhf_core.losses.ppo import kl_estimate
 from rlhf_core.models.saving import export
-from rlhf_core.training.online.collapse import Save, stop_if_collapsed
-from rlhf_core.training.online.experience import Experience, Targets, logprob_gap
-from rlhf_core.training.online.sampling import GlobalRollout
-from rlhf_core.training.online.scores import score_metrics
+from rlhf_core.training.online.collapse import Save, stop_if_collapsed, warn_of_openings
+from rlhf_core.training.online.experience import Experience, Targets
+from rlhf_core.training.online.heldout import evaluate
 from rlhf_core.training.online.stage import OnlineStage
+from rlhf_core.training.online.summary import summarise
 from rlhf_core.training.policy import save_policy
 
 SAMPLES = 4  # replies of each rollout that are kept for people to look at
-GRAM = 4  # tokens of the n-grams that `repetition` counts
 
 
 def report_and_save(
     stage: OnlineStage, step: int, experience: Experience, update: Mapping[str, float]
 ) -> None:
-    """Log a step's metrics and samples, stop a policy that has collapsed, save a checkpoint where
-    one is due. Every rank calls.
+    """Log a step's metrics and samples, stop a policy that has collapsed; evaluate the policy, keep
+    it as the best one, save a checkpoint: each where it is due. Every rank calls.
 
     Args:
         step: from 0. update: the metrics of the step's updates.
@@ -42,11 +39,14 @@ def report_and_save(
     metrics["rollout_seconds"] = rollout.seconds
     tokens = float(experience.response_mask.sum())
     metrics["tokens_per_second"] = tokens / (time.perf_counter() - rollout.began)
+    metrics |= stage.selection.measure(step + 1, job.steps, partial(evaluate, stage))
     context.log_metrics(step + 1, job.steps, metrics)
     if context.main:
         context.log_samples(step + 1, some_samples(stage.models.tokenizer, experience))
+        warn_of_openings(job, context)
 
     stop_if_collapsed(job, stage.checkpointer, partial(whole_policy, stage))
+    stage.selection.keep(step + 1)
     stage.checkpointer.after_step(step + 1, job.steps)
 
 
@@ -92,39 +92,3 @@ def inspect(
     whole = vars(experience) | vars(targets) | {"finished": rollout.finished}
     whole |= {f"reward_{name}": x for name, x in experience.components.items()}
     return rows, {name: value for name, value in whole.items() if isinstance(value, Tensor)}
-
-
-def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
-    """Metrics of a rollout. KL in nats per reply, entropy in nats per token, length in tokens."""
-    mask = experience.response_mask  # (B,T)
-    k1 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k1")  # (B,T)
-    k3 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k3")  # (B,T)
-    tokens = mask.sum()
-    return {
-        "score": float(experience.raw_scores.mean()),
-        "reward": float(experience.scores.mean()),
-        **{f"reward_{name}": float(x.mean()) for name, x in experience.components.items()},
-        **score_metrics(job, experience.components, experience.disagreement),
-        **{f"failure_{name}": float(n) for name, n in experience.failures.items()},
-        "kl": float((k1 * mask).sum() / len(mask)),
-        "kl_k3": float((k3 * mask).sum() / len(mask)),
-        "length": float(tokens / len(mask)),
-        "at_limit": float((mask.sum(dim=1) >= job.max_new_tokens).float().mean()),
-        "finished": float(experience.rollout.finished.float().mean()),
-        "repetition": repetition(experience.rollout),
-        "entropy": float(-(experience.old_logprobs * mask).sum() / tokens),
-        "rollout_logprob_gap": logprob_gap(experience),
-    }
-
-
-def repetition(rollout: GlobalRollout) -> float:
-    """Share of a reply's 4-grams of token ids that came in it before, mean over the replies.
-
-    0 for a reply of less than four tokens; a loop of p tokens in a reply of n has 1 - p / (n - 3).
-    """
-    shares = []
-    for sequence, start in zip(rollout.sequences, rollout.prompt_lengths, strict=True):
-        reply = sequence[start:]
-        grams = list(zip(*(reply[i:] for i in range(GRAM)), strict=False))
-        shares.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
-    return sum(shares) / len(shares)

@@ -48,16 +48,26 @@ def sample(stage: OnlineStage, step: int, replies_per_prompt: int = 1) -> Global
     Raises:
         Preempted: the job was told to stop meanwhile.
     """
-    began = time.perf_counter()
     job, prompts = stage.job, stage.inputs.prompts
     rows = prompts.take(batch_rows(len(prompts), job.batch_size, step, job.seed))
-    rows = [row for row in rows for _ in range(replies_per_prompt)]
+    rollout = sample_rows(stage, [row for row in rows for _ in range(replies_per_prompt)], step)
+    stage.checkpointer.stop_if_asked(step)
+    return rollout
+
+
+def sample_rows(stage: OnlineStage, rows: list[dict[str, Any]], stream: int) -> GlobalRollout:
+    """Sample a reply to the prompt of each row.
+
+    Args:
+        stream: of the random numbers; a step, or a number that is none.
+    """
+    began = time.perf_counter()
     prompt_ids = [row["prompt_ids"] for row in rows]
     replies = roll_out(
-        job, stage.strategy, stage.models.trained.policy, stage.inputs.source,
-        prompt_ids, step, stage.engine,
+        stage.job, stage.strategy, stage.models.trained.policy, stage.inputs.source,
+        prompt_ids, stream, stage.engine,
     )  # fmt: skip
-    rollout = GlobalRollout(
+    return GlobalRollout(
         rows=rows,
         sequences=[[*p, *r.ids] for p, r in zip(prompt_ids, replies, strict=True)],
         prompt_lengths=[len(p) for p in prompt_ids],
@@ -66,8 +76,6 @@ def sample(stage: OnlineStage, step: int, replies_per_prompt: int = 1) -> Global
         began=began,
         seconds=time.perf_counter() - began,
     )
-    stage.checkpointer.stop_if_asked(step)
-    return rollout
 
 
 def roll_out(

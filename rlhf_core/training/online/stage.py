@@ -19,6 +19,7 @@ from rlhf_core.training.online.models import Models, load_models, share_trunk
 from rlhf_core.training.online.ptx import load_ptx
 from rlhf_core.training.optimizer import adamw
 from rlhf_core.training.policy import frozen_storage, new_policy, publish_policy
+from rlhf_core.training.selection import Criterion, Selection
 from rlhf_core.training.strategy import Strategy
 
 
@@ -28,6 +29,7 @@ class Inputs:
 
     source: Path  # folder of the SFT model: start of the policy, and the reference
     prompts: Rows
+    heldout: Rows  # prompts that are not trained on
     ptx: Rows | None  # rows of the language-modelling loss that is mixed in
 
 
@@ -41,15 +43,18 @@ class OnlineStage:
     inputs: Inputs
     models: Models
     checkpointer: Checkpointer
+    selection: Selection
     engine: VllmEngine | None  # None: the built-in sampling loop
     start: int  # steps that were finished before, from a checkpoint
 
 
 def fetch_inputs(job: OnlineJob, context: StageContext) -> Inputs:
     """The SFT model's folder and the data sets."""
+    prompts = context.store.fetch(job.prompts)
     return Inputs(
         source=context.store.fetch(job.model),
-        prompts=Rows(context.store.fetch(job.prompts), "train", purpose="prompts"),
+        prompts=Rows(prompts, "train", purpose="prompts"),
+        heldout=Rows(prompts, "heldout", purpose="prompts"),
         ptx=load_ptx(job, context),
     )
 
@@ -85,18 +90,23 @@ def prepare(
     models = share_trunk(job, strategy, models, context)
     checkpointer = Checkpointer(context, strategy, job)
     start, _ = checkpointer.restore()
-    engine = start_engine(job, strategy, inputs.source, inputs.prompts, context)
-    return OnlineStage(job, context, strategy, inputs, models, checkpointer, engine, start)
+    read = [inputs.prompts] if job.eval_every is None else [inputs.prompts, inputs.heldout]
+    engine = start_engine(job, strategy, inputs.source, read, context)
+    part = "" if job.select_by == "reward" else "reward_"
+    criterion = Criterion(f"heldout_{part}{job.select_by}", highest=True, kl_budget=job.kl_budget)
+    selection = Selection(job, checkpointer, criterion, len(inputs.heldout))
+    return OnlineStage(
+        job, context, strategy, inputs, models, checkpointer, selection, engine, start
+    )
 
 
 def publish(stage: OnlineStage) -> Artifact | None:
-    """Publish the policy with the metrics of the last rollout. Every rank calls; rank 0 returns the
-    artifact."""
+    """Publish the policy with the metrics of the last rollout, or those of the best evaluation's
+    step. Every rank calls; rank 0 returns the artifact."""
     job, context = stage.job, stage.context
     context.closing.close()  # the engine
-    last = context.read_metrics()[-1] if context.main else {}
-    metrics = {k: v for k, v in last.items() if k not in ("step", "total", "time")}
+    metrics = stage.selection.result()
     return publish_policy(
         job, context, stage.strategy, stage.checkpointer, stage.models.trained,
-        stage.inputs.source, {"metrics": {"steps": job.steps, **metrics}},
+        stage.inputs.source, {"metrics": metrics},
     )  # fmt: skip

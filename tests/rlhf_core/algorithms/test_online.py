@@ -57,6 +57,17 @@ def shaped(make, rewards, **place):
                 score_whiten=True, trainable_layers=1, place=place)  # fmt: skip
 
 
+def evaluated(make, strategy="ddp"):
+    """A stage that looks for its best evaluation, on a number of prompts that two does not divide,
+    by a rule that it is not trained on."""
+    rewards = [{"type": "model"}, {"type": "length", "target": 3, "width": 1, "weight": 0.0}]
+    return make(
+        "grpo", steps=4, eval_every=1, eval_prompts=5, rewards=rewards, select_by="length",
+        kl_budget=1.0, learning_rate=3e-3, score_whiten=True, scale_rewards=False,
+        place={"strategy": strategy},
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def one_rank(run_plan, make, data, random_rewards):
     """Every variant that one rank runs, in one process."""
@@ -71,6 +82,7 @@ def one_rank(run_plan, make, data, random_rewards):
                                 steps=15),
     }  # fmt: skip
     plan = {name: (job, {}) for name, job in jobs.items()}
+    plan["evaluated"] = (evaluated(make), {})
     plan["ppo-rule"] = (make("ppo"), {"rule": True})
     plan["rloo-rule"] = (make("rloo"), {"rule": True})
     plan["shaped"] = (shaped(make, random_rewards), {})
@@ -97,6 +109,7 @@ def two_ranks(run_plan, make, data, random_rewards):
     plan["grpo-ptx"] = (mixing(make, data, "grpo", place={"micro_batch_size": 2}), {})
     plan["rloo-rule"] = (make("rloo"), {"rule": True})
     plan["shaped"] = (shaped(make, random_rewards, strategy="fsdp2"), {})
+    plan["evaluated"] = (evaluated(make, "fsdp2"), {})
     plan["collapsed"] = (collapsing(make, "ppo", "fsdp2", max_kl=0.2, ppo_epochs=2), {})
     return run_plan(2, plan)
 
@@ -213,6 +226,27 @@ def test_rules_alone_need_no_reward_model(one_rank, two_ranks):
             assert line["failure_seen"] == 16, "of this rollout, from all ranks"
     # Each rank scores its share; all see all.
     assert_same_course(one_rank["rloo-rule"], two_ranks["rloo-rule"])
+
+
+def test_two_ranks_find_the_best_evaluation_that_one_does(one_rank, two_ranks):
+    first, second = one_rank["evaluated"], two_ranks["evaluated"]
+    names = [name for name in first.metrics[0] if name.startswith("heldout_")]
+    assert "heldout_reward_length" in names and len(names) > 10
+    for line, other in zip(first.metrics, second.metrics, strict=True):
+        for name in names:
+            assert line[name] == pytest.approx(other[name], abs=2e-3), (line["step"], name)
+        cut = 1 - line["heldout_finished"]
+        assert line["heldout_reward"] == pytest.approx(line["heldout_score"] - cut, abs=1e-5), (
+            "not whitened: all policies would have the same"
+        )
+    best = max(first.metrics[1:], key=lambda line: line["heldout_reward_length"])["step"]
+    for run in (first, second):
+        found = run.artifact.metadata["metrics"]
+        assert found["best"] == {"step": best, "by": "heldout_reward_length", "within": True}
+        assert found["score"] == pytest.approx(found["reward_model"]), "the rule has weight 0"
+    others = second.weights()
+    for key, value in first.weights().items():
+        np.testing.assert_allclose(value, others[key], atol=2e-4, err_msg=key)
 
 
 @pytest.mark.parametrize("ranks", (1, 2))

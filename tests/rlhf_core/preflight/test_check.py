@@ -205,6 +205,8 @@ def test_prompt_limit_beyond_the_length() -> None:
 def test_shares_that_leave_nothing() -> None:
     assert "nothing to train on" in only_problem(data={"sft": {"heldout_fraction": 1.0}})
     assert "held-out prompts" in only_problem(data={"prompts": {"heldout_fraction": 0}})
+    text = only_problem(sft={"eval_every": 5}, data={"sft": {"heldout_fraction": 0}})
+    assert text.startswith("sft.eval_every is 5, but data.sft.heldout_fraction is 0")
 
 
 def test_margins_that_the_pairs_do_not_have() -> None:

@@ -26,6 +26,7 @@ from rlhf_core.jobs import (
     WorkPoolLauncher,
     parse_job,
 )
+from rlhf_core.jobs.online import LATER
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.preflight.check import check, dry_run
 from rlhf_core.preflight.memory import GIB, estimate
@@ -43,7 +44,9 @@ GPUS = Machine(gpus=8, gpu_memory=80 * GIB, cores=96, ram=2048 * GIB)
 def test_what_was_added_leaves_the_key_as_it_was(kind: type[BaseJob]) -> None:
     job = kind(**DIGESTS)
     before = job.model_dump(mode="json", exclude={"resources", "trust_remote_code"})
-    for added in ("rollout", "on_nonfinite", "min_length", "max_length", "quantization"):
+    evaluations = ("eval_every", "patience", "select")
+    ensembles = ("ensemble", "combine", "std_coef")
+    for added in ("rollout", "on_nonfinite", "quantization", *LATER, *evaluations, *ensembles):
         del before[added]  # the jobs before they had these settings
     text = json.dumps(
         {"version": job.current_version(), "job": before},
@@ -53,6 +56,9 @@ def test_what_was_added_leaves_the_key_as_it_was(kind: type[BaseJob]) -> None:
     assert kind(**DIGESTS, rollout=BuiltinRollout()).key() == job.key()
     assert kind(**DIGESTS, min_length=3.0).key() != job.key()
     assert kind(**DIGESTS, max_length=100.0).key() != job.key()
+    assert kind(**DIGESTS, select="last").key() == job.key(), "there is nothing to select from"
+    keys = {kind(**DIGESTS, eval_every=5, select=select).key() for select in ("best", "last")}
+    assert len({*keys, job.key()}) == 3
 
 
 def test_vllm_counts_in_the_key_and_its_memory_does_not() -> None:

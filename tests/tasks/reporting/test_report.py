@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.store import registry
-from tasks.reporting.curves import draw, read_metrics, smooth
+from tasks.reporting.curves import _panels, draw, read_metrics, smooth
 from tasks.reporting.markdown import folded, page
 from tasks.reporting.report import nodes, render
 from tasks.run import Run, StageResult
@@ -75,6 +75,18 @@ def test_curves_are_a_png_of_what_is_there(run):
     assert [line["loss"] for line in lines] == [2.5, 1.5]
     assert draw({"sft": lines}).startswith(b"\x89PNG")
     assert draw({"sft": [], "data": [{"step": 1, "rows": 9}]}) is None
+
+
+def test_gain_is_drawn_against_the_kl():
+    lines = [
+        {"step": 0, "heldout_reward": 0.5, "heldout_kl": 0.0},
+        {"step": 1, "kl": 0.1, "score": 1.0},
+        {"step": 2, "kl": 0.2, "score": 2.0, "heldout_reward": 0.75, "heldout_kl": 1.5},
+    ]
+    panels = _panels({"ppo": lines})
+    assert panels["PPO: score"] == [(1, 1.0), (2, 2.0)]
+    assert panels["PPO: held-out gain against KL (nats)"] == [(0.0, 0.0), (1.5, 0.25)]
+    assert draw({"ppo": lines}).startswith(b"\x89PNG")
 
 
 def test_artifact_without_metrics_has_no_curve(run):

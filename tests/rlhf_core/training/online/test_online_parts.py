@@ -12,9 +12,10 @@ from rlhf_core.nn.layers import choose_trainable
 from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.padding import batch_on, pad_right
 from rlhf_core.training.online.batches import split_minibatches, update_order
-from rlhf_core.training.online.collapse import find_collapse
+from rlhf_core.training.online.collapse import find_collapse, warn_of_openings
+from rlhf_core.training.online.kl_control import next_coefficient
 from rlhf_core.training.online.models import AdapterOff
-from rlhf_core.training.online.report import repetition
+from rlhf_core.training.online.summary import repetition
 from tests.rlhf_core.tiny_models import copy_of
 
 DIGESTS = {"model": "a" * 64, "prompts": "b" * 64, "reward_model": "c" * 64}
@@ -41,7 +42,8 @@ def test_adapter_switched_off_is_the_reference_loaded_apart(tmp_path):
 
 def rollouts(**columns):
     count = len(next(iter(columns.values())))
-    healthy = {"kl": 1.0, "repetition": 0.05, "length": 20.0, "entropy": 2.0, "finished": 1.0}
+    healthy = {"kl": 1.0, "repetition": 0.05, "length": 20.0, "entropy": 2.0, "finished": 1.0,
+               "top_opening": 0.1, "distinct_2": 0.8}  # fmt: skip
     return [
         {"step": i + 1, **healthy, **{name: values[i] for name, values in columns.items()}}
         for i in range(count)
@@ -50,7 +52,8 @@ def rollouts(**columns):
 
 def strict(**settings):
     bounds = {"max_kl": 10.0, "max_repetition": 0.5, "min_length": 3.0, "max_length": 50.0,
-              "min_entropy": 0.2, "max_unfinished": 0.6}  # fmt: skip
+              "min_entropy": 0.2, "max_unfinished": 0.6, "max_opening": 0.4,
+              "min_distinct": 0.5}  # fmt: skip
     return PPOJob(**DIGESTS, **({"collapse_window": 3} | bounds | settings))
 
 
@@ -63,6 +66,8 @@ def strict(**settings):
         ("length", [20.0, 20.0, 70.0, 66.0], "max_length", 52.0),
         ("entropy", [0.0, 0.2, 0.2, 0.1], "min_entropy", 0.5 / 3),
         ("finished", [1.0, 0.2, 0.2, 0.2], "max_unfinished", 0.8),
+        ("top_opening", [0.1, 0.3, 0.5, 0.7], "max_opening", 0.5),
+        ("distinct_2", [1.5, 0.75, 0.15, 0.15], "min_distinct", 0.35 / 0.8),
     ],
 )
 def test_collapse_is_the_mean_of_the_last_rollouts(column, values, setting, value):
@@ -78,17 +83,44 @@ def test_one_odd_rollout_is_no_collapse():
     assert find_collapse(strict(), rollouts(kl=[1.0, 25.0, 1.0], finished=[1.0, 0.0, 1.0])) is None
 
 
+def test_evaluation_before_the_first_rollout_is_no_rollout():
+    lines = [{"step": 0, "heldout_kl": 0.0}, *rollouts(kl=[12.0, 12.0, 12.0])]
+    assert find_collapse(strict(), lines)["step"] == 3
+    assert find_collapse(strict(), lines[:-1]) is None
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ([0.1, 0.1, 0.1, 0.6, 0.9, 0.9], [5]),  # the mean of three is 0.53 after the fifth
+        ([0.1, 0.1, 0.1, 0.4, 0.4, 0.4], []),
+        ([0.4, 0.4, 0.4, 0.7, 0.7, 0.7], []),  # a form that replies have from the beginning
+    ],
+)
+def test_openings_that_become_alike_are_said_once(shares, said):
+    lines = rollouts(top_opening=shares)
+    for last in range(1, len(lines) + 1):
+        heard = []
+        context = SimpleNamespace(read_metrics=lambda n=last: lines[:n], log=heard.append)
+        warn_of_openings(strict(), context)
+        assert bool(heard) == (last in said)
+        assert all("53% of the replies of the last 3 rollouts begin" in text for text in heard)
+
+
+def test_coefficient_of_the_kl_follows_it():
+    # Ziegler et al.: an error of at most 0.2, times K_beta = 1 / horizon.
+    found = [next_coefficient(0.1, kl, target=6.0, horizon=10.0) for kl in (6.0, 6.6, 60.0, 5.7, 0)]
+    assert found == pytest.approx([0.1, 0.101, 0.102, 0.0995, 0.098])
+
+
 def test_short_stage_is_judged_at_its_end():
     assert find_collapse(strict(steps=2), rollouts(kl=[5.0, 20.0]))["window"] == 2
 
 
 def test_repetition_counts_pieces_that_stood_before():
     # 1 2 3 4 1 2 3 4 1: the grams 1234 2341 3412 4123 1234 2341, of which two are repeated
-    rollout = SimpleNamespace(
-        sequences=[[7, 7, 7, 7, 7, 1, 2, 3, 4, 1, 2, 3, 4, 1], [7, 1, 1, 1]],
-        prompt_lengths=[5, 1],
-    )
-    assert repetition(rollout) == pytest.approx((2 / 6 + 0.0) / 2)
+    replies = [[1, 2, 3, 4, 1, 2, 3, 4, 1], [1, 1, 1]]
+    assert repetition(replies) == pytest.approx((2 / 6 + 0.0) / 2)
 
 
 def test_updates_of_a_rollout_are_numbered_over_the_stage():
@@ -109,6 +141,10 @@ def test_updates_of_a_rollout_are_numbered_over_the_stage():
         ({"max_new_tokens": 1}, "min_length is 1.5 and max_new_tokens 1, so every reply"),
         ({"max_length": 128}, "max_length is 128 and max_new_tokens 128, so no reply could"),
         ({"min_length": 9, "max_length": 8}, "min_length 9 is above max_length 8"),
+        ({"kl_budget": 3}, "kl_budget is 3 but eval_every is empty"),
+        ({"patience": 2}, "patience is 2 but eval_every is empty"),
+        ({"select_by": "length"}, "select_by is length, .* expected reward or model"),
+        ({"kl_target": 6, "kl_coef": 0}, "kl_target is 6 but kl_coef is 0, which no factor"),
     ],
 )
 def test_settings_that_cannot_be_kept_are_refused(change, said):
