@@ -22,6 +22,7 @@ from tasks.reporting.cost import cost
 from tasks.reporting.curves import read_metrics
 from tasks.reporting.differences import changed, numbers
 from tasks.reporting.evaluation import read_evaluation
+from tasks.reporting.report import CURVES, LINEAGE
 from tasks.run import Run, StageResult
 
 ID = "rlhf.run"  # tag: the run's id
@@ -136,7 +137,7 @@ class Mirror:
         }
         for key, value in tags.items():
             self.client.set_tag(self.id, key, redact(value))
-        for file in ("report.md", "report.html", "curves.png"):
+        for file in ("report.md", "report.html", CURVES, LINEAGE):
             if (run.folder / file).exists():
                 self.client.log_artifact(self.id, str(run.folder / file))
         if "evaluate" in run.stages:

@@ -17,7 +17,7 @@ def compare(
     runs: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="Two runs or more: ids or their first characters, or `last`; see `rlhf runs`.",
             autocompletion=complete_run,
         ),

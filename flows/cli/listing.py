@@ -26,19 +26,29 @@ def runs(
         bool, typer.Option("--json", help="Print complete records, one JSON object per line.")
     ] = False,
     metrics: Annotated[
-        bool, typer.Option("--metrics", help="Show evaluation, time and cost: a leaderboard.")
+        bool, typer.Option("--metrics", help="Show a leaderboard: evaluation, time and cost.")
     ] = False,
     sort: Annotated[
         str | None,
-        typer.Option("--sort", metavar="COLUMN", help="Sort by a column of --metrics, best first."),
+        typer.Option(
+            "--sort",
+            metavar="COLUMN",
+            help="Show the leaderboard of all runs, best first in this column: gold, kl, cost ...",
+        ),
     ] = None,
     page: Page = None,
 ) -> None:
-    """List the runs, newest first, or the best first with --sort."""
+    """List the runs, newest first; with --metrics, --sort or --page as a leaderboard."""
     import json
 
     from flows.cli.lookup import read_runs
+    from rlhf_core.errors import ConfigError
 
+    if as_json and (metrics or sort or page):
+        raise ConfigError(
+            "--json prints whole records; leave out --sort, --metrics and --page, which belong to "
+            "the leaderboard."
+        )
     opened = open_now(store)
     found = read_runs(opened)
     if metrics or sort or page:

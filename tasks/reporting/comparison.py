@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_core.evaluation.intervals import difference
 from rlhf_core.store import Store
 from tasks.events import seconds
-from tasks.reporting.cost import cost
+from tasks.reporting.cost import cost, reused
 from tasks.reporting.curves import overlay, read_metrics
 from tasks.reporting.differences import unequal
 from tasks.reporting.evaluation import read_samples
@@ -125,12 +125,13 @@ def _evaluation(runs: Sequence[PastRun]) -> Rows:
 
 
 def _differences(runs: Sequence[PastRun], samples: Sequence[dict[str, dict[str, Any]]]) -> Rows:
-    """Of the scores of each run's replies to those of the first run."""
+    """Of the scores of each run's replies to those of the first run, by the same judge."""
     first, rows = samples[0], [_heads(runs)]
     for judge in ("reward", "gold"):
+        judges = [run.gold_judge if judge == "gold" else run.rewarded_by for run in runs]
         cells = []
-        for run, lines in zip(runs, samples, strict=True):
-            alike = judge == "gold" or run.reward_model == runs[0].reward_model
+        for run, lines, name in zip(runs, samples, judges, strict=True):
+            alike = name == judges[0]
             scored = [p for p in lines if p in first and _score(first[p], judge) is not None]
             pairs = [(_score(lines[p], judge), _score(first[p], judge)) for p in scored]
             known = [(a, b) for a, b in pairs if a is not None and b is not None]
@@ -158,13 +159,12 @@ def _costs(runs: Sequence[PastRun]) -> Rows:
         cells = []
         for run in runs:
             result = run.stages.get(name)
-            found = cost([result] if result else [], run.price)
-            made = result.work.get("seconds") if result else None
             if result is None:
                 cells.append("-")
             elif result.reused:
-                cells.append("reused" if made is None else f"reused ({seconds(made)})")
+                cells.append(reused(result))
             else:
+                found = cost([result], run.price)
                 waited = f", waited {seconds(found.waited)}" if found.waited >= 1 else ""
                 cells.append(f"{seconds(found.work)}{waited}")
         rows.append([name, *cells])

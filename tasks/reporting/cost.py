@@ -38,6 +38,12 @@ def cost(results: Sequence[StageResult], gpu_hour_price: float | None) -> Cost:
     )
 
 
+def reused(result: StageResult) -> str:
+    """Of a reused stage: what making it took, where that is known."""
+    made = result.work.get("seconds")
+    return "reused" if made is None else f"reused ({seconds(made)})"
+
+
 def cells(found: Cost) -> list[str]:
     """Work, waiting, GPU-hours and price as texts; empty where there is none."""
     return [

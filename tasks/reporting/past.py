@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from rlhf_core.errors import ConfigError
+from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.store import Store
 from tasks.events import seconds
 from tasks.reporting.cost import Cost, cost
@@ -65,16 +66,25 @@ class PastRun:
         judge. Those of two runs can be compared where this is equal."""
         prompts = self.stages.get("data-prompts")
         sampling = self.evaluation.get("sampling") or {}
-        judges = [
-            self.settings.get(f"evaluate.{name}") for name in ("judge", "judge_endpoint.model")
-        ]
+        judges = (self.gold_judge, self.settings.get("evaluate.judge_endpoint.model"))
         return (prompts and prompts.digest, tuple(sorted(sampling.items())), *judges)
 
     @property
-    def reward_model(self) -> str | None:
-        """Digest of the reward model that its rewards are from."""
-        kinds = {result.kind: result.digest for result in self.stages.values()}
-        return kinds.get("reward_model")
+    def gold_judge(self) -> Any:
+        """The judge whose score is called gold."""
+        return self.settings.get("evaluate.judge")
+
+    @cached_property
+    def rewarded_by(self) -> tuple[str, ...]:
+        """What its rewards are from: reward models by their digests, how an ensemble combines
+        them, and the rules, if there are any, of the last stage of online RL."""
+        models = sorted(r.digest for r in self.stages.values() if r.kind == "reward_model")
+        several = len(models) > 1
+        how = [str(self.settings.get(f"reward.{name}")) for name in CombineSettings.model_fields]
+        stages = self.settings.get("stages") or []
+        rewards = [found for stage in stages if (found := self.settings.get(f"{stage}.rewards"))]
+        rules = [r for r in rewards[-1:] if any(part.get("type") != "model" for part in r)]
+        return (*models, *(how if several else ()), *map(str, rules))
 
     @property
     def policy(self) -> Mapping[str, Any]:
@@ -207,11 +217,12 @@ def leaderboard(runs: Sequence[PastRun], sort: str | None = None) -> tuple[list[
         runs = sorted(runs, key=rank)
     shown = [name for name in names if any(values[run.id][name] for run in runs)]
     groups = _groups(runs)
+    grouped = len(set(groups.values())) > 1
     rows = [["RUN", "NAME", "VERDICT", *(name.upper() for name in shown)]]
-    rows[0] += ["EVAL"] if len(set(groups.values())) > 1 else []
+    rows[0] += ["EVAL"] if grouped else []
     for run in runs:
         cells = [value[1] if (value := values[run.id][name]) else "-" for name in shown]
-        group = [groups.get(run.id, "-")] if len(rows[0]) > len(shown) + 3 else []
+        group = [groups.get(run.id, "-")] if grouped else []
         verdict = run.record.get("verdict") or run.record.get("state") or "-"
         rows.append([run.id, str(run.record.get("name", "")), str(verdict), *cells, *group])
     return rows, _note(runs, groups)
@@ -236,6 +247,8 @@ def _note(runs: Sequence[PastRun], groups: Mapping[str, str]) -> str:
             "Numbers can be compared where EVAL has the same letter: the same held-out prompts, "
             "sampling and judge."
         )
-    if len({run.reward_model for run in runs if run.policy.get("reward_mean") is not None}) > 1:
-        notes.append("Rewards are those of different reward models, and cannot be compared.")
+    if len({run.rewarded_by for run in runs if run.policy.get("reward_mean") is not None}) > 1:
+        notes.append(
+            "Rewards are those of different reward models or rules, and cannot be compared."
+        )
     return " ".join(notes)

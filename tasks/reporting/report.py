@@ -20,7 +20,7 @@ from tasks.events import headline, log_event, seconds, table_cell
 from tasks.reporting import lineage
 from tasks.reporting.benchmarks import benchmarks_of
 from tasks.reporting.contamination import known_prompts
-from tasks.reporting.cost import HEADS, cells, cost
+from tasks.reporting.cost import HEADS, cells, cost, reused
 from tasks.reporting.curves import draw, read_metrics
 from tasks.reporting.differences import changed
 from tasks.reporting.evaluation import comparison_of, evaluation_of, read_samples
@@ -149,8 +149,7 @@ def _stages(run: Run) -> str:
     for name, result in run.stages.items():
         took = cells(cost([result], price))
         if result.reused:
-            made = result.work.get("seconds")
-            took = ["reused" if made is None else f"reused ({seconds(made)})", "", "", ""]
+            took = [reused(result), "", "", ""]
         shown = headline(result.shown).replace("  ", ", ")
         if result.kind == "dataset" and (dropped := _dropped(result.metrics)):
             shown = f"{shown} ({dropped})" if shown else dropped

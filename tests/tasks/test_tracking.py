@@ -65,6 +65,7 @@ def pipeline(run):
     run.verdict = {"state": "better", "text": "PPO over SFT"}
     run.folder.mkdir(parents=True)
     (run.folder / "report.md").write_text("# the report")
+    (run.folder / "lineage.svg").write_text("<svg/>")  # which the report shows
     made = add(run, "publish", "published", {"README.md": f"# card of {run.id}".encode()})
     registry.promote(run.store, "smoke", made.digest)
     run.version = {"name": "smoke", "number": 1, "digest": made.digest, "state": "champion"}
@@ -92,7 +93,7 @@ def test_run_its_numbers_report_and_model_are_in_mlflow(tmp_path, store, monkeyp
     steps = client.get_metric_history(found.info.run_id, "sft/loss")
     assert [(m.step, m.value) for m in steps if m.step] == [(1, 3.0), (2, 2.0), (3, 1.0)]
     assert {f.path for f in client.list_artifacts(found.info.run_id)} == {
-        "evaluation.json", "model_card", "report.md",
+        "evaluation.json", "lineage.svg", "model_card", "report.md",
     }  # fmt: skip
     version = client.get_model_version_by_alias("smoke", "champion")
     assert version.tags["rlhf.digest"] == first.digest and version.run_id == found.info.run_id

@@ -96,6 +96,8 @@ def test_leaderboard_is_sorted_best_first_and_runs_without_the_number_are_last(c
     assert len(rows(command("runs", "--sort", "cost", "-n", "1"))) == 2
     with pytest.raises(ConfigError, match="--sort is 'golf'; expected one of gain, gold, reward"):
         command("runs", "--sort", "golf")
+    with pytest.raises(ConfigError, match="--json prints whole records; leave out --sort"):
+        command("runs", "--json", "--sort", "gold")
 
 
 def test_runs_that_were_measured_on_other_prompts_are_told_apart(command, store):
@@ -122,6 +124,17 @@ def test_comparison_has_settings_numbers_differences_and_cost(command):
     assert costs["data-prompts"] == ["reused (60 s)"] * 2
     assert costs["ppo"] == ["60 s, waited 2 min 27 s", "60 s"]
     assert costs["GPU-hours"] == ["0.133"] * 2 and costs["cost"] == ["0.40"] * 2
+
+
+def test_scores_of_different_judges_or_rules_are_not_subtracted(command, store):
+    made(store, "judge", 0.9, 0.1, "evaluate.judge=textblob")
+    made(store, "rule", 0.4, 0.1, "ppo.rewards=[{type: length, target: 5, width: 2}]")
+    text = command("compare", "run-low", "run-judge", "run-rule")
+    section = text.partition("Differences to run-low")[2].partition("Time and cost")[0]
+    found = {row[0]: row[1:] for row in rows(section)}
+    assert found["gold score"] == ["-", "-", "+0.200 (+0.200 to +0.200, 3 prompts)"]
+    assert found["reward"] == ["-", "+0.000 (+0.000 to +0.000, 3 prompts)", "-"]
+    assert "Rewards are those of different reward models or rules" in text
 
 
 def test_page_has_curves_and_replies_and_needs_nothing_else(command, tmp_path):
