@@ -17,7 +17,8 @@ ANSWERS = "answers"
 
 
 class RuleRewards:
-    """Scores replies as the last stage of online RL did, without the penalty for cut replies.
+    """Scores replies with the rewards of the last stage of online RL, as they stand: not clipped or
+    whitened, and without the penalty for cut replies.
 
     Args:
         rewards: of that stage. seed: see `Rules`. log: takes a sentence for people.
@@ -52,6 +53,7 @@ class RuleRewards:
                 list(texts),
                 list(rows),
                 [reply.finished for reply in replies],
+                [len(reply.ids) for reply in replies],
             )
         except DataError as error:
             self.log(f"the held-out replies have no reward: {error}")

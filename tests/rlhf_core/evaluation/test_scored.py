@@ -48,6 +48,13 @@ def test_reward_is_the_weighted_sum_of_the_last_online_stage():
     assert score(measured(3)).columns["reward"] == [2.0 + 1.0], "greedy: the first prompts only"
 
 
+def test_length_penalty_counts_the_replies_tokens():
+    rules = ({"type": "length_penalty", "start": 1.0, "end": 3.0},)
+    score = Scorer(job(rewards=rules), ROWS, Tokenizer(), print)
+    replies = [Reply([0, 1], -1.0, True), Reply([0], -1.0, True)]
+    assert score(Measured(replies, [], kl=[0.1, 0.1])).columns["reward"] == [-0.5, 0.0]
+
+
 def test_rule_without_its_answer_leaves_out_the_reward_and_says_so():
     said = []
     rules = RuleRewards(job(rewards=RULES).rewards, 0, said.append)
