@@ -98,6 +98,15 @@ def test_paired_interval_leaves_out_what_a_prompt_does_to_both():
     assert (resampled_counts(40, 0) != resampled_counts(40, 1)).any()
 
 
+def test_many_rows_are_drawn_in_units_with_the_same_interval():
+    ours = np.random.default_rng(0).normal(1.0, 2.0, 200_000)  # row by row: 3 GB
+    found = difference(ours, np.zeros_like(ours), 0)
+    half = 1.96 * 2.0 / math.sqrt(len(ours))
+    assert found["n"] == len(ours) and found["mean"] == pytest.approx(ours.mean())
+    assert found["low"] == pytest.approx(found["mean"] - half, abs=0.1 * half)
+    assert found["high"] == pytest.approx(found["mean"] + half, abs=0.1 * half)
+
+
 def test_weighted_difference_is_that_of_two_ratios():
     found = difference([2.0, 4.0], [3.0, 9.0], 0, ([1.0, 2.0], [1.0, 3.0]))
     assert found["mean"] == pytest.approx(6 / 3 - 12 / 4)
