@@ -1,4 +1,4 @@
-"""Base, SFT and finished model on held-out data: the same prompts, the same seeds.
+"""Base, SFT and finished model on held-out data: the same prompts, the same settings.
 
 Writes evaluation.json (numbers.py has its form), samples.jsonl and questions.jsonl. KL is that of a
 model's own replies to the reference, in nats per reply: the model that the alignment started from,
@@ -17,11 +17,12 @@ from rlhf_core.data.overlap.datasets import contamination
 from rlhf_core.errors import DataError
 from rlhf_core.evaluation.measure import Inputs, Measured, measure
 from rlhf_core.evaluation.numbers import beside, marked, numbers
-from rlhf_core.evaluation.questions import Question, is_right, questions
+from rlhf_core.evaluation.questions import is_right, questions
 from rlhf_core.evaluation.samples import write_answers, write_samples
 from rlhf_core.evaluation.scored import Scorer
 from rlhf_core.evaluation.statistics import mean
 from rlhf_core.jobs import EvaluateJob
+from rlhf_core.jobs.results import GeneralQuestion
 from rlhf_core.judges.endpoint import EndpointJudge
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm
@@ -67,7 +68,7 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
         context.log(f"{job.judge_endpoint.model} prefers the policy's reply on {mean(won):.0%}")
     data = {name: context.store.fetch(digest) for name, digest in job.training_data().items()}
     measured = {"prompts": [first_turns(row["prompt"]) for row in inputs.rows]}
-    measured |= {"questions": [q.prompt for q in inputs.asked]} if inputs.asked else {}
+    measured |= {"questions": [q.question for q in inputs.asked]} if inputs.asked else {}
     result["contamination"] = contamination(measured, data, inputs.tokenizer)
     folder = context.scratch("result")
     if inputs.asked:
@@ -131,8 +132,6 @@ def load_policy(folder: Path, group: Group) -> Policy:
     return Policy(model).requires_grad_(False).to(group.device)
 
 
-def questions_of(job: EvaluateJob) -> tuple[Question, ...]:
+def questions_of(job: EvaluateJob) -> tuple[GeneralQuestion, ...]:
     """The general questions of a job."""
-    if job.own_questions:
-        return tuple(Question(q.question, q.answers) for q in job.own_questions)
-    return () if job.questions == "none" else questions()
+    return questions() if job.questions == "builtin" else job.own_questions

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.encoding.templates import prompt_ids
-from rlhf_core.evaluation.questions import Question
 from rlhf_core.jobs import EvaluateJob
+from rlhf_core.jobs.results import GeneralQuestion
 from rlhf_core.nn.ensemble import RewardEnsemble, combine_scores, disagreement
 from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.padding import mark_from
@@ -40,7 +40,7 @@ class Inputs:
 
     rows: list[dict[str, Any]]
     sft_rows: Rows | None
-    asked: tuple[Question, ...]
+    asked: tuple[GeneralQuestion, ...]
     tokenizer: Any
     folders: dict[str, Path]
     start: str
@@ -93,7 +93,7 @@ def measure(
     # greedy replies and answers are decoded together: two small batches would take twice as long
     some = prompts[: job.greedy_prompts]
     asked = [
-        prompt_ids(inputs.tokenizer, [{"role": "user", "content": question.prompt}])
+        prompt_ids(inputs.tokenizer, [{"role": "user", "content": question.question}])
         for question in inputs.asked
     ]
     likeliest = sample_replies(

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from rlhf_core.evaluation.statistics import wilson_interval
+from rlhf_core.jobs.results import GeneralQuestion
 
 # How a word before the answer takes it back: "not Paris", "isn't in Paris", "never Paris".
 DENIAL = re.compile(r"\b(?:not|no|never|cannot|\w+n['’]t)(?:\s+(?:in|on|at|a|an|the|really))*\s*$")
@@ -24,20 +22,12 @@ NUMBERS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt, and the answers of which one must stand in the reply."""
-
-    prompt: str
-    answers: tuple[str, ...]
-
-
-def questions() -> tuple[Question, ...]:
+def questions() -> tuple[GeneralQuestion, ...]:
     """The set, always in this order."""
-    return tuple(Question(prompt, tuple(answers)) for prompt, *answers in _QUESTIONS)
+    return tuple(GeneralQuestion(question=text, answers=answers) for text, *answers in _QUESTIONS)
 
 
-def is_right(question: Question, reply: str) -> bool:
+def is_right(question: GeneralQuestion, reply: str) -> bool:
     """Whether the reply gives an accepted answer.
 
     An answer counts as whole words in any case, a number as digits or as a word. It does not count
@@ -57,16 +47,6 @@ def is_right(question: Question, reply: str) -> bool:
             ):
                 return True
     return False
-
-
-def mark(asked: Sequence[Question], replies: Sequence[str]) -> dict[str, Any]:
-    """Right answers of n, as a rate with its 95 % interval (Wilson)."""
-    right = sum(is_right(q, reply) for q, reply in zip(asked, replies, strict=True))
-    low, high = wilson_interval(right, len(asked))
-    return {
-        "right": right, "n": len(asked), "rate": right / max(1, len(asked)), "low": low,
-        "high": high,
-    }  # fmt: skip
 
 
 def _spellings(answers: Sequence[str]) -> list[str]:

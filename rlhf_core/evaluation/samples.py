@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.evaluation.questions import Question
 from rlhf_core.evaluation.scored import Scored
+from rlhf_core.jobs.results import GeneralQuestion
 
 
 def write_samples(
@@ -34,7 +34,7 @@ def write_samples(
 
 def write_answers(
     path: Path,
-    asked: Sequence[Question],
+    asked: Sequence[GeneralQuestion],
     texts: Mapping[str, Sequence[str]],
     right: Mapping[str, Sequence[bool]],
 ) -> None:
@@ -43,7 +43,7 @@ def write_answers(
         path,
         (
             {
-                "question": question.prompt, "answers": question.answers,
+                "question": question.question, "answers": question.answers,
                 **{name: replies[i] for name, replies in texts.items()},
                 "right": {name: marks[i] for name, marks in right.items()},
             }

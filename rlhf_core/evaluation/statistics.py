@@ -48,11 +48,5 @@ def wilson_interval(successes: float, n: int, z: float = 1.959964) -> tuple[floa
 
 def accuracy(margins: Sequence[float]) -> dict[str, float]:
     """Share of pairs with a positive margin (ties count half), its 95 % interval, and n."""
-    wins = sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins)
-    low, high = wilson_interval(wins, len(margins))
-    return {
-        "accuracy": wins / len(margins) if margins else 0.5,
-        "low": low,
-        "high": high,
-        "n": len(margins),
-    }
+    found = rate(wins(margins, [0.0] * len(margins)))
+    return {"accuracy": found.pop("rate"), **found}

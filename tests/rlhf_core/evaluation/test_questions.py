@@ -2,12 +2,13 @@
 
 import pytest
 
-from rlhf_core.evaluation.questions import Question, is_right, mark, questions
+from rlhf_core.evaluation.questions import is_right, questions
+from rlhf_core.jobs.results import GeneralQuestion
 
-CAPITAL = Question("What is the capital of France?", ("Paris",))
-DAYS = Question("How many days are in a week?", ("7",))
-COLOUR = Question("What colour is grass?", ("green",))
-ICE = Question("What is frozen water called?", ("ice",))
+CAPITAL = GeneralQuestion(question="What is the capital of France?", answers=("Paris",))
+DAYS = GeneralQuestion(question="How many days are in a week?", answers=("7",))
+COLOUR = GeneralQuestion(question="What colour is grass?", answers=("green",))
+ICE = GeneralQuestion(question="What is frozen water called?", answers=("ice",))
 
 
 @pytest.mark.parametrize(
@@ -57,14 +58,6 @@ def test_a_denial_of_one_mention_leaves_another():
 
 def test_the_set_has_forty_different_questions_that_do_not_hold_their_answer():
     asked = questions()
-    assert len({q.prompt for q in asked}) == len(asked) == 40
-    assert [q.prompt for q in asked if is_right(q, q.prompt)] == []
+    assert len({q.question for q in asked}) == len(asked) == 40
+    assert [q.question for q in asked if is_right(q, q.question)] == []
     assert all(is_right(q, f"It is {answer}.") for q in asked for answer in q.answers)
-
-
-def test_the_mark_is_a_rate_with_its_interval():
-    asked = [CAPITAL, DAYS, COLOUR, ICE]
-    found = mark(asked, ["Paris.", "seven", "red", "nice"])
-    assert (found["right"], found["n"], found["rate"]) == (2, 4, 0.5)
-    # Wilson: (0.5 + z²/8 ± z sqrt(1/16 + z²/64)) / (1 + z²/4) with z = 1.96
-    assert (round(found["low"], 3), round(found["high"], 3)) == (0.15, 0.85)
