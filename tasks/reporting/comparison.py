@@ -19,6 +19,7 @@ from tasks.reporting.price_list import GROUPS, cell, part_of
 
 NOT_COMPARED = {"name", "store", "author", "preset", "launcher", "tracking", "gpu_hour_price"}
 """Settings that change neither results nor times."""
+SHOWN = 8  # prompts with their replies
 
 Rows = list[list[str]]
 
@@ -48,12 +49,8 @@ def compare(store: Store, runs: Sequence[PastRun]) -> list[Section]:
     return [section for section in found if len(section.rows) > 1]
 
 
-def page_of(store: Store, runs: Sequence[PastRun], shown: int = 8) -> str:
-    """The comparison in Markdown, with curves over each other and replies to the same prompts.
-
-    Args:
-        shown: number of prompts.
-    """
+def page_of(store: Store, runs: Sequence[PastRun]) -> str:
+    """The comparison in Markdown, with curves over each other and replies to the same prompts."""
     parts = ["# Comparison"]
     for section in compare(store, runs):
         parts += [f"## {section.title}", table(section.rows), section.note]
@@ -63,7 +60,7 @@ def page_of(store: Store, runs: Sequence[PastRun], shown: int = 8) -> str:
     }
     if curves := overlay(metrics):
         parts += ["## Curves", f"![training curves]({embedded(curves, 'png')})"]
-    if replies := _replies(runs, [samples_of(store, run) for run in runs])[:shown]:
+    if replies := _replies(runs, [samples_of(store, run) for run in runs])[:SHOWN]:
         names = {run.id: run.id for run in runs}
         parts += ["## Replies to the same prompts"]
         parts += [sample_table(sample, names) for sample in replies]

@@ -13,14 +13,10 @@ from tasks.events import table_cell
 IMAGES = ("data:image/png;base64,", "data:image/svg+xml;base64,")
 
 
-def table(rows: Sequence[Sequence[str]], right: bool = True) -> str:
-    """A table, its heads first; texts are escaped.
-
-    Args:
-        right: whether all columns but the first are right-aligned.
-    """
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A table, its heads first; texts are escaped. All columns but the first are right-aligned."""
     heads, *body = [[table_cell(text) if text else "" for text in row] for row in rows]
-    rule = ["---", *["---:" if right else "---"] * (len(heads) - 1)]
+    rule = ["---", *["---:"] * (len(heads) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, rule, *body))
 
 
