@@ -102,9 +102,9 @@ class Selection:
             yield step
 
     def _impatient(self, step: int) -> bool:
-        """Whether the stage ends after so many steps."""
-        patience = self.job.patience
-        if patience is None:
+        """Whether the stage ends after so many steps; decided after each evaluation."""
+        patience, every = self.job.patience, self.job.eval_every
+        if patience is None or every is None or step % every:
             return False
         since = self.criterion.since_best(self.context.read_metrics()) if self.context.main else 0
         since = self.group.broadcast(since)
@@ -114,16 +114,19 @@ class Selection:
             )
         return bool(since >= patience)
 
+    def _is_due(self, step: int, total: int) -> bool:
+        """Whether there is an evaluation after a step (from 1)."""
+        every = self.job.eval_every
+        return every is not None and (step % every == 0 or step == total)
+
     def measure(self, step: int, total: int, evaluate: Evaluate) -> Mapping[str, float]:
         """The evaluation after a step (from 1) if one is due, else nothing."""
-        every = self.job.eval_every
-        due = every is not None and (step % every == 0 or step == total)
-        return evaluate() if due else {}
+        return evaluate() if self._is_due(step, total) else {}
 
-    def keep(self, step: int) -> None:
+    def keep(self, step: int, total: int) -> None:
         """Keep the weights of a step (from 1) whose metrics are logged, if it has the best
         evaluation so far."""
-        if self.job.selects:
+        if self.job.selects and self._is_due(step, total):  # reading all lines takes time
             lines = self.context.read_metrics() if self.context.main else []
             best = self.criterion.best(lines)
             if self.group.broadcast(best is not None and best["step"] == step):
@@ -143,7 +146,7 @@ class Selection:
         """
         found = self.measure(step, total, evaluate)
         self.context.log_metrics(step, total, {**metrics, **found})
-        self.keep(step)
+        self.keep(step, total)
         self.checkpointer.after_step(step, total)
 
     def heldout(self, total: int, evaluate: Evaluate) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def report_and_save(
         warn_of_openings(job, context)
 
     stop_if_collapsed(job, stage.checkpointer, partial(whole_policy, stage))
-    stage.selection.keep(step + 1)
+    stage.selection.keep(step + 1, job.steps)
     stage.checkpointer.after_step(step + 1, job.steps)
 
 

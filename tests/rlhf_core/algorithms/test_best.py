@@ -38,9 +38,9 @@ def kept(monkeypatch):
     """Step -> the weights after it, of the stage that runs here."""
     found, keep = {}, Selection.keep
 
-    def watched(self, step):
+    def watched(self, step, total):
         found[step] = {k: v.numpy() for k, v in self.checkpointer.strategy.weights().items()}
-        keep(self, step)
+        keep(self, step, total)
 
     monkeypatch.setattr(Selection, "keep", watched)
     return found

@@ -101,6 +101,17 @@ def test_evaluation_is_due_every_n_steps_and_at_the_end(made):
     assert due == [False, True, False, True, True]
 
 
+def test_steps_between_evaluations_read_no_metrics_and_exchange_nothing(made):
+    selection, _ = made(evaluations(REWARDS, KLS), patience=9)
+    kept, exchanged = [], []
+    selection.checkpointer.keep_best = lambda: kept.append(True)
+    selection.group.broadcast = lambda value: exchanged.append(value) or value
+    assert list(selection.steps(1, 4)) == [1, 2, 3]
+    for step in range(1, 5):
+        selection.keep(step, 100)
+    assert exchanged == [2, False, True] and kept == [True], "after steps 2 and 4"
+
+
 def test_nothing_to_evaluate_on_is_said_before_the_first_step(made):
     selection, _ = made([])
     with pytest.raises(DataError, match=r"ppo.eval_every is 2, but .* raise heldout_fraction"):
