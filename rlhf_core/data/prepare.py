@@ -176,10 +176,16 @@ def _deduplicate(
         hashes.close()
     card.dropped = {reason: count for reason, count in dropped.items() if count}
     card.bad = dict(bad)
-    # Each batch has few notes; a file with endless names has others in each batch.
-    shown = notes.most_common(2 * MAX_NOTES)
-    further = sum(notes.values()) - sum(count for _, count in shown)
-    card.notes = dict(shown) | ({FURTHER: notes[FURTHER] + further} if further else {})
+    card.notes = few_notes(notes)
+
+
+def few_notes(notes: Counter[str]) -> dict[str, int]:
+    """The most common notes, the others together: each batch has few of them, but a file with
+    endless names has others in each batch."""
+    shown = Counter({note: count for note, count in notes.items() if note != FURTHER})
+    few = dict(shown.most_common(2 * MAX_NOTES))
+    further = sum(notes.values()) - sum(few.values())
+    return few | ({FURTHER: further} if further else {})
 
 
 def _write(

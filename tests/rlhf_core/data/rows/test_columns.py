@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from rlhf_core.data.check import check_source
-from rlhf_core.data.rows.columns import Rules
+from rlhf_core.data.prepare import few_notes
+from rlhf_core.data.rows.columns import FURTHER, Rules
 from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import BadRow
 from rlhf_core.errors import DataError
@@ -154,6 +156,8 @@ def test_notes_of_endless_names_stay_few():
     for number in range(500):
         normalise({**TALK, f"name_{number}_x": "y"}, "messages", "sft", rules)
     assert len(rules.notes) < 110 and sum(rules.notes.values()) == 500
+    whole = few_notes(Counter({FURTHER: 1} | {f"name {number}": 2 for number in range(300)}))
+    assert len(whole) == 201 and whole[FURTHER] == 2 * 100 + 1, "each row counts once"
 
 
 @pytest.mark.parametrize(
