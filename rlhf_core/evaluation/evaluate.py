@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from rlhf_core.data.dataset.reading import Rows
-from rlhf_core.data.dataset.writer import prompt_text as first_turns
+from rlhf_core.data.dataset.writer import prompt_text
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.data.overlap.datasets import contamination
 from rlhf_core.errors import DataError
@@ -67,7 +67,7 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
         result["judge"] = {"model": job.judge_endpoint.model, **judge.counts}
         context.log(f"{job.judge_endpoint.model} prefers the policy's reply on {mean(won):.0%}")
     data = {name: context.store.fetch(digest) for name, digest in job.training_data().items()}
-    measured = {"prompts": [first_turns(row["prompt"]) for row in inputs.rows]}
+    measured = {"prompts": [prompt_text(row["prompt"]) for row in inputs.rows]}
     measured |= {"questions": [q.question for q in inputs.asked]} if inputs.asked else {}
     result["contamination"] = contamination(measured, data, inputs.tokenizer)
     folder = context.scratch("result")

@@ -49,7 +49,7 @@ class Scorer:
         log: Callable[[str], None],
     ) -> None:
         self.rows, self.tokenizer = rows, tokenizer
-        self.prompts = [prompt_text(row["prompt"]) for row in rows]
+        self.prompts = [shown_prompt(row["prompt"]) for row in rows]
         self.judge = None if job.judge == "none" else get_judge(job.judge)
         self.rules = RuleRewards(job.rewards, job.seed, log) if job.rewards else None
 
@@ -60,7 +60,9 @@ class Scorer:
         rewards = {"reward": measured.rewards, "disagreement": measured.disagreement}
         if self.rules is not None:
             rows = self.rows[: len(texts)]
-            rewards |= self.rules.score(rows, texts, replies, measured.rewards)
+            # with the space around them, as in training
+            whole = [self.tokenizer.decode(r.ids, skip_special_tokens=True) for r in replies]
+            rewards |= self.rules.score(rows, whole, replies, measured.rewards)
         columns: dict[str, Sequence[float]] = {
             **rewards,
             "gold": [] if self.judge is None else [self.judge(*pair) for pair in pairs],
@@ -74,7 +76,7 @@ class Scorer:
         return Scored(measured, texts, {name: v for name, v in columns.items() if len(v)})
 
 
-def prompt_text(messages: str) -> str:
+def shown_prompt(messages: str) -> str:
     """A prompt as text for people: its only user turn, or the whole conversation."""
     turns = [m for m in json.loads(messages) if m["role"] != "system"]
     if len(turns) == 1:

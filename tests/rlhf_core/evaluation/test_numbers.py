@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.evaluation.baselines import bag_of_words_margins, length_margins
-from rlhf_core.evaluation.scored import prompt_text
+from rlhf_core.evaluation.scored import shown_prompt
 from rlhf_core.evaluation.statistics import accuracy, rate, standard_error, wilson_interval, wins
 from rlhf_core.judges.lexicon import get_judge
 from rlhf_core.stages.label import compare
@@ -85,5 +85,5 @@ def test_prompt_text_shows_a_talk_with_its_roles():
         '[{"role":"user","content":"a"},{"role":"assistant","content":"b"},'
         '{"role":"user","content":"c"}]'
     )
-    assert prompt_text(one) == "hi"
-    assert prompt_text(talk) == "user: a\nassistant: b\nuser: c"
+    assert shown_prompt(one) == "hi"
+    assert shown_prompt(talk) == "user: a\nassistant: b\nuser: c"

@@ -14,7 +14,7 @@ from rlhf_core.jobs import EvaluateJob
 from rlhf_core.rollout.replies import Reply
 
 DIGEST = "0" * 64
-WORDS = ["2", "3", "no idea", "it is 2", "你好"]
+WORDS = ["2", "3", "no idea", "it is 2", "你好", "2\n"]
 ROWS = [
     {"prompt": json.dumps([{"role": "user", "content": f"1 + {i}"}]), "answer": str(1 + i)}
     for i in (1, 2)
@@ -53,6 +53,12 @@ def test_length_penalty_counts_the_replies_tokens():
     score = Scorer(job(rewards=rules), ROWS, Tokenizer(), print)
     replies = [Reply([0, 1], -1.0, True), Reply([0], -1.0, True)]
     assert score(Measured(replies, [], kl=[0.1, 0.1])).columns["reward"] == [-0.5, 0.0]
+
+
+def test_rules_read_replies_as_in_training_with_the_space_around_them():
+    rules = ({"type": "regex", "pattern": r"\d", "mode": "fullmatch"},)
+    found = Scorer(job(rewards=rules), ROWS, Tokenizer(), print)(measured(0, 5))
+    assert found.columns["reward"] == [1.0, 0.0] and found.texts == ["2", "2"]
 
 
 def test_rule_without_its_answer_leaves_out_the_reward_and_says_so():
