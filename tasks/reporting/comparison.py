@@ -14,7 +14,7 @@ from tasks.reporting.curves import overlay, read_metrics
 from tasks.reporting.differences import unequal
 from tasks.reporting.evaluation import read_samples
 from tasks.reporting.markdown import embedded, sample_table, table
-from tasks.reporting.past import COLUMNS, PastRun, leaderboard
+from tasks.reporting.past import COLUMNS, PastRun, rewards_note
 from tasks.reporting.price_list import GROUPS, cell, part_of
 
 NOT_COMPARED = {"name", "store", "author", "preset", "launcher", "tracking", "gpu_hour_price"}
@@ -39,7 +39,7 @@ def compare(store: Store, runs: Sequence[PastRun]) -> list[Section]:
     found = [
         Section("Runs", _about(runs)),
         Section("Settings that differ", _settings(runs)),
-        Section("Evaluation", _evaluation(runs), leaderboard(runs)[1]),
+        Section("Evaluation", _evaluation(runs), _note(runs)),
         Section(
             f"Differences to {runs[0].id} on the same prompts", _differences(runs, samples),
             "95 % intervals of a paired bootstrap over the prompts that both have answered.",
@@ -119,6 +119,13 @@ def _evaluation(runs: Sequence[PastRun]) -> Rows:
         if any(values):
             rows.append([label, *(value[1] if value else "-" for value in values)])
     return rows
+
+
+def _note(runs: Sequence[PastRun]) -> str:
+    """Which of the numbers cannot be compared."""
+    alike = len({run.measured_on for run in runs if run.policy}) < 2
+    text = "Held-out prompts, sampling or judge differ: compare these numbers with care."
+    return " ".join(filter(None, ["" if alike else text, rewards_note(runs)]))
 
 
 def _differences(runs: Sequence[PastRun], samples: Sequence[dict[str, dict[str, Any]]]) -> Rows:

@@ -225,7 +225,11 @@ def leaderboard(runs: Sequence[PastRun], sort: str | None = None) -> tuple[list[
         group = [groups.get(run.id, "-")] if grouped else []
         verdict = run.record.get("verdict") or run.record.get("state") or "-"
         rows.append([run.id, str(run.record.get("name", "")), str(verdict), *cells, *group])
-    return rows, _note(runs, groups)
+    alike = (
+        "Numbers can be compared where EVAL has the same letter: the same held-out prompts, "
+        "sampling and judge."
+    )
+    return rows, " ".join(filter(None, [alike if grouped else "", rewards_note(runs)]))
 
 
 def _groups(runs: Sequence[PastRun]) -> dict[str, str]:
@@ -240,15 +244,8 @@ def _groups(runs: Sequence[PastRun]) -> dict[str, str]:
     return found
 
 
-def _note(runs: Sequence[PastRun], groups: Mapping[str, str]) -> str:
-    notes = []
-    if len(set(groups.values())) > 1:
-        notes.append(
-            "Numbers can be compared where EVAL has the same letter: the same held-out prompts, "
-            "sampling and judge."
-        )
-    if len({run.rewarded_by for run in runs if run.policy.get("reward_mean") is not None}) > 1:
-        notes.append(
-            "Rewards are those of different reward models or rules, and cannot be compared."
-        )
-    return " ".join(notes)
+def rewards_note(runs: Sequence[PastRun]) -> str:
+    """A warning if the rewards are not from the same models and rules; "" if they are."""
+    if len({run.rewarded_by for run in runs if run.policy.get("reward_mean") is not None}) < 2:
+        return ""
+    return "Rewards are those of different reward models or rules, and cannot be compared."

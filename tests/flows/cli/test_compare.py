@@ -135,6 +135,8 @@ def test_scores_of_different_judges_or_rules_are_not_subtracted(command, store):
     assert found["gold score"] == ["-", "-", "+0.200 (+0.200 to +0.200, 3 prompts)"]
     assert found["reward"] == ["-", "+0.000 (+0.000 to +0.000, 3 prompts)", "-"]
     assert "Rewards are those of different reward models or rules" in text
+    assert "Held-out prompts, sampling or judge differ" in text
+    assert "EVAL" not in text, "a column of the leaderboard alone"
 
 
 def test_page_has_curves_and_replies_and_needs_nothing_else(command, tmp_path):
