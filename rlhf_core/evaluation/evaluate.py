@@ -123,6 +123,7 @@ def measure_all(
         found[name] = measure(job, inputs, group, folder, stream, model, reference, reward)
         if reward is not None:
             context.log(f"{name}: mean score {mean(found[name].rewards):.3f}")
+        del model  # before the next one is loaded
     return found
 
 

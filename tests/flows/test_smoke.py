@@ -131,7 +131,7 @@ def test_what_stages_took_is_kept_beside_their_results(smoke):
         if name == "publish":
             continue
         work = smoke.store.stage_work(stage["key"])
-        assert 0 < work["seconds"] < stage["seconds"] < smoke.seconds, name
+        assert 0 < work["seconds"] <= stage["seconds"] < smoke.seconds, name
         assert work["started"] < work["ended"]
         assert (work["gpus"], work["device"]) == (0, "cpu")
         assert work["ranks"] == (1 if name.startswith(("model", "data")) else 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.resources
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +43,14 @@ def version(name: str) -> str:
 def languages() -> list[str]:
     """The languages of the chatterbot corpus."""
     return sorted(entry.name for entry in _root().iterdir() if entry.is_dir())
+
+
+def is_subset(subset: str) -> bool:
+    """Whether a subset is one of the built-in set; False where its package is not installed."""
+    return (
+        importlib.util.find_spec("chatterbot_corpus") is not None
+        and subset.partition(":")[0] in languages()
+    )
 
 
 def _root() -> Any:

@@ -74,7 +74,7 @@ def check_settings(settings: DataSettings, kind: str) -> None:
     if settings.split != "train":
         given["split"] = settings.split
     # A preset's subset of the built-in set stays when only the source is set.
-    if kind != "builtin" and (settings.subset or "").partition(":")[0] not in builtin.languages():
+    if kind != "builtin" and settings.subset and not builtin.is_subset(settings.subset):
         given["subset"] = settings.subset
     for name, value in given.items():
         if value:
