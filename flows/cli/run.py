@@ -189,7 +189,7 @@ def _print_summary(settings: PipelineConfig, summary: dict[str, Any], took: floa
     if summary["model"]:
         typer.echo(f"  model     {summary['model']}")
     verdict, version = summary["verdict"], summary["version"]
-    if verdict.get("state") in ("worse", "reward hacked"):
+    if verdict:
         typer.echo(f"  verdict   {verdict['state']}: {verdict['text']}")
     kept = version if version and version["state"] != "champion" else None
     if kept:

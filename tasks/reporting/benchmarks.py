@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_core.errors import ConfigError, StoreError
+from rlhf_core.errors import ConfigError
 from rlhf_core.pipeline import recipe
 from rlhf_core.store import Store
 from tasks.events import table_cell
@@ -33,10 +33,14 @@ def benchmarks_of(run: Run) -> str:
 
 
 def read(store: Store, digest: str) -> dict[str, Any]:
-    """lm_eval.json of an artifact; {} when it has none."""
+    """lm_eval.json of an artifact; {} when it has none.
+
+    Raises:
+        StoreError: the store cannot be read; without its drops a verdict would be too good.
+    """
     try:
         value = json.loads(store.read_bytes(digest, FILE))
-    except (ConfigError, StoreError, ValueError):
+    except (ConfigError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 
