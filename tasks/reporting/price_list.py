@@ -156,7 +156,7 @@ def _change(found: Mapping[str, Any], shape: Shape) -> str:
     mean, low, high = (found[key] for key in ("mean", "low", "high"))
     if shape in ("share", "rate"):
         return f"{100 * mean:+.0f} ({100 * low:+.0f} to {100 * high:+.0f}) points"
-    return f"{mean:+.3g} ({low:+.3g} to {high:+.3g})"
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def _percent(value: float) -> str:

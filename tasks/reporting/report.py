@@ -162,8 +162,9 @@ def _stages(run: Run) -> str:
 
 
 def _dropped(metrics: dict[str, Any]) -> str:
-    """How many rows of a data set were dropped, and why."""
-    counts = {k: v for k, v in metrics.items() if isinstance(v, int) and k not in ("read", "kept")}
+    """How many rows of a data set were dropped, or pairs left out, and why."""
+    kept = ("read", "kept", "pairs", "prompts")
+    counts = {k: v for k, v in metrics.items() if isinstance(v, int) and not k.endswith(kept)}
     return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
 
 

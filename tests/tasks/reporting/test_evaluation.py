@@ -22,7 +22,7 @@ def test_table_has_a_column_per_model_and_what_changed():
     )
     assert table[2] == "| **What was gained** | | | | |"
     assert (
-        "| reward | -0.210 ± 0.080 | 0.020 ± 0.090 | 1.310 ± 0.070 | +1.29 (+1.1 to +1.48) |"
+        "| reward | -0.210 ± 0.080 | 0.020 ± 0.090 | 1.310 ± 0.070 | +1.290 (+1.100 to +1.480) |"
         in (table)
     )
     cost = table[table.index("| **What it cost** | | | | |") :]
