@@ -160,12 +160,6 @@ def _render_replies(
     columns: dict[str, Any],
 ) -> Rendered:
     """A prompt with one or two replies; ``columns`` are their texts by column name."""
-    before = templates.render_prompt(tokenizer, messages)
-    reply_texts = tuple(
-        templates.render_reply(tokenizer, [*messages, {"role": "assistant", "content": reply}])[
-            -1
-        ].text
-        for reply in replies
-    )
+    before, texts = templates.render_replies(tokenizer, messages, replies)
     columns = {"prompt": dump_messages(messages), **columns}
-    return Rendered(before, columns, prompt, replies=reply_texts)
+    return Rendered(before, columns, prompt, replies=tuple(texts))

@@ -161,10 +161,24 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[Segment]:
 def render_reply(tokenizer: Any, messages: Sequence[Message]) -> list[Segment]:
     """Segments of a prompt, and as the last one the reply to it, the last message. Raises as
     `render`."""
-    before = render_prompt(tokenizer, messages[:-1])
-    prompt = "".join(segment.text for segment in before)
-    reply = generated_reply(tokenizer, facts_of(tokenizer), messages, prompt)
+    before, [reply] = render_replies(tokenizer, messages[:-1], [messages[-1]["content"]])
     return [*before, Segment(reply, True)]
+
+
+def render_replies(
+    tokenizer: Any, messages: Sequence[Message], replies: Sequence[str]
+) -> tuple[list[Segment], list[str]]:
+    """Segments of a prompt, and the text of each reply to it with its end of turn. Raises as
+    `render`."""
+    before = render_prompt(tokenizer, messages)
+    prompt, facts = "".join(segment.text for segment in before), facts_of(tokenizer)
+    texts = [
+        generated_reply(
+            tokenizer, facts, [*messages, {"role": "assistant", "content": reply}], prompt
+        )
+        for reply in replies
+    ]
+    return before, texts
 
 
 def encode_segments(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
