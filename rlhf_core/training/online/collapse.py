@@ -12,7 +12,6 @@ from torch import Tensor
 from rlhf_core.errors import PolicyCollapse, StoreError
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.runtime import candidates
-from rlhf_core.runtime.context import StageContext
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.nonfinite import UPLOAD_SECONDS
 
@@ -126,14 +125,19 @@ def _means(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: sum(line[name] for line in lines) / len(lines) for name in names}
 
 
-def warn_of_openings(job: OnlineJob, context: StageContext) -> None:
-    """Say it once when the replies begin to open alike. Rank 0, after the step's metrics are
-    logged."""
-    window, lines = min(job.collapse_window, job.steps), context.read_metrics()
+def warn_of_openings(
+    job: OnlineJob, lines: Sequence[dict[str, Any]], log: Callable[[str], None]
+) -> None:
+    """Say it once when the replies begin to open alike.
+
+    Args:
+        lines: metrics of the rollouts so far, that of the last step included.
+    """
+    window = min(job.collapse_window, job.steps)
     before, now = (opens_alike(part, window) for part in (lines[:-1], lines))
     if now and not before:
         share = watched(lines, window)["top_opening"]
-        context.log(
+        log(
             f"WARNING: {share:.0%} of the replies of the last {window} rollouts begin with the "
             "same three tokens, twice as many as at first: the policy may be exploiting its "
             f"rewards. Look at the samples; raise {job.algorithm}.kl_coef, or set "
@@ -151,11 +155,15 @@ def opens_alike(lines: Sequence[dict[str, Any]], window: int) -> bool:
 
 
 def stop_if_collapsed(
-    job: OnlineJob, checkpointer: Checkpointer, whole_policy: Callable[[], Save]
+    job: OnlineJob,
+    checkpointer: Checkpointer,
+    whole_policy: Callable[[], Save],
+    lines: Sequence[dict[str, Any]],
 ) -> None:
     """Every rank calls, after the step's metrics are logged.
 
     Args:
+        lines: metrics of the rollouts so far, on rank 0.
         whole_policy: called by every rank when the policy has collapsed; gives what writes it with
             some checkpoint's weights into a folder.
 
@@ -163,8 +171,8 @@ def stop_if_collapsed(
         PolicyCollapse: the last rollouts exceed a bound. The newest checkpoint from before them is
             published as a candidate, not as the stage's result (see `candidates`).
     """
-    context, group = checkpointer.context, checkpointer.strategy.group
-    found = group.broadcast(find_collapse(job, context.read_metrics()) if context.main else None)
+    group = checkpointer.strategy.group
+    found = group.broadcast(find_collapse(job, lines) if checkpointer.context.main else None)
     if found is None:
         return
     save = whole_policy()

@@ -43,9 +43,9 @@ def report_and_save(
     context.log_metrics(step + 1, job.steps, metrics)
     if context.main:
         context.log_samples(step + 1, some_samples(stage.models.tokenizer, experience))
-        warn_of_openings(job, context)
-
-    stop_if_collapsed(job, stage.checkpointer, partial(whole_policy, stage))
+    lines = context.read_metrics() if context.main else []
+    warn_of_openings(job, lines, context.log)
+    stop_if_collapsed(job, stage.checkpointer, partial(whole_policy, stage), lines)
     stage.selection.keep(step + 1, job.steps)
     stage.checkpointer.after_step(step + 1, job.steps)
 

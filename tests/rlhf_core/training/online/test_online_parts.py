@@ -1,7 +1,5 @@
 """Parts of online algorithms that need no ranks: reference, bounds of the collapse, repetition."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from pydantic import ValidationError
@@ -101,8 +99,7 @@ def test_openings_that_become_alike_are_said_once(shares, said):
     lines = rollouts(top_opening=shares)
     for last in range(1, len(lines) + 1):
         heard = []
-        context = SimpleNamespace(read_metrics=lambda n=last: lines[:n], log=heard.append)
-        warn_of_openings(strict(), context)
+        warn_of_openings(strict(), lines[:last], heard.append)
         assert bool(heard) == (last in said)
         assert all("53% of the replies of the last 3 rollouts begin" in text for text in heard)
 
