@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_core.errors import ConfigError
 from rlhf_core.pipeline import recipe
-from rlhf_core.store import Store
 from tasks.events import table_cell
 from tasks.reporting.contamination import contamination
+from tasks.reporting.files import read_json
 from tasks.run import Run
 
 STAGE = "lm_eval"
@@ -29,20 +27,9 @@ def benchmarks_of(run: Run) -> str:
     digest = benchmarks_digest(run)
     if digest is None:
         return ""
-    return Benchmarks(read(run.store, digest), recipe.policy_label(run.config)).markdown()
-
-
-def read(store: Store, digest: str) -> dict[str, Any]:
-    """lm_eval.json of an artifact; {} when it has none.
-
-    Raises:
-        StoreError: the store cannot be read; without its drops a verdict would be too good.
-    """
-    try:
-        value = json.loads(store.read_bytes(digest, FILE))
-    except (ConfigError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return Benchmarks(
+        read_json(run.store, digest, FILE), recipe.policy_label(run.config)
+    ).markdown()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,12 @@ class Section:
 
 def compare(store: Store, runs: Sequence[PastRun]) -> list[Section]:
     """The tables of a comparison; those without a row are left out."""
-    samples = [samples_of(store, run) for run in runs]
+    return _sections(runs, [samples_of(store, run) for run in runs])
+
+
+def _sections(
+    runs: Sequence[PastRun], samples: Sequence[dict[str, dict[str, Any]]]
+) -> list[Section]:
     found = [
         Section("Runs", _about(runs)),
         Section("Settings that differ", _settings(runs)),
@@ -52,7 +57,8 @@ def compare(store: Store, runs: Sequence[PastRun]) -> list[Section]:
 def page_of(store: Store, runs: Sequence[PastRun]) -> str:
     """The comparison in Markdown, with curves over each other and replies to the same prompts."""
     parts = ["# Comparison"]
-    for section in compare(store, runs):
+    samples = [samples_of(store, run) for run in runs]
+    for section in _sections(runs, samples):
         parts += [f"## {section.title}", table(section.rows), section.note]
     metrics = {
         run.id: {name: read_metrics(store, r.digest) for name, r in run.stages.items()}
@@ -60,7 +66,7 @@ def page_of(store: Store, runs: Sequence[PastRun]) -> str:
     }
     if curves := overlay(metrics):
         parts += ["## Curves", f"![training curves]({embedded(curves, 'png')})"]
-    if replies := _replies(runs, [samples_of(store, run) for run in runs])[:SHOWN]:
+    if replies := _replies(runs, samples)[:SHOWN]:
         names = {run.id: run.id for run in runs}
         parts += ["## Replies to the same prompts"]
         parts += [sample_table(sample, names) for sample in replies]

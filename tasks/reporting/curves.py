@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.pipeline.recipe import display_name
 from rlhf_core.store import Store
+from tasks.reporting.files import read_lines
 
 Lines = Sequence[Mapping[str, Any]]
 Points = list[tuple[float, float]]
@@ -124,12 +123,8 @@ def _plot(axes: Any, points: Points, colour: str, label: str, *, many: bool) -> 
 
 
 def read_metrics(store: Store, digest: str) -> list[dict[str, Any]]:
-    """The lines of an artifact's metrics.jsonl; [] when it has none."""
-    try:
-        text = store.read_bytes(digest, "metrics.jsonl").decode()
-        return [json.loads(line) for line in text.splitlines() if line]
-    except (ConfigError, StoreError, ValueError):
-        return []
+    """metrics.jsonl of an artifact; see `read_lines`."""
+    return read_lines(store, digest, "metrics.jsonl")
 
 
 def prepare() -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_core.errors import ConfigError, StoreError
 from rlhf_core.pipeline import recipe
 from rlhf_core.store import Store
-from tasks.reporting.benchmarks import benchmarks_digest
-from tasks.reporting.benchmarks import read as read_benchmarks
+from tasks.reporting.benchmarks import FILE, benchmarks_digest
+from tasks.reporting.files import read_json, read_lines
 from tasks.reporting.judges import Judge, judges_of
 from tasks.reporting.price_list import openings, price_list, sampling
 from tasks.reporting.prices import Names
@@ -22,27 +20,19 @@ JUDGES = {"reward": "the reward model", "gold": "the gold judge"}
 
 
 def read_evaluation(store: Store, digest: str) -> dict[str, Any]:
-    """evaluation.json of an artifact; {} when it has none."""
-    try:
-        value = json.loads(store.read_bytes(digest, "evaluation.json"))
-    except (ConfigError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    """evaluation.json of an artifact; see `read_json`."""
+    return read_json(store, digest, "evaluation.json")
 
 
 def read_samples(store: Store, digest: str) -> list[dict[str, Any]]:
-    """samples.jsonl of an artifact; [] when it has none."""
-    try:
-        text = store.read_bytes(digest, "samples.jsonl").decode("utf-8")
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (ConfigError, StoreError, ValueError):
-        return []
+    """samples.jsonl of an artifact; see `read_lines`."""
+    return read_lines(store, digest, "samples.jsonl")
 
 
 def evaluation_of(run: Run, digest: str) -> Evaluation:
     """An evaluation of the run, with names for its models."""
     benchmarks = benchmarks_digest(run)
-    measured = read_benchmarks(run.store, benchmarks) if benchmarks else {}
+    measured = read_json(run.store, benchmarks, FILE) if benchmarks else {}
     data, policy = read_evaluation(run.store, digest), recipe.policy_label(run.config)
     return Evaluation(data, policy, judges=judges_of(run.config), benchmarks=measured)
 
