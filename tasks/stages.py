@@ -43,7 +43,6 @@ from rlhf_core.jobs.training import HeldOutSettings
 from rlhf_core.model_files.source import fingerprint as model_fingerprint
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import reply_length
-from rlhf_core.preflight.answers import check_answers
 from rlhf_core.preflight.check import check
 from tasks.events import log_event
 from tasks.execute import run_jobs, should_retry
@@ -100,10 +99,11 @@ def _report_reuse(function: Callable[..., Any]) -> Callable[..., Any]:
 @stage("preflight")
 def preflight(config: PipelineConfig, until: str = "publish") -> None:
     """Check settings and resources before anything starts; reports all problems in one list."""
-    problems = check(config) + recipe.check_until(config, until)
+    remarks: list[str] = []
+    problems = check(config, remarks=remarks) + recipe.check_until(config, until)
     if problems:
         raise PreflightError(problems)
-    for remark in check_answers(config)[1]:
+    for remark in remarks:
         log_event(get_run_logger(), "note", "preflight", remark)
     log_event(get_run_logger(), "note", "preflight", "passed")
 

@@ -50,6 +50,7 @@ def check(
     machine: Machine | None = None,
     contact: bool = True,
     model: Mapping[str, Any] | None = None,
+    remarks: list[str] | None = None,
 ) -> list[str]:
     """All problems of a pipeline; with an empty list it can start. Takes seconds.
 
@@ -58,6 +59,7 @@ def check(
         machine: default: this machine.
         contact: False checks settings only, without files, store, hub and disk.
         model: config.json of the base model, if it cannot be read from the source.
+        remarks: what a person should know, though it is no problem, is added.
     """
     here = isinstance(config.launcher, LocalLauncher)  # else the stages run on other machines
     machine = machine or this_machine()
@@ -85,7 +87,10 @@ def check(
     if contact and here:
         problems += _check_rewards(config)
     if contact:
-        problems += check_answers(config, store)[0]
+        found, noticed = check_answers(config, store)
+        problems += found
+        if remarks is not None:
+            remarks += noticed
     if contact and here and config.evaluate.judge_endpoint is not None:
         problems += _check_judge(config.evaluate.judge_endpoint)
     if contact and config.lm_eval is not None:
