@@ -94,7 +94,7 @@ def test_waiting_stands_apart_from_work_and_counts_once_for_jobs_that_wait_toget
 
 def test_failed_attempts_are_part_of_the_time_of_a_stage(start):
     run, launcher = start("lost")
-    launcher.work, launcher.queue = 0.01, 0.3
+    launcher.work, launcher.queue = 0.01, 0.31
     with pytest.raises(JobFailed):
         execute.run_jobs(run, "sft", {"sft": job()}, LOG)
     [result] = execute.run_jobs(run, "sft", {"sft": job()}, LOG)
