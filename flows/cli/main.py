@@ -79,6 +79,7 @@ for command in (running.run, running.stage, running.submit, running.retry, runni
 
 @app.command()
 def up(
+    context: typer.Context,
     port: Annotated[int, typer.Option(help="Port of the Prefect server.")] = 4200,
     s3_port: Annotated[int, typer.Option(help="Port of the S3 server; 0 takes a free one.")] = 8333,
     no_s3: Annotated[bool, typer.Option("--no-s3", help="Keep artifacts in files.")] = False,
@@ -88,13 +89,21 @@ def up(
     """Start a whole system here: Prefect server, S3 server, two workers, the deployments."""
     from flows.cli import system
 
-    typer.echo("starting (about half a minute)")
-    started = system.up(system.Options(port, None if no_s3 else s3_port, slots, host))
+    typed = {name for name in context.params if _typed(context, name)}
+    given = {"s3_port" if name == "no_s3" else name for name in typed}
+    running = system.read() is not None
+    typer.echo("already running" if running else "starting (about half a minute)")
+    started = system.up(system.Options(port, None if no_s3 else s3_port, slots, host), given)
     typer.echo(f"  pages     {started.ui}")
     typer.echo(f"  store     {started.store}")
     typer.echo(f"  run       {started.ui}/deployments  or  rlhf submit --preset smoke")
     typer.echo(f"  logs      {system.folder()}")
     typer.echo("  stop      make down  or  rlhf down")
+
+
+def _typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command()

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ class System:
     Attributes:
         pid, started: id and start time of the supervisor; together they identify a process.
         phase: starting, ready, or failed.
+        options: of `rlhf up`, see `Options`; {} if an older version started it.
     """
 
     pid: int
@@ -50,6 +51,7 @@ class System:
     store: str = ""
     error: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def alive(self) -> bool:
         try:
@@ -98,11 +100,14 @@ class Options:
     host: str = "127.0.0.1"
 
 
-def up(options: Options) -> System:
+def up(options: Options, given: Collection[str] = ()) -> System:
     """Start the system, unless it is running, and wait until it is ready.
 
+    Args:
+        given: names of the options that the user has set.
+
     Raises:
-        ConfigError: a port is in use.
+        ConfigError: a port is in use, or a system is running with other options than given.
         StoreUnavailable: a process did not start; the message names its log.
     """
     system = read()
@@ -126,6 +131,7 @@ def up(options: Options) -> System:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
     else:
+        _refuse_other_options(system, options, given)
         process = None
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
@@ -138,6 +144,27 @@ def up(options: Options) -> System:
     failed = _last_error() or "it did not become ready in time"
     down()
     raise StoreUnavailable(f"The system did not start: {failed}\nLogs: {folder()}")
+
+
+def _refuse_other_options(system: System, options: Options, given: Collection[str]) -> None:
+    wanted = {name: value for name, value in asdict(options).items() if name in given}
+    other = [name for name, value in wanted.items() if value != system.options.get(name, value)]
+    if other:
+        raise ConfigError(
+            f"A system is running already, with {_as_flags(system.options, other)}; "
+            f"{_as_flags(wanted, other)} would change nothing. Stop it first: rlhf down. "
+            "Artifacts and the records of runs are kept."
+        )
+
+
+def _as_flags(options: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Options as they are typed."""
+    texts = []
+    for name in names:
+        value = options[name]
+        files = name == "s3_port" and value is None
+        texts.append("--no-s3" if files else f"--{name.replace('_', '-')} {value}")
+    return " ".join(texts)
 
 
 def down() -> bool:
@@ -187,7 +214,7 @@ class Supervisor:
         self.options = options
         self.services: dict[str, tuple[list[str], dict[str, str], ProcessTree]] = {}
         me = psutil.Process()
-        self.system = System(pid=me.pid, started=me.create_time())
+        self.system = System(pid=me.pid, started=me.create_time(), options=asdict(options))
 
     def run(self) -> None:
         signal.signal(signal.SIGTERM, _stop)
