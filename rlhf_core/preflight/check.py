@@ -69,10 +69,7 @@ def check(
         problems += found
     if config.new_model is None:
         problems += check_model(config.model, store, contact=contact, packages=here)
-    for source in recipe.imported_rewards(config):
-        there = ModelSettings(source=source, trust_remote_code=config.model.trust_remote_code)
-        found = check_model(there, store, contact=contact, kind="reward_model")
-        problems += [f"reward_model: {text}" for text in found]
+    problems += _check_imported_rewards(config, store, contact)
     model = model or _config_of(config, store)
     shape = _shape(model)
     wrong = recipe.problems(config)
@@ -83,9 +80,7 @@ def check(
     if contact:
         problems += _check_data_sources(config, store) + _check_tracking(config)
     if contact and here:
-        problems += _check_packages(config)
-    if contact and here:
-        problems += _check_rewards(config)
+        problems += _check_packages(config) + _check_rewards(config)
     if contact:
         found, noticed = check_answers(config, store)
         problems += found
@@ -158,6 +153,17 @@ def _check_questions(source: str) -> list[str]:
     except RLHFError as error:
         return [f"evaluate.questions: {error}"]
     return []
+
+
+def _check_imported_rewards(
+    config: PipelineConfig, store: Store | None, contact: bool
+) -> list[str]:
+    problems = []
+    for source in recipe.imported_rewards(config):
+        there = ModelSettings(source=source, trust_remote_code=config.model.trust_remote_code)
+        found = check_model(there, store, contact=contact, kind="reward_model")
+        problems += [f"reward_model: {text}" for text in found]
+    return problems
 
 
 def _check_rewards(config: PipelineConfig) -> list[str]:
