@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos demo-s3 bench bench-store bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
+.PHONY: help setup demo smoke up down test test-system test-images test-crash test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos demo-s3 bench bench-store bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -96,13 +96,16 @@ down: $(STAMP)  ## end what `make up` started
 WORKERS ?= 3
 test: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 \
-	  -m "not demo and not system and not images and not chaos and not extras and not vllm"
+	  -m "not demo and not system and not images and not chaos and not crash and not extras and not vllm"
 
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
 
 test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minutes, 3 GB)
 	@$(BIN)/python -m pytest -q -m images
+
+test-crash: $(STAMP)  ## power cuts on a disk image: what the store acknowledged is there (root; half a minute)
+	@$(BIN)/python -m pytest -q -rsP -m crash
 
 # A second environment that sees all of the first and has only the extras of its own: nothing of
 # them gets into .venv.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +23,8 @@ class Entry:
 
 
 class Backend(Protocol):
-    """A key-value store. Keys are relative posix paths. Every write is atomic.
+    """A key-value store. Keys are relative posix paths. Every write is atomic, and what `write` and
+    `create` have written outlives a power cut.
 
     All methods raise StoreError or StoreUnavailable. They may be called from several threads and,
     after a fork, from the child.
@@ -46,7 +47,13 @@ class Backend(Protocol):
         """Write a value unless the key exists; exactly one of several racing callers gets True."""
 
     def upload(self, source: Path, key: str, size: int, *, replace: bool) -> None:
-        """Write a file of ``size`` bytes. With ``replace=False`` an existing value stays."""
+        """Write a file of ``size`` bytes. With ``replace=False`` an existing value stays.
+
+        Call `settle` before anything refers to it.
+        """
+
+    def settle(self, keys: Iterable[str]) -> None:
+        """Return when uploads to these keys, and deletions of them, outlive a power cut."""
 
     def download(self, key: str, destination: Path, size: int) -> str | None:
         """Copy the value into a file, which is not atomic.

@@ -14,6 +14,7 @@ from rlhf_core.errors import ArtifactCorrupt, ConfigError, StoreError
 from rlhf_core.store.artifact import FileEntry
 from rlhf_core.store.backend import Backend
 from rlhf_core.store.local import file_errors, hash_file
+from rlhf_core.system.durable import sync_file
 
 DOWNLOAD_TRIES = 3
 _PART = re.compile(r"\.[0-9a-f]{32}\.part")
@@ -112,6 +113,7 @@ def download_blob(backend: Backend, entry: FileEntry, target: Path, owner: str) 
                 if sha256 is not None:
                     found = blob_problem(entry, part.stat().st_size, sha256)
                     if not found:
+                        sync_file(part)
                         os.replace(part, target)
                         return
     finally:

@@ -19,6 +19,7 @@ from rlhf_core.store.cache import evict, locked, mark_in_use
 from rlhf_core.store.local import file_errors, hash_file, require_space
 from rlhf_core.store.parallel import FILES_AT_ONCE, in_parallel
 from rlhf_core.store.settings import read_settings
+from rlhf_core.system.durable import sync_folders, sync_tree, write_whole
 from rlhf_core.system.home import rlhf_home
 
 
@@ -118,11 +119,13 @@ def _fill(backend: Backend, artifact: Artifact, folder: Path, stamps: Mapping[st
         download_blob(backend, entry, folder / entry.path, artifact.ref)
 
     in_parallel(fetch, todo, FILES_AT_ONCE)
+    sync_tree(folder)
 
 
 def _move(part: Path, folder: Path, artifact: Artifact) -> None:
     try:
         os.rename(part, folder)
+        sync_folders([folder.parent])
     except OSError:
         # Without working locks another process may have been faster.
         if not _contains(folder, artifact):
@@ -169,6 +172,4 @@ def _write_stamps(path: Path, folder: Path, artifact: Artifact) -> None:
     for entry in artifact.files:
         info = (folder / entry.path).stat()
         stamps[entry.path] = [info.st_size, info.st_mtime_ns]
-    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
-    temporary.write_text(json.dumps(stamps))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(stamps).encode())

@@ -1,4 +1,8 @@
-"""The backend for a local or mounted file system."""
+"""The backend for a local or mounted file system.
+
+Bytes are on the disk before a file gets its name. Its name is on the disk when `write` and `create`
+return; after `upload` it takes `settle`, which syncs the folders of many files at once.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_core.errors import StoreError, StoreUnavailable
 from rlhf_core.store.backend import Entry
+from rlhf_core.system.durable import sync_file, sync_folders
 
 CHUNK = 8 * 2**20
 TMP = ".tmp"
@@ -100,20 +105,33 @@ class LocalBackend:
     def write(self, key: str, data: bytes) -> None:
         with file_errors(self.root), self._temporary() as temporary:
             temporary.write_bytes(data)
+            sync_file(temporary)
             self._move(temporary, self.root / key)
+            self.settle([key])
 
     def create(self, key: str, data: bytes) -> bool:
         with file_errors(self.root), self._temporary() as temporary:
             temporary.write_bytes(data)
-            return self._move_new(temporary, self.root / key)
+            sync_file(temporary)
+            created = self._move_new(temporary, self.root / key)
+            self.settle([key])
+            return created
 
     def upload(self, source: Path, key: str, size: int, *, replace: bool) -> None:
         with file_errors(self.root), self._temporary() as temporary:
             shutil.copyfile(source, temporary, follow_symlinks=False)
+            sync_file(temporary)
             if replace:
                 self._move(temporary, self.root / key)
             else:
                 self._move_new(temporary, self.root / key)
+
+    def settle(self, keys: Iterable[str]) -> None:
+        folders = {folder for key in keys for folder in (self.root / key).parents}
+        # The innermost first: the sync of one writes what waits of the others, as a rule.
+        below = [f for f in folders if f == self.base or self.base in f.parents]
+        with file_errors(self.root):
+            sync_folders([*sorted(below, reverse=True), self.base.parent])
 
     def download(self, key: str, destination: Path, size: int) -> str | None:
         with file_errors(destination):

@@ -107,6 +107,8 @@ def _commit_new(backend: Backend, artifact: Artifact) -> Artifact | None:
             + "; ".join(missing)
             + "; publish again, and take entries only from artifacts of this store"
         )
+    # Those of other writers too: one may have uploaded a file and not have settled it yet.
+    backend.settle(blob_key(entry.sha256) for entry in artifact.files)
     key = manifest_key(artifact.kind, artifact.digest)
     return artifact if backend.create(key, dump_manifest(artifact)) else None
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ class S3Backend:
                     self._put(key, body, replace=replace)
             else:
                 self._upload_parts(file.fileno(), key, size, replace)
+
+    def settle(self, keys: Iterable[str]) -> None:
+        """Nothing to do: a server's reply promises as much as the server can hold."""
 
     def download(self, key: str, destination: Path, size: int) -> str | None:
         with file_errors(destination):
