@@ -5,11 +5,14 @@
     python -m rlhf_core.store.s3.seaweed FOLDER COMMAND [ARGUMENT ...]
 
 Data and keys stay in FOLDER, so that the same command continues with them.
+
+SeaweedFS is several servers, and only S3 asks for keys by itself: whoever reaches another port
+could read and write every file. Here those ports answer nobody but the server itself: HTTP of
+master and filer is off, the volume server wants a token, and gRPC a certificate (mutual TLS).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import signal
@@ -23,12 +26,17 @@ from pathlib import Path
 from types import FrameType
 
 from rlhf_core.errors import ConfigError, RLHFError, StoreUnavailable
+from rlhf_core.store.s3.seaweed_keys import access_keys, grpc_certificate
 from rlhf_core.system.ports import free_ports
+from rlhf_core.system.private import close_folder
 
 BUCKET = "rlhf"
 START_SECONDS = 60
 # Settings of another store that the command must not inherit.
 _OTHERS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RLHF_STORE_PROFILE", "RLHF_STORE_PATH_STYLE")
+# Its security.toml as environment variables (`weed scaffold -config=security`).
+_TOKENS = ("JWT_SIGNING", "JWT_SIGNING_READ", "JWT_FILER_SIGNING", "JWT_FILER_SIGNING_READ")
+_GRPC = ("MASTER", "VOLUME", "FILER", "S3", "ADMIN", "WORKER", "CLIENT")
 
 
 class Seaweed:
@@ -47,8 +55,12 @@ class Seaweed:
     ) -> None:
         self.folder = folder
         self.bucket = bucket
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-        self.keys = keys or _keys(folder / "keys.json")
+        close_folder(folder)
+        (folder / "data").mkdir(exist_ok=True)
+        self.keys = keys or access_keys(folder / "keys.json")
+        self._certificate = grpc_certificate(folder / "grpc.pem")
+        # Of this start only: it hands them out to itself.
+        self._tokens = {f"WEED_{name}_KEY": secrets.token_hex(32) for name in _TOKENS}
         first, *rest = free_ports(10)
         self._port = port or first
         self._others = rest
@@ -76,7 +88,7 @@ class Seaweed:
             "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-webdav=false",
             "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
             "-s3.autoCreateBucket=false", f"-bucket={self.bucket}", f"-s3.port={self._port}",
-            f"-s3.localSocket={self.folder / 's3.sock'}",
+            "-disableHttp", f"-s3.localSocket={self.folder / 's3.sock'}",
             *(f"-{name}={port}" for name, port in zip(names, self._others, strict=True)),
         ]  # fmt: skip
 
@@ -84,8 +96,12 @@ class Seaweed:
     def environment(self) -> dict[str, str]:
         """Environment variables for the server."""
         # Without a limit its memory grew to 4.5 GB under parallel transfers.
-        home = str(self.folder)
-        return {**self.keys, "HOME": home, "TMPDIR": home, "GOMEMLIMIT": "1GiB"}
+        home, pem = str(self.folder), str(self._certificate)
+        certificates = {f"WEED_GRPC_{n}_{part}": pem for n in _GRPC for part in ("CERT", "KEY")}
+        return {
+            **self.keys, **self._tokens, **certificates, "WEED_GRPC_CA": pem,
+            "HOME": home, "TMPDIR": home, "GOMEMLIMIT": "1GiB",
+        }  # fmt: skip
 
     @property
     def client_environment(self) -> dict[str, str]:
@@ -167,19 +183,6 @@ def _listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _keys(path: Path) -> dict[str, str]:
-    """The server's keys, created on first use, readable by this user only."""
-    if not path.exists():
-        path.touch(mode=0o600)
-        made = {
-            "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
-            "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
-        }
-        path.write_text(json.dumps(made))
-    keys: dict[str, str] = json.loads(path.read_text())
-    return keys
 
 
 def run_beside(folder: Path, command: Sequence[str]) -> int:
