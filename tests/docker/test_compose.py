@@ -143,7 +143,7 @@ def test_s3_server_is_started_as_by_rlhf_up(tmp_path: Path) -> None:
 
 
 def test_servers_of_compose_and_of_rlhf_up_have_the_same_settings() -> None:
-    text = (ROOT / "flows/cli/system.py").read_text()
+    text = (ROOT / "flows/cli/supervisor.py").read_text()
     both = {**SERVICES["server"]["environment"], **SERVICES["control"]["environment"]}
     for name in re.findall(r'"(PREFECT_(?:SERVER_C|SERVER_E|FLOWS|WORKER)\w+)"', text):
         assert name in both, name

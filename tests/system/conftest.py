@@ -143,7 +143,7 @@ class System:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """The supervisor sleeps: what is killed meanwhile stays away."""
-        [supervisor] = self.processes("flows.cli.system")
+        [supervisor] = self.processes("flows.cli.supervisor")
         supervisor.send_signal(signal.SIGSTOP)
         try:
             yield

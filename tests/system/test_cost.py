@@ -42,8 +42,9 @@ def test_idle_control_worker_stays_under_250_megabytes(system):
     [worker] = system.processes("worker start", "--pool control")
     used = worker.memory_info().rss / 1e6
     for name, words in (
-        ("server", ["server start"]), ("S3 server", ["weed"]), ("supervisor", ["flows.cli.system"]),
-        ("control worker", ["--pool control"]), ("gpu worker", ["--pool gpu"]),
+        ("server", ["server start"]), ("S3 server", ["weed"]),
+        ("supervisor", ["flows.cli.supervisor"]), ("control worker", ["--pool control"]),
+        ("gpu worker", ["--pool gpu"]),
     ):  # fmt: skip
         rss = sum(p.memory_info().rss for p in system.processes(*words)) / 1e6
         print(f"{name}: {rss:.0f} MB")
