@@ -63,8 +63,7 @@ def shrink(store: Store, job: Job, error: JobFailed) -> JobFailed:
 
 def forget(store: Store, job: Job) -> None:
     """Remove the record of a stage that has finished."""
-    if _record(store, job) is not None:
-        store.delete_record(_path(job))
+    store.delete_record(_path(job))
 
 
 def _path(job: Job) -> str:

@@ -39,19 +39,31 @@ def list_models(
     """List the versions: champions, candidates and archived ones."""
     import json
 
+    from rlhf_core.errors import ArtifactCorrupt
     from rlhf_core.store import registry
 
     opened = open_now(store)
-    names = registry.model_names(opened) if name is None else [name]
-    found = [registry.read_model(opened, each) for each in names]
+    found, damaged = [], []
+    for each in registry.model_names(opened) if name is None else [name]:
+        try:
+            found.append(registry.read_model(opened, each))
+        except ArtifactCorrupt as error:
+            damaged.append(str(error))
     lines = [line for model in found for line in _described(opened, model)]
     if as_json:
         for line in lines:
             typer.echo(json.dumps(line, ensure_ascii=False))
-        return
-    if not lines:
+    elif lines:
+        _print_versions(lines)
+    elif not damaged:
         typer.echo(f"No models in {opened.url}; `rlhf run --preset demo` makes one.")
-        return
+    for text in damaged:
+        typer.echo(f"Error: {text}", err=True)
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _print_versions(lines: list[dict[str, Any]]) -> None:
     rows = [["NAME", "VERSION", "STATE", "DIGEST", "SINCE (UTC)", "RUN", "METRICS", "REASON"]]
     rows += [
         [line["name"], str(line["version"]), line["state"], line["digest"][:12],

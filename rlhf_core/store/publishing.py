@@ -114,9 +114,15 @@ def _commit_new(backend: Backend, artifact: Artifact) -> Artifact | None:
 
 
 def _renew(backend: Backend, artifact: Artifact) -> Artifact:
-    """The artifact that was published earlier, rewritten so that a collector sees it as new."""
+    """The artifact that was published earlier, rewritten so that a collector sees it as new. A
+    damaged manifest is replaced.
+    """
     key = manifest_key(artifact.kind, artifact.digest)
     data = backend.read(key) or dump_manifest(artifact)
-    earlier = parse_manifest(data, key, artifact.digest)
+    try:
+        earlier = parse_manifest(data, key, artifact.digest)
+    except ArtifactCorrupt as error:
+        log.warning("replaced: %s", error)
+        earlier, data = artifact, dump_manifest(artifact)
     backend.write(key, data)
     return earlier

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from rlhf_core.errors import ArtifactCorrupt, ConfigError
 from rlhf_core.store.artifact import check_path, plain_json
 from rlhf_core.store.backend import Backend
+
+log = logging.getLogger("rlhf_core.store")
 
 _RESERVED = {"blobs", "artifacts", "leases", "gc", ".tmp"}
 
@@ -34,23 +37,29 @@ def write_record(backend: Backend, path: str, value: Mapping[str, Any], create: 
     return True
 
 
-def read_record(backend: Backend, path: str) -> dict[str, Any] | None:
+def read_record(backend: Backend, path: str, strict: bool = False) -> dict[str, Any] | None:
     """See `Store.read_record`."""
     data = backend.read(record_key(path))
     if data is None:
         return None
+    value, problem = parse_record(data)
+    if not problem:
+        return value
+    if strict:
+        raise ArtifactCorrupt(f"record {path} in {backend.url} cannot be read: {problem}")
+    log.warning("record %s in %s counts as not there: %s", path, backend.url, problem)
+    return None
+
+
+def parse_record(data: bytes) -> tuple[dict[str, Any], str]:
+    """The value of a record, and why it cannot be read; "" if it can."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ArtifactCorrupt(
-            f"record {path} in {backend.url} is not JSON ({error}); delete it and write it again"
-        ) from error
+        return {}, "it is empty" if not data else f"it is not JSON ({error})"
     if not isinstance(value, dict):
-        raise ArtifactCorrupt(
-            f"record {path} in {backend.url} holds a {type(value).__name__} instead of an object; "
-            "delete it and write it again"
-        )
-    return value
+        return {}, f"it holds a {type(value).__name__} instead of an object"
+    return value, ""
 
 
 def list_records(backend: Backend, prefix: str) -> list[str]:

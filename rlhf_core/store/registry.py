@@ -7,6 +7,8 @@ The state follows from the transitions in their order. A writer reads the log to
 and creates the record with the next number; if another writer was faster, it reads and decides
 again. So concurrent transitions are ordered without clocks, and a killed writer leaves a complete
 record or none. Each record names the champion after it, so most readers read only the last one.
+It also has the champion's order among those of all names: one more than the largest that its writer
+saw (Lamport, "Time, clocks, and the ordering of events in a distributed system", 1978).
 
 Publications without a log count as promotions. The next writer merges them into the log, including
 those that an older version of this program adds later.
@@ -15,6 +17,7 @@ those that an older version of this program adds later.
 from __future__ import annotations
 
 import difflib
+import logging
 import random
 import time
 import uuid
@@ -23,10 +26,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from rlhf_core.errors import ArtifactNotFound, ConfigError, StoreError
+from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, ConfigError, StoreError
 from rlhf_core.store.store import Store
 from rlhf_core.store.versions import (
     CHAMPION_ACTIONS,
+    LogEnd,
     Model,
     Transition,
     digest_of,
@@ -35,6 +39,8 @@ from rlhf_core.store.versions import (
     read_end,
     read_log,
 )
+
+log = logging.getLogger("rlhf_core.store")
 
 ATTEMPTS = 200
 """How often a writer retries after losing a race; each loss is another writer's success."""
@@ -48,21 +54,41 @@ def model_names(store: Store) -> list[str]:
 def champion(store: Store, name: str) -> str | None:
     """Digest of the published artifact of a name; None if no version was promoted."""
     end = read_end(store, name)
-    if end.unmerged and (record := store.read_record(end.unmerged[-1])) is not None:
-        return digest_of(record, end.unmerged[-1])
+    if end.unmerged:
+        return digest_of(store.read_record(end.unmerged[-1]) or {}, end.unmerged[-1])
     return str(end.last.get("champion") or "") or None
 
 
 def newest_champion(store: Store) -> str | None:
-    """Digest of the most recently promoted champion of all names; None if there is none."""
-    found = [read_model(store, name) for name in model_names(store)]
-    changes = [
-        (last.time, model.champion.digest)
-        for model in found
-        if model.champion
-        for last in [t for t in model.history if t.action in CHAMPION_ACTIONS][-1:]
-    ]
-    return max(changes)[1] if changes else None
+    """Digest of the most recently promoted champion of all names; None if there is none. Models
+    whose log cannot be read are left out, with a warning."""
+    found = [change for name in model_names(store) if (change := _last_change(store, name))]
+    return max(found)[-1] if found else None
+
+
+def _last_change(store: Store, name: str) -> tuple[int, str, str] | None:
+    """Order, time and digest of a name's champion. The time is empty unless the order is 0, as in
+    logs of before there were orders."""
+    try:
+        end = read_end(store, name)
+        if not end.unmerged and (order := _order(end)):
+            return order, "", str(end.last["champion"])
+        model = read_log(store, name)[0]
+    except ArtifactCorrupt as error:
+        log.warning("%s", error)
+        return None
+    changes = [t for t in model.history if t.action in CHAMPION_ACTIONS]
+    return (_order(end), changes[-1].time, changes[-1].digest) if changes else None
+
+
+def _order(end: LogEnd) -> int:
+    return int(end.last.get("order") or 0)
+
+
+def _next_order(store: Store) -> int:
+    """One more than the order of any champion, so that this one is the newest."""
+    found = [change for name in model_names(store) if (change := _last_change(store, name))]
+    return 1 + max((order for order, *_ in found), default=0)
 
 
 def read_model(store: Store, name: str) -> Model:
@@ -228,6 +254,9 @@ def _write(
             "id": uuid.uuid4().hex,  # makes the records of two writers differ
             "name": name,
             "champion": after.champion.digest if after.champion else "",
+            "order": _next_order(store)
+            if transition and transition.action in CHAMPION_ACTIONS
+            else _order(end),
             "taken": end.unmerged[-1] if end.unmerged else str(end.last.get("taken") or ""),
         }
         path = f"models/{name}/log/{number:08}.json"

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf_core.errors import ArtifactNotFound
+from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound
 from rlhf_core.store.artifact import Artifact
 from rlhf_core.store.backend import Backend
 from rlhf_core.store.leases import wait_for_collector
@@ -31,6 +31,9 @@ def stage_result(
     try:
         artifact = read(record["kind"], record["digest"])
     except ArtifactNotFound:
+        return None
+    except ArtifactCorrupt as error:
+        log.warning("stage %s counts as not done: %s", key, error)
         return None
     except KeyError:
         log.warning("stage record %s names no artifact; the stage counts as not done", key)

@@ -241,10 +241,13 @@ class Store:
         self._artifacts.pop(digest, None)
         if not blobs or artifact is None:
             return
-        # An unreadable manifest may name any blob: _read raises, and no blob is removed.
-        rest = in_parallel(
-            lambda ref: self._read(*ref), find_refs(self._backend, None), REQUESTS_AT_ONCE
-        )
+        try:
+            rest = in_parallel(
+                lambda ref: self._read(*ref), find_refs(self._backend, None), REQUESTS_AT_ONCE
+            )
+        except ArtifactCorrupt as error:  # it may name any blob
+            log.warning("the files of %s/%s stay: %s", kind, digest[:12], error)
+            return
         kept = {entry.sha256 for other in rest for entry in other.files}
         going = {entry.sha256 for entry in artifact.files} - kept
         in_parallel(lambda sha: self._backend.delete(blob_key(sha)), going, REQUESTS_AT_ONCE)
@@ -261,9 +264,13 @@ class Store:
         """
         return records.write_record(self._backend, path, value, create)
 
-    def read_record(self, path: str) -> dict[str, Any] | None:
-        """A record, or None if there is none. Raises ArtifactCorrupt if it is not JSON."""
-        return records.read_record(self._backend, path)
+    def read_record(self, path: str, *, strict: bool = False) -> dict[str, Any] | None:
+        """A record; None if there is none, or (with a warning) none that can be read.
+
+        Args:
+            strict: raise ArtifactCorrupt for one that cannot be read.
+        """
+        return records.read_record(self._backend, path, strict)
 
     def list_records(self, prefix: str) -> builtins.list[str]:
         """Paths of the records that start with a prefix such as ``runs/``, sorted."""
@@ -288,11 +295,7 @@ class Store:
         return stages.commit_stage(self._backend, key, artifact, work or {}, self._read)
 
     def stage_work(self, key: str) -> dict[str, Any]:
-        """What making a stage's result took, see `rlhf_core.runtime.work`; {} if that is not known.
-
-        Raises:
-            ArtifactCorrupt: the stage's record is not JSON.
-        """
+        """What making a stage's result took, see `rlhf_core.runtime.work`; {} if not known."""
         return stages.stage_work(self._backend, key)
 
     # The store itself

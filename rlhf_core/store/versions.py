@@ -115,7 +115,7 @@ def read_end(store: Store, name: str) -> LogEnd:
     """The end of the log. It needs one listing and one record, however long the log is."""
     paths = store.list_records(f"models/{name}/")
     log = [path for path in paths if number_of(path)]
-    last = (store.read_record(log[-1]) or {}) if log else {}
+    last = (_read(store, log[-1]) or {}) if log else {}
     taken = str(last.get("taken") or "")
     unmerged = [path for path in paths if path.count("/") == 2 and path > taken]
     return LogEnd(log, last, unmerged)
@@ -129,9 +129,26 @@ def read_log(store: Store, name: str) -> tuple[Model, LogEnd]:
     """
     end = read_end(store, name)
     paths = [*end.paths, *end.unmerged]
-    records = in_parallel(store.read_record, paths, REQUESTS_AT_ONCE)
+    records = in_parallel(lambda path: _read(store, path), paths, REQUESTS_AT_ONCE)
     found = [(path, record) for path, record in zip(paths, records, strict=True) if record]
     return fold(name, (t for path, record in found for t in _transitions(path, record))), end
+
+
+def _read(store: Store, path: str) -> dict[str, Any] | None:
+    """A record of a model. Raises ArtifactCorrupt: the state follows from all of them."""
+    try:
+        return store.read_record(path, strict=True)
+    except ArtifactCorrupt as error:
+        raise ArtifactCorrupt(f"{error}. {_way_out(path)}") from error
+
+
+def _way_out(path: str) -> str:
+    name = path.split("/")[1]
+    return (
+        f"So the state of the model {name!r} is not known; other models are not affected. Restore "
+        "the record from a backup, or run `rlhf artifacts repair --yes`, which sets it aside: what "
+        f"it recorded is then lost (see `rlhf models show {name}` and promote again)."
+    )
 
 
 def _transitions(path: str, record: dict[str, Any]) -> Iterable[Transition]:
@@ -193,7 +210,7 @@ def digest_of(record: dict[str, Any], path: str) -> str:
     """The digest in a record. Raises ArtifactCorrupt if it has none."""
     digest = record.get("digest")
     if not isinstance(digest, str) or not digest:
-        raise ArtifactCorrupt(f"record {path} of a model names no artifact; delete it")
+        raise ArtifactCorrupt(f"record {path} of a model names no artifact. {_way_out(path)}")
     return digest
 
 

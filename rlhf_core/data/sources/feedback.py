@@ -1,15 +1,18 @@
 """Feedback that people gave on the page, saved in the store and read as a data set.
 
-Each vote or thumb is a record of its own, <folder>/<time>-<random>.json, which never changes, so
-that pages on several machines can write at the same time. The names sort by time: the records up to
-a given one are the same set for every later reader, and a run does not see feedback from after its
-start. Imports no torch, for the orchestrator.
+Each vote or thumb is a record of its own, <folder>/n<number>.json, which never changes. Pages on
+several machines can write at the same time: only one of them creates a number, the others take the
+next. So the records up to a given one are the same set for every later reader, whatever the
+writers' clocks say, and a run does not see feedback from after its start. Records of before there
+were numbers, <time>-<random>.json, come first. Imports no torch, for the orchestrator.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +23,13 @@ from rlhf_core.data.rows.row import RawRow
 from rlhf_core.errors import DataError
 from rlhf_core.store import Store
 from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
+
+_NUMBER = re.compile(r"n([0-9]{10})\.json")
+
+
+def _number(path: str) -> int:
+    match = _NUMBER.fullmatch(path.rpartition("/")[2])
+    return int(match[1]) if match else 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class FeedbackKind:
     instruction: str
 
     def save(self, store: Store, record: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-        """Write one record with the current time; returns its path.
+        """Write one record with the next number; returns its path.
 
         Args:
             record: the row's columns, and what else belongs to the kind.
@@ -67,11 +77,14 @@ class FeedbackKind:
         Raises:
             StoreError: the store cannot be written to.
         """
-        now = datetime.now(UTC)
-        path = f"{self.folder}/{now:%Y%m%dT%H%M%S.%f}Z-{uuid.uuid4().hex[:8]}.json"
-        whole = {**record, "time": now.isoformat(timespec="seconds"), **details}
-        store.write_record(path, whole, create=True)
-        return path
+        whole = {**record, "time": datetime.now(UTC).isoformat(timespec="seconds"), **details}
+        whole["id"] = uuid.uuid4().hex  # makes the records of two writers differ
+        found = [_number(path) for path in store.list_records(f"{self.folder}/n")]
+        for number in itertools.count(max(found, default=0) + 1):
+            path = f"{self.folder}/n{number:010}.json"
+            if store.write_record(path, whole, create=True):
+                return path
+        raise AssertionError
 
     def count(self, store: Store) -> int:
         """Number of records in the store."""

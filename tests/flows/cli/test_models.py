@@ -69,6 +69,14 @@ def two(store):
     return first, second
 
 
+def test_list_shows_the_others_beside_a_model_that_cannot_be_read(store, two):
+    registry.promote(store, "other", two[0].digest)
+    store._backend.write("models/other/log/00000001.json", b"")
+    done = CliRunner().invoke(app, ["models", "list"])
+    assert done.exit_code == 1 and done.stdout.count("chat ") == 2
+    assert "'other' is not known" in done.stderr and "artifacts repair" in done.stderr
+
+
 def test_list_has_states_and_numbers(command, store, two):
     lines = command("list").splitlines()
     assert lines[0].split() == ["NAME", "VERSION", "STATE", "DIGEST", "SINCE", "(UTC)", "RUN",

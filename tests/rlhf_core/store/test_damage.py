@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.errors import ArtifactCorrupt, StoreError
+from rlhf_core.runtime import candidates
 from rlhf_core.store import Store, open_store, rlhf_home
 from rlhf_core.store.blobs import blob_key
+from rlhf_core.store.refs import manifest_key
 from tests.rlhf_core.store.helpers import contents, flip_bit, overwrite_blob
 
 
@@ -100,7 +102,53 @@ def test_file_that_changes_while_it_is_published_is_refused(
     assert store.verify(store.publish(folder, kind="model").digest) == []
 
 
-def test_record_that_is_not_json_is_reported(store: Store) -> None:
-    store._backend.write("runs/a.json", b"{")
+UNREADABLE = pytest.mark.parametrize("data", [b"", b'{"kind": "mo', bytes(40), b"[]"])
+
+
+@UNREADABLE
+def test_record_that_cannot_be_read_counts_as_not_there(store: Store, data: bytes) -> None:
+    store._backend.write("runs/a.json", data)
+    assert store.read_record("runs/a.json") is None
     with pytest.raises(ArtifactCorrupt, match=r"runs/a\.json"):
-        store.read_record("runs/a.json")
+        store.read_record("runs/a.json", strict=True)
+
+
+@UNREADABLE
+def test_stage_whose_record_or_manifest_cannot_be_read_runs_again_and_replaces_it(
+    store: Store, folder: Path, data: bytes
+) -> None:
+    artifact = store.publish(folder, kind="model")
+    store.commit_stage("key", artifact)
+    store._backend.write("stages/key.json", data)
+    assert store.stage_result("key") is None and store.stage_work("key") == {}
+    assert store.commit_stage("key", artifact, {"seconds": 3.0}) == artifact
+    assert store.stage_work("key") == {"seconds": 3.0}
+
+    store._backend.write(manifest_key("model", artifact.digest), data)
+    assert open_store(store.url).stage_result("key") is None
+    assert store.publish(folder, kind="model") == artifact
+    assert open_store(store.url).stage_result("key") == artifact
+
+
+def test_candidate_whose_record_or_manifest_cannot_be_read_is_none(
+    store: Store, folder: Path
+) -> None:
+    artifact = store.publish(folder, kind="model")
+    candidates.write(store, "key", artifact)
+    assert candidates.read(store, "key") == artifact
+    store._backend.write(manifest_key("model", artifact.digest), b"")
+    assert candidates.read(store, "key") is None
+    store._backend.write("candidates/key.json", b"")
+    assert candidates.read(store, "key") is None
+    candidates.write(store, "key", None)
+    assert store.list_records("candidates/") == []
+
+
+def test_checkpoint_with_a_damaged_manifest_does_not_keep_others_from_being_deleted(
+    store: Store, folder: Path
+) -> None:
+    old, bad, new = (store.publish(folder, kind="checkpoint", metadata={"n": n}) for n in "abc")
+    store._backend.write(manifest_key("checkpoint", bad.digest), b"")
+    fresh = open_store(store.url)
+    fresh.delete(old.digest, blobs=True)
+    assert fresh.list() == [new] and fresh.verify(new.digest) == []

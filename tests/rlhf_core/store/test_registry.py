@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import datetime, tzinfo
 
 import pytest
 
@@ -168,6 +169,51 @@ def test_record_that_is_none_of_a_model_is_named(store: Store) -> None:
     store.write_record("models/new/log/00000001.json", {"digest": "x", "action": "merge"})
     with pytest.raises(ArtifactCorrupt, match="'merge'"):
         registry.read_model(store, "new")
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_record_that_cannot_be_read_spoils_its_own_model_only(store: Store, which: int) -> None:
+    a, b, c = (made(store, text) for text in "abc")
+    registry.promote(store, "chat", a)
+    registry.promote(store, "chat", b)
+    registry.promote(store, "other", c)
+    registry.promote(store, "chat", a)
+    store._backend.write(f"models/chat/log/{which:08}.json", b"")
+    for call in (registry.read_model, registry.rollback):
+        with pytest.raises(ArtifactCorrupt, match=rf"{which:08}.*'chat' is not known.*repair"):
+            call(store, "chat")
+    with pytest.raises(ArtifactCorrupt, match="repair"):
+        registry.promote(store, "chat", b)
+    with pytest.raises(ArtifactCorrupt, match="repair"):  # which artifacts it names is not known
+        registry.kept_digests(store, 3)
+    assert registry.champion(store, "other") == c
+    assert registry.read_model(store, "other").champion is not None
+    registry.promote(store, "other", b)
+    store._backend.write("models/chat/log/00000003.json", b"")
+    assert registry.newest_champion(store) == b
+
+
+def test_newest_champion_does_not_depend_on_the_writers_clocks(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Slow:
+            return cls(2001, 1, 1, tzinfo=tz)
+
+    a, b, c = (made(store, text) for text in "abc")
+    publish_old(store, a, 1, "one")
+    registry.promote(store, "other", b)
+    monkeypatch.setattr(registry, "datetime", Slow)
+    registry.promote(store, "third", c)
+    assert registry.newest_champion(store) == c
+    registry.add_candidate(store, "other", a)  # no change of a champion
+    assert registry.newest_champion(store) == c
+    registry.promote(store, "chat", b)
+    assert registry.newest_champion(store) == b
+    registry.promote(store, "third", a)
+    registry.rollback(store, "third")
+    assert registry.newest_champion(store) == c
 
 
 # --------------------------------------------------------------------------- races

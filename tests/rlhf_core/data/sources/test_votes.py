@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+
 import pytest
 
 from rlhf_core.data.check import check_source
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.fingerprint import fingerprint
+from rlhf_core.data.sources import feedback
 from rlhf_core.data.sources.feedback import Candidate
 from rlhf_core.data.sources.votes import VOTES as KEPT
 from rlhf_core.data.sources.votes import Vote, save_vote
@@ -104,3 +108,24 @@ def test_votes_of_the_environments_store_are_read_without_one(store, monkeypatch
     monkeypatch.setenv("RLHF_STORE", store.url)
     save_vote(store, vote())
     assert fingerprint(VOTES) == fingerprint(VOTES, store)
+
+
+def test_vote_of_a_writer_with_a_slow_clock_comes_after_what_was_read(store, monkeypatch):
+    class Slow(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2001, 1, 1, tzinfo=tz)
+
+    old = "votes/20260301T120000.000000Z-01234567.json"  # as they were named once
+    record = store.read_record(save_vote(store, vote("An old one?")))
+    store.delete_record("votes/n0000000001.json")
+    store.write_record(old, record)
+    save_vote(store, vote("Before?"))
+    began_with = fingerprint(VOTES, store)
+    monkeypatch.setattr(feedback, "datetime", Slow)
+    with ThreadPoolExecutor(4) as pages:
+        paths = list(pages.map(lambda n: save_vote(store, vote(f"Later {n}?")), range(8)))
+    assert len(set(paths)) == 8
+    prompts = [row.data["prompt"][-1]["content"] for row in KEPT.rows(store, began_with)]
+    assert prompts == ["An old one?", "Before?"]
+    assert len(list(KEPT.rows(store))) == 10
