@@ -120,7 +120,9 @@ def normalise(
     if layout.unread or ignored:
         again = repeated(read, layout, example.messages, example.replies())
         unread = [name for name in layout.unread if name not in again]
-        check_unread(row, unread + ignored, rules, harmless=HARMLESS.get(format, ()))
+        check_unread(
+            row, unread + ignored, rules, harmless=HARMLESS.get(format, ()), document=format == "text"
+        )
     if example.text is None:
         check_markers(example.messages, example.replies())
     elif purpose != "pretrain":
@@ -186,7 +188,9 @@ def _preference(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
     whole = len(chosen) > 1 or len(rejected) > 1
     # Whole conversations need no column with the prompt; if there is one, it repeats their start.
     present = layout.instruction or layout.conversation or layout.prompt in row
-    prompt = prompt_of(row, layout, rules) if present or not whole else []
+    prompt = (
+        prompt_of(row, layout, rules) if present or not whole else with_system(row, layout, [])
+    )
     if layout.conversation and len(prompt) > 1 and prompt[-1] == chosen[-1]:
         prompt = prompt[:-1]  # the conversation repeats the chosen reply
     return _pair(
@@ -230,7 +234,13 @@ def _continue(
             "out, or set ignore_columns",
         )
     first = [m for m in prompt if m["role"] == "system"]
-    return [*first, *reply] if len(spoken) == len(reply) else with_system(row, layout, reply)
+    own = [m for m in reply if m["role"] == "system"]
+    if first and own and first != own:
+        raise BadRow(
+            "prompts_differ",
+            f"column {name!r} and the prompt hold different system messages; keep one of the two",
+        )
+    return reply if own else [*first, *reply]
 
 
 def _unpaired(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from rlhf_core.data.rows.columns import is_part
+from rlhf_core.data.rows.meanings import is_part
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import Format
 

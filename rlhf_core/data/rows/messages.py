@@ -4,8 +4,8 @@
     {"from": "system|human|gpt", "value": ...}            keys of ShareGPT
     "\\n\\nHuman: ...\\n\\nAssistant: ..."                    transcripts of Anthropic's HH
 
-A message's text may be a list of text parts. `weight` or `train` of a reply, 0 or 1, says whether
-it is trained on.
+A message's text may be a list of text parts. `weight`, `train` or `loss` of a reply, 0 or 1, says
+whether it is trained on, and `masked` whether it is not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from rlhf_core.data.rows.row import BadRow, Message, names, parse_json, short, w
 _ROLES = {
     "system": "system", "user": "user", "assistant": "assistant", "human": "user",
     "gpt": "assistant", "developer": "system", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant",
+    "bard": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant",
+    "model": "assistant", "prompter": "user",
 }  # fmt: skip
 _KEYS = (("role", "content"), ("from", "value"))
 _TOOL_ROLES = frozenset(
@@ -29,7 +30,7 @@ _TOOL_ROLES = frozenset(
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _TURN_PREFIXES = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
 _WRITTEN = re.compile(r"\s*(?:\[\s*)?\{\s*['\"](?:role|content|from|value)['\"]\s*:")  # as a text
-_FLAGS = ("weight", "train", "training", "trainable")
+_FLAGS = ("weight", "train", "training", "trainable", "loss", "masked")
 
 
 class Untrained(dict[str, str]):
@@ -132,11 +133,13 @@ def _flagged(message: Message, key: str, value: Any, where: str, rules: Rules) -
     if is_empty(value) or rules.purpose == "prompts":
         return message
     flag, reply = read_flag(value), message["role"] == "assistant"
+    flag = not flag if flag is not None and key == "masked" else flag
     if flag is None or (reply and not flag and rules.purpose == "pretrain"):
         raise BadRow(
             "unused_column",
             f"key {key!r} of {where} holds {short(value)}; expected 1 (train on this reply) or 0 "
-            "(context only; not for pretraining). Other weights are not supported",
+            "(context only; not for pretraining; the other way round for masked). Other weights "
+            "are not supported",
         )
     if flag and not reply and key != "weight":
         raise BadRow(
@@ -150,9 +153,14 @@ def _flagged(message: Message, key: str, value: Any, where: str, rules: Rules) -
 def _no_message(item: Any, keys: tuple[str, str], where: str) -> BadRow:
     found = names(item) if isinstance(item, dict) else f"a {type(item).__name__}"
     other = _KEYS[keys == _KEYS[0]]
+    todo = ""
+    if isinstance(item, str):
+        todo = ". If the texts are turns, give each its role: user and assistant in turn"
+    elif isinstance(item, dict) and keys[0] not in item and len(item) > 1:
+        todo = ". If it holds a question and its answer, write two messages"
     return BadRow(
         "wrong_type",
-        f"{where} is {found}; expected {keys[0]}, {keys[1]} (or {other[0]}, {other[1]})",
+        f"{where} is {found}; expected {keys[0]}, {keys[1]} (or {other[0]}, {other[1]}){todo}",
     )
 
 

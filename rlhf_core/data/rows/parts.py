@@ -120,8 +120,16 @@ def with_system(row: dict[str, Any], layout: Layout, messages: list[Message]) ->
 
 def reply_of(row: dict[str, Any], name: str, rules: Rules) -> list[Message]:
     """A column with a reply: a text, or messages that end with the reply."""
-    if is_messages(column(row, name)):
-        return read_messages(row[name], name, rules)
+    value = column(row, name)
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        raise BadRow(
+            "wrong_type",
+            f"column {name!r} holds a list of {len(value)} texts; expected one reply: write a row "
+            "for each reply that is good, or a pair with the better one as chosen and another one "
+            "as rejected",
+        )
+    if is_messages(value):
+        return read_messages(value, name, rules)
     return [message("assistant", text_of(row, name))]
 
 
@@ -156,7 +164,7 @@ def repeated(
                 read = [v for n, v in row.items() if n not in layout.unread and isinstance(v, str)]
                 same = all(text.strip() in value for text in (read or texts))
         elif isinstance(value, str):  # a context, which the prompt quotes
-            same = len(value) >= LONG and any(value.strip() in text for text in asked)
+            same = repeats_text(value.strip(), [text.strip() for text in asked])
         else:
             same = (
                 name in _MAY_REPEAT

@@ -79,6 +79,14 @@ class RawRow:
                     f"there is no column {present!r} to use as {wanted!r}; the row has "
                     f"{names(value)}; correct the setting columns",
                 )
+            hidden = value.get(wanted)
+            if wanted not in renames.values() and hidden not in (None, "", [], value[present]):
+                raise BadRow(
+                    "unused_column",
+                    f"columns: {{{wanted}: {present}}} hides the file's own column {wanted!r}, which "
+                    f"holds {short(hidden)}. If the rows are right without it, remove it from the "
+                    f"file; else give it a name in columns too, such as {{system: {wanted}}}",
+                )
             row[wanted] = value[present]
         return row
 

@@ -43,7 +43,7 @@ REFUSED = [
     ({**TALK, "prompt": "Something else"}, "column 'prompt'", "belongs to the prompt"),
     ({**TALK, "enable_thinking": False}, "column 'enable_thinking'", "template"),
     ({**TALK, "chat_template_kwargs": {"a": 1}}, "column 'chat_template_kwargs'", "template"),
-    ({**TALK, "turns_before": [{"a": 1}]}, "column 'turns_before'", "lists and objects"),
+    ({**TALK, "turns_before": [{"a": 1}]}, "column 'turns_before'", "part of the conversation"),
     ({**TALK, "character": "pirate"}, "column 'character'", "columns: {system: character}"),
     ({"instruction": "a", "context": "c", "output": "b"}, "column 'context'", "{input: context}"),
     ({"prompt": "a", "completion": "b", "choices": ["x"]}, "column 'choices'", "prompt's text"),
@@ -54,7 +54,19 @@ REFUSED = [
     ({"messages": [{**U, "name": "Bob"}, A]}, "key 'name' of message 1", "speakers"),
     ({"messages": [U, {**A, "weight": 0.5}]}, "key 'weight' of message 2", "expected 1"),
     ({"messages": [{**U, "train": True}, A]}, "key 'train' of message 1", "only replies"),
-    ({"messages": [U, {**A, "loss": False}]}, "key 'loss' of message 2", "weights 0 and 1"),
+    ({"messages": [U, {**A, "loss_weight": 0}]}, "key 'loss_weight' of", "weights 0 and 1"),
+    ({"messages": [U, {**A, "ignore_loss": True}]}, "key 'ignore_loss' of", "weights 0 and 1"),
+    ({"messages": [U, {**A, "do_train": False}]}, "key 'do_train' of", "weights 0 and 1"),
+    ({"messages": [U, {**A, "prefix": True}]}, "key 'prefix' of message 2", "only begun"),
+    ({"messages": [U, {**A, "summary_of_it": "s"}]}, "key 'summary_of_it'", "conversation"),
+    ({**TALK, "no_loss": "true"}, "column 'no_loss'", "weights 0 and 1"),
+    ({**TALK, "is_bad": True}, "column 'is_bad'", "take such rows out"),
+    ({**TALK, "is_correct": 0}, "column 'is_correct'", "columns: {label: is_correct}"),
+    ({**TALK, "style": "formal"}, "column 'style'", "part of the conversation"),
+    ({**TALK, "target_language": "French"}, "column 'target_language'", "prompt's text"),
+    ({"prompt": "a", "code": "x = 1", "completion": "b"}, "column 'code'", "prompt's text"),
+    ({"prompt": "a", "sys": "s", "completion": "b"}, "column 'sys'", "columns: {system: sys}"),
+    ({"prompt": "a", "explanation": "s", "completion": "b"}, "column 'explanation'", "<think>"),
     ({"messages": [U, {**A, "images": ["x"]}]}, "key 'images' of message 2", "not supported"),
     ({**TALK, "system": "a", "system_prompt": "b"}, "column 'system_prompt'", "system"),
     ({"system": "a", "messages": [{"role": "system", "content": "b"}, U, A]}, "column 'system'",
@@ -116,14 +128,14 @@ def test_setting_without_effect_is_an_error(tmp_path, given, words):
 def test_unknown_metadata_is_read_past_and_counted(tokenizer):
     row = {**TALK, "id": 7, "source": "web", "created": "2024-01-01", "is_good": True,
            "metadata": {"a": 1}, "views": 3.5, "num_images": None, "image_count": "0",
-           "prompt_name": "p", "output_format": "md", "note": "x"}  # fmt: skip
+           "prompt_name": "p", "output_format": "md", "is_bad": False, "valid": 1}  # fmt: skip
     row["messages"] = [{**U, "timestamp": 5, "weight": None}, {**A, "language": "en", "weight": 1}]
     empty = {**TALK, "id": None, "images": [], "tools": None, "system": "", "history": [[]],
-             "weight": 1, "label": None}  # fmt: skip
+             "weight": 1, "label": None, "no_loss": False}  # fmt: skip
     batch = encoded(tokenizer, [row, row, empty], "sft")
     assert batch.bad == []
     unread = ["id", "source", "created", "is_good", "metadata", "views", "image_count",
-              "prompt_name", "output_format", "note"]  # fmt: skip
+              "prompt_name", "output_format", "is_bad", "valid"]  # fmt: skip
     assert batch.notes == {
         **{f"column '{name}' not used": 2 for name in unread},
         **{f"key '{name}' not used": 2 for name in ("timestamp", "language")},
@@ -154,7 +166,7 @@ def test_an_ignored_column_is_not_read_where_the_format_would_read_it():
 def test_notes_of_endless_names_stay_few():
     rules = Rules("sft")
     for number in range(500):
-        normalise({**TALK, f"name_{number}_x": "y"}, "messages", "sft", rules)
+        normalise({**TALK, f"name_{number}_x": 1}, "messages", "sft", rules)
     assert len(rules.notes) < 110 and sum(rules.notes.values()) == 500
     whole = few_notes(Counter({FURTHER: 1} | {f"name {number}": 2 for number in range(300)}))
     assert len(whole) == 201 and whole[FURTHER] == 2 * 100 + 1, "each row counts once"
