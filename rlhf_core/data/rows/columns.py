@@ -43,6 +43,8 @@ _UNSUPPORTED = frozenset({"media", "tools", "template"})
 _OF_REPLIES = frozenset(
     {"flag", "not_flag", "label", "spoilt", "sound", "reply", "reasoning", "target"}
 )
+_PARTS = frozenset({"target", "system", "prompt", "reply", "label", "sound"})
+_IN_TEXT = "if it belongs to the message, put it into the message's text"
 _UNKNOWN = (
     "it may be a part of the conversation; if it is, put it there, or rename it with the setting "
     "columns"
@@ -106,9 +108,7 @@ def read_flag(value: Any) -> bool | None:
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
-def _refusal(
-    name: str, value: Any, purpose: Purpose, message: bool, document: bool
-) -> str | None:
+def _refusal(name: str, value: Any, purpose: Purpose, message: bool, document: bool) -> str | None:
     """Why an unread value forbids to use its row; "" if it does not, None if it says nothing.
 
     Args:
@@ -120,6 +120,7 @@ def _refusal(
     if special and not (isinstance(value, bool) and not value):
         return special
     kind, todo = meaning(name)
+    todo = _IN_TEXT if message and kind in _PARTS else todo
     if kind == "about" or (purpose == "prompts" and kind in _OF_REPLIES):
         return ""
     if kind in ("flag", "not_flag"):
@@ -132,7 +133,7 @@ def _refusal(
     if not isinstance(value, str | list | tuple | Mapping):
         return ""  # numbers, and yes or no, are no part of a conversation
     if kind in ("", "spoilt", "sound"):
-        return "" if document and isinstance(value, str) else _UNKNOWN
+        return "" if document and isinstance(value, str) else _IN_TEXT if message else _UNKNOWN
     return todo
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from rlhf_core.data.dataset.carried import CARRIED
+from rlhf_core.data.rows.advice import REPLIES, advice
 from rlhf_core.data.rows.columns import is_empty
-from rlhf_core.data.rows.formats import check_purpose
+from rlhf_core.data.rows.formats import PURPOSES_OF, check_purpose
 from rlhf_core.data.rows.labels import is_label
 from rlhf_core.data.rows.layout import (
     CONVERSATION,
@@ -24,21 +24,6 @@ from rlhf_core.data.rows.messages import is_transcript
 from rlhf_core.data.rows.row import SKIP_HINT, BadRow, RawRow, names
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings, Format, Purpose
-
-# Other names of the columns, as found in public data sets; only for advice.
-_PROMPTS = (
-    "prompt", "question", "query", "problem", "instruction", "input", "user", "human",
-    "context_messages", "task", "post", "text",
-)  # fmt: skip
-_REPLIES = (
-    "completion", "response", "output", "answer", "solution", "reply", "assistant", "gpt", "target",
-    "summary",
-)  # fmt: skip
-_PAIRS = (
-    ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_j", "response_k"),
-    ("response_chosen", "response_rejected"), ("better", "worse"), ("win", "lose"),
-    ("accepted", "rejected"), ("preferred", "dispreferred"), ("positive", "negative"),
-)  # fmt: skip
 
 
 def find_format(
@@ -67,7 +52,7 @@ def find_format(
                 }
                 format = detect_format(row, purpose)
                 if purpose is not None:
-                    found = f"{raw.where()} has {names(row)}. {advice(frozenset(row), purpose)}"
+                    found = f"{raw.where()} has {names(row)}. {advice(row, purpose)}"
                     check_purpose(format, purpose, found)
             except BadRow as bad:
                 readable = bad.reason in ("unknown_format", "missing_column", "not_an_object")
@@ -125,7 +110,7 @@ def detect_format(row: dict[str, Any], purpose: Purpose | None = None) -> Format
     if prompt:
         return "prompt"
     if "text" in has:
-        reply = first_of(_REPLIES, has) if purpose == "sft" else ""
+        reply = first_of(REPLIES, has) if purpose == "sft" else ""
         if reply and not is_empty(row[reply]):
             raise BadRow(
                 "unknown_format",
@@ -134,12 +119,16 @@ def detect_format(row: dict[str, Any], purpose: Purpose | None = None) -> Format
                 f"ignore_columns: [{reply}] to train on the text alone",
             )
         return "text"
-    columns = ", ".join(f"{name} {text}" for name, text in FORMAT_COLUMNS.items())
+    able = [name for name, able in PURPOSES_OF.items() if purpose is None or purpose in able]
+    columns = ", ".join(f"{name} {FORMAT_COLUMNS[name]}" for name in able)
+    example = "" if (found := advice(row, purpose)) else (
+        '; rename columns with the setting columns, for example {"prompt": "question", '
+        '"completion": "answer"}'
+    )  # fmt: skip
     raise BadRow(
         "unknown_format",
-        f"no format has the columns {names(row)}. {advice(has, purpose)}The formats are {columns}; "
-        "rename columns with the setting columns, for example "
-        '{"prompt": "question", "completion": "answer"}',
+        f"no format has the columns {names(row)}. {found}The formats"
+        f"{f' for {purpose}' if purpose else ''} are {columns}{example}",
     )
 
 
@@ -183,30 +172,9 @@ def _pair_format(row: dict[str, Any], has: frozenset[str]) -> Format:
     raise BadRow(
         "unknown_format",
         f"chosen and rejected are texts without a column 'prompt'; the row has {names(row)}. "
-        f"{advice(has, 'preference')}If both texts begin with the prompt, set format: "
+        f"{advice(row, 'preference')}If both texts begin with the prompt, set format: "
         "implicit_prompt, which reads the beginning that they share as the prompt",
     )
-
-
-def advice(has: frozenset[str], purpose: Purpose | None) -> str:
-    """The setting `columns` that may fit a row with these columns; "" if none does."""
-    wanted: dict[str, str] = {}
-    prompt = first_of(_PROMPTS, has)
-    if prompt:
-        wanted["prompt"] = prompt
-    if purpose == "preference":
-        pair = next((pair for pair in _PAIRS if has.issuperset(pair)), ())
-        wanted |= dict(zip(("chosen", "rejected"), pair, strict=False))
-    elif purpose == "prompts" and "answer" in has:
-        wanted["answer"] = "answer"  # for rewards
-    elif purpose != "prompts" and (reply := first_of(_REPLIES, has - {prompt})):
-        wanted["completion"] = reply
-    renamed = {name: present for name, present in wanted.items() if name != present}
-    if not renamed.keys() - {"answer"} or (purpose != "prompts" and len(wanted) < 2):
-        return ""
-    if "answer" in wanted:
-        renamed["answer"] = wanted["answer"]
-    return f"For these, set columns: {json.dumps(renamed)}. "
 
 
 def _problem(raw: RawRow) -> str:

@@ -93,9 +93,8 @@ def check_purpose(format: Format, purpose: Purpose, found: str = "") -> None:
         able = [name for name, purposes in PURPOSES_OF.items() if purpose in purposes]
         columns = ", ".join(f"{name} {FORMAT_COLUMNS[name]}" for name in able)
         raise DataError(
-            f"Format {format} can be used for {', '.join(PURPOSES_OF[format])}, not for {purpose}; "
-            f"{purpose} needs one of the formats {', '.join(able)}. {found}Their columns are "
-            f"{columns}."
+            f"{found}Format {format} can be used for {', '.join(PURPOSES_OF[format])}, not for "
+            f"{purpose}; the formats for {purpose} are {columns}."
         )
 
 
@@ -121,7 +120,11 @@ def normalise(
         again = repeated(read, layout, example.messages, example.replies())
         unread = [name for name in layout.unread if name not in again]
         check_unread(
-            row, unread + ignored, rules, harmless=HARMLESS.get(format, ()), document=format == "text"
+            row,
+            unread + ignored,
+            rules,
+            harmless=HARMLESS.get(format, ()),
+            document=format == "text",
         )
     if example.text is None:
         check_markers(example.messages, example.replies())
@@ -188,9 +191,7 @@ def _preference(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
     whole = len(chosen) > 1 or len(rejected) > 1
     # Whole conversations need no column with the prompt; if there is one, it repeats their start.
     present = layout.instruction or layout.conversation or layout.prompt in row
-    prompt = (
-        prompt_of(row, layout, rules) if present or not whole else with_system(row, layout, [])
-    )
+    prompt = prompt_of(row, layout, rules) if present or not whole else with_system(row, layout, [])
     if layout.conversation and len(prompt) > 1 and prompt[-1] == chosen[-1]:
         prompt = prompt[:-1]  # the conversation repeats the chosen reply
     return _pair(

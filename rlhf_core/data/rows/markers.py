@@ -18,14 +18,20 @@ _TOKENS = re.compile(
     r"|<\|(?:user|assistant|system|prompter|human|bot)\|>"
     r"|<\|START_OF_TURN_TOKEN\|>"
     r"|<start_of_turn>(?:user|model)"
-    r"|<｜(?:User|Assistant)｜>"
+    r"|<｜(?:User|Assistant)｜>|<extra_id_1>(?:User|Assistant)"
+    r"|\[\|(?:Human|AI|User|Assistant)\|\]|<\|(?:Human|MOSS)\|>|<(?:human|bot)>:"
 )
-# A person's turn: at the start of the text, or of a line in the words of HH; then the assistant's.
-_FIRST_PERSON = re.compile(r"\s*(?:#+ *)?(?:User|USER|Human|HUMAN) *:")
-_PERSON = re.compile(r"\n(?:#+ *)?Human *:")
-_ASSISTANT = re.compile(r"\s(?:#+ *)?(?:Assistant|ASSISTANT|AI|GPT) *:")
+# A person's turn: at the start of the text, or of a line; then the assistant's.
+_FIRST_PERSON = re.compile(r"\s*(?:#+ *|\*\*)?(?:User|USER|Human|HUMAN) *:")
+_PERSON = re.compile(r"\n(?:#+ *|\*\*)?(?:User|USER|Human|HUMAN) *:")
+_ASSISTANT = re.compile(r"\s(?:#+ *|\*\*)?(?:Assistant|ASSISTANT|AI|GPT|Bot) *:")
 _IMAGE = re.compile(r"(?<![\w`'\"])<image>(?![`'\"]|\s*(?:tag|element)s?\b)")
 _MEDIA = re.compile(r"(?:\A|\n)\s*<(?:video|audio)>|<(?:video|audio)>\s*(?:\n|\Z)")
+# As the processors of single models write them: <|image_1|>, <|vision_start|>, <image_0>.
+_FILES = re.compile(
+    r"<\|(?:image|video|audio|vision|speech)(?:_\w+)?\|>|<(?:image|video|audio)_?\d+>"
+    r"|<(?:IMAGE|VIDEO|AUDIO|ImageHere)>|<img>[^<\n]*</img>"
+)
 _TODO = (
     "a conversation inside one text would be read as a single turn; write it as messages "
     "({role, content}), or as Anthropic's HH writes it, for format hh"
@@ -45,10 +51,10 @@ def check_markers(messages: list[Message], replies: list[str]) -> None:
         text = message["content"]
         if message["role"] == "assistant":
             check_turns(text, f"message {position}")
-        elif "<" in text or "[INST]" in text:
+        else:
             where = f"message {position}"
-            _check_tokens(text, where)
-            if found := _placeholder(text):
+            check_turns(text, where, first=True)
+            if found := _placeholder(text) if "<" in text else "":
                 raise BadRow(
                     "unsupported",
                     f"{where} contains {found}, which stands for a file; images, video and audio "
@@ -58,18 +64,22 @@ def check_markers(messages: list[Message], replies: list[str]) -> None:
         check_turns(text, "the reply")
 
 
-def check_turns(text: str, where: str) -> None:
+def check_turns(text: str, where: str, first: bool = False) -> None:
     """Check that a text, which is one turn or a document, does not hold the turns of several.
+
+    Args:
+        first: turns written as words (Human:) count only if the text begins with them: a question
+            may quote a conversation.
 
     Raises:
         BadRow: it does.
     """
-    if "<" in text or "[INST]" in text or "### Instruction:" in text:
+    if "<" in text or "[" in text or "### Instruction:" in text:
         _check_tokens(text, where)
-    if "\n\nHuman:" in text:
+    if "\n\nHuman:" in text and not first:
         raise _transcript(where, "\n\nHuman:")
     person = _FIRST_PERSON.match(text)
-    if not person and "Human" in text:
+    if not person and not first and ":" in text:
         person = _PERSON.search(text)
     if person and _ASSISTANT.search(text, person.end()):
         raise _transcript(where, person.group())
@@ -85,6 +95,8 @@ def _check_tokens(text: str, where: str) -> None:
 
 def _placeholder(text: str) -> str:
     """The first text that stands for a file; code that opens and closes such an element is none."""
+    if found := _FILES.search(text):
+        return found.group()
     for name, pattern in (("image", _IMAGE), ("video", _MEDIA), ("audio", _MEDIA)):
         tag = f"<{name}>"
         if tag in text and f"</{name}>" not in text and pattern.search(text):

@@ -15,25 +15,27 @@ def _words(text: str) -> frozenset[str]:
 # A name whose last word is one of these, or whose first word is one of the second set, says
 # something about a row or a message; it is not a part of it.
 _ABOUT = _words(
-    "id ids uuid idx index row hash md sha ip key num nb count counts len length lengths size token "
-    "tokens score scores rating ratings rank ranks reward rewards logprob logprobs logp logps "
-    "perplexity ppl probability confidence quality complexity difficulty level toxicity toxic "
-    "detoxify moderation guard redacted model models engine provider generator source sources "
-    "origin repo commit path dump dataset datasets datasource subset split fold config configs "
-    "configuration params parameters seed mode type types kind category categories subcategory "
-    "task tasks domain topic topics theme genre subject subreddit field tag tags keyword keywords "
-    "intent ability skill skills lang language languages locale country region state date time "
-    "timestamp year created updated version release url uri link license licence author annotator "
-    "annotators annotation annotations worker judge user metadata meta info stats statistics "
-    "header headers status correct correctness valid verified usage cost price title extra answer "
-    "truth solution critique comment reason agent thread session platform filename name format "
-    "train training"
+    "id ids uuid idx index row hash md sha ip key num nb count counts len length lengths size "
+    "token tokens score scores rating ratings rank ranks reward rewards logprob logprobs logp "
+    "logps perplexity ppl probability confidence quality complexity difficulty level toxicity "
+    "toxic detoxify moderation guard redacted model models engine provider generator source "
+    "sources origin repo commit path dump dataset datasets datasource subset split fold config "
+    "configs configuration params parameters seed mode type types kind category categories "
+    "subcategory task tasks domain topic topics theme genre subject subreddit field tag tags "
+    "keyword keywords intent ability skill skills lang language languages locale country region "
+    "state date time timestamp year created updated version release url uri link license licence "
+    "author annotator annotators annotation annotations worker judge user metadata meta info stats "
+    "statistics header headers status correct correctness valid verified usage cost price title "
+    "extra answer truth solution critique comment reason agent thread session platform filename "
+    "name format train training rate fingerprint script"
 )
 _ABOUT_FIRST = _words("id is score rating avg mean used")
 _COUNTS = _words("num n nb count counts number has contains")  # of images too
 
 _FLAGS = _words("train trainable training trained loss learn learnable")
-_NOT = _words("no not mask masked ignore ignored skip skipped without exclude excluded freeze frozen")
+_NOT = _words(
+    "no not mask masked ignore ignored skip skipped without exclude excluded freeze frozen"
+)
 _BETWEEN = _words("is was do does to should be on in for use calculate compute calc apply message")
 _WEIGHTS = _words("weight weights mask masks")
 _LABELS = _words(
@@ -69,8 +71,8 @@ _MEANINGS: dict[str, tuple[frozenset[str], str]] = {
     ),
     "reasoning": (
         _words(
-            "reasoning thinking thought thoughts think cot rationale rationales scratchpad analysis "
-            "explanation explanations"
+            "reasoning thinking thought thoughts think cot rationale rationales scratchpad "
+            "analysis explanation explanations"
         ),
         "reasoning is read only inside the reply's text: put it there in the form that the model "
         "writes, such as <think>...</think>",
@@ -88,13 +90,14 @@ _MEANINGS: dict[str, tuple[frozenset[str], str]] = {
             "query question questions problem dialog dialogue text messages conversation "
             "conversations code file files previous earlier reference references"
         ),
-        "if it belongs to the prompt, put it into the prompt's text (format alpaca reads such a "
-        "column after the instruction: columns: {input: NAME})",
+        "if it belongs to the prompt, put it into the prompt's text, or let it follow the prompt "
+        "with columns: {instruction: <the prompt's column>, input: NAME}",
     ),
     "reply": (
         _words(
             "chosen rejected completion completions response responses output outputs reply "
-            "replies assistant generation generations candidate candidates continuation answers"
+            "replies assistant generation generations candidate candidates continuation answers "
+            "summary bot gpt final attempt"
         ),
         "a single reply is read from completion, a pair from chosen and rejected; set format or "
         "columns, or write the rows so",
@@ -120,14 +123,17 @@ def meaning(name: str) -> tuple[str, str]:
         trained on"; label, spoilt or sound (a verdict on the row); the part of a row that it may
         be (media, tools, reasoning, system, prompt, reply ...); or "" for an unknown name.
     """
-    words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name[:LONGEST_NAME])]
-    found = frozenset(words)
+    name = name[:LONGEST_NAME]
+    words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+    found = frozenset(words) | {*re.findall("[a-z]+", name.lower())}
+    if words[1:] and (len(words[-1]) == 1 or (words[-1] == "code" and words[-2] in _ABOUT)):
+        words.pop()  # model_a, language_code
     if words and (words[0] in _COUNTS or words[-1] in _COUNTS):
         return "about", ""
     for kind in ("media", "target"):
         if found & _MEANINGS[kind][0]:
             return kind, _MEANINGS[kind][1]
-    if known := _verdict(words, found):
+    if known := _verdict(words):
         return known
     if words and (words[0] in _ABOUT_FIRST or words[-1] in _ABOUT):
         return "about", ""
@@ -141,8 +147,9 @@ def meaning(name: str) -> tuple[str, str]:
     return "", ""
 
 
-def _verdict(words: list[str], found: frozenset[str]) -> tuple[str, str] | None:
+def _verdict(words: list[str]) -> tuple[str, str] | None:
     """The kind of a name that consists of the words of a flag or of a verdict alone."""
+    found = frozenset(words)
     if words == ["masked"] or (found & _FLAGS and found <= _FLAGS | _NOT | _BETWEEN):
         return ("not_flag" if found & _NOT else "flag"), _FLAG_TEXT
     if words[:1] == ["train"]:

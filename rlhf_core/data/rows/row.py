@@ -83,9 +83,10 @@ class RawRow:
             if wanted not in renames.values() and hidden not in (None, "", [], value[present]):
                 raise BadRow(
                     "unused_column",
-                    f"columns: {{{wanted}: {present}}} hides the file's own column {wanted!r}, which "
-                    f"holds {short(hidden)}. If the rows are right without it, remove it from the "
-                    f"file; else give it a name in columns too, such as {{system: {wanted}}}",
+                    f"columns: {{{wanted}: {present}}} hides the file's own column {wanted!r}, "
+                    f"which holds {short(hidden)}. If the rows are right without it, remove it "
+                    "from the file; else give it a name in columns too, such as "
+                    f"{{system: {wanted}}}",
                 )
             row[wanted] = value[present]
         return row

@@ -16,7 +16,7 @@ from rlhf_core.data.rows.row import BadRow
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataJob, DataSettings
 from tests.rlhf_core.data.helpers import byte_tokenizer, job, jsonl
-from tests.rlhf_core.data.rows.layouts import BAD, A, U, encoded, read
+from tests.rlhf_core.data.rows.layouts import BAD, SYSTEM, A, U, encoded, read
 
 STOP = "<|im_end|>"
 TALK = {"messages": [U, A]}
@@ -45,7 +45,7 @@ REFUSED = [
     ({**TALK, "chat_template_kwargs": {"a": 1}}, "column 'chat_template_kwargs'", "template"),
     ({**TALK, "turns_before": [{"a": 1}]}, "column 'turns_before'", "part of the conversation"),
     ({**TALK, "character": "pirate"}, "column 'character'", "columns: {system: character}"),
-    ({"instruction": "a", "context": "c", "output": "b"}, "column 'context'", "{input: context}"),
+    ({"instruction": "a", "context": "c", "output": "b"}, "column 'context'", "input: context}"),
     ({"prompt": "a", "completion": "b", "choices": ["x"]}, "column 'choices'", "prompt's text"),
     ({"prompt": "a", "input": "x", "completion": "b"}, "column 'input'", "prompt's text"),
     ({"text": "a", "role": "prompter"}, "column 'role'", "columns: {system: role}"),
@@ -58,7 +58,7 @@ REFUSED = [
     ({"messages": [U, {**A, "ignore_loss": True}]}, "key 'ignore_loss' of", "weights 0 and 1"),
     ({"messages": [U, {**A, "do_train": False}]}, "key 'do_train' of", "weights 0 and 1"),
     ({"messages": [U, {**A, "prefix": True}]}, "key 'prefix' of message 2", "only begun"),
-    ({"messages": [U, {**A, "summary_of_it": "s"}]}, "key 'summary_of_it'", "conversation"),
+    ({"messages": [U, {**A, "summary_of_it": "s"}]}, "key 'summary_of_it'", "message's text"),
     ({**TALK, "no_loss": "true"}, "column 'no_loss'", "weights 0 and 1"),
     ({**TALK, "is_bad": True}, "column 'is_bad'", "take such rows out"),
     ({**TALK, "is_correct": 0}, "column 'is_correct'", "columns: {label: is_correct}"),
@@ -196,6 +196,12 @@ TRANSCRIPTS = [
     ({"prompt": "a", "completion": "Human: b\nAssistant: c"}, "sft"),
     ({"prompt": "a", "completion": "b\nHuman: c\nAssistant: d"}, "sft"),
     ({"prompt": "USER: a ASSISTANT:", "completion": "c"}, "sft"),
+    ({"prompt": "a", "completion": "b\nUser: c\nAssistant: d"}, "sft"),
+    ({"prompt": "a", "completion": "b\n### User: c\n### Assistant: d"}, "sft"),
+    ({"instruction": "Human: a\nAssistant:b\nHuman: c\nAssistant:", "output": "d"}, "sft"),
+    ({"prompt": "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc", "response": "d"}, "sft"),
+    ({"prompt": "Talk.\n[|Human|] a\n[|AI|] b\n[|Human|]"}, "prompts"),
+    ({"messages": [{**U, "content": "User: a\nAssistant:"}, A]}, "sft"),
     ({"prompt": f"<|im_start|>user\na{STOP}\n<|im_start|>assistant\n", "completion": "b"}, "sft"),
     ({"messages": [U, {**A, "content": "<start_of_turn>user\na"}]}, "sft"),
     ({"instruction": "a", "output": "b\n### Instruction:\nc\n### Response:\nd"}, "sft"),
@@ -226,14 +232,17 @@ def test_transcript_in_one_text_is_refused(row, purpose):
 @pytest.mark.parametrize(
     "text",
     ["Humans: all of us\nAssistants help.", "The User: a class.\nIn short.", "a < b",
-     "Use `<image>` in SVG", "<image>x</image>", "print('<|x|>')", "A dialogue:\nUser: hello"],
+     "Use `<image>` in SVG", "<image>x</image>", "print('<|x|>')", "A dialogue:\nUser: hello",
+     "<img src='a.png'>", "pad <image_count>"],
 )  # fmt: skip
 def test_text_that_only_looks_like_a_transcript_is_read(text):
     example, _ = read({"prompt": text, "completion": text})
     assert [m["content"] for m in example.messages] == [text, text]
 
 
-@pytest.mark.parametrize("text", ["<image>What is it?", "Tell me:\n<video>", "<audio>\nWho?"])
+@pytest.mark.parametrize("text", ["<image>What is it?", "Tell me:\n<video>", "<audio>\nWho?",
+    "<|image_1|>\nWhat?", "<|vision_start|><|image_pad|><|vision_end|>What?", "<image_0> What?",
+    "Picture 1: <img>a.jpg</img>\nWhat?", "<|image|>What?", "<IMAGE>What?"])  # fmt: skip
 def test_placeholder_of_a_file_is_refused(text):
     with pytest.raises(BadRow, match="stands for a file"):
         read({"prompt": text, "completion": "a"})
@@ -270,6 +279,8 @@ def test_placeholder_of_a_file_is_refused(text):
          ["entry 1 of column 'history'", "a question and its answer"]),
         ({"prompt": "[{'role': 'user', 'content': 'a'}]"}, "prompts",
          ["holds messages as a text that is not JSON", "json.dumps"]),
+        ({"prompt": [{"role": "system", "content": "x"}, U], "chosen": [SYSTEM, U, A],
+          "rejected": [SYSTEM, U, BAD]}, "preference", ["'chosen' and the prompt hold different"]),
         ({"prompt": "a", "chosen": {**A, "weight": 0}, "rejected": "c"}, "preference",
          ["'chosen' has the weight 0"]),
     ],

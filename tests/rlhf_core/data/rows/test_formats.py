@@ -262,16 +262,23 @@ def test_turns_after_the_last_reply_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("row", "purpose", "words"),
     [
-        ({"prompt": "Hi"}, "sft", ["prompt can be used for prompts, not for", "alpaca, mess"]),
+        (
+            {"prompt": "Hi"},
+            "sft",
+            ["prompt can be used for prompts, not for", "sft are alpaca (instr"],
+        ),
         (
             {"prompt": "a", "completion": "b"},
             "unpaired",
-            ["not for unpaired", "the formats unpaired"],
+            [
+                "not for unpaired",
+                "the formats for unpaired are unpaired (prompt, completion, label)",
+            ],
         ),
         (
             {"text": "Hi"},
             "preference",
-            ["text can be used for", "one of the formats hh, preference"],
+            ["text can be used for", "preference are hh (chosen"],
         ),
         ({"instruction": "a", "output": "b"}, "preference", ["alpaca can be used for sft"]),
     ],
