@@ -115,7 +115,7 @@ def test_plain_folder_is_replaced_by_a_newer_model(run, made, tmp_path):
     before = folder.stat().st_mtime_ns
     materialise(run.store, artifact, folder)
     assert folder.stat().st_mtime_ns == before
-    assert [p.name for p in folder.parent.iterdir() if p.is_dir()] == ["smoke"]
+    assert [p.name for p in folder.parent.glob("[!.]*")] == ["smoke"]
 
 
 def test_hub_model_is_named_as_base_model(store, tmp_path, monkeypatch, run, made):
