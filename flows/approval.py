@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from prefect import runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.exceptions import Pause
 from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
 
 from flows import server
 from rlhf_core.errors import PreflightError
 from rlhf_core.jobs import PipelineConfig
+
+WAITING = "WaitingForApproval"
+"""Name of the run's state while it waits."""
 
 
 class Decision(RunInput):
@@ -52,5 +58,21 @@ def ask(config: PipelineConfig, report: str) -> Decision:
     form = Decision.with_initial_data(description=report)
     timeout = config.publish.approval_timeout
     if runtime.deployment.id:
-        return suspend_flow_run(wait_for_input=form, timeout=timeout, key="approval")
+        try:
+            return suspend_flow_run(wait_for_input=form, timeout=timeout, key="approval")
+        except Pause as asked:
+            _name(asked.state)
+            raise
     return pause_flow_run(wait_for_input=form, timeout=timeout, poll_interval=3, key="approval")
+
+
+def _name(state: State[Any] | None) -> None:
+    """Rename the paused state on the server: to what the run waits for."""
+    if state is not None:
+        named = State[Any](
+            type=state.type,
+            name=WAITING,
+            message="Resume, on the run's page, asks for the decision.",
+            state_details=state.state_details,
+        )
+        get_client(sync_client=True).set_flow_run_state(runtime.flow_run.id, named, force=True)

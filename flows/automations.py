@@ -14,14 +14,22 @@ from prefect.client.orchestration import get_client
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
 
+from flows.approval import WAITING
 from flows.notify import PREFIX
 from tasks.assets import PUBLISHED
+from tasks.launchers.failures import STATE_NAMES
 from tasks.watch import DECLARED_DEAD
 
 SILENCE_SECONDS = 150
 """A run without heartbeats for this long is declared dead. That is five heartbeats with
 PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30, so that a busy run, or a server that was unavailable for a
 minute, does not matter. After a longer outage a live run corrects its state (tasks/watch.py)."""
+
+
+FAILED = {
+    f"prefect.flow-run.{name}" for name in ("Failed", "Crashed", "TimedOut", *STATE_NAMES.values())
+}
+"""The server's events of runs that have failed: it calls them by the state's name."""
 
 
 def lost_runs() -> AutomationCore:
@@ -38,13 +46,13 @@ def lost_runs() -> AutomationCore:
             expect={
                 "prefect.flow-run.heartbeat",
                 "prefect.flow-run.Completed",
-                "prefect.flow-run.Failed",
                 "prefect.flow-run.Cancelled",
-                "prefect.flow-run.Crashed",
                 "prefect.flow-run.AwaitingRetry",
                 "prefect.flow-run.Scheduled",
                 "prefect.flow-run.Paused",
                 "prefect.flow-run.Suspended",
+                f"prefect.flow-run.{WAITING}",
+                *FAILED,
             },
             match={"prefect.resource.id": ["prefect.flow-run.*"]},
             for_each={"prefect.resource.id"},
@@ -67,11 +75,7 @@ def failed_runs(blocks: list[UUID]) -> AutomationCore:
         name="rlhf: tell that a run has failed",
         description="Sends to every notification block whose name begins with rlhf-notify.",
         trigger=EventTrigger(
-            expect={
-                "prefect.flow-run.Failed",
-                "prefect.flow-run.Crashed",
-                "prefect.flow-run.TimedOut",
-            },
+            expect=FAILED,
             match={"prefect.resource.id": "prefect.flow-run.*"},
             match_related={
                 "prefect.resource.role": "tag",

@@ -15,12 +15,12 @@ from prefect.states import Completed
 from pydantic import Field
 
 from flows import schedule
-from flows.rlhf import pipeline
+from flows.form import Preset, form_config, run_name
+from flows.rlhf import Returned, ending, pipeline
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
-from rlhf_core.errors import GateFailed
+from rlhf_core.errors import GateFailed, RLHFError
 from rlhf_core.jobs import Gates, PipelineConfig
 from rlhf_core.model_files.source import fingerprint as model_fingerprint
-from rlhf_core.pipeline.presets import resolve_preset
 from rlhf_core.pipeline.recipe import data_sets, evaluation_stages
 from rlhf_core.store import Store
 from tasks import stages
@@ -40,25 +40,47 @@ hide_expected_tracebacks()
 NOT_PART_OF_STATE = {"resources", "launcher", "name", "author", "gpu_hour_price", "tracking"}
 
 
-@flow(name="rlhf-retrain", flow_run_name="retrain {config.publish.name}", persist_result=False)
+def _run_name() -> str:
+    given = runtime.flow_run.parameters
+    settings = given.get("settings") or ""
+    try:
+        config = form_config(given.get("preset") or "none", settings, "x")
+    except RLHFError:  # the flow says what is wrong
+        return run_name("", settings)
+    return run_name("", settings, f"retrain-{config.publish.name}")
+
+
+@flow(name="rlhf-retrain", flow_run_name=_run_name, persist_result=False)
 def rlhf_retrain(
-    config: PipelineConfig = PipelineConfig(),  # noqa: B008 (frozen)
+    preset: Preset = "none",
+    settings: str = "",
     gates: Gates = Gates(),  # noqa: B008 (frozen)
     force: bool = False,
     jitter: Annotated[int, Field(ge=0, le=86_400)] = 0,
-) -> State[Any]:
+) -> Returned:
     """Trains when data, model or settings are new, and publishes a model that passes the gates.
     One that fails a gate is kept as a candidate.
 
     Args:
-        config: settings of the pipeline.
+        preset: settings to start from; `rlhf presets` says what each is for.
+        settings: what differs from the preset, as YAML. docs/settings.md lists all settings.
         gates: what the new model must reach, on its own and against the published one.
         force: train also when nothing is new.
         jitter: seconds; the run starts at a random moment within them. For the parameters of a
             schedule that many systems have, so that they do not start all at once.
     """
-    config = resolve_preset(config)
+
+    def body() -> State[Any]:
+        config = form_config(preset, settings, _run_name(), log=get_run_logger())
+        return retrain(config, gates, force, jitter)
+
+    return ending(body)
+
+
+def retrain(config: PipelineConfig, gates: Gates, force: bool, jitter: int) -> State[Any]:
+    """The body of the flow."""
     log = get_run_logger()
+    log_event(log, "note", "retrain", f"{schedule.trains(config)}")
     flow_run = runtime.flow_run.id
     if (other := schedule.superseded_at(flow_run)) is not None:
         text = f"missed; the run of {other:%Y-%m-%d %H:%M:%S %Z} did its work"
@@ -68,7 +90,9 @@ def rlhf_retrain(
         schedule.wait(jitter, flow_run, log)
     began = time.monotonic()
     run = Run(
-        config, new_run_id(flow_run, runtime.flow_run.scheduled_start_time), flow_run=flow_run
+        config,
+        new_run_id(flow_run, runtime.flow_run.scheduled_start_time, config.name),
+        flow_run=flow_run,
     )
     state = _source_state(config, run.store)
     path = f"retrain/{config.publish.name}.json"

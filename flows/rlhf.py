@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from prefect import flow, runtime
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 
 from flows import approval
-from rlhf_core.errors import GateFailed, JobFailed
+from rlhf_core.errors import GateFailed, JobFailed, RewardHacked, RLHFError
 from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.pipeline import recipe
-from rlhf_core.pipeline.presets import resolve_preset
+from rlhf_core.system.secrets import redact
 from tasks import stages
 from tasks.events import hide_expected_tracebacks, log_event
 from tasks.gates import check_evaluation
 from tasks.launchers import launcher_for
+from tasks.launchers.failures import state_name
 from tasks.promotion import promotion_of
 from tasks.publish import compare_with_champion, keep_candidate, keep_last_good_policy, publish
 from tasks.reporting.curves import prepare
@@ -31,6 +32,8 @@ from tasks.watch import stop_when_cancelled
 
 Stage = Literal["model", "data", "label", TrainingStage, "evaluate", "lm_eval", "publish"]
 
+Returned = dict[str, Any] | State[dict[str, Any]]
+
 hide_expected_tracebacks()
 
 
@@ -38,7 +41,7 @@ hide_expected_tracebacks()
 def rlhf_pipeline(
     config: PipelineConfig = PipelineConfig(),  # noqa: B008 (frozen)
     until: Stage = "publish",
-) -> dict[str, Any] | State[dict[str, Any]]:
+) -> Returned:
     """Runs data preparation, the training stages, evaluation and publishing.
 
     Results that are in the store are reused, whichever run made them.
@@ -47,11 +50,27 @@ def rlhf_pipeline(
         config: all settings of the run.
         until: last stage to run.
     """
-    config = resolve_preset(config)
+    return ending(run_pipeline, config, until)
+
+
+def ending(body: Callable[..., Returned], *arguments: Any) -> Returned:
+    """What a flow's body returns; for an error with a message, a failed state with its name."""
+    try:
+        return body(*arguments)
+    except RLHFError as error:
+        name, text = state_name(error.category), redact(str(error))
+        failed: State[dict[str, Any]] = Failed(name=name, message=text, data=error)
+        return failed
+
+
+def run_pipeline(config: PipelineConfig, until: Stage = "publish") -> Returned:
+    """The body of a pipeline's flow."""
     launcher_for(config.launcher).prepare()
     flow_run = runtime.flow_run.id
     run = Run(
-        config, new_run_id(flow_run, runtime.flow_run.scheduled_start_time), flow_run=flow_run
+        config,
+        new_run_id(flow_run, runtime.flow_run.scheduled_start_time, config.name),
+        flow_run=flow_run,
     )
     log_event(
         get_run_logger(), "run", "", f"run {run.id}, store {run.store.url}",
@@ -69,7 +88,7 @@ def rlhf_pipeline(
     return outcome(run)
 
 
-def outcome(run: Run) -> dict[str, Any] | State[dict[str, Any]]:
+def outcome(run: Run) -> Returned:
     """The run's summary, in a state whose name says so when its reward was hacked or its model is
     not the champion."""
     hacked = run.verdict.get("state") == "reward hacked"
@@ -181,8 +200,9 @@ def evaluated(run: Run) -> str:
     if compared is not None and settings.against_champion:
         beside = read_evaluation(run.store, compared.digest)
     if wrong := check_evaluation(settings, shown.data, made_by, beside):
-        if run.verdict.get("state") == "reward hacked":
+        hacked = run.verdict.get("state") == "reward hacked"
+        if hacked:
             wrong += f' The verdict is "reward hacked". {run.verdict["text"]}'
         keep_candidate(run, artifacts["model"], evaluation.digest, wrong)
-        raise GateFailed(wrong)
+        raise (RewardHacked if hacked else GateFailed)(wrong)
     return evaluation.digest

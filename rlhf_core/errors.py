@@ -16,6 +16,7 @@
     │   │   └── RateLowered     "rate_lowered"  the same; retried with a lower learning rate
     │   └── PolicyCollapse      "collapse"   KL, repetition or the like left its bound
     ├── GateFailed              "gate"       a result violates a bound of the settings
+    │   └── RewardHacked        "reward_hacked"  the same, and the verdict is "reward hacked"
     ├── JudgeError              "judge"      a judge's endpoint fails or gives unreadable answers
     └── JobFailed               "job"        a launched process died; category is the process's own
 
@@ -139,6 +140,12 @@ class GateFailed(RLHFError):
     attempt would give the same."""
 
     category = "gate"
+
+
+class RewardHacked(GateFailed):
+    """A gate failed, and the evaluation's verdict is "reward hacked"."""
+
+    category = "reward_hacked"
 
 
 class JudgeError(RLHFError):

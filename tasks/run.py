@@ -179,10 +179,14 @@ def recorded(run: Run) -> Iterator[Run]:
     run.finish("completed")
 
 
-def new_run_id(flow_run_id: str | None, scheduled: datetime | None = None) -> str:
-    """Scheduled time and first digits of the flow run's id, so that a retry has the same id."""
+def new_run_id(
+    flow_run_id: str | None, scheduled: datetime | None = None, name: str | None = None
+) -> str:
+    """Scheduled time, first digits of the flow run's id, and name, so that a retry has the same
+    id. The run's folder, its record and the models it publishes have it."""
     when = scheduled or datetime.now(UTC)
-    return f"{when:%Y%m%d-%H%M%S}-{(flow_run_id or os.urandom(4).hex())[:8]}"
+    start = f"{when:%Y%m%d-%H%M%S}-{(flow_run_id or os.urandom(4).hex())[:8]}"
+    return f"{start}-{name}" if name else start
 
 
 def author() -> str:

@@ -14,7 +14,7 @@ from rlhf_core.store import Store
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
-PIPELINE = "rlhf-pipeline/rlhf"
+PIPELINE = "rlhf-pipeline/rlhf-all-settings"
 CANCEL_SECONDS = 60
 
 

@@ -6,7 +6,6 @@ import difflib
 import shlex
 import signal
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -102,8 +101,7 @@ def cancel(run: RunId = "last", store: StoreUrl = None) -> None:
 def _settings(
     preset: str | None, config: Path | None, overrides: list[str] | None, store: str | None
 ) -> PipelineConfig:
-    from rlhf_core.jobs.base import RenamedSetting
-    from rlhf_core.pipeline.presets import build_config
+    from rlhf_core.pipeline.presets import build_noting
 
     if preset is not None and config is not None:
         raise typer.BadParameter("give --preset or --config, not both")
@@ -112,11 +110,9 @@ def _settings(
         source = preset
     elif config is not None:
         source = _existing(config)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RenamedSetting)
-        settings = build_config(source, overrides or [])
-    for text in dict.fromkeys(str(w.message) for w in caught):
-        typer.echo(f"Warning: {text}.", err=True)
+    settings, notes = build_noting(source, overrides or [])
+    for text in notes:
+        typer.echo(f"Warning: {text}", err=True)
     return settings if store is None else settings.model_copy(update={"store": store})
 
 

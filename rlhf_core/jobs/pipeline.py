@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_core.jobs.base import Resources, Seed, Settings, Slug
 from rlhf_core.jobs.data import DataConfig, ModelSettings
@@ -17,12 +17,6 @@ from rlhf_core.jobs.results import EvaluateSettings, PublishSettings
 from rlhf_core.jobs.tracking import MlflowTracking
 from rlhf_core.jobs.training import RewardSettings, SFTSettings
 
-Preset = Literal[
-    "none", "smoke", "demo", "dpo", "simpo", "orpo", "kto", "grpo", "rloo", "reinforce_pp",
-    "iterative-dpo", "grpo-rules", "pretrain", "bloom-560m", "llama-7b",
-]  # fmt: skip
-"""The presets in deployments/presets."""
-
 TrainingStage = Literal[
     "pretrain", "sft", "reward", "dpo", "simpo", "orpo", "kto", "ppo", "grpo", "rloo",
     "reinforce_pp",
@@ -33,8 +27,6 @@ TrainingStage = Literal[
 class PipelineConfig(Settings):
     """Everything that a run depends on. The defaults run on an empty machine."""
 
-    preset: Preset = "none"
-    """Preset to start from. Settings below that differ from their default override it."""
     name: Slug = "rlhf"
     """Name of the run in lists."""
     seed: Seed = 0
@@ -98,3 +90,11 @@ class PipelineConfig(Settings):
     """Mirror of the run in an experiment tracker. Empty: none."""
     launcher: Launcher = LocalLauncher()
     """How stages are started."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_preset(cls, data: Any) -> Any:
+        """Records of older versions say `preset: none`: it was a field, and had been applied."""
+        if isinstance(data, dict) and data.get("preset") == "none":
+            return {name: value for name, value in data.items() if name != "preset"}
+        return data

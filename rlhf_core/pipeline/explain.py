@@ -76,6 +76,7 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
 
 def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> str:
     valid = list(section.model_fields) if section else []
+    valid += ["preset"] if section is PipelineConfig else []
     close = difflib.get_close_matches(last, valid, 1, 0.6)
     close = close or [name for name in valid if last and (last in name or name in last)][:1]
     paths = _paths(PipelineConfig)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from rlhf_core.errors import ConfigError, PreflightError
 from rlhf_core.jobs import PipelineConfig, TrainingStage
+from rlhf_core.jobs.base import RenamedSetting
 from rlhf_core.pipeline.explain import explain, shorten
 from rlhf_core.pipeline.preset_files import preset_names, preset_text
 
@@ -36,7 +38,7 @@ def load_preset(name_or_path: str | Path) -> dict[str, Any]:
     text = str(name_or_path)
     names = preset_names()
     if text in names:
-        return _parse(preset_text(text), f"preset {text}")
+        return parse_settings(preset_text(text), f"preset {text}")
     looks_like_a_path = "/" in text or text.endswith((".yaml", ".yml", ".json"))
     if not looks_like_a_path and not os.path.isfile(text):
         close = difflib.get_close_matches(text, names, 1)
@@ -47,7 +49,7 @@ def load_preset(name_or_path: str | Path) -> dict[str, Any]:
         )
     try:
         path = Path(text).expanduser()
-        return _parse(path.read_text("utf-8"), str(path))
+        return parse_settings(path.read_text("utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"Cannot read {text[:300]}: {error.strerror}.") from error
     except RuntimeError as error:
@@ -92,7 +94,15 @@ def _read_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"a value does not have the form of its type: {error}") from error
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
+def parse_settings(text: str, where: str) -> dict[str, Any]:
+    """The mapping in a YAML text; {} in an empty one.
+
+    Args:
+        where: it comes from, for messages.
+
+    Raises:
+        ConfigError: it is not YAML with a mapping at its top.
+    """
     try:
         value = _read_yaml(text)
     except yaml.MarkedYAMLError as error:
@@ -194,30 +204,14 @@ def build_config(
         raise PreflightError(explain(error, PipelineConfig, settings)) from error
 
 
-def resolve_preset(config: PipelineConfig) -> PipelineConfig:
-    """The preset that a configuration names, with its settings that are no defaults merged over it.
-
-    Prefect's form sends all fields, so only those that differ from the defaults are taken as set.
-
-    Raises:
-        PreflightError: the preset and the differences contradict each other.
-    """
-    if config.preset == "none":
-        return config
-    chosen = _difference(config.model_dump(mode="json"), PipelineConfig().model_dump(mode="json"))
-    return build_config(chosen)
-
-
-def _difference(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, own in value.items():
-        other = default.get(key)
-        if own == other:
-            continue
-        if isinstance(own, dict) and isinstance(other, dict) and set(own) == set(other):
-            own = _difference(own, other)
-        result[key] = own
-    return result
+def build_noting(
+    preset: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[PipelineConfig, list[str]]:
+    """`build_config`, and a sentence about each setting that was given by its old name."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RenamedSetting)
+        config = build_config(preset, overrides)
+    return config, list(dict.fromkeys(f"{w.message}." for w in caught))
 
 
 def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rlhf_core.errors import JobFailed
 from rlhf_core.runtime.stopping import PEER_LOST
 from rlhf_core.system.secrets import redact
 
-# Name of a failed stage's Prefect state, by category.
+# Name of the Prefect state of a failed stage and its pipeline, by category.
 STATE_NAMES = {
     "config": "ConfigurationError",
     "data": "DataError",
@@ -27,6 +27,9 @@ STATE_NAMES = {
     "rate_lowered": "LearningRateLowered",
     "collapse": "PolicyCollapsed",
     "judge": "JudgeFailed",
+    "gate": "GateFailed",
+    "reward_hacked": "RewardHacked",
+    "queue": "NoFreeSlot",
     "lost": "ProcessLost",
     "hang": "ProcessHung",
     "preempted": "Preempted",

@@ -146,7 +146,7 @@ def test_data_error_is_not_tried_again_and_has_no_traceback(pipeline):
     with pytest.raises(JobFailed, match="stub ran into data"):
         pipeline()
     flow_run = newest_flow_run()
-    assert flow_run.state.name == "Failed"
+    assert flow_run.state.name == "DataError", "the stage's state reaches its pipeline"
     messages = "\n".join(logs_of(flow_run))
     assert "Traceback" not in messages
     assert "attempt 2" not in messages

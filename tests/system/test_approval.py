@@ -12,6 +12,7 @@ def test_run_waits_for_the_decision(system, decision, state):
     system.plan()
     run = system.submit("seed=401", "publish.approval=manual", f"publish.name=asked-{decision}")
     until(lambda: system.run(run)["state_type"] == "PAUSED", 200, "the question")
+    until(lambda: system.run(run)["state_name"] == "WaitingForApproval", 30, "the name")
     body = {"run_input": {"decision": decision, "reason": "because"}}
     assert system.post(f"/flow_runs/{run}/resume", body)["status"] == "ACCEPT"
     found = until(lambda: r if (r := system.run(run))["state_type"] == "COMPLETED" else None, 120)

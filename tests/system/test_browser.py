@@ -54,13 +54,17 @@ def choose(page, label, option):
     assert button.inner_text() == option
 
 
-def open_form(system, page):
-    deployment = system.get("/deployments/name/rlhf-pipeline/rlhf")["id"]
+def open_form(system, page, name="rlhf"):
+    deployment = system.get(f"/deployments/name/rlhf-pipeline/{name}")["id"]
     page.goto(f"{system.url}/deployments/deployment/{deployment}/run")
-    field(page, "Preset (Optional)").wait_for()
-    seed = field(page, "Seed (Optional)").locator("input")  # the form fills itself with defaults
-    until(lambda: seed.input_value() == "0", 60, "the form's default")
+    last = field(page, "until (Optional)").locator("button.p-select-button__control")
+    # The form fills itself with defaults.
+    until(lambda: last.count() and last.inner_text() == "publish", 60, "the form's default")
     page.wait_for_timeout(1500)
+
+
+def write(page, label, text):
+    field(page, f"{label} (Optional)").locator("textarea").fill(text)
 
 
 def runs(system):
@@ -68,10 +72,13 @@ def runs(system):
     return system.post("/flow_runs/filter", body)
 
 
-def test_wrong_value_is_refused_by_the_form_with_its_name(system, page):
-    before = len(runs(system))
+def test_form_is_short_and_the_whole_one_refuses_a_wrong_value_with_its_name(system, page):
+    height = "Math.max(...[...document.querySelectorAll('*')].map(e => e.scrollHeight))"
     open_form(system, page)
-    choose(page, "Preset", "smoke")
+    assert page.evaluate(height) < 1600
+    before = len(runs(system))
+    open_form(system, page, "rlhf-all-settings")
+    assert page.evaluate(height) > 20_000
     field(page, "Seed (Optional)").locator("input").fill("-4")
     page.get_by_role("button", name="Submit").click()
     page.get_by_text(
@@ -81,8 +88,21 @@ def test_wrong_value_is_refused_by_the_form_with_its_name(system, page):
     assert len(runs(system)) == before
 
 
+def test_wrong_setting_in_the_box_ends_the_run_at_once_and_is_named(system, page):
+    open_form(system, page)
+    choose(page, "preset", "smoke")
+    write(page, "name", "wrong one")
+    write(page, "settings", "ppo:\n  kl_coeff: 0.1\n")
+    page.get_by_role("button", name="Submit").click()
+    run = until(lambda: next((r for r in runs(system) if r["name"] == "wrong-one"), None), 90)
+    found = system.wait(run["id"], "FAILED")
+    assert found["state_name"] == "ConfigurationError"
+    assert "ppo.kl_coeff is not a setting; did you mean ppo.kl_coef?" in found["state"]["message"]
+    assert system.tasks(run["id"]) == {}
+
+
 def test_wrong_value_is_refused_by_the_api_with_its_path(system):
-    deployment = system.get("/deployments/name/rlhf-pipeline/rlhf")["id"]
+    deployment = system.get("/deployments/name/rlhf-pipeline/rlhf-all-settings")["id"]
     answer = system.api.post(
         f"/deployments/{deployment}/create_flow_run",
         json={"parameters": {"config": {"ppo": {"clip_range": 7}}}},
@@ -95,10 +115,11 @@ def test_smoke_run_from_the_form_to_the_report(system, page):
     """Real ranks on real data."""
     system.for_real()
     open_form(system, page)
-    choose(page, "Preset", "smoke")
+    choose(page, "preset", "smoke")
+    write(page, "name", "from the form")
     page.get_by_role("button", name="Submit").click()
-    run = until(lambda: next((r for r in runs(system) if r["parameters"]["config"].get(
-        "preset") == "smoke"), None), 90)["id"]  # fmt: skip
+    run = until(lambda: next((r for r in runs(system) if r["name"] == "from-the-form"), None), 90)
+    run = run["id"]
     page.goto(f"{system.url}/runs/flow-run/{run}")
     page.get_by_text("Running").first.wait_for(timeout=60_000)
     system.wait(run, "COMPLETED", seconds=280)

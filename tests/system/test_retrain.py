@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import pytest
+import yaml
 
 from tests.system.conftest import FINAL, kill_with_family, until
 
@@ -22,7 +23,6 @@ def data(system):
     config = {
         "preset": "smoke", "seed": 301, "name": "retrained",
         "data": {"sft": source, "prompts": source}, "publish": {"name": "retrained"},
-        "launcher": {"type": "work_pool"},
     }  # fmt: skip
     return path, config
 
@@ -32,7 +32,7 @@ def deployment(system):
 
 
 def start(system, config, **parameters):
-    body = {"parameters": {"config": config, **parameters}}
+    body = {"parameters": {"settings": yaml.safe_dump(config), **parameters}}
     return system.post(f"/deployments/{deployment(system)}/create_flow_run", body)["id"]
 
 
@@ -45,7 +45,7 @@ def test_trains_then_finds_nothing_new_then_trains_again(system, data):
 
     # Now by a schedule, seconds apart.
     schedule = {"schedule": {"interval": 15, "timezone": "UTC"}, "active": True,
-                "parameters": {"config": config}}  # fmt: skip
+                "parameters": {"settings": yaml.safe_dump(config)}}  # fmt: skip
     jobs = len(system.children())
     made = system.post(f"/deployments/{deployment(system)}/schedules", [schedule])
 
@@ -139,7 +139,7 @@ def test_missed_schedule_is_made_good_once(system, data):
             began = datetime.now(UTC) + timedelta(seconds=lead)
             rule = f"DTSTART:{began:%Y%m%dT%H%M%S}\nRRULE:FREQ=SECONDLY;INTERVAL=8;COUNT=4"
             schedule = {"schedule": {"rrule": rule, "timezone": "UTC"}, "active": True,
-                        "parameters": {"config": config}}  # fmt: skip
+                        "parameters": {"settings": yaml.safe_dump(config)}}  # fmt: skip
             made = system.post(f"{address}/schedules", [schedule])[0]["id"]
             time.sleep(max(0, (began - datetime.now(UTC)).total_seconds()) + 30)
             if len(scheduled(system, began)) >= 3:
@@ -170,14 +170,14 @@ def test_new_data_starts_a_retraining_by_its_event(system, data):
         "trigger": {"type": "event", "posture": "Reactive", "threshold": 1,
                     "expect": ["rlhf.data.new"], "match": {"prefect.resource.id": "rlhf.data.*"}},
         "actions": [{"type": "run-deployment", "deployment_id": deployment(system),
-                     "parameters": {"config": {**config, "seed": 340}}}],
+                     "parameters": {"settings": yaml.safe_dump({**config, "seed": 340})}}],
     }  # fmt: skip
     automation = system.post("/automations/", trigger)["id"]
 
     def trained(seed):
         body = {"flows": {"name": {"any_": ["rlhf-retrain"]}}}
         return [r for r in system.post("/flow_runs/filter", body)
-                if r["parameters"].get("config", {}).get("seed") == seed]  # fmt: skip
+                if f"seed: {seed}\n" in r["parameters"].get("settings", "")]  # fmt: skip
 
     watcher = system.get("/deployments/name/rlhf-watch-data/watch-data")["id"]
     watch = {"parameters": {"source": str(path)}}

@@ -1,7 +1,5 @@
 """Presets: found, parsed, minimal; and what a wrong setting answers."""
 
-from typing import get_args
-
 import pytest
 from pydantic import BaseModel
 
@@ -12,7 +10,6 @@ from rlhf_core.pipeline.presets import (
     apply_overrides,
     build_config,
     load_preset,
-    resolve_preset,
 )
 
 
@@ -296,25 +293,15 @@ def test_config_survives_the_way_through_json():
         assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
 
 
-def test_what_differs_from_the_defaults_lies_over_a_preset():
-    config = PipelineConfig.model_validate(
-        {"preset": "smoke", "seed": 7, "ppo": {"kl_coef": 0.3}, "launcher": {"type": "work_pool"}}
-    )
-    found = resolve_preset(config)
+def test_record_of_an_older_version_is_read():
+    """There `preset` was a field of the configuration, which had been applied."""
     smoke = build_config("smoke")
-    assert (found.seed, found.ppo.kl_coef, found.launcher.type) == (7, 0.3, "work_pool")
-    assert found.ppo.steps == smoke.ppo.steps != PipelineConfig().ppo.steps
-    assert found.preset == "none"  # it is not applied twice
-    assert resolve_preset(PipelineConfig(preset="smoke")) == smoke
-    assert resolve_preset(found) is found
+    assert PipelineConfig.model_validate({"preset": "none", **smoke.model_dump()}) == smoke
+    with pytest.raises(PreflightError, match="presett is not a setting; did you mean preset"):
+        build_config({"presett": "smoke"})
 
 
 def test_settings_file_may_name_a_preset(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("preset: smoke\nppo: { kl_coef: 0.3 }\n")
     assert build_config(path) == build_config("smoke", ["ppo.kl_coef=0.3"])
-
-
-def test_form_offers_every_preset():
-    offered = get_args(PipelineConfig.model_fields["preset"].annotation)
-    assert sorted(offered) == sorted(["none", *preset_names()])
