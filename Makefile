@@ -105,7 +105,7 @@ test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minu
 	@$(BIN)/python -m pytest -q -m images
 
 test-crash: $(STAMP)  ## power cuts on a disk image: what the store acknowledged is there (root; half a minute)
-	@$(BIN)/python -m pytest -q -rsP -m crash
+	@$(BIN)/python -m pytest -q -rsP tests/rlhf_core/store/test_power_cut.py
 
 # A second environment that sees all of the first and has only the extras of its own: nothing of
 # them gets into .venv.

@@ -77,6 +77,14 @@ class Backend(Protocol):
     def delete(self, key: str) -> None:
         """Remove a value, if there is one."""
 
+    def now(self) -> float:
+        """The backend's time in seconds since 1970, by the clock of `Entry.modified`. It writes
+        nothing, since the storage may be full."""
+
+    def free_reserve(self) -> None:
+        """Free the little space that is kept for a collection of a full disk. The next upload takes
+        it again."""
+
     def sweep(self, older_than: float) -> int:
         """Remove unfinished uploads older than so many seconds; returns their number."""
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import uuid
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_core.errors import ArtifactCorrupt
+from rlhf_core.errors import ArtifactCorrupt, StoreError, StoreUnavailable
 from rlhf_core.store.artifact import Artifact, parse_manifest
 from rlhf_core.store.backend import Backend, Entry
-from rlhf_core.store.leases import FLAG, LEASES, CollectionFlag
+from rlhf_core.store.leases import FLAGS, LEASES, CollectionFlag
 from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
 from rlhf_core.store.refs import MANIFEST
 
@@ -76,7 +75,7 @@ class Garbage:
 
 def find_garbage(backend: Backend, roots: Roots, limits: Limits) -> Garbage:
     """What a collection would delete now; nothing is deleted. Arguments as for `collect`."""
-    now = _clock(backend)
+    now = backend.now()
     garbage = _find_all(backend, roots, limits, now)
     for scope in backend.folders(SCOPES):
         below = _find_all(backend.scoped(f"{SCOPES}/{scope}"), set, limits, now).entries
@@ -96,7 +95,9 @@ def collect(backend: Backend, roots: Roots, limits: Limits) -> Garbage:
         StoreError: it failed midway; kept artifacts are untouched, and the next run deletes the
             rest.
     """
-    now = _clock(backend)
+    now = backend.now()
+    uploads, note = _sweep(backend, limits)  # first, since a full disk needs space for the flag
+    backend.free_reserve()
     with CollectionFlag(backend) as flag:
         garbage = _find_all(backend, roots, limits, now)
         _delete(backend, garbage, flag)
@@ -107,7 +108,8 @@ def collect(backend: Backend, roots: Roots, limits: Limits) -> Garbage:
                 found = _find_all(scoped, set, limits, now)
                 _delete(scoped, found, flag)
             garbage.checkpoints += [_below(scope, entry) for entry in found.entries]
-    garbage.uploads = backend.sweep(limits.grace)
+    garbage.uploads = uploads
+    garbage.notes += note
     return garbage
 
 
@@ -115,14 +117,14 @@ def _below(scope: str, entry: Entry) -> Entry:
     return Entry(f"{SCOPES}/{scope}/{entry.key}", entry.size, entry.modified)
 
 
-def _clock(backend: Backend) -> float:
-    """The backend's time, in seconds since 1970; a server's clock may differ from ours."""
-    key = f"gc/clock-{uuid.uuid4().hex}.json"
-    backend.write(key, b"{}")
+def _sweep(backend: Backend, limits: Limits) -> tuple[int, list[str]]:
+    """Number of unfinished uploads that were removed, and a note if that was not possible."""
     try:
-        return next(entry.modified for entry in backend.entries(key))
-    finally:
-        backend.delete(key)
+        return backend.sweep(limits.grace), []
+    except StoreUnavailable:
+        raise
+    except StoreError as error:
+        return 0, [f"unfinished uploads of killed writers stay, because {error}"]
 
 
 @dataclass
@@ -233,7 +235,7 @@ def _old_records(
     # Output of a failed stage: by now a version of a model, or abandoned.
     found += [e for e in backend.entries("candidates/") if listing.older(e, limits.keep)]
     litter = [*backend.entries("probes/"), *backend.entries("gc/")]
-    found += [e for e in litter if e.key != FLAG and listing.older(e, limits.grace)]
+    found += [e for e in litter if not e.key.startswith(FLAGS) and listing.older(e, limits.grace)]
     return found
 
 
@@ -273,10 +275,11 @@ def _json(backend: Backend, entry: Entry) -> dict[str, Any]:
 
 
 def _delete(backend: Backend, garbage: Garbage, flag: CollectionFlag) -> None:
-    """Delete manifests before blobs, so that a kill leaves unused blobs but no broken artifact."""
+    """Delete manifests before blobs, so that a kill or a power cut breaks no artifact."""
     quick = backend.with_short_timeouts()  # a deletion must end long before the flag is stale
-    entries = garbage.entries
-    for start in range(0, len(entries), BATCH):
-        flag.check()
-        batch = [entry.key for entry in entries[start : start + BATCH]]
-        in_parallel(quick.delete, batch, REQUESTS_AT_ONCE)
+    manifests = [entry.key for entry in garbage.manifests]
+    for keys in (manifests, [e.key for e in garbage.entries[len(manifests) :]]):
+        for start in range(0, len(keys), BATCH):
+            flag.check()
+            in_parallel(quick.delete, keys[start : start + BATCH], REQUESTS_AT_ONCE)
+        backend.settle(keys)

@@ -5,12 +5,14 @@ finds it, the collector deletes it, and the writer's manifest references a missi
 
     the writer    1. writes a lease that names what it reuses,  2. waits while the flag exists,
                   3. checks that all blobs exist,  4. writes the manifest,  5. removes the lease
-    the collector 1. creates the flag,  2. reads leases, then manifests, then the rest,
-                  3. deletes what none of them names,  4. removes the flag
+    the collector 1. creates its flag,  2. reads leases, then manifests, then the rest,
+                  3. deletes what none of them names,  4. removes its flag
 
 If a writer checks before the flag exists, the collector sees its lease or its manifest. If it
 checks after the flag is removed, step 3 finds what was deleted. This does not depend on clocks. The
-flag of a dead collector stops changing; a waiting writer then removes it.
+flag of a dead collector stops changing; a waiting writer then removes it. Each collection has a key
+of its own, so that a writer cannot remove the flag of another one that has begun meanwhile, and
+several collections may run at once.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from rlhf_core.store.backend import Backend
 
 log = logging.getLogger("rlhf_core.store")
 
-FLAG = "gc/running.json"
+FLAGS = "gc/running"  # gc/running-<id>.json; an earlier version's is gc/running.json
 LEASES = "leases/"
 
 HEARTBEAT_SECONDS = 10.0  # between two heartbeats of a collector
@@ -61,16 +63,17 @@ def lease(backend: Backend, artifact: Artifact) -> Iterator[None]:
 
 def wait_for_collector(backend: Backend) -> None:
     """Return when no collection is running; one without heartbeats counts as dead."""
-    seen, since = b"", time.monotonic()
-    while (flag := backend.read(FLAG)) is not None:
+    seen: dict[str, tuple[bytes | None, float]] = {}
+    while keys := backend.keys(FLAGS):
         if not seen:
             log.info("waiting for a garbage collection in %s", backend.url)
-        if flag != seen:
-            seen, since = flag, time.monotonic()
-        elif time.monotonic() - since > STALE_SECONDS:
-            log.warning("a garbage collection in %s died; removing its flag", backend.url)
-            backend.delete(FLAG)
-            return
+        for key in keys:
+            flag, now = backend.read(key), time.monotonic()
+            if key not in seen or seen[key][0] != flag:
+                seen[key] = flag, now
+            elif now - seen[key][1] > STALE_SECONDS:
+                log.warning("a garbage collection in %s died; removing its flag", backend.url)
+                backend.delete(key)
         time.sleep(0.3)
 
 
@@ -79,7 +82,8 @@ class CollectionFlag:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self.key = f"{FLAGS}-{uuid.uuid4().hex}.json"
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid()}
         self._value = self._text(0)
         self._last_heartbeat = 0.0
         self._lost = False
@@ -87,8 +91,7 @@ class CollectionFlag:
         self._thread = threading.Thread(target=self._send_heartbeats, daemon=True, name="rlhf-gc")
 
     def __enter__(self) -> CollectionFlag:
-        while not self._backend.create(FLAG, self._value):
-            wait_for_collector(self._backend)
+        self._backend.write(self.key, self._value)
         self._last_heartbeat = time.monotonic()
         self._thread.start()
         return self
@@ -104,8 +107,7 @@ class CollectionFlag:
         # A deletion without a reply may still happen, so the flag then stays until it is stale.
         if not isinstance(error, StoreUnavailable):
             with suppress(StoreError):
-                if self._backend.read(FLAG) == self._value:
-                    self._backend.delete(FLAG)
+                self._backend.delete(self.key)
 
     def check(self) -> None:
         """Call this before each deletion.
@@ -124,11 +126,12 @@ class CollectionFlag:
         while not self._end.wait(HEARTBEAT_SECONDS):
             count += 1
             with suppress(StoreError):
-                if self._backend.read(FLAG) != self._value:
-                    self._lost = True  # another process considered this collection dead
+                late = time.monotonic() - self._last_heartbeat > LOST_SECONDS
+                if late or self._backend.read(self.key) != self._value:
+                    self._lost = True  # another process considers this collection dead
                     return
                 self._value = self._text(count)
-                self._backend.write(FLAG, self._value)
+                self._backend.write(self.key, self._value)
                 self._last_heartbeat = time.monotonic()
 
     def _text(self, count: int) -> bytes:

@@ -23,6 +23,7 @@ from rlhf_core.system.durable import sync_file, sync_folders
 
 CHUNK = 8 * 2**20
 TMP = ".tmp"
+RESERVE = 2**18  # bytes: a collection's flag, its heartbeats, and folders for them
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -119,6 +120,7 @@ class LocalBackend:
 
     def upload(self, source: Path, key: str, size: int, *, replace: bool) -> None:
         with file_errors(self.root), self._temporary() as temporary:
+            self._reserve()
             shutil.copyfile(source, temporary, follow_symlinks=False)
             sync_file(temporary)
             if replace:
@@ -191,6 +193,26 @@ class LocalBackend:
                     folder.rmdir()
                 except OSError:
                     break
+
+    def now(self) -> float:
+        with file_errors(self.base):
+            try:
+                os.utime(self.base)  # by the server's clock, if it is a network file system
+                return self.base.stat().st_mtime
+            except FileNotFoundError:
+                return time.time()
+
+    def free_reserve(self) -> None:
+        with file_errors(self.base):
+            (self.base / TMP / "reserve").unlink(missing_ok=True)
+
+    def _reserve(self) -> None:
+        path = self.base / TMP / "reserve"
+        if not path.exists():
+            try:
+                path.write_bytes(os.urandom(RESERVE))  # a file system could compress zeros away
+            except OSError:
+                path.unlink(missing_ok=True)
 
     def sweep(self, older_than: float) -> int:
         removed, limit = 0, time.time() - older_than

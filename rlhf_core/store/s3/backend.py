@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,15 @@ class S3Backend:
 
     def delete(self, key: str) -> None:
         self.client.request("delete_object", "deleting", missing=None, Key=self._key(key))
+
+    def now(self) -> float:
+        reply = self.client.request(
+            "list_objects_v2", "listing", Prefix=self._key("gc/"), MaxKeys=1
+        )
+        return parsedate_to_datetime(reply["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+
+    def free_reserve(self) -> None:
+        """Nothing to do: what a server keeps for itself is its own matter."""
 
     def sweep(self, older_than: float) -> int:
         removed, limit = 0, time.time() - older_than

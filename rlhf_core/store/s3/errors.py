@@ -116,6 +116,12 @@ def _reply_problem(error: BaseException, where: str, action: str) -> StoreError 
         )
     if status == 507 or code in _FULL_CODES:
         return StoreUnavailable(f"{where} is full ({code or status}): free some space there")
+    if status in (405, 501):
+        operation = getattr(error, "operation_name", action)
+        return StoreError(
+            f"{where} does not have the operation {operation} ({code or status}), which {action} "
+            "needs: use a server that has it, such as AWS S3, MinIO, Ceph or SeaweedFS"
+        )
     if status >= 500:
         return StoreUnavailable(
             f"{where} failed at {action} ({code or status}), and again on every retry: often its "

@@ -1,12 +1,15 @@
 """Garbage collection: what goes, what stays, and writers that race it."""
 
+import errno
 import json
 import random
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from botocore.awsrequest import AWSResponse
 
 from rlhf_core.errors import StoreError
 from rlhf_core.store import Artifact, Store, collect, leases, open_store, publishing
@@ -169,9 +172,74 @@ def test_collector_that_died_does_not_hold_up_writers_for_ever(
 ) -> None:
     monkeypatch.setattr(leases, "STALE_SECONDS", 1.0)
     store.publish(folder, kind="model")
-    store._backend.write(leases.FLAG, b'{"beat": 1}')
+    for name in ("gc/running.json", "gc/running-1.json"):  # of an earlier version, and of this one
+        store._backend.write(name, b'{"beat": 1}')
     store.publish(folder, kind="model", metadata={"n": 2})
-    assert store._backend.read(leases.FLAG) is None
+    assert store._backend.keys("gc/") == []
+
+
+def test_writer_removes_no_flag_but_the_one_it_waited_for(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "STALE_SECONDS", 1.0)
+    dead, other = leases.CollectionFlag(store._backend), leases.CollectionFlag(store._backend)
+    store._backend.write(dead.key, b"{}")
+    delete, left = store._backend.delete, []
+
+    def late(key: str) -> None:
+        if "running" in key and not left:  # the dead one is back and ends, another one begins
+            delete(dead.key)
+            with other:
+                delete(key)
+                left.extend(store._backend.keys(leases.FLAGS))
+        else:
+            delete(key)
+
+    monkeypatch.setattr(store._backend, "delete", late)
+    leases.wait_for_collector(store._backend)
+    assert left == [other.key]
+
+
+def test_dry_run_writes_nothing_and_a_collection_finds_space_on_a_full_disk(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    artifact = store.publish(folder, kind="model")
+    reserve, write = tmp_path / "store" / ".tmp" / "reserve", Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if reserve.exists() or path == reserve:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StoreError, match="no space left"):
+        store.write_record("runs/a.json", {})
+    assert [ref for ref, _ in store.find_garbage(set, EVERYTHING).artifacts] == [artifact.ref]
+    assert len(store.collect(set, EVERYTHING).blobs) == 3
+    assert blobs(store) == [] and not reserve.exists()
+    monkeypatch.undo()
+    store.publish(folder, kind="model")
+    assert reserve.stat().st_size == 2**18
+
+
+def test_server_without_an_operation_is_told_which_and_the_rest_is_collected(
+    s3_url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_url)
+    store.publish(folder, kind="model")
+    client = store._backend.client.connected().client  # type: ignore[attr-defined]
+
+    def lacking(request: object, **_: object) -> AWSResponse:
+        body = b"<Error><Code>NotImplemented</Code></Error>"
+        raw = SimpleNamespace(stream=lambda: iter([body]))
+        return AWSResponse("http://here", 501, {"Content-Type": "application/xml"}, raw)
+
+    client.meta.events.register("before-send.s3.ListMultipartUploads", lacking)
+    found = store.collect(set, EVERYTHING)
+    assert len(found.blobs) == 3 and blobs(store) == []
+    assert "does not have the operation ListMultipartUploads (NotImplemented)" in found.notes[0]
+    assert "full" not in found.notes[0]
 
 
 def test_collector_that_was_taken_for_dead_stops(
@@ -184,7 +252,7 @@ def test_collector_that_was_taken_for_dead_stops(
     def overtaken(backend: object, garbage: object, flag: leases.CollectionFlag) -> None:
         end = time.monotonic() + 20
         while not flag._lost and time.monotonic() < end:
-            store._backend.delete(leases.FLAG)  # between its look and its write it is put back
+            store._backend.delete(flag.key)  # between its look and its write it is put back
             time.sleep(0.2)
         delete(backend, garbage, flag)  # type: ignore[arg-type]
 

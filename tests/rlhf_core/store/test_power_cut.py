@@ -1,4 +1,5 @@
-"""Power cuts, on an ext4 image that is copied while a process writes to it (`make test-crash`).
+"""Power cuts, on an ext4 image that is copied while a process writes to it, and a disk that is full
+(`make test-crash`).
 
 The copy holds what the kernel has written to the device so far, as a disk does after a power cut.
 It needs root, a loop device and mkfs.ext4.
@@ -18,7 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_core.errors import StoreError
 from rlhf_core.store import open_store, registry
+from rlhf_core.store.collect import Limits
+from rlhf_core.store.local import free_bytes
 from rlhf_core.store.published_folder import materialise
 from tests.rlhf_core.store.helpers import contents
 
@@ -53,7 +57,7 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.img"
     with open(path, "wb") as file:
         file.truncate(SIZE)
-    subprocess.run(["mkfs.ext4", "-q", path], check=True)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", path], check=True)
     return path
 
 
@@ -139,3 +143,25 @@ def test_what_was_acknowledged_outlives_a_power_cut(
         (tmp_path / f"{number}.img").unlink()
     assert seen["champion"] > 20, f"too little was written between the cuts: {seen}"
     print(f"{CUTS} power cuts; acknowledged before them and whole after them: {seen}")
+
+
+def test_collection_frees_a_disk_without_a_single_free_byte(image: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "disk") as disk:
+        store = open_store(str(disk / "store"))
+        kept = store.publish_derived(kind="model", files={"a": b"kept"})
+        (tmp_path / "file").write_bytes(os.urandom(2**20))
+        store.publish_derived(kind="model", files={"a": tmp_path / "file"})
+        with pytest.raises(StoreError, match="no space left"):
+            for number in range(10_000):
+                store.write_record(f"runs/{number}.json", {"a": "b" * 2**20})
+        with pytest.raises(OSError), open(disk / "filling", "wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        with pytest.raises(StoreError, match="no space left"):
+            store.write_record("runs/another.json", {})
+        before = free_bytes(disk)
+        assert before == 0
+        found = store.collect(lambda: {kept.digest}, Limits(keep=-10, grace=-10))
+        assert len(found.blobs) == 1 and free_bytes(disk) >= 2**20
+        assert store.verify(kept.digest) == []
+        store.write_record("runs/another.json", {})
