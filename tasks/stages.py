@@ -21,7 +21,6 @@ from rlhf_core.data.questions import read_questions
 from rlhf_core.errors import GateFailed, PreflightError
 from rlhf_core.evaluation.harness.tasks import fingerprint as tasks_fingerprint
 from rlhf_core.jobs import (
-    DataJob,
     EvaluateJob,
     ImportModelJob,
     ImportRewardJob,
@@ -44,6 +43,7 @@ from rlhf_core.model_files.source import fingerprint as model_fingerprint
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import reply_length
 from rlhf_core.preflight.check import check
+from tasks import data_jobs
 from tasks.events import log_event
 from tasks.execute import run_jobs, should_retry
 from tasks.gates import check_reward
@@ -150,7 +150,7 @@ def import_reward(run: Run, source: str, model: str, name: str = "reward-model")
 
 @stage("data")
 def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
-    """Prepare the data sets, all in one process, because its imports take long.
+    """Prepare the data sets, all in one process, because its imports take long; then mix.
 
     Args:
         model: digest of the base model, whose tokenizer is used.
@@ -158,20 +158,13 @@ def prepare_data(run: Run, model: str) -> dict[str, StageResult]:
     Returns:
         Name of the data set in the settings -> result.
     """
-    jobs = {
-        setting.rpartition(".")[2]: DataJob(
-            **settings_fields(settings),
-            seed=run.config.seed,
-            purpose=purpose,
-            model=model,
-            trust_remote_code=run.config.model.trust_remote_code,
-            fingerprint=data_fingerprint(settings, run.store),
-        )
-        for purpose, setting, settings in recipe.data_sets(run.config)
-    }
-    named = {f"data-{name}": job for name, job in jobs.items()}
-    results = run_jobs(run, "data", named, get_run_logger())
-    return dict(zip(map(str, jobs), results, strict=True))
+    jobs = data_jobs.source_jobs(run, model)
+    results = dict(zip(jobs, run_jobs(run, "data", jobs, get_run_logger()), strict=True))
+    if mixtures := data_jobs.mixture_jobs(run, model, results):
+        mixed = run_jobs(run, "mix", mixtures, get_run_logger())
+        results |= dict(zip(mixtures, mixed, strict=True))
+    names = [setting.rpartition(".")[2] for _, setting, _ in recipe.data_sets(run.config)]
+    return {name: results[f"data-{name}"] for name in names}
 
 
 @stage("label")

@@ -173,7 +173,7 @@ def test_only_orchestrating_rooms_import_prefect() -> None:
 @pytest.mark.parametrize("room", sorted(TORCH_FREE - {"errors"}))
 def test_rooms_that_the_orchestrator_reads_have_an_empty_or_small_face(room: str) -> None:
     folder = ROOT / (room if room in ("flows", "tasks") else f"rlhf_core/{room}")
-    faces = {"jobs": 210, "store": 10, "rewards": 10, "tasks": 10}  # lines; the others are empty
+    faces = {"jobs": 220, "store": 10, "rewards": 10, "tasks": 10}  # lines; the others are empty
     assert len((folder / "__init__.py").read_text().splitlines()) <= faces.get(room, 0)
 
 

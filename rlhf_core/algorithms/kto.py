@@ -30,7 +30,7 @@ from rlhf_core.store import Artifact
 from rlhf_core.training.batching import batch_rows, split_batch, steps_in
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.policy import frozen_storage, prepare_policy, publish_policy
-from rlhf_core.training.preference import collate_replies, heldout_metrics
+from rlhf_core.training.preference import by_source, collate_replies, heldout_metrics
 from rlhf_core.training.schedule import set_learning_rate
 from rlhf_core.training.selection import LOWEST_LOSS, Selection
 from rlhf_core.training.strategy import Strategy
@@ -57,7 +57,7 @@ def run(job: KTOJob, context: StageContext) -> Artifact | None:
         LabelledReplies(Rows(data, split, purpose=("unpaired", "preference")))
         for split in ("train", "heldout")
     )
-    total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
+    total = steps_in(train, job.batch_size, job.epochs, job.max_steps)
     needed = needed_combinations(train, job, total)
     module = prepare_policy(job, load_causal_lm(source, *frozen_storage(job, strategy)), strategy)
     # The reference is this very model before its weights change.
@@ -76,7 +76,7 @@ def run(job: KTOJob, context: StageContext) -> Artifact | None:
     for step in selection.steps(start, total):
         began = time.perf_counter()
         # 1. The global batch.
-        numbers = batch_rows(len(train), job.batch_size, step, job.seed)
+        numbers = batch_rows(train, job.batch_size, step, job.seed)
         rows = train.take(numbers)
         learning_rate = set_learning_rate(job, strategy, checkpointer, step, total)
         # 2. z: the KL to the reference, from replies to other prompts; without a gradient.
@@ -171,7 +171,8 @@ def heldout_logps(
 def heldout_results(
     job: KTOJob, strategy: Strategy, module: Policy, heldout: LabelledReplies, reference: Logps
 ) -> dict[str, float]:
-    """Loss, accuracy, margin and KL on the held-out rows; empty without any."""
+    """Loss, accuracy, margin and KL on the held-out rows, the first three also on those of each
+    source of a mixture, with the KL of all; empty without any."""
     numbers = range(len(heldout))
     if not numbers:
         return {}
@@ -182,4 +183,9 @@ def heldout_results(
         torch.tensor([logps[number, number] for number in numbers], dtype=torch.float64)
         for logps in (found, reference)
     )  # (m,) each
-    return heldout_metrics(*loss(job, logps, ref_logps, rows, kl, len(rows))) | {"heldout_kl": kl}
+
+    def measure(some: list[int]) -> dict[str, float]:
+        taken = [rows[i] for i in some]
+        return heldout_metrics(*loss(job, logps[some], ref_logps[some], taken, kl, len(some)))
+
+    return by_source(heldout.sources, measure, numbers) | {"heldout_kl": kl}

@@ -36,10 +36,10 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.batching import scoring_passes, split_batch
 from rlhf_core.training.checkpoint import Checkpointer
-from rlhf_core.training.language_modelling import loss_and_tokens, loss_per_token
+from rlhf_core.training.language_modelling import loss_and_tokens, loss_per_token, sum_of_losses
 from rlhf_core.training.packing import (
     Packed,
-    Packing,
+    PackedSources,
     batch_sequences,
     collate,
     separates_documents,
@@ -62,6 +62,9 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
     strategy = Strategy(resources, job.precision, job.max_grad_norm)
     source = context.store.fetch(job.model)
     train, heldout = packings(job, source, context.store.fetch(job.data))
+    if train.plan is not None:
+        sequences = [len(packing) for packing in train.parts.values()]
+        context.log(f"in packed sequences, {train.plan.describe(sequences)}")
 
     model = load_causal_lm(source, *frozen_storage(job, strategy))
     check_length(model, job.length)
@@ -70,7 +73,7 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
         context.log(f"{type(model).__name__} reads packed documents as one text")
     module = prepare_policy(job, model, strategy)
     checkpointer = Checkpointer(context, strategy, job)
-    total = steps_per_epoch(len(train), job.batch_size) * job.epochs
+    total = steps_per_epoch(train, job.batch_size) * job.epochs
     total = total if job.max_steps is None else min(total, job.max_steps)
     start, _ = checkpointer.restore()
     evaluate = partial(
@@ -81,7 +84,7 @@ def run(job: PretrainJob, context: StageContext) -> Artifact | None:
     for step in selection.steps(start, total):
         began = time.perf_counter()
         # 1. The global batch; every rank knows all of it, so the denominator needs no exchange.
-        numbers = batch_sequences(len(train), job.batch_size, step, job.seed)
+        numbers = batch_sequences(train, job.batch_size, step, job.seed)
         batch = [train[n] for n in numbers]
         tokens = sum(sequence.tokens for sequence in batch)
         # An epoch's last batch may not divide by the ranks; each needs as many backward passes.
@@ -133,13 +136,22 @@ def loss(
     return total, {}
 
 
-def packings(job: PretrainJob, source: Path, data: Path) -> tuple[Packing, Packing]:
-    """The packed training and held-out text."""
+def packings(job: PretrainJob, source: Path, data: Path) -> tuple[PackedSources, PackedSources]:
+    """The packed training and held-out text.
+
+    Raises:
+        ConfigError: the data set has a curriculum.
+    """
     tokenizer = load_tokenizer(source, trust_remote_code=is_trusted(source))
     end = tokenizer.eos_token_id
     assert end is not None, f"the import of {source} lets no tokenizer through that has no eos"
     train, heldout = (Rows(data, side, purpose="pretrain") for side in ("train", "heldout"))
-    return Packing(train, end, job.length), Packing(heldout, end, job.length)
+    if train.sampling is not None and train.sampling.order_by is not None:
+        raise ConfigError(
+            "the data set has a curriculum, but pretraining packs documents end to end in one "
+            "order: clear data.pretrain.curriculum."
+        )
+    return PackedSources(train, end, job.length), PackedSources(heldout, end, job.length)
 
 
 def check_length(model: Any, length: int) -> None:
@@ -159,20 +171,22 @@ def check_length(model: Any, length: int) -> None:
 
 @torch.no_grad()
 def heldout_loss(
-    module: Policy, packing: Packing, strategy: Strategy, micro_batch_size: int, separate: bool
+    module: Policy, packed: PackedSources, strategy: Strategy, micro_batch_size: int, separate: bool
 ) -> dict[str, float]:
-    """Held-out loss (nats per token) and perplexity; empty without held-out text."""
-    if len(packing) == 0:
+    """Held-out loss (nats per token), also of each source of a mixture, and perplexity; empty
+    without held-out text."""
+    if len(packed) == 0:
         return {}
-    found = []
-    group = strategy.group
-    lengths = packing.lengths()
-    for numbers, counts in scoring_passes(lengths, group, micro_batch_size):
-        input_ids, mask, loss_mask, index, positions = collate(
-            [packing[n] for n in numbers], group.device, separate=separate
-        )
-        with strategy.autocast():
-            logprobs = module(input_ids, mask, loss_mask, index, position_ids=positions)
-        if counts:
-            found.append(loss_and_tokens(logprobs, index))
-    return loss_per_token(found, group)
+    group, sums = strategy.group, {}
+    for source, packing in packed.parts.items():
+        found = []
+        for numbers, counts in scoring_passes(packing.lengths(), group, micro_batch_size):
+            input_ids, mask, loss_mask, index, positions = collate(
+                [packing[n] for n in numbers], group.device, separate=separate
+            )
+            with strategy.autocast():
+                logprobs = module(input_ids, mask, loss_mask, index, position_ids=positions)
+            if counts:
+                found.append(loss_and_tokens(logprobs, index))
+        sums[source] = sum_of_losses(found, group)
+    return loss_per_token(sums)

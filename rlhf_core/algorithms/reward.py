@@ -55,13 +55,13 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
 
     module = prepare_reward_model(job, context, strategy, source, train)
     checkpointer = Checkpointer(context, strategy, job)
-    total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
+    total = steps_in(train, job.batch_size, job.epochs, job.max_steps)
     start, _ = checkpointer.restore()
 
     for step in range(start, total):
         began = time.perf_counter()
         # 1. The global batch of pairs.
-        rows = train.take(batch_rows(len(train), job.batch_size, step, job.seed))
+        rows = train.take(batch_rows(train, job.batch_size, step, job.seed))
         learning_rate = set_learning_rate(job, strategy, checkpointer, step, total)
         # 2. Update. Both replies of a pair go through the model in one pass, and in one row if it
         # can.

@@ -39,7 +39,7 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
 
     module = prepare_policy(job, load_causal_lm(source, *frozen_storage(job, strategy)), strategy)
     checkpointer = Checkpointer(context, strategy, job)
-    total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
+    total = steps_in(train, job.batch_size, job.epochs, job.max_steps)
     start, _ = checkpointer.restore()
     evaluate = partial(heldout_loss, module, heldout, strategy.group, micro_batch_size, strategy)
     selection = Selection(job, checkpointer, LOWEST_LOSS, len(heldout))
@@ -47,7 +47,7 @@ def run(job: SFTJob, context: StageContext) -> Artifact | None:
     for step in selection.steps(start, total):
         began = time.perf_counter()
         # 1. The global batch; every rank knows all of it, so the denominator needs no exchange.
-        rows = train.take(batch_rows(len(train), job.batch_size, step, job.seed))
+        rows = train.take(batch_rows(train, job.batch_size, step, job.seed))
         trained = sum(trained_tokens(row) for row in rows)
         learning_rate = set_learning_rate(job, strategy, checkpointer, step, total)
         # 2. Update.

@@ -39,7 +39,7 @@ def check_source(
             if raw.dropped:
                 continue
             try:
-                normalise(raw.columns(settings.columns), format, rules.purpose, rules)
+                normalise(raw.columns(settings.renames), format, rules.purpose, rules)
                 good += 1
             except BadRow as error:
                 bad = bad or f"{raw.where()}: {error.message}."

@@ -9,12 +9,38 @@ from rlhf_core.data.sources import builtin, reasoning
 from rlhf_core.data.sources.files import find_files
 from rlhf_core.data.sources.hub import hub_commit
 from rlhf_core.data.sources.kind import FEEDBACK, source_kind
-from rlhf_core.jobs import DataSettings
+from rlhf_core.errors import DataError
+from rlhf_core.jobs import DataSettings, Source
 from rlhf_core.store import Store, open_store
 
+_AND = " + "  # between the sources of a mixture
 
-def fingerprint(settings: DataSettings, store: Store | None = None) -> str:
-    """The identity of a source's contents; it changes when the contents change.
+
+def check_unchanged(settings: Source, expected: str) -> None:
+    """Check that files are what they were when the run was started.
+
+    Args:
+        expected: the fingerprint then; empty: nothing is checked.
+
+    Raises:
+        DataError: a local or S3 source changed.
+    """
+    if not expected:
+        return
+    for part, before in zip(settings.parts, expected.split(_AND), strict=True):
+        if source_kind(part.source) not in ("local", "s3"):
+            continue
+        found = fingerprint(part)
+        if found != before:
+            raise DataError(
+                f"{part.source} changed after this run was started (it was {before[:20]}, it is "
+                f"{found[:20]}); start the run again to use it as it is now."
+            )
+
+
+def fingerprint(settings: Source, store: Store | None = None) -> str:
+    """The identity of a source's contents; it changes when the contents change. That of a mixture
+    changes with any of its sources.
 
     - Local files: their names and the sha256 of their contents.
     - S3: names, sizes and etags.
@@ -28,6 +54,8 @@ def fingerprint(settings: DataSettings, store: Store | None = None) -> str:
     Raises:
         DataError, StoreUnavailable: as `find_files`; or the store holds no votes or thumbs.
     """
+    if not isinstance(settings, DataSettings):
+        return _AND.join(fingerprint(part, store) for part in settings.parts)
     kind = source_kind(settings.source)
     if kind == "builtin":
         return f"{settings.source}@{builtin.version(settings.source.removeprefix('builtin:'))}"

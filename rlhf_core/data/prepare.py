@@ -106,11 +106,10 @@ def prepare(
 
 
 def _shown_settings(job: DataJob) -> dict[str, Any]:
-    """The settings in the data card, with the seed; an empty `ignore_columns` is left out."""
+    """The settings in the data card, with the seed; later ones are left out where they are empty,
+    which keeps the bytes of older cards."""
     settings = data_settings(job).model_dump(mode="json") | {"seed": job.seed}
-    if not job.ignore_columns:  # keeps the bytes of cards from before there was this setting
-        del settings["ignore_columns"]
-    return settings
+    return {k: v for k, v in settings.items() if v or k not in ("ignore_columns", "curriculum")}
 
 
 def data_settings(job: DataJob) -> DataSettings:

@@ -28,8 +28,8 @@ def heldout_margins(module: ScalarModel, rows: Rows, strategy: Strategy, micro: 
 def accuracy_report(
     margins: list[float], train: Rows, heldout: Rows, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Held-out accuracy with its interval, beside the baselines', and how far scores go with the
-    replies' lengths; empty without held-out pairs.
+    """Held-out accuracy with its interval, beside the baselines', that of each source of a mixture,
+    and how far scores go with the replies' lengths; empty without held-out pairs.
 
     Args:
         margins: chosen - rejected score of every held-out pair.
@@ -51,6 +51,12 @@ def accuracy_report(
             torch.tensor(margins, dtype=torch.float64), length_differences(heldout)
         ),
     }
+    if heldout.sources:
+        report["sources"] = {
+            name: accuracy([margins[number] for number in numbers])
+            for name, numbers in heldout.sources.items()
+            if len(numbers)
+        }
     log(
         f"held-out accuracy {report['accuracy']:.3f} "
         f"[{report['low']:.3f}, {report['high']:.3f}] on {report['n']} pairs; baselines: "

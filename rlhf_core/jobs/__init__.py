@@ -30,10 +30,11 @@ from rlhf_core.jobs.base import (
 from rlhf_core.jobs.data import (
     DataConfig,
     DataJob,
-    DataSettings,
     ImportModelJob,
     ImportRewardJob,
     LabelJob,
+    MixedData,
+    MixJob,
     ModelSettings,
     SampledPreferences,
     TrainingData,
@@ -70,6 +71,7 @@ from rlhf_core.jobs.pretraining import NewModelJob, NewModelSettings, PretrainJo
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
 from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, VllmRollout
+from rlhf_core.jobs.sources import DataSettings, MixSource, Mixture, Source
 from rlhf_core.jobs.training import (
     RewardJob,
     RewardSettings,
@@ -109,6 +111,10 @@ __all__ = [
     "LmEvalSettings",
     "LoRA",
     "LocalLauncher",
+    "MixJob",
+    "MixSource",
+    "MixedData",
+    "Mixture",
     "ModelReward",
     "ModelSettings",
     "NewModelJob",
@@ -144,6 +150,7 @@ __all__ = [
     "SimPOJob",
     "SimPOSettings",
     "Slug",
+    "Source",
     "Strategy",
     "TrainJob",
     "TrainSettings",
@@ -159,6 +166,7 @@ Job = (
     ImportModelJob
     | ImportRewardJob
     | DataJob
+    | MixJob
     | SFTJob
     | LabelJob
     | RewardJob

@@ -10,16 +10,16 @@ from rlhf_core.jobs.base import (
     LARGEST,
     BaseJob,
     Digest,
-    Format,
-    Fraction,
     PositiveInt,
     Purpose,
     Quantization,
     Resources,
     Settings,
+    Slug,
     job_input,
 )
 from rlhf_core.jobs.ensemble import EnsembleJob
+from rlhf_core.jobs.sources import DataSettings, Mixture, Source, StoppingStrategy, Weight
 
 
 class ModelSettings(Settings):
@@ -41,47 +41,6 @@ class ModelSettings(Settings):
     quantization: Quantization | None = None
     """How the stages hold frozen weights. nf4: 4 bits (QLoRA, package bitsandbytes); each training
     stage then needs lora, and the strategy ddp. Empty: not quantised."""
-
-
-class DataSettings(Settings):
-    """A data set: where it is, how to read it, what to keep."""
-
-    source: str = "builtin:chatterbot"
-    """A path or s3:// URL (file, folder or pattern of .json, .jsonl, .csv, .parquet, .txt, .md;
-    also packed, as .jsonl.gz), a Hugging Face dataset id, builtin:chatterbot,
-    reasoning-gym:TASK?size=500&seed=0, or feedback from `rlhf playground`: playground-votes (which
-    reply people preferred) or playground-thumbs (whether a reply was good)."""
-    format: Format = "auto"
-    """Layout of the rows. auto: recognised by the columns of the first row."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Column names: the name that the format expects -> the name in the file. Name more columns
-    here to keep them: answer (text or number) and extra (JSON) of prompts, for rewards; margin (a
-    number) of preference pairs, for reward.margin_coef."""
-    ignore_columns: tuple[str, ...] = ()
-    """Columns, and keys inside messages, to leave unread although they may change what a row means
-    (images, tools, weight, history ...). Without this setting such rows are refused."""
-    subset: str | None = None
-    """Configuration of a hub dataset, or language of the built-in set (english, chinese)."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub dataset."""
-    max_samples: PositiveInt | None = None
-    """Maximum number of rows, after filtering and a seeded shuffle. Empty: all."""
-    max_length: PositiveInt = 512
-    """Longest sequence in tokens, prompt and reply together. Longer rows are dropped and counted;
-    for pretraining they are cut into pieces."""
-    max_prompt_length: PositiveInt | None = None
-    """Longest prompt in tokens. Longer ones are dropped and counted. Empty: max_length."""
-    heldout_fraction: Fraction = 0.1
-    """Fraction of the prompts to hold out. A prompt is held out in all data sets or in none."""
-    deduplicate: bool = True
-    """Drop rows with the same text as an earlier row."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a row that cannot be used. skip: leave it out and count it in the data
-    card."""
-    system: str | None = None
-    """System message for conversations that have none."""
 
 
 class SampledPreferences(Settings):
@@ -109,22 +68,22 @@ class SampledPreferences(Settings):
 
 
 class DataConfig(Settings):
-    """The data sets of the pipeline."""
+    """The data sets of the pipeline: each is one source, or a mixture of several."""
 
-    pretrain: DataSettings | None = None
+    pretrain: Source | None = None
     """Plain text for the stage pretrain."""
-    sft: DataSettings = DataSettings()
+    sft: Source = DataSettings()
     """Demonstrations for the stage sft."""
-    preference: SampledPreferences | DataSettings = SampledPreferences()
+    preference: SampledPreferences | DataSettings | Mixture = SampledPreferences()
     """Preference pairs: a data set, or sampled from the SFT model and labelled."""
-    unpaired: DataSettings | None = None
+    unpaired: Source | None = None
     """Single replies labelled good or bad (format unpaired), for the stage kto. Empty: the
     preference pairs, each as one good and one bad reply."""
-    prompts: DataSettings = DataSettings()
+    prompts: Source = DataSettings()
     """Prompts for online RL and for the evaluation."""
     rounds: SampledPreferences = SampledPreferences(labeller="reward_model")
     """Pairs of each round when rounds is above 1: sampled from the newest policy."""
-    ptx: DataSettings | None = None
+    ptx: Source | None = None
     """Data mixed into online RL when its ptx_coef is above 0. Empty: the SFT data."""
 
 
@@ -185,11 +144,54 @@ class DataJob(DataSettings, BaseJob):
         return self.version + (self.purpose == "pretrain")
 
     def key_settings(self) -> dict[str, Any]:
-        """The settings in the key; an empty `ignore_columns` is left out."""
+        """The settings in the key; an empty `ignore_columns` or `curriculum` is left out."""
         settings = super().key_settings()
-        if not self.ignore_columns:
-            del settings["ignore_columns"]
+        for later in ("ignore_columns", "curriculum"):
+            if not settings[later]:
+                del settings[later]
         return settings
+
+
+class MixedData(Settings):
+    """A prepared source of a mixture."""
+
+    name: Slug
+    """Name of the source."""
+    data: Digest
+    """Its data set."""
+    weight: Weight | None = None
+    """Part of an epoch, as in the settings."""
+    rows: PositiveInt | None = None
+    """Rows in an epoch, as in the settings."""
+    deduplicate: bool = True
+    """Drop rows that an earlier source has."""
+
+
+class MixJob(BaseJob):
+    """Mixes data sets that are prepared into one, with the plan of its epochs."""
+
+    module: ClassVar[str] = "rlhf_core.stages.mix"
+    kind: ClassVar[str] = "dataset"
+    torchrun: ClassVar[bool] = False
+    # The rows have their order from the sources, and the epochs from the stage that trains.
+    excluded_from_key: ClassVar[frozenset[str]] = BaseJob.excluded_from_key | {"seed"}
+
+    algorithm: Literal["mix"] = "mix"
+    """Name of the stage."""
+    purpose: Purpose
+    """What the rows are used for."""
+    model: Digest = job_input()
+    """Model whose tokenizer encoded the rows."""
+    mix: tuple[MixedData, ...]
+    """The sources."""
+    stopping_strategy: StoppingStrategy = "all_exhausted"
+    """When an epoch ends."""
+    max_repeats: PositiveInt = 4
+    """How often an epoch may use a row."""
+
+    def inputs(self) -> dict[str, str]:
+        """The data sets are inputs by the names of their sources."""
+        return super().inputs() | {f"data-{part.name}": part.data for part in self.mix}
 
 
 class TrainingData(BaseJob):

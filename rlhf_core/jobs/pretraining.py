@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,7 @@ from rlhf_core.jobs.base import (
     Settings,
     job_input,
 )
-from rlhf_core.jobs.data import DataSettings
+from rlhf_core.jobs.sources import Source
 from rlhf_core.jobs.training import HeldOutJob, HeldOutSettings
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
@@ -64,10 +64,17 @@ class NewModelJob(NewModelSettings, BaseJob):
 
     algorithm: Literal["new_model"] = "new_model"
     """Name of the algorithm."""
-    text: DataSettings
+    text: Source
     """Text to train the tokenizer on; without the rows that it holds out."""
     fingerprint: str = ""
     """Fingerprint of the text, so that a changed file gives a new tokenizer."""
+
+    def key_settings(self) -> dict[str, Any]:
+        """Without the order of the text's rows, which no tokenizer depends on."""
+        settings = super().key_settings()
+        for part in settings["text"].get("mix", [settings["text"]]):
+            del part["curriculum"]
+        return settings
 
 
 class PretrainSettings(HeldOutSettings):

@@ -106,6 +106,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def _variant(variants: list[type[BaseModel]], value: Any) -> type[BaseModel]:
     """The variant of the input: by its `source` or `type`, else by the settings that it has."""
     if isinstance(value, Mapping):
+        if "mix" in value and (several := [m for m in variants if "mix" in m.model_fields]):
+            return several[0]
         for tag in ("type", "source"):
             for model in variants:
                 field = model.model_fields.get(tag)

@@ -32,7 +32,7 @@ def trained_stages(
 ) -> Iterator[tuple[str, TrainSettings, Resources, int]]:
     """The stages that train: name, settings, resources, and the longest sequence in tokens."""
     preference, prompts = config.data.preference, config.data.prompts
-    longest = prompts.max_prompt_length or prompts.max_length
+    longest = prompts.longest_prompt
     pairs = (
         longest + preference.max_new_tokens
         if isinstance(preference, SampledPreferences)

@@ -214,10 +214,17 @@ def build_noting(
     return config, list(dict.fromkeys(f"{w.message}." for w in caught))
 
 
+def _replaces(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a section takes the place of another: a mixture that of a single data set, and the
+    other way round."""
+    return ("mix" in new and "mix" not in old) or ("mix" in old and "source" in new)
+
+
 def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(dict(base))
     for key, value in overrides.items():
         old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and not _replaces(old, value):
+            value = _merge(old, value)
+        result[key] = value
     return result

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from rlhf_core.jobs import (
     BaseJob,
     DataSettings,
+    Mixture,
     OnlineSettings,
     PipelineConfig,
     Purpose,
     SampledPreferences,
+    Source,
     TrainSettings,
     job_class,
 )
@@ -200,7 +202,15 @@ def roles(config: PipelineConfig, algorithm: str) -> dict[str, str]:
     return found
 
 
-def data_sets(config: PipelineConfig) -> Iterator[tuple[Purpose, str, DataSettings]]:
+def data_sources(config: PipelineConfig) -> Iterator[tuple[Purpose, str, DataSettings]]:
+    """The sources that the run reads: purpose, setting name, settings. Those of a mixture come one
+    by one, as data.sft.mix.0."""
+    for purpose, name, settings in data_sets(config):
+        for number, part in enumerate(settings.parts):
+            yield purpose, f"{name}.mix.{number}" if isinstance(settings, Mixture) else name, part
+
+
+def data_sets(config: PipelineConfig) -> Iterator[tuple[Purpose, str, Source]]:
     """The data sets that the run reads: purpose, setting name, settings.
 
     The last part of the setting's name is also the role of the data set.
@@ -213,7 +223,7 @@ def data_sets(config: PipelineConfig) -> Iterator[tuple[Purpose, str, DataSettin
         yield "sft", "data.sft", data.sft
     if "prompts" in needed or produces_model(config):
         yield "prompts", "data.prompts", data.prompts
-    if "preference" in needed and isinstance(data.preference, DataSettings):
+    if "preference" in needed and not isinstance(data.preference, SampledPreferences):
         yield "preference", "data.preference", data.preference
     if "unpaired" in needed and data.unpaired is not None:
         yield "unpaired", "data.unpaired", data.unpaired

@@ -33,7 +33,9 @@ def check_answers(
     remarks: list[str] = []
     for name, rule in _rules(config):
         try:
-            found = read_references(rule, _answers(config.data.prompts, store))
+            parts = config.data.prompts.parts
+            answers = itertools.chain.from_iterable(_answers(part, store) for part in parts)
+            found = read_references(rule, answers)
         except RLHFError:
             continue  # reported where the data source is checked
         if found.missing and rule.without_answer is None:
@@ -64,7 +66,7 @@ def _answers(settings: DataSettings, store: Store | None) -> Iterator[tuple[int,
     for raw in itertools.islice(rows, most):
         try:
             if not raw.dropped:
-                yield raw.number, answer_text(raw.columns(settings.columns).get("answer"))
+                yield raw.number, answer_text(raw.columns(settings.renames).get("answer"))
         except BadRow:
             continue  # reported where the data source is checked
 

@@ -134,7 +134,7 @@ def _check_data_sources(config: PipelineConfig, store: Store | None) -> list[str
     from rlhf_core.data.check import check_source
 
     problems = []
-    for purpose, name, settings in recipe.data_sets(config):
+    for purpose, name, settings in recipe.data_sources(config):
         try:
             found = check_source(settings, purpose, store)
         except RLHFError as error:

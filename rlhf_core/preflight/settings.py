@@ -11,9 +11,9 @@ from rlhf_core.data.sources.reasoning import is_reasoning, near_seeds
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import (
     BaseJob,
-    DataSettings,
     PipelineConfig,
     Resources,
+    SampledPreferences,
     TrainSettings,
     job_class,
 )
@@ -35,7 +35,7 @@ from rlhf_core.system.machine import Machine
 def check_data_settings(config: PipelineConfig) -> list[str]:
     """Problems of held-out fractions and lengths, and data that would not be used."""
     problems = []
-    for purpose, name, settings in recipe.data_sets(config):
+    for purpose, name, settings in recipe.data_sources(config):
         share = settings.heldout_fraction
         if share >= 1.0:
             problems.append(
@@ -70,13 +70,23 @@ def check_data_settings(config: PipelineConfig) -> list[str]:
             f"({config.evaluate.max_prompts}); lower it, or raise max_prompts"
         )
     preference, coef = config.data.preference, config.reward.margin_coef
-    unnamed = isinstance(preference, DataSettings) and "margin" not in preference.columns
+    read = () if isinstance(preference, SampledPreferences) else preference.parts
+    unnamed = any("margin" not in part.columns for part in read)
     if coef > 0 and "reward" in config.stages and unnamed:
         problems.append(
             f"reward.margin_coef is {coef:g}, but data.preference names no column with margins; "
             "set data.preference.columns: {margin: <its name>}, or clear margin_coef"
         )
-    return problems + _near_seeds(config)
+    return problems + _near_seeds(config) + _curriculum_of_documents(config)
+
+
+def _curriculum_of_documents(config: PipelineConfig) -> list[str]:
+    return [
+        f"{name}.curriculum is {settings.curriculum}, but the stage pretrain packs documents end "
+        "to end in one order; clear it"
+        for _, name, settings in recipe.data_sources(config)
+        if name.startswith("data.pretrain") and settings.curriculum
+    ]
 
 
 def _nothing_to_evaluate_on(config: PipelineConfig) -> list[str]:
@@ -84,7 +94,7 @@ def _nothing_to_evaluate_on(config: PipelineConfig) -> list[str]:
     whole = {
         name.rpartition(".")[2]: name
         for purpose, name, settings in recipe.data_sets(config)
-        if settings.heldout_fraction <= 0.0 and purpose != "prompts"
+        if purpose != "prompts" and all(p.heldout_fraction <= 0.0 for p in settings.parts)
     }
     problems = []
     for stage in config.stages:
@@ -101,7 +111,7 @@ def _nothing_to_evaluate_on(config: PipelineConfig) -> list[str]:
 
 def _near_seeds(config: PipelineConfig) -> list[str]:
     """Data sets of reasoning-gym that differ, but share most of their questions."""
-    sources = [(n, s.source) for _, n, s in recipe.data_sets(config) if is_reasoning(s.source)]
+    sources = [(n, s.source) for _, n, s in recipe.data_sources(config) if is_reasoning(s.source)]
     problems = []
     for (name, source), (other, second) in itertools.combinations(sources, 2):
         try:
@@ -276,7 +286,7 @@ def check_lengths(config: PipelineConfig, shape: ModelShape | None) -> list[str]
         return []
     problems = []
     context, model = shape.context, config.model.source
-    for _, name, settings in recipe.data_sets(config):
+    for _, name, settings in recipe.data_sources(config):
         if settings.max_length > context:
             problems.append(
                 f"{name}.max_length is {settings.max_length}, but {model} has a context of "
@@ -287,8 +297,7 @@ def check_lengths(config: PipelineConfig, shape: ModelShape | None) -> list[str]
             f"pretrain.length is {config.pretrain.length}, but {model} has a context of {context} "
             f"tokens; set at most {context}"
         )
-    prompts = config.data.prompts
-    longest = prompts.max_prompt_length or prompts.max_length
+    longest = config.data.prompts.longest_prompt
     replies = {
         name: getattr(section_at(config, name), "max_new_tokens", None)
         for name in placements(config)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from rlhf_core.jobs import DataSettings
+from rlhf_core.jobs import DataSettings, Source
 from rlhf_core.jobs.rewards import (
     AnswerReward,
     PythonReward,
@@ -32,7 +32,7 @@ except ConfigError as error:
 """
 
 
-def check_rewards(rewards: Sequence[Reward], prompts: DataSettings | None = None) -> list[str]:
+def check_rewards(rewards: Sequence[Reward], prompts: Source | None = None) -> list[str]:
     """Problems of a configuration's rewards, one text each.
 
     The checks of pydantic (an invalid pattern, an empty list of words) are not repeated. The user's
@@ -63,8 +63,8 @@ def check_rewards(rewards: Sequence[Reward], prompts: DataSettings | None = None
                     f"{where}: the package vaderSentiment is not installed; run: pip install "
                     "vaderSentiment"
                 )
-        if prompts is not None and (problem := _answers(reward, prompts)):
-            problems.append(f"{where}: {problem}")
+        missing = {_answers(reward, part): None for part in (prompts.parts if prompts else ())}
+        problems += [f"{where}: {problem}" for problem in missing if problem]
     return problems
 
 

@@ -12,17 +12,17 @@ unknown to it), ChatML as chat template, and generation settings that end at eit
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rlhf_core.data.dataset.split import first_prompt, is_heldout
-from rlhf_core.data.fingerprint import fingerprint
+from rlhf_core.data.fingerprint import check_unchanged
 from rlhf_core.data.rows.columns import Rules
 from rlhf_core.data.rows.detect import find_format
 from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import SKIP_HINT, BadRow
-from rlhf_core.data.sources.kind import source_kind
 from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings, NewModelJob, NewModelSettings
@@ -52,20 +52,13 @@ def run(job: NewModelJob, context: StageContext) -> Artifact:
     Raises:
         DataError: the text cannot be read, has changed since, or has no row that is trained on.
     """
-    if job.fingerprint and source_kind(job.text.source) in ("local", "s3"):
-        found = fingerprint(job.text)
-        if found != job.fingerprint:
-            raise DataError(
-                f"{job.text.source} changed after this run was started (it was "
-                f"{job.fingerprint[:20]}, it is {found[:20]}); start the run again to use it as it "
-                "is now."
-            )
+    check_unchanged(job.text, job.fingerprint)
     quiet()
-    tokenizer = train_tokenizer(texts(job.text), job)
+    tokenizer = train_tokenizer(itertools.chain.from_iterable(map(texts, job.text.parts)), job)
     if len(tokenizer) < job.vocabulary:
+        sources = ", ".join(part.source for part in job.text.parts)
         context.log(
-            f"the text of {job.text.source} gave {len(tokenizer):,} tokens instead of "
-            f"{job.vocabulary:,}"
+            f"the text of {sources} gave {len(tokenizer):,} tokens instead of {job.vocabulary:,}"
         )
     model = initialise(job.architecture, tokenizer, new_model_sizes(job), job.seed)
     loaded = Loaded(model, tokenizer)
@@ -94,7 +87,7 @@ def texts(settings: DataSettings) -> Iterator[str]:
         if raw.dropped:
             continue
         try:
-            example = normalise(raw.columns(settings.columns), format, "pretrain", rules)
+            example = normalise(raw.columns(settings.renames), format, "pretrain", rules)
         except BadRow as bad:
             if settings.on_bad_row == "error":
                 raise DataError(f"{raw.where()}: {bad.message}. {SKIP_HINT}") from None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
-from rlhf_core.data.fingerprint import fingerprint
+from rlhf_core.data.fingerprint import check_unchanged
 from rlhf_core.data.prepare import data_settings, prepare
-from rlhf_core.data.sources.kind import source_kind
-from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataJob
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.runtime.context import StageContext
@@ -17,13 +15,7 @@ def run(job: DataJob, context: StageContext) -> Artifact | None:
     """Prepare the data set and publish it. Rank 0 returns the artifact."""
     if not context.main:
         return None
-    if job.fingerprint and source_kind(job.source) in ("local", "s3"):
-        found = fingerprint(data_settings(job))
-        if found != job.fingerprint:
-            raise DataError(
-                f"{job.source} changed after this run was started (it was {job.fingerprint[:20]}, "
-                f"it is {found[:20]}); start the run again to use it as it is now."
-            )
+    check_unchanged(data_settings(job), job.fingerprint)
     source = context.store.fetch(job.model)
     tokenizer = load_tokenizer(source, trust_remote_code=is_trusted(source))
     folder = context.scratch("dataset")

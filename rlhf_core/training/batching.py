@@ -5,46 +5,77 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from rlhf_core.data.dataset.sampling import Sampling
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.system.seeds import derive_seed
 
 
-def steps_in(rows: int, batch_size: int, epochs: int, max_steps: int | None) -> int:
+class Sampled(Protocol):
+    """Rows that epochs are drawn from."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How an epoch is drawn; None: all rows in random order."""
+
+
+def steps_in(rows: int | Sampled, batch_size: int, epochs: int, max_steps: int | None) -> int:
     """Optimizer steps of a stage: whole batches only, at least one per epoch.
 
     With fewer rows than a batch, rows are repeated to fill it.
+
+    Args:
+        rows: their number, or the data set.
     """
-    steps = max(1, rows // batch_size) * epochs
+    steps = max(1, size_of(drawn_from(rows)) // batch_size) * epochs
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def batch_rows(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+def batch_rows(rows: int | Sampled, batch_size: int, step: int, seed: int) -> list[int]:
     """Row numbers of the global batch of a step (from 0).
 
-    Each epoch is a permutation of its own, a function of (seed, epoch) alone; the rows that do not
-    fill the last batch of an epoch are left out of that epoch.
+    Each epoch is a permutation of its own, or drawn as the data set says: a function of (seed,
+    epoch) alone. The rows that do not fill the last batch of an epoch are left out of that epoch.
+
+    Args:
+        rows: their number, or the data set.
     """
-    per_epoch = max(1, rows // batch_size)
+    drawn = drawn_from(rows)
+    per_epoch = max(1, size_of(drawn) // batch_size)
     epoch, position = divmod(step, per_epoch)
-    order = epoch_order(rows, batch_size, epoch, seed)
+    order = epoch_order(drawn, batch_size, epoch, seed)
     return [int(row) for row in order[position * batch_size : (position + 1) * batch_size]]
 
 
+def drawn_from(rows: int | Sampled) -> int | Sampling:
+    """What an epoch is drawn from: a number of rows, or a plan."""
+    if isinstance(rows, int):
+        return rows
+    return len(rows) if rows.sampling is None else rows.sampling
+
+
+def size_of(drawn: int | Sampling) -> int:
+    return drawn if isinstance(drawn, int) else len(drawn)
+
+
 @functools.lru_cache(maxsize=4)  # a million rows take 8 MB; with ptx there are two orders
-def epoch_order(rows: int, least: int, epoch: int, seed: int) -> np.ndarray:
-    """Row numbers in the order of an epoch: a permutation, or several if it is shorter than
-    ``least``."""
-    return np.concatenate(
-        [
-            np.random.default_rng(derive_seed(seed, epoch, repeat)).permutation(rows)
-            for repeat in range(-(-least // rows))
-        ]
-    )
+def epoch_order(drawn: int | Sampling, least: int, epoch: int, seed: int) -> np.ndarray:
+    """Row numbers in the order of an epoch, or of several if it is shorter than ``least``.
+
+    Args:
+        drawn: number of rows, of which an epoch is a permutation; or how it is drawn.
+    """
+    parts = range(-(-least // size_of(drawn)))
+    if isinstance(drawn, int):
+        generators = (np.random.default_rng(derive_seed(seed, epoch, part)) for part in parts)
+        return np.concatenate([generator.permutation(drawn) for generator in generators])
+    return np.concatenate([drawn.epoch(epoch * len(parts) + part, seed) for part in parts])
 
 
 def split_batch(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,18 +37,22 @@ def collate(rows: Sequence[dict[str, Any]], device: torch.device) -> Batch:
 def heldout_loss(
     module: Policy, rows: Rows, group: Group, micro_batch_size: int, strategy: Strategy | None
 ) -> dict[str, float]:
-    """Held-out loss (nats per trained token) and perplexity; empty without held-out rows."""
+    """Held-out loss (nats per trained token), also of each source of a mixture, and perplexity;
+    empty without held-out rows."""
     if len(rows) == 0:
         return {}
-    found = []
-    lengths = rows.lengths("input_ids").tolist()
-    for positions, counts in scoring_passes(lengths, group, micro_batch_size):
-        batch = collate(rows.take(positions), group.device)
-        with strategy.autocast() if strategy else contextlib.nullcontext():
-            logprobs = module(*batch)
-        if counts:
-            found.append(loss_and_tokens(logprobs, batch.index))
-    return loss_per_token(found, group)
+    lengths = rows.lengths("input_ids")
+    sums = {}
+    for source, numbers in (rows.sources or {"": np.arange(len(rows))}).items():
+        found = []
+        for positions, counts in scoring_passes(lengths[numbers].tolist(), group, micro_batch_size):
+            batch = collate(rows.take(numbers[positions]), group.device)
+            with strategy.autocast() if strategy else contextlib.nullcontext():
+                logprobs = module(*batch)
+            if counts:
+                found.append(loss_and_tokens(logprobs, batch.index))
+        sums[source] = sum_of_losses(found, group)
+    return loss_per_token(sums)
 
 
 def loss_and_tokens(logprobs: Tensor, index: TokenIndex) -> dict[str, float | Tensor]:
@@ -56,12 +61,23 @@ def loss_and_tokens(logprobs: Tensor, index: TokenIndex) -> dict[str, float | Te
     return {"loss": -logprobs.double().sum(), "tokens": float(index.loss.numel())}
 
 
-def loss_per_token(found: Sequence[Mapping[str, float | Tensor]], group: Group) -> dict[str, float]:
-    """Held-out loss and perplexity from the `loss_and_tokens` of this rank's micro-batches. Every
-    rank calls."""
+def sum_of_losses(found: Sequence[Mapping[str, float | Tensor]], group: Group) -> Tensor:
+    """Sum of the losses and number of tokens (2,) over all ranks, from the `loss_and_tokens` of
+    this rank's micro-batches. Every rank calls."""
     sums = torch.zeros(2, dtype=torch.float64)
     for share in read_all(found):
         sums += torch.tensor([share["loss"], share["tokens"]])
-    total = group.sum(sums)
+    return group.sum(sums)
+
+
+def loss_per_token(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Held-out loss and perplexity, and heldout_loss/NAME of each of several sources.
+
+    Args:
+        sums: source -> what `sum_of_losses` found; without a token for a source without rows.
+    """
+    total = torch.stack(list(sums.values())).sum(dim=0)
     loss = float(total[0] / total[1])
-    return {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700.0))}
+    found = {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700.0))}
+    of_sources = {k: float(s[0] / s[1]) for k, s in sums.items() if k and s[1]}
+    return found | {f"heldout_loss/{name}": value for name, value in of_sources.items()}

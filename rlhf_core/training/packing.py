@@ -21,18 +21,23 @@ on in the next sequence starts again at position 0 there.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.dataset.sampling import Sampling
 from rlhf_core.nn.backbone import backbone_hidden
 from rlhf_core.nn.padding import TokenIndex, batch_on, pad_right, to_device
 from rlhf_core.nn.probe_model import probing
 from rlhf_core.system.seeds import derive_seed
+from rlhf_core.training.batching import Sampled, drawn_from, size_of
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,18 @@ class Packing:
         rows: of purpose pretrain.
         end: id of the end-of-text token.
         length: tokens of a sequence, at least 2.
+        numbers: (N,) of the rows that are packed; None: all.
     """
 
-    def __init__(self, rows: Rows, end: int, length: int) -> None:
+    def __init__(
+        self, rows: Rows, end: int, length: int, numbers: np.ndarray | None = None
+    ) -> None:
         self.rows, self.end, self.length = rows, end, length
-        sizes = rows.lengths("input_ids")  # (N,)
-        needs = rows.first_and_last("trainable")[0].astype(bool)  # (N,) the first token has a loss
-        last = np.roll(rows.first_and_last("input_ids")[1], 1)  # (N,) of the row before
+        self.numbers = np.arange(len(rows)) if numbers is None else numbers
+        sizes = rows.lengths("input_ids")[self.numbers]  # (N,)
+        # (N,) each: the first token has a loss; the last token of the row before
+        needs = rows.first_and_last("trainable")[0].astype(bool)[self.numbers]
+        last = np.roll(rows.first_and_last("input_ids")[1][self.numbers], 1)
         shares = needs & (last == end)
         shares[:1] = False
         self._put = needs & ~shares  # (N,) an end of text is put before the row
@@ -89,7 +99,7 @@ class Packing:
         ids: list[int] = []
         marks: list[bool] = []
         for number in range(first, after):
-            row = self.rows[number]
+            row = self.rows[int(self.numbers[number])]
             if self._put[number]:
                 ids.append(self.end)
                 marks.append(False)
@@ -113,20 +123,57 @@ class Packing:
         return [self.length] * (len(self) - 1) + [rest]
 
 
-def steps_per_epoch(sequences: int, batch_size: int) -> int:
+class PackedSources:
+    """The packed sequences of one side of a data set, numbered through. Each source of a mixture is
+    packed on its own, so that the plan of the mixture counts sequences, which are equally long.
+
+    Args: as those of `Packing`.
+    """
+
+    def __init__(self, rows: Rows, end: int, length: int) -> None:
+        self.end = end
+        numbers = rows.sources or {"": None}
+        self.parts = {name: Packing(rows, end, length, some) for name, some in numbers.items()}
+        self._starts = np.cumsum([0, *map(len, self.parts.values())])
+        self.plan = None if rows.card.mixture is None else rows.card.mixture.plan
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Packed:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        part = int(np.searchsorted(self._starts, index, "right")) - 1
+        return list(self.parts.values())[part][index - int(self._starts[part])]
+
+    @cached_property
+    def sampling(self) -> Sampling | None:
+        """How an epoch is drawn from the sequences; None: all of them in random order."""
+        bounds = itertools.pairwise(self._starts.tolist())
+        return self.plan and self.plan.sampling([np.arange(a, b) for a, b in bounds])
+
+
+def steps_per_epoch(sequences: int | Sampled, batch_size: int) -> int:
     """Optimizer steps of an epoch; the last one takes what is left."""
-    return max(1, -(-sequences // batch_size))
+    return max(1, -(-size_of(drawn_from(sequences)) // batch_size))
 
 
-def batch_sequences(sequences: int, batch_size: int, step: int, seed: int) -> list[int]:
+def batch_sequences(sequences: int | Sampled, batch_size: int, step: int, seed: int) -> list[int]:
     """Numbers of the sequences of a step (from 0): a function of (seed, step) alone.
 
-    Each epoch is a permutation of all sequences, and its last batch is smaller where they do not
-    divide evenly: each sequence comes exactly once.
+    Each epoch is a permutation of all sequences, or drawn as a mixture says, and its last batch is
+    smaller where they do not divide evenly.
     """
     epoch, position = divmod(step, steps_per_epoch(sequences, batch_size))
-    order = np.random.default_rng(derive_seed(seed, epoch)).permutation(sequences)
+    order = _epoch_order(drawn_from(sequences), epoch, seed)
     return order[position * batch_size : (position + 1) * batch_size].tolist()
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(drawn: int | Sampling, epoch: int, seed: int) -> np.ndarray:
+    if isinstance(drawn, int):
+        return np.random.default_rng(derive_seed(seed, epoch)).permutation(drawn)
+    return drawn.epoch(epoch, seed)
 
 
 def collate(

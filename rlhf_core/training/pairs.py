@@ -7,12 +7,13 @@ responses and one for the rejected ones.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf_core.data.dataset.reading import Rows
@@ -26,6 +27,7 @@ from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.policy import frozen_storage, prepare_policy
 from rlhf_core.training.preference import (
     by_pair,
+    by_source,
     collate_replies,
     heldout_metrics,
     pair_length,
@@ -74,6 +76,17 @@ class ScoredPairs:
     pairs: int  # of the global batch, by which sums are divided
     chosen_tokens: int  # of the chosen responses of the global batch
 
+    def take(self, indices: Sequence[int]) -> ScoredPairs:
+        """The pairs at these indices, as a batch of their own."""
+        some = torch.tensor(indices)
+        return ScoredPairs(
+            numbers=[self.numbers[i] for i in indices],
+            logps=self.logps[some],
+            lengths=self.lengths[some],
+            pairs=len(indices),
+            chosen_tokens=int(self.lengths[some, 0].sum()),
+        )
+
 
 Loss = Callable[[ScoredPairs], tuple[Tensor, Metrics]]
 
@@ -86,7 +99,7 @@ def prepare_pairs(job: PreferenceJob, context: StageContext) -> PairStage:
     train = Rows(data, "train", purpose="preference")
     heldout = Rows(data, "heldout", purpose="preference")
     module = prepare_policy(job, load_causal_lm(source, *frozen_storage(job, strategy)), strategy)
-    total = steps_in(len(train), job.batch_size, job.epochs, job.max_steps)
+    total = steps_in(train, job.batch_size, job.epochs, job.max_steps)
     return PairStage(job, context, strategy, source, train, heldout, module, total)
 
 
@@ -98,7 +111,7 @@ def reference_logps(stage: PairStage) -> tuple[Tensor, Tensor]:
     reference, not to a half-trained model. No second model is in memory for it, then or later.
     """
     began = time.perf_counter()
-    numbers = visited(len(stage.train), stage.job, stage.total)
+    numbers = visited(stage.train, stage.job, stage.total)
     micro = stage.job.resources.micro_batch_size
     reference = pair_logps(stage.module, stage.train, numbers, stage.strategy, micro)
     heldout_reference = heldout_logps(stage)
@@ -112,7 +125,7 @@ def reference_logps(stage: PairStage) -> tuple[Tensor, Tensor]:
 def take_pairs(stage: PairStage, step: int) -> PairBatch:
     """The global batch of a step (from 0)."""
     began, job = time.perf_counter(), stage.job
-    numbers = batch_rows(len(stage.train), job.batch_size, step, job.seed)
+    numbers = batch_rows(stage.train, job.batch_size, step, job.seed)
     return PairBatch(numbers, stage.train.take(numbers), began)
 
 
@@ -179,8 +192,14 @@ def heldout_logps(stage: PairStage) -> Tensor:
 
 
 def evaluate_pairs(stage: PairStage, loss: Loss) -> dict[str, float]:
-    """Loss, accuracy and margin on the held-out pairs; empty without any."""
-    return heldout_metrics(*loss(score_heldout(stage))) if len(stage.heldout) else {}
+    """Loss, accuracy and margin on the held-out pairs, also on those of each source of a mixture;
+    empty without any."""
+    if not len(stage.heldout):
+        return {}
+    pairs = score_heldout(stage)
+    return by_source(
+        stage.heldout.sources, lambda some: heldout_metrics(*loss(pairs.take(some))), pairs.numbers
+    )
 
 
 def score_heldout(stage: PairStage) -> ScoredPairs:

@@ -17,7 +17,7 @@ from rlhf_core.jobs import PreferenceJob
 from rlhf_core.losses.reductions import Metrics, sequence_logps
 from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.padding import Batch, TokenIndex, mark_from, rows_on
-from rlhf_core.training.batching import batch_rows, scoring_passes
+from rlhf_core.training.batching import Sampled, batch_rows, scoring_passes
 from rlhf_core.training.reading import read_rows
 from rlhf_core.training.strategy import Strategy
 
@@ -51,9 +51,9 @@ def pair_response_lengths(rows: Rows) -> Tensor:
     return torch.stack(lengths, dim=1)
 
 
-def visited(rows: int, job: PreferenceJob, total: int) -> list[int]:
+def visited(rows: int | Sampled, job: PreferenceJob, total: int) -> list[int]:
     """Numbers of the rows that `total` steps will train on, in order; fewer than all of them when
-    max_steps ends the stage before the first epoch does."""
+    max_steps ends the stage before the first epoch does, or where epochs are samples."""
     steps = (batch_rows(rows, job.batch_size, step, job.seed) for step in range(total))
     return sorted({number for numbers in steps for number in numbers})
 
@@ -116,6 +116,25 @@ def heldout_metrics(loss: Tensor, metrics: Metrics) -> dict[str, float]:
     names."""
     names = [name for name in ("accuracy", "margin", "nll") if name in metrics]
     return {"heldout_loss": float(loss), **{f"heldout_{n}": float(metrics[n]) for n in names}}
+
+
+def by_source(
+    sources: Mapping[str, Sequence[int]],
+    measure: Callable[[list[int]], dict[str, float]],
+    rows: Sequence[int],
+) -> dict[str, float]:
+    """Metrics of held-out rows, and NAME/SOURCE of those of each source that has some.
+
+    Args:
+        sources: numbers of the rows of each source of a mixture; empty for other data sets.
+        measure: the metrics of some rows. rows: numbers of all rows.
+    """
+    found = measure(list(rows))
+    for source, numbers in sources.items():
+        if len(numbers):
+            own = measure([int(number) for number in numbers])
+            found |= {f"{name}/{source}": value for name, value in own.items()}
+    return found
 
 
 def pair_length(row: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.dataset.sampling import Sampling
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import KTOJob
 from rlhf_core.nn.modules import Policy
@@ -42,6 +43,21 @@ class LabelledReplies:
              "label": number % 2 == 0, "row": pair["row"]}
             for pair, number in zip(pairs, numbers, strict=True)
         ]  # fmt: skip
+
+    @cached_property
+    def sampling(self) -> Sampling | None:
+        """How an epoch is drawn, as that of the rows."""
+        sampling = self.rows.sampling
+        return sampling.halved() if sampling is not None and self.paired else sampling
+
+    @property
+    def sources(self) -> dict[str, list[int]]:
+        """Numbers of the replies by the source of a mixture; empty for other data sets."""
+        halves = (0, 1) if self.paired else (0,)
+        return {
+            name: [len(halves) * int(row) + half for row in rows for half in halves]
+            for name, rows in self.rows.sources.items()
+        }
 
     @cached_property
     def lengths(self) -> tuple[list[int], list[int]]:
@@ -89,7 +105,7 @@ def needed_combinations(train: LabelledReplies, job: KTOJob, total: int) -> list
     needed: set[Combination] = set()
     labels: Counter[bool] = Counter()
     for step in range(total):
-        numbers = batch_rows(len(train), job.batch_size, step, job.seed)
+        numbers = batch_rows(train, job.batch_size, step, job.seed)
         rows = train.take(numbers)
         needed |= {*matched(numbers), *mismatched(rows, numbers)}
         labels.update(row["label"] for row in rows)

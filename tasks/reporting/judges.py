@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rlhf_core.jobs import DataSettings, OnlineSettings, PipelineConfig
+from rlhf_core.jobs import OnlineSettings, PipelineConfig, SampledPreferences
 from rlhf_core.jobs.rewards import (
     VERIFIERS,
     ModelReward,
@@ -124,6 +124,7 @@ def _no_part(config: PipelineConfig) -> str:
     read = {role for step in recipe.steps(config)
             for role in recipe.roles(config, step.algorithm).values()}  # fmt: skip
     labelled = config.data.preference
-    if "preference" in read and isinstance(labelled, DataSettings):
-        return f"had no part in the training, unless it labelled {labelled.source}"
+    if "preference" in read and not isinstance(labelled, SampledPreferences):
+        sources = ", ".join(part.source for part in labelled.parts)
+        return f"had no part in the training, unless it labelled {sources}"
     return "had no part in the training"

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.data.dataset.sampling import Plan, Share
 from rlhf_core.data.overlap.result import Overlap
 from rlhf_core.errors import DataError
+from rlhf_core.jobs.sources import StoppingStrategy
 
 MAX_LISTED = 1000  # bad rows listed one by one; the others are only counted
 
@@ -24,6 +26,63 @@ class SplitCard:
     trainable_tokens: int = 0
     lengths: dict[str, float] = field(default_factory=dict)
     histogram: list[dict[str, int]] = field(default_factory=list)
+
+
+@dataclass
+class SourceCard:
+    """One source of a mixture. Rows are counted as in `DataCard`; `dropped` has also the rows that
+    an earlier source has. Tokens are those of both sides."""
+
+    name: str
+    source: str = ""
+    data: str = ""  # digest of the prepared source, which has its whole card
+    weight: float | None = None
+    share: int | None = None  # rows in an epoch, as the settings give them
+    read: int = 0
+    cut: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)
+    train: int = 0
+    heldout: int = 0
+    tokens: int = 0
+    trainable_tokens: int = 0
+
+
+@dataclass
+class MixtureCard:
+    """What a mixture is made of, and how its epochs are drawn (sampling.py)."""
+
+    sources: list[SourceCard]
+    stopping_strategy: StoppingStrategy = "all_exhausted"
+    max_repeats: int = 4
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the epochs."""
+        shares = tuple(Share(s.name, s.weight, s.share) for s in self.sources)
+        return Plan(shares, self.stopping_strategy, self.max_repeats)
+
+    def markdown(self, purpose: str) -> list[str]:
+        """A table of the sources, in lines of Markdown."""
+        lines = [
+            "| source | read | train | held out | dropped | bad | tokens | part | in an epoch |",
+            "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+        ]
+        counts = self.plan.counts([source.train for source in self.sources])
+        for source, count in zip(self.sources, counts, strict=True):
+            dropped = ", ".join(f"{n:,} {why}" for why, n in source.dropped.items())
+            part = f"weight {source.weight:g}" if source.weight else "all rows"
+            part = f"{source.share:,} rows" if source.share else part
+            times = f"{count:,} rows, {count / source.train:.2g} times"
+            cells = [
+                f"{source.name}: {source.source}", f"{source.read:,}", f"{source.train:,}",
+                f"{source.heldout:,}", dropped or "0", f"{sum(source.bad.values()):,}",
+                f"{source.tokens:,}", part, "packed" if purpose == "pretrain" else times,
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        rule = self.stopping_strategy
+        rule += f", max_repeats {self.max_repeats}" if rule == "all_exhausted" else ""
+        return [*lines, "", f"Stopping strategy: {rule}."]
 
 
 @dataclass
@@ -44,6 +103,7 @@ class DataCard:
         left_out: file beside the data that was not read -> why.
         splits: train and heldout.
         overlap: of the training rows with the held-out prompts; None: not measured.
+        mixture: the sources of a mixture, and how its epochs are drawn; None: of other data sets.
         files: {name, rows, bytes, sha256} of each Arrow file.
         digest: sha256 over the Arrow files' names and contents.
     """
@@ -63,6 +123,7 @@ class DataCard:
     left_out: dict[str, str] = field(default_factory=dict)
     splits: dict[str, SplitCard] = field(default_factory=dict)
     overlap: Overlap | None = None
+    mixture: MixtureCard | None = None
     files: list[dict[str, Any]] = field(default_factory=list)
     digest: str = ""
 
@@ -86,7 +147,7 @@ class DataCard:
     def save(self, folder: Path) -> None:
         """Write card.json and card.md."""
         values = asdict(self)
-        for later in ("cut", "left_out", "overlap"):  # keeps the bytes of older cards
+        for later in ("cut", "left_out", "overlap", "mixture"):  # keeps the bytes of older cards
             if not values[later]:
                 del values[later]
         text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
@@ -106,6 +167,9 @@ class DataCard:
             data["splits"] = {name: SplitCard(**side) for name, side in data["splits"].items()}
             if data.get("overlap") is not None:
                 data["overlap"] = Overlap(**data["overlap"])
+            if data.get("mixture") is not None:
+                sources = [SourceCard(**source) for source in data["mixture"].pop("sources")]
+                data["mixture"] = MixtureCard(sources, **data["mixture"])
             return cls(**data)
         except FileNotFoundError:
             raise DataError(
@@ -134,6 +198,8 @@ class DataCard:
             *(f"| bad: {reason} | {n:,} |" for reason, n in sorted(self.bad.items())),
             *(f"| (note) {remark} | {n:,} |" for remark, n in sorted(self.notes.items())),
         ]
+        if self.mixture is not None:
+            lines += ["", "## Sources", "", *self.mixture.markdown(self.purpose)]
         for name, side in self.splits.items():
             lines += [
                 "",

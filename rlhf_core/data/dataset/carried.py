@@ -1,8 +1,8 @@
 """Columns that a data set carries beside the text: `answer` and `extra` of prompts, for rewards,
-and `margin` of preference pairs, for the reward model.
+`margin` of preference pairs, for the reward model, and `curriculum`, for the order of an epoch.
 
-A data set has them only if its setting `columns` names them, or if the source is reasoning-gym. So
-the columns depend on the settings alone, never on the rows.
+A data set has them only if its settings `columns` and `curriculum` name them, or if the source is
+reasoning-gym. So the columns depend on the settings alone, never on the rows.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ CARRIED: dict[Purpose, tuple[str, ...]] = {
 
 def carried(settings: DataSettings, purpose: Purpose) -> tuple[str, ...]:
     """Which of these columns a data set with these settings has."""
+    order = ("curriculum",) if settings.curriculum else ()
     if purpose == "prompts" and is_reasoning(settings.source):
-        return CARRIED["prompts"]
-    return tuple(name for name in CARRIED.get(purpose, ()) if name in settings.columns)
+        return CARRIED["prompts"] + order
+    return tuple(name for name in CARRIED.get(purpose, ()) if name in settings.columns) + order
 
 
 def carried_values(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """A row's values of these columns: `margin` as a number, the others as texts, "" for a missing
-    value.
+    """A row's values of these columns: `margin` and `curriculum` as numbers, the others as texts,
+    "" for a missing value.
 
     Raises:
         BadRow: a value has a type that the column cannot hold.
     """
-    write = {"answer": answer_text, "extra": extra_text, "margin": margin_number}
+    write = {"answer": answer_text, "extra": extra_text, "margin": margin_number,
+             "curriculum": curriculum_number}  # fmt: skip
     return {name: write[name](row.get(name)) for name in names}
 
 
@@ -98,3 +100,23 @@ def margin_number(value: Any) -> float:
             "better the chosen reply is",
         )
     return float(value)
+
+
+def curriculum_number(value: Any) -> float:
+    """A number, also as a text (tables have no other), by which an epoch is ordered.
+
+    Raises:
+        BadRow: the value is no such number.
+    """
+    try:
+        if isinstance(value, int | float | Decimal | str) and not isinstance(value, bool):
+            number = float(value)
+            if math.isfinite(number):
+                return number
+    except (ValueError, OverflowError):
+        pass
+    raise BadRow(
+        "wrong_type",
+        f"the column of the setting curriculum holds {short(value)}; expected a number by which "
+        "the rows are ordered",
+    )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.data.dataset.card import DataCard
 from rlhf_core.data.dataset.carried import CARRIED
+from rlhf_core.data.dataset.sampling import Sampling
 from rlhf_core.data.dataset.schema import SPLITS
 from rlhf_core.errors import DataError
 
@@ -78,6 +80,39 @@ class Rows:
         """The row; prompts get "" for the columns that their data set does not carry."""
         missing = dict.fromkeys(CARRIED["prompts"], "")
         return {**missing, **row} if self.purpose == "prompts" else row
+
+    @property
+    def batches(self) -> list[Any]:
+        """All record batches, memory-mapped."""
+        return self._batches
+
+    @cached_property
+    def sources(self) -> dict[str, Any]:
+        """Row numbers, numpy int64, by the source of a mixture; empty for other data sets."""
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if self.card.mixture is None:
+            return {}
+        names = [source.name for source in self.card.mixture.sources]
+        parts = [pc.index_in(b.column("source"), pa.array(names)).to_numpy() for b in self._batches]
+        number = np.concatenate([np.zeros(0, dtype=np.int32), *parts])
+        return {name: np.flatnonzero(number == i) for i, name in enumerate(names)}
+
+    @cached_property
+    def sampling(self) -> Sampling | None:
+        """How an epoch is drawn from the rows; None: all of them in random order."""
+        import numpy as np
+
+        order_by = None
+        if self._batches and "curriculum" in self._batches[0].schema.names:
+            order_by = np.concatenate([b.column("curriculum").to_numpy() for b in self._batches])
+        if self.card.mixture is not None:
+            return self.card.mixture.plan.sampling(list(self.sources.values()), order_by)
+        if order_by is None:
+            return None
+        return Sampling((np.arange(len(self)),), (len(self),), (1.0,), order_by)
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows at these indices, in that order."""

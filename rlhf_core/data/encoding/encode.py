@@ -78,7 +78,7 @@ def encode_batch(plan: Plan, tokenizer: Any, rows_in: Sequence[RawRow]) -> Encod
             batch.dropped[raw.dropped] += 1
             continue
         try:
-            row = raw.columns(plan.settings.columns)
+            row = raw.columns(plan.settings.renames)
             example = normalise(row, plan.format, plan.purpose, rules)
             if plan.purpose == "preference" and example.chosen == example.rejected:
                 batch.dropped["identical_replies"] += 1

@@ -47,7 +47,7 @@ def ptx_batches(
     """
     if rows is None:
         return [None] * micro_batches
-    taken = rows.take(batch_rows(len(rows), replies, update, derive_seed(job.seed, SEED)))
+    taken = rows.take(batch_rows(rows, replies, update, derive_seed(job.seed, SEED)))
     tokens = float(sum(trained_tokens(row) for row in taken))
     parts = split_evenly(
         [len(row["input_ids"]) for row in taken],

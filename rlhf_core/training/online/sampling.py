@@ -49,7 +49,7 @@ def sample(stage: OnlineStage, step: int, replies_per_prompt: int = 1) -> Global
         Preempted: the job was told to stop meanwhile.
     """
     job, prompts = stage.job, stage.inputs.prompts
-    rows = prompts.take(batch_rows(len(prompts), job.batch_size, step, job.seed))
+    rows = prompts.take(batch_rows(prompts, job.batch_size, step, job.seed))
     rollout = sample_rows(stage, [row for row in rows for _ in range(replies_per_prompt)], step)
     stage.checkpointer.stop_if_asked(step)
     return rollout

@@ -125,6 +125,54 @@ def test_preference_is_told_apart_by_its_source():
     assert isinstance(ready.data.preference, DataSettings)
 
 
+@pytest.mark.parametrize(
+    ("mixture", "said"),
+    [
+        ("[]", "mix: the list is empty; name at least one source, such as {source: a.json}"),
+        ("[{weight: 1}]", "mix.0.source is missing."),
+        ("[{source: a, weight: 1, rows: 5}]",
+         "mix.0: weight is 1 and rows is 5; they exclude each other: clear one"),
+        ("[{source: x/a.csv}, {source: y/a.csv}]",
+         "mix: 2 sources have the name a; give each a name of its own, such as name: a-2"),
+        ("[{source: a, weight: 0}]", "mix.0.weight: found 0, expected greater than 0."),
+        ("[{source: a, weight: 1}, {source: b}]",
+         "mix: a has a weight and b has none; give each source a weight, or none"),
+        ("[{source: a, curriculum: d}, {source: b}]", "mix: a has a curriculum and b has none; "
+         "an epoch is ordered as a whole: name the column of each source, or of none"),
+        ("[{source: a, mix: [{source: b}]}]",
+         "mix.0: a mixture stands inside a mixture; list its sources in the outer"),
+        ("[{source: sampled}]", "mix.0: sampled preferences cannot be mixed: they are made while "
+         "the run goes on; mix files or data sets of the hub, or set preference to one section"),
+        ("[{source: a, wieght: 1}]",
+         "mix.0.wieght is not a setting; did you mean data.preference.mix.0.weight?"),
+    ],
+)  # fmt: skip
+def test_wrong_mixture_is_explained(mixture, said):
+    assert problems([f"data.preference={{mix: {mixture}}}"]) == [f"data.preference.{said}"]
+
+
+def test_source_beside_a_mixture_is_refused():
+    said = "data.sft: source stands beside mix; put it into the list, or leave it out"
+    assert problems(["data.sft={source: a, mix: [{source: b}]}"]) == [said]
+
+
+def test_settings_beside_a_mixture_hold_for_each_source():
+    own = "data.sft={mix: [{source: s3://b/c/*.csv}, {source: o/b, max_length: 9}]}"
+    config = build_config({}, [own, "data.sft.max_length=7"])
+    assert [part.label for part in config.data.sft.parts] == ["c", "b"]
+    assert [part.max_length for part in config.data.sft.parts] == [7, 9]
+    assert config.data.sft.max_length == 9
+    assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_mixture_takes_the_place_of_a_preset_s_data_set_and_the_other_way_round():
+    mixture = {"data": {"sft": {"mix": [{"source": "a"}]}}}
+    over = build_config({"preset": "smoke", **mixture})
+    assert [part.source for part in over.data.sft.parts] == ["a"]
+    chosen = PipelineConfig(preset="smoke", **mixture)
+    assert resolve_preset(chosen).data.sft == over.data.sft
+
+
 def test_all_problems_are_listed_at_once():
     found = problems(["ppo.kl_coeff=1", "ppo.clip_range=3", "seed=x", "resources.strategy=zero5"])
     assert len(found) == 4

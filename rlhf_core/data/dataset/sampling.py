@@ -1,0 +1,148 @@
+"""How an epoch is drawn from the rows of a mixture, and the order of a curriculum.
+
+The sources of a mixture have N_i rows and parts c_i: weights, or rows. An epoch takes floor(t c_i)
+rows of each, with the largest t that the stopping strategy allows; so the parts always hold. The
+strategies are those of datasets.interleave_datasets (two of them in effect the under- and
+oversampling of its documentation):
+
+    first_exhausted                     no row twice:                   t c_i <= N_i
+    all_exhausted                       no row more than R times:       t c_i <= R N_i,
+                                        and no longer than it takes to use every row once:
+                                        some t c_i <= N_i
+    all_exhausted_without_replacement   each row once: N_i rows of each, in the proportions c_i as
+                                        long as there are rows
+
+Rows as parts are also bounds: t <= 1. A source goes through a random order of its rows, then
+through another one, and so on; each epoch takes up where the one before ended. So the rows of a
+source are used equally often, give or take one, whatever the epoch takes: of a source that is
+larger than its part each epoch sees other rows, until all were used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+
+from rlhf_core.jobs.sources import StoppingStrategy
+from rlhf_core.system.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Share:
+    """A source's part of an epoch: a weight, or rows; with neither, all its rows."""
+
+    name: str
+    weight: float | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a mixture's epochs are drawn by.
+
+    Attributes:
+        max_repeats: how often an epoch may use a row, for all_exhausted.
+    """
+
+    shares: tuple[Share, ...]
+    stopping_strategy: StoppingStrategy = "all_exhausted"
+    max_repeats: int = 4
+
+    def counts(self, available: Sequence[int]) -> list[int]:
+        """Rows of each source in an epoch, at least 1.
+
+        Args:
+            available: rows that each source has, at least 1.
+        """
+        weighted = any(share.weight is not None for share in self.shares)
+        parts = self._parts(available)
+        if self.stopping_strategy == "all_exhausted_without_replacement":
+            most = [n if weighted else int(c) for n, c in zip(available, parts, strict=True)]
+            return [min(n, count) for n, count in zip(available, most, strict=True)]
+        passes = self.max_repeats if self.stopping_strategy == "all_exhausted" else 1
+        once = [n / c for n, c in zip(available, parts, strict=True)]  # t that uses each row once
+        longest = min(passes * min(once), max(once) if weighted else Fraction(1))
+        return [max(1, int(longest * c)) for c in parts]
+
+    def _parts(self, available: Sequence[int]) -> list[Fraction]:
+        return [
+            Fraction(str(share.weight or share.rows or n))  # 0.1 is a tenth
+            for share, n in zip(self.shares, available, strict=True)
+        ]
+
+    def sampling(self, rows: Sequence[np.ndarray], order_by: np.ndarray | None = None) -> Sampling:
+        """The plan for the rows that there are; see `Sampling`."""
+        available = [len(numbers) for numbers in rows]
+        rates = tuple(map(float, self._parts(available)))
+        return Sampling(tuple(rows), tuple(self.counts(available)), rates, order_by)
+
+    def describe(self, available: Sequence[int]) -> str:
+        """What an epoch has of each source, in a sentence."""
+        counts = self.counts(available)
+        total = sum(counts)
+        parts = [
+            f"{share.name} {count:,} of {n:,} ({count / total:.1%}, {count / n:.2g} times)"
+            for share, count, n in zip(self.shares, counts, available, strict=True)
+        ]
+        return f"an epoch of the mixture takes {total:,}: {', '.join(parts)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Sampling:
+    """Draws epochs: a function of (seed, number of the epoch) alone.
+
+    Attributes:
+        rows: row numbers of each source.
+        counts: rows of each source in an epoch.
+        rates: in which proportions the sources follow each other while they last.
+        order_by: (N,) a number for each row of the data set; an epoch is in ascending order. None:
+            the order is random.
+    """
+
+    rows: tuple[np.ndarray, ...]
+    counts: tuple[int, ...]
+    rates: tuple[float, ...]
+    order_by: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+        return sum(self.counts)
+
+    def epoch(self, number: int, seed: int) -> np.ndarray:
+        """Row numbers of an epoch (from 0), in order.
+
+        The k-th row of a source is drawn at a random place between k and k + 1 over its rate, so
+        that any stretch of the epoch has the parts of the whole.
+        """
+        drawn, places = [], []
+        for source, (rows, count) in enumerate(zip(self.rows, self.counts, strict=True)):
+            start = number * count
+            drawn.append(rows[_endless(len(rows), start, start + count, seed, source)])
+            jitter = np.random.default_rng(derive_seed(seed, source, number, 1)).random(count)
+            places.append((np.arange(count) + jitter) / self.rates[source])
+        order = np.concatenate(drawn)[np.argsort(np.concatenate(places), kind="stable")]
+        if self.order_by is not None:
+            order = order[np.argsort(self.order_by[order], kind="stable")]
+        return order
+
+    def halved(self) -> Sampling:
+        """The same for a data set in which each row became two: rows 2 i and 2 i + 1."""
+        return replace(
+            self,
+            rows=tuple(np.stack([2 * r, 2 * r + 1], axis=1).ravel() for r in self.rows),
+            counts=tuple(2 * count for count in self.counts),
+            order_by=None if self.order_by is None else np.repeat(self.order_by, 2),
+        )
+
+
+def _endless(size: int, start: int, stop: int, seed: int, source: int) -> np.ndarray:
+    """Items start to stop of an endless list of permutations of range(size), one after another."""
+    first, last = start // size, -(-stop // size)
+    orders = [
+        np.random.default_rng(derive_seed(seed, source, number, 0)).permutation(size)
+        for number in range(first, last)
+    ]
+    return np.concatenate(orders)[start - first * size : stop - first * size]
