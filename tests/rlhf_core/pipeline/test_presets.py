@@ -1,6 +1,7 @@
 """Presets: found, parsed, minimal; and what a wrong setting answers."""
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from rlhf_core.errors import ConfigError, PreflightError
@@ -165,12 +166,15 @@ def test_settings_beside_a_mixture_hold_for_each_source():
     assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
 
 
-def test_mixture_takes_the_place_of_a_preset_s_data_set_and_the_other_way_round():
-    mixture = {"data": {"sft": {"mix": [{"source": "a"}]}}}
-    over = build_config({"preset": "smoke", **mixture})
-    assert [part.source for part in over.data.sft.parts] == ["a"]
-    chosen = PipelineConfig(preset="smoke", **mixture)
-    assert resolve_preset(chosen).data.sft == over.data.sft
+def test_mixture_takes_the_place_of_a_data_set_and_the_other_way_round(tmp_path):
+    over = {"preset": "smoke", "data": {"sft": {"mix": [{"source": "a"}, {"source": "b"}]}}}
+    assert [part.source for part in build_config(over).data.sft.parts] == ["a", "b"]
+    path = tmp_path / "mixed.yaml"
+    path.write_text(yaml.safe_dump(over))
+    again = build_config({"preset": str(path), "data": {"sft": {"source": "c"}}})
+    assert again.data.sft == DataSettings(source="c")
+    longer = build_config({"preset": str(path), "data": {"sft": {"max_length": 7}}})
+    assert [part.max_length for part in longer.data.sft.parts] == [7, 7]
 
 
 def test_all_problems_are_listed_at_once():
