@@ -8,7 +8,7 @@ from datetime import datetime
 from uuid import UUID
 
 from rlhf_core.jobs import PipelineConfig
-from rlhf_core.pipeline.recipe import data_sets
+from rlhf_core.pipeline.recipe import data_sources
 from tasks.events import Log, log_event
 
 SKIPPED = "Skipped"
@@ -17,7 +17,7 @@ SKIPPED = "Skipped"
 def trains(config: PipelineConfig) -> str:
     """What a retraining with these settings trains, and publishes, in one sentence."""
     base = "a new model" if config.new_model else config.model.source
-    sources = [data.source for _, _, data in data_sets(config)]
+    sources = [data.source for _, _, data in data_sources(config)]
     read = ", ".join(dict.fromkeys(sources))
     stages = ", ".join(config.stages)
     return f"trains {base} ({stages}) on {read}, for the name {config.publish.name}"

@@ -172,7 +172,7 @@ def test_mixture_takes_the_place_of_a_data_set_and_the_other_way_round(tmp_path)
     path = tmp_path / "mixed.yaml"
     path.write_text(yaml.safe_dump(over))
     again = build_config({"preset": str(path), "data": {"sft": {"source": "c"}}})
-    assert again.data.sft == DataSettings(source="c")
+    assert again.data.sft.source == "c"
     longer = build_config({"preset": str(path), "data": {"sft": {"max_length": 7}}})
     assert [part.max_length for part in longer.data.sft.parts] == [7, 7]
 
