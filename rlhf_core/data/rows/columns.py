@@ -12,7 +12,9 @@ not refused for what another one passes with.
 
 from __future__ import annotations
 
+import datetime
 import math
+import numbers
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -49,6 +51,7 @@ _UNKNOWN = (
     "it may be a part of the conversation; if it is, put it there, or rename it with the setting "
     "columns"
 )
+_FOR_REWARDS = "; if a reward needs it, set columns: {extra: NAME}"
 
 
 @dataclass(slots=True)
@@ -125,15 +128,17 @@ def _refusal(name: str, value: Any, purpose: Purpose, message: bool, document: b
         return ""
     if kind in ("flag", "not_flag"):
         return None if read_flag(value) is (kind == "flag") else todo
-    if kind in ("label", "template"):
+    if kind in ("label", "template") or (kind == "media" and value is not False):
         return todo
     flag = read_flag(value) if kind in ("spoilt", "sound") else None
     if flag is not None:
         return "" if flag is (kind == "sound") else todo
-    if not isinstance(value, str | list | tuple | Mapping):
-        return ""  # numbers, and yes or no, are no part of a conversation
+    if isinstance(value, numbers.Number | datetime.date | datetime.time | datetime.timedelta):
+        return ""  # no part of a conversation
     if kind in ("", "spoilt", "sound"):
-        return "" if document and isinstance(value, str) else _IN_TEXT if message else _UNKNOWN
+        if document and isinstance(value, str):
+            return ""
+        return _IN_TEXT if message else _UNKNOWN + _FOR_REWARDS * (purpose == "prompts")
     return todo
 
 

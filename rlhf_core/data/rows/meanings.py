@@ -26,8 +26,8 @@ _ABOUT = _words(
     "state date time timestamp year created updated version release url uri link license licence "
     "author annotator annotators annotation annotations worker judge user metadata meta info stats "
     "statistics header headers status correct correctness valid verified usage cost price title "
-    "extra answer truth solution critique comment reason agent thread session platform filename "
-    "name format train training rate fingerprint script"
+    "extra answer truth solution critique comment reason agent channel thread session platform "
+    "filename name format train training rate fingerprint script"
 )
 _ABOUT_FIRST = _words("id is score rating avg mean used")
 _COUNTS = _words("num n nb count counts number has contains")  # of images too

@@ -77,6 +77,12 @@ def read_messages(value: Any, name: str, rules: Rules) -> list[Message]:
     """
     if isinstance(value, str) and _WRITTEN.match(value):
         value = _parsed(value, name)
+    if isinstance(value, dict) and all(isinstance(item, list) for item in value.values()):
+        raise BadRow(
+            "wrong_type",
+            f"column {name!r} is an object of lists; expected a list of objects, one for each "
+            "message: {role, content} or {from, value}",
+        )
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list):
         raise wrong_type(name, value, "a list of {role, content} or {from, value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rlhf_core.data.rows.columns import Rules, is_empty
@@ -16,6 +17,8 @@ from rlhf_core.data.rows.messages import (
     wrong_type,
 )
 from rlhf_core.data.rows.row import BadRow, Message, names, short
+
+_TEXTS = re.compile(r"""\s*\[\s*"(?:[^"\\]|\\.)*"\s*(?:,\s*"(?:[^"\\]|\\.)*"\s*)*\]\s*\Z""")
 
 
 def message(role: str, content: str) -> Message:
@@ -53,6 +56,12 @@ def prompt_of(row: dict[str, Any], layout: Layout, rules: Rules) -> list[Message
         messages = read_messages(column(row, name), name, rules)
     else:
         text = text_of(row, name)
+        if _TEXTS.match(text):
+            raise BadRow(
+                "transcript",
+                f"column {name!r} is a list of texts, written as one text; if they are turns, "
+                "write them as messages ({role, content})",
+            )
         if is_transcript(text):
             messages = _transcript_prompt(text, name)
         else:

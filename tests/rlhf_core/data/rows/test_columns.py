@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections import Counter
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -29,6 +31,9 @@ def tokenizer() -> Any:
 
 REFUSED = [
     ({**TALK, "images": ["a.png"]}, "column 'images'", "images, video and audio"),
+    ({**TALK, "image": b"\x89PNG"}, "column 'image'", "images, video and audio"),
+    ({**TALK, "video": 7}, "column 'video'", "images, video and audio"),
+    ({**TALK, "blob": b"\x00"}, "column 'blob'", "part of the conversation"),
     ({**TALK, "image_path": "a.png"}, "column 'image_path'", "images, video and audio"),
     ({**TALK, "audios": [{"bytes": b"x", "path": None}]}, "column 'audios'", "not supported"),
     ({**TALK, "tools": "[{}]"}, "column 'tools'", "tool use"),
@@ -127,15 +132,17 @@ def test_setting_without_effect_is_an_error(tmp_path, given, words):
 
 def test_unknown_metadata_is_read_past_and_counted(tokenizer):
     row = {**TALK, "id": 7, "source": "web", "created": "2024-01-01", "is_good": True,
-           "metadata": {"a": 1}, "views": 3.5, "num_images": None, "image_count": "0",
+           "metadata": {"a": 1}, "views": 3.5,
+           "opened": datetime.date(2024, 1, 1), "ok": Decimal(1), "num_images": None,
+           "image_count": "0",
            "prompt_name": "p", "output_format": "md", "is_bad": False, "valid": 1}  # fmt: skip
     row["messages"] = [{**U, "timestamp": 5, "weight": None}, {**A, "language": "en", "weight": 1}]
     empty = {**TALK, "id": None, "images": [], "tools": None, "system": "", "history": [[]],
              "weight": 1, "label": None, "no_loss": False}  # fmt: skip
     batch = encoded(tokenizer, [row, row, empty], "sft")
     assert batch.bad == []
-    unread = ["id", "source", "created", "is_good", "metadata", "views", "image_count",
-              "prompt_name", "output_format", "is_bad", "valid"]  # fmt: skip
+    unread = ["id", "source", "created", "is_good", "metadata", "views", "opened", "ok",
+              "image_count", "prompt_name", "output_format", "is_bad", "valid"]  # fmt: skip
     assert batch.notes == {
         **{f"column '{name}' not used": 2 for name in unread},
         **{f"key '{name}' not used": 2 for name in ("timestamp", "language")},
