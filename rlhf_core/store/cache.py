@@ -14,12 +14,12 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from rlhf_core.store.local import free_bytes
+from rlhf_core.store.local import free_bytes, require_space
 from rlhf_core.system.home import rlhf_home
 
 log = logging.getLogger("rlhf_core.store")
@@ -66,7 +66,7 @@ def mark_in_use(cache: Path, digest: str) -> None:
     os.utime(path)
 
 
-def evict(cache: Path, needed: int, limit: float, wanted: str) -> None:
+def evict(cache: Path, needed: int, limit: float, wanted: str, confirm: Callable[[], None]) -> None:
     """Remove unused copies, the least recently used first, to make room for a new one.
 
     It stops when ``needed`` more bytes are within the limit and fit on the disk, or when only
@@ -76,9 +76,17 @@ def evict(cache: Path, needed: int, limit: float, wanted: str) -> None:
         needed: bytes of the new copy.
         limit: bytes that the cache may take.
         wanted: digest of the new copy; its unfinished files stay.
+        confirm: is called before the first copy goes, and raises if the new one cannot come.
+
+    Raises:
+        StoreError: the disk has no room for the new copy, even without all others.
     """
     sizes = {folder: _size(folder) for folder in (cache / "artifacts").iterdir()}
     total, free = sum(sizes.values()), free_bytes(cache)
+    if total + needed <= limit and free >= needed:
+        return
+    require_space(cache, needed - total)
+    confirm()
     for folder in sorted(sizes, key=lambda each: _last_use(cache, each)):
         if total + needed <= limit and free >= needed:
             return

@@ -18,6 +18,7 @@ from rlhf_core.store.blobs import download_blob, remove_parts
 from rlhf_core.store.cache import evict, locked, mark_in_use
 from rlhf_core.store.local import file_errors, hash_file, require_space
 from rlhf_core.store.parallel import FILES_AT_ONCE, in_parallel
+from rlhf_core.store.publishing import check_complete
 from rlhf_core.store.settings import read_settings
 from rlhf_core.system.durable import sync_folders, sync_tree, write_whole
 from rlhf_core.system.home import rlhf_home
@@ -71,7 +72,9 @@ def fetch_cached(backend: Backend, artifact: Artifact) -> Path:
         if folder.is_dir() and all(_is_verified(folder, e, stamps) for e in artifact.files):
             return folder
         limit = read_settings().cache_gb * 1e9
-        evict(cache, artifact.size, limit, artifact.digest)
+        evict(
+            cache, artifact.size, limit, artifact.digest, lambda: check_complete(backend, artifact)
+        )
         if folder.is_dir():
             _fill(backend, artifact, folder, stamps)
         else:

@@ -77,12 +77,17 @@ def holding(backend: Backend, artifact: Artifact) -> Iterator[Artifact]:
     with lease(backend, artifact):
         if backend.size(manifest_key(artifact.kind, artifact.digest)) is None:
             raise ArtifactNotFound(f"artifact {artifact.ref} is not in {backend.url} any more")
-        if missing := incomplete(backend, artifact):
-            raise ArtifactCorrupt(
-                f"{artifact.ref} in {backend.url} has lost files: {'; '.join(missing)}; "
-                "`rlhf artifacts verify` shows the details"
-            )
+        check_complete(backend, artifact)
         yield artifact
+
+
+def check_complete(backend: Backend, artifact: Artifact) -> None:
+    """Raise ArtifactCorrupt unless every blob is there and has the size that the manifest says."""
+    if missing := incomplete(backend, artifact):
+        raise ArtifactCorrupt(
+            f"{artifact.ref} in {backend.url} has lost files: {'; '.join(missing)}; "
+            "`rlhf artifacts repair` looks for copies of them"
+        )
 
 
 def incomplete(backend: Backend, artifact: Artifact) -> list[str]:

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core.store import Artifact, Store, cache, open_store, rlhf_home
+from rlhf_core.errors import StoreError
+from rlhf_core.store import Artifact, FileEntry, Store, cache, open_store, rlhf_home
+from rlhf_core.store.artifact import dump_manifest, make_artifact
+from rlhf_core.store.blobs import blob_key
+from rlhf_core.store.refs import manifest_key
 from tests.rlhf_core.store.helpers import FORK, contents, results_of, start
 
 SIZE = 100_000
@@ -87,6 +91,24 @@ def test_copies_go_when_the_disk_has_no_room(
     monkeypatch.setattr("rlhf_core.store.cache.free_bytes", lambda _: SIZE // 2)
     store.fetch(made[2].digest)
     assert cached() == {made[1].digest, made[2].digest}
+
+
+@pytest.mark.parametrize("size", [SIZE + 1, 10**15])
+def test_nothing_goes_for_an_artifact_that_cannot_come(
+    store: Store, made: list[Artifact], size: int
+) -> None:
+    a, b, c = made[:3]
+    for artifact in (a, b):
+        fetch_in_a_child(store, artifact)
+    # A manifest with a size that its blob does not have, or that no disk has.
+    wrong = make_artifact("model", [FileEntry("w.bin", size, c.files[0].sha256)], {}, [])
+    store._backend.write(manifest_key("model", wrong.digest), dump_manifest(wrong))
+    with pytest.raises(StoreError, match=r"w\.bin.* a blob of 100,000 bytes|only [0-9,]+ are free"):
+        store.fetch(wrong.digest)
+    store._backend.delete(blob_key(c.files[0].sha256))
+    with pytest.raises(StoreError, match="has no blob"):
+        store.fetch(c.digest)
+    assert cached() == {a.digest, b.digest}
 
 
 def test_what_a_killed_download_left_goes_as_well(store: Store, made: list[Artifact]) -> None:
