@@ -1,17 +1,22 @@
-"""ASGI middleware that checks the API key, the path and the model of a request.
+"""ASGI middleware in front of either server: API key, paths, the model's name, the request's body.
 
-transformers' server has no API key, loads any model of the hub on request, and ignores
-`max_completion_tokens`, the current name of the longest reply. vLLM's server checks its key only
-below /v1: `/invocations`, which generates too, `/tokenize` and `/metrics` are open to everyone.
+vLLM's server checks its key only below /v1: `/invocations`, which generates too, `/tokenize` and
+`/metrics` are open to everyone. It reads special tokens in messages as if its template had written
+them, and waits for a body for ever.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
+
+from rlhf_core.data.encoding.templates import find_special_token
+from rlhf_core.serving.api_error import ApiError, unsupported
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -20,7 +25,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PUBLIC_PATHS = {"/health"}
 API_PATHS = {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses"}
+MODEL_PATH = "/v1/models/"
 MAX_BODY_BYTES = 16 * 2**20
+BODY_SECONDS = 30.0  # in which a request's body must have come
+STARTED = int(time.time())
 
 
 class AuthMiddleware:
@@ -29,46 +37,76 @@ class AuthMiddleware:
     Args:
         name: of the served model; requests for other models are rejected.
         key: API key that clients send as `Authorization: Bearer KEY`; None: no key is needed.
+        tokenizer: of the model; messages with its special tokens are rejected.
+        refused: parameters that the server would ignore.
     """
 
-    def __init__(self, app: App, name: str, key: str | None) -> None:
+    def __init__(
+        self,
+        app: App,
+        name: str,
+        key: str | None,
+        tokenizer: Any = None,
+        refused: frozenset[str] = frozenset(),
+    ) -> None:
         self.app = app
         self.name = name
         self.key = key
+        self.tokenizer = tokenizer
+        self.refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
-            return
-        if scope["type"] != "http":
+        elif scope["type"] != "http":
             await self.app(scope, receive, send)
-            return
+        else:
+            try:
+                await self._answer(scope, receive, send)
+            except ApiError as error:
+                await _respond(send, error.status, error.body)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].rstrip("/")
-        if path not in API_PATHS | PUBLIC_PATHS:
+        if path in PUBLIC_PATHS:
+            await self.app({**scope, "path": path}, receive, send)
+            return
+        if path not in API_PATHS and not path.startswith(MODEL_PATH):
             paths = ", ".join(sorted(API_PATHS))
-            await refuse(send, 404, f"There is no path {path}; the paths are {paths}.")
-        elif path in API_PATHS and not self._is_authorised(scope):
-            await refuse(send, 401, "The API key is wrong or missing.")
+            raise ApiError(f"There is no path {path}; the paths are {paths}.", status=404)
+        if not self._is_authorised(scope):
+            raise ApiError("The API key is wrong or missing.", code="invalid_api_key", status=401)
+        if path.startswith(MODEL_PATH):
+            self._check_model(path.removeprefix(MODEL_PATH))
+            await _respond(send, 200, json.dumps(model_entry(self.name)).encode())
         elif scope["method"] != "POST":
             await self.app({**scope, "path": path}, receive, send)
         else:
-            await self._post(scope, path, receive, send)
+            body = await read_body(scope, receive)
+            with contextlib.suppress(ValueError):  # the server reports malformed JSON
+                self._check(json.loads(body))
+            await self.app({**scope, "path": path}, _replayed(body, receive), send)
 
-    async def _post(self, scope: Scope, path: str, receive: Receive, send: Send) -> None:
-        body = await read_body(receive)
-        if body is None:
-            await refuse(send, 413, f"The request has more than {MAX_BODY_BYTES} bytes.")
+    def _check(self, request: Any) -> None:
+        """Raise ApiError for another model, a refused parameter or a message's special token."""
+        if not isinstance(request, dict):
             return
-        with contextlib.suppress(ValueError):  # the server reports malformed JSON
-            request = json.loads(body)
-            if isinstance(request, dict):
-                if (wanted := request.get("model")) not in (None, self.name):
-                    text = f"There is no model {str(wanted)[:100]!r}; the model is {self.name}."
-                    await refuse(send, 404, text)
-                    return
-                body = json.dumps(rename_fields(request)).encode()
-        scope, receive = _replayed(scope, path, body, receive)
-        await self.app(scope, receive, send)
+        self._check_model(request.get("model"))
+        if found := [name for name, value in request.items() if name in self.refused and value]:
+            raise unsupported(found[0])
+        for param, text in _texts(request) if self.tokenizer is not None else ():
+            if found := find_special_token(self.tokenizer, text):
+                raise ApiError(
+                    f"{param} contains {found!r}, which this model reads as a special token; take "
+                    "it out of the text.",
+                    param=param,
+                    code="invalid_value",
+                )
+
+    def _check_model(self, wanted: Any) -> None:
+        if wanted not in (None, self.name):
+            text = f"There is no model {str(wanted)[:100]!r}; the model is {self.name}."
+            raise ApiError(text, param="model", code="model_not_found", status=404)
 
     def _is_authorised(self, scope: Scope) -> bool:
         if self.key is None:
@@ -77,31 +115,54 @@ class AuthMiddleware:
         return hmac.compare_digest(given, f"Bearer {self.key}".encode())
 
 
-def rename_fields(request: dict[str, Any]) -> dict[str, Any]:
-    """A request with the field names that transformers' server understands."""
-    longest = request.pop("max_completion_tokens", None)
-    if longest is not None and request.get("max_tokens") is None:
-        request["max_tokens"] = longest
-    return request
+def model_entry(name: str) -> dict[str, Any]:
+    """The model in /v1/models."""
+    return {"id": name, "object": "model", "created": STARTED, "owned_by": "rlhf"}
 
 
-async def read_body(receive: Receive) -> bytes | None:
-    """A request's body; None if it has more than MAX_BODY_BYTES."""
+def _texts(request: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Parameter and text of each message, of whatever form; the server checks the form."""
+    for name in ("instructions", "messages", "input"):
+        items = request.get(name)
+        for i, item in enumerate(items if isinstance(items, list) else [items]):
+            content = item.get("content") if isinstance(item, dict) else item
+            for part in content if isinstance(content, list) else [content]:
+                text = part.get("text") if isinstance(part, dict) else part
+                if isinstance(text, str):
+                    yield (name if item is items else f"{name}[{i}].content"), text
+
+
+async def read_body(scope: Scope, receive: Receive) -> bytes:
+    """A request's JSON.
+
+    Raises:
+        ApiError: it is announced as something else, has more than MAX_BODY_BYTES, or does not come
+            within BODY_SECONDS.
+    """
+    kind = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != b"application/json":  # a web page of another site can send others without asking
+        found = kind.decode("latin-1") or "missing"
+        text = f"The Content-Type is {found}; it must be application/json."
+        raise ApiError(text, code="unsupported_content_type", status=415)
     body = b""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return body
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
-            return None
-        if not message.get("more_body"):
-            return body
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError("The client has left.")
+                body += message.get("body", b"")
+                if len(body) > MAX_BODY_BYTES:
+                    text = f"The request has more than {MAX_BODY_BYTES} bytes."
+                    raise ApiError(text, code="request_too_large", status=413)
+                if not message.get("more_body"):
+                    return body
+    except TimeoutError as error:
+        text = f"The request's body did not come within {BODY_SECONDS:g} seconds."
+        raise ApiError(text, code="request_timeout", status=408) from error
 
 
-def _replayed(scope: Scope, path: str, body: bytes, receive: Receive) -> tuple[Scope, Receive]:
-    headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-    headers.append((b"content-length", str(len(body)).encode()))
+def _replayed(body: bytes, receive: Receive) -> Receive:
     sent = False
 
     async def again() -> MutableMapping[str, Any]:
@@ -111,12 +172,10 @@ def _replayed(scope: Scope, path: str, body: bytes, receive: Receive) -> tuple[S
         sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return {**scope, "path": path, "headers": headers}, again
+    return again
 
 
-async def refuse(send: Send, status: int, text: str) -> None:
-    """Send an error response in OpenAI's format."""
-    body = json.dumps({"error": {"message": text, "type": "invalid_request_error"}}).encode()
+async def _respond(send: Send, status: int, body: bytes) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,4 +1,4 @@
-"""Serves a model with vLLM's server if it is installed, else with transformers'."""
+"""Serves a model with vLLM's server if it is installed, else with this project's own."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def main(
             on_ready=on_ready,
         )
         return
-    missing = [module for module in ("openai", "fastapi", "uvicorn") if find_spec(module) is None]
+    missing = [module for module in ("starlette", "uvicorn") if find_spec(module) is None]
     if missing:
         raise ConfigError(
-            f"transformers' server needs {', '.join(missing)}: pip install 'rlhf-pipeline[serve]'"
+            f"the server needs {', '.join(missing)}: pip install 'rlhf-pipeline[serve]'"
         )
     from rlhf_core.serving.transformers_server import serve
 

@@ -1,4 +1,4 @@
-"""vLLM's server (as in `vllm serve`) with one model, behind the same API key check.
+"""vLLM's server (as in `vllm serve`) with one model, behind the same checks.
 
 It runs in this process instead of the command `vllm`, which requires a package named vllm; the CPU
 build has another name. vLLM starts the engine in a second process.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.chat.model import Sampling
+from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.serving.auth import App, AuthMiddleware, Receive, Scope, Send
 from rlhf_core.serving.engine_output import EngineOutput
@@ -36,21 +37,27 @@ ENVIRONMENT = {
 }
 # On a CPU, 4 GiB for the KV cache instead of most of the memory.
 DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "4"}
+# OpenAI's parameters that vLLM accepts and does nothing with, although they would change a reply.
+IGNORED = {
+    "access_programs", "audio", "background_options", "best_of", "context_management",
+    "conversation", "function_call", "functions", "image", "moderation", "prediction",
+    "prompt_cache_options", "verbosity", "web_search_options",
+}  # fmt: skip
 
 
 class VllmAuthMiddleware(AuthMiddleware):
     """The middleware as vLLM creates it, with the application as the only argument.
 
     Attributes:
-        name_and_key: set by `serve`.
+        checks: name, key and tokenizer; set by `serve`.
         ready: called once the server answers.
     """
 
-    name_and_key: tuple[str, str | None]
+    checks: tuple[str, str | None, Any]
     ready: Callable[[], None]
 
     def __init__(self, app: App) -> None:
-        super().__init__(app, *self.name_and_key)
+        super().__init__(app, *self.checks, refused=frozenset(IGNORED))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def forward(message: Any) -> None:
@@ -84,7 +91,8 @@ def serve(
             output.release()
             on_ready(address)
 
-        VllmAuthMiddleware.name_and_key, VllmAuthMiddleware.ready = (name, key), staticmethod(ready)
+        VllmAuthMiddleware.checks = (name, key, load_tokenizer(folder, trust))
+        VllmAuthMiddleware.ready = staticmethod(ready)
         try:
             import uvloop
 
@@ -123,7 +131,7 @@ def options(folder: Path, name: str, host: str, port: int, trust: bool) -> list[
 
 
 def sampling_by_default(folder: Path) -> dict[str, Any]:
-    """Sampling for requests without a temperature; see `transformers_server.sample_by_default`."""
+    """Sampling for requests without a temperature; see `sampling.defaults`."""
     with contextlib.suppress(FileNotFoundError):
         if json.loads((folder / "generation_config.json").read_text()).get("do_sample"):
             return {}

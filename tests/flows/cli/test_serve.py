@@ -148,7 +148,7 @@ def test_server_ends_cleanly_while_it_replies(tmp_path, number):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     chunks = iter(
         client.chat.completions.create(
-            model="mine", messages=HELLO, max_tokens=100_000, stream=True
+            model="mine", messages=HELLO, max_tokens=900, stream=True, logit_bias={"77": 100}
         )
     )
     next(chunks)

@@ -22,7 +22,7 @@ class TinyRun:
 
 
 @functools.cache
-def _folders() -> dict[str, Path]:
+def model_folders() -> dict[str, Path]:
     """Stage -> model folder."""
     import atexit
     import shutil
@@ -55,7 +55,7 @@ def _folders() -> dict[str, Path]:
 def tiny_run(store: Store, name: str = "tiny") -> TinyRun:
     """Publish the models as stages of a run, and the PPO model under a name."""
     stages, record = {}, {}
-    for stage, folder in _folders().items():
+    for stage, folder in model_folders().items():
         kind = "reward_model" if stage == "reward" else "model"
         artifact = store.publish(folder, kind=kind, metadata={"algorithm": stage})
         stages[stage] = artifact.digest
