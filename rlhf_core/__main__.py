@@ -10,6 +10,7 @@ import os
 import sys
 
 from rlhf_core.runtime.rank import main, preload
+from rlhf_core.system.cpus import limit_threads
 
 __all__ = ["main", "preload"]  # torchrun's agent and the fork server use both
 
@@ -18,6 +19,7 @@ if __name__ == "__main__":
     if not arguments or arguments[0].startswith("-"):
         print(__doc__)
         sys.exit(2)
+    limit_threads()  # a launcher has given each rank its share
     code = main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()

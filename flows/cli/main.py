@@ -21,6 +21,7 @@ from flows.cli.playground import playground
 from flows.cli.serve import serve
 from rlhf_core import __version__
 from rlhf_core.errors import RLHFError
+from rlhf_core.system.cpus import limit_threads
 from rlhf_core.system.home import rlhf_home
 from rlhf_core.system.secrets import redact
 
@@ -66,6 +67,7 @@ def _join_system(
         ),
     ] = False,
 ) -> None:
+    limit_threads()  # for the commands that load a model themselves
     started = (rlhf_home() / "system" / "system.json").exists()
     if started and context.invoked_subcommand not in ("up", "down"):
         from flows.cli import system

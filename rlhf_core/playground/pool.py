@@ -19,7 +19,7 @@ from typing import Any
 from rlhf_core.errors import OutOfMemory
 from rlhf_core.model_files.folder_check import read_tensors
 from rlhf_core.system.host_memory import format_bytes
-from rlhf_core.system.machine import this_machine
+from rlhf_core.system.machine import free_memory
 
 log = logging.getLogger("rlhf_core.playground")
 
@@ -140,10 +140,9 @@ def weight_bytes(folder: Path) -> int:
 
 
 def default_limit() -> int:
-    """Bytes: 80 % of the GPU's free memory, or half of the machine's available memory."""
-    import psutil
+    """Bytes: 80 % of the GPU's free memory, or half of the main memory that is free here."""
     import torch
 
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0] * 0.8)
-    return int(min(psutil.virtual_memory().available, this_machine().ram) * 0.5)
+    return free_memory() // 2

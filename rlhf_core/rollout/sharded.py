@@ -21,6 +21,7 @@ from rlhf_core.nn.probe_model import eval_mode
 from rlhf_core.nn.sharded import gathered, gathered_bytes, is_sharded, release
 from rlhf_core.rollout.generate import Rollout, generate
 from rlhf_core.runtime.distributed import Group
+from rlhf_core.system import machine
 from rlhf_core.system.host_memory import format_bytes
 
 GATHER_SHARE = 0.5
@@ -82,10 +83,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    import psutil
-
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(psutil.virtual_memory().available) // ranks
+    return machine.free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class InStep:

@@ -23,6 +23,7 @@ from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import Job
 from rlhf_core.jobs.training import TrainSettings
 from rlhf_core.model_files.remote_code import allow
+from rlhf_core.runtime.agreement import decided
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.job_file import read_job
 from rlhf_core.runtime.stopping import stop, write_error
@@ -35,8 +36,8 @@ from rlhf_core.system.secrets import redact
 def run_job(job: Job, store: Store, folder: Path) -> None:
     """Run one job on this rank, or reuse the artifact if the store has it."""
     context = StageContext.from_environment(store, job, folder)
-    artifact = store.stage_result(context.key)
-    if artifact is None:
+    artifact = store.stage_result(context.key) if context.main else None
+    if not decided(lambda: artifact is not None, job.placement().collective_timeout):
         allow(job.trust_remote_code)
         module = importlib.import_module(job.module)
         if not job.placement().fast_paths:

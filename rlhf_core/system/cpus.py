@@ -21,6 +21,17 @@ def set_threads() -> None:
         torch.set_num_threads(threads)
 
 
+def limit_threads() -> None:
+    """Keep libraries that are imported later from starting a thread for each core of the machine in
+    a container that may use a few: torch, NumPy and Arrow see its affinity mask, not its quota.
+
+    For processes that get no OMP_NUM_THREADS from a launcher; one that is set stays.
+    """
+    cores = cpu_cores()
+    if cores < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
 def cpu_cores(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     """CPU cores that this process may use: its affinity mask, cut to its control groups' quotas.
 

@@ -94,6 +94,28 @@ def parse_gpus(table: str, visible: str | None) -> list[tuple[str, int, int]]:
     return chosen
 
 
+def free_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
+    """Bytes of main memory that processes here can still allocate: what the machine has available,
+    or less where a control group's limit is nearer. Caches of files count as free."""
+    import psutil
+
+    free = [int(psutil.virtual_memory().available)]
+    for folder in group_folders("memory", proc, cgroup):
+        for limit, usage, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):  # versions 2 and 1
+            try:
+                left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                stat = dict(
+                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
+                )
+            except (OSError, ValueError):  # "max" is no limit
+                continue
+            free.append(left + int(stat.get(cache, 0)))
+    return max(0, min(free))
+
+
 def memory_limits(proc: Path = PROC, cgroup: Path = CGROUP) -> list[int]:
     """Memory limits of the control groups around this process, in bytes."""
     limits = []

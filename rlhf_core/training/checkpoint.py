@@ -169,7 +169,7 @@ class Checkpointer:
         if step == 0:
             return 0, {}
         if self.context.local_rank == 0 and not self.context.main:
-            self._fetch(folder, step)  # the first rank of every further machine
+            self._fetch_same(folder, step)  # the first rank of every further machine
         group.barrier()
         state = json.loads((folder / "state.json").read_text())
         self.context.worked_before = state.get("worked", 0.0)
@@ -219,6 +219,18 @@ class Checkpointer:
             else:
                 return 0
         return 0
+
+    def _fetch_same(self, folder: Path, step: int) -> None:
+        """Fetch the checkpoint that rank 0 has chosen.
+
+        Raises:
+            StoreError: it has been deleted meanwhile, or is damaged.
+        """
+        if self._fetch(folder, step) != step:
+            raise StoreError(
+                f"the checkpoint after step {step}, from which rank 0 goes on, is gone from "
+                f"{self._store.url} or damaged; the next attempt chooses again"
+            )
 
     def weights_before(self, step: int) -> tuple[int, dict[str, Tensor]] | None:
         """The newest intact checkpoint after at most `step` steps: its step, and the trained

@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
+from rlhf_core.system import cpus
 from rlhf_core.system.cgroups import group_folders
-from rlhf_core.system.cpus import cpu_cores
-from rlhf_core.system.machine import memory_limits
+from rlhf_core.system.cpus import cpu_cores, limit_threads
+from rlhf_core.system.machine import free_memory, memory_limits
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +94,38 @@ def test_memory_limits_of_all_groups_are_found(tmp_path):
     write(tmp_path / "cgroup/a/memory.max", "4096\n")
     write(tmp_path / "cgroup/memory/a/memory.limit_in_bytes", "8192\n")
     assert sorted(memory_limits(tmp_path / "proc", tmp_path / "cgroup")) == [4096, 8192]
+
+
+@pytest.mark.parametrize(
+    ("group", "names"),
+    [("cgroup", ("memory.max", "memory.current", "inactive_file")),
+     ("cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))],
+)  # fmt: skip
+def test_free_memory_is_what_the_nearest_limit_leaves(tmp_path, monkeypatch, group, names):
+    available = 64 * 2**30
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
+    assert free_memory(proc, cgroup) == available
+    write(proc / "self/cgroup", "4:memory:/a/b\n0::/a/b\n")
+    for folder, limit in (("a/b", "max"), ("a", str(8 * 2**30))):
+        write(tmp_path / group / folder / names[0], f"{limit}\n")
+        write(tmp_path / group / folder / names[1], f"{6 * 2**30}\n")
+        write(tmp_path / group / folder / "memory.stat", f"anon 5\n{names[2]} {2**30}\n")
+    assert free_memory(proc, cgroup) == 3 * 2**30  # 8 - 6, and files that can go
+    write(tmp_path / group / "a" / names[0], f"{2**30}\n")
+    assert free_memory(proc, cgroup) == 0
+
+
+@pytest.mark.parametrize(("quota", "set_before", "expected"), [
+    (3, None, "3"), (3, "5", "5"), (16, None, None)])  # fmt: skip
+def test_threads_are_limited_by_a_quota_only(monkeypatch, quota, set_before, expected):
+    monkeypatch.setattr(cpus, "cpu_cores", lambda: quota)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setenv("OMP_NUM_THREADS", set_before or "")
+    if set_before is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    limit_threads()
+    assert os.environ.get("OMP_NUM_THREADS") == expected
 
 
 def test_groups_are_listed_from_the_innermost(tmp_path):
