@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.resources import as_file, files
 from typing import Any
+from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
@@ -41,14 +42,34 @@ def apply(slots: int | None = None) -> None:
         except ObjectAlreadyExists:
             if limit is not None:
                 client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=limit))
+    switches = _keep_schedules(client)
     with as_file(files("deployments") / "prefect.yaml") as path:
         subprocess.run(
             [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all",
              "--prefect-file", str(path)],
             check=True,
         )  # fmt: skip
+    for (deployment, schedule), active in switches.items():
+        client.update_deployment_schedule(deployment, schedule, active=active)
     for name in automations.apply():
         print(f"automation: {name}")
+
+
+def _keep_schedules(client: Any) -> dict[tuple[UUID, UUID], bool]:
+    """Prepare the schedules for `prefect deploy`, which would switch those of prefect.yaml off
+    again, and delete all others as soon as one has no slug, as those made in the UI.
+
+    Returns:
+        Deployment and schedule -> whether it is on, to be set again.
+    """
+    found = {}
+    for deployment in client.read_deployments():
+        for each in deployment.schedules:
+            found[(deployment.id, each.id)] = each.active
+            if not each.slug:
+                name = f"schedule-{str(each.id)[:8]}"
+                client.update_deployment_schedule(deployment.id, each.id, slug=name)
+    return found
 
 
 if __name__ == "__main__":

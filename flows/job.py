@@ -16,13 +16,13 @@ from rlhf_core.jobs import Job
 from rlhf_core.preflight.settings import check_placement
 from rlhf_core.store import open_store, rlhf_home
 from rlhf_core.system.machine import this_machine
-from tasks.events import hide_expected_tracebacks, log_event
+from tasks.events import log_event, tidy_logs
 from tasks.launchers import Launch, LocalTorchrun
 from tasks.launchers.failures import state_name
 from tasks.progress import Lines, Progress
 from tasks.watch import stop_when_cancelled
 
-hide_expected_tracebacks()
+tidy_logs()
 
 
 @flow(name="rlhf-job", persist_result=False)

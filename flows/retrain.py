@@ -24,7 +24,7 @@ from rlhf_core.model_files.source import fingerprint as model_fingerprint
 from rlhf_core.pipeline.recipe import data_sets, evaluation_stages
 from rlhf_core.store import Store
 from tasks import stages
-from tasks.events import hide_expected_tracebacks, log_event
+from tasks.events import log_event, tidy_logs
 from tasks.gates import judge
 from tasks.promotion import refusal
 from tasks.publish import compare_with_champion, keep_candidate, publish
@@ -34,7 +34,7 @@ from tasks.run import Run, new_run_id, now, recorded
 from tasks.tracking import mirrored
 from tasks.watch import stop_when_cancelled
 
-hide_expected_tracebacks()
+tidy_logs()
 
 # Settings that change no result: a change of them is no reason to train again.
 NOT_PART_OF_STATE = {"resources", "launcher", "name", "author", "gpu_hour_price", "tracking"}

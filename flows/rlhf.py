@@ -17,7 +17,7 @@ from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.pipeline import recipe
 from rlhf_core.system.secrets import redact
 from tasks import stages
-from tasks.events import hide_expected_tracebacks, log_event
+from tasks.events import log_event, tidy_logs
 from tasks.gates import check_evaluation
 from tasks.launchers import launcher_for
 from tasks.launchers.failures import state_name
@@ -34,7 +34,7 @@ Stage = Literal["model", "data", "label", TrainingStage, "evaluate", "lm_eval", 
 
 Returned = dict[str, Any] | State[dict[str, Any]]
 
-hide_expected_tracebacks()
+tidy_logs()
 
 
 @flow(name="rlhf-pipeline", flow_run_name="{config.name}", persist_result=False)

@@ -13,13 +13,13 @@ from prefect.states import Completed
 from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.jobs import DataSettings
 from rlhf_core.store import open_store
-from tasks.events import hide_expected_tracebacks, log_event
+from tasks.events import log_event, tidy_logs
 from tasks.run import now
 
 NEW_DATA = "rlhf.data.new"
 """Name of the event. Other programs can send it too, see docs/operations.md."""
 
-hide_expected_tracebacks()
+tidy_logs()
 
 
 @flow(name="rlhf-watch-data", flow_run_name="watch {source}", persist_result=False)

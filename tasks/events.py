@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import logging
 import re
+import sys
 from typing import Any, Literal
 
 Kind = Literal["run", "start", "line", "progress", "done", "retry", "note", "warning", "failed"]
@@ -102,18 +103,33 @@ def table_cell(text: object, limit: int = 400) -> str:
     return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", plain) or "*(empty)*"
 
 
-class ExpectedErrors(logging.Filter):
-    """Removes the traceback from Prefect's log records about errors with a message for the user.
+BOILERPLATE = re.compile(
+    r"Worker '.*' submitting flow run '|Flow run '.*' submitted to infrastructure$"
+    r"|Running \d+ deployment pull step|Executing deployment step: |Deployment step '.*' completed"
+    r"|All deployment steps completed|Beginning (sub)?flow run '|Finished in state Completed\("
+)
+"""Beginnings of what Prefect logs about every run, whatever it does."""
 
-    When a flow returns a failed state, Prefect's engine logs the state and then an exception; the
-    second record is dropped.
+
+class PrefectsOwn(logging.Filter):
+    """Tidies the records of Prefect's engine.
+
+    Boilerplate is dropped. An error with a message for the user is that message, without its
+    traceback; when a flow returns a failed state, the engine logs the state and then an exception,
+    of which the second is dropped. A signal, as of a cancellation, is no crash.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        from prefect.exceptions import FailedRun
+        from prefect.exceptions import FailedRun, TerminationSignal
 
         from rlhf_core.errors import RLHFError
 
+        if BOILERPLATE.match(message := record.getMessage()):
+            return False
+        stopped = isinstance(sys.exc_info()[1], TerminationSignal | KeyboardInterrupt)
+        if stopped and message.startswith("Crash detected!"):
+            record.levelno, record.levelname = logging.INFO, "INFO"
+            record.msg, record.args = "stopped by a signal: cancelled, or its machine stops", ()
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, FailedRun):
             return False
@@ -123,9 +139,9 @@ class ExpectedErrors(logging.Filter):
         return True
 
 
-def hide_expected_tracebacks() -> None:
-    """Install `ExpectedErrors` on the loggers of flow and task runs."""
+def tidy_logs() -> None:
+    """Install `PrefectsOwn` on the loggers of flow and task runs."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logger = logging.getLogger(name)
-        if not any(isinstance(f, ExpectedErrors) for f in logger.filters):
-            logger.addFilter(ExpectedErrors())
+        if not any(isinstance(f, PrefectsOwn) for f in logger.filters):
+            logger.addFilter(PrefectsOwn())

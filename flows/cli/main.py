@@ -18,6 +18,7 @@ from flows.cli.listing import artifacts, open_now, runs
 from flows.cli.models import models
 from flows.cli.options import StoreUrl, TrustRemoteCode
 from flows.cli.playground import playground
+from flows.cli.schedule import schedule
 from flows.cli.serve import serve
 from rlhf_core import __version__
 from rlhf_core.errors import RLHFError
@@ -125,6 +126,7 @@ def presets() -> None:
         typer.echo(f"{name:<14}{description}")
 
 
+app.command("schedule")(schedule)
 app.command("runs")(runs)
 app.command("compare")(compare)
 app.command("playground")(playground)

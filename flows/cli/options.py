@@ -45,3 +45,6 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show all output 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that came with the model.")
 ]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON, one object per line, instead of a table.")
+]

@@ -24,22 +24,31 @@ def submit(config: PipelineConfig) -> str:
     Raises:
         ConfigError: no server runs, or the pipeline is not deployed there.
     """
-    from prefect.exceptions import ObjectNotFound
-
-    client = _client()
-    try:
-        deployment = client.read_deployment_by_name(PIPELINE)
-    except ObjectNotFound:
-        raise ConfigError(
-            f"The Prefect server at {client.api_url} has no deployment {PIPELINE}: start a system "
-            "with `make up`, or deploy it with `python -m flows.deploy`."
-        ) from None
+    client, found = deployment(PIPELINE)
     run = client.create_flow_run_from_deployment(
-        deployment.id,
+        found.id,
         parameters={"config": config.model_dump(mode="json")},
         name=config.name,
     )
     return f"{ui()}/runs/flow-run/{run.id}"
+
+
+def deployment(name: str) -> tuple[Any, Any]:
+    """The server's client, and a deployment, as FLOW/DEPLOYMENT.
+
+    Raises:
+        ConfigError: no server runs, or it has no such deployment.
+    """
+    client = _client()
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return client, client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        raise ConfigError(
+            f"The Prefect server at {client.api_url} has no deployment {name}: start a system "
+            "with `rlhf up`, or deploy it with `python -m flows.deploy`."
+        ) from None
 
 
 def retry(store: Store, reference: str) -> tuple[str, PipelineConfig | None]:

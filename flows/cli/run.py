@@ -103,17 +103,26 @@ def _settings(
 ) -> PipelineConfig:
     from rlhf_core.pipeline.presets import build_noting
 
-    if preset is not None and config is not None:
-        raise typer.BadParameter("give --preset or --config, not both")
-    source: Any = {}
-    if preset is not None:
-        source = preset
-    elif config is not None:
-        source = _existing(config)
-    settings, notes = build_noting(source, overrides or [])
+    settings, notes = build_noting(settings_mapping(preset, config, overrides))
     for text in notes:
         typer.echo(f"Warning: {text}", err=True)
     return settings if store is None else settings.model_copy(update={"store": store})
+
+
+def settings_mapping(
+    preset: str | None, config: Path | None, overrides: list[str] | None
+) -> dict[str, Any]:
+    """What the options say, as in a settings file: not checked, and its preset not applied.
+
+    Raises:
+        ConfigError: a preset, file or override cannot be read.
+    """
+    from rlhf_core.pipeline.presets import apply_overrides, load_preset
+
+    if preset is not None and config is not None:
+        raise typer.BadParameter("give --preset or --config, not both")
+    source = preset if config is None else _existing(config)
+    return apply_overrides({} if source is None else load_preset(source), overrides or [])
 
 
 def _existing(path: Path) -> Path:

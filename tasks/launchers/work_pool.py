@@ -34,7 +34,7 @@ from prefect.states import Cancelling
 from rlhf_core.errors import ConfigError, JobFailed
 from rlhf_core.jobs import Job, WorkPoolLauncher
 from rlhf_core.store import open_store
-from tasks.events import parse_progress
+from tasks.events import BOILERPLATE, parse_progress
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.failures import category_of
 from tasks.watch import declared_dead
@@ -243,7 +243,8 @@ class _Logs:
                 if log.id not in self._seen:
                     self._seen.add(log.id)
                     self._newest = max(filter(None, (self._newest, log.timestamp)))
-                    found.append(log.message)
+                    if not BOILERPLATE.match(log.message):
+                        found.append(log.message)
             if len(page) < 200:
                 return found
             offset += len(page)

@@ -4,11 +4,11 @@ import io
 import logging
 
 import pytest
-from prefect.exceptions import FailedRun
+from prefect.exceptions import FailedRun, TerminationSignal
 
 from flows.cli.console import Console
 from rlhf_core.errors import DataError
-from tasks.events import ExpectedErrors, headline, log_event
+from tasks.events import PrefectsOwn, headline, log_event
 
 
 class Text(io.StringIO):
@@ -60,19 +60,19 @@ def test_warnings_of_others_are_shown(shown):
 
 def test_expected_errors_lose_their_traceback():
     record = logging.makeLogRecord({"exc_info": (DataError, DataError("row 7"), None), "msg": "x"})
-    ExpectedErrors().filter(record)
+    PrefectsOwn().filter(record)
     assert (record.exc_info, record.getMessage()) == (None, "row 7")
 
 
 def test_unexpected_errors_keep_it():
     record = logging.makeLogRecord({"exc_info": (KeyError, KeyError("x"), None), "msg": "x"})
-    ExpectedErrors().filter(record)
+    PrefectsOwn().filter(record)
     assert record.exc_info is not None
 
 
 def test_failed_state_is_not_logged_twice():
     record = logging.makeLogRecord({"exc_info": (FailedRun, FailedRun("x"), None), "msg": "x"})
-    assert not ExpectedErrors().filter(record)
+    assert not PrefectsOwn().filter(record)
 
 
 @pytest.mark.parametrize(
@@ -96,3 +96,33 @@ def test_failed_state_is_not_logged_twice():
 )  # fmt: skip
 def test_headline_picks_the_telling_numbers(metrics, text):
     assert headline(metrics) == text
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        ("Beginning subflow run 'sft of x' for flow 'rlhf-job'", False),
+        ("Worker 'gpu-1' submitting flow run '94a3'", False),
+        ("All deployment steps completed successfully", False),
+        ("Finished in state Completed('model/904e')", False),
+        ("Finished in state DataError('no column prompt', type=FAILED)", True),
+        ("sft: done in 8.5 s", True),
+    ],
+)
+def test_what_prefect_logs_about_every_run_is_dropped(message, kept):
+    record = logging.LogRecord("prefect.flow_runs", logging.INFO, "", 0, message, (), None)
+    assert PrefectsOwn().filter(record) is kept
+
+
+def test_cancelled_run_is_not_called_a_crash():
+    def said(error):
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "Crash detected! gone", (), None)
+        try:
+            raise error
+        except BaseException:
+            PrefectsOwn().filter(record)
+        return record.levelname, record.getMessage()
+
+    cancelled = TerminationSignal(signal=15)
+    assert said(cancelled) == ("INFO", "stopped by a signal: cancelled, or its machine stops")
+    assert said(MemoryError()) == ("ERROR", "Crash detected! gone")

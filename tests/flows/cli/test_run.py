@@ -124,6 +124,8 @@ def test_run_cancelled_on_the_servers_page_ends_as_cancelled(command, prefect_se
         api.post(f"/flow_runs/{run['id']}/set_state", json=state).raise_for_status()
         out, err = process.communicate(timeout=120)
         assert api.get(f"/flow_runs/{run['id']}").json()["state_type"] == "CANCELLED"
+        logs = api.post("/logs/filter", json={"logs": {"flow_run_id": {"any_": [run["id"]]}}}).text
+    assert "stopped by a signal" in logs and "Crash detected" not in logs
     assert process.returncode == 143
     assert "Run the same command again to resume from the last checkpoint" in err
     assert "Traceback" not in out + err
