@@ -71,7 +71,7 @@ class Console(logging.Handler):
             self.line(self._paint("2", f"      {text}"))
 
     def _print_progress(self, stage: str, text: str) -> None:
-        line = f"  {stage:<{NAME_WIDTH}}{text}"
+        line = f"  {stage:<{NAME_WIDTH - 1}} {text}"
         if self.live:
             width = shutil.get_terminal_size().columns
             self.out.write(f"\r\x1b[2K{line[: width - 1]}")
@@ -84,7 +84,7 @@ class Console(logging.Handler):
     def _stage(self, mark: str, stage: str, text: str, colour: str) -> None:
         if not self._unicode:
             mark = {"✓": "+", "·": "-"}.get(mark, mark)
-        self.line(f"{self._paint(colour, mark)} {stage:<{NAME_WIDTH}}{text}")
+        self.line(f"{self._paint(colour, mark)} {stage:<{NAME_WIDTH - 1}} {text}")
 
     def line(self, text: str) -> None:
         """Print a line that is not rewritten."""

@@ -88,6 +88,11 @@ def mix(job: MixJob, folders: Sequence[Path], tokenizer: Any, folder: Path) -> D
                 _count(card, side, job.purpose, batch)
                 prompts = map(prompt_text, batch.column("prompt").to_pylist())
                 writer.write(side, batch, map(prompt_hash, prompts))
+        assert card.mixture is not None
+        if job.purpose != "pretrain":
+            counts = card.mixture.plan.counts([s.train for s in card.mixture.sources])
+            for source, count in zip(card.mixture.sources, counts, strict=True):
+                source.epoch = count
         writer.finish(card)
     finally:
         writer.clean()

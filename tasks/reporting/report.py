@@ -25,6 +25,7 @@ from tasks.reporting.curves import draw, read_metrics
 from tasks.reporting.differences import changed
 from tasks.reporting.evaluation import comparison_of, evaluation_of, read_samples
 from tasks.reporting.markdown import embedded, folded, page, sample_table
+from tasks.reporting.mixtures import mixtures
 from tasks.reporting.model_card import data_card
 from tasks.run import Run
 
@@ -86,6 +87,8 @@ def render(run: Run, images: Mapping[str, bytes]) -> str:
         parts += ["## Benchmarks", benchmarks]
     if LINEAGE in images:
         parts += ["## Lineage", f"![what was made from what]({LINEAGE})"]
+    if found := mixtures(run):
+        parts += ["## Mixtures", *found]
     if cards := _data_cards(run):
         parts += ["## Data", *cards]
     settings = redact(yaml.safe_dump(changed(run.config), sort_keys=False, allow_unicode=True))

@@ -46,6 +46,7 @@ class SourceCard:
     heldout: int = 0
     tokens: int = 0
     trainable_tokens: int = 0
+    epoch: int | None = None  # rows in an epoch; None for pretrain, which counts packed sequences
 
 
 @dataclass
@@ -62,22 +63,21 @@ class MixtureCard:
         shares = tuple(Share(s.name, s.weight, s.share) for s in self.sources)
         return Plan(shares, self.stopping_strategy, self.max_repeats)
 
-    def markdown(self, purpose: str) -> list[str]:
+    def markdown(self) -> list[str]:
         """A table of the sources, in lines of Markdown."""
         lines = [
             "| source | read | train | held out | dropped | bad | tokens | part | in an epoch |",
             "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
         ]
-        counts = self.plan.counts([source.train for source in self.sources])
-        for source, count in zip(self.sources, counts, strict=True):
+        for source in self.sources:
             dropped = ", ".join(f"{n:,} {why}" for why, n in source.dropped.items())
             part = f"weight {source.weight:g}" if source.weight else "all rows"
             part = f"{source.share:,} rows" if source.share else part
-            times = f"{count:,} rows, {count / source.train:.2g} times"
+            epoch = "packed" if source.epoch is None else f"{source.epoch:,} rows"
             cells = [
                 f"{source.name}: {source.source}", f"{source.read:,}", f"{source.train:,}",
                 f"{source.heldout:,}", dropped or "0", f"{sum(source.bad.values()):,}",
-                f"{source.tokens:,}", part, "packed" if purpose == "pretrain" else times,
+                f"{source.tokens:,}", part, epoch,
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         rule = self.stopping_strategy
@@ -199,7 +199,7 @@ class DataCard:
             *(f"| (note) {remark} | {n:,} |" for remark, n in sorted(self.notes.items())),
         ]
         if self.mixture is not None:
-            lines += ["", "## Sources", "", *self.mixture.markdown(self.purpose)]
+            lines += ["", "## Sources", "", *self.mixture.markdown()]
         for name, side in self.splits.items():
             lines += [
                 "",

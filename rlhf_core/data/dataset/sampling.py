@@ -84,7 +84,7 @@ class Plan:
         counts = self.counts(available)
         total = sum(counts)
         parts = [
-            f"{share.name} {count:,} of {n:,} ({count / total:.1%}, {count / n:.2g} times)"
+            f"{share.name} {count:,} of {n:,} ({count / total:.1%}; each {count / n:.2g} times)"
             for share, count, n in zip(self.shares, counts, available, strict=True)
         ]
         return f"an epoch of the mixture takes {total:,}: {', '.join(parts)}"

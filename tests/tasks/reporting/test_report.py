@@ -131,3 +131,26 @@ def test_report_names_the_run_of_the_champion_that_it_is_compared_with(run):
     text = render(run, images={})
     assert "The champion is version 1 of `smoke`, made by run `run-0`." in text
     assert "Side by side: `rlhf compare run-0 run-1`." in text
+
+
+def test_mixtures_show_rows_and_metrics_of_each_source(run):
+    source = {"read": 40, "train": 30, "heldout": 4, "dropped": {"duplicate": 5, "too_long": 1},
+              "bad": {}, "tokens": 1234, "epoch": 60}  # fmt: skip
+    sources = [{"name": "chat", **source}, {"name": "a|b", **source, "epoch": None}]
+    mixture = {"sources": sources, "stopping_strategy": "all_exhausted", "max_repeats": 4}
+    card = json.dumps({"mixture": mixture}).encode()
+    parent = add(run, "data-sft", "dataset", {"card.json": card}, {"read": 80, "kept": 68})
+    metrics = {"heldout_loss": 1.0, "heldout_loss/chat": 0.5, "heldout_loss/a|b": 2.25}
+    stages = {"sft": metrics, "reward": {"heldout": {"sources": {"chat": {"accuracy": 0.75}}}}}
+    for stage, found in stages.items():
+        artifact = run.store.publish_derived(
+            kind="model", files={"x": stage.encode()}, parents=[parent]
+        )
+        run.stages[stage] = StageResult(
+            stage=stage, digest=artifact.digest, kind="model", key="", reused=False, seconds=1,
+            metrics=found,
+        )  # fmt: skip
+    text = render(run, images={})
+    assert "| chat | 40 | 30 | 4 | 6 | 0 | 1,234 | 60 | 0.500 | 0.750 |" in text
+    assert r"| a\|b | 40 | 30 | 4 | 6 | 0 | 1,234 |  | 2.250 |  |" in text
+    assert "sft: held-out loss | reward: held-out accuracy |" in text
