@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from flows.cli.completion import complete_run
-from flows.cli.listing import open_now, table, write_page
+from flows.cli.listing import open_now, write_page
 from flows.cli.options import Page, StoreUrl
+from flows.cli.output import echo, table
 
 LONGEST_CELL = 48  # characters, in a terminal
 
@@ -43,9 +44,9 @@ def compare(
         )
     found = [past_run(opened, record) for record in records.values()]
     for section in comparison.compare(opened, found):
-        typer.echo(f"{section.title}\n")
+        echo(f"{section.title}\n")
         table([[_short(text) for text in row] for row in section.rows])
-        typer.echo(f"{section.note}\n" if section.note else "")
+        echo(f"{section.note}\n" if section.note else "")
     if page is not None:
         write_page(page, "Comparison of runs", comparison.page_of(opened, found))
 

@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Any, TextIO
 
+from rlhf_core.system.printable import printable
 from tasks.events import headline, seconds
 
 PROGRESS_SECONDS = 8.0  # between two lines of progress in a file
@@ -39,11 +40,12 @@ class Console(logging.Handler):
         try:
             event = getattr(record, "rlhf", None)
             if isinstance(event, dict):
-                self._print_event(event)
+                texts = {k: printable(v) for k, v in event.items() if isinstance(v, str)}
+                self._print_event({**event, **texts})
             elif record.levelno >= logging.WARNING and not record.name.startswith(
                 ("prefect.flow_runs", "prefect.task_runs", "prefect.flow_engine")
             ):
-                self.line(self._paint("33", f"  {record.name}: {record.getMessage()}"))
+                self.line(self._paint("33", f"  {record.name}: {printable(record.getMessage())}"))
         except Exception:
             self.handleError(record)
 

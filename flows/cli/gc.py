@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.listing import open_now, size_text, table
+from flows.cli.listing import open_now, size_text
 from flows.cli.options import StoreUrl
+from flows.cli.output import echo, table
 
 if TYPE_CHECKING:
     from rlhf_core.store import Store
@@ -112,19 +113,19 @@ def _show(found: Garbage, deleted: bool) -> None:
     if found.artifacts:
         table(rows)
     if len(newest) > SHOWN:
-        typer.echo(f"and {len(newest) - SHOWN} more")
+        echo(f"and {len(newest) - SHOWN} more")
     for note in found.notes:
-        typer.echo(f"Note: {note}.", err=True)
+        echo(f"Note: {note}.", err=True)
     files = sum(entry.size for entry in found.blobs)
     checkpoints = sum(entry.size for entry in found.checkpoints)
     scopes = {entry.key.split("/")[1] for entry in found.checkpoints}
     did = "Deleted" if deleted else "Would delete"
-    typer.echo(
+    echo(
         f"{did} {len(found.artifacts)} artifacts, {len(found.blobs)} files ({size_text(files)}), "
         f"checkpoints of {len(scopes)} stages ({size_text(checkpoints)}) and {len(found.others)} "
         f"other records: {size_text(found.size)}. {found.kept} artifacts are kept."
     )
     if found.uploads:
-        typer.echo(f"Aborted {found.uploads} uploads of writers that were killed.")
+        echo(f"Aborted {found.uploads} uploads of writers that were killed.")
     if not deleted and found.entries:
-        typer.echo("Nothing was deleted; add --yes to delete.")
+        echo("Nothing was deleted; add --yes to delete.")

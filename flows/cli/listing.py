@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.options import Page, StoreUrl
+from flows.cli.output import echo, table
 
 if TYPE_CHECKING:
     from rlhf_core.store import Artifact, Store
@@ -57,10 +58,10 @@ def runs(
     found = found[:limit]
     if as_json:
         for record in found:
-            typer.echo(json.dumps(record, ensure_ascii=False))
+            echo(json.dumps(record, ensure_ascii=False))
         return
     if not found:
-        typer.echo(f"No runs in {opened.url}.")
+        echo(f"No runs in {opened.url}.")
         return
     rows = [["RUN", "NAME", "STATE", "STARTED (UTC)", "STAGES", "REUSED", "ERROR"]]
     for record in found:
@@ -87,11 +88,11 @@ def _leaderboard(
     rows, note = leaderboard(found, sort)
     shown = rows[: limit + 1]
     if not found:
-        typer.echo(f"No runs in {opened.url}.")
+        echo(f"No runs in {opened.url}.")
         return
     table(shown)
     if note:
-        typer.echo(f"\n{note}")
+        echo(f"\n{note}")
     if page is not None:
         title = f"Runs in {opened.url}"
         write_page(page, title, f"# {title}\n\n{markdown.table(shown)}\n\n{note}\n")
@@ -109,7 +110,7 @@ def list_artifacts(
         there = sorted({artifact.kind for artifact in opened.list()})
         what = f"of kind {kind!r} " if kind else ""
         also = f" Kinds: {', '.join(there)}." if there else ""
-        typer.echo(f"No artifacts {what}in {opened.url}.{also}")
+        echo(f"No artifacts {what}in {opened.url}.{also}")
         return
     rows = [["ARTIFACT", "CREATED (UTC)", "SIZE", "FILES", "WHAT"]]
     for artifact in found:
@@ -145,7 +146,7 @@ def show_artifact(
         "parents": list(artifact.parents),
         **artifact.metadata,
     }
-    typer.echo(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
+    echo(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
 
 
 @artifacts.command("tree")
@@ -159,7 +160,7 @@ def show_tree(
     opened = open_now(store)
     artifact = find_any(opened, ref)
     for line in tree_lines(artifact.digest, opened.lineage(artifact.digest)):
-        typer.echo(line)
+        echo(line)
 
 
 def tree_lines(digest: str, known: dict[str, Artifact | None]) -> list[str]:
@@ -198,7 +199,7 @@ def pull_artifact(
 
     opened = open_now(store)
     artifact = find_any(opened, ref)
-    typer.echo(f"{artifact.ref} -> {opened.fetch(artifact.digest, folder)}")
+    echo(f"{artifact.ref} -> {opened.fetch(artifact.digest, folder)}")
 
 
 @artifacts.command("verify")
@@ -213,10 +214,10 @@ def verify_artifacts(
     for artifact in chosen:
         problems = opened.verify(artifact.digest)
         bad += bool(problems)
-        typer.echo(f"{artifact.ref:<30} {'damaged' if problems else 'ok'}")
+        echo(f"{artifact.ref:<30} {'damaged' if problems else 'ok'}")
         for problem in problems:
-            typer.echo(f"  {problem}", err=True)
-    typer.echo(f"{len(chosen) - bad} of {len(chosen)} intact.")
+            echo(f"  {problem}", err=True)
+    echo(f"{len(chosen) - bad} of {len(chosen)} intact.")
     if bad:
         raise typer.Exit(1)
 
@@ -252,14 +253,7 @@ def write_page(path: Path, title: str, text: str) -> None:
         raise ConfigError(
             f"Cannot write {path}: {error.strerror}; choose another --page."
         ) from error
-    typer.echo(f"page: {path}")
-
-
-def table(rows: list[list[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        typer.echo("  ".join(cells).rstrip())
+    echo(f"page: {path}")
 
 
 def size_text(count: float) -> str:
@@ -273,4 +267,4 @@ def size_text(count: float) -> str:
 def _what(artifact: Any) -> str:
     data = artifact.metadata
     details = data.get("name") or data.get("job", {}).get("purpose") or ""
-    return f"{data.get('algorithm', '')} {details}".strip()
+    return " ".join(f"{data.get('algorithm', '')} {details}".split())

@@ -17,6 +17,7 @@ from flows.cli.gc import gc
 from flows.cli.listing import artifacts, open_now, runs
 from flows.cli.models import models
 from flows.cli.options import StoreUrl, TrustRemoteCode
+from flows.cli.output import echo
 from flows.cli.playground import playground
 from flows.cli.schedule import schedule
 from flows.cli.serve import serve
@@ -51,7 +52,7 @@ def _print_version(wanted: bool) -> None:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             found.append(f"{name} not installed")
-    typer.echo(f"rlhf {__version__}\n{', '.join(found)}")
+    echo(f"rlhf {__version__}\n{', '.join(found)}")
     raise typer.Exit
 
 
@@ -95,13 +96,13 @@ def up(
     typed = {name for name in context.params if _typed(context, name)}
     given = {"s3_port" if name == "no_s3" else name for name in typed}
     running = system.read() is not None
-    typer.echo("already running" if running else "starting (about half a minute)")
+    echo("already running" if running else "starting (about half a minute)")
     started = system.up(system.Options(port, None if no_s3 else s3_port, slots, host), given)
-    typer.echo(f"  pages     {started.ui}")
-    typer.echo(f"  store     {started.store}")
-    typer.echo(f"  run       {started.ui}/deployments  or  rlhf submit --preset smoke")
-    typer.echo(f"  logs      {system.folder()}")
-    typer.echo("  stop      make down  or  rlhf down")
+    echo(f"  pages     {started.ui}")
+    echo(f"  store     {started.store}")
+    echo(f"  run       {started.ui}/deployments  or  rlhf submit --preset smoke")
+    echo(f"  logs      {system.folder()}")
+    echo("  stop      make down  or  rlhf down")
 
 
 def _typed(context: typer.Context, name: str) -> bool:
@@ -114,7 +115,7 @@ def down() -> None:
     """Stop what `rlhf up` started. Artifacts and the records of runs are kept."""
     from flows.cli import system
 
-    typer.echo("stopped" if system.down() else f"No system runs for {system.folder().parent}.")
+    echo("stopped" if system.down() else f"No system runs for {system.folder().parent}.")
 
 
 @app.command()
@@ -123,7 +124,7 @@ def presets() -> None:
     from flows.cli.completion import complete_preset
 
     for name, description in complete_preset(""):
-        typer.echo(f"{name:<14}{description}")
+        echo(f"{name:<14}{description}")
 
 
 app.command("schedule")(schedule)
@@ -158,7 +159,7 @@ def notify(
     from flows import automations
 
     automations.apply()
-    typer.echo(f"Saved as block {name}. It is notified of failed runs and of published models.")
+    echo(f"Saved as block {name}. It is notified of failed runs and of published models.")
 
 
 @app.command()
@@ -238,9 +239,9 @@ def job(
     opened = open_store(store)
     folder = rlhf_home() / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{parsed.algorithm}"
     launch = Launch(parsed.algorithm, {folder: parsed}, opened.url, folder / "log.txt")
-    outcome = LocalTorchrun().run(launch, typer.echo, lambda line: None)[0]
+    outcome = LocalTorchrun().run(launch, echo, lambda line: None)[0]
     artifact = opened.get(outcome.artifact)
-    typer.echo(f"{artifact.ref}  {headline(artifact.metadata.get('metrics') or {})}".rstrip())
+    echo(f"{artifact.ref}  {headline(artifact.metadata.get('metrics') or {})}".rstrip())
 
 
 # --------------------------------------------------------------------------- errors
@@ -255,7 +256,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         code = stop.code if isinstance(stop, SystemExit) else 130
         if code in (130, 143):
-            typer.echo(
+            echo(
                 "\nStopped; all processes of the run have ended. Run the same command again to "
                 "resume from the last checkpoint.",
                 err=True,
@@ -274,7 +275,7 @@ def main() -> None:
 def _fail(text: str) -> NoReturn:
     sys.stdout.flush()
     text = redact(text)
-    typer.echo(f"\nError: {text}" if "\n" in text else f"Error: {text}", err=True)
+    echo(f"\nError: {text}" if "\n" in text else f"Error: {text}", err=True)
     raise SystemExit(1)
 
 

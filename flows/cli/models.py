@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.listing import open_now, size_text, table, tree_lines
+from flows.cli.listing import open_now, size_text, tree_lines
 from flows.cli.options import StoreUrl
+from flows.cli.output import echo, table
 
 if TYPE_CHECKING:
     from rlhf_core.store import Artifact, Store
@@ -52,13 +53,13 @@ def list_models(
     lines = [line for model in found for line in _described(opened, model)]
     if as_json:
         for line in lines:
-            typer.echo(json.dumps(line, ensure_ascii=False))
+            echo(json.dumps(line, ensure_ascii=False))
     elif lines:
         _print_versions(lines)
     elif not damaged:
-        typer.echo(f"No models in {opened.url}; `rlhf run --preset demo` makes one.")
+        echo(f"No models in {opened.url}; `rlhf run --preset demo` makes one.")
     for text in damaged:
-        typer.echo(f"Error: {text}", err=True)
+        echo(f"Error: {text}", err=True)
     if damaged:
         raise typer.Exit(1)
 
@@ -72,7 +73,7 @@ def _print_versions(lines: list[dict[str, Any]]) -> None:
     ]  # fmt: skip
     table(rows)
     if any(line["state"] == "candidate" for line in lines):
-        typer.echo("\nA candidate becomes champion by hand: rlhf models promote NAME VERSION")
+        echo("\nA candidate becomes champion by hand: rlhf models promote NAME VERSION")
 
 
 @models.command("show")
@@ -103,16 +104,16 @@ def show_model(
         for t in model.history
     ]  # fmt: skip
     if as_json:
-        typer.echo(json.dumps({**line, "history": history}, ensure_ascii=False))
+        echo(json.dumps({**line, "history": history}, ensure_ascii=False))
         return
     size = "not in the store" if line["size"] is None else size_text(line["size"])
     if chosen.state == "candidate":
-        typer.echo(f"# To make it the champion: rlhf models promote {name} {chosen.number}")
-    typer.echo(yaml.safe_dump({**line, "size": size}, sort_keys=False, allow_unicode=True))
+        echo(f"# To make it the champion: rlhf models promote {name} {chosen.number}")
+    echo(yaml.safe_dump({**line, "size": size}, sort_keys=False, allow_unicode=True))
     if line["size"] is not None:
         for text in tree_lines(chosen.digest, opened.lineage(chosen.digest)):
-            typer.echo(text)
-        typer.echo()
+            echo(text)
+        echo()
     rows = [["TIME (UTC)", "ACTION", "VERSION", "RUN", "REASON"]]
     rows += [
         [t["time"][:19].replace("T", " "), t["action"], str(t["version"]), t["run"] or "-",
@@ -151,7 +152,7 @@ def archive(name: Name, version: VersionRef, reason: Reason = "", store: StoreUr
     opened = open_now(store)
     chosen = registry.read_model(opened, name).find(version)
     transition = registry.archive(opened, name, chosen.digest, reason=reason)
-    typer.echo(f"{name}: version {chosen.number} {'is' if transition else 'was'} archived.")
+    echo(f"{name}: version {chosen.number} {'is' if transition else 'was'} archived.")
 
 
 @models.command()
@@ -174,7 +175,7 @@ def diff(
     found = difference(opened, *(opened.get(version.digest) for version in chosen))
     if as_json:
         sides = [{"version": v.number, "digest": v.digest, "state": v.state} for v in chosen]
-        typer.echo(json.dumps({"name": name, "versions": sides, **found}, ensure_ascii=False))
+        echo(json.dumps({"name": name, "versions": sides, **found}, ensure_ascii=False))
         return
     heads = [f"{v.number} ({v.state})" for v in chosen]
     _print_pairs("SETTING", heads, found["settings"])
@@ -234,12 +235,12 @@ def _switched(opened: Store, name: str, changed: bool) -> None:
     champion = registry.read_model(opened, name).champion
     assert champion is not None
     artifact = opened.get(champion.digest)
-    typer.echo(
+    echo(
         f"{name}: version {champion.number} ({artifact.ref}) {'is' if changed else 'was'} "
         f"the champion{' now' if changed else ' already'}."
     )
     if (folder := published_folder(name)).is_dir():
-        typer.echo(f"  model     {materialise(opened, artifact, folder)}")
+        echo(f"  model     {materialise(opened, artifact, folder)}")
     if changed:
         _announce(opened, name, artifact)
 
@@ -257,7 +258,7 @@ def _announce(opened: Store, name: str, artifact: Artifact) -> None:
 def _print_pairs(title: str, heads: list[str], pairs: dict[str, list[Any]]) -> None:
     if not pairs:
         return
-    typer.echo()
+    echo()
     rows = [[title, *heads]]
     for name, (left, right) in pairs.items():
         rows.append([name, _cell(left), _cell(right)])

@@ -8,6 +8,7 @@ import typer
 
 from flows.cli.listing import open_now
 from flows.cli.options import StoreUrl
+from flows.cli.output import echo
 
 if TYPE_CHECKING:
     from rlhf_core.playground.catalogue import RunChoices
@@ -39,7 +40,7 @@ def playground(
 
     password = password_for(host, PASSWORD, "the page")
     opened = open_now(store)
-    typer.echo("starting the page (some seconds)")
+    echo("starting the page (some seconds)")
     import rlhf_core.playground.server as server
 
     server.main(
@@ -50,7 +51,7 @@ def playground(
         password=password,
         memory_gb=memory_gb,
         trust_remote_code=trust_remote_code,
-        on_ready=lambda url: typer.echo(f"{url}  (Ctrl-C ends it)"),
+        on_ready=lambda url: echo(f"{url}  (Ctrl-C ends it)"),
     )
 
 

@@ -13,6 +13,7 @@ import typer
 
 from flows.cli.completion import complete_stage
 from flows.cli.options import ConfigFile, Overrides, Preset, RunId, StoreUrl, Verbose
+from flows.cli.output import echo
 from rlhf_core.errors import ConfigError, PreflightError
 from rlhf_core.system.secrets import redact
 
@@ -72,7 +73,7 @@ def submit(preset: Preset = None, config: ConfigFile = None, overrides: Override
 
     settings = _settings(preset, config, overrides, None)
     here = {"launcher": WorkPoolLauncher(), "author": settings.author or author()}
-    typer.echo(remote.submit(settings.model_copy(update=here)))
+    echo(remote.submit(settings.model_copy(update=here)))
 
 
 def retry(run: RunId = "last", store: StoreUrl = None, verbose: Verbose = False) -> None:
@@ -82,7 +83,7 @@ def retry(run: RunId = "last", store: StoreUrl = None, verbose: Verbose = False)
 
     url, settings = remote.retry(open_store(store), run)
     if settings is None:
-        typer.echo(f"scheduled: {url}")
+        echo(f"scheduled: {url}")
     else:
         _run(settings, "publish", verbose)
 
@@ -92,7 +93,7 @@ def cancel(run: RunId = "last", store: StoreUrl = None) -> None:
     from flows.cli import remote
     from rlhf_core.store import open_store
 
-    typer.echo(remote.cancel(open_store(store), run))
+    echo(remote.cancel(open_store(store), run))
 
 
 # --------------------------------------------------------------------------- settings
@@ -105,7 +106,7 @@ def _settings(
 
     settings, notes = build_noting(settings_mapping(preset, config, overrides))
     for text in notes:
-        typer.echo(f"Warning: {text}", err=True)
+        echo(f"Warning: {text}", err=True)
     return settings if store is None else settings.model_copy(update={"store": store})
 
 
@@ -143,10 +144,10 @@ def _dry_run(settings: PipelineConfig) -> None:
 
     problems = check(settings)
     shown = settings.model_dump(mode="json", exclude_unset=True)
-    typer.echo(redact(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()))
+    echo(redact(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()))
     if problems:
         raise PreflightError(problems)
-    typer.echo("\nPreflight passed; nothing was started.")
+    echo("\nPreflight passed; nothing was started.")
 
 
 # --------------------------------------------------------------------------- running
@@ -160,10 +161,10 @@ def _run(settings: PipelineConfig, until: str, verbose: bool) -> None:
     began = time.monotonic()
     store = open_store(settings.store)
     server = choose_server()
-    typer.echo(f"rlhf: {settings.name}")
-    typer.echo(f"  store     {store.url}")
+    echo(f"rlhf: {settings.name}")
+    echo(f"  store     {store.url}")
     waiting = "" if server.url else "; it takes some seconds to start"
-    typer.echo(f"  prefect   {server.text}{waiting}")
+    echo(f"  prefect   {server.text}{waiting}")
     temporary = TemporaryServer() if server.url is None else None
     # The stages' imports run in another process while this one imports Prefect.
     launcher_for(settings.launcher).prepare()
@@ -190,24 +191,24 @@ def _print_summary(settings: PipelineConfig, summary: dict[str, Any], took: floa
     reused = sum(result["reused"] for result in results)
     option = f" --store {shlex.quote(settings.store)}" if settings.store else ""
     note = f", {reused} of {len(results)} stages reused" if reused else ""
-    typer.echo(f"\nDone in {seconds(took)}{note}.")
+    echo(f"\nDone in {seconds(took)}{note}.")
     if summary["model"]:
-        typer.echo(f"  model     {summary['model']}")
+        echo(f"  model     {summary['model']}")
     verdict, version = summary["verdict"], summary["version"]
     if verdict:
-        typer.echo(f"  verdict   {verdict['state']}: {verdict['text']}")
+        echo(f"  verdict   {verdict['state']}: {verdict['text']}")
     kept = version if version and version["state"] != "champion" else None
     if kept:
         name, number = kept["name"], kept["number"]
-        typer.echo(f"  version   {number} of {name}, a candidate, {kept['reason']}")
-        typer.echo(f"  promote   rlhf models promote {name} {number}{option}  (by hand)")
+        echo(f"  version   {number} of {name}, a candidate, {kept['reason']}")
+        echo(f"  promote   rlhf models promote {name} {number}{option}  (by hand)")
     report = Path(summary["report"])
-    typer.echo(f"  report    {report.with_suffix('.html')}")
+    echo(f"  report    {report.with_suffix('.html')}")
     if (curves := report.with_name("curves.png")).exists():
-        typer.echo(f"  curves    {curves}")
+        echo(f"  curves    {curves}")
     if summary["model"] or kept:
         what = kept["digest"][:12] if kept else settings.publish.name
-        typer.echo(f"  chat      rlhf chat {what}{option}")
+        echo(f"  chat      rlhf chat {what}{option}")
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo
 import typer
 
 from flows.cli.options import AsJson, ConfigFile, Overrides, Preset
+from flows.cli.output import echo
 from rlhf_core.errors import ConfigError, RLHFError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def schedule(
     if made_from and cron is None:
         raise typer.BadParameter(f'give --cron "{FIELDS}" too')
     if remove is not None:
-        typer.echo(_remove(remove))
+        echo(_remove(remove))
         return
     if cron is not None:
         check_cron(cron)
@@ -166,7 +167,7 @@ def _create(cron: str, timezone: str, name: str | None, parameters: dict[str, An
     else:
         new = DeploymentScheduleCreate(schedule=when, active=True, parameters=parameters, slug=name)
         client.create_deployment_schedules(deployment.id, [new])
-    typer.echo(f"Schedule {name} is {'replaced' if old else 'made'}.\n")
+    echo(f"Schedule {name} is {'replaced' if old else 'made'}.\n")
 
 
 def _remove(name: str) -> str:
@@ -192,16 +193,16 @@ def _list(as_json: bool, only: str | None) -> None:
     ]
     if as_json:
         for line in shown:
-            typer.echo(json.dumps(line, ensure_ascii=False))
+            echo(json.dumps(line, ensure_ascii=False))
         return
     if not shown:
-        typer.echo("No schedules; `rlhf schedule --cron ... --config FILE` makes one.")
+        echo("No schedules; `rlhf schedule --cron ... --config FILE` makes one.")
     for line in shown:
-        typer.echo(f"{line['name']}{'' if line['active'] else '  (off)'}")
-        typer.echo(f"  when      {line['when']}")
+        echo(f"{line['name']}{'' if line['active'] else '  (off)'}")
+        echo(f"  when      {line['when']}")
         for number, start in enumerate(line["next"]):
-            typer.echo(f"  {'' if number else 'next':<10}{start}")
-        typer.echo(f"  what      {line['what']}\n")
+            echo(f"  {'' if number else 'next':<10}{start}")
+        echo(f"  what      {line['what']}\n")
 
 
 def _described(each: DeploymentSchedule, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import typer
 
 from flows.cli.listing import open_now
 from flows.cli.options import StoreUrl, TrustRemoteCode
+from flows.cli.output import echo
 
 KEY = "RLHF_API_KEY"
 
@@ -44,7 +45,7 @@ def serve(
     artifact = find_model(opened, model)
     shown = name or artifact.metadata.get("name") or model or artifact.digest[:12]
     folder = opened.fetch(artifact.digest)
-    typer.echo(f"loading {artifact.ref}")
+    echo(f"loading {artifact.ref}")
     main(
         folder,
         name=shown,
@@ -53,5 +54,5 @@ def serve(
         key=key,
         engine=cast("Literal['auto', 'transformers', 'vllm']", engine),
         trust_remote_code=trust_remote_code,
-        on_ready=lambda url: typer.echo(f"{url}/v1  model {shown}  (Ctrl-C ends it)"),
+        on_ready=lambda url: echo(f"{url}/v1  model {shown}  (Ctrl-C ends it)"),
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rlhf_core.chat.model import Sampling, fit_context, generate_reply, load_chat_model
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.model_files.remote_code import allow
+from rlhf_core.system.printable import printable
 
 if TYPE_CHECKING:
     from rlhf_core.data.rows.row import Message
@@ -118,7 +119,7 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 def _notice(text: str) -> None:
     sys.stdout.flush()
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 class Chat:
@@ -175,7 +176,7 @@ class Chat:
 
         def emit(text: str) -> None:
             pieces.append(text)
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
 
         try:
             generate_reply(self.chat_model, ids, self.sampling, emit)

@@ -1,11 +1,15 @@
 """The command's messages, exit codes and lists; without a Prefect server."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from flows.cli import listing
 from rlhf_core.pipeline.preset_files import preset_names
-from rlhf_core.store import open_store
+from rlhf_core.store import open_store, registry
+from rlhf_core.system.printable import CONTROLS
 
 
 def fails(rlhf, *arguments, code=1):
@@ -231,3 +235,32 @@ def test_gc_shows_first_and_deletes_what_no_version_and_no_run_needs(rlhf, fille
         )
     rlhf("artifacts", "gc", *everything, "--yes", code=0)
     assert open_store(store.url).list() == [version]
+
+
+def test_control_sequences_of_a_store_never_reach_the_terminal(rlhf, filled):
+    """Another person's run, model or reason could hide lines, or fill the clipboard."""
+    store, artifact = filled
+    evil = "\x1b]52;c;cm0gLXJm\x07\x1b[2J\x9b1A\r\u202egnp.exe\nERROR  all is well"
+    record = {**store.read_record("runs/a.json"), "name": evil, "error": evil, "author": evil}
+    store.write_record("runs/a.json", record)
+    model = store.publish_derived(
+        kind="model", files={"config.json": b"{ }"}, metadata={"algorithm": evil, "name": evil}
+    )
+    registry.promote(store, "chat", model.digest, run=evil, reason=evil)
+    for arguments in (
+        ["runs"], ["runs", "--json"], ["artifacts", "show", model.ref],
+        ["artifacts", "tree", model.ref], ["models", "show", "chat"],
+        ["artifacts", "show", evil.replace("\n", "")],
+    ):  # fmt: skip
+        done = rlhf(*arguments)
+        said = done.stdout + done.stderr
+        assert not CONTROLS.search(said), arguments
+        assert "gnp.exe" in said and "\nERROR" not in said, arguments
+        if "--json" in arguments:
+            assert [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_commands_print_through_the_one_function_that_cleans():
+    for path in Path(listing.__file__).parent.glob("*.py"):
+        if path.name not in ("output.py", "supervisor.py"):
+            assert not re.search(r"typer\.s?echo\(|(?<!\w)print\(", path.read_text()), path.name
