@@ -239,7 +239,7 @@ def test_gc_shows_first_and_deletes_what_no_version_and_no_run_needs(rlhf, fille
 
 def test_control_sequences_of_a_store_never_reach_the_terminal(rlhf, filled):
     """Another person's run, model or reason could hide lines, or fill the clipboard."""
-    store, artifact = filled
+    store, _ = filled
     evil = "\x1b]52;c;cm0gLXJm\x07\x1b[2J\x9b1A\r\u202egnp.exe\nERROR  all is well"
     record = {**store.read_record("runs/a.json"), "name": evil, "error": evil, "author": evil}
     store.write_record("runs/a.json", record)
