@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from urllib.parse import quote, quote_plus, unquote
 
 REDACTED = "***"
 MIN_LENGTH = 8  # characters; redacting a shorter value would hit ordinary words
@@ -16,7 +17,17 @@ _NAMES = re.compile(
     r"|_KEY$",
     re.I,
 )
-_IN_URL = re.compile(r"(?<=\w://)([^\s/@:]+:[^\s/@]+)@")
+# A login before the host: a user with a password, which may hold a slash as keys of S3 do (a port
+# is none), or a long token alone.
+_IN_URL = re.compile(r"(?<=\w://)([^\s/@:]*:(?!\d+/)[^\s@]+|[^\s/@:]{16,})@")
+# What stands behind these words is a secret, whatever it is: signed URLs, headers, tokens.
+_NAMED = re.compile(
+    r"([?&;][\w-]*(?:signature|credential|token|secret|passw(?:or)?d|api_?key|access_?key(?:_?id)?)"
+    r"=|\bsig=|\bbearer\s+(?=\S{8})|\bauthorization['\"]?\s*[:=]\s*['\"]?(?:basic\s+|token\s+)?"
+    r"(?!bearer\b)(?=\S{8}))[^\s&;\"'<>,]+",
+    re.I,
+)
+_TOKENS = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|(?:AKIA|ASIA)[0-9A-Z]{16})\b")
 _HARMLESS = re.compile(r"^TOKENIZERS_|_FILE$|_PATH$", re.I)
 
 
@@ -31,13 +42,20 @@ def secrets() -> list[str]:
 
 
 def redact(text: str) -> str:
-    """Replace the secrets of this process's environment, and users with passwords in URLs, by ***;
-    what a URL shows is hidden in the rest of the text too, such as a library's own words."""
+    """Replace secrets by ***: those of this process's environment, logins in URLs, signatures and
+    tokens in URLs and headers. What a URL shows is hidden in the rest of the text too, such as a
+    library's own words, also as a URL writes it (%2F for a slash)."""
     for secret in secrets():
-        text = text.replace(secret, REDACTED)
+        text = _without(text, secret)
     for login in sorted(set(_IN_URL.findall(text)), key=len, reverse=True):
         text = text.replace(login, REDACTED)
-        password = login.partition(":")[2]
+        password = unquote(login.partition(":")[2] or login)
         if len(password) >= MIN_LENGTH:
-            text = text.replace(password, REDACTED)
+            text = _without(text, password)
+    return _TOKENS.sub(REDACTED, _NAMED.sub(rf"\g<1>{REDACTED}", text))
+
+
+def _without(text: str, secret: str) -> str:
+    for written in (secret, quote(secret, safe=""), quote(secret), quote_plus(secret)):
+        text = text.replace(written, REDACTED)
     return text

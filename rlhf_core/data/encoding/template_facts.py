@@ -80,7 +80,15 @@ def apply_template(tokenizer: Any, messages: Sequence[Message], generation_promp
         )
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"The chat template is not valid Jinja ({error}); {ADVICE}.") from error
-    except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
+    except (
+        jinja2.TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:  # whatever the template's code does with a row
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(f"the chat template rejects turns of {roles}: {error}") from error
 

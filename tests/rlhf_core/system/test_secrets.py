@@ -48,6 +48,29 @@ def test_password_of_a_url_is_hidden_in_a_library_s_words_too() -> None:
     assert redact(text) == 's3://***@b/x: Invalid bucket name "***@b", key ***'
 
 
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [("https://me:p%40ssw0rd1@h/x: p@ssw0rd1 and p%40ssw0rd1", "https://***@h/x: *** and ***"),
+     ("s3://KEY:sec/ret+of@b/x", "s3://***@b/x"), ("redis://:password1@h", "redis://***@h"),
+     ("https://a-token-of-20-letters@h/x", "https://***@h/x"), ("ssh://git@h/x", "ssh://git@h/x"),
+     ("GET http://h/x?a=1&X-Amz-Signature=ab12&X-Amz-Credential=AK%2F1 403",
+      "GET http://h/x?a=1&X-Amz-Signature=***&X-Amz-Credential=*** 403"),
+     ("{'Authorization': 'Bearer abcdefgh12'}", "{'Authorization': 'Bearer ***'}"),
+     ("Authorization: Basic bWU6cGFzcw==", "Authorization: Basic ***"),
+     ("token hf_abcdefghijklmnopqrstuv is", "token *** is"),
+     ("key AKIAIOSFODNN7EXAMPLE", "key ***"), ("the bearer of a letter", "the bearer of a letter"),
+     ("data?token_type=x and max_tokens=5", "data?token_type=x and max_tokens=5")],
+)  # fmt: skip
+def test_secrets_that_libraries_quote_are_hidden(text: str, hidden: str) -> None:
+    assert redact(text) == hidden
+
+
+def test_secret_as_a_url_writes_it_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "ab/cd+ef gh=12")
+    text = "ab/cd+ef gh=12 ab%2Fcd%2Bef%20gh%3D12 ab%2Fcd%2Bef+gh%3D12 ab/cd%2Bef%20gh%3D12"
+    assert redact(text) == "*** *** *** ***"
+
+
 def test_longer_secret_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_TOKEN", "abcdefgh")
     monkeypatch.setenv("B_TOKEN", "abcdefgh-more")

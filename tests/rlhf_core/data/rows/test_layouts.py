@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 
+from rlhf_core.data.encoding.builtin_templates import SOURCES
 from rlhf_core.data.rows.row import BadRow
 from rlhf_core.errors import DataError
-from tests.rlhf_core.data.encoding.test_templates import QWEN3
+from tests.rlhf_core.data.encoding.test_templates import (
+    GPT_OSS,
+    NOTHING,
+    OPENED,
+    QWEN3,
+    QWEN35,
+    R1,
+)
 from tests.rlhf_core.data.helpers import byte_tokenizer
 from tests.rlhf_core.data.rows.layouts import LAYOUTS, A, U, encoded, read
 
@@ -60,6 +68,80 @@ def test_layout_has_the_tokens_and_the_mask_of_the_whole_text(
         assert out[name] == tokenizer(text + STOP, add_special_tokens=False)["input_ids"]
     if purpose == "unpaired":
         assert out["label"] is replies[1]
+
+
+def whole_text(tokenizer: Any, turns: list[tuple[str, str, bool]]) -> Any:
+    """(ids, mask) of a conversation that is rendered once, by the positions of its replies."""
+    messages = [{"role": role, "content": content} for role, content, _ in turns]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    covered, at = [], 0
+    for role, content, trained in turns:
+        start = text.index(content, at)
+        at = start + len(content)
+        if role == "assistant":
+            assert text[at:].startswith(tokenizer.eos_token)
+            at += len(tokenizer.eos_token)
+            covered += [(start, at)] if trained else []
+    whole = tokenizer(text[:at], return_offsets_mapping=True, add_special_tokens=False)
+    return whole["input_ids"], [
+        any(a <= start and end <= b for a, b in covered) for start, end in whole["offset_mapping"]
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "chatml"])
+def test_layouts_have_the_tokens_and_masks_of_the_whole_text_in_every_builtin_template(name):
+    tokenizer = byte_tokenizer(name)
+    for title, purpose, row, turns, replies in LAYOUTS:
+        [out] = encoded(tokenizer, [row], purpose).rows.to_pylist()
+        if purpose == "sft":
+            assert (out["input_ids"], out["trainable"]) == whole_text(tokenizer, turns), title
+            continue
+        before = [(*turn[:2], False) for turn in turns]
+        texts = {"preference": replies, "unpaired": replies[:1], "prompts": ("Any.",)}[purpose]
+        names = {"preference": ["chosen_ids", "rejected_ids"], "unpaired": ["completion_ids"]}
+        for text, ids in zip(texts, names.get(purpose, [""]), strict=True):
+            whole, mask = whole_text(tokenizer, [*before, ("assistant", text, True)])
+            start = mask.index(True)
+            assert out["prompt_ids"] == whole[:start], title
+            assert not ids or out[ids] == whole[start:], title
+
+
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [(QWEN3, "<think>\n\n</think>\n\n"), (QWEN35, NOTHING), (R1, NOTHING), (GPT_OSS, "<final>"),
+     (OPENED, NOTHING)],
+    ids=["qwen3", "qwen3.5", "r1", "gpt-oss", "opened"],
+)  # fmt: skip
+def test_layouts_have_the_tokens_of_each_generation_where_past_replies_are_rewritten(
+    template, start
+):
+    """Each trained reply is a row: the rendered prompt, then what generation writes after it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    end = "\n" + STOP if template == OPENED else STOP
+
+    def generated(turns: Any, reply: str) -> tuple[list[int], int]:
+        messages = [{"role": role, "content": content} for role, content, _ in turns]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer(prompt + start + reply + end, return_offsets_mapping=True)
+        first = [a for a, _ in whole["offset_mapping"]].index(len(prompt))
+        return whole["input_ids"], first
+
+    for title, purpose, row, turns, replies in LAYOUTS:
+        rows = encoded(tokenizer, [row], purpose).rows.to_pylist()
+        if purpose == "sft":
+            trained = [i for i, turn in enumerate(turns) if turn[2]]
+            for out, turn in zip(rows, trained, strict=True):
+                ids, first = generated(turns[:turn], turns[turn][1])
+                assert out["input_ids"] == ids, title
+                assert out["trainable"] == [i >= first for i in range(len(ids))], title
+            continue
+        texts = {"preference": replies, "unpaired": replies[:1], "prompts": ("Any.",)}[purpose]
+        names = {"preference": ["chosen_ids", "rejected_ids"], "unpaired": ["completion_ids"]}
+        for text, name in zip(texts, names.get(purpose, [""]), strict=True):
+            ids, first = generated(turns, text)
+            assert rows[0]["prompt_ids"] == ids[:first], title
+            assert not name or rows[0][name] == ids[first:], title
 
 
 def test_implicit_prompt_is_read_only_when_the_settings_say_so(tokenizer):
