@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_core.data.rows.columns import is_empty, read_flag
 from rlhf_core.data.rows.meanings import meaning
-from rlhf_core.jobs import Purpose
+from rlhf_core.jobs import Format, Purpose
 
 _PROMPTS = (
     "prompt", "question", "query", "problem", "instruction", "input", "inputs", "user", "human",
@@ -50,6 +50,21 @@ def advice(row: dict[str, Any], purpose: Purpose | None) -> str:
         if found := _nested(name, value, purpose):
             return found
     return ""
+
+
+def instead(format: Format, purpose: Purpose) -> str:
+    """What to do with rows of a format that a purpose cannot use; "" if nothing is known."""
+    pairs = format in ("hh", "preference", "implicit_prompt")
+    if purpose == "preference":
+        return (
+            "A row needs two replies to one prompt; data.preference: {source: sampled} makes pairs "
+            "from prompts. "
+        )
+    if purpose == "unpaired" and pairs:
+        return "KTO takes pairs too: give them as data.preference, and leave data.unpaired empty. "
+    if purpose == "unpaired":
+        return "Each row needs a label: was the reply good? "
+    return "The row has no reply that is known by its name. " if format == "prompt" else ""
 
 
 def _settings(row: dict[str, Any], purpose: Purpose | None) -> dict[str, str]:

@@ -78,6 +78,15 @@ def find_format(
     raise DataError(f"{settings.source} is empty: it has no rows; check the path and the file.")
 
 
+_RENAMED = {
+    "sft": 'columns: {"prompt": "question", "completion": "answer"}',
+    "preference": 'columns: {"prompt": "question", "chosen": "good", "rejected": "bad"}',
+    "unpaired": 'columns: {"prompt": "question", "completion": "answer", "label": "is_good"}',
+    "prompts": 'columns: {"prompt": "question"}',
+    "pretrain": 'columns: {"text": "content"}',
+}
+
+
 def detect_format(row: dict[str, Any], purpose: Purpose | None = None) -> Format:
     """The format that matches a row's columns.
 
@@ -121,10 +130,10 @@ def detect_format(row: dict[str, Any], purpose: Purpose | None = None) -> Format
         return "text"
     able = [name for name, able in PURPOSES_OF.items() if purpose is None or purpose in able]
     columns = ", ".join(f"{name} {FORMAT_COLUMNS[name]}" for name in able)
-    example = "" if (found := advice(row, purpose)) else (
-        '; rename columns with the setting columns, for example {"prompt": "question", '
-        '"completion": "answer"}'
-    )  # fmt: skip
+    found = advice(row, purpose)
+    example = (
+        "" if found else f"; if one fits, rename columns, for example {_RENAMED[purpose or 'sft']}"
+    )
     raise BadRow(
         "unknown_format",
         f"no format has the columns {names(row)}. {found}The formats"

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_core.data.rows.advice import instead
 from rlhf_core.data.rows.columns import Rules, check_unread
 from rlhf_core.data.rows.labels import read_label
 from rlhf_core.data.rows.layout import FORMAT_COLUMNS, HARMLESS, Layout, find_layout
@@ -93,8 +94,9 @@ def check_purpose(format: Format, purpose: Purpose, found: str = "") -> None:
         able = [name for name, purposes in PURPOSES_OF.items() if purpose in purposes]
         columns = ", ".join(f"{name} {FORMAT_COLUMNS[name]}" for name in able)
         raise DataError(
-            f"{found}Format {format} can be used for {', '.join(PURPOSES_OF[format])}, not for "
-            f"{purpose}; the formats for {purpose} are {columns}."
+            f"{found}{instead(format, purpose)}Format {format} can be used for "
+            f"{', '.join(PURPOSES_OF[format])}, not for {purpose}; the formats for {purpose} are "
+            f"{columns}."
         )
 
 

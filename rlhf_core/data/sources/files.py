@@ -19,6 +19,8 @@ from rlhf_core.data.sources.text_files import read_text
 from rlhf_core.errors import DataError, StoreUnavailable
 from rlhf_core.jobs import DataSettings
 
+_NO_DATA = "no data file"
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -65,7 +67,7 @@ def find_files(settings: DataSettings) -> Found:
 
     * A source that exists as it is written is that file or folder, brackets and stars included.
     * A folder is read with all folders in it. Left out are names that begin with a dot, and files
-      that hold no data. Links are followed, each folder once.
+      that hold no data. Links are followed, each folder once; one to nothing is an error.
     * In a pattern, * and [ab] stay within a name, and ** spans folders.
 
     Raises:
@@ -76,10 +78,12 @@ def find_files(settings: DataSettings) -> Found:
     texts = settings.format == "text" or reader_of(source) is read_text
     found = (_s3_files if source_kind(source) == "s3" else _local_files)(source, texts)
     if not found.files:
+        there = ", ".join(f"{name} ({why})" for name, why in list(found.left_out.items())[:5])
         raise DataError(
             f"{source}: no data file found; supported are {READABLE}. Files of the last two types "
-            "in a folder are read only with format: text (or a pattern: texts/*.txt). Check the "
-            f"path (relative paths start at {os.getcwd()})."
+            "in a folder are read only with format: text (or a pattern: texts/*.txt). "
+            + (f"Left out: {there}. " if there else "")
+            + f"Check the path (relative paths start at {os.getcwd()})."
         )
     for file in found.files:
         if reader_of(file.name) is None:
@@ -117,7 +121,7 @@ def _choose(names: Iterable[str], pattern: str, texts: bool, left_out: dict[str,
         if not dots and any(part.startswith(".") for part in name.split("/")):
             left_out[name] = "its name, or a folder's, begins with a dot"
         elif not pattern and not _is_data(name, texts):
-            left_out[name] = "no data file"
+            left_out[name] = _NO_DATA
         else:
             chosen.append(name)
     return chosen
@@ -138,13 +142,18 @@ def _local_files(source: str, texts: bool) -> Found:
         raise DataError(f"{source} is neither a regular file nor a folder; give one of the two.")
     found = Found()
     names = _walk(base, None if "**" in pattern or not pattern else pattern.count("/"), found)
-    for name in _choose(names, pattern, texts, found.left_out):
-        whole = str(base / name)
-        if not os.path.exists(whole):
+    chosen = _choose(names, pattern, texts, found.left_out)
+    for name in [*chosen, *(n for n, why in found.left_out.items() if why == _NO_DATA)]:
+        if not os.path.exists(base / name):  # perhaps a folder of a disk that is not there
             raise DataError(
-                f"{whole}: this link leads to nothing; mend it, or remove it from the folder."
+                f"{base / name}: this link leads to nothing; mend it, or remove it from the folder."
             )
-        found.files.append(SourceFile(whole if pattern else name, whole))
+    for name in chosen:
+        whole = str(base / name)
+        if os.path.isfile(whole):
+            found.files.append(SourceFile(whole if pattern else name, whole))
+        else:
+            found.left_out[name] = "no regular file"
     return found
 
 
@@ -164,19 +173,37 @@ def _walk(base: Path, depth: int | None, found: Found) -> Iterator[str]:
     """Paths of all files below a folder; links to folders are followed, each folder once.
 
     Args:
-        depth: of the folders below it to look into; None: all.
+        depth: of the folders below it to look into, for a pattern, which names links itself; None:
+            all.
+
+    Raises:
+        DataError: a folder cannot be read.
     """
+    # Folders of their own come first: a link to one of them is left out, not the folder.
     seen = {os.path.realpath(base)}
-    for folder, folders, files in os.walk(base, followlinks=True):
+    if depth is None:
+        seen |= {os.path.realpath(folder) for folder, _, _ in os.walk(base, onerror=_unreadable)}
+    for folder, folders, files in os.walk(base, followlinks=True, onerror=_unreadable):
         here = Path(folder).relative_to(base)
         yield from ((here / name).as_posix() for name in files)
+        if depth is not None:
+            folders[:] = folders if len(here.parts) < depth else []
+            continue
         for name in sorted(folders):
-            real = os.path.realpath(os.path.join(folder, name))
-            if real in seen:
+            path = os.path.join(folder, name)
+            real = os.path.realpath(path)
+            if os.path.islink(path) and real in seen:
                 found.left_out[(here / name).as_posix()] = "a link to a folder that is read already"
-            if real in seen or (depth is not None and len(here.parts) >= depth):
                 folders.remove(name)
             seen.add(real)
+        folders.sort()
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(
+        f"{error.filename}: the folder cannot be read ({error.strerror}); allow it, or move it out "
+        "of the source."
+    ) from error
 
 
 def s3_filesystem() -> Any:

@@ -13,7 +13,7 @@ from rlhf_core.data.sources.votes import VOTES
 from rlhf_core.errors import DataError
 
 FEEDBACK = {kind.source: kind for kind in (VOTES, THUMBS)}
-_NEAR_URL = re.compile(r"([A-Za-z][\w+.-]+):(?![/][/])/*\S|s3//")  # s3:/b, file:/x, s3:b
+_NEAR_URL = re.compile(r"([A-Za-z][\w+.-]+):(?![/][/])/*\S|\W*s3[:;/]/")  # s3:/b, file:/x, s3:b
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -32,6 +32,8 @@ def source_kind(source: str) -> str:
     if source in FEEDBACK:
         return "feedback"
     if source.startswith("s3://"):
+        if source[5:6] in ("", "/"):
+            raise DataError(f"{source}: there is no bucket; expected s3://bucket/key.")
         if "@" in source.removeprefix("s3://").partition("/")[0]:
             raise DataError(
                 "The s3:// URL holds a user or a key before an @; write s3://bucket/key, and give "

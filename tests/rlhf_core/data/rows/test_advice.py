@@ -81,6 +81,10 @@ WRITTEN = [
     ("sft", {"body": {"messages": [U, A]}}, "'body' holds an object; write what it holds"),
     ("preference", {"input": {"messages": [U]}, "preferred_output": [A],
                     "non_preferred_output": [BAD]}, "'input' holds an object; write what it holds"),
+    ("unpaired", {"prompt": "Hi", "chosen": C, "rejected": R}, "leave data.unpaired empty"),
+    ("unpaired", {"messages": [U, A]}, "needs a label"),
+    ("preference", {"messages": [U, A]}, "{source: sampled} makes pairs"),
+    ("preference", {"a": "b"}, 'columns: {"prompt": "question", "chosen": "good", "rejected"'),
     ("sft", {"prompt": "Hi", "question": "b", "completion": C},
      "columns: {instruction: <the prompt's column>, input: question}"),
 ]  # fmt: skip

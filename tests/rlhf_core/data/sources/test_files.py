@@ -19,9 +19,11 @@ from tests.rlhf_core.store.seaweed import BUCKET
 NAMES = (
     "one.jsonl", "part1.jsonl", "part[1].jsonl", "v [2]/in.jsonl", "v 2/no.jsonl", "sub/two.jsonl",
     "sub/deep/three.json", "sub/README.md", ".ipynb_checkpoints/one-checkpoint.jsonl",
-    "sub/.x.jsonl",
+    "sub/.x.jsonl", "a b%20c.JSONL", "folder.jsonl/in.jsonl", "two.jsonl.gz.bak", "q?*.jsonl",
+    "empty.jsonl",
 )  # fmt: skip
 HIDDEN = {".ipynb_checkpoints/one-checkpoint.jsonl", "sub/.x.jsonl"}
+OTHER = {"sub/README.md", "two.jsonl.gz.bak"}
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
@@ -34,12 +36,13 @@ def tree(request, tmp_path):
         if not fs.exists(BUCKET):
             fs.mkdir(BUCKET)
         for name in NAMES:
-            fs.pipe(f"{url.removeprefix('s3://')}/{name}", row.encode())
+            text = "" if name == "empty.jsonl" else row
+            fs.pipe(f"{url.removeprefix('s3://')}/{name}", text.encode())
         return url
     for name in NAMES:
         path = tmp_path / "tree" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(row)
+        path.write_text("" if name == "empty.jsonl" else row)
     return str(tmp_path / "tree")
 
 
@@ -48,18 +51,21 @@ def test_same_files_are_found_by_the_same_rules(tree):
         found = find_files(DataSettings(source=f"{tree}{below}")).files
         return [file.path.partition(tree.removeprefix("s3://"))[2].lstrip("/") for file in found]
 
-    everything = sorted(set(NAMES) - HIDDEN - {"sub/README.md"})
+    everything = sorted(set(NAMES) - HIDDEN - OTHER)
     assert names("") == everything
     assert names("/part[1].jsonl") == ["part[1].jsonl"]  # not part1.jsonl
     assert names("/part[0-9].jsonl") == ["part1.jsonl"]
     assert names("/v [2]") == ["v [2]/in.jsonl"] == names("/v [2]/*.jsonl")
-    assert names("/*.jsonl") == ["one.jsonl", "part1.jsonl", "part[1].jsonl"]
+    assert names("/*.jsonl") == sorted(n for n in NAMES if "/" not in n and n.endswith(".jsonl"))
+    assert names("/a b%20c.JSONL") == ["a b%20c.JSONL"] == names("/*.JSONL")
+    assert names("/q?*.jsonl") == ["q?*.jsonl"]  # as it is written
+    assert names("/folder.jsonl") == ["folder.jsonl/in.jsonl"] == names("/folder.jsonl/")
     assert names("/**/*.jsonl") == [n for n in everything if n.endswith(".jsonl")]
     assert names("/sub/**/*.json*") == ["sub/deep/three.json", "sub/two.jsonl"]
     assert names("/*/.x.jsonl") == ["sub/.x.jsonl"]  # asked for by name
     assert find_files(DataSettings(source=tree)).left_out == {
         **dict.fromkeys(HIDDEN, "its name, or a folder's, begins with a dot"),
-        "sub/README.md": "no data file",
+        **dict.fromkeys(OTHER, "no data file"),
     }
     with pytest.raises(DataError, match="no such"):
         names("/nothing")
@@ -80,15 +86,34 @@ def test_links_are_followed_once_and_one_to_nothing_is_an_error(tmp_path):
     assert len(prepared(tmp_path / "out", str(data), "prompts")) == 2
     card = DataCard.load(tmp_path / "out")
     assert card.left_out == found.left_out and "loop: a link" in card.markdown()
-    os.remove(other / "b.jsonl")
-    (data / "gone.jsonl").symlink_to(other / "b.jsonl")
-    with pytest.raises(DataError, match=r"gone\.jsonl: this link leads to nothing"):
-        find_files(DataSettings(source=str(data)))
+    for name in ("gone.jsonl", "disk"):  # a folder of a disk that is not there
+        (data / name).symlink_to(tmp_path / "nothing")
+        with pytest.raises(DataError, match=f"{name}: this link leads to nothing"):
+            find_files(DataSettings(source=str(data)))
+        os.remove(data / name)
 
 
-@pytest.mark.parametrize("source", ["s3:/b/x.jsonl", "file:/x.jsonl", "s3:b/x", "s3//b/x.jsonl"])
+def test_link_to_a_folder_of_the_source_is_left_out_not_the_folder(tmp_path):
+    (tmp_path / "z" / "deep").mkdir(parents=True)
+    jsonl(tmp_path / "z" / "deep" / "b.jsonl", [{"prompt": "b"}])
+    (tmp_path / "a").symlink_to(tmp_path / "z" / "deep")
+    (tmp_path / "itself").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.jsonl")  # nobody writes to it
+    found = find_files(DataSettings(source=str(tmp_path)))
+    assert [file.name for file in found.files] == ["z/deep/b.jsonl"]
+    link = "a link to a folder that is read already"
+    assert found.left_out == {"a": link, "itself": link, "pipe.jsonl": "no regular file"}
+    # A pattern names the link itself.
+    found = find_files(DataSettings(source=f"{tmp_path}/a/*.jsonl"))
+    assert [file.path for file in found.files] == [f"{tmp_path}/a/b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "source", ["s3:/b/x.jsonl", "file:/x.jsonl", "s3:b/x", "s3//b/x.jsonl", " s3://b/x.jsonl",
+               "'s3://b/x'", "s3;//b/x", "s3://", "s3:///b/x.jsonl"],
+)  # fmt: skip
 def test_near_urls_are_refused(source):
-    with pytest.raises(DataError, match="expected s3://bucket/key with two slashes"):
+    with pytest.raises(DataError, match="expected s3://bucket/key"):
         source_kind(source)
 
 
