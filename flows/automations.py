@@ -1,6 +1,7 @@
 """The project's automations on a Prefect server: lost runs, and notifications.
 
-`prefect automation create` makes a duplicate each time; `apply` updates those of the same name.
+`prefect automation create` makes a duplicate each time; `apply` updates those of the same name, and
+leaves alone those that have not changed: an update forgets for which runs an automation waits.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from prefect.automations import AutomationCore
+from prefect.automations import Automation, AutomationCore
 from prefect.client.orchestration import get_client
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
@@ -18,13 +19,7 @@ from flows.approval import WAITING
 from flows.notify import PREFIX
 from tasks.assets import PUBLISHED
 from tasks.launchers.failures import STATE_NAMES
-from tasks.watch import DECLARED_DEAD
-
-SILENCE_SECONDS = 150
-"""A run without heartbeats for this long is declared dead. That is five heartbeats with
-PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30, so that a busy run, or a server that was unavailable for a
-minute, does not matter. After a longer outage a live run corrects its state (tasks/watch.py)."""
-
+from tasks.waiters import DECLARED_DEAD, SILENCE_SECONDS
 
 FAILED = {
     f"prefect.flow-run.{name}" for name in ("Failed", "Crashed", "TimedOut", *STATE_NAMES.values())
@@ -127,7 +122,9 @@ def apply() -> list[str]:
     for automation in automations:
         found = client.read_automations_by_name(automation.name)
         if found:
-            client.update_automation(found[0].id, automation)
+            automation.enabled = found[0].enabled  # it may have been switched off in the UI
+            if _differ(found[0], automation):
+                client.update_automation(found[0].id, automation)
         else:
             client.create_automation(automation)
         for extra in found[1:]:
@@ -136,6 +133,11 @@ def apply() -> list[str]:
         for found in client.read_automations_by_name(automation.name):
             client.delete_automation(found.id)
     return [automation.name for automation in automations]
+
+
+def _differ(found: Automation, wanted: AutomationCore) -> bool:
+    fields = set(AutomationCore.model_fields)
+    return found.model_dump(include=fields) != wanted.model_dump(include=fields)
 
 
 def _notification_blocks(client: Any) -> list[UUID]:

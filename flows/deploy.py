@@ -23,7 +23,7 @@ POOLS = {
 
 
 def apply(slots: int | None = None) -> None:
-    """Create what is missing, and update the rest.
+    """Create what is missing, and update the rest. What was switched on or off in the UI stays so.
 
     Args:
         slots: jobs that the gpu pool runs at once; None does not change it.
@@ -43,6 +43,7 @@ def apply(slots: int | None = None) -> None:
             if limit is not None:
                 client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=limit))
     switches = _keep_schedules(client)
+    enabled = {a["name"]: a["enabled"] for a in _automations(client)}
     with as_file(files("deployments") / "prefect.yaml") as path:
         subprocess.run(
             [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all",
@@ -51,6 +52,10 @@ def apply(slots: int | None = None) -> None:
         )  # fmt: skip
     for (deployment, schedule), active in switches.items():
         client.update_deployment_schedule(deployment, schedule, active=active)
+    for automation in _automations(client):  # those of deployments were made anew, as in the file
+        if (was := enabled.get(automation["name"])) not in (None, automation["enabled"]):
+            page = f"/automations/{automation['id']}"
+            client.request("PATCH", page, json={"enabled": was}).raise_for_status()
     for name in automations.apply():
         print(f"automation: {name}")
 
@@ -69,6 +74,11 @@ def _keep_schedules(client: Any) -> dict[tuple[UUID, UUID], bool]:
             if not each.slug:
                 name = f"schedule-{str(each.id)[:8]}"
                 client.update_deployment_schedule(deployment.id, each.id, slug=name)
+    return found
+
+
+def _automations(client: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = client.request("POST", "/automations/filter", json={}).json()
     return found
 
 

@@ -21,8 +21,9 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import Abort, TerminationSignal
 from prefect.states import Cancelled, Running
 
+from tasks.waiters import DECLARED_DEAD, key_of, waiters
+
 POLL_SECONDS = 4.0
-DECLARED_DEAD = "no heartbeat for"  # start of the automation's message (flows/automations.py)
 GRACE_SECONDS = 6.0  # in which the worker, if there is one, stops the run itself
 
 
@@ -32,7 +33,8 @@ def stop_when_cancelled(pipeline: str | None = None) -> Iterator[None]:
     of a flow run.
 
     Args:
-        pipeline: id of the flow run that waits for this one.
+        pipeline: id of the flow run that waits for this one. When it is cancelled while other
+            pipelines wait for the same job, this run goes on for them.
 
     Raises:
         Abort: the block was interrupted, and the flow run is marked as cancelled. Prefect's engine
@@ -42,7 +44,8 @@ def stop_when_cancelled(pipeline: str | None = None) -> Iterator[None]:
     if not own or threading.current_thread() is not threading.main_thread():
         yield
         return
-    watch = _Watch(UUID(str(own)), UUID(pipeline) if pipeline else None)
+    key = key_of(list(runtime.flow_run.tags or []))
+    watch = _Watch(UUID(str(own)), UUID(pipeline) if pipeline else None, key)
     watch.start()
     try:
         yield
@@ -67,9 +70,9 @@ def _mark_cancelled(run: UUID) -> None:
 
 
 class _Watch(threading.Thread):
-    def __init__(self, own: UUID, pipeline: UUID | None) -> None:
+    def __init__(self, own: UUID, pipeline: UUID | None, key: str | None) -> None:
         super().__init__(name=f"watch {own}", daemon=True)
-        self.own, self.pipeline = own, pipeline
+        self.own, self.pipeline, self.key = own, pipeline, key
         self.done = threading.Event()
         self.fired = False
 
@@ -80,7 +83,7 @@ class _Watch(threading.Thread):
         seen: float | None = None
         while not self.done.wait(POLL_SECONDS):
             with contextlib.suppress(Exception):  # the server is unavailable; poll again
-                if any(self._cancelled(client, i) for i in (self.own, self.pipeline) if i):
+                if self._cancelled(client, self.own) or self._abandoned(client):
                     seen = seen or time.monotonic()
                 else:
                     self._revive(client)
@@ -89,6 +92,12 @@ class _Watch(threading.Thread):
                     self.fired = True
                     os.kill(os.getpid(), signal.SIGTERM)
                 return
+
+    def _abandoned(self, client: Any) -> bool:
+        """Whether the pipeline was cancelled, and no other one waits for this run's job."""
+        if self.pipeline is None or not self._cancelled(client, self.pipeline):
+            return False
+        return self.key is None or not waiters(client, self.key)
 
     @staticmethod
     def _cancelled(client: Any, run: UUID) -> bool:

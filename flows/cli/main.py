@@ -111,10 +111,18 @@ def _typed(context: typer.Context, name: str) -> bool:
 
 
 @app.command()
-def down() -> None:
-    """Stop what `rlhf up` started. Artifacts and the records of runs are kept."""
-    from flows.cli import system
+def down(
+    now: Annotated[
+        bool, typer.Option("--now", help="Do not wait until stages have written a checkpoint.")
+    ] = False,
+) -> None:
+    """Stop what `rlhf up` started. Artifacts and the records of runs are kept. Runs in progress
+    stop at a checkpoint."""
+    from flows.cli import drain, system
 
+    if (started := system.read()) is not None and started.phase == "ready":
+        system.join()
+        drain.before_down(wait=not now)
     echo("stopped" if system.down() else f"No system runs for {system.folder().parent}.")
 
 

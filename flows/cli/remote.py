@@ -39,7 +39,7 @@ def deployment(name: str) -> tuple[Any, Any]:
     Raises:
         ConfigError: no server runs, or it has no such deployment.
     """
-    client = _client()
+    client = connect()
     from prefect.exceptions import ObjectNotFound
 
     try:
@@ -73,7 +73,7 @@ def retry(store: Store, reference: str) -> tuple[str, PipelineConfig | None]:
     if state is None or not state.is_final() or state.is_completed():
         name = state.name if state else "unknown"
         raise ConfigError(f"Run {record['id']} is {name}; only one that failed can be retried.")
-    done = _client().set_flow_run_state(flow_run.id, AwaitingRetry(), force=True)
+    done = connect().set_flow_run_state(flow_run.id, AwaitingRetry(), force=True)
     if str(done.status.value) != "ACCEPT":
         raise ConfigError(f"The server refused the retry of run {record['id']}: {done.details}")
     return f"{ui()}/runs/flow-run/{flow_run.id}", None
@@ -97,7 +97,7 @@ def cancel(store: Store, reference: str) -> str:
     if flow_run.state is None or flow_run.state.is_final():
         name = flow_run.state.name if flow_run.state else "unknown"
         raise ConfigError(f"Run {record['id']} has ended already ({name}).")
-    client = _client()
+    client = connect()
     client.set_flow_run_state(flow_run.id, Cancelling(message="by rlhf cancel"), force=False)
     deadline = time.monotonic() + CANCEL_SECONDS
     while time.monotonic() < deadline:
@@ -134,20 +134,20 @@ def find_run(store: Store, reference: str) -> dict[str, Any]:
 
 def ui() -> str:
     """URL of the server's pages."""
-    return str(_client().api_url).rstrip("/").removesuffix("/api")
+    return str(connect().api_url).rstrip("/").removesuffix("/api")
 
 
 def _flow_run(record: dict[str, Any]) -> FlowRun | None:
     from prefect.exceptions import ObjectNotFound
 
     try:
-        found: FlowRun = _client().read_flow_run(UUID(record["flow_run"]))
+        found: FlowRun = connect().read_flow_run(UUID(record["flow_run"]))
         return found
     except (ObjectNotFound, KeyError, ValueError, TypeError, ConfigError):
         return None
 
 
-def _client() -> Any:
+def connect() -> Any:
     from flows.server import choose_server
 
     server = choose_server()

@@ -4,6 +4,7 @@ restarts one that exits. `python -m flows.cli.supervisor OPTIONS`, with `Options
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -26,6 +27,8 @@ from rlhf_core.store.s3.seaweed import Seaweed
 
 if TYPE_CHECKING:
     from tasks.launchers.processes import ProcessTree
+
+POOLS = ("control", "gpu")  # work pools, each with one worker
 
 
 class Supervisor:
@@ -68,6 +71,9 @@ class Supervisor:
             ),
             # A worker replays events that it missed; an old cancellation would cancel the retry.
             "PREFECT_SERVER_EVENTS_MAXIMUM_WEBSOCKET_BACKFILL": "PT2S",
+            # It would cancel the child of a cancelled pipeline, which others may be waiting for. A
+            # child watches its pipeline itself.
+            "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
@@ -87,7 +93,8 @@ class Supervisor:
         full = {**environment, **store}
         deploy = [sys.executable, "-m", "flows.deploy", str(self.options.slots)]
         self._run_to_end("deployments", deploy, full)
-        for pool in ("control", "gpu"):
+        self._recover(*POOLS, environment=full)
+        for pool in POOLS:
             self._start(
                 pool,
                 [*prefect, "worker", "start", "--pool", pool, "--name", f"{pool}-1",
@@ -120,6 +127,11 @@ class Supervisor:
             )  # fmt: skip
         self.services[name] = (command, dict(environment), ProcessTree(process))
 
+    def _recover(self, *pools: str, environment: Mapping[str, str]) -> None:
+        """End the runs in progress that workers of these pools have left behind."""
+        command = [sys.executable, "-m", "flows.recovery", *(f"{p}={p}-1" for p in pools)]
+        self._run_to_end("recovery", command, environment)
+
     def _run_to_end(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
         done = subprocess.run(
             command, env={**os.environ, **environment}, cwd=folder(), capture_output=True,
@@ -144,9 +156,15 @@ class Supervisor:
     def _restart_ended(self) -> None:
         for name, (command, environment, tree) in list(self.services.items()):
             tree.refresh()
-            if tree.process.poll() is not None:
-                print(f"{name} exited with code {tree.process.returncode}; restarting it")
-                self._start(name, command, environment)
+            if tree.process.poll() is None:
+                continue
+            if name in POOLS:
+                if unreachable(environment["PREFECT_API_URL"], 2.0):
+                    continue  # no use to it; and what it has left behind could not be ended
+                with contextlib.suppress(StoreUnavailable, subprocess.TimeoutExpired):  # logged
+                    self._recover(name, environment=environment)
+            print(f"{name} exited with code {tree.process.returncode}; restarting it")
+            self._start(name, command, environment)
 
     def _write(self) -> None:
         path = folder() / "system.json"

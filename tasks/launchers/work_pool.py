@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,23 +20,19 @@ from uuid import UUID
 import httpx
 from prefect import runtime
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterTags,
-    LogFilter,
-    LogFilterFlowRunId,
-    LogFilterTimestamp,
-)
-from prefect.client.schemas.sorting import FlowRunSort, LogSort
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
 from rlhf_core.errors import ConfigError, JobFailed
 from rlhf_core.jobs import Job, WorkPoolLauncher
 from rlhf_core.store import open_store
-from tasks.events import BOILERPLATE, parse_progress
+from tasks.events import parse_progress
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
+from tasks.launchers.child_logs import Logs
 from tasks.launchers.failures import category_of
+from tasks.waiters import declare_dead, lives, mark_waiting, waiters
 from tasks.watch import declared_dead
 
 if TYPE_CHECKING:
@@ -47,9 +43,8 @@ POLL_SECONDS = 2.0
 WAIT_REPORT_SECONDS = 60.0  # between two messages about what a child waits for
 SERVER_TIMEOUT = 900.0  # seconds without the server before a stage gives up
 RECORDING_SECONDS = 20.0  # within which the server has recorded a task
-MAX_ADOPTED = 3  # children that are adopted, one after another, before giving up
+MAX_CHILDREN = 3  # that others may cancel, one after another, before giving up
 REVIVAL_TIME = timedelta(seconds=20)
-LOG_DELAY = timedelta(seconds=10)  # a log line may reach the server this long after a newer one
 
 Result = TypeVar("Result")
 
@@ -70,33 +65,60 @@ class WorkPool:
     def run(self, launch: Launch, on_output: LineSink, on_progress: ProgressSink) -> list[Outcome]:
         """See `Launcher.run`. If the caller is interrupted, the child is cancelled."""
         key = shared_key(launch.jobs.values())
-        for _ in range(MAX_ADOPTED):
-            child, own, new = self._find_or_start(key, launch)
-            on_output(f"flow run {child.name} ({child.id}){'' if new else ', started earlier'}")
-            state = self._wait_for_end(child.id, on_output, on_progress)
+        for _ in range(MAX_CHILDREN):
+            with self._waiting(key):
+                child, new = self._find_or_start(key, launch, on_output)
+                how = "" if new else ", started earlier"
+                on_output(f"flow run {child.name} ({child.id}){how}")
+                try:
+                    state = self._wait_for_end(child, on_output, on_progress)
+                except BaseException as stop:  # cancelled, or timed out
+                    self._leave(child, key, stop, on_output)
+                    raise
             if (outcomes := _outcomes(launch)) is not None:
                 return outcomes
-            if not (state.is_cancelled() and not own):
+            if not state.is_cancelled():
                 raise _failure(launch.name, child, state)
-            on_output("another pipeline cancelled it; starting a new one")
-        raise JobFailed(f"{launch.name} failed: cancelled {MAX_ADOPTED} times by other pipelines")
+            on_output("somebody else cancelled it; starting anew (to stop, cancel this pipeline)")
+        raise JobFailed(
+            f"{launch.name} failed: its flow run was cancelled {MAX_CHILDREN} times, not by this "
+            f"pipeline\n{_where(child)}",
+            "cancelled",
+        )
+
+    @contextlib.contextmanager
+    def _waiting(self, key: str) -> Iterator[None]:
+        """While the block runs, this pipeline is known to wait for the job with this key."""
+        if (own := _own_id()) is None:
+            yield
+            return
+        self._retry(lambda: mark_waiting(self._client, own, key))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(httpx.HTTPError):  # its state says that it waits no more
+                mark_waiting(self._client, own, None)
 
     # ------------------------------------------------------------------ start
 
-    def _find_or_start(self, key: str, launch: Launch) -> tuple[FlowRun, bool, bool]:
+    def _find_or_start(self, key: str, launch: Launch, report: LineSink) -> tuple[FlowRun, bool]:
         """The running child of this job, or a new one.
 
         The server creates one child per idempotency key, so that parents that ask at the same time
         get the same child.
 
         Returns:
-            The child, whether this run is its parent, and whether it is new.
+            The child, and whether it is new and this run is its parent.
         """
         earlier = self._retry(lambda: self._children(key))
         parent = runtime.flow_run.id or ""
         for child in earlier:
-            if child.state is not None and not child.state.is_final() and not _ending(child):
-                return child, _parent_of(child) == parent, False
+            if child.state is None or child.state.is_final() or child.state.is_cancelling():
+                continue
+            if self._retry(lambda child=child: lives(self._client, child)):  # type: ignore[misc]
+                return child, False
+            report(f"flow run {child.name} ({child.id}) sends no heartbeats: it is taken for dead")
+            self._retry(lambda child=child: declare_dead(self._client, child))  # type: ignore[misc]
         try:
             deployment = self._retry(
                 lambda: self._client.read_deployment_by_name(self.settings.deployment)
@@ -122,8 +144,7 @@ class WorkPool:
                 idempotency_key=f"{key}:{len(earlier)}",
             )
         )
-        own = _parent_of(child) == parent  # False if another pipeline was faster
-        return child, own, own
+        return child, _parent_of(child) == parent  # another pipeline may have been faster
 
     def _create(self, deployment: UUID, **what: Any) -> FlowRun:
         """Create a child of this task.
@@ -156,44 +177,44 @@ class WorkPool:
     # ------------------------------------------------------------------ follow
 
     def _wait_for_end(
-        self, child: UUID, on_output: LineSink, on_progress: ProgressSink
+        self, child: FlowRun, on_output: LineSink, on_progress: ProgressSink
     ) -> State[Any]:
         """Wait for the end; pass on lines and progress meanwhile."""
-        logs = _Logs(child)
+        logs = Logs(child.id)
         waits = _Waiting(self.settings, on_output)
-        try:
-            while True:
-                run = self._retry(lambda: self._client.read_flow_run(child))
-                for message in self._retry(lambda: logs.new(self._client)):
-                    progress = parse_progress(message)
-                    if progress is None:
-                        on_output(message)
-                    else:
-                        on_progress(progress)
-                state = run.state
-                assert state is not None
-                if state.is_final() and not self._may_revive(state):
-                    return state
-                if state.is_scheduled() or state.is_pending():
-                    waits.report(self._client, run)
-                time.sleep(POLL_SECONDS)
-        except BaseException as stop:
-            # Cancelled, or timed out: the child must not run on alone.
-            on_output("cancelling the flow run of this stage")
-            self._cancel(child, stop)
-            raise
+        while True:
+            run = self._retry(lambda: self._client.read_flow_run(child.id))
+            for message in self._retry(lambda: logs.new(self._client)):
+                progress = parse_progress(message)
+                if progress is None:
+                    on_output(message)
+                else:
+                    on_progress(progress)
+            state = run.state
+            assert state is not None
+            if state.is_final() and not self._may_revive(state):
+                return state
+            if state.is_scheduled() or state.is_pending():
+                waits.report(self._client, run)
+            time.sleep(POLL_SECONDS)
 
     @staticmethod
     def _may_revive(state: State[Any]) -> bool:
         """Whether a run that was declared dead for missing heartbeats may still report itself."""
         return declared_dead(state) and datetime.now(UTC) - state.timestamp < REVIVAL_TIME
 
-    def _cancel(self, child: UUID, reason: BaseException) -> None:
+    def _leave(self, child: FlowRun, key: str, reason: BaseException, report: LineSink) -> None:
+        """Cancel the child, which must not run on alone, unless other pipelines wait for it."""
         message = f"the pipeline was stopped ({type(reason).__name__})"
         try:
-            self._client.set_flow_run_state(child, Cancelling(message=message), force=False)
+            others = [w for w in waiters(self._client, key) if w.id != _own_id()]
+            if others:
+                report(f"leaving the flow run of this stage to {others[0].name}, which needs it")
+                return
+            report("cancelling the flow run of this stage")
+            self._client.set_flow_run_state(child.id, Cancelling(message=message), force=False)
         except Exception as error:  # the child watches its parent, and ends itself
-            print(f"WARNING: flow run {child} could not be cancelled: {error}", flush=True)
+            print(f"WARNING: flow run {child.id} could not be cancelled: {error}", flush=True)
 
     def _retry(self, call: Callable[[], Result]) -> Result:
         """The result of a call to the server, which is repeated while the server is unavailable."""
@@ -215,39 +236,6 @@ class WorkPool:
                     category="lost",
                 ) from problem
             time.sleep(POLL_SECONDS)
-
-
-class _Logs:
-    """A flow run's log messages, each once, including those that arrive late."""
-
-    def __init__(self, flow_run: UUID) -> None:
-        self.flow_run = flow_run
-        self._seen: set[UUID] = set()
-        self._newest: datetime | None = None
-
-    def new(self, client: Any) -> list[str]:
-        after = None if self._newest is None else self._newest - LOG_DELAY
-        found = []
-        offset = 0
-        while True:
-            page = client.read_logs(
-                log_filter=LogFilter(
-                    flow_run_id=LogFilterFlowRunId(any_=[self.flow_run]),
-                    timestamp=LogFilterTimestamp(after_=after) if after else None,
-                ),
-                sort=LogSort.TIMESTAMP_ASC,
-                limit=200,
-                offset=offset,
-            )
-            for log in page:
-                if log.id not in self._seen:
-                    self._seen.add(log.id)
-                    self._newest = max(filter(None, (self._newest, log.timestamp)))
-                    if not BOILERPLATE.match(log.message):
-                        found.append(log.message)
-            if len(page) < 200:
-                return found
-            offset += len(page)
 
 
 class _Waiting:
@@ -301,6 +289,11 @@ def shared_key(jobs: Iterable[Job]) -> str:
     return hashlib.sha256(" ".join(job.key() for job in jobs).encode()).hexdigest()[:32]
 
 
+def _own_id() -> UUID | None:
+    text = runtime.flow_run.id
+    return UUID(str(text)) if text else None
+
+
 def _task_run_id() -> UUID | None:
     text = runtime.task_run.id
     return UUID(str(text)) if text else None
@@ -308,10 +301,6 @@ def _task_run_id() -> UUID | None:
 
 def _parent_of(child: FlowRun) -> str:
     return next((t.removeprefix("parent:") for t in child.tags if t.startswith("parent:")), "")
-
-
-def _ending(child: FlowRun) -> bool:
-    return child.state is not None and child.state.is_cancelling()
 
 
 def _outcomes(launch: Launch) -> list[Outcome] | None:
@@ -323,11 +312,13 @@ def _outcomes(launch: Launch) -> list[Outcome] | None:
     return [Outcome(a.digest, a.kind, job.key()) for job, a in found if a is not None]
 
 
+def _where(child: FlowRun) -> str:
+    return f"Flow run: {child.name} ({child.id})"
+
+
 def _failure(stage: str, child: FlowRun, state: State[Any]) -> JobFailed:
     text = re.sub(rf"^{re.escape(stage)} failed: ", "", state.message or state.name or "")
-    where = f"Flow run: {child.name} ({child.id})"
-    if state.is_cancelled():
-        return JobFailed(f"{stage} failed: its flow run was cancelled\n{where}", "cancelled")
+    where = _where(child)
     if state.is_crashed():
         return JobFailed(f"{stage} failed: the worker or its process was lost\n{where}", "lost")
     return JobFailed(f"{stage} failed: {text}\n{where}", category_of(state.name))

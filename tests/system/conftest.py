@@ -24,6 +24,7 @@ from rlhf_core.system.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 STUBS = ROOT / "tests/tasks/stubs"
+PATIENCE = float(os.environ.get("PATIENCE", "1"))  # on a machine that others use too
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
 
 
@@ -46,6 +47,10 @@ class System:
         }
         self.url = f"http://127.0.0.1:{self.port}"
         self.api = httpx.Client(base_url=f"{self.url}/api", timeout=60)
+
+    def up(self) -> str:
+        port = str(self.port)
+        return self.rlhf("up", "--port", port, "--s3-port", "0", "--slots", "2")
 
     def rlhf(self, *arguments: str, code: int = 0) -> str:
         done = subprocess.run(
@@ -92,7 +97,7 @@ class System:
 
     def wait(self, run: str, *states: str, seconds: float = 240) -> dict[str, Any]:
         """Until the run's state type is one of `states` (any final one by default)."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * PATIENCE
         while True:
             found = self.run(run)
             if found["state_type"] in (states or FINAL):
@@ -163,13 +168,13 @@ class System:
 def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/system" in item.path.as_posix() and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(600))
+            item.add_marker(pytest.mark.timeout(600 * PATIENCE))
 
 
 @pytest.fixture(scope="session")
 def system(tmp_path_factory):
     found = System(tmp_path_factory.mktemp("a system"))
-    found.rlhf("up", "--port", str(found.port), "--s3-port", "0", "--slots", "2")
+    found.up()
     yield found
     found.rlhf("down")
     assert found.processes() == []
@@ -185,7 +190,7 @@ def stand_ins(system):
 
 def until(condition, seconds: float, what: str = "it"):
     """The first true answer of `condition`."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while not (answer := condition()):
         assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"
         time.sleep(0.3)

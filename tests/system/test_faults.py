@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tasks.watch import DECLARED_DEAD
+from tasks.waiters import DECLARED_DEAD
 from tests.system.conftest import kill_with_family, until
 
 pytestmark = [
