@@ -53,7 +53,9 @@ def run(job: EvaluateJob, context: StageContext) -> Artifact | None:
     score = Scorer(job, inputs.rows, inputs.tokenizer, context.log)
     sampled = {name: score(measured) for name, measured in found.items()}
     greedy = {name: score(m.greedy) for name, m in found.items() if m.greedy is not None}
-    result = numbers(job, sampled, greedy, inputs.start)
+    result = numbers(
+        job, sampled, greedy, inputs.start, inputs.sft_rows.sources if inputs.sft_rows else {}
+    )
     if job.reward_model is not None:
         trained = context.store.get(job.reward_model).metadata.get("metrics", {})
         result["reward_model"] = trained.get("heldout", {})

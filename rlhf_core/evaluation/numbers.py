@@ -5,7 +5,8 @@ evaluation.json:
                  of several reward models), shares, n
     greedy       models: the same of greedy replies to the first n prompts, without KL and entropy
     questions    models: model -> right answers to n general questions: rate, low, high
-    heldout      model -> loss (nats per token), perplexity
+    heldout      model -> loss (nats per token), perplexity; sources: its loss on each source of a
+                 mixture
     differences  policy minus start: mean, low, high (95 %, paired bootstrap), n; greedy_...: of
                  the greedy replies
     gold_gain    the same of the gold score: mean, se
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rlhf_core.evaluation.intervals import difference
@@ -58,10 +60,21 @@ def entropy(known: Columns) -> float:
     return sum(known["surprise"]) / sum(known["length"])
 
 
-def of_heldout(found: Measured) -> dict[str, float]:
-    """Held-out loss in nats per token, and perplexity."""
+def of_heldout(found: Measured, sources: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Held-out loss in nats per token, that of each source of a mixture, and perplexity.
+
+    Args:
+        sources: name -> numbers of its rows; empty for other data sets.
+    """
     loss = sum(found.losses) / sum(found.tokens)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    result: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if sources:
+        result["sources"] = {
+            name: sum(found.losses[i] for i in rows) / sum(found.tokens[i] for i in rows)
+            for name, rows in sources.items()
+            if len(rows)
+        }
+    return result
 
 
 def differences(policy: Scored, start: Scored, seed: int) -> dict[str, Any]:
@@ -107,11 +120,13 @@ def numbers(
     sampled: Mapping[str, Scored],
     greedy: Mapping[str, Scored],
     start: str,
+    sources: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """evaluation.json, without general questions and what other judges say.
 
     Args:
         greedy: empty without greedy replies.
+        sources: see `of_heldout`.
     """
     policy, reference = sampled["policy"], sampled[start]
     ours, theirs = policy.columns, reference.columns
@@ -121,7 +136,7 @@ def numbers(
             for name, replies in sampled.items()
         },
         "heldout": {
-            name: of_heldout(replies.measured)
+            name: of_heldout(replies.measured, sources)
             for name, replies in sampled.items()
             if replies.measured.losses
         },

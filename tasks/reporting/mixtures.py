@@ -9,7 +9,10 @@ from tasks.reporting.markdown import table
 from tasks.reporting.model_card import data_card
 from tasks.run import Run, StageResult
 
-SHOWN = {"heldout_loss": "held-out loss", "heldout_accuracy": "held-out accuracy"}
+SHOWN = {
+    "heldout_loss": "held-out loss", "heldout_accuracy": "held-out accuracy",
+    "heldout_reward": "held-out reward",
+}  # fmt: skip
 
 
 def mixtures(run: Run) -> list[str]:
@@ -50,6 +53,9 @@ def _metrics(result: StageResult) -> Iterator[tuple[str, dict[str, float]]]:
             f"{result.stage}: held-out accuracy",
             {k: v["accuracy"] for k, v in of_sources.items()},
         )
+    for model, found in heldout.items():  # of an evaluation
+        if isinstance(found, dict) and "loss" in found and "sources" in found:
+            yield f"{result.stage}: held-out loss, {model}", found["sources"]
     for metric, label in SHOWN.items():
         start = f"{metric}/"
         values = {k[len(start) :]: v for k, v in result.metrics.items() if k.startswith(start)}

@@ -31,7 +31,8 @@ def steps_left(stage: OnlineStage) -> Iterator[int]:
 
 def evaluate(stage: OnlineStage) -> dict[str, float]:
     """heldout_... of everything in `summarise`, and heldout_reward_se, the standard error of
-    heldout_reward; the same on every rank. Every rank calls.
+    heldout_reward, and heldout_reward/NAME of each source of a mixture; the same on every rank.
+    Every rank calls.
     """
     job, prompts, ranks = stage.job, stage.inputs.heldout, stage.strategy.world_size
     count = min(job.eval_prompts, len(prompts))
@@ -49,6 +50,11 @@ def evaluate(stage: OnlineStage) -> dict[str, float]:
     experience = first_replies(experience, count)
     found = summarise(job, experience)
     found["reward_se"] = float(experience.scores.std() / count**0.5) if count > 1 else 0.0
+    of_sources: dict[str, list[float]] = {}
+    for row, score in zip(experience.rollout.rows, experience.scores.tolist(), strict=True):
+        if "source" in row:  # of a mixture
+            of_sources.setdefault(row["source"], []).append(score)
+    found |= {f"reward/{name}": sum(x) / len(x) for name, x in sorted(of_sources.items())}
     return {f"heldout_{name}": value for name, value in found.items()}
 
 

@@ -10,6 +10,7 @@ from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.jobs import (
     DataJob,
     DPOJob,
+    GRPOJob,
     KTOJob,
     MixedData,
     MixJob,
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 3
 EXTRA = {
+    "prompts": lambda i: {"prompt": f"Count {i}"},
     "sft": lambda i: {"prompt": f"Count {i}", "completion": f"one {i}"},
     "preference": lambda i: {"prompt": f"Count {i}", "chosen": f"one {i}", "rejected": f"two {i}"},
     "pretrain": lambda i: {"text": f"Count {i}. One, two, three. " * 4},
@@ -66,6 +68,14 @@ def make(kind, models, data, **settings):
     return kind(**(values | own | settings))
 
 
+def grpo_job(models, prompts):
+    return GRPOJob(
+        model=models["llama"], prompts=prompts, steps=1, batch_size=4, group_size=2, eval_every=1,
+        max_new_tokens=4, rewards=[{"type": "length", "target": 4, "width": 4}], precision="fp32",
+        resources=Resources(threads=1, device="cpu"),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def trained(stages, models, mixtures):
     """Algorithm -> artifact. That of sft-cut was cut off after step 2 and started again."""
@@ -75,6 +85,7 @@ def trained(stages, models, mixtures):
         "reward": make(RewardJob, models, mixtures["preference"]),
         "dpo": make(DPOJob, models, mixtures["preference"]),
         "kto": make(KTOJob, models, mixtures["preference"]),
+        "grpo": grpo_job(models, mixtures["prompts"]),
         "sft-cut": make(SFTJob, models, mixtures["sft"], epochs=4),
     }
     folders = {name: stages.write(job) for name, job in jobs.items()}
@@ -130,6 +141,14 @@ def test_accuracy_of_a_reward_model_for_each_source(stages, mixtures, trained):
     assert {name: of["n"] for name, of in found["sources"].items()} == rows
     right = sum(of["accuracy"] * of["n"] for of in found["sources"].values())
     assert right / found["n"] == pytest.approx(found["accuracy"])
+
+
+def test_heldout_reward_of_each_source(stages, mixtures, trained):
+    rows = {name: len(r) for name, r in heldout(stages, mixtures["prompts"]).items()}
+    assert sum(rows.values()) <= 64, "all of them are evaluated"
+    line = stages.metrics(trained["grpo"])[-1]
+    mean = np.average([line[f"heldout_reward/{n}"] for n in rows], weights=list(rows.values()))
+    assert mean == pytest.approx(line["heldout_reward"], rel=1e-5)
 
 
 def test_epochs_follow_the_plan(stages, mixtures):

@@ -7,7 +7,7 @@ import pytest
 from rlhf_core.data.questions import read_questions
 from rlhf_core.errors import DataError
 from rlhf_core.evaluation.measure import Measured
-from rlhf_core.evaluation.numbers import marked, numbers
+from rlhf_core.evaluation.numbers import marked, numbers, of_heldout
 from rlhf_core.evaluation.rule_rewards import RuleRewards
 from rlhf_core.evaluation.scored import Scorer
 from rlhf_core.jobs import EvaluateJob
@@ -86,6 +86,13 @@ def test_numbers_of_two_models_and_what_changed():
         "temperature": 1.0, "max_new_tokens": 128, "seed": 0, "n": 2, "greedy": 1,
     }  # fmt: skip
     assert "entropy" not in found["greedy"]["models"]["policy"] and found["heldout"] == {}
+
+
+def test_heldout_loss_is_per_token_also_that_of_each_source():
+    found = Measured([], [], losses=[2.0, 3.0, 10.0], tokens=[1, 2, 5])
+    of = of_heldout(found, {"a": [0, 2], "b": [1], "none": []})
+    assert of["loss"] == 15 / 8 and of["sources"] == {"a": 2.0, "b": 1.5}
+    assert "sources" not in of_heldout(found, {})
 
 
 def test_questions_are_rates_and_their_difference():
