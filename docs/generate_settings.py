@@ -45,6 +45,7 @@ These variables are not settings of a run. They never enter a job, a log or an a
 | `RLHF_HOME` | folder for local files; default: the nearest `.rlhf` upward, else a new one |
 | `RLHF_AUTHOR` | author of the runs that are started here, unless `author` is given |
 | `PREFECT_API_URL` | Prefect server to use; without one, a run starts a server of its own |
+| `PREFECT_API_AUTH_STRING` | its login, USER:PASSWORD; that of `rlhf up` is found without |
 | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` | keys of an S3 store |
 """
 

@@ -14,8 +14,9 @@ from prefect.utilities.urls import url_for
 from rlhf_core.errors import JobFailed, RLHFError
 from rlhf_core.jobs import Job
 from rlhf_core.preflight.settings import check_placement
-from rlhf_core.store import open_store, rlhf_home
+from rlhf_core.store import open_store
 from rlhf_core.system.machine import this_machine
+from rlhf_core.system.private import private_folder
 from tasks.events import log_event, tidy_logs
 from tasks.launchers import Launch, LocalTorchrun
 from tasks.launchers.failures import state_name
@@ -41,7 +42,7 @@ def rlhf_job(
     if pipeline:
         log_event(log, "note", "", f"{stage} of the pipeline {url_for('flow-run', pipeline)}")
     run_id = str(runtime.flow_run.id)[:8]
-    folder = rlhf_home() / "jobs" / f"{run_id}-{runtime.flow_run.run_count or 1}-{stage}"
+    folder = private_folder("jobs") / f"{run_id}-{runtime.flow_run.run_count or 1}-{stage}"
     with stop_when_cancelled(pipeline):
         try:
             opened = open_store(store)

@@ -6,23 +6,26 @@ Where no server runs, a temporary one is started in a child process.
 from __future__ import annotations
 
 import atexit
+import base64
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import tomllib
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+from flows import api_server
 from rlhf_core.errors import ConfigError
-from rlhf_core.store import rlhf_home
 from rlhf_core.system.ports import free_ports
+from rlhf_core.system.private import private_folder
 from rlhf_core.system.processes import die_with_parent
 
 DEFAULT_URL = "http://127.0.0.1:4200/api"
@@ -36,7 +39,6 @@ QUIET = {
 TEMPORARY = {
     "PREFECT_SERVER_UI_ENABLED": "0",
     "PREFECT__SERVER_EPHEMERAL": "1",
-    "PREFECT__SERVER_FINAL": "1",
 }
 START_SECONDS = 180.0
 temporary: TemporaryServer | None = None  # this process's
@@ -57,24 +59,29 @@ class Server:
 
 def choose_server() -> Server:
     """Set the environment for Prefect; returns the server that Prefect will use."""
+    from flows.cli.system import use_login
+
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     url, origin = _configured()
+    use_login(url or DEFAULT_URL)
     if "PREFECT_HOME" not in os.environ and origin != "profile":
-        home = rlhf_home() / "prefect"
-        home.mkdir(parents=True, exist_ok=True)  # Prefect does not create parent folders
-        os.environ["PREFECT_HOME"] = str(home)
+        os.environ["PREFECT_HOME"] = str(private_folder("prefect"))
     if url is not None:
-        problem = unreachable(url, 5.0)
-        if problem is None:
-            return Server(url, url)
         where = "PREFECT_API_URL" if origin == "environment" else "the Prefect profile's URL"
-        reason = f"{where} is {url}, which does not answer: {problem}"
-    elif unreachable(DEFAULT_URL, 1.0) is None:
+        if problem := unreachable(url, 5.0):
+            reason = f"{where} is {url}, which does not answer: {problem}"
+        elif origin == "environment" and (problem := closed(url, 5.0)):
+            reason = f"{where} is {url}, which refuses: {problem}"
+        else:
+            return Server(url, url)
+    elif unreachable(DEFAULT_URL, 1.0) is not None:
+        reason = "PREFECT_API_URL is not set"
+    elif problem := closed(DEFAULT_URL, 5.0):
+        reason = f"{DEFAULT_URL} runs, and refuses: {problem}"
+    else:
         os.environ["PREFECT_API_URL"] = DEFAULT_URL
         return Server(DEFAULT_URL, f"{DEFAULT_URL} (found running)")
-    else:
-        reason = "PREFECT_API_URL is not set"
     os.environ.pop("PREFECT_API_URL", None)
     os.environ["PREFECT_PROFILE"] = "ephemeral"
     os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
@@ -95,17 +102,13 @@ class TemporaryServer:
         temporary = self
         [port] = free_ports(1)
         self.url = f"http://127.0.0.1:{port}/api"
-        self.log = rlhf_home() / "prefect-server.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        found = find_spec("prefect")
-        assert found is not None and found.origin is not None
-        packages = str(Path(found.origin).parents[1])  # not the user's working folder
+        self.log = private_folder("prefect") / "server.log"
+        os.environ[api_server.LOGIN] = login = api_server.new_login()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "uvicorn", "--app-dir", packages, "--factory",
-                 "prefect.server.api.server:create_app", "--host", "127.0.0.1",
-                 "--port", str(port), "--log-level", "error", "--lifespan", "on"],
-                env={**os.environ, **TEMPORARY}, start_new_session=True,
+                api_server.command("127.0.0.1", port),
+                env={**os.environ, **TEMPORARY, **api_server.environment(login, port)},
+                start_new_session=True,
                 preexec_fn=partial(die_with_parent, signal.SIGTERM),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
@@ -141,15 +144,46 @@ class TemporaryServer:
 def unreachable(url: str, timeout: float) -> str | None:
     """Why no Prefect server answers at a URL; None if one does."""
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout) as reply:
-            healthy = json.loads(reply.read(1000))
-    except urllib.error.HTTPError as error:
-        return f"HTTP status {error.code}"
-    except urllib.error.URLError as error:
-        return str(getattr(error.reason, "strerror", None) or error.reason)
-    except (OSError, ValueError) as error:
+        healthy = _get(f"{url}/health", timeout)
+    except OSError as error:
+        return _reason(error)
+    except ValueError as error:
         return str(error) or type(error).__name__
     return None if healthy is True else "something else than a Prefect server answers there"
+
+
+def closed(url: str, timeout: float) -> str | None:
+    """Why a server that answers lets this process not in; None if it does."""
+    login = os.environ.get(api_server.LOGIN, "")
+    if not login and "PREFECT_API_KEY" in os.environ:
+        return None
+    sent = {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if login else {}
+    try:
+        _get(f"{url}/version", timeout, sent)
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            what = "is wrong" if login else "is not set"
+            return (
+                f"it asks for a login, and {api_server.LOGIN} {what}. `rlhf up` prints the file "
+                "that holds it"
+            )
+    except (OSError, ValueError):
+        pass  # whatever it is, the client will say it better
+    return None
+
+
+def _get(url: str, timeout: float, headers: Mapping[str, str] = MappingProxyType({})) -> Any:
+    request = urllib.request.Request(url, headers=dict(headers))
+    with urllib.request.urlopen(request, timeout=timeout) as reply:
+        return json.loads(reply.read(1000))
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP status {error.code}"
+    if isinstance(error, urllib.error.URLError):
+        return str(getattr(error.reason, "strerror", None) or error.reason)
+    return str(error) or type(error).__name__
 
 
 def _configured() -> tuple[str | None, str]:

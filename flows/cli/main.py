@@ -25,6 +25,7 @@ from rlhf_core import __version__
 from rlhf_core.errors import RLHFError
 from rlhf_core.system.cpus import limit_threads
 from rlhf_core.system.home import rlhf_home
+from rlhf_core.system.private import private_folder, write_private
 from rlhf_core.system.secrets import redact
 
 app = typer.Typer(
@@ -99,6 +100,7 @@ def up(
     echo("already running" if running else "starting (about half a minute)")
     started = system.up(system.Options(port, None if no_s3 else s3_port, slots, host), given)
     echo(f"  pages     {started.ui}")
+    echo(f"  login     paste the line of {system.login_file()} (once per browser)")
     echo(f"  store     {started.store}")
     echo(f"  run       {started.ui}/deployments  or  rlhf submit --preset smoke")
     echo(f"  logs      {system.folder()}")
@@ -245,7 +247,7 @@ def job(
 
     parsed = read_job(file)
     opened = open_store(store)
-    folder = rlhf_home() / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{parsed.algorithm}"
+    folder = private_folder("jobs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{parsed.algorithm}"
     launch = Launch(parsed.algorithm, {folder: parsed}, opened.url, folder / "log.txt")
     outcome = LocalTorchrun().run(launch, echo, lambda line: None)[0]
     artifact = opened.get(outcome.artifact)
@@ -276,7 +278,7 @@ def main() -> None:
     except Exception as error:
         crash = rlhf_home() / "crash.log"
         crash.parent.mkdir(parents=True, exist_ok=True)
-        crash.write_text(redact(traceback.format_exc()))
+        write_private(crash, redact(traceback.format_exc()))
         _fail(f"{type(error).__name__}: {error}\nThis was not expected. Details: {crash}")
 
 

@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from flows.cli.system import START_SECONDS, Options, System, folder
+from flows import api_server
+from flows.cli.log_files import open_log, rotate
+from flows.cli.system import START_SECONDS, Options, System, folder, login_file
 from flows.server import QUIET, unreachable
 from rlhf_core.errors import StoreUnavailable
 from rlhf_core.store import rlhf_home
 from rlhf_core.store.s3.seaweed import Seaweed
+from rlhf_core.system.private import write_private
 
 if TYPE_CHECKING:
     from tasks.launchers.processes import ProcessTree
@@ -51,6 +54,8 @@ class Supervisor:
             while True:
                 time.sleep(2)
                 self._restart_ended()
+                with contextlib.suppress(OSError):  # a full disk
+                    rotate(folder())
         except Exception as error:
             self.system.phase, self.system.error = "failed", f"{error}"
             self._write()
@@ -62,8 +67,10 @@ class Supervisor:
 
     def _start_all(self) -> None:
         home = folder()
+        login = api_server.kept_login(login_file())
         environment = {
             **QUIET,
+            api_server.LOGIN: login,
             "PREFECT_HOME": str(home / "prefect"),
             "PREFECT_API_URL": f"http://127.0.0.1:{self.options.port}/api",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
@@ -82,12 +89,10 @@ class Supervisor:
         store = {"RLHF_STORE": f"file://{rlhf_home() / 'store'}"}
         if self.options.s3_port is not None:
             store = self._start_s3(home / "s3")
-        host = self.options.host
-        prefect = [sys.executable, "-m", "prefect"]
         self._start(
             "server",
-            [*prefect, "server", "start", "--host", host, "--port", str(self.options.port)],
-            environment,
+            api_server.command(self.options.host, self.options.port),
+            {**environment, **api_server.environment(login, self.options.port)},
         )
         self._wait("server", lambda: unreachable(environment["PREFECT_API_URL"], 2.0))
         full = {**environment, **store}
@@ -97,16 +102,14 @@ class Supervisor:
         for pool in POOLS:
             self._start(
                 pool,
-                [*prefect, "worker", "start", "--pool", pool, "--name", f"{pool}-1",
-                 "--type", "process"],
+                [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool,
+                 "--name", f"{pool}-1", "--type", "process"],
                 full,
             )  # fmt: skip
         self.system.ui = f"http://127.0.0.1:{self.options.port}"
         self.system.store = store["RLHF_STORE"]
-        shared = {"PREFECT_API_URL": environment["PREFECT_API_URL"], **store}
-        heartbeat = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
-        shared[heartbeat] = environment[heartbeat]
-        self.system.environment = shared
+        shared = ("PREFECT_API_URL", api_server.LOGIN, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY")
+        self.system.environment = {**{name: environment[name] for name in shared}, **store}
 
     def _start_s3(self, data: Path) -> dict[str, str]:
         """Start a SeaweedFS server with new keys; returns the environment of its clients."""
@@ -119,7 +122,7 @@ class Supervisor:
         from rlhf_core.system.processes import die_with_parent
         from tasks.launchers.processes import ProcessTree
 
-        with (folder() / f"{name}.log").open("ab") as log:
+        with open_log(folder() / f"{name}.log") as log:
             process = subprocess.Popen(
                 command, env={**os.environ, **environment}, cwd=folder(),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -137,7 +140,7 @@ class Supervisor:
             command, env={**os.environ, **environment}, cwd=folder(), capture_output=True,
             text=True, timeout=120,
         )  # fmt: skip
-        (folder() / f"{name}.log").write_text(done.stdout + done.stderr)
+        write_private(folder() / f"{name}.log", done.stdout + done.stderr)
         if done.returncode != 0:
             raise StoreUnavailable(f"{name} failed; see {folder() / f'{name}.log'}")
 
@@ -167,11 +170,7 @@ class Supervisor:
             self._start(name, command, environment)
 
     def _write(self) -> None:
-        path = folder() / "system.json"
-        partial = path.with_suffix(".part")
-        partial.touch(mode=0o600)
-        partial.write_text(json.dumps(asdict(self.system), indent=1))
-        partial.replace(path)
+        write_private(folder() / "system.json", json.dumps(asdict(self.system), indent=1))
 
 
 def _stop(number: int, frame: object) -> None:

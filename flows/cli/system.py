@@ -20,8 +20,11 @@ from typing import Any
 
 import psutil
 
+from flows.api_server import LOGIN
+from flows.cli.log_files import open_log
 from rlhf_core.errors import ConfigError, StoreUnavailable
 from rlhf_core.store import rlhf_home
+from rlhf_core.system.private import close_folder
 
 START_SECONDS = 180
 STOP_SECONDS = 45
@@ -57,6 +60,10 @@ def folder() -> Path:
     return rlhf_home() / "system"  # flows.cli.main looks there for system.json
 
 
+def login_file() -> Path:
+    return folder() / "login"
+
+
 def read() -> System | None:
     """The system of this folder, if its supervisor is running."""
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -70,7 +77,19 @@ def join() -> None:
     system = read()
     if system is not None and system.phase == "ready":
         for name, value in system.environment.items():
-            os.environ.setdefault(name, value)
+            if name != LOGIN:
+                os.environ.setdefault(name, value)
+        use_login(os.environ["PREFECT_API_URL"])
+
+
+def use_login(url: str) -> None:
+    """Log in to the running system, if it is what has this URL. No other server gets its login."""
+    system = read()
+    ours = system.environment if system is not None else {}
+    if LOGIN in ours and (
+        url.replace("//localhost:", "//127.0.0.1:").rstrip("/") == ours["PREFECT_API_URL"]
+    ):
+        os.environ[LOGIN] = ours[LOGIN]
 
 
 # --------------------------------------------------------------------------- up and down
@@ -114,10 +133,10 @@ def up(options: Options, given: Collection[str] = ()) -> System:
                     f"Port {port} of 127.0.0.1, for {what}, is in use by another program; stop "
                     f"that program, or choose another port with {option}."
                 )
-        folder().mkdir(parents=True, exist_ok=True)
-        folder().chmod(0o700)
+        for name in ("system", "prefect", "jobs", "runs", "cache"):  # also an older version's
+            close_folder(rlhf_home() / name)
         (folder() / "system.json").unlink(missing_ok=True)
-        with (folder() / "supervisor.log").open("ab") as log:
+        with open_log(folder() / "supervisor.log") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "flows.cli.supervisor", json.dumps(asdict(options))],
                 env={**os.environ, "RLHF_HOME": str(rlhf_home())},

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 from rlhf_core.errors import ModelError
 from rlhf_core.store import rlhf_home
+from rlhf_core.system.private import private_folder
 
 RandomArchitecture = Literal["llama", "qwen2", "gpt2", "opt", "bloom"]
 RANDOM_VERSION = 1  # increased when rlhf_core.models.random_model generates other weights
@@ -185,7 +186,8 @@ def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     with contextlib.suppress(OSError):  # with a read-only home it is only slower
-        note.parent.mkdir(parents=True, exist_ok=True)
+        private_folder("cache")
+        note.parent.mkdir(exist_ok=True)
         partial = note.with_suffix(f".{os.getpid()}")
         partial.write_text(found)
         partial.replace(note)

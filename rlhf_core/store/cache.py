@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from rlhf_core.store.local import free_bytes, require_space
-from rlhf_core.system.home import rlhf_home
+from rlhf_core.system.private import private_folder
 
 log = logging.getLogger("rlhf_core.store")
 
@@ -45,7 +45,7 @@ def locked(folder: Path) -> Iterator[bool]:
 
 def _lock_file(folder: Path) -> Path:
     name = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:32]
-    path = rlhf_home() / "cache" / "locks" / f"{name}.lock"
+    path = private_folder("cache") / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -15,6 +15,7 @@ from prefect.logging import get_run_logger
 from prefect.utilities.urls import url_for
 
 from rlhf_core.store import registry
+from rlhf_core.system.private import private_folder
 from rlhf_core.system.secrets import redact
 from tasks.events import headline, log_event, seconds, table_cell
 from tasks.reporting import lineage
@@ -42,6 +43,7 @@ def report(run: Run) -> None:
     if curves is not None:
         images[CURVES] = curves
     markdown = whole = render(run, images)
+    private_folder("runs")
     run.folder.mkdir(parents=True, exist_ok=True)
     for name, content in images.items():
         (run.folder / name).write_bytes(content)

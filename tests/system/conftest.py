@@ -60,6 +60,13 @@ class System:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout if code == 0 else done.stderr
 
+    def log_in(self) -> str:
+        """USER:PASSWORD of the API, which `api` sends from now on."""
+        login = (self.folder / "home/system/login").read_text().strip()
+        user, _, password = login.partition(":")
+        self.api.auth = (user, password)
+        return login
+
     def plan(self, **behaviours: list[str]) -> None:
         """Stages of runs that start from now on are stand-ins."""
         for path in self.pids.iterdir():
@@ -175,6 +182,7 @@ def pytest_collection_modifyitems(items):
 def system(tmp_path_factory):
     found = System(tmp_path_factory.mktemp("a system"))
     found.up()
+    found.log_in()
     yield found
     found.rlhf("down")
     assert found.processes() == []

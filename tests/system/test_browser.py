@@ -18,7 +18,8 @@ pytestmark = [
 
 
 @pytest.fixture
-def page(tmp_path):
+def stranger(tmp_path):
+    """A page of a browser that nobody has logged in with."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -30,6 +31,16 @@ def page(tmp_path):
         yield found
         found.screenshot(path=tmp_path / "last.png")
         browser.close()
+
+
+@pytest.fixture
+def page(stranger, system):
+    """A page after the login, as `rlhf up` describes it."""
+    stranger.goto(system.url)
+    stranger.get_by_placeholder("admin:pass").fill(system.log_in())
+    stranger.get_by_role("button", name="Login").click()
+    stranger.get_by_text("Dashboard").first.wait_for()
+    return stranger
 
 
 def field(page, label):

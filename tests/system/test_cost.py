@@ -42,7 +42,7 @@ def test_idle_control_worker_stays_under_250_megabytes(system):
     [worker] = system.processes("worker start", "--pool control")
     used = worker.memory_info().rss / 1e6
     for name, words in (
-        ("server", ["server start"]), ("S3 server", ["weed"]),
+        ("server", ["flows.api_server"]), ("S3 server", ["weed"]),
         ("supervisor", ["flows.cli.supervisor"]), ("control worker", ["--pool control"]),
         ("gpu worker", ["--pool gpu"]),
     ):  # fmt: skip

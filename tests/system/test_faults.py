@@ -92,7 +92,7 @@ def test_server_away_for_a_minute(system):
     run = system.submit("seed=505")
     started(system)
     with system.paused():
-        [server] = system.processes("server start")
+        [server] = system.processes("flows.api_server")
         kill_with_family(server)
         time.sleep(60)
 

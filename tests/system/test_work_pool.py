@@ -135,7 +135,8 @@ asyncio.run(main())
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
-        env={**system.environment, "PREFECT_API_URL": f"{system.url}/api"},
+        env={**system.environment, "PREFECT_API_URL": f"{system.url}/api",
+             "PREFECT_API_AUTH_STRING": system.log_in()},
     )  # fmt: skip
     return done.stdout.strip()
 
