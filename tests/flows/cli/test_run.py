@@ -162,6 +162,6 @@ def test_signal_to_the_whole_group_ends_the_run_and_then_its_server(command, num
 def test_killed_run_leaves_no_process(command):
     process = command({"sft": ["sleep"]}, server=None)
     family = wait_for_ranks(command, process)
-    assert any("uvicorn" in " ".join(child.cmdline()) for child in family)
+    assert any("flows.api_server" in " ".join(child.cmdline()) for child in family)
     process.kill()
     assert psutil.wait_procs(family, timeout=20)[1] == []
