@@ -8,8 +8,8 @@ import typer
 
 from flows.cli.completion import complete_run
 from flows.cli.listing import open_now, write_page
-from flows.cli.options import Page, StoreUrl
-from flows.cli.output import echo, table
+from flows.cli.options import AsJson, Page, StoreUrl
+from flows.cli.output import as_objects, echo, print_json, table
 
 LONGEST_CELL = 48  # characters, in a terminal
 
@@ -24,6 +24,7 @@ def compare(
         ),
     ],
     page: Page = None,
+    as_json: AsJson = False,
     store: StoreUrl = None,
 ) -> None:
     """Compare runs: settings that differ, evaluation with intervals, time and cost.
@@ -43,7 +44,11 @@ def compare(
             "20261124-1151 last`."
         )
     found = [past_run(opened, record) for record in records.values()]
-    for section in comparison.compare(opened, found):
+    sections = comparison.compare(opened, found)
+    if as_json:
+        print_json({"title": section.title, "rows": as_objects(section.rows), "note": section.note}
+                   for section in sections)  # fmt: skip
+    for section in [] if as_json else sections:
         echo(f"{section.title}\n")
         table([[_short(text) for text in row] for row in section.rows])
         echo(f"{section.note}\n" if section.note else "")

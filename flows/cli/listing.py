@@ -1,4 +1,4 @@
-"""The commands that read the store: `rlhf runs` and `rlhf artifacts ...` (gc is in gc.py)."""
+"""The commands `rlhf artifacts ...` (gc is in gc.py), and what other lists share."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.options import Page, StoreUrl
-from flows.cli.output import echo, table
+from flows.cli.options import AsJson, StoreUrl
+from flows.cli.output import echo, print_json, table
 
 if TYPE_CHECKING:
     from rlhf_core.store import Artifact, Store
@@ -18,118 +18,37 @@ artifacts = typer.Typer(
 )
 
 
-def runs(
-    store: StoreUrl = None,
-    limit: Annotated[
-        int, typer.Option("--limit", "-n", min=1, help="Number of runs to show.")
-    ] = 20,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print complete records, one JSON object per line.")
-    ] = False,
-    metrics: Annotated[
-        bool, typer.Option("--metrics", help="Show a leaderboard: evaluation, time and cost.")
-    ] = False,
-    sort: Annotated[
-        str | None,
-        typer.Option(
-            "--sort",
-            metavar="COLUMN",
-            help="Show the leaderboard of all runs, best first in this column: gold, kl, cost ...",
-        ),
-    ] = None,
-    page: Page = None,
-) -> None:
-    """List the runs, newest first; with --metrics, --sort or --page as a leaderboard."""
-    import json
-
-    from flows.cli.lookup import read_runs
-    from rlhf_core.errors import ConfigError
-
-    if as_json and (metrics or sort or page):
-        raise ConfigError(
-            "--json prints whole records; leave out --sort, --metrics and --page, which belong to "
-            "the leaderboard."
-        )
-    opened = open_now(store)
-    found = read_runs(opened)
-    if metrics or sort or page:
-        _leaderboard(opened, found, limit, sort, page)
-        return
-    found = found[:limit]
-    if as_json:
-        for record in found:
-            echo(json.dumps(record, ensure_ascii=False))
-        return
-    if not found:
-        echo(f"No runs in {opened.url}.")
-        return
-    rows = [["RUN", "NAME", "STATE", "STARTED (UTC)", "STAGES", "REUSED", "ERROR"]]
-    for record in found:
-        stages = record.get("stages") or {}
-        reused = sum(bool(result.get("reused")) for result in stages.values())
-        error = (record.get("error") or "").splitlines()
-        started = str(record.get("started", ""))[:19].replace("T", " ")
-        hacked = record.get("verdict") == "reward hacked"
-        state = f"{record['state']}, reward hacked" if hacked else record["state"]
-        rows.append(
-            [record["id"], record["name"], state, started, str(len(stages)),
-             str(reused), error[0][:80] if error else ""]
-        )  # fmt: skip
-    table(rows)
-
-
-def _leaderboard(
-    opened: Store, records: list[dict[str, Any]], limit: int, sort: str | None, page: Path | None
-) -> None:
-    from tasks.reporting import markdown
-    from tasks.reporting.past import leaderboard, past_run
-
-    found = [past_run(opened, record) for record in (records if sort else records[:limit])]
-    rows, note = leaderboard(found, sort)
-    shown = rows[: limit + 1]
-    if not found:
-        echo(f"No runs in {opened.url}.")
-        return
-    table(shown)
-    if note:
-        echo(f"\n{note}")
-    if page is not None:
-        title = f"Runs in {opened.url}"
-        write_page(page, title, f"# {title}\n\n{markdown.table(shown)}\n\n{note}\n")
-
-
 @artifacts.command("list")
 def list_artifacts(
     kind: Annotated[str | None, typer.Option("--kind", "-k", help="List only this kind.")] = None,
+    as_json: AsJson = False,
     store: StoreUrl = None,
 ) -> None:
     """List the artifacts, newest first."""
     opened = open_now(store)
     found = opened.list(kind)
+    if as_json:
+        print_json({"artifact": a.ref, "digest": a.digest, "created": a.created, "size": a.size,
+                    "files": len(a.files), "what": _what(a)} for a in found)  # fmt: skip
+        return
     if not found:
         there = sorted({artifact.kind for artifact in opened.list()})
-        what = f"of kind {kind!r} " if kind else ""
+        what = f"artifacts of kind {kind!r}" if kind else "artifacts"
         also = f" Kinds: {', '.join(there)}." if there else ""
-        echo(f"No artifacts {what}in {opened.url}.{also}")
+        echo(nothing(what, opened) + also)
         return
     rows = [["ARTIFACT", "CREATED (UTC)", "SIZE", "FILES", "WHAT"]]
     for artifact in found:
         created = artifact.created[:19].replace("T", " ")
-        rows.append(
-            [
-                artifact.ref,
-                created,
-                size_text(artifact.size),
-                str(len(artifact.files)),
-                _what(artifact),
-            ]
-        )
+        size, count = size_text(artifact.size), str(len(artifact.files))
+        rows.append([artifact.ref, created, size, count, _what(artifact)])
     table(rows)
 
 
 @artifacts.command("show")
 def show_artifact(
     ref: Annotated[str, typer.Argument(help="Digest, kind/start, stage or published name.")],
+    as_json: AsJson = False,
     store: StoreUrl = None,
 ) -> None:
     """Show one artifact: files, parents, and the job that made it."""
@@ -141,17 +60,21 @@ def show_artifact(
     value = {
         "artifact": f"{artifact.kind}/{artifact.digest}",
         "created": artifact.created,
-        "size": size_text(artifact.size),
+        "size": artifact.size if as_json else size_text(artifact.size),
         "files": {entry.path: entry.size for entry in artifact.files},
         "parents": list(artifact.parents),
         **artifact.metadata,
     }
-    echo(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
+    if as_json:
+        print_json([value])
+    else:
+        echo(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
 
 
 @artifacts.command("tree")
 def show_tree(
     ref: Annotated[str, typer.Argument(help="Digest, kind/start, stage or published name.")],
+    as_json: AsJson = False,
     store: StoreUrl = None,
 ) -> None:
     """Show an artifact's lineage: its parents, their parents, and so on to the base model."""
@@ -159,7 +82,13 @@ def show_tree(
 
     opened = open_now(store)
     artifact = find_any(opened, ref)
-    for line in tree_lines(artifact.digest, opened.lineage(artifact.digest)):
+    known = opened.lineage(artifact.digest)
+    if as_json:
+        print_json({"digest": digest, "artifact": a and a.ref, "what": a and _what(a),
+                    "parents": list(a.parents) if a else []}
+                   for digest, a in known.items())  # fmt: skip
+        return
+    for line in tree_lines(artifact.digest, known):
         echo(line)
 
 
@@ -205,6 +134,7 @@ def pull_artifact(
 @artifacts.command("verify")
 def verify_artifacts(
     refs: Annotated[list[str] | None, typer.Argument(help="Digests; default: all.")] = None,
+    as_json: AsJson = False,
     store: StoreUrl = None,
 ) -> None:
     """Read all files and compare them with the checksums in their manifests."""
@@ -214,10 +144,14 @@ def verify_artifacts(
     for artifact in chosen:
         problems = opened.verify(artifact.digest)
         bad += bool(problems)
+        if as_json:
+            print_json([{"artifact": artifact.ref, "problems": problems}])
+            continue
         echo(f"{artifact.ref:<30} {'damaged' if problems else 'ok'}")
         for problem in problems:
             echo(f"  {problem}", err=True)
-    echo(f"{len(chosen) - bad} of {len(chosen)} intact.")
+    if not as_json:
+        echo(f"{len(chosen) - bad} of {len(chosen)} intact.")
     if bad:
         raise typer.Exit(1)
 
@@ -236,6 +170,13 @@ def open_now(url: str | None) -> Store:
     opened = open_store(url)
     opened.ping()
     return opened
+
+
+def nothing(what: str, opened: Store) -> str:
+    """The sentence about an empty list, which names another store that may be meant."""
+    from flows.cli.lookup import elsewhere
+
+    return f"No {what} in {opened.url}.{elsewhere(opened)}"
 
 
 def write_page(path: Path, title: str, text: str) -> None:

@@ -17,6 +17,28 @@ MODEL_KINDS = ("model", "published")
 DIGEST = re.compile(r"([a-z0-9._-]+/)?[0-9a-f]{6,64}")
 
 
+def elsewhere(store: Store) -> str:
+    """A hint for who misses something in a store: another one that may be meant; "" without."""
+    from flows.cli import system
+    from flows.server import DEFAULT_URL, unreachable
+
+    running = system.read()
+    if running is not None:
+        if not running.store or running.store.rstrip("/") == store.url.rstrip("/"):
+            return ""
+        return (
+            f" The system that runs here has another store, {running.store}: leave out --store "
+            "and RLHF_STORE to see it."
+        )
+    url = os.environ.get("PREFECT_API_URL") or DEFAULT_URL
+    if unreachable(url, 1.0) is not None:
+        return ""
+    return (
+        f" A Prefect server runs at {url}: if `rlhf up` has started it in another folder, use this "
+        "command there, or name its store with --store."
+    )
+
+
 def read_runs(store: Store) -> list[dict[str, Any]]:
     """The records of all runs, newest first. A run whose process is gone has the state "died"."""
     records = [store.read_record(path) for path in store.list_records("runs/")]
@@ -79,6 +101,7 @@ def _champion(store: Store, name: str | None) -> Artifact:
         )
     raise ArtifactNotFound(
         f"No model is published in {store.url} yet; `rlhf run --preset demo` makes one."
+        + elsewhere(store)
     )
 
 

@@ -14,11 +14,12 @@ import typer
 from flows.cli import run as running
 from flows.cli.compare import compare
 from flows.cli.gc import gc
-from flows.cli.listing import artifacts, open_now, runs
+from flows.cli.listing import artifacts, open_now
 from flows.cli.models import models
-from flows.cli.options import StoreUrl, TrustRemoteCode
-from flows.cli.output import echo
+from flows.cli.options import AsJson, StoreUrl, TrustRemoteCode
+from flows.cli.output import echo, print_json
 from flows.cli.playground import playground
+from flows.cli.runs import runs
 from flows.cli.schedule import schedule
 from flows.cli.serve import serve
 from rlhf_core import __version__
@@ -129,11 +130,15 @@ def down(
 
 
 @app.command()
-def presets() -> None:
+def presets(as_json: AsJson = False) -> None:
     """List the presets."""
     from flows.cli.completion import complete_preset
 
-    for name, description in complete_preset(""):
+    found = complete_preset("")
+    if as_json:
+        print_json({"name": name, "description": description} for name, description in found)
+        return
+    for name, description in found:
         echo(f"{name:<14}{description}")
 
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.listing import open_now, size_text, tree_lines
-from flows.cli.options import StoreUrl
-from flows.cli.output import echo, table
+from flows.cli.listing import nothing, open_now, size_text, tree_lines
+from flows.cli.options import AsJson, StoreUrl
+from flows.cli.output import echo, print_json, table
+from flows.cli.runs import short_metrics
 
 if TYPE_CHECKING:
     from rlhf_core.store import Artifact, Store
@@ -24,9 +25,6 @@ VersionRef = Annotated[
     typer.Argument(metavar="VERSION", help="Number of a version, or start of its digest."),
 ]
 Reason = Annotated[str, typer.Option("--reason", help="Reason, for the history.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-SHORTER = {"win rate (reward)": "win (reward)", "win rate (gold)": "win (gold)",
-           "reward accuracy": "accuracy"}  # fmt: skip
 
 
 @models.command("list")
@@ -38,8 +36,6 @@ def list_models(
     store: StoreUrl = None,
 ) -> None:
     """List the versions: champions, candidates and archived ones."""
-    import json
-
     from rlhf_core.errors import ArtifactCorrupt
     from rlhf_core.store import registry
 
@@ -52,12 +48,11 @@ def list_models(
             damaged.append(str(error))
     lines = [line for model in found for line in _described(opened, model)]
     if as_json:
-        for line in lines:
-            echo(json.dumps(line, ensure_ascii=False))
+        print_json(lines)
     elif lines:
         _print_versions(lines)
     elif not damaged:
-        echo(f"No models in {opened.url}; `rlhf run --preset demo` makes one.")
+        echo(f"{nothing('models', opened)} `rlhf run --preset demo` makes one.")
     for text in damaged:
         echo(f"Error: {text}", err=True)
     if damaged:
@@ -87,7 +82,6 @@ def show_model(
     store: StoreUrl = None,
 ) -> None:
     """Show one version, its lineage, and the history of its name."""
-    import json
 
     import yaml
 
@@ -104,7 +98,7 @@ def show_model(
         for t in model.history
     ]  # fmt: skip
     if as_json:
-        echo(json.dumps({**line, "history": history}, ensure_ascii=False))
+        print_json([{**line, "history": history}])
         return
     size = "not in the store" if line["size"] is None else size_text(line["size"])
     if chosen.state == "candidate":
@@ -164,7 +158,6 @@ def diff(
     store: StoreUrl = None,
 ) -> None:
     """Compare two versions: settings of their jobs, metrics, lineage, size."""
-    import json
 
     from flows.cli.diff import difference
     from rlhf_core.store import registry
@@ -175,7 +168,7 @@ def diff(
     found = difference(opened, *(opened.get(version.digest) for version in chosen))
     if as_json:
         sides = [{"version": v.number, "digest": v.digest, "state": v.state} for v in chosen]
-        echo(json.dumps({"name": name, "versions": sides, **found}, ensure_ascii=False))
+        print_json([{"name": name, "versions": sides, **found}])
         return
     heads = [f"{v.number} ({v.state})" for v in chosen]
     _print_pairs("SETTING", heads, found["settings"])
@@ -221,10 +214,7 @@ def _described(opened: Store, model: Model) -> list[dict[str, Any]]:
 
 
 def _short(line: dict[str, Any]) -> str:
-    if line["size"] is None:
-        return "not in the store"
-    shown = ((SHORTER.get(name, name), value) for name, value in line["metrics"].items())
-    return ", ".join(f"{name} {value:.3g}" for name, value in shown) or "-"
+    return "not in the store" if line["size"] is None else short_metrics(line["metrics"])
 
 
 def _switched(opened: Store, name: str, changed: bool) -> None:

@@ -33,7 +33,7 @@ RunId = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="Id of a run or its first characters, or `last`; see `rlhf runs`.",
+        help="Name or id of a run, or the id's first characters, or `last`; see `rlhf runs`.",
         autocompletion=complete_run,
     ),
 ]

@@ -111,25 +111,34 @@ def cancel(store: Store, reference: str) -> str:
 
 
 def find_run(store: Store, reference: str) -> dict[str, Any]:
-    """The record of a run by its id, its first characters, its flow run's id, or `last`.
+    """The record of a run by its name, its id, its first characters, its flow run's id, or `last`.
 
     Raises:
         ConfigError: no run, or several, match.
     """
-    from flows.cli.lookup import read_runs
+    from flows.cli.lookup import elsewhere, read_runs
 
     runs = read_runs(store)
     if reference == "last" and runs:
         return runs[0]
-    found = [
+    named = [run for run in runs if run.get("name") == reference]
+    found = named or [
         run
         for run in runs
         if run["id"].startswith(reference) or str(run.get("flow_run", "")).startswith(reference)
     ]
     if len(found) == 1:
         return found[0]
-    what = "There is no run" if not found else f"{len(found)} runs start with"
-    raise ConfigError(f"{what} {reference!r} in {store.url}; `rlhf runs` lists them.")
+    if not found:
+        raise ConfigError(
+            f"There is no run {reference!r} in {store.url}; `rlhf runs` lists them."
+            + elsewhere(store)
+        )
+    what = "are called" if named else "start with"
+    raise ConfigError(
+        f"{len(found)} runs in {store.url} {what} {reference!r}, such as {found[0]['id']} and "
+        f"{found[1]['id']}; `rlhf runs` lists them."
+    )
 
 
 def ui() -> str:

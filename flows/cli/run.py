@@ -138,13 +138,12 @@ def _existing(path: Path) -> Path:
 
 
 def _dry_run(settings: PipelineConfig) -> None:
-    import yaml
-
+    from flows.cli.effective import effective
     from rlhf_core.preflight.check import check
 
     problems = check(settings)
-    shown = settings.model_dump(mode="json", exclude_unset=True)
-    echo(redact(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()))
+    for line in effective(settings):
+        echo(redact(line))
     if problems:
         raise PreflightError(problems)
     echo("\nPreflight passed; nothing was started.")

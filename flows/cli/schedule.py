@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ from zoneinfo import ZoneInfo
 import typer
 
 from flows.cli.options import AsJson, ConfigFile, Overrides, Preset
-from flows.cli.output import echo
+from flows.cli.output import echo, print_json
 from rlhf_core.errors import ConfigError, RLHFError
 
 if TYPE_CHECKING:
@@ -192,8 +191,7 @@ def _list(as_json: bool, only: str | None) -> None:
         if only is None or each.slug == only
     ]
     if as_json:
-        for line in shown:
-            echo(json.dumps(line, ensure_ascii=False))
+        print_json(shown)
         return
     if not shown:
         echo("No schedules; `rlhf schedule --cron ... --config FILE` makes one.")

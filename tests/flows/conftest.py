@@ -1,9 +1,13 @@
 """The stand-in for the ranks, and the command line. The Prefect server is in tests/conftest.py."""
 
+import json
 import os
+from dataclasses import asdict
 
+import psutil
 import pytest
 
+from flows.cli.system import Options, System
 from tests import forked
 from tests.tasks.conftest import store, stub  # noqa: F401 (fixtures)
 
@@ -33,3 +37,14 @@ def rlhf(tmp_path, monkeypatch):
 
     run.home = home
     return run
+
+
+@pytest.fixture
+def running(rlhf):
+    """A system whose supervisor is this process."""
+    folder = rlhf.home / ".rlhf/system"
+    folder.mkdir(parents=True)
+    started = psutil.Process().create_time()
+    system = System(os.getpid(), started, "ready", "http://127.0.0.1:9", "s3://rlhf/store",
+                    options=asdict(Options(port=9, s3_port=None, slots=1)))  # fmt: skip
+    (folder / "system.json").write_text(json.dumps(asdict(system)))

@@ -96,8 +96,8 @@ def test_leaderboard_is_sorted_best_first_and_runs_without_the_number_are_last(c
     assert len(rows(command("runs", "--sort", "cost", "-n", "1"))) == 2
     with pytest.raises(ConfigError, match="--sort is 'golf'; expected one of gain, gold, reward"):
         command("runs", "--sort", "golf")
-    with pytest.raises(ConfigError, match="--json prints whole records; leave out --sort"):
-        command("runs", "--json", "--sort", "gold")
+    lines = command("runs", "--sort", "gold", "--json").splitlines()
+    assert [json.loads(line)["run"] for line in lines] == ["run-high", "run-low", "run-empty"]
 
 
 def test_runs_that_were_measured_on_other_prompts_are_told_apart(command, store):

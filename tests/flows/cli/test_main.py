@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flows.cli import listing
+from rlhf_core.jobs import PPOSettings
 from rlhf_core.pipeline.preset_files import preset_names
+from rlhf_core.pipeline.presets import build_config
 from rlhf_core.store import open_store, registry
 from rlhf_core.system.printable import CONTROLS
 
@@ -104,6 +107,13 @@ def test_dry_run_shows_settings_and_starts_nothing(rlhf):
     done = rlhf("run", "--preset", "smoke", "--set", "ppo.steps=7", "--dry-run", code=0)
     assert "steps: 7" in done.stdout
     assert "nothing was started" in done.stdout
+    shown = done.stdout.rpartition("\n\n")[0]
+    found = yaml.safe_load(shown)
+    assert found["ppo"]["clip_range"] == PPOSettings().clip_range and "dpo" not in found
+    assert build_config(found) == build_config("smoke", ["ppo.steps=7"])
+    marked = [line for line in shown.splitlines() if "# default: " in line]
+    assert any(re.fullmatch(r"  steps: 7 +# default: \d+", line) for line in marked)
+    assert not any("clip_range" in line for line in marked)
     assert not (rlhf.home / ".rlhf/runs").exists()
 
 
@@ -144,8 +154,8 @@ def filled(rlhf):
 
 def test_runs_are_listed_newest_first(rlhf, filled):
     lines = rlhf("runs", code=0).stdout.splitlines()
-    assert [line.split()[:3] for line in lines[1:]] == [
-        ["b", "demo", "running"], ["a", "demo", "failed"],
+    assert [line.split()[:4] for line in lines[1:]] == [
+        ["b", "demo", "-", "running"], ["a", "demo", "-", "failed"],
     ]  # fmt: skip
     assert lines[1].endswith("no room")
     records = [json.loads(line) for line in rlhf("runs", "--json", code=0).stdout.splitlines()]
@@ -158,7 +168,7 @@ def test_run_whose_process_is_gone_has_died(rlhf, filled):
 
     record = filled[0].read_record("runs/b.json")
     filled[0].write_record("runs/b.json", {**record, "host": socket.gethostname(), "pid": 2**22})
-    assert rlhf("runs", code=0).stdout.splitlines()[1].split()[2] == "died"
+    assert rlhf("runs", code=0).stdout.splitlines()[1].split()[3] == "died"
 
 
 def test_artifacts_are_listed_shown_pulled_and_verified(rlhf, filled):
@@ -264,3 +274,35 @@ def test_commands_print_through_the_one_function_that_cleans():
     for path in Path(listing.__file__).parent.glob("*.py"):
         if path.name not in ("output.py", "supervisor.py"):
             assert not re.search(r"typer\.s?echo\(|(?<!\w)print\(", path.read_text()), path.name
+
+
+def test_runs_show_owner_duration_and_metrics(rlhf, filled):
+    store, _ = filled
+    models = {"policy": {"kl_mean": 1.25, "length_mean": 20.0}}
+    evaluate = {"digest": "0" * 64, "kind": "evaluation", "reused": False,
+                "metrics": {"win_rate": {"gold": {"rate": 0.625}}, "models": models}}  # fmt: skip
+    store.write_record("runs/20260101-000000-abc-tone.json", {
+        "id": "20260101-000000-abc-tone", "name": "tone", "author": "ada", "state": "completed",
+        "started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T01:02:03+00:00",
+        "stages": {"evaluate": evaluate},
+    })  # fmt: skip
+    line = next(x for x in rlhf("runs", code=0).stdout.splitlines() if "tone" in x)
+    assert re.split(r"  +", line)[:4] == ["20260101-000000-abc", "tone", "ada", "completed"]
+    assert "1 h 2 min" in line and "win (gold) 0.625, KL 1.25, length 20" in line
+
+
+def test_lists_are_json_too(rlhf, filled):
+    ref = filled[1].ref
+    for arguments, key in (
+        (["artifacts", "list"], "artifact"), (["artifacts", "show", ref], "artifact"),
+        (["artifacts", "tree", ref], "artifact"), (["artifacts", "verify"], "problems"),
+        (["presets"], "description"), (["compare", "a", "b"], "rows"),
+        (["runs", "--metrics"], "run"),
+    ):  # fmt: skip
+        lines = rlhf(*arguments, "--json", code=0).stdout.splitlines()
+        assert lines and all(key in json.loads(line) for line in lines), arguments
+
+
+def test_store_of_the_running_system_is_named_where_another_is_empty(rlhf, running):
+    said = rlhf("runs", "--store", "elsewhere", code=0).stdout
+    assert "The system that runs here has another store, s3://rlhf/store" in said

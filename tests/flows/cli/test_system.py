@@ -1,25 +1,5 @@
 """`rlhf up` beside a system that runs already."""
 
-import json
-import os
-from dataclasses import asdict
-
-import psutil
-import pytest
-
-from flows.cli.system import Options, System
-
-
-@pytest.fixture
-def running(rlhf):
-    """A system whose supervisor is this process."""
-    folder = rlhf.home / ".rlhf/system"
-    folder.mkdir(parents=True)
-    started = psutil.Process().create_time()
-    system = System(os.getpid(), started, "ready", "http://127.0.0.1:9", "file:///none",
-                    options=asdict(Options(port=9, s3_port=None, slots=1)))  # fmt: skip
-    (folder / "system.json").write_text(json.dumps(asdict(system)))
-
 
 def test_up_says_that_a_system_runs_already(rlhf, running):
     said = rlhf("up", code=0).stdout
