@@ -26,6 +26,7 @@ from rlhf_core.serving.batch import Batch, decoding
 from rlhf_core.serving.reply_text import ReplyText
 from rlhf_core.serving.sampling import Options, Sampler, TokenLogprob, defaults, draw
 from rlhf_core.system.host_memory import is_out_of_memory
+from rlhf_core.system.machine import this_machine
 
 MAX_ROWS = 64  # replies that are generated at a time
 PROMPT_TOKENS = (
@@ -130,6 +131,8 @@ class Generator:
         self._batch = Batch(model)
         self._max_rows = max_rows if self._batch.joins else 1
         self._memory = MEMORY_SHARE * free_memory(self._batch.device)
+        if self._batch.device.type == "cpu":
+            self._memory = min(self._memory, MEMORY_SHARE * this_machine().ram)
         self._position_bytes = 0
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()

@@ -23,6 +23,7 @@ from transformers import (
 from rlhf_core.chat.model import Sampling
 from rlhf_core.rollout.sampling import sample_inverse_cdf
 
+OWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 COLDEST = 1e-5  # a lower temperature is greedy decoding
 
 
@@ -61,10 +62,8 @@ class TokenLogprob:
 
 def defaults(generation_config: Any) -> dict[str, Any]:
     """Sampling where a request says nothing: the model's own, or that of `rlhf chat`."""
-    if not generation_config.do_sample:
-        return Sampling().options()
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return {name: getattr(generation_config, name, None) for name in names}
+    own = {name: getattr(generation_config, name, None) for name in OWN}
+    return own if generation_config.do_sample else {**own, **Sampling().options(), "min_p": None}
 
 
 class Sampler:

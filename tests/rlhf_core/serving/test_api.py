@@ -27,9 +27,15 @@ def post(server, body, path="/v1/chat/completions"):
     return httpx.post(f"{server.url}{path}", json=body, timeout=60)
 
 
-def test_replies_to_many_clients_are_those_to_one(server):
+def test_replies_to_many_clients_are_those_to_one(server, monkeypatch):
     import torch
 
+    from rlhf_core.serving.batch import Batch
+
+    step, rows = Batch.step, []
+    monkeypatch.setattr(
+        Batch, "step", lambda self, tokens: (rows.append(len(tokens)), step(self, tokens))[1]
+    )
     model, tokenizer = server.chat_model.model, server.chat_model.tokenizer
     prompts = [[(7 * i + j) % 300 + 5 for j in range(3 + 5 * i % 40)] for i in range(12)]
     alone = []
@@ -41,7 +47,7 @@ def test_replies_to_many_clients_are_those_to_one(server):
         alone.append(tokenizer.decode(output, skip_special_tokens=True))
 
     def ask(i):
-        time.sleep(0.01 * (i % 5))
+        time.sleep(0.005 * (i % 3))
         found = server.client.completions.create(
             model="tiny", prompt=prompts[i], max_tokens=3 + 4 * i, temperature=0
         )
@@ -49,6 +55,7 @@ def test_replies_to_many_clients_are_those_to_one(server):
 
     with ThreadPoolExecutor(12) as threads:
         assert list(threads.map(ask, range(12))) == alone
+    assert max(rows) > 3  # of them at a time
     several = server.client.completions.create(
         model="tiny", prompt=prompts[:3], max_tokens=3, temperature=0
     )

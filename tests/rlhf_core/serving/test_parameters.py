@@ -130,7 +130,7 @@ def check_instructions(server, api):
 
 def check_length(name):
     def check(server, api):
-        answer = ask(server, api, **{name: 3})
+        answer = ask(server, api, temperature=0, **{name: 3})
         if api == "responses":
             assert answer.usage.output_tokens == 3 and answer.status == "incomplete"
             assert answer.incomplete_details.reason == "max_output_tokens"
@@ -159,10 +159,9 @@ def check_top_p(server, api):
 
 
 def check_n(server, api):
-    answer = ask(server, api, n=3, temperature=2)
+    answer = ask(server, api, n=3, temperature=2, seed=1)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert len({str(choice) for choice in answer.choices}) == 3
-    assert answer.usage.completion_tokens > 2 * 12
     assert refusal(server, api, "n", 0) == "invalid_value"
     chunks = list(ask(server, api, n=2, stream=True))
     assert {chunk.choices[0].index for chunk in chunks} == {0, 1}
@@ -187,8 +186,8 @@ def check_seed(server, api):
 
 def check_penalty(name):
     def check(server, api):
-        plain = text(ask(server, api, temperature=0, max_tokens=100))
-        assert text(ask(server, api, temperature=0, max_tokens=100, **{name: 2})) != plain
+        plain = text(ask(server, api, temperature=0, max_tokens=60))
+        assert text(ask(server, api, temperature=0, max_tokens=60, **{name: 2})) != plain
         assert refusal(server, api, name, 2.1) == "invalid_value"
 
     return check
@@ -255,7 +254,7 @@ def check_stream(server, api):
 
 def check_stream_options(server, api):
     asked = {"stream_options": {"include_usage": True}}
-    *chunks, last = ask(server, api, stream=True, **asked)
+    *chunks, last = ask(server, api, temperature=0, stream=True, **asked)
     assert all(chunk.usage is None for chunk in chunks)
     assert last.choices == [] and last.usage.completion_tokens == 12
     assert refusal(server, api, "stream_options", {"include_usage": True}) == "invalid_value"

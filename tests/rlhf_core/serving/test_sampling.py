@@ -75,7 +75,9 @@ def test_models_own_sampling_is_the_default():
     config = {"temperature": 0.3, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1}
     own = SimpleNamespace(do_sample=True, min_p=None, **config)
     assert defaults(own) == {**config, "min_p": None}
-    assert defaults(SimpleNamespace(do_sample=False))["temperature"] == 0.7
+    greedy = defaults(SimpleNamespace(do_sample=False, min_p=0.5, **config))
+    assert (greedy["temperature"], greedy["top_k"], greedy["min_p"]) == (0.7, 0, None)
+    assert greedy["repetition_penalty"] == 1.1  # transformers applies it to greedy decoding too
     assert Sampler(Options(), defaults(own)).temperature == 0.3
     logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
     sampler = Sampler(Options(temperature=1), {"top_k": 2})
