@@ -52,7 +52,10 @@ def run(job: ImportModelJob, context: StageContext) -> Artifact:
     quiet()
     context.log(f"importing {job.source}")
     loaded = _load(job, source, context)
+    own = loaded.tokenizer.chat_template
     ends = prepare_tokenizer(loaded.tokenizer, job.chat_template, job.source)
+    if note := template_note(own, loaded.tokenizer.chat_template, job.chat_template):
+        context.log(note)
     _check_vocabulary(loaded, job.source)
     set_generation(loaded, ends)
     folder = context.scratch("model")
@@ -247,6 +250,17 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, choice: str, source: s
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # an existing token: the vocabulary stays
     return list(dict.fromkeys([end, tokenizer.eos_token_id]))
+
+
+def template_note(own: str | dict[str, str] | None, chosen: str, choice: str) -> str:
+    """What there is to say about a chat template that is not the tokenizer's only one; "" else."""
+    if not own:
+        name = "chatml" if choice == "auto" else choice
+        return f"the tokenizer has no chat template; the built-in {name} is used"
+    if isinstance(own, dict):
+        used, names = "default" if choice == "auto" else choice, ", ".join(own)
+        return f"the tokenizer has the chat templates {names}; {used} is used"
+    return "" if own == chosen else f"{choice} takes the place of the tokenizer's own chat template"
 
 
 def _check_vocabulary(loaded: Loaded, source: str) -> None:

@@ -182,6 +182,11 @@ def _read(tokenizer: Any, key: tuple[str, int]) -> TemplateFacts:
             error
         )
     after = text[text.rfind(PROBE) + len(PROBE) :]
+    system: Message = {"role": "system", "content": "Rule 1"}
+    try:
+        around = prompt + after + apply_template(tokenizer, [system, *question], True)
+    except DataError:  # it takes no system message
+        around = prompt + after
     found = _any_of(added).match(after.lstrip()) if added and PROBE in text else None
     if found is None:
         shown = repr(after[:40]) if after else "nothing"
@@ -192,7 +197,7 @@ def _read(tokenizer: Any, key: tuple[str, int]) -> TemplateFacts:
     end = found.group()
     facts = TemplateFacts(
         key, end, added[end], after[: after.index(end) + len(end)],
-        _markers(tokenizer, added, prompt + after),
+        _markers(tokenizer, added, around),
         _find_prefix(tokenizer, end), dated="strftime_now" in key[0],
     )  # fmt: skip
     return replace(

@@ -21,15 +21,15 @@ _ABOUT = _words(
     "toxic detoxify moderation guard redacted model models engine provider generator source "
     "sources origin repo commit path dump dataset datasets datasource subset split fold config "
     "configs configuration params parameters seed mode type types kind category categories "
-    "subcategory task tasks domain topic topics theme genre subject subreddit field tag tags "
-    "keyword keywords intent ability skill skills lang language languages locale country region "
-    "state date time timestamp year created updated version release url uri link license licence "
-    "author annotator annotators annotation annotations worker judge user metadata meta info stats "
-    "statistics header headers status correct correctness valid verified usage cost price title "
-    "extra answer truth solution critique comment reason agent channel thread session platform "
-    "filename name format train training rate fingerprint script"
+    "subcategory task tasks domain topic topics subject subreddit field tag tags intent ability "
+    "skill skills lang language languages locale country region state date time timestamp year "
+    "created updated version release url uri link license licence author annotator annotators "
+    "annotation annotations worker judge user metadata meta info stats statistics header headers "
+    "status correct correctness valid verified usage cost price title extra answer truth solution "
+    "critique comment agent channel platform filename name format train training rate fingerprint "
+    "script"
 )
-_ABOUT_FIRST = _words("id is score rating avg mean used")
+_ABOUT_FIRST = _words("id is score rating avg mean used finish stop")
 _COUNTS = _words("num n nb count counts number has contains")  # of images too
 
 _FLAGS = _words("train trainable training trained loss learn learnable")
@@ -71,8 +71,8 @@ _MEANINGS: dict[str, tuple[frozenset[str], str]] = {
     ),
     "reasoning": (
         _words(
-            "reasoning thinking thought thoughts think cot rationale rationales scratchpad "
-            "analysis explanation explanations"
+            "reasoning reason reasons thinking thought thoughts think cot rationale rationales "
+            "scratchpad analysis explanation explanations"
         ),
         "reasoning is read only inside the reply's text: put it there in the form that the model "
         "writes, such as <think>...</think>",

@@ -8,6 +8,7 @@ import pytest
 from rlhf_core.errors import ModelError
 from rlhf_core.jobs import ImportModelJob
 from rlhf_core.model_files.folder_check import check_weight_files
+from rlhf_core.stages.import_model import template_note
 from rlhf_core.store import open_store
 from tests.rlhf_core.tiny_models import copy_of, import_model
 
@@ -105,6 +106,14 @@ def test_vocabulary_is_never_resized_and_eos_ends_a_turn(tmp_path: Path) -> None
     assert generation["eos_token_id"] == [0, 2]
     assert generation["pad_token_id"] == 0
     assert json.loads((copy / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
+
+
+def test_log_says_which_template_takes_the_place_of_which() -> None:
+    assert template_note("A", "A", "auto") == ""
+    assert "no chat template; the built-in chatml" in template_note(None, "C", "auto")
+    assert template_note("A", "C", "chatml").startswith("chatml takes the place of")
+    named = {"default": "A", "rag": "B"}
+    assert "chat templates default, rag; default is" in template_note(named, "A", "auto")
 
 
 def test_template_without_an_end_of_turn_is_refused(tmp_path: Path) -> None:

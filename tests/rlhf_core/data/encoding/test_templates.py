@@ -242,12 +242,11 @@ def test_template_that_rewrites_prompts_is_refused():
 
 def test_tokens_around_turns_are_found_in_messages_though_they_are_not_special():
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(["[user]", "<think>", "[other]"], special_tokens=False)
+    tokens = ["[user]", "[system]", "<think>", "[other]"]
+    tokenizer.add_tokens(tokens, special_tokens=False)
     tokenizer.chat_template = R1
-    found = [
-        templates.find_special_token(tokenizer, f"a {t}") for t in ("[user]", "<think>", "[other]")
-    ]
-    assert found == ["[user]", None, None]
+    found = [templates.find_special_token(tokenizer, f"a {t}") for t in tokens]
+    assert found == ["[user]", "[system]", None, None]
 
 
 def test_named_templates_have_to_be_chosen():
@@ -288,6 +287,9 @@ def test_template_that_refuses_a_conversation_says_why():
     )
     with pytest.raises(DataError, match="no system"):
         templates.render(tokenizer, TALK)
+    tokenizer.chat_template = "{{ 1 // (messages[0].content | length - 1) }}" + QWEN3
+    with pytest.raises(DataError, match=r"rejects turns of user: .*zero"):
+        templates.render(tokenizer, PLAIN_TALK[:2])
 
 
 def test_special_tokens_in_a_message_are_found():
