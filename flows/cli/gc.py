@@ -74,15 +74,15 @@ def digests_in_use(store: Store, young: timedelta, archived: int) -> Iterator[st
     yield from kept_digests(store, archived)
     for prefix in ("retrain/", "watched/"):
         for path in store.list_records(prefix):
-            yield from _digests(store, store.read_record(path) or {})
+            yield from digests_of(store, store.read_record(path) or {})
     now = datetime.now(UTC)
     for run in read_runs(store):
         # A run that has not ended counts whatever its age: it may wait for an approval.
         if run.get("state") not in FINISHED or now - _last_active(run) <= young:
-            yield from _digests(store, run)
+            yield from digests_of(store, run)
 
 
-def _digests(store: Store, record: dict[str, Any]) -> Iterator[str]:
+def digests_of(store: Store, record: dict[str, Any]) -> Iterator[str]:
     """Everything in a record that looks like a digest. Keeping too much does no harm."""
     from rlhf_core.errors import RLHFError
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rlhf_core.store import Artifact, Store
 
 artifacts = typer.Typer(
-    help="Artifacts in the store: list, show, tree, pull, verify, gc.", no_args_is_help=True
+    help="Artifacts in the store: list, show, tree, pull, verify, gc, repair, delete.",
+    no_args_is_help=True,
 )
 
 

@@ -19,6 +19,7 @@ from flows.cli.models import models
 from flows.cli.options import AsJson, StoreUrl, TrustRemoteCode
 from flows.cli.output import echo, print_json
 from flows.cli.playground import playground
+from flows.cli.repair import delete, repair
 from flows.cli.runs import runs
 from flows.cli.schedule import schedule
 from flows.cli.serve import serve
@@ -37,6 +38,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 artifacts.command("gc")(gc)
+artifacts.command("repair")(repair)
+artifacts.command("delete")(delete)
 app.add_typer(artifacts, name="artifacts")
 app.add_typer(models, name="models")
 

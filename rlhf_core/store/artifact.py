@@ -224,13 +224,13 @@ def parse_manifest(data: bytes, key: str, digest: str) -> Artifact:
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactCorrupt(
-            f"manifest {key} cannot be read ({type(error).__name__}: {str(error)[:500]}); delete "
-            f"artifact {digest[:12]} and publish it again"
+            f"manifest {key} cannot be read ({type(error).__name__}: {str(error)[:500]}); run "
+            "`rlhf artifacts repair`, or publish it again"
         ) from error
     if artifact.digest != digest:
         raise ArtifactCorrupt(
             f"manifest {key} was changed: its content has digest {artifact.digest[:12]}, its name "
-            f"says {digest[:12]}; delete the artifact and publish it again"
+            f"says {digest[:12]}; run `rlhf artifacts repair`, or publish it again"
         )
     return artifact
 

@@ -153,6 +153,6 @@ def corrupt_error(backend: Backend, entry: FileEntry, found: str, owner: str) ->
     """The error for a damaged file of the artifact ``owner``."""
     return ArtifactCorrupt(
         f"file {entry.path!r} of artifact {owner} is damaged in {backend.url} "
-        f"({blob_key(entry.sha256)}): {found}; repair it from a good copy (Store.repair), or "
-        "delete the artifact and run its stage again"
+        f"({blob_key(entry.sha256)}): {found}; `rlhf artifacts repair` looks for a good copy, "
+        "and otherwise clears it away, so that its stage runs again"
     )

@@ -18,6 +18,7 @@ from rlhf_core.store.refs import MANIFEST
 log = logging.getLogger("rlhf_core.store")
 
 SCOPES = "checkpoints"
+QUARANTINE = "quarantine/"  # what a repair has set aside
 BATCH = 64  # deletions between two checks of the flag
 LEASE_SECONDS = 3600.0  # a lease is valid for at least this long, however short the grace period
 Roots = Callable[[], Set[str]]
@@ -46,8 +47,8 @@ class Garbage:
     Attributes:
         artifacts: (``kind/digest[:12]``, creation time or "" if the manifest is unreadable).
         manifests, blobs: their entries. checkpoints: all entries below `checkpoints/`.
-        others: stage records without an artifact, old leases, probes and records of `memory/` and
-            `candidates/`.
+        others: stage records without an artifact, old leases, probes and records of `memory/`,
+            `candidates/` and `quarantine/`.
         notes: why something that looks like garbage is kept.
         kept: number of artifacts that stay.
         uploads: number of unfinished uploads that were removed.
@@ -100,13 +101,13 @@ def collect(backend: Backend, roots: Roots, limits: Limits) -> Garbage:
     backend.free_reserve()
     with CollectionFlag(backend) as flag:
         garbage = _find_all(backend, roots, limits, now)
-        _delete(backend, garbage, flag)
+        delete_all(backend, garbage, flag)
     for scope in backend.folders(SCOPES):
         scoped = backend.scoped(f"{SCOPES}/{scope}")
         if _find_all(scoped, set, limits, now).entries:
             with CollectionFlag(scoped) as flag:
                 found = _find_all(scoped, set, limits, now)
-                _delete(scoped, found, flag)
+                delete_all(scoped, found, flag)
             garbage.checkpoints += [_below(scope, entry) for entry in found.entries]
     garbage.uploads = uploads
     garbage.notes += note
@@ -151,7 +152,7 @@ class _Listing:
         return self.now - entry.modified > limit
 
 
-def _list_all(backend: Backend, roots: Roots, limits: Limits, now: float) -> _Listing:
+def list_all(backend: Backend, roots: Roots, limits: Limits, now: float) -> _Listing:
     """Leases first, then stage records and roots, then manifests; `leases` says why."""
     leases = backend.entries(LEASES)
     lease_age = max(limits.grace, LEASE_SECONDS)
@@ -172,35 +173,37 @@ def _list_all(backend: Backend, roots: Roots, limits: Limits, now: float) -> _Li
 
 def _find_all(backend: Backend, roots: Roots, limits: Limits, now: float) -> Garbage:
     """The garbage of one store or scope."""
-    listing = _list_all(backend, roots, limits, now)
+    listing = list_all(backend, roots, limits, now)
     kept = _reachable(_wanted(listing, limits), listing.artifacts)
     present = kept & listing.manifests.keys()
     garbage = Garbage(kept=len(present))
     for digest in listing.manifests.keys() - kept:
         manifest = listing.manifests[digest]
         created = listing.artifacts[digest].created if digest in listing.artifacts else ""
-        garbage.artifacts.append((_ref(manifest), created))
+        garbage.artifacts.append((ref_of(manifest), created))
         garbage.manifests.append(manifest)
     garbage.others = _old_records(backend, listing, limits, present)
     if unread := sorted(present - listing.artifacts.keys()):
         garbage.notes.append(
             "no file is deleted, because the manifest of "
-            + ", ".join(_ref(listing.manifests[digest]) for digest in unread)
-            + " is damaged and its files are unknown; publish it again, or delete it"
+            + ", ".join(ref_of(listing.manifests[digest]) for digest in unread)
+            + " is damaged and its files are unknown; publish it again, or run "
+            "`rlhf artifacts repair`"
         )
         return garbage
-    named = {
-        entry.sha256
-        for digest in kept & listing.artifacts.keys()
-        for entry in listing.artifacts[digest].files
-    }
-    named |= {str(sha) for value in listing.leased for sha in value.get("blobs", [])}
+    named = named_files(listing, (listing.artifacts[d] for d in kept & listing.artifacts.keys()))
     garbage.blobs = [
         entry
         for entry in backend.entries("blobs/")
         if entry.key.rpartition("/")[2] not in named and listing.older(entry, limits.grace)
     ]
     return garbage
+
+
+def named_files(listing: _Listing, artifacts: Iterable[Artifact]) -> set[str]:
+    """sha256 of the files of some artifacts, and of those that writers have announced."""
+    named = {entry.sha256 for artifact in artifacts for entry in artifact.files}
+    return named | {str(sha) for value in listing.leased for sha in value.get("blobs", [])}
 
 
 def _wanted(listing: _Listing, limits: Limits) -> set[str]:
@@ -234,12 +237,13 @@ def _old_records(
     found += [e for e in backend.entries("memory/") if listing.older(e, limits.keep)]
     # Output of a failed stage: by now a version of a model, or abandoned.
     found += [e for e in backend.entries("candidates/") if listing.older(e, limits.keep)]
+    found += [e for e in backend.entries(QUARANTINE) if listing.older(e, limits.keep)]
     litter = [*backend.entries("probes/"), *backend.entries("gc/")]
     found += [e for e in litter if not e.key.startswith(FLAGS) and listing.older(e, limits.grace)]
     return found
 
 
-def _ref(manifest: Entry) -> str:
+def ref_of(manifest: Entry) -> str:
     _, kind, digest, _ = manifest.key.split("/")
     return f"{kind}/{digest[:12]}"
 
@@ -274,7 +278,7 @@ def _json(backend: Backend, entry: Entry) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _delete(backend: Backend, garbage: Garbage, flag: CollectionFlag) -> None:
+def delete_all(backend: Backend, garbage: Garbage, flag: CollectionFlag) -> None:
     """Delete manifests before blobs, so that a kill or a power cut breaks no artifact."""
     quick = backend.with_short_timeouts()  # a deletion must end long before the flag is stale
     manifests = [entry.key for entry in garbage.manifests]

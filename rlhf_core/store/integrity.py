@@ -1,10 +1,9 @@
-"""Checks and repairs stored bytes, and checks that the storage can be used."""
+"""Checks stored bytes, and that the storage can be used."""
 
 from __future__ import annotations
 
 import hashlib
 import uuid
-from pathlib import Path
 
 from rlhf_core.errors import StoreUnavailable
 from rlhf_core.store.artifact import Artifact, FileEntry
@@ -15,8 +14,6 @@ from rlhf_core.store.blobs import (
     blob_problem,
     check_blob,
     corrupt_error,
-    read_source,
-    upload_blob,
 )
 from rlhf_core.store.parallel import FILES_AT_ONCE, in_parallel
 
@@ -44,17 +41,6 @@ def verify(backend: Backend, artifact: Artifact) -> list[str]:
         return found and str(corrupt_error(backend, entry, found, artifact.ref))
 
     return [text for text in in_parallel(check, artifact.files, FILES_AT_ONCE) if text]
-
-
-def repair(backend: Backend, artifact: Artifact, folder: Path) -> list[str]:
-    """See `Store.repair`."""
-    for entry in artifact.files:
-        copy = folder / entry.path
-        if check_blob(backend, entry) and copy.is_file():
-            source = read_source(entry.path, copy)
-            if source.entry == entry:
-                upload_blob(backend, source, force=True)
-    return verify(backend, artifact)
 
 
 def check_access(backend: Backend) -> None:

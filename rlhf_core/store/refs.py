@@ -1,13 +1,15 @@
-"""Resolves an artifact reference, such as `model/1a2b3c`, to one artifact."""
+"""Finds artifacts by a reference, such as `model/1a2b3c`, and by what they were made from."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 
-from rlhf_core.errors import ArtifactNotFound, ConfigError
-from rlhf_core.store.artifact import KIND
+from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, ConfigError
+from rlhf_core.store.artifact import KIND, Artifact
 from rlhf_core.store.backend import Backend
+from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
 
 MIN_DIGITS = 6
 _HEX = re.compile(rf"[0-9a-f]{{{MIN_DIGITS},64}}")
@@ -68,3 +70,25 @@ def _not_found(backend: Backend, ref: str, kind: str, start: str) -> str:
     near = difflib.get_close_matches(start, names, n=3, cutoff=0.5)
     shown = [names[d] for d in near] or list(names.values())[:3] or sorted({k for k, _ in refs})
     return f"{message}; closest: {', '.join(shown)}"
+
+
+def lineage(
+    backend: Backend, digest: str, read: Callable[[str, str], Artifact]
+) -> dict[str, Artifact | None]:
+    """See `Store.lineage`. ``read`` returns the artifact of a kind and digest."""
+
+    def find(digest: str) -> Artifact | None:
+        try:
+            return read(kinds[digest], digest) if digest in kinds else None
+        except (ArtifactNotFound, ArtifactCorrupt):
+            return None
+
+    kinds = {each: kind for kind, each in find_refs(backend, None)}
+    known: dict[str, Artifact | None] = {}
+    todo = {digest}
+    while todo:
+        names = sorted(todo)
+        known |= zip(names, in_parallel(find, names, REQUESTS_AT_ONCE), strict=True)
+        todo = {parent for each in names if (a := known[each]) for parent in a.parents}
+        todo -= known.keys()
+    return known

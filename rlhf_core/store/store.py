@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, StoreError, StoreUnavailable
+from rlhf_core.errors import ArtifactNotFound, StoreError, StoreUnavailable
 from rlhf_core.store import records, stages
 from rlhf_core.store.artifact import (
     KIND,
@@ -29,13 +29,15 @@ from rlhf_core.store.artifact import (
     parse_manifest,
 )
 from rlhf_core.store.backend import Backend
-from rlhf_core.store.blobs import blob_key
 from rlhf_core.store.collect import Garbage, Limits, Roots, collect, find_garbage
+from rlhf_core.store.deletion import delete_alone, delete_artifact
 from rlhf_core.store.folders import fetch_cached, fetch_to, walk
-from rlhf_core.store.integrity import check_access, read_verified, repair, verify
+from rlhf_core.store.integrity import check_access, read_verified, verify
 from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
 from rlhf_core.store.publishing import holding, publish
-from rlhf_core.store.refs import find_refs, manifest_key, resolve
+from rlhf_core.store.refs import find_refs, lineage, manifest_key, resolve
+from rlhf_core.store.repair import Damage, find_damage, repair
+from rlhf_core.system.home import rlhf_home
 
 log = logging.getLogger("rlhf_core.store")
 
@@ -117,8 +119,11 @@ class Store:
             ConfigError: several artifacts match.
             ArtifactCorrupt: its manifest is damaged.
         """
-        kind, digest = resolve(self._backend, ref)
-        return self._read(kind, digest)
+        return self._read(*self.resolve(ref))
+
+    def resolve(self, ref: str) -> tuple[str, str]:
+        """Kind and digest of a reference, whose manifest may be damaged. Raises as `get`."""
+        return resolve(self._backend, ref)
 
     def _read(self, kind: str, digest: str) -> Artifact:
         # A record could hold anything, even a path that leads out of the store.
@@ -159,22 +164,7 @@ class Store:
     def lineage(self, digest: str) -> dict[str, Artifact | None]:
         """An artifact and all its ancestors by digest; None for a missing or damaged one."""
 
-        def read(digest: str) -> Artifact | None:
-            try:
-                return self._read(kinds[digest], digest) if digest in kinds else None
-            except (ArtifactNotFound, ArtifactCorrupt):
-                return None
-
-        kinds = {each: kind for kind, each in find_refs(self._backend, None)}
-        known: dict[str, Artifact | None] = {}
-        todo = {digest}
-        while todo:
-            names = sorted(todo)
-            found = in_parallel(read, names, REQUESTS_AT_ONCE)
-            known |= zip(names, found, strict=True)
-            todo = {parent for artifact in found if artifact for parent in artifact.parents}
-            todo -= known.keys()
-        return known
+        return lineage(self._backend, digest, self._read)
 
     def fetch(self, ref: str, destination: Path | None = None) -> Path:
         """Fetch the artifact's files into a local folder, each verified against its sha256.
@@ -205,9 +195,25 @@ class Store:
         """Read every blob of an artifact; returns the problems, one text each."""
         return verify(self._backend, self.get(ref))
 
-    def repair(self, ref: str, folder: Path) -> builtins.list[str]:
-        """Replace damaged blobs with good copies from a folder; returns the remaining problems."""
-        return repair(self._backend, self.get(ref), Path(folder))
+    def find_damage(self) -> builtins.list[Damage]:
+        """Read the whole store; returns what is damaged or missing, checkpoints included."""
+        return find_damage(self._backend)
+
+    def repair(
+        self, damage: builtins.list[Damage], folders: Sequence[Path] = ()
+    ) -> builtins.list[Damage]:
+        """Heal what `find_damage` found, and clear the rest away, so that stages run again.
+
+        Args:
+            folders: are searched for good copies, after this machine's cache and published folders.
+
+        Returns:
+            The damage, with what was done about it.
+        """
+        own = [rlhf_home() / "cache" / "artifacts", rlhf_home() / "published"]
+        done = repair(self._backend, damage, [*own, *folders])
+        self._artifacts.clear()
+        return done
 
     def holding(self, ref: str) -> AbstractContextManager[Artifact]:
         """The complete artifact, protected from a collector until the block ends.
@@ -220,6 +226,16 @@ class Store:
         """
         return holding(self._backend, self.get(ref))
 
+    def delete_unused(self, digest: str, grace: float) -> Garbage:
+        """Delete an artifact beside others that publish; see `deletion.delete_artifact`.
+
+        Raises:
+            ArtifactNotFound: there is no such artifact.
+        """
+        _, digest = self.resolve(digest)
+        self._artifacts.pop(digest, None)
+        return delete_artifact(self._backend, digest, grace)
+
     def delete(self, digest: str, *, blobs: bool = False) -> None:
         """Remove an artifact.
 
@@ -231,26 +247,9 @@ class Store:
         Raises:
             ArtifactNotFound: there is no such artifact.
         """
-        kind, digest = resolve(self._backend, digest)
-        artifact = None
-        try:
-            artifact = self._read(kind, digest)
-        except ArtifactCorrupt as error:
-            log.warning("deleting %s/%s without its blobs: %s", kind, digest[:12], error)
-        self._backend.delete(manifest_key(kind, digest))
+        kind, digest = self.resolve(digest)
         self._artifacts.pop(digest, None)
-        if not blobs or artifact is None:
-            return
-        try:
-            rest = in_parallel(
-                lambda ref: self._read(*ref), find_refs(self._backend, None), REQUESTS_AT_ONCE
-            )
-        except ArtifactCorrupt as error:  # it may name any blob
-            log.warning("the files of %s/%s stay: %s", kind, digest[:12], error)
-            return
-        kept = {entry.sha256 for other in rest for entry in other.files}
-        going = {entry.sha256 for entry in artifact.files} - kept
-        in_parallel(lambda sha: self._backend.delete(blob_key(sha)), going, REQUESTS_AT_ONCE)
+        delete_alone(self._backend, kind, digest, self._read, blobs)
 
     # Records
 

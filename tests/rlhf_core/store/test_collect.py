@@ -143,14 +143,14 @@ def test_writer_waits_for_a_collection_and_sends_again_what_it_took(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made(store, "garbage", weights=b"w" * 1000)
-    delete, at_work, go_on = collect._delete, threading.Event(), threading.Event()
+    delete, at_work, go_on = collect.delete_all, threading.Event(), threading.Event()
 
     def slow_delete(*arguments: object) -> None:
         at_work.set()
         assert go_on.wait(20)
         delete(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(collect, "_delete", slow_delete)
+    monkeypatch.setattr(collect, "delete_all", slow_delete)
     collector = threading.Thread(target=store.collect, args=(set, EVERYTHING))
     collector.start()
     assert at_work.wait(20)
@@ -247,7 +247,7 @@ def test_collector_that_was_taken_for_dead_stops(
 ) -> None:
     artifact = store.publish(folder, kind="model")
     monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.05)
-    delete = collect._delete
+    delete = collect.delete_all
 
     def overtaken(backend: object, garbage: object, flag: leases.CollectionFlag) -> None:
         end = time.monotonic() + 20
@@ -256,7 +256,7 @@ def test_collector_that_was_taken_for_dead_stops(
             time.sleep(0.2)
         delete(backend, garbage, flag)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(collect, "_delete", overtaken)
+    monkeypatch.setattr(collect, "delete_all", overtaken)
     with pytest.raises(StoreError, match="could not renew its flag"):
         store.collect(set, EVERYTHING)
     assert store.verify(artifact.digest) == []

@@ -1,0 +1,113 @@
+"""Repair and deletion, on a folder and on a real S3 server."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.errors import ArtifactNotFound, StoreError
+from rlhf_core.store import Artifact, Store, leases, open_store, registry
+from rlhf_core.store.blobs import blob_key
+from rlhf_core.store.collect import Limits
+from rlhf_core.store.refs import manifest_key
+from tests.rlhf_core.store.helpers import blobs, flip_bit, overwrite_blob
+
+
+def made(store: Store, name: str, **files: bytes) -> Artifact:
+    return store.publish_derived(kind="model", files={"name": name.encode(), **files})
+
+
+def full(artifact: Artifact) -> str:
+    return f"{artifact.kind}/{artifact.digest}"
+
+
+def test_damage_is_found_healed_from_the_cache_or_cleared_away(
+    store: Store, tmp_path: Path
+) -> None:
+    good = made(store, "good", shared=b"s" * 500)
+    cached, lost = made(store, "c", w=b"c" * 900), made(store, "l", w=b"l" * 900)
+    gone, scope = made(store, "g"), store.scoped("checkpoints/key")
+    for artifact in (cached, lost):
+        store.commit_stage(artifact.digest, artifact)
+    store.fetch(cached.digest)
+    checkpoint = scope.publish_derived(kind="checkpoint", files={"a": b"a"})
+    overwrite_blob(store, cached.file("w"), b"c" * 899)
+    overwrite_blob(store, lost.file("w"), flip_bit(b"l" * 900))
+    store._backend.delete(blob_key(gone.file("name").sha256))
+    store._backend.write(f"checkpoints/key/{manifest_key('checkpoint', checkpoint.digest)}", b"")
+    store.write_record("runs/good.json", {})
+    store._backend.write("runs/bad.json", b'{"id": ')
+    assert store.stage_result(lost.digest) == lost  # of the right size, so it is not noticed
+
+    before = store._backend.keys("")
+    found = store.find_damage()
+    assert store._backend.keys("") == before
+    assert {(d.scope, d.what, d.artifacts) for d in found} == {
+        ("", "record", ()),
+        ("", "file", (full(cached),)),
+        ("", "file", (full(lost),)),
+        ("", "file", (full(gone),)),
+        ("checkpoints/key/", "manifest", (full(checkpoint),)),
+    }
+    assert not any(d.done or d.healed for d in found)
+    done = store.repair(found)
+    assert [d.artifacts for d in done if d.healed] == [(full(cached),)]
+    assert store._backend.read("quarantine/runs/bad.json") == b'{"id": '
+    assert store.read_record("runs/bad.json") is None
+
+    fresh = open_store(store.url)
+    assert fresh.verify(cached.digest) == [] and fresh.stage_result(cached.digest) == cached
+    assert fresh.stage_result(lost.digest) is None
+    assert {d.artifacts for d in fresh.find_damage()} == {(full(gone),), (full(lost),)}
+    assert made(fresh, "l", w=b"l" * 900) == lost and made(fresh, "g") == gone
+    assert fresh.find_damage() == [] and fresh.verify(lost.digest) == []
+    assert fresh.stage_result(lost.digest) == lost and fresh.verify(good.digest) == []
+    assert fresh.collect(lambda: {good.digest}, Limits(keep=-10, grace=-10)).size > 0
+    assert fresh._backend.keys("quarantine/") == []
+
+
+def test_what_was_replaced_since_it_was_found_is_left_alone(store: Store) -> None:
+    artifact = made(store, "a")
+    key = manifest_key("model", artifact.digest)
+    store._backend.write(key, b"")
+    overwrite_blob(store, artifact.file("name"), b"bb")
+    store._backend.write("runs/a.json", b"")
+    found = store.find_damage()
+    assert {d.what for d in found} == {"manifest", "file", "record"}
+    assert made(store, "a") == artifact
+    store.write_record("runs/a.json", {"id": "a"})
+    assert {d.done for d in store.repair(found)} == {"nothing: it has been replaced meanwhile"}
+    assert store.find_damage() == [] and store.list() == [artifact]
+
+
+def test_damaged_record_of_a_model_is_set_aside_or_rebuilt(store: Store) -> None:
+    a, b, c = (made(store, name).digest for name in "abc")
+    registry.promote(store, "chat", a)
+    registry.promote(store, "chat", b)
+    registry.add_candidate(store, "chat", c)
+    registry.promote(store, "other", c)
+    for number in (2, 3):
+        store._backend.write(f"models/chat/log/{number:08}.json", b"")
+        store.repair(store.find_damage())
+        model = registry.read_model(store, "chat")
+        # The second is rebuilt from the third, which is lost: nothing follows it.
+        assert model.champion is not None and model.champion.digest == b
+        assert registry.champion(store, "chat") == b
+        assert [v.digest for v in model.versions] == ([a, b, c] if number == 2 else [a, b])
+    assert registry.newest_champion(store) == c
+    assert registry.promote(store, "chat", a) is not None
+
+
+def test_artifact_is_deleted_with_the_files_that_no_other_has(store: Store) -> None:
+    kept = made(store, "kept", shared=b"s" * 100)
+    going = made(store, "going", shared=b"s" * 100, own=b"o" * 1000)
+    store.commit_stage("key", going)
+    assert store.delete_unused(going.digest, 3600).blobs == []  # too young
+    assert store.list() == [kept] and store.stage_result("key") is None
+    assert made(store, "going", shared=b"s" * 100, own=b"o" * 1000) == going
+    with leases.lease(store._backend, going), pytest.raises(StoreError, match="a writer is"):
+        store.delete_unused(going.digest, -10)
+    gone = store.delete_unused(going.digest, -10)
+    assert sum(entry.size for entry in gone.blobs) == 1000 + len("going")
+    assert len(blobs(store)) == 2 and store.verify(kept.digest) == []
+    with pytest.raises(ArtifactNotFound):
+        store.delete_unused(f"model/{going.digest}", -10)
