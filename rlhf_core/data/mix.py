@@ -1,9 +1,9 @@
 """Mixes prepared data sets into one.
 
 The rows keep the columns of their sources and get `source`, its name. Rows that an earlier source
-has are dropped, by their tokens. A prompt that one source holds out is held out in all. The sources
-follow each other in proportion to their rows, so that the first rows are a fair sample of all.
-Memory grows by some 16 bytes a row.
+has are dropped, by their tokens. Each row stays on its side of the split, which follows from the
+prompt alone. The sources follow each other in proportion to their rows, so that the first rows are
+a fair sample of all. Memory grows by some 16 bytes a row.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from rlhf_core.errors import DataError
 from rlhf_core.jobs import MixedData, MixJob, Purpose
 
 ELSEWHERE = "duplicate_of_another_source"
-MOVED = "held out, because another source holds their prompt out"
 
 _IDENTITY: dict[Purpose, tuple[str, ...]] = {
     "sft": ("input_ids", "trainable"),
-    "pretrain": ("input_ids", "trainable"),
+    "pretrain": ("input_ids", "trainable", "prompt"),  # last pieces of documents may be alike
     "preference": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "unpaired": ("prompt_ids", "completion_ids", "label"),
     "prompts": ("prompt_ids",),
@@ -49,7 +48,6 @@ class _Source:
     settings: MixedData
     sides: tuple[Rows, Rows]
     text: Any  # uint64 (N,)
-    prompt: Any  # uint64 (N,)
     heldout: Any  # bool (N,)
     kept: Any  # bool (N,)
 
@@ -77,10 +75,8 @@ def mix(job: MixJob, folders: Sequence[Path], tokenizer: Any, folder: Path) -> D
         _read(part, job.purpose, source) for part, source in zip(job.mix, folders, strict=True)
     ]
     _drop_duplicates(sources)
-    moved = _hold_out(sources)
     columns = _columns(sources, job.purpose)
     card = _combined(job, sources)
-    card.notes |= {MOVED: moved} if moved else {}
     writer = DatasetWriter(folder, job.purpose, columns)
     try:
         for side in SPLITS:
@@ -104,17 +100,15 @@ def mix(job: MixJob, folders: Sequence[Path], tokenizer: Any, folder: Path) -> D
 def _read(part: MixedData, purpose: Purpose, folder: Path) -> _Source:
     sides = (Rows(folder, "train", purpose), Rows(folder, "heldout", purpose))
     batches = [batch for side in sides for batch in side.batches]
-    texts = [value for batch in batches for value in _texts(batch, _IDENTITY[purpose])]
-    prompts = [
-        prompt_hash(prompt_text(prompt))
-        for batch in batches
-        for prompt in batch.column("prompt").to_pylist()
-    ]
-    heldout = np.arange(len(texts)) >= len(sides[0])
+    texts = (value for batch in batches for value in _texts(batch, _IDENTITY[purpose]))
+    count = sum(map(len, sides))
     return _Source(
-        part, sides, np.array(texts, dtype=np.uint64), np.array(prompts, dtype=np.uint64),
-        heldout, np.ones(len(texts), dtype=bool),
-    )  # fmt: skip
+        part,
+        sides,
+        text=np.fromiter(texts, dtype=np.uint64, count=count),
+        heldout=np.arange(count) >= len(sides[0]),
+        kept=np.ones(count, dtype=bool),
+    )
 
 
 def _texts(batch: Any, columns: Sequence[str]) -> Iterator[int]:
@@ -148,27 +142,6 @@ def _drop_duplicates(sources: Sequence[_Source]) -> None:
                 "mixture too: leave it out, or set deduplicate: false for it."
             )
         seen = np.union1d(seen, source.text)
-
-
-def _hold_out(sources: Sequence[_Source]) -> int:
-    """Hold out the prompts that any source holds out; returns the number of rows moved.
-
-    Raises:
-        DataError: a source has no row left for training.
-    """
-    prompts = np.unique(np.concatenate([s.prompt[s.heldout & s.kept] for s in sources]))
-    moved = 0
-    for source in sources:
-        heldout = source.heldout | np.isin(source.prompt, prompts)
-        moved += int((heldout & ~source.heldout & source.kept).sum())
-        source.heldout = heldout
-        if not (source.kept & ~heldout).any():
-            raise DataError(
-                f"{source.settings.name} ({source.card.source}): no row is left to train on; other "
-                "sources of the mixture hold out all its prompts: give all sources the same "
-                "heldout_fraction, or leave this one out."
-            )
-    return moved
 
 
 def _columns(sources: Sequence[_Source], purpose: Purpose) -> tuple[str, ...]:

@@ -170,6 +170,13 @@ class Mixture(Settings):
                 f"{weighted[0]} has a weight and {others[0]} has none; give each source a weight, "
                 "or none"
             )
+        fractions = {part.heldout_fraction: part.label for part in reversed(mix)}
+        if len(fractions) > 1:
+            found = ", ".join(f"{share:g} for {label}" for share, label in fractions.items())
+            raise ValueError(
+                f"heldout_fraction is {found}; a prompt is held out in all sources or in none: set "
+                "it once, beside mix"
+            )
         ordered = [part.label for part in mix if part.curriculum is not None]
         if ordered and len(ordered) < len(mix):
             other = next(part.label for part in mix if part.curriculum is None)

@@ -140,6 +140,8 @@ def test_preference_is_told_apart_by_its_source():
          "mix: a has a weight and b has none; give each source a weight, or none"),
         ("[{source: a, curriculum: d}, {source: b}]", "mix: a has a curriculum and b has none; "
          "an epoch is ordered as a whole: name the column of each source, or of none"),
+        ("[{source: a, heldout_fraction: 0.5}, {source: b}]", "mix: heldout_fraction is 0.1 for b, "
+         "0.5 for a; a prompt is held out in all sources or in none: set it once, beside mix"),
         ("[{source: a, mix: [{source: b}]}]",
          "mix.0: a mixture stands inside a mixture; list its sources in the outer"),
         ("[{source: sampled}]", "mix.0: sampled preferences cannot be mixed: they are made while "
