@@ -27,6 +27,7 @@ from rlhf_core.data.encoding.encode import (
     Plan,
     encode_batch,
 )
+from rlhf_core.data.encoding.words import WordTable
 from rlhf_core.data.overlap.within import SplitOverlap
 from rlhf_core.data.parallel import ordered_map
 from rlhf_core.data.rows.columns import FURTHER, MAX_NOTES
@@ -89,7 +90,7 @@ def prepare(
             "next one that it predicts; set it to 2 or more."
         )
     plan = Plan(data_settings(job), format, job.purpose, job.seed)
-    encode = functools.partial(encode_batch, plan, tokenizer)
+    encode = functools.partial(encode_batch, plan, tokenizer, words=WordTable(tokenizer))
     writer = DatasetWriter(folder, job.purpose, plan.carried())
     try:
         shuffle = Shuffle(writer.scratch, "_priority")

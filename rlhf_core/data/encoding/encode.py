@@ -14,6 +14,7 @@ from rlhf_core.data.dataset.schema import schema
 from rlhf_core.data.dataset.split import is_heldout_hash, prompt_hash
 from rlhf_core.data.encoding import templates
 from rlhf_core.data.encoding.render import Rendered, render_example
+from rlhf_core.data.encoding.words import WordTable
 from rlhf_core.data.overlap import ngrams
 from rlhf_core.data.rows.columns import Rules
 from rlhf_core.data.rows.formats import normalise
@@ -61,10 +62,15 @@ class EncodedBatch:
     bad: list[tuple[str, int, str, str]] = field(default_factory=list)
 
 
-def encode_batch(plan: Plan, tokenizer: Any, rows_in: Sequence[RawRow]) -> EncodedBatch:
+def encode_batch(
+    plan: Plan, tokenizer: Any, rows_in: Sequence[RawRow], words: WordTable | None = None
+) -> EncodedBatch:
     """Parse, check, render and tokenise some rows.
 
     Bad and dropped rows are counted in the result.
+
+    Args:
+        words: of the tokenizer, with those of earlier rows; None: a new table.
 
     Raises:
         ModelError: the chat template cannot be used.
@@ -100,21 +106,25 @@ def encode_batch(plan: Plan, tokenizer: Any, rows_in: Sequence[RawRow]) -> Encod
                 break
     if any(text.bos_eos is None for _, text in texts) and templates.writes_date(tokenizer):
         batch.notes["with today's date, which the chat template writes"] += len(texts)
-    _tokenise(plan, tokenizer, texts, batch)
+    _tokenise(plan, tokenizer, texts, batch, words or WordTable(tokenizer))
     return batch
 
 
 def _tokenise(
-    plan: Plan, tokenizer: Any, texts: Sequence[tuple[RawRow, Rendered]], batch: EncodedBatch
+    plan: Plan,
+    tokenizer: Any,
+    texts: Sequence[tuple[RawRow, Rendered]],
+    batch: EncodedBatch,
+    words: WordTable,
 ) -> None:
     """Tokenise rendered rows into ``batch.rows``; bad and dropped ones are counted."""
-    import pyarrow as pa
+    import numpy as np
 
     positions: dict[str, int] = {}
     for _, text in texts:
         for part in (*(s.text for s in text.segments), *text.replies):
             positions.setdefault(part, len(positions))
-    ids = templates.encode_segments(tokenizer, list(positions))
+    ids = words.encode(list(positions))
     bos_eos = _bos_and_eos(tokenizer) if any(text.bos_eos for _, text in texts) else (-1, -1)
 
     rows: list[dict[str, Any]] = []
@@ -122,8 +132,8 @@ def _tokenise(
     for (raw, text), columns in zip(texts, passages, strict=True):
         parts = [(ids[positions[s.text]], s.in_loss) for s in text.segments]
         if text.bos_eos is not None:
-            parts = [([t for t in bos_eos[:1] if t >= 0], False), *parts,
-                     ([t for t in bos_eos[1:] if t >= 0], True)]  # fmt: skip
+            bos, eos = (np.array([t] if t >= 0 else [], np.int32) for t in bos_eos)
+            parts = [(bos, False), *parts, (eos, True)]
         replies = [ids[positions[reply]] for reply in text.replies]
         try:
             row = _row(plan, parts, replies, batch)
@@ -149,10 +159,27 @@ def _tokenise(
         rows += pieces
     batch.bad.sort(key=lambda bad: (bad[0], bad[1]))
     if rows:
-        kind = schema(plan.purpose, plan.carried())
-        for name in SCRATCH_COLUMNS:
-            kind = kind.append(pa.field(name, pa.binary() if name == "_grams" else pa.uint64()))
-        batch.rows = pa.RecordBatch.from_pylist(rows, schema=kind)
+        batch.rows = _record_batch(rows, plan)
+
+
+def _record_batch(rows: Sequence[dict[str, Any]], plan: Plan) -> Any:
+    """Rows as a record batch with the schema's columns and SCRATCH_COLUMNS."""
+    import numpy as np
+    import pyarrow as pa
+
+    kind = schema(plan.purpose, plan.carried())
+    for name in SCRATCH_COLUMNS:
+        kind = kind.append(pa.field(name, pa.binary() if name == "_grams" else pa.uint64()))
+    columns = []
+    for name, type in zip(kind.names, kind.types, strict=True):
+        values = [row[name] for row in rows]
+        if pa.types.is_list(type):
+            ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+            flat = pa.array(np.concatenate(values), type.value_type)
+            columns.append(pa.ListArray.from_arrays(ends, flat, type))
+        else:
+            columns.append(pa.array(values, type))
+    return pa.RecordBatch.from_arrays(columns, schema=kind)
 
 
 def _passages(texts: Sequence[Rendered], fraction: float) -> list[dict[str, Any]]:
@@ -176,19 +203,21 @@ def _passages(texts: Sequence[Rendered], fraction: float) -> list[dict[str, Any]
 
 
 def _row(
-    plan: Plan, parts: list[tuple[list[int], bool]], replies: list[list[int]], batch: EncodedBatch
+    plan: Plan, parts: list[tuple[Any, bool]], replies: list[Any], batch: EncodedBatch
 ) -> dict[str, Any] | None:
     """The token columns of a row; None if a length limit drops it.
 
     Args:
-        parts: (token ids, whether the loss covers them) of each segment.
+        parts: (token ids, whether the loss covers them) of each segment; numpy int32, (T,).
         replies: token ids of each reply.
 
     Raises:
         BadRow: the loss covers no token.
     """
+    import numpy as np
+
     settings = plan.settings
-    all_ids = [token for ids, _ in parts for token in ids]
+    all_ids = np.concatenate([ids for ids, _ in parts])
     prompt = 0
     for ids, in_loss in parts:
         if in_loss:
@@ -206,14 +235,14 @@ def _row(
     if plan.purpose == "prompts":
         return {"prompt_ids": all_ids}
     if plan.purpose == "preference":
-        if replies[0] == replies[1]:  # the template strips what told them apart
+        if np.array_equal(*replies):  # the template strips what told them apart
             batch.dropped["identical_replies"] += 1
             return None
         return {"prompt_ids": all_ids, "chosen_ids": replies[0], "rejected_ids": replies[1]}
     if plan.purpose == "unpaired":
         return {"prompt_ids": all_ids, "completion_ids": replies[0]}
-    loss_mask = [in_loss for ids, in_loss in parts for _ in ids]
-    if not any(loss_mask[1:]):  # no token precedes the first one, so it cannot be predicted
+    loss_mask = np.repeat([in_loss for _, in_loss in parts], [len(ids) for ids, _ in parts])
+    if not loss_mask[1:].any():  # no token precedes the first one, so it cannot be predicted
         raise BadRow("nothing_to_train", "the loss mask of the row is empty: no token to train on")
     return {"input_ids": all_ids, "trainable": loss_mask}
 
@@ -225,14 +254,14 @@ def _split_document(row: dict[str, Any], length: int) -> list[dict[str, Any]]:
     predicts the next token. So every token is in the loss mask of exactly one piece.
     """
     ids, loss_mask = row["input_ids"], row["trainable"]
-    return [
-        row
-        | {
-            "input_ids": ids[i : i + length],
-            "trainable": [i == 0 and loss_mask[0], *loss_mask[i + 1 : i + length]],
-        }
-        for i in range(0, max(1, len(ids) - 1), length - 1)
+    starts = range(0, max(1, len(ids) - 1), length - 1)
+    pieces = [
+        row | {"input_ids": ids[i : i + length], "trainable": loss_mask[i : i + length].copy()}
+        for i in starts
     ]
+    for piece in pieces[1:]:
+        piece["trainable"][0] = False
+    return pieces
 
 
 def _bos_and_eos(tokenizer: Any) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_core.data.encoding.builtin_templates import SOURCES
+from rlhf_core.data.encoding.tokenizer import compiled_template, overrides
 from rlhf_core.data.rows.row import Message
 from rlhf_core.errors import DataError, ModelError
 
@@ -72,12 +73,19 @@ def apply_template(tokenizer: Any, messages: Sequence[Message], generation_promp
     """
     import jinja2
 
+    chat = list(messages)
+    source = tokenizer.chat_template
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+        if not isinstance(source, str) or not chat or overrides(tokenizer, "apply_chat_template"):
+            return str(
+                tokenizer.apply_chat_template(
+                    chat, tokenize=False, add_generation_prompt=generation_prompt
+                )
             )
-        )
+        return compiled_template(source)(
+            messages=chat, tools=None, documents=None, add_generation_prompt=generation_prompt,
+            **tokenizer.special_tokens_map,
+        )  # fmt: skip
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"The chat template is not valid Jinja ({error}); {ADVICE}.") from error
     except (
