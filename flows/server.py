@@ -16,7 +16,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -51,10 +51,12 @@ class Server:
     Attributes:
         url: of its API; None for a temporary server.
         text: the server, and why it was chosen, for the user.
+        problem: of the one that was looked for, where it is a temporary one.
     """
 
     url: str | None
     text: str
+    problem: str = field(default="", compare=False)
 
 
 def choose_server() -> Server:
@@ -70,7 +72,9 @@ def choose_server() -> Server:
     if url is not None:
         where = "PREFECT_API_URL" if origin == "environment" else "the Prefect profile's URL"
         if problem := unreachable(url, 5.0):
-            reason = f"{where} is {url}, which does not answer: {problem}"
+            reason = (
+                f"{where} is {url}, where no Prefect server answers: {problem}{_at_its_api(url)}"
+            )
         elif origin == "environment" and (problem := closed(url, 5.0)):
             reason = f"{where} is {url}, which refuses: {problem}"
         else:
@@ -85,7 +89,7 @@ def choose_server() -> Server:
     os.environ.pop("PREFECT_API_URL", None)
     os.environ["PREFECT_PROFILE"] = "ephemeral"
     os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
-    return Server(None, f"a temporary server ({reason})")
+    return Server(None, f"a temporary server ({reason})", reason)
 
 
 class TemporaryServer:
@@ -172,10 +176,22 @@ def closed(url: str, timeout: float) -> str | None:
     return None
 
 
+def _at_its_api(url: str) -> str:
+    """A hint, if the address is that of a server's pages."""
+    api = f"{url.rstrip('/')}/api"
+    if unreachable(api, 2.0) is not None:
+        return ""
+    return f". A Prefect server answers at {api}: set PREFECT_API_URL to that"
+
+
 def _get(url: str, timeout: float, headers: Mapping[str, str] = MappingProxyType({})) -> Any:
     request = urllib.request.Request(url, headers=dict(headers))
     with urllib.request.urlopen(request, timeout=timeout) as reply:
-        return json.loads(reply.read(1000))
+        text, kind = reply.read(1000), reply.headers.get_content_type()
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(f"the answer is no JSON but {kind}") from None
 
 
 def _reason(error: OSError) -> str:

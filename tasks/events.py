@@ -106,7 +106,8 @@ def table_cell(text: object, limit: int = 400) -> str:
 BOILERPLATE = re.compile(
     r"Worker '.*' submitting flow run '|Flow run '.*' submitted to infrastructure$"
     r"|Running \d+ deployment pull step|Executing deployment step: |Deployment step '.*' completed"
-    r"|All deployment steps completed|Beginning (sub)?flow run '|Finished in state Completed\("
+    r"|All deployment steps completed|Beginning (sub)?flow run '"
+    r"|Finished in state (Completed|Cached)\("
 )
 """Beginnings of what Prefect logs about every run, whatever it does."""
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from flows.cli.output import echo
 from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.jobs import PipelineConfig
 from rlhf_core.store import Store
@@ -16,21 +19,65 @@ if TYPE_CHECKING:
 
 PIPELINE = "rlhf-pipeline/rlhf-all-settings"
 CANCEL_SECONDS = 60
+POLL_SECONDS = 2.0
 
 
-def submit(config: PipelineConfig) -> str:
-    """Start a pipeline on the server's workers; returns the URL of its page.
+def submit(config: PipelineConfig, until: str = "publish") -> tuple[UUID, str]:
+    """Start a pipeline on the server's workers; returns the flow run's id, and its page's URL.
+
+    Args:
+        until: last stage to run.
 
     Raises:
         ConfigError: no server runs, or the pipeline is not deployed there.
     """
     client, found = deployment(PIPELINE)
-    run = client.create_flow_run_from_deployment(
-        found.id,
-        parameters={"config": config.model_dump(mode="json")},
-        name=config.name,
-    )
-    return f"{ui()}/runs/flow-run/{run.id}"
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        run = client.create_flow_run_from_deployment(
+            found.id,
+            parameters={"config": config.model_dump(mode="json"), "until": until},
+            name=config.name,
+        )
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != 409:
+            raise
+        raise ConfigError(
+            f"The server refuses the settings: {error.response.json().get('detail')}. Its "
+            "deployments may be of another version than this command: start the system again, or "
+            "`python -m flows.deploy`."
+        ) from None
+    return run.id, f"{ui()}/runs/flow-run/{run.id}"
+
+
+def follow(run: UUID, lines: Callable[[str], None] | None) -> None:
+    """Wait for the end of a flow run.
+
+    Args:
+        lines: gets the run's log; None: only its states.
+
+    Raises:
+        RLHFError: it did not complete.
+    """
+    from tasks.launchers.child_logs import Logs
+
+    client, logs, shown = connect(), Logs(run), None
+    while True:
+        state = client.read_flow_run(run).state  # before the logs, so that none is left at its end
+        if lines is not None:
+            for line in logs.new(client):
+                lines(line)
+        if state is not None and state.name != shown:
+            shown = state.name
+            echo(f"{datetime.now():%H:%M:%S}  {shown}", err=True)
+        if state is not None and state.is_final():
+            break
+        time.sleep(POLL_SECONDS)
+    if not state.is_completed():
+        raise RLHFError(f"The run ended in the state {state.name}: {state.message or 'no reason'}")
+    if state.message:
+        echo(state.message)
 
 
 def deployment(name: str) -> tuple[Any, Any]:
@@ -162,8 +209,8 @@ def connect() -> Any:
     server = choose_server()
     if server.url is None:
         raise ConfigError(
-            "No Prefect server is running here: start a system with `make up`, or set "
-            "PREFECT_API_URL."
+            f"No Prefect server is known here: {server.problem}. Start a system with `rlhf up`, or "
+            "set PREFECT_API_URL to the server's, such as http://127.0.0.1:4200/api."
         )
     os.environ.setdefault("PREFECT_API_URL", server.url)
     from prefect.client.orchestration import get_client

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import glob
+import os
 import shlex
 import signal
 import time
@@ -19,6 +21,9 @@ from rlhf_core.system.secrets import redact
 
 if TYPE_CHECKING:
     from rlhf_core.jobs import PipelineConfig
+
+PATHS = ("source", "reward_model", "questions", "include_path")
+"""Settings that may be a path, or a pattern of paths."""
 
 
 def run(
@@ -54,26 +59,51 @@ def stage(
     verbose: Verbose = False,
 ) -> None:
     """Run the pipeline up to one stage. Stages whose result is in the store are reused."""
+    settings = _settings(preset, config, overrides, store)
+    _check_stage(settings, name)
+    _run(settings, name, verbose)
+
+
+def _check_stage(settings: PipelineConfig, name: str) -> None:
     from rlhf_core.pipeline.recipe import stage_names, steps
 
-    settings = _settings(preset, config, overrides, store)
     names = stage_names(settings)
     if name not in {*names, *(step.algorithm for step in steps(settings))}:
         close = difflib.get_close_matches(name, names, 1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(f"There is no stage {name!r}.{hint} Stages: {', '.join(names)}.")
-    _run(settings, name, verbose)
 
 
-def submit(preset: Preset = None, config: ConfigFile = None, overrides: Overrides = None) -> None:
+def submit(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    until: Annotated[
+        str, typer.Option(help="Last stage to run.", autocompletion=complete_stage)
+    ] = "publish",
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for the end; exit code 1 unless it completes.")
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="The same, and print the run's log.")
+    ] = False,
+) -> None:
     """Start a pipeline on the workers of a running system (`rlhf up`), and return."""
     from flows.cli import remote
     from rlhf_core.jobs import WorkPoolLauncher
     from tasks.run import author
 
-    settings = _settings(preset, config, overrides, None)
+    settings = _settings(preset, config, overrides, None, workers=True)
+    _check_stage(settings, until)
     here = {"launcher": WorkPoolLauncher(), "author": settings.author or author()}
-    echo(remote.submit(settings.model_copy(update=here)))
+    run, url = remote.submit(settings.model_copy(update=here), until)
+    echo(url)
+    if wait or follow:
+        try:
+            remote.follow(run, echo if follow else None)
+        except KeyboardInterrupt:
+            echo(f"\nThe run goes on; to stop it: rlhf cancel {str(run)[:8]}", err=True)
+            raise typer.Exit(1) from None
 
 
 def retry(run: RunId = "last", store: StoreUrl = None, verbose: Verbose = False) -> None:
@@ -100,11 +130,20 @@ def cancel(run: RunId = "last", store: StoreUrl = None) -> None:
 
 
 def _settings(
-    preset: str | None, config: Path | None, overrides: list[str] | None, store: str | None
+    preset: str | None,
+    config: Path | None,
+    overrides: list[str] | None,
+    store: str | None,
+    workers: bool = False,
 ) -> PipelineConfig:
+    """
+    Args:
+        workers: run it, in folders of their own, so that relative paths have to be whole ones.
+    """
     from rlhf_core.pipeline.presets import build_noting
 
-    settings, notes = build_noting(settings_mapping(preset, config, overrides))
+    written = settings_mapping(preset, config, overrides)
+    settings, notes = build_noting(whole_paths(written) if workers else written)
     for text in notes:
         echo(f"Warning: {text}", err=True)
     return settings if store is None else settings.model_copy(update={"store": store})
@@ -124,6 +163,20 @@ def settings_mapping(
         raise typer.BadParameter("give --preset or --config, not both")
     source = preset if config is None else _existing(config)
     return apply_overrides({} if source is None else load_preset(source), overrides or [])
+
+
+def whole_paths(settings: Any) -> Any:
+    """The settings, with the paths in them that exist from here as absolute ones."""
+    if isinstance(settings, list):
+        return [whole_paths(value) for value in settings]
+    if not isinstance(settings, dict):
+        return settings
+    result = {}
+    for key, value in settings.items():
+        if key in PATHS and isinstance(value, str) and glob.glob(os.path.expanduser(value)):
+            value = os.path.abspath(os.path.expanduser(value))
+        result[key] = whole_paths(value)
+    return result
 
 
 def _existing(path: Path) -> Path:

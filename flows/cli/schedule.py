@@ -120,10 +120,10 @@ def _parameters(
     """
     import yaml
 
-    from flows.cli.run import settings_mapping
+    from flows.cli.run import settings_mapping, whole_paths
     from rlhf_core.preflight.check import check
 
-    written = settings_mapping(None, config, overrides)
+    written = whole_paths(settings_mapping(None, config, overrides))
     if preset is not None:
         written = {"preset": preset, **written}
     text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True) if written else ""

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from flows import api_server, server
-from flows.cli import system
+from flows.cli import remote, system
 from rlhf_core.errors import ConfigError
 
 
@@ -21,14 +21,16 @@ def answering():
             login = self.headers.get("Authorization")
             closed = self.path.endswith("/version") and self.server.login not in (None, login)
             self.send_response(401 if closed else 200)
+            in_api = self.path.startswith("/api") or not self.server.pages
+            self.send_header("Content-Type", "application/json" if in_api else "text/html")
             self.end_headers()
-            self.wfile.write(self.server.text)
+            self.wfile.write(self.server.text if in_api else self.server.pages)
 
         def log_message(self, *arguments):
             pass
 
     listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listening.text, listening.login = b"true", None
+    listening.text, listening.login, listening.pages = b"true", None, b""
     threading.Thread(target=listening.serve_forever).start()
     yield listening, f"http://127.0.0.1:{listening.server_port}/api"
     listening.shutdown()
@@ -65,8 +67,27 @@ def test_without_a_server_a_temporary_one_is_announced():
 def test_server_that_does_not_answer_is_named():
     os.environ["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
     found = server.choose_server()
-    assert "PREFECT_API_URL is http://127.0.0.1:9/api, which does not answer" in found.text
+    assert (
+        "PREFECT_API_URL is http://127.0.0.1:9/api, where no Prefect server answers" in found.text
+    )
     assert "PREFECT_API_URL" not in os.environ
+
+
+def test_api_that_was_forgotten_in_the_address_is_named(answering):
+    listening, api = answering
+    pages = api.removesuffix("/api")
+    listening.pages = b"<html>"
+    os.environ["PREFECT_API_URL"] = pages
+    found = server.choose_server()
+    assert found.url is None
+    assert found.problem.startswith(
+        f"PREFECT_API_URL is {pages}, where no Prefect server answers: "
+    )
+    assert "the answer is no JSON but text/html" in found.problem
+    assert found.problem.endswith(f"answers at {api}: set PREFECT_API_URL to that")
+    os.environ["PREFECT_API_URL"] = pages
+    with pytest.raises(ConfigError, match=r"no JSON but text/html.*rlhf up"):
+        remote.connect()
 
 
 def test_something_else_at_the_address_is_not_taken_for_prefect(answering):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from flows.cli.run import whole_paths
 from flows.cli.schedule import check_cron, next_starts
 from flows.schedule import trains
 from rlhf_core.errors import ConfigError
@@ -43,3 +44,20 @@ def test_schedule_says_what_it_would_train():
 
 def test_settings_without_a_cron_line_start_nothing(rlhf):
     assert '--cron "minute hour' in rlhf("schedule", "--preset", "smoke", code=2).stderr
+
+
+def test_paths_that_exist_here_are_whole_for_workers_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl", "demo"):
+        (tmp_path / name).write_text("{}")
+    sources = [{"source": "a.jsonl"}, {"source": "hub/name"}]
+    settings = {
+        "name": "demo",
+        "data": {"sft": {"mix": sources}, "prompts": {"source": "./*.jsonl"}},
+    }
+    found = whole_paths(settings)
+    assert found["name"] == "demo"
+    assert [part["source"] for part in found["data"]["sft"]["mix"]] == [
+        str(tmp_path / "a.jsonl"), "hub/name",
+    ]  # fmt: skip
+    assert found["data"]["prompts"]["source"] == str(tmp_path / "*.jsonl")
