@@ -82,7 +82,7 @@ class Supervisor:
             # child watches its pipeline itself.
             "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
             "RLHF_HOME": str(rlhf_home()),
         }
@@ -102,8 +102,8 @@ class Supervisor:
         for pool in POOLS:
             self._start(
                 pool,
-                [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool,
-                 "--name", f"{pool}-1", "--type", "process"],
+                [sys.executable, "-m", "flows.warm.worker", "start", "--pool", pool,
+                 "--name", f"{pool}-1"],
                 full,
             )  # fmt: skip
         self.system.ui = f"http://127.0.0.1:{self.options.port}"

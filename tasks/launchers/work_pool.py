@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State
 
 POLL_SECONDS = 2.0
+FIRST_POLLS = 0.5  # of a stage's first minute: a short stage would be as long as its last poll
 WAIT_REPORT_SECONDS = 60.0  # between two messages about what a child waits for
 SERVER_TIMEOUT = 900.0  # seconds without the server before a stage gives up
 RECORDING_SECONDS = 20.0  # within which the server has recorded a task
@@ -182,6 +183,7 @@ class WorkPool:
         """Wait for the end; pass on lines and progress meanwhile."""
         logs = Logs(child.id)
         waits = _Waiting(self.settings, on_output)
+        began = time.monotonic()
         while True:
             run = self._retry(lambda: self._client.read_flow_run(child.id))
             for message in self._retry(lambda: logs.new(self._client)):
@@ -196,7 +198,7 @@ class WorkPool:
                 return state
             if state.is_scheduled() or state.is_pending():
                 waits.report(self._client, run)
-            time.sleep(POLL_SECONDS)
+            time.sleep(FIRST_POLLS if time.monotonic() - began < 60 else POLL_SECONDS)
 
     @staticmethod
     def _may_revive(state: State[Any]) -> bool:

@@ -4,10 +4,19 @@ rlhf_stub in the place of the ranks' code."""
 import os
 import sys
 
-command = " ".join(sys.orig_argv)
-if "prefect" in command and "engine" in command and os.path.exists(os.environ.get("STUB_PLAN", "")):
+
+def use_the_stub():
+    if not os.path.exists(os.environ.get("STUB_PLAN", "")):
+        return
     import tasks.launchers.local
     from rlhf_core.jobs import BaseJob
 
     tasks.launchers.local.MODULE = "rlhf_stub.__main__"
     BaseJob.torchrun = False
+
+
+command = " ".join(sys.orig_argv)
+if "prefect" in command and "engine" in command:
+    use_the_stub()
+if "flows.warm.server" in command:  # it forks the flow runs
+    os.register_at_fork(after_in_child=use_the_stub)
