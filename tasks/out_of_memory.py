@@ -133,6 +133,13 @@ def _ways(store: Store, job: Job, error: JobFailed) -> list[str]:
     ]
 
 
+def _made_by(store: Store, digest: str) -> list[dict[str, Any]]:
+    """The job that made a data set, or those that made the sources of a mixture."""
+    job = store.get(digest).metadata.get("job", {})
+    parts = [store.get(part["data"]).metadata.get("job", {}) for part in job.get("mix", ())]
+    return parts or [job]
+
+
 def _known(
     store: Store, job: Job, error: JobFailed
 ) -> tuple[dict[str, Any], int, Literal["cpu", "cuda"], str] | None:
@@ -144,10 +151,14 @@ def _known(
     try:
         config = json.loads(store.read_bytes(job.inputs()["model"], "config.json"))
         prompts = getattr(job, "prompts", None)
-        made_by = store.get(str(prompts or getattr(job, "data", ""))).metadata.get("job", {})
-        length = int(getattr(job, "length", None) or made_by.get("max_length") or 512)
+        made_by = _made_by(store, str(prompts or getattr(job, "data", "")))
+        lengths = [int(made.get("max_length") or 512) for made in made_by]
+        length = int(getattr(job, "length", None) or max(lengths))
         if prompts is not None:
-            length = int(made_by.get("max_prompt_length") or length)
+            length = max(
+                int(made.get("max_prompt_length") or longest)
+                for made, longest in zip(made_by, lengths, strict=True)
+            )
             length += getattr(job, "max_new_tokens", 0)
         estimate(config, job, job.placement(), stage, max_length=length, device=device)
     except (StoreError, ValueError, KeyError, TypeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 
+from rlhf_core.data.dataset.carried import carried, carried_values
 from rlhf_core.data.rows.columns import Rules
 from rlhf_core.data.rows.detect import find_format
 from rlhf_core.data.rows.formats import normalise
@@ -39,7 +40,9 @@ def check_source(
             if raw.dropped:
                 continue
             try:
-                normalise(raw.columns(settings.renames), format, rules.purpose, rules)
+                row = raw.columns(settings.renames)
+                normalise(row, format, rules.purpose, rules)
+                carried_values(row, carried(settings, rules.purpose))
                 good += 1
             except BadRow as error:
                 bad = bad or f"{raw.where()}: {error.message}."

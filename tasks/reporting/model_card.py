@@ -99,7 +99,11 @@ def _lineage(stages: dict[str, Artifact]) -> str:
 
 def _data(store: Store, stage: str, artifact: Artifact) -> str:
     job = artifact.metadata.get("job", {})
-    source = f"sampled, compared by {job['labeller']}" if "labeller" in job else job.get("source")
+    source = artifact.metadata.get("source") or job.get("source")
+    if "labeller" in job:
+        source = f"sampled, compared by {job['labeller']}"
+    if "mix" in job:
+        source = f"a mixture of {source}"
     card = data_card(store, artifact)
     lines = [f"**{stage}**: {source}, digest `{artifact.digest[:12]}`"]
     if card:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_core.data.check import check_source
 from rlhf_core.data.dataset.card import DataCard
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.dataset.split import is_heldout
 from rlhf_core.data.mix import ELSEWHERE, mix
 from rlhf_core.data.prepare import prepare
 from rlhf_core.errors import DataError
-from rlhf_core.jobs import DataJob, MixedData, MixJob
+from rlhf_core.jobs import DataJob, DataSettings, MixedData, MixJob
 from rlhf_core.training.batching import batch_rows, steps_in
 from tests.rlhf_core.data.helpers import byte_tokenizer, job, jsonl
 
@@ -139,6 +140,9 @@ def test_curriculum_of_one_data_set_and_of_a_mixture(tmp_path):
         assert numbers == sorted(numbers) and len(set(numbers)) > 4
     with pytest.raises(DataError, match="no column 'hard' to use as 'curriculum'"):
         prepare(job(str(tmp_path / "b.jsonl"), curriculum="hard"), byte_tokenizer(), tmp_path / "x")
+    early = jsonl(tmp_path / "d.jsonl", [{**rows[0], "hard": None}])
+    [problem] = check_source(DataSettings(source=early, curriculum="hard"), "sft")
+    assert "row 1: the column of the setting curriculum holds None; expected a number" in problem
     jsonl(tmp_path / "c.jsonl", [*rows, {**rows[0], "hard": "very"}])
     with pytest.raises(
         DataError, match="row 31: the column of the setting curriculum holds 'very'"
