@@ -1,5 +1,6 @@
 """Requests to the Hugging Face hub: one that does not answer, and one that refuses."""
 
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -8,7 +9,9 @@ from typing import ClassVar
 import pytest
 
 from rlhf_core.data.check import check_source
+from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.data.sources import hub
+from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import DataError, StoreUnavailable
 from rlhf_core.jobs import DataSettings, ModelSettings
 from rlhf_core.model_files.source_check import check_model
@@ -20,9 +23,18 @@ MODEL = ModelSettings(source="no-such-organisation/model")
 
 class Refuses(BaseHTTPRequestHandler):
     paths: ClassVar[list[str]] = []
+    branch: ClassVar[str] = ""  # commit of main; empty: there is none
 
     def do_GET(self) -> None:
         self.paths.append(self.path)
+        if self.branch and self.path.endswith(f"/datasets/{DATA.source}"):
+            body = json.dumps({"id": DATA.source, "sha": self.branch}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            return
         code = "RepoNotFound" if "/models/" in self.path else "RevisionNotFound"
         self.send_response(404)
         self.send_header("X-Error-Code", code)
@@ -83,8 +95,15 @@ def test_hub_that_refuses_is_reachable():
 
 
 @pytest.mark.usefixtures("refusing")
-def test_commit_of_the_fingerprint_is_what_is_loaded():
-    commit = "0123456789" * 4
-    with pytest.raises(DataError):
-        list(hub.hub_rows(DATA, f"hub:{DATA.source}@{commit}"))
-    assert any(f"/resolve/{commit}/" in path for path in Refuses.paths)
+def test_commit_of_the_fingerprint_is_what_is_loaded_though_the_branch_moves_on(monkeypatch):
+    old, new = "0123456789" * 4, "9876543210" * 4
+    monkeypatch.setattr(Refuses, "branch", old)
+    found = fingerprint(DATA)
+    assert found == f"hub:{DATA.source}@{old}"
+    monkeypatch.setattr(Refuses, "branch", new)
+    assert fingerprint(DATA) != found
+    Refuses.paths.clear()
+    with pytest.raises(DataError):  # it has no files
+        list(open_rows(DATA, fingerprint=found))
+    assert any(f"/resolve/{old}/" in path for path in Refuses.paths)
+    assert not any("main" in path or new in path for path in Refuses.paths), Refuses.paths
