@@ -23,6 +23,10 @@ def run(job: DataJob, context: StageContext) -> Artifact | None:
     context.log(card.summary())
     if unused := [note.removesuffix(" not used") for note in card.notes if "not used" in note]:
         context.log(f"not used of these rows: {', '.join(unused)}")
+    if card.left_out:
+        shown = ", ".join(f"{name} ({why})" for name, why in list(card.left_out.items())[:5])
+        more = f", {len(card.left_out) - 5:,} more" if len(card.left_out) > 5 else ""
+        context.log(f"left out of the source: {shown}{more}")
     metadata = {
         "purpose": job.purpose,
         "source": job.source,

@@ -45,3 +45,16 @@ def test_stage_refuses_a_file_that_changed_since_the_run_was_started(tmp_path):
     jsonl(Path(source), [{"prompt": "b"}])
     with pytest.raises(DataError, match="changed after this run was started"):
         run(job, context)
+
+
+def test_log_says_what_was_not_read(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    jsonl(tmp_path / "in" / "a.jsonl", [{"prompt": "a", "source": "web"}])
+    for number in range(7):
+        (tmp_path / "in" / f"{number}.log").write_text("x")
+    _, job, context = stage(tmp_path, heldout_fraction=0.0, source=str(tmp_path / "in"))
+    run(job, context)
+    lines = capsys.readouterr().out.splitlines()
+    assert "not used of these rows: column 'source'" in lines
+    [line] = [line for line in lines if line.startswith("left out of the source: ")]
+    assert "0.log (no data file), 1.log" in line and line.endswith("4.log (no data file), 2 more")
