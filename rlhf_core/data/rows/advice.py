@@ -52,6 +52,20 @@ def advice(row: dict[str, Any], purpose: Purpose | None) -> str:
     return ""
 
 
+def whole_table(row: dict[str, Any]) -> str:
+    """What to do with a row that is a whole table, written in another way; "" if it is none."""
+    values = list(row.values())
+    if len(row) == 1 and (mark := next((m for m in ";\t|" if m in next(iter(row))), "")):
+        return f"The file separates its columns by {mark!r}; write it with commas"
+    if len(row) > 1 and all(isinstance(v, dict) and v.keys() == {*map(str, range(len(v)))}
+                            for v in values):  # fmt: skip
+        return (
+            "The file holds a table by columns, as pandas writes it; write one object for each row "
+            "(orient='records', lines=True)"
+        )
+    return ""
+
+
 def instead(format: Format, purpose: Purpose) -> str:
     """What to do with rows of a format that a purpose cannot use; "" if nothing is known."""
     pairs = format in ("hh", "preference", "implicit_prompt")
@@ -122,8 +136,14 @@ def _nested(name: str, value: Any, purpose: Purpose | None) -> str:
         if advice(value, purpose) or any(map(_is_talk, value.values())):
             return f"Column {name!r} holds an object; write what it holds as columns of the row. "
         return ""
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list) or not value or _is_talk(value):
         return ""
+    keys = {*map(str.lower, value[0])} if isinstance(value[0], dict) else set()
+    if keys & {*_PROMPTS, "messages", "conversations"}:
+        return (
+            f"Column {name!r} holds a list of objects: if they are the rows, write the list alone "
+            "as the file, or one object on each line of a .jsonl file. "
+        )
     texts = all(isinstance(item, str) for item in value)
     if texts and re.search("dialog|conversation|chat|turns|data", name, re.I):
         return (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_core.data.dataset.carried import CARRIED
-from rlhf_core.data.rows.advice import REPLIES, advice
+from rlhf_core.data.rows.advice import REPLIES, advice, whole_table
 from rlhf_core.data.rows.columns import is_empty
 from rlhf_core.data.rows.formats import PURPOSES_OF, check_purpose
 from rlhf_core.data.rows.labels import is_label
@@ -98,6 +98,8 @@ def detect_format(row: dict[str, Any], purpose: Purpose | None = None) -> Format
         BadRow: the columns match no format.
     """
     has = frozenset(row)
+    if found := whole_table(row):
+        raise BadRow("unknown_format", f"no format has the columns {names(row)}. {found}")
     if {"chosen", "rejected"} <= has:
         return _pair_format(row, has)
     conversation = first_of(CONVERSATION, has)
