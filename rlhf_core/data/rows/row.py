@@ -67,7 +67,8 @@ class RawRow:
         if not isinstance(value, dict):
             raise BadRow(
                 "not_an_object",
-                f"the row is a JSON {type(value).__name__}; expected an object with columns",
+                f"the row is a JSON {type(value).__name__}; expected an object with columns"
+                + "; if it is the whole table, rename the file to .json" * isinstance(value, list),
             )
         if not renames:
             return value
@@ -134,6 +135,12 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
+        if text.strip() in ("[", "{", "[{"):
+            raise BadRow(
+                "malformed_json",
+                f"malformed JSON: the line is only {text.strip()!r}. One JSON value over several "
+                "lines is a file of type .json: rename it",
+            ) from None
         near = text[max(0, error.pos - 20) : error.pos + 20].strip()
         message = f"malformed JSON at column {error.pos + 1} ({error.msg}) near {near!r}"
         raise BadRow("malformed_json", message) from None
