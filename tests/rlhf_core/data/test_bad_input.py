@@ -203,7 +203,7 @@ def test_missing_source_says_what_is_needed(tmp_path, source, words):
         ("a.txt.gz", b"no gzip", ["gzip data is damaged", "after row 0"]),
         ("a.jsonl.gz", b"no gzip", ["gzip data is damaged", "after row 0"]),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9000)[:-30], ["damaged or truncated"]),
-        ("a.jsonl", b'[\n {"prompt": "a"}\n]', ["row 1: malformed JSON: the line is only '['", ".json"]),
+        ("a.jsonl", b'[\n {"prompt": "a"}\n]', ["row 1: malformed JSON: the line is only '['"]),
         ("a.jsonl", b'[{"prompt": "a"}]', ["the whole table, rename the file to .json"]),
         ("a.jsonl", b'{"question": "a"}\n', ["no format has the columns 'question'", "alpaca"]),
     ],
