@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_core.errors import ConfigError
+from rlhf_core.system.local import allowed_hosts
 from rlhf_core.system.private import write_private
 from rlhf_core.system.processes import python_path
 from rlhf_core.system.secrets import MIN_LENGTH
@@ -63,17 +64,6 @@ def environment(login: str, port: int) -> dict[str, str]:
 def command(host: str, port: int) -> list[str]:
     """The command line. -P: modules of the working folder do not count."""
     return [sys.executable, "-P", "-m", "flows.api_server", host, str(port)]
-
-
-def allowed_hosts(host: str) -> list[str]:
-    """Names that a request may give in its Host header.
-
-    Other machines know a server by names that it does not know itself, so where they can reach it
-    any name will do; it is the login that keeps pages out.
-    """
-    from flows.cli.access import is_local
-
-    return ["127.0.0.1", "localhost", "[::1]", host] if is_local(host) else ["*"]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -6,24 +6,14 @@ arguments to every user of the machine.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import sys
 
 import typer
 
 from rlhf_core.errors import ConfigError
+from rlhf_core.system.local import is_local
 from rlhf_core.system.secrets import MIN_LENGTH
-
-
-def is_local(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def password_for(host: str, variable: str, what: str) -> str | None:

@@ -11,7 +11,7 @@ from flows.cli.options import StoreUrl
 from flows.cli.output import echo
 
 if TYPE_CHECKING:
-    from rlhf_core.playground.catalogue import RunChoices
+    from rlhf_core.playground.catalogue import RewardModels, RunChoices
     from rlhf_core.store import Store
 
 PASSWORD = "RLHF_PLAYGROUND_PASSWORD"
@@ -42,6 +42,7 @@ def playground(
     opened = open_now(store)
     echo("starting the page (some seconds)")
     import rlhf_core.playground.server as server
+    from rlhf_core.evaluation.statistics import accuracy
 
     server.main(
         opened,
@@ -50,6 +51,7 @@ def playground(
         port=port,
         password=password,
         memory_gb=memory_gb,
+        accuracy=accuracy,
         trust_remote_code=trust_remote_code,
         on_ready=lambda url: echo(f"{url}  (Ctrl-C ends it)"),
     )
@@ -67,7 +69,7 @@ def catalogue(store: Store) -> list[RunChoices]:
         if models:
             title = f"{record.get('name', '?')} · {record['id']} · {record.get('state', '?')}"
             found.append(
-                RunChoices(record["id"], title, (*models, *published), _reward_model(record))
+                RunChoices(record["id"], title, (*models, *published), _reward_models(record))
             )
     if not found and published:
         found.append(RunChoices("", "–", published))
@@ -123,10 +125,19 @@ def _published(store: Store) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _reward_model(record: dict[str, Any]) -> str | None:
-    """Digest of a run's newest reward model, trained by the run or imported."""
-    trained = [*_results(record, "reward_model").values()]
-    if trained:
-        return trained[-1]
-    given = (record.get("config") or {}).get("reward_model")
-    return given.removeprefix("artifact:") if isinstance(given, str) and given else None
+def _reward_models(record: dict[str, Any]) -> RewardModels | None:
+    """A run's reward models, trained by the run or imported."""
+    from rlhf_core.jobs.ensemble import CombineSettings
+    from rlhf_core.playground.catalogue import RewardModels
+
+    config = record.get("config") or {}
+    found = list(_results(record, "reward_model").values())
+    if not found:
+        given = config.get("reward_model") or ()
+        listed = [given] if isinstance(given, str) else given
+        found = [source.removeprefix("artifact:") for source in listed]
+    if not found:
+        return None
+    settings = config.get("reward") or {}
+    how = {name: settings[name] for name in CombineSettings.model_fields if name in settings}
+    return RewardModels(tuple(found), CombineSettings(**how))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf_core.jobs.ensemble import CombineSettings
+
 PUBLISHED = "champion: "
 """Prefix of the names of published models."""
 
@@ -22,19 +24,32 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class RewardModels:
+    """The reward models of a run, which score as one.
+
+    Attributes:
+        digests: of their artifacts.
+        combine: how several scores become one.
+    """
+
+    digests: tuple[str, ...]
+    combine: CombineSettings
+
+
+@dataclass(frozen=True)
 class RunChoices:
     """The models of a run, and the published ones.
 
     Attributes:
         id: of the run; empty: only published models.
         title: shown to people.
-        reward_model: digest of the artifact that scores replies; None: no scores.
+        reward_models: those that score the replies; None: no scores.
     """
 
     id: str
     title: str
     models: tuple[Choice, ...]
-    reward_model: str | None = None
+    reward_models: RewardModels | None = None
 
     def chosen(self, names: list[str]) -> list[Choice]:
         """The models with these names, in the order of the names."""

@@ -4,17 +4,21 @@ Two replies form a preference pair only if they answer the same conversation. By
 therefore continue from one reply: the one that was voted for, else the first model's. With
 `common` off each model continues from its own reply, and votes are possible as long as the
 histories are equal. A thumb judges a single reply, so it is always possible.
+
+In a blind conversation nobody knows which model says what: until the vote, names and scores are
+hidden, and each turn puts the models in a new order.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.data.sources.feedback import Candidate
 from rlhf_core.data.sources.thumbs import Thumb
-from rlhf_core.data.sources.votes import Vote
+from rlhf_core.data.sources.votes import Undecided, Verdict, Vote
 from rlhf_core.playground.catalogue import Choice
 from rlhf_core.playground.replies import PartialReply
 
@@ -34,6 +38,9 @@ class Conversation:
         best: index of the model that was voted for in the newest turn.
         thumbs: index of a model -> up (True) or down, for the newest replies.
         system: the newest turn's system message.
+        prompts: per model, the messages that the newest replies answer, without the system message.
+        verdict: of the newest turn, if no reply was better.
+        blind: hide which model says what until the vote.
     """
 
     choices: list[Choice] = field(default_factory=list)
@@ -43,11 +50,23 @@ class Conversation:
     best: int | None = None
     thumbs: dict[int, bool] = field(default_factory=dict)
     system: str | None = None
+    prompts: list[list[Message]] = field(default_factory=list)
+    verdict: Verdict | None = None
+    blind: bool = False
 
     @classmethod
-    def of(cls, choices: Sequence[Choice]) -> Conversation:
+    def of(cls, choices: Sequence[Choice], blind: bool = False) -> Conversation:
         """An empty conversation with these models."""
-        return cls(list(choices), [[] for _ in choices], [[] for _ in choices])
+        empty: tuple[list[list[Message]], list[list[float | None]]] = (
+            [[] for _ in choices],
+            [[] for _ in choices],
+        )
+        return cls(list(choices), *empty, blind=blind)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether names and scores are hidden: in a blind conversation, while a vote may come."""
+        return self.blind and len(self.choices) > 1 and self.vote_obstacle() in ("", "nothing")
 
     def begin(self, text: str, common: bool, system: str | None) -> list[list[Message]]:
         """Start a turn with the user's message; the messages that each model must answer."""
@@ -55,8 +74,15 @@ class Conversation:
         if common and source is not None:
             self.histories = [list(self.histories[source]) for _ in self.choices]
             self.scores = [list(self.scores[source]) for _ in self.choices]
-        self.last, self.best, self.thumbs, self.system = [], None, {}, system
-        return [[*history, {"role": "user", "content": text}] for history in self.histories]
+        # Once a model's history is its own, its side tells who it is.
+        alike = all(history == self.histories[0] for history in self.histories)
+        self.blind = self.blind and (alike or self.hidden)
+        if self.blind and alike:
+            random.shuffle(self.choices)
+        self.last, self.best, self.verdict, self.thumbs, self.system = [], None, None, {}, system
+        asked: Message = {"role": "user", "content": text}
+        self.prompts = [[*history, asked] for history in self.histories]
+        return self.prompts
 
     def _source(self) -> int | None:
         """Index of the model whose history all models continue; None before the first turn."""
@@ -66,23 +92,19 @@ class Conversation:
         started = (i for i, history in enumerate(self.histories) if history)
         return next(answered, next(started, None))
 
-    def finish(self, prompts: Sequence[Sequence[Message]], replies: Sequence[PartialReply]) -> None:
-        """Add the replies to the histories. A model that failed keeps its history without the turn.
-
-        Args:
-            prompts: what `begin` returned.
-        """
+    def finish(self, replies: Sequence[PartialReply]) -> None:
+        """Add the replies to the histories, but for those that failed."""
         self.last = list(replies)
         for i, reply in enumerate(replies):
             if reply.state == "done":
                 answer: Message = {"role": "assistant", "content": reply.text.strip()}
-                self.histories[i] = [*prompts[i], answer]
+                self.histories[i] = [*self.prompts[i], answer]
                 self.scores[i].append(reply.score)
 
     def vote_obstacle(self) -> str:
         """Why no vote is possible: "nothing", "voted", "failed", "diverged", "identical" or
         "empty"; "" if it is possible."""
-        if self.best is not None:
+        if self.best is not None or self.verdict is not None:
             return "voted"
         if len(self.last) < 2:
             return "nothing"
@@ -116,6 +138,13 @@ class Conversation:
             self.best = best
         return votes
 
+    def undecided(self, verdict: Verdict, details: dict[str, Any]) -> Undecided:
+        """The vote that no reply is better. Call it only without a `vote_obstacle`."""
+        self.verdict = verdict
+        done = [i for i, reply in enumerate(self.last) if reply.state == "done"]
+        replies = [self._candidate(i) for i in done]
+        return Undecided(self._prompt(done[0]), replies, verdict, details)
+
     def can_judge(self, i: int) -> bool:
         """Whether the newest reply of model ``i`` can get a thumb and has none yet."""
         if i >= len(self.last) or i in self.thumbs:
@@ -130,7 +159,7 @@ class Conversation:
     def _prompt(self, i: int) -> list[Message]:
         """The messages that the newest reply of model ``i`` answers."""
         first: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        return [*first, *self.histories[i][:-1]]
+        return [*first, *self.prompts[i]]
 
     def _candidate(self, i: int) -> Candidate:
         reply, choice = self.last[i], self.choices[i]

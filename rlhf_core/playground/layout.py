@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
+from rlhf_core.data.sources.votes import Verdict
+from rlhf_core.playground.catalogue import RunChoices
 from rlhf_core.playground.conversation import Conversation
-from rlhf_core.playground.page import Page, Updates, gr
+from rlhf_core.playground.page import Page, Updates, details, gr
 from rlhf_core.playground.render import COLUMNS
 from rlhf_core.playground.texts import EXAMPLES, LANGUAGES, translate
 
@@ -21,8 +23,12 @@ FONTS = [
 ]
 CSS = """
 footer, .pane button[aria-label="Clear"], .pane .top-panel { display: none !important }
-.score { opacity: .75; font-size: .85em }
+.message .md { white-space: pre-wrap; overflow-wrap: anywhere }
+.score { margin-top: .6em; opacity: .75; font-size: .85em; font-variant-numeric: tabular-nums }
+.note { opacity: .6; font-style: italic }
 .low { align-items: flex-end }
+.verdicts { justify-content: center }
+#agreement { text-align: center; opacity: .8; font-size: .9em }
 """
 
 
@@ -48,25 +54,35 @@ def build(page: Page) -> gr.Blocks:
                 [], label=text("models"), multiselect=True, max_choices=COLUMNS, scale=4,
                 elem_id="models",
             )  # fmt: skip
-            c["refresh"] = gr.Button(text("refresh"), scale=0, min_width=170)
+            c["refresh"] = gr.Button(text("refresh"), scale=0, min_width=210)
         _settings(c, text)
         with gr.Row():
             for i in range(COLUMNS):
                 with gr.Column(visible=i < 2, min_width=280, elem_classes="pane") as column:
                     page.names.append(gr.Markdown("", elem_id=f"name-{i}"))
                     page.chats.append(
-                        gr.Chatbot(
-                            show_label=False, height=380, elem_id=f"chat-{i}", buttons=["copy"]
+                        gr.Chatbot(  # its contents are escaped, see `render`
+                            show_label=False,
+                            height=380,
+                            elem_id=f"chat-{i}",
+                            buttons=[],
+                            render_markdown=False,
+                            latex_delimiters=[],
                         )
                     )
-                    page.buttons.append(gr.Button(text("best"), elem_id=f"vote-{i}"))
                     with gr.Row():
                         up, down = (
                             gr.Button(text(key), elem_id=f"{key}-{i}", size="sm", min_width=60)
                             for key in ("up", "down")
                         )
                     page.thumbs.append((up, down))
+                    page.buttons.append(gr.Button(text("best"), elem_id=f"vote-{i}"))
                 page.columns.append(column)
+        with gr.Row(elem_classes="verdicts"):
+            for verdict in get_args(Verdict):
+                page.verdicts[verdict] = gr.Button(
+                    text(verdict), elem_id=verdict, scale=0, min_width=170
+                )
         c["status"] = gr.Markdown("", elem_id="status")
         with gr.Row(elem_classes="low"):
             c["message"] = gr.Textbox(
@@ -77,7 +93,8 @@ def build(page: Page) -> gr.Blocks:
                 text("ask"), variant="primary", elem_id="ask", scale=0, min_width=110
             )
             c["stop"] = gr.Button(text("stop"), elem_id="stop", scale=0, min_width=90)
-            c["new"] = gr.Button(text("new"), elem_id="new", scale=0, min_width=130)
+            c["new"] = gr.Button(text("new"), elem_id="new", scale=0, min_width=210)
+        c["agreement"] = gr.Markdown("", elem_id="agreement")
         c["examples"] = gr.Dataset(
             components=[c["message"]], samples=[[e] for e in EXAMPLES], label=text("examples")
         )
@@ -95,26 +112,32 @@ def _settings(c: dict[str, Any], text: Callable[[str], str]) -> None:
             c["top_p"] = gr.Slider(0.05, 1, 1, step=0.05, label=text("top_p"), elem_id="top-p")
         with gr.Row(equal_height=True):
             c["system"] = gr.Textbox("", label=text("system"), scale=3)
-            c["common"] = gr.Checkbox(True, label=text("common"), scale=2)
+            with gr.Column(scale=2):
+                c["blind"] = gr.Checkbox(True, label=text("blind"), elem_id="blind")
+                c["common"] = gr.Checkbox(True, label=text("common"))
 
 
 def _connect(page: Page, blocks: gr.Blocks) -> None:
     """Attach the handlers of `page` to the components. None of them is offered as an API."""
     c = page.components
     thumbs = [button for pair in page.thumbs for button in pair]
-    everything = [*c.values(), *page.chats, *page.buttons, *thumbs, *page.columns, *page.names]
+    everything = [
+        *c.values(), *page.chats, *page.buttons, *page.verdicts.values(), *thumbs, *page.columns,
+        *page.names,
+    ]  # fmt: skip
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     whole: dict[str, Any] = {"outputs": everything, **hidden}
     language, runs, run, conversation = c["language"], c["runs"], c["run"], c["conversation"]
-    sampling = [c["length"], c["temperature"], c["top_p"]]
+    sampling, blind = [c["length"], c["temperature"], c["top_p"]], c["blind"]
 
     blocks.load(page.open, None, **whole)
     blocks.unload(page.close)
     language.input(page.relabel, [language, conversation], **whole)
-    c["refresh"].click(page.refresh, [language], **whole)
-    run.input(page.select_run, [language, runs, run], **whole)
-    c["models"].input(page.select_models, [language, runs, run, c["models"]], **whole)
-    c["new"].click(page.reset, [language, conversation], **whole)
+    c["refresh"].click(page.refresh, [language, blind], **whole)
+    run.input(page.select_run, [language, runs, run, blind], **whole)
+    c["models"].input(page.select_models, [language, runs, run, c["models"], blind], **whole)
+    c["new"].click(page.reset, [language, conversation, blind], **whole)
+    blind.input(page.reset, [language, conversation, blind], **whole)
     question = [language, runs, run, conversation, c["message"]]
     gr.on(
         [c["ask"].click, c["message"].submit],
@@ -126,7 +149,9 @@ def _connect(page: Page, blocks: gr.Blocks) -> None:
     )
     c["stop"].click(page.stop, None, None, **hidden)
     c["examples"].click(lambda sample: sample[0], c["examples"], c["message"], **hidden)
-    feedback = [language, run, conversation, *sampling]
+    feedback = [language, runs, run, conversation, *sampling]
+    for verdict, button in page.verdicts.items():
+        button.click(_handler(page.undecided, verdict), feedback, **whole)
     for i, button in enumerate(page.buttons):
         button.click(_handler(page.vote, i), feedback, **whole)
     for i, buttons in enumerate(page.thumbs):
@@ -134,13 +159,17 @@ def _connect(page: Page, blocks: gr.Blocks) -> None:
             button.click(_handler(page.thumb, i, good), feedback, **whole)
 
 
-def _handler(action: Callable[..., Updates], *arguments: int | bool) -> Callable[..., Updates]:
-    """An action of one column as Gradio calls it; it finds the request by its annotation."""
+def _handler(
+    action: Callable[..., Updates], *arguments: int | bool | str
+) -> Callable[..., Updates]:
+    """Feedback as Gradio calls it; it finds the request by its annotation."""
 
     def clicked(
-        language: str, run: str, conversation: Conversation, length: float, temperature: float,
-        top_p: float, request: gr.Request,
+        language: str, runs: list[RunChoices], chosen: str, conversation: Conversation,
+        length: float, temperature: float, top_p: float, request: gr.Request,
     ) -> Updates:  # fmt: skip
-        return action(*arguments, language, run, conversation, length, temperature, top_p, request)
+        run = next(run for run in runs if run.id == chosen)
+        stored = details(run, conversation.hidden, length, temperature, top_p, request)
+        return action(*arguments, language, run, conversation, stored)
 
     return clicked

@@ -18,11 +18,12 @@ import gradio as gr
 
 from rlhf_core.chat.model import Sampling
 from rlhf_core.data.sources.thumbs import THUMBS, save_thumb
-from rlhf_core.data.sources.votes import VOTES, save_vote
+from rlhf_core.data.sources.votes import VOTES, Verdict, save_undecided, save_vote
 from rlhf_core.errors import RLHFError
+from rlhf_core.playground.agreement import Agreement
 from rlhf_core.playground.catalogue import RunChoices
 from rlhf_core.playground.conversation import Conversation
-from rlhf_core.playground.render import COLUMNS, bubbles
+from rlhf_core.playground.render import COLUMNS, bubbles, shown_name
 from rlhf_core.playground.replies import ReplyGenerator, error_text
 from rlhf_core.playground.texts import language_of, translate
 
@@ -46,6 +47,7 @@ class Page:
     Args:
         generator: generates the replies.
         catalogue: reads the available runs and models from the store; called once per browser.
+        agreement: of the store's votes with reward models.
 
     Attributes:
         components: by name; `layout.build` fills it and the lists below, one item per column.
@@ -53,14 +55,19 @@ class Page:
     """
 
     def __init__(
-        self, generator: ReplyGenerator, catalogue: Callable[[], list[RunChoices]]
+        self,
+        generator: ReplyGenerator,
+        catalogue: Callable[[], list[RunChoices]],
+        agreement: Agreement,
     ) -> None:
         self.generator = generator
         self.catalogue = catalogue
+        self.agreement = agreement
         self.stops: dict[str, threading.Event] = {}
         self.components: dict[str, Any] = {}
         self.chats: list[Any] = []
         self.buttons: list[Any] = []
+        self.verdicts: dict[Verdict, Any] = {}
         self.thumbs: list[tuple[Any, Any]] = []  # up and down
         self.columns: list[Any] = []
         self.names: list[Any] = []
@@ -70,10 +77,10 @@ class Page:
         language = language_of(request.headers.get("accept-language", ""))
         labels = self.relabel(language, Conversation())
         return merge_updates(
-            {self.components["language"]: language}, labels, self.refresh(language)
+            {self.components["language"]: language}, labels, self.refresh(language, True)
         )
 
-    def refresh(self, language: str) -> Updates:
+    def refresh(self, language: str, blind: bool) -> Updates:
         """Read the store again and select the newest run."""
         try:
             runs = [run for run in self.catalogue() if run.models]
@@ -86,33 +93,34 @@ class Page:
         return {
             self.components["runs"]: runs,
             self.components["run"]: gr.update(choices=choices, value=runs[0].id),
-            **self.select_run(language, runs, runs[0].id),
+            **self.select_run(language, runs, runs[0].id, blind),
         }
 
-    def select_run(self, language: str, runs: list[RunChoices], chosen: str) -> Updates:
+    def select_run(
+        self, language: str, runs: list[RunChoices], chosen: str, blind: bool
+    ) -> Updates:
         """Offer the models of another run."""
-        run = next(run for run in runs if run.id == chosen)
+        run = _find(runs, chosen)
         names = [choice.name for choice in run.models]
         return {
             self.components["models"]: gr.update(choices=names, value=run.suggested()),
-            **self.select_models(language, runs, chosen, run.suggested()),
+            self.components["agreement"]: self._agreement(language, run),
+            **self.select_models(language, runs, chosen, run.suggested(), blind),
         }
 
     def select_models(
-        self, language: str, runs: list[RunChoices], chosen: str, names: list[str]
+        self, language: str, runs: list[RunChoices], chosen: str, names: list[str], blind: bool
     ) -> Updates:
         """Start a new conversation with other models."""
-        run = next((run for run in runs if run.id == chosen), None)
-        return self.reset(language, Conversation.of(run.chosen(names) if run else []))
+        choices = _find(runs, chosen).chosen(names) if runs else []
+        return self.reset(language, Conversation.of(choices), blind)
 
-    def reset(self, language: str, conversation: Conversation) -> Updates:
+    def reset(self, language: str, conversation: Conversation, blind: bool) -> Updates:
         """Start a new conversation with the same models."""
-        conversation = Conversation.of(conversation.choices)
+        conversation = Conversation.of(conversation.choices, blind)
         updates = self._updates(language, conversation, "")
         for i in range(COLUMNS):
-            used = i < len(conversation.choices)
-            updates[self.columns[i]] = gr.update(visible=used)
-            updates[self.names[i]] = f"### {conversation.choices[i].name}" if used else ""
+            updates[self.columns[i]] = gr.update(visible=i < len(conversation.choices))
             updates[self.chats[i]] = []
         return updates
 
@@ -120,15 +128,15 @@ class Page:
         """Show all fixed texts in a language."""
         c = self.components
         labels = (
-            "run", "length", "temperature", "top_p", "system", "common", "message", "settings",
-            "language", "examples",
+            "run", "length", "temperature", "top_p", "system", "common", "blind", "message",
+            "settings", "language", "examples",
         )  # fmt: skip
         values = ("ask", "stop", "new", "refresh", "intro")
         updates: Updates = {c[key]: gr.update(label=translate(language, key)) for key in labels}
         updates |= {c[key]: gr.update(value=translate(language, key)) for key in values}
         updates[c["title"]] = f"# {translate(language, 'title')}"
         updates[c["models"]] = gr.update(label=translate(language, "models", most=COLUMNS))
-        return {**updates, **self._feedback_buttons(language, conversation)}
+        return {**updates, **self._shown(language, conversation)}
 
     def ask(
         self, language: str, runs: list[RunChoices], chosen: str, conversation: Conversation,
@@ -142,24 +150,24 @@ class Page:
         if not conversation.choices:
             yield {status: translate(language, "pick")}
             return
-        run = next(run for run in runs if run.id == chosen)
+        run = _find(runs, chosen)
         prompts = conversation.begin(message.strip(), common, (system or "").strip() or None)
         stop = self.stops[str(request.session_hash)] = threading.Event()
         first: Updates = {
             self.components["message"]: "",
             status: "",
-            **self._feedback_buttons(language, conversation),
+            **self._shown(language, conversation),
         }
         streamed = self.generator.generate(
             conversation.choices, prompts, Sampling(int(length), temperature, top_p),
-            system=conversation.system, reward_model=run.reward_model, stop=stop,
+            system=conversation.system, reward_models=run.reward_models, stop=stop,
         )  # fmt: skip
         replies = []
         for replies in streamed:
-            shown = bubbles(language, conversation, prompts, replies)
+            shown = bubbles(language, conversation, replies)
             yield {**first, **dict(zip(self.chats, shown, strict=False))}
             first = {}
-        conversation.finish(prompts, replies)
+        conversation.finish(replies)
         obstacle = conversation.vote_obstacle()
         silent = obstacle in ("", "nothing")
         text = "" if silent else translate(language, f"obstacle_{obstacle}")
@@ -176,13 +184,12 @@ class Page:
         self.stops.pop(str(request.session_hash), None)
 
     def vote(
-        self, index: int, language: str, chosen: str, conversation: Conversation,
-        length: float, temperature: float, top_p: float, request: gr.Request,
+        self, index: int, language: str, run: RunChoices, conversation: Conversation,
+        details: dict[str, Any],
     ) -> Updates:  # fmt: skip
         """Save that one reply is better than the others."""
         if conversation.vote_obstacle():
             return self._feedback_buttons(language, conversation)
-        details = _details(chosen, length, temperature, top_p, request)
         try:
             votes = conversation.vote(index, details)
             for vote in votes:
@@ -194,21 +201,42 @@ class Page:
             status = translate(language, "not_saved", error=error_text(error))
         if not votes:
             status = translate(language, "obstacle_empty")
+        return self._updates(language, conversation, status) | {
+            self.components["agreement"]: self._agreement(language, run)
+        }
+
+    def undecided(
+        self, verdict: Verdict, language: str, run: RunChoices, conversation: Conversation,
+        details: dict[str, Any],
+    ) -> Updates:  # fmt: skip
+        """Save that no reply is better."""
+        if conversation.vote_obstacle():
+            return self._feedback_buttons(language, conversation)
+        store = self.generator.store
+        try:
+            save_undecided(store, conversation.undecided(verdict, details))
+            said = translate(language, self._verdict_label(verdict, conversation))
+            status = translate(
+                language, "undecided_saved", verdict=said.lower(), count=VOTES.count(store)
+            )
+        except RLHFError as error:
+            conversation.verdict = None
+            status = translate(language, "not_saved", error=error_text(error))
         return self._updates(language, conversation, status)
 
     def thumb(
-        self, index: int, good: bool, language: str, chosen: str, conversation: Conversation,
-        length: float, temperature: float, top_p: float, request: gr.Request,
+        self, index: int, good: bool, language: str, run: RunChoices, conversation: Conversation,
+        details: dict[str, Any],
     ) -> Updates:  # fmt: skip
         """Save that one reply is good, or bad."""
         if not conversation.can_judge(index):
             return self._feedback_buttons(language, conversation)
-        details = _details(chosen, length, temperature, top_p, request)
+        store = self.generator.store
         try:
-            save_thumb(self.generator.store, conversation.thumb(index, good, details))
+            save_thumb(store, conversation.thumb(index, good, details))
             status = translate(
                 language, "thumb_saved", verdict=translate(language, "good" if good else "bad"),
-                name=conversation.choices[index].name, count=THUMBS.count(self.generator.store),
+                name=shown_name(language, conversation, index), count=THUMBS.count(store),
             )  # fmt: skip
         except RLHFError as error:
             conversation.thumbs.pop(index)
@@ -216,12 +244,36 @@ class Page:
         return self._updates(language, conversation, status)
 
     def _updates(self, language: str, conversation: Conversation, status: str) -> Updates:
-        """The state after an event: conversation, status line, feedback buttons."""
+        """The state after an event: conversation, status line, and what follows from them."""
         return {
             self.components["conversation"]: conversation,
             self.components["status"]: status,
-            **self._feedback_buttons(language, conversation),
+            **self._shown(language, conversation),
         }
+
+    def _shown(self, language: str, conversation: Conversation) -> Updates:
+        """Names, replies as far as they are complete, and feedback buttons."""
+        updates = self._feedback_buttons(language, conversation)
+        for i, name in enumerate(self.names):
+            used = i < len(conversation.choices)
+            updates[name] = f"### {shown_name(language, conversation, i)}" if used else ""
+        if conversation.last:
+            shown = bubbles(language, conversation, conversation.last)
+            updates |= dict(zip(self.chats, shown, strict=False))
+        return updates
+
+    def _agreement(self, language: str, run: RunChoices) -> str:
+        """How often voters and the run's reward model agree; empty without a reward model."""
+        if run.reward_models is None:
+            return ""
+        try:
+            found = self.agreement.of(run)
+        except RLHFError:
+            return ""  # the store's errors are told where they stop somebody
+        return translate(language, "agreement" if found else "no_agreement", **(found or {}))
+
+    def _verdict_label(self, verdict: Verdict, conversation: Conversation) -> str:
+        return "all_bad" if verdict == "both_bad" and len(conversation.choices) > 2 else verdict
 
     def _feedback_buttons(self, language: str, conversation: Conversation) -> Updates:
         """Labels and states of the vote and thumb buttons."""
@@ -236,6 +288,13 @@ class Page:
                 variant="primary" if conversation.best == i else "secondary",
                 visible=len(conversation.choices) > 1,
             )
+        for verdict, button in self.verdicts.items():
+            updates[button] = gr.update(
+                value=translate(language, self._verdict_label(verdict, conversation)),
+                interactive=bool(conversation.last) and not conversation.vote_obstacle(),
+                variant="primary" if conversation.verdict == verdict else "secondary",
+                visible=len(conversation.choices) > 1,
+            )
         for i, buttons in enumerate(self.thumbs):
             for button, good in zip(buttons, (True, False), strict=True):
                 updates[button] = gr.update(
@@ -246,12 +305,24 @@ class Page:
         return updates
 
 
-def _details(
-    run: str, length: float, temperature: float, top_p: float, request: gr.Request
+def _find(runs: list[RunChoices], chosen: str) -> RunChoices:
+    return next(run for run in runs if run.id == chosen)
+
+
+def details(
+    run: RunChoices,
+    blind: bool,
+    length: float,
+    temperature: float,
+    top_p: float,
+    request: gr.Request,
 ) -> dict[str, Any]:
-    """What is stored with a vote or a thumb: run, user and sampling settings."""
+    """What is stored with a vote or a thumb: run, user, sampling settings, who gave the scores,
+    and whether it was given without knowing the models."""
     return {
-        "run": run,
+        "run": run.id,
         "by": request.username,
+        "blind": blind,
+        "reward_models": list(run.reward_models.digests) if run.reward_models else [],
         "sampling": {"max_new_tokens": length, "temperature": temperature, "top_p": top_p},
     }

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.chat.model import ChatModel, Sampling, fit_context, generate_reply, load_chat_model
 from rlhf_core.errors import DataError, RLHFError
 from rlhf_core.model_files.remote_code import allow, is_trusted
-from rlhf_core.playground.catalogue import Choice
+from rlhf_core.playground.catalogue import Choice, RewardModels
 from rlhf_core.playground.pool import ModelPool
 from rlhf_core.store import Store
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlhf_core.data.rows.row import Message
 
 
@@ -60,7 +62,7 @@ class ReplyGenerator:
         sampling: Sampling,
         *,
         system: str | None = None,
-        reward_model: str | None = None,
+        reward_models: RewardModels | None = None,
         stop: threading.Event | None = None,
     ) -> Iterator[list[PartialReply]]:
         """Yield the replies of all models each time one has grown; the last item has the scores.
@@ -69,7 +71,7 @@ class ReplyGenerator:
 
         Args:
             conversations: one per model; each ends with the user's message.
-            reward_model: digest of the model that scores; None: no scores.
+            reward_models: those that score together; None: no scores.
             stop: once set, all replies end where they are.
         """
         stop = stop or threading.Event()
@@ -107,8 +109,8 @@ class ReplyGenerator:
             abandoned.set()
             for thread in threads:
                 thread.join()
-        if reward_model is not None:
-            yield self._scored(reward_model, replies, conversations, system)
+        if reward_models is not None:
+            yield self._scored(reward_models, replies, conversations, system)
 
     def _reply(
         self,
@@ -137,27 +139,44 @@ class ReplyGenerator:
 
     def _scored(
         self,
-        digest: str,
+        reward_models: RewardModels,
         replies: Sequence[PartialReply],
         conversations: Sequence[Sequence[Message]],
         system: str | None,
     ) -> list[PartialReply]:
-        """The replies with the reward model's scores."""
+        """The replies with the reward models' combined score."""
+        from rlhf_core.nn.ensemble import combine_scores
+
         allow(self.trust_remote_code)
         first: list[Message] = [{"role": "system", "content": system}] if system else []
+        done = [i for i, reply in enumerate(replies) if reply.state == "done"]
+        answered: list[list[Message]] = [
+            [*first, *conversations[i], {"role": "assistant", "content": replies[i].text.strip()}]
+            for i in done
+        ]
+        if not done:
+            return list(replies)
         try:
-            folder = self.store.fetch(digest)
-            with self.pool.use(digest, folder, load_scorer) as scorer:
-                found = []
-                for reply, conversation in zip(replies, conversations, strict=True):
-                    if reply.state == "done":
-                        answer: Message = {"role": "assistant", "content": reply.text.strip()}
-                        score = scorer.score([*first, *conversation, answer])
-                        reply = replace(reply, score=score if math.isfinite(score) else None)
-                    found.append(reply)
-                return found
+            members = self._member_scores(reward_models.digests, answered)
+            scores = combine_scores(members, reward_models.combine)  # (b,)
         except Exception as error:
             return [replace(reply, score_error=error_text(error)) for reply in replies]
+        found = list(replies)
+        for i, score in zip(done, scores.tolist(), strict=True):
+            found[i] = replace(found[i], score=score if math.isfinite(score) else None)
+        return found
+
+    def _member_scores(
+        self, digests: Sequence[str], conversations: Sequence[Sequence[Message]]
+    ) -> Tensor:
+        """Scores (k,b) of k reward models, of which one at a time has to fit into memory."""
+        import torch
+
+        scores = []
+        for digest in digests:
+            with self.pool.use(digest, self.store.fetch(digest), load_scorer) as scorer:
+                scores.append([scorer.score(conversation) for conversation in conversations])
+        return torch.tensor(scores, dtype=torch.float64)
 
 
 def _apply(replies: list[PartialReply], index: int, change: dict[str, Any]) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hmac
 import signal
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rlhf_core.errors import ConfigError
+from rlhf_core.playground.agreement import Agreement, Rate
 from rlhf_core.playground.catalogue import RunChoices
+from rlhf_core.playground.guard import Guard
 from rlhf_core.playground.pool import ModelPool, default_limit
 from rlhf_core.playground.replies import ReplyGenerator
 from rlhf_core.store import Store
-
-WRONG_PASSWORD_SECONDS = 1.0
+from rlhf_core.system.local import allowed_hosts
 
 
 def main(
@@ -24,6 +24,7 @@ def main(
     host: str,
     port: int,
     password: str | None,
+    accuracy: Callable[[Sequence[float]], Rate],
     memory_gb: float | None = None,
     trust_remote_code: bool = False,
     on_ready: Callable[[str], None] = print,
@@ -32,6 +33,7 @@ def main(
 
     Args:
         catalogue: reads the available runs and models from the store; called per browser.
+        accuracy: see `Agreement`.
         password: visitors log in with it and any user name; None: no login.
         memory_gb: limit (10^9 bytes) of all models in memory; None: see `default_limit`.
         on_ready: called with the page's address once it can be opened.
@@ -45,11 +47,15 @@ def main(
         raise ConfigError(
             f"The page needs Gradio ({error}): pip install 'rlhf-pipeline[playground]'"
         ) from error
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
     from rlhf_core.playground.layout import CSS, FONTS, build
     from rlhf_core.playground.page import Page
 
     limit = default_limit() if memory_gb is None else int(memory_gb * 1e9)
-    blocks = build(Page(ReplyGenerator(store, ModelPool(limit), trust_remote_code), catalogue))
+    generator = ReplyGenerator(store, ModelPool(limit), trust_remote_code)
+    blocks = build(Page(generator, catalogue, Agreement(store, accuracy)))
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
@@ -58,6 +64,14 @@ def main(
             server_name=host, server_port=port, quiet=True, prevent_thread_lock=True,
             share=False, inbrowser=False, ssr_mode=False, mcp_server=False, run_history=False,
             enable_monitoring=False, show_error=True, footer_links=[],
+            app_kwargs={
+                "middleware": [
+                    Middleware(Guard),
+                    Middleware(
+                        TrustedHostMiddleware, allowed_hosts=allowed_hosts(host), www_redirect=False
+                    ),
+                ]
+            },
             auth=password_check(password) if password is not None else None,
             theme=gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "monospace"]), css=CSS,
         )  # fmt: skip
@@ -71,17 +85,6 @@ def main(
 
 
 def password_check(password: str) -> Callable[[str, str], bool]:
-    """Gradio's ``auth``: any name with this password.
-
-    One attempt at a time, and a wrong one takes WRONG_PASSWORD_SECONDS, which slows down guessing.
-    """
-    lock = threading.Lock()
-
-    def allowed(name: str, given: str) -> bool:
-        with lock:
-            if hmac.compare_digest(given.encode(), password.encode()):
-                return True
-            time.sleep(WRONG_PASSWORD_SECONDS)
-            return False
-
-    return allowed
+    """Gradio's ``auth``: any name with this password. `Guard` slows down guessing."""
+    expected = password.encode()
+    return lambda name, given: hmac.compare_digest(given.encode(), expected)

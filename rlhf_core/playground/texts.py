@@ -8,16 +8,21 @@ TEXTS = {
     "title": ("Compare models", "模型对比"),
     "intro": (
         "Send two or more models the same message and vote for the better reply, or rate each "
-        "reply on its own. Both are saved in the store. To train on votes, set "
-        "`data.preference.source: playground-votes`; to train on ratings, set "
+        "reply on its own. Who said what is shown after the vote. To train on votes, set "
+        "`data.preference.source: playground-votes`; on ratings, "
         "`data.unpaired.source: playground-thumbs`.",
-        "向两个或多个模型提出同一个问题，为更好的回答投票，或单独评价每个回答。"
-        "投票和评价都保存在存储库中；设置 `data.preference.source: playground-votes`（投票）或 "
+        "向两个或多个模型提出同一个问题，为更好的回答投票，或单独评价每个回答；投票后才显示各回答来自哪个模型。"
+        "设置 `data.preference.source: playground-votes`（投票）或 "
         "`data.unpaired.source: playground-thumbs`（评价）后，下一次训练即可使用。",
     ),
     "language": ("Language", "语言"),
     "run": ("Run", "训练任务"),
-    "models": ("Models, from left to right (at most {most})", "模型，从左到右（最多 {most} 个）"),
+    "models": ("Models (at most {most})", "模型（最多 {most} 个）"),
+    "model": ("Model {letter}", "模型 {letter}"),
+    "blind": (
+        "Blind votes: models in a random order, names and scores hidden until the vote",
+        "盲评：模型随机排列，投票前不显示名称和分数",
+    ),
     "refresh": ("Refresh models", "刷新模型列表"),
     "settings": ("Settings", "设置"),
     "length": ("Max new tokens", "最大生成长度（词元）"),
@@ -36,11 +41,14 @@ TEXTS = {
     "left": ("← Left is better", "← 左边更好"),
     "right": ("Right is better →", "右边更好 →"),
     "best": ("↑ This one is best", "↑ 这个最好"),
+    "tie": ("Equally good", "一样好"),
+    "both_bad": ("Both are bad", "都不好"),
+    "all_bad": ("All are bad", "都不好"),
     "up": ("👍 Good", "👍 好"),
     "down": ("👎 Bad", "👎 不好"),
-    "waiting": ("*Loading the model …*", "*正在加载模型……*"),
-    "generating": ("*…*", "*……*"),
-    "no_text": ("*(empty reply)*", "*（空回答）*"),
+    "waiting": ("Loading the model …", "正在加载模型……"),
+    "generating": ("…", "……"),
+    "no_text": ("(empty reply)", "（空回答）"),
     "score": ("Reward {score:+.3f}", "奖励分 {score:+.3f}"),
     "no_score": ("No score: {error}", "没有评分：{error}"),
     "dropped": (
@@ -49,8 +57,22 @@ TEXTS = {
     ),
     "failed": ("⚠ This model cannot reply: {error}", "⚠ 该模型无法回答：{error}"),
     "saved": (
-        "Saved: {name} was better. Preference pairs in the store: {count}.",
-        "已保存：{name} 更好。存储库中现有 {count} 条偏好数据。",
+        "Saved: {name} was better. Votes in the store: {count}.",
+        "已保存：{name} 更好。存储库中现有 {count} 条投票。",
+    ),
+    "undecided_saved": (
+        "Saved: {verdict}. Votes in the store: {count}. Such a vote is counted; it trains nothing.",
+        "已保存：{verdict}。存储库中现有 {count} 条投票。这类投票只计数，不用于训练。",
+    ),
+    "agreement": (
+        "The reward model prefers the reply that was voted for: {accuracy:.0%} "
+        "(95 % interval: {low:.0%} to {high:.0%}; pairs: {n}).",
+        "奖励模型与投票意见一致：{accuracy:.0%}"
+        "（95% 置信区间：{low:.0%} 至 {high:.0%}；回答对数：{n}）。",
+    ),
+    "no_agreement": (
+        "No votes yet on replies that this run's reward model has scored.",
+        "还没有对本次训练的奖励模型评过分的回答投票。",
     ),
     "not_saved": ("⚠ The vote was not saved: {error}", "⚠ 投票未能保存：{error}"),
     "thumb_saved": (

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -93,7 +94,7 @@ def visit(browser, playground, tmp_path):
     """Opens the page; at the end, it has asked no other machine for anything."""
     opened = []
 
-    def open_page(locale="en-US"):
+    def open_page(locale="en-US", blind=False):
         page = browser.new_context(
             locale=locale, viewport={"width": 1400, "height": 1050}
         ).new_page()
@@ -102,7 +103,11 @@ def visit(browser, playground, tmp_path):
         page.on("request", lambda request: asked.append(request.url))
         opened.append((page, asked))
         page.goto(playground.url)
-        page.locator("#name-1").get_by_text("PPO").wait_for()
+        page.locator("#name-1").get_by_text(re.compile("Model B|模型 B")).wait_for()
+        if not blind:
+            page.get_by_text(re.compile("^(Settings|设置)$")).click()
+            page.locator("#blind input").uncheck()
+            page.locator("#name-1").get_by_text("PPO").wait_for()
         return page
 
     yield open_page
@@ -122,7 +127,8 @@ def ask(page, text, columns=2):
 
 
 def shorten(page, tokens=16):
-    page.get_by_text(re.compile("^(Settings|设置)$")).click()
+    if not page.locator("#length").is_visible():
+        page.get_by_text(re.compile("^(Settings|设置)$")).click()
     number, slider = (page.locator(f"#length input[type={kind}]") for kind in ("number", "range"))
     for _ in range(20):  # the page may still be putting its texts, and with them values, in place
         number.fill(str(tokens))
@@ -175,6 +181,84 @@ def test_two_models_are_asked_scored_and_voted_on(playground, visit, tmp_path, m
     rows = Rows(playground.store.fetch(prepare(job, context).digest), "train", "preference")
     found = {(r["chosen"], r["rejected"]) for r in rows.take(list(range(len(rows))))}
     assert found == {(v["chosen"], v["rejected"]) for v in (vote, newest)}
+
+
+def test_blind_vote_shows_names_and_scores_only_afterwards(playground, visit):
+    page = visit(blind=True)
+    shorten(page)
+    before = len(votes(playground))
+    for turn, (button, said) in enumerate(
+        (("#vote-0", "was better"), ("#tie", "equally good"), ("#both_bad", "both are bad"))
+    ):
+        page.locator("#message textarea").fill(f"Question {turn}")
+        page.locator("#ask").click()
+        page.locator(f"{button}:not([disabled])").wait_for()
+        names = [page.locator(f"#name-{i}").inner_text() for i in (0, 1)]
+        assert names == ["Model A", "Model B"]
+        newest = [page.locator(f"#chat-{i} .bot").last.inner_text() for i in (0, 1)]
+        assert not any("Reward" in text for text in newest)
+        page.locator(button).click()
+        page.locator("#status", has_text=said).wait_for()
+        names = {page.locator(f"#name-{i}").inner_text() for i in (0, 1)}
+        assert names == {"SFT", "PPO"}
+        for i in (0, 1):
+            page.locator(f"#chat-{i} .bot", has_text="Reward").last.wait_for()
+        if turn == 0:
+            page.locator("#agreement", has_text="prefers the reply").wait_for()
+        assert page.locator(button).is_disabled()
+
+    better, tie, bad = votes(playground)[before:]
+    assert [r["blind"] for r in (better, tie, bad)] == [True] * 3
+    assert (tie["verdict"], bad["verdict"]) == ("tie", "both_bad")
+    assert {m["name"] for m in tie["models"]} == {"SFT", "PPO"} and len(tie["replies"]) == 2
+    assert better["reward_models"] == [playground.run.stages["reward"]]
+    scores = [better["models"][side]["score"] for side in ("chosen", "rejected")]
+    assert None not in scores
+
+
+HOSTILE = """<img src="http://127.0.0.1:9/spy.png" onerror="document.title='pwned'">
+![spy](http://127.0.0.1:9/spy2.png) <form action="http://127.0.0.1:9/"><input name="password">
+<button>Log in again</button></form> <div style="position:fixed;inset:0;background:red">gone</div>
+<script>document.title = 'pwned'</script> $$x^2$$ [link](javascript:alert(1))"""
+
+
+def test_what_a_model_says_is_text(playground, visit, browser):
+    """The user's message goes the way of a reply, and needs no model that says such a thing."""
+    page = visit()
+    shorten(page)
+    ask(page, HOSTILE)
+    for i in (0, 1):
+        bubble = page.locator(f"#chat-{i} .user").last
+        assert " ".join(HOSTILE.split()) in " ".join(bubble.inner_text().split())
+        for tag in ("img", "form", "input", "script", "a", "math", "div[style*=fixed]"):
+            assert bubble.locator(f".message-content {tag}").count() == 0, tag
+    assert "pwned" not in page.title()
+
+    # The second wall, should Gradio ever show one as HTML.
+    again = browser.new_page()
+    again.goto(playground.url)
+    loaded = again.evaluate("""() => new Promise(resolve => {
+        const image = new Image()
+        image.onload = () => resolve("loaded")
+        document.addEventListener("securitypolicyviolation", e => resolve(e.violatedDirective))
+        image.src = "http://127.0.0.1:9/spy3.png"
+    })""")
+    again.close()
+    assert loaded == "img-src"
+
+
+def test_nothing_can_be_uploaded(playground):
+    files = {"files": ("x.txt", b"hello")}
+    for path in ("/upload", "/gradio_api/upload", "/gradio_api/process_recording"):
+        assert httpx.post(playground.url + path, files=files).status_code == 403
+    assert httpx.get(f"{playground.url}/gradio_api/proxy=http://127.0.0.1:9/").status_code == 403
+
+
+def test_page_under_another_name_is_refused(playground):
+    """A name that was made to point to 127.0.0.1."""
+    for path in ("/", "/config", "/gradio_api/info"):
+        answer = httpx.get(playground.url + path, headers={"Host": "evil.example"})
+        assert answer.status_code == 400 and "content-security-policy" in answer.headers
 
 
 def thumbs(playground):
@@ -254,7 +338,8 @@ def test_other_models_are_picked_and_a_damaged_one_is_a_message(playground, visi
     error = page.locator("#chat-2", has_text="This model cannot reply")
     error.wait_for()
     assert "model.safetensors" in error.inner_text()
-    assert page.locator("#vote-2").is_disabled() and page.locator("#vote-0").is_enabled()
+    page.locator("#vote-0:not([disabled])").wait_for()
+    assert page.locator("#vote-2").is_disabled()
     path.write_bytes(whole)
     page.locator("#new").click()
     until(lambda: page.locator("#chat-2").inner_text().strip() == "", 20, "an empty page")
@@ -282,14 +367,22 @@ def test_password_is_asked_for_where_others_can_come(browser, tmp_path):
         assert PASSWORD not in " ".join(psutil.Process(found.process.pid).cmdline())
         assert httpx.get(f"{found.url}/config").status_code == 401
         wrong = {"username": "me", "password": "guess"}
-        assert httpx.post(f"{found.url}/login", data=wrong).status_code == 400
+        with ThreadPoolExecutor(12) as guessing:
+            guesses = [
+                guessing.submit(httpx.post, f"{found.url}/login", data=wrong, timeout=100)
+                for _ in range(12)
+            ]
+            began = time.monotonic()
+            assert httpx.get(f"{found.url}/config").status_code == 401
+            assert time.monotonic() - began < 5
+            assert {guess.result().status_code for guess in guesses} == {400}
         page = browser.new_context().new_page()
         page.set_default_timeout(60_000)
         page.goto(found.url)
         page.get_by_label("username").fill("ada")
         page.get_by_label("password").fill(PASSWORD)
         page.get_by_role("button", name="Login").click()
-        page.locator("#name-1").get_by_text("PPO").wait_for()
+        page.locator("#name-1").get_by_text("Model B").wait_for()
         page.context.close()
     finally:
         found.end(signal.SIGINT)

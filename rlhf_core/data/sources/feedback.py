@@ -32,6 +32,10 @@ def _number(path: str) -> int:
     return int(match[1]) if match else 0
 
 
+VERDICT = "verdict"
+"""Field of a record that is feedback but no row: the reason for which the data card counts it."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A reply that a person gave feedback on.
@@ -108,7 +112,7 @@ class FeedbackKind:
             )
         for number, (_, record) in enumerate(records, 1):
             row = {name: record[name] for name in self.columns if name in record}
-            yield RawRow(self.source, number, row)
+            yield RawRow(self.source, number, row, dropped=str(record.get(VERDICT) or ""))
 
     def fingerprint(self, store: Store) -> str:
         """The identity of all records in a store; every new record changes it.

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_core.data.rows.row import Message
-from rlhf_core.data.sources.feedback import Candidate, FeedbackKind
+from rlhf_core.data.sources.feedback import VERDICT, Candidate, FeedbackKind
 from rlhf_core.errors import DataError
 from rlhf_core.store import Store
 
 VOTES = FeedbackKind(
     "playground-votes", "votes", ("prompt", "chosen", "rejected"), "compare some replies"
 )
-"""All votes of the run's store, as `data.preference.source`: rows of format `preference`."""
+"""All votes of the run's store, as `data.preference.source`: rows of format `preference`. The data
+card counts ties and "both bad", which are no pairs."""
+
+Verdict = Literal["tie", "both_bad"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,37 @@ class Vote:
         if not self.chosen.text.strip() or not self.rejected.text.strip():
             return "empty"
         return "identical" if self.chosen.text.strip() == self.rejected.text.strip() else ""
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """A comparison in which no reply is better.
+
+    Attributes:
+        replies: all of them, two or more.
+        verdict: whether they are equally good, or all bad.
+        details: as of a `Vote`.
+    """
+
+    prompt: Sequence[Message]
+    replies: Sequence[Candidate]
+    verdict: Verdict
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def save_undecided(store: Store, vote: Undecided) -> str:
+    """Write a tie or "both bad"; returns the path of its record.
+
+    Raises:
+        StoreError: the store cannot be written to.
+    """
+    record = {
+        "prompt": [dict(message) for message in vote.prompt],
+        VERDICT: vote.verdict,
+        "replies": [reply.text for reply in vote.replies],
+        "models": [reply.as_record() for reply in vote.replies],
+    }
+    return VOTES.save(store, record, vote.details)
 
 
 def save_vote(store: Store, vote: Vote) -> str:

@@ -11,9 +11,10 @@ import httpx
 import psutil
 import pytest
 
-from flows.cli.access import is_local, password_for
+from flows.cli.access import password_for
 from rlhf_core.errors import ConfigError
 from rlhf_core.store import open_store
+from rlhf_core.system.local import is_local
 from rlhf_core.system.ports import free_ports
 from tests import forked
 from tests.rlhf_core.playground.tiny_run import tiny_run

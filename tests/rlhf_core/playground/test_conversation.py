@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
+import re
+
 import pytest
 
 from rlhf_core.playground.catalogue import Choice
 from rlhf_core.playground.conversation import Conversation
-from rlhf_core.playground.render import bubbles
+from rlhf_core.playground.render import bubbles, shown_name
 from rlhf_core.playground.replies import PartialReply
 from rlhf_core.playground.texts import LANGUAGES, TEXTS, language_of, translate
 
@@ -19,7 +22,7 @@ def turn(conversation, text, replies, common=True, system=None):
         PartialReply(reply, "failed" if reply is None else "done", score=float(i))
         for i, reply in enumerate(replies)
     ]
-    conversation.finish(asked, grown)
+    conversation.finish(grown)
     return asked
 
 
@@ -111,16 +114,86 @@ def test_a_thumb_is_possible_beside_a_vote_and_with_one_model():
 def test_scores_stand_under_each_reply_of_each_turn():
     conversation = Conversation.of(CHOICES[:2])
     turn(conversation, "Hi", ["one", "two"], common=False)
-    asked = conversation.begin("More", False, None)
+    conversation.begin("More", False, None)
     abandoned, right = bubbles(
         "en",
         conversation,
-        asked,
         [PartialReply("<b>x", "generating"), PartialReply(state="failed", error="gone")],
     )
     assert "Reward +0.000" in abandoned[1]["content"] and "Reward +1.000" in right[1]["content"]
-    assert abandoned[-1]["content"] == "<b>x"
+    assert abandoned[-1]["content"] == "&lt;b&gt;x"
     assert right[-1]["content"].endswith("cannot reply: gone")
+
+
+def test_tie_and_both_bad_are_no_pairs_and_end_the_vote():
+    conversation = Conversation.of(CHOICES)
+    turn(conversation, "Hi", ["one", None, "three"], system="Be kind")
+    vote = conversation.undecided("both_bad", {"run": "r"})
+    assert [(r.text, r.model, r.score) for r in vote.replies] == [
+        ("one", "SFT", 0.0), ("three", "DPO", 2.0)
+    ]  # fmt: skip
+    assert said(vote.prompt) == ["Be kind", "Hi"] and vote.details == {"run": "r"}
+    assert (vote.verdict, conversation.vote_obstacle()) == ("both_bad", "voted")
+    turn(conversation, "More", ["a", "b", "c"])
+    assert conversation.verdict is None and conversation.vote_obstacle() == ""
+
+
+def test_blind_conversation_hides_names_and_scores_until_the_vote():
+    conversation = Conversation.of(CHOICES[:2], blind=True)
+    assert conversation.hidden and shown_name("en", conversation, 1) == "Model B"
+    turn(conversation, "Hi", ["one", "two"])
+    shown = str(bubbles("en", conversation, conversation.last))
+    assert conversation.hidden and "Reward" not in shown and "PPO" not in shown
+    conversation.thumb(0, True, {})
+    assert conversation.hidden
+    conversation.vote(1, {})
+    assert not conversation.hidden
+    assert shown_name("en", conversation, 1) == conversation.choices[1].name
+    assert "Reward +1.000" in str(bubbles("en", conversation, conversation.last))
+    turn(conversation, "More", ["three", "four"])
+    assert conversation.hidden
+    assert "Reward +1.000" in str(bubbles("en", conversation, conversation.last)), "earlier turn"
+    turn(conversation, "Again", ["same", "same"])
+    assert not conversation.hidden, "no vote will come"
+    assert not Conversation.of(CHOICES[:1], blind=True).hidden
+    assert not Conversation.of(CHOICES[:2]).hidden
+
+
+def test_blind_conversation_takes_a_new_order_each_turn(monkeypatch):
+    monkeypatch.setattr("random.shuffle", lambda items: items.reverse())
+    conversation = Conversation.of(CHOICES[:2], blind=True)
+    turn(conversation, "Hi", ["one", "two"])
+    assert [c.name for c in conversation.choices] == ["PPO", "SFT"]
+    [vote] = conversation.vote(0, {})
+    assert (vote.chosen.model, vote.chosen.text) == ("PPO", "one")
+    asked = turn(conversation, "More", ["three", "four"])
+    assert [said(a) for a in asked] == [["Hi", "one", "More"]] * 2
+    assert [c.name for c in conversation.choices] == ["SFT", "PPO"]
+
+
+def test_models_with_histories_of_their_own_keep_their_places(
+    monkeypatch,
+):
+    monkeypatch.setattr("random.shuffle", lambda items: items.reverse())
+    conversation = Conversation.of(CHOICES[:2], blind=True)
+    turn(conversation, "Hi", ["one", "two"], common=False)
+    conversation.vote(0, {})
+    order = list(conversation.choices)
+    conversation.begin("More", False, None)
+    assert conversation.choices == order and not conversation.hidden
+
+
+def test_reply_is_text_whatever_it_says():
+    bad = '<img src=http://x> <form action="http://x"> ![i](http://x) <script>alert(1)</script>'
+    conversation = Conversation.of(CHOICES[:2])
+    turn(conversation, bad, [bad, "fine"])
+    for message in bubbles("en", conversation, conversation.last)[0]:
+        tags = re.findall(r"<[^>]*>", message["content"])
+        assert set(tags) <= {'<div class="score">', "</div>"}, message
+        assert html.unescape(message["content"]).startswith(bad)
+    failed = PartialReply(state="failed", error=bad)
+    [[_, told], _] = bubbles("en", conversation, [failed, failed])
+    assert "<" not in told["content"]
 
 
 def test_every_text_is_there_in_each_language():

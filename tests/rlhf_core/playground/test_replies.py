@@ -10,8 +10,10 @@ import torch
 
 from rlhf_core.chat.model import Sampling, load_chat_model
 from rlhf_core.data.encoding.templates import prompt_ids
+from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.models.loading import load_scalar_model
-from rlhf_core.playground.catalogue import Choice
+from rlhf_core.models.saving import save_scalar_model
+from rlhf_core.playground.catalogue import Choice, RewardModels
 from rlhf_core.playground.pool import ModelPool
 from rlhf_core.playground.replies import ReplyGenerator
 from rlhf_core.store import open_store
@@ -37,6 +39,10 @@ def ask(generator, digests, sampling=GREEDY, **more):
     return list(generator.generate(choices, [HELLO] * len(choices), sampling, **more))
 
 
+def scored_by(*digests, **combine):
+    return RewardModels(digests, CombineSettings(**combine))
+
+
 def test_replies_grow_and_are_the_models_own(run, generator):
     digests = [run.stages["sft"], run.stages["ppo"]]
     seen = ask(generator, digests)
@@ -58,7 +64,7 @@ def test_replies_grow_and_are_the_models_own(run, generator):
 
 
 def test_score_is_the_reward_models(run, generator):
-    [reply] = ask(generator, [run.stages["ppo"]], reward_model=run.stages["reward"])[-1]
+    [reply] = ask(generator, [run.stages["ppo"]], reward_models=scored_by(run.stages["reward"]))[-1]
     folder = run.store.fetch(run.stages["reward"])
     chat_model = load_chat_model(run.store.fetch(run.stages["ppo"]))
     end = chat_model.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -70,6 +76,24 @@ def test_score_is_the_reward_models(run, generator):
             load_scalar_model(folder)(tokens, torch.ones_like(tokens, dtype=torch.bool))
         )
     assert reply.score == pytest.approx(expected, abs=1e-5)
+
+
+def test_score_of_an_ensemble_is_its_members_combined(run, generator, tmp_path):
+    folder = run.store.fetch(run.stages["reward"], tmp_path / "second")
+    second = load_scalar_model(folder)
+    second.mean += 2.0
+    save_scalar_model(second, tmp_path / "changed", folder)
+    other = run.store.publish(tmp_path / "changed", kind="reward_model").digest
+    both = (run.stages["reward"], other)
+    ppo = [run.stages["ppo"]]
+    first, last = (ask(generator, ppo, reward_models=scored_by(d))[-1][0].score for d in both)
+    assert first != last
+    for how, expected in (
+        ({}, (first + last) / 2), ({"combine": "min"}, min(first, last)),
+        ({"combine": "mean_minus_std", "std_coef": 2.0}, (first + last) / 2 - abs(first - last)),
+    ):  # fmt: skip
+        [reply] = ask(generator, ppo, reward_models=scored_by(*both, **how))[-1]
+        assert reply.score == pytest.approx(expected, abs=1e-5)
 
 
 def test_missing_or_damaged_model_is_told_and_the_other_answers(run, generator):
@@ -85,7 +109,7 @@ def test_missing_or_damaged_model_is_told_and_the_other_answers(run, generator):
     assert "model.safetensors" in damaged.error
     assert "there is no artifact" in gone.error
     assert "is a reward model" in reward.error
-    replies = ask(generator, [run.stages["ppo"]], reward_model=missing)[-1]
+    replies = ask(generator, [run.stages["ppo"]], reward_models=scored_by(missing))[-1]
     assert replies[0].state == "done" and "there is no artifact" in replies[0].score_error
 
 

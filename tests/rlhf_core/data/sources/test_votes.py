@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
@@ -13,7 +14,7 @@ from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.data.sources import feedback
 from rlhf_core.data.sources.feedback import Candidate
 from rlhf_core.data.sources.votes import VOTES as KEPT
-from rlhf_core.data.sources.votes import Vote, save_vote
+from rlhf_core.data.sources.votes import Undecided, Vote, save_undecided, save_vote
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataJob, DataSettings
 from rlhf_core.runtime.context import StageContext
@@ -129,3 +130,22 @@ def test_vote_of_a_writer_with_a_slow_clock_comes_after_what_was_read(store, mon
     prompts = [row.data["prompt"][-1]["content"] for row in KEPT.rows(store, began_with)]
     assert prompts == ["An old one?", "Before?"]
     assert len(list(KEPT.rows(store))) == 10
+
+
+def test_ties_and_both_bad_are_counted_in_the_card_and_make_no_pair(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
+    replies = [Candidate("Fine.", "PPO", "a" * 64, 0.5), Candidate("OK.", "SFT", "b" * 64, 0.1)]
+    prompt = [{"role": "user", "content": "Hi"}]
+    for verdict in ("tie", "both_bad", "tie"):  # first: what detects the format must skip them
+        path = save_undecided(store, Undecided(prompt, replies, verdict, {"run": "r1"}))
+    record = store.read_record(path)
+    assert (record["verdict"], record["replies"]) == ("tie", ["Fine.", "OK."])
+    assert record["models"][0] == {"name": "PPO", "digest": "a" * 64, "score": 0.5}
+    save_vote(store, vote())
+    assert KEPT.count(store) == 4
+    job = job_for(store, tmp_path)
+    artifact = run(job, context(store, tmp_path, job))
+    folder = store.fetch(artifact.digest)
+    assert [row["chosen"] for row in Rows(folder, "train", "preference")] == ["Fine, thanks."]
+    card = json.loads((folder / "card.json").read_text())
+    assert card["read"] == 4 and card["dropped"] == {"tie": 2, "both_bad": 1}

@@ -1,0 +1,121 @@
+"""ASGI middleware in front of the page: what may be asked of it, and what its browser may load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+WRONG_PASSWORD_SECONDS = 1.0
+MAX_BODY_BYTES = 2**20
+LOGIN = "/login"
+
+# What the page posts: events and the login. No uploads, recordings or other APIs of Gradio.
+POSTED = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|run/\w+)/?")
+# Gradio fetches these URLs and passes their contents on.
+FETCHING = re.compile(r"/gradio_api/(proxy=|file=https?:|stream/|run-history)|.*/vibe-")
+
+# Gradio starts itself by inline scripts, and its components have inline styles.
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; manifest-src "
+        "'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'self'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+@dataclass
+class _Turn:
+    """The logins of one address come one after the other."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waiting: int = 0
+
+
+class Guard:
+    """An ASGI application in front of Gradio's.
+
+    A wrong password takes WRONG_PASSWORD_SECONDS, during which further logins from its address
+    wait; they hold no thread, and logins from other addresses do not wait.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self._turns: dict[str, _Turn] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        send = _with_headers(send)
+        path, method = scope["path"], scope["method"]
+        if FETCHING.match(path) or (method == "POST" and not POSTED.fullmatch(path)):
+            await _refuse(send, 403, "This page has no such function.")
+        elif method not in ("GET", "HEAD", "POST"):
+            await _refuse(send, 405, "This page is read and used by GET and POST.")
+        elif _length(scope) > MAX_BODY_BYTES:
+            await _refuse(send, 413, f"A request has at most {MAX_BODY_BYTES} bytes.")
+        elif path.rstrip("/") == LOGIN:
+            await self._login(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _login(self, scope: Scope, receive: Receive, send: Send) -> None:
+        address = (scope.get("client") or ("",))[0]
+        turn = self._turns.setdefault(address, _Turn())
+        turn.waiting += 1
+        try:
+            async with turn.lock:
+                await self.app(scope, receive, _slow_to_refuse(send))
+        finally:
+            turn.waiting -= 1
+            if not turn.waiting:
+                self._turns.pop(address, None)
+
+
+def _slow_to_refuse(send: Send) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] >= 400:
+            await asyncio.sleep(WRONG_PASSWORD_SECONDS)
+        await send(message)
+
+    return sending
+
+
+def _with_headers(send: Send) -> Send:
+    added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *added]}
+        await send(message)
+
+    return sending
+
+
+def _length(scope: Scope) -> int:
+    """Announced bytes of the body; one that is not announced counts as too long."""
+    headers = dict(scope["headers"])
+    if b"transfer-encoding" in headers:
+        return MAX_BODY_BYTES + 1
+    given = headers.get(b"content-length", b"0")
+    return int(given) if given.isdigit() else MAX_BODY_BYTES + 1
+
+
+async def _refuse(send: Send, status: int, text: str) -> None:
+    body = json.dumps({"detail": text}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
