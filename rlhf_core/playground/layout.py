@@ -56,33 +56,7 @@ def build(page: Page) -> gr.Blocks:
             )  # fmt: skip
             c["refresh"] = gr.Button(text("refresh"), scale=0, min_width=210)
         _settings(c, text)
-        with gr.Row():
-            for i in range(COLUMNS):
-                with gr.Column(visible=i < 2, min_width=280, elem_classes="pane") as column:
-                    page.names.append(gr.Markdown("", elem_id=f"name-{i}"))
-                    page.chats.append(
-                        gr.Chatbot(  # its contents are escaped, see `render`
-                            show_label=False,
-                            height=380,
-                            elem_id=f"chat-{i}",
-                            buttons=[],
-                            render_markdown=False,
-                            latex_delimiters=[],
-                        )
-                    )
-                    with gr.Row():
-                        up, down = (
-                            gr.Button(text(key), elem_id=f"{key}-{i}", size="sm", min_width=60)
-                            for key in ("up", "down")
-                        )
-                    page.thumbs.append((up, down))
-                    page.buttons.append(gr.Button(text("best"), elem_id=f"vote-{i}"))
-                page.columns.append(column)
-        with gr.Row(elem_classes="verdicts"):
-            for verdict in get_args(Verdict):
-                page.verdicts[verdict] = gr.Button(
-                    text(verdict), elem_id=verdict, scale=0, min_width=170
-                )
+        _panes(page, text)
         c["status"] = gr.Markdown("", elem_id="status")
         with gr.Row(elem_classes="low"):
             c["message"] = gr.Textbox(
@@ -100,6 +74,32 @@ def build(page: Page) -> gr.Blocks:
         )
         _connect(page, blocks)
     return blocks
+
+
+def _panes(page: Page, text: Callable[[str], str]) -> None:
+    """A column per model, with what can be said about its reply, and what about all of them."""
+    with gr.Row():
+        for i in range(COLUMNS):
+            with gr.Column(visible=i < 2, min_width=280, elem_classes="pane") as column:
+                page.names.append(gr.Markdown("", elem_id=f"name-{i}"))
+                page.chats.append(
+                    gr.Chatbot(  # its contents are escaped, see `render`
+                        show_label=False, height=380, elem_id=f"chat-{i}", buttons=[],
+                        render_markdown=False, latex_delimiters=[],
+                    )
+                )  # fmt: skip
+                with gr.Row():
+                    up, down = (
+                        gr.Button(text(key), elem_id=f"{key}-{i}", size="sm", min_width=60)
+                        for key in ("up", "down")
+                    )
+                page.thumbs.append((up, down))
+                page.buttons.append(gr.Button(text("best"), elem_id=f"vote-{i}"))
+            page.columns.append(column)
+    with gr.Row(elem_classes="verdicts"):
+        for verdict in get_args(Verdict):
+            button = gr.Button(text(verdict), elem_id=verdict, scale=0, min_width=170)
+            page.verdicts[verdict] = button
 
 
 def _settings(c: dict[str, Any], text: Callable[[str], str]) -> None:

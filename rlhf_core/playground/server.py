@@ -6,6 +6,7 @@ import hmac
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.playground.agreement import Agreement, Rate
@@ -47,8 +48,6 @@ def main(
         raise ConfigError(
             f"The page needs Gradio ({error}): pip install 'rlhf-pipeline[playground]'"
         ) from error
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from rlhf_core.playground.layout import CSS, FONTS, build
     from rlhf_core.playground.page import Page
@@ -64,14 +63,7 @@ def main(
             server_name=host, server_port=port, quiet=True, prevent_thread_lock=True,
             share=False, inbrowser=False, ssr_mode=False, mcp_server=False, run_history=False,
             enable_monitoring=False, show_error=True, footer_links=[],
-            app_kwargs={
-                "middleware": [
-                    Middleware(Guard),
-                    Middleware(
-                        TrustedHostMiddleware, allowed_hosts=allowed_hosts(host), www_redirect=False
-                    ),
-                ]
-            },
+            app_kwargs={"middleware": _middleware(host)},
             auth=password_check(password) if password is not None else None,
             theme=gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "monospace"]), css=CSS,
         )  # fmt: skip
@@ -82,6 +74,17 @@ def main(
     on_ready(f"http://{host}:{port}")
     ended.wait()
     blocks.close(verbose=False)
+
+
+def _middleware(host: str) -> list[Any]:
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    hosts = allowed_hosts(host)
+    return [
+        Middleware(Guard),
+        Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
+    ]
 
 
 def password_check(password: str) -> Callable[[str, str], bool]:
