@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.jobs import DataJob, DataSettings, Job, MixedData, MixJob, MixSource, Mixture
+from rlhf_core.jobs.sources import EpochSettings
 from rlhf_core.pipeline import recipe
 from tasks.run import Run, StageResult
 
@@ -50,8 +51,7 @@ def mixture_jobs(run: Run, model: str, prepared: Mapping[str, StageResult]) -> d
                 )
                 for part in settings.mix
             ),
-            stopping_strategy=settings.stopping_strategy,
-            max_repeats=settings.max_repeats,
+            **{field: getattr(settings, field) for field in EpochSettings.model_fields},
             seed=run.config.seed,
             trust_remote_code=run.config.model.trust_remote_code,
         )

@@ -19,7 +19,7 @@ from rlhf_core.jobs.base import (
     job_input,
 )
 from rlhf_core.jobs.ensemble import EnsembleJob
-from rlhf_core.jobs.sources import DataSettings, Mixture, Source, StoppingStrategy, Weight
+from rlhf_core.jobs.sources import DataSettings, EpochSettings, Mixture, Share, Source
 
 
 class ModelSettings(Settings):
@@ -152,22 +152,18 @@ class DataJob(DataSettings, BaseJob):
         return settings
 
 
-class MixedData(Settings):
+class MixedData(Share):
     """A prepared source of a mixture."""
 
     name: Slug
     """Name of the source."""
     data: Digest
     """Its data set."""
-    weight: Weight | None = None
-    """Part of an epoch, as in the settings."""
-    rows: PositiveInt | None = None
-    """Rows in an epoch, as in the settings."""
     deduplicate: bool = True
     """Drop rows that an earlier source has."""
 
 
-class MixJob(BaseJob):
+class MixJob(EpochSettings, BaseJob):
     """Mixes data sets that are prepared into one, with the plan of its epochs."""
 
     module: ClassVar[str] = "rlhf_core.stages.mix"
@@ -184,10 +180,6 @@ class MixJob(BaseJob):
     """Model whose tokenizer encoded the rows."""
     mix: tuple[MixedData, ...]
     """The sources."""
-    stopping_strategy: StoppingStrategy = "all_exhausted"
-    """When an epoch ends."""
-    max_repeats: PositiveInt = 4
-    """How often an epoch may use a row."""
 
     def inputs(self) -> dict[str, str]:
         """The data sets are inputs by the names of their sources."""

@@ -10,7 +10,6 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.jobs.base import Format, Fraction, PositiveInt, Settings, Slug
 
-Weight = Annotated[float, Field(gt=0.0)]
 StoppingStrategy = Literal["all_exhausted", "first_exhausted", "all_exhausted_without_replacement"]
 
 
@@ -73,19 +72,33 @@ class DataSettings(Settings):
         return self.columns | ({"curriculum": self.curriculum} if self.curriculum else {})
 
 
-class MixSource(DataSettings):
+class Share(Settings):
+    """A source's part of an epoch."""
+
+    weight: Annotated[float, Field(gt=0.0)] | None = None
+    """Part of an epoch's rows, relative to the weights of the other sources. For the stage
+    pretrain it counts packed sequences, so tokens."""
+    rows: PositiveInt | None = None
+    """Rows in an epoch (packed sequences for pretrain), in place of a weight. Empty, without
+    weight: all rows."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.weight is not None and self.rows is not None:
+            raise ValueError(
+                f"weight is {self.weight:g} and rows is {self.rows}; they exclude each other: "
+                "clear one"
+            )
+        return self
+
+
+class MixSource(Share, DataSettings):
     """A source of a mixture: a data set, and its part in an epoch."""
 
     source: str
     """Where the rows are, as for a single data set. Each source of a mixture names its own."""
     name: Slug | None = None
     """Name in metrics and data cards. Empty: the last part of the source, and the subset."""
-    weight: Weight | None = None
-    """Part of an epoch's rows, relative to the weights of the other sources. For the stage
-    pretrain it counts packed sequences, so tokens."""
-    rows: PositiveInt | None = None
-    """Rows in an epoch (packed sequences for pretrain), in place of a weight. Empty, without
-    weight: all rows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -100,15 +113,6 @@ class MixSource(DataSettings):
                 )
         return data
 
-    @model_validator(mode="after")
-    def _one_share(self) -> Self:
-        if self.weight is not None and self.rows is not None:
-            raise ValueError(
-                f"weight is {self.weight:g} and rows is {self.rows}; they exclude each other: "
-                "clear one"
-            )
-        return self
-
     @property
     def label(self) -> str:
         """The name, or one made of source and subset."""
@@ -121,12 +125,9 @@ class MixSource(DataSettings):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", found).strip("-._")[:100] or "source"
 
 
-class Mixture(Settings):
-    """Several data sets in one. Settings of a data set beside `mix`, such as max_length, hold for
-    each source that does not set them itself."""
+class EpochSettings(Settings):
+    """How an epoch is drawn from the sources of a mixture."""
 
-    mix: tuple[MixSource, ...]
-    """The sources. All have a weight, or none has."""
     stopping_strategy: StoppingStrategy = "all_exhausted"
     """When an epoch ends, as in datasets.interleave_datasets. all_exhausted: when every row was
     used; smaller sources are repeated, up to max_repeats. first_exhausted: when the first source is
@@ -135,6 +136,14 @@ class Mixture(Settings):
     max_repeats: PositiveInt = 4
     """How often an epoch may use a row (all_exhausted). Up to 4 epochs of the same data are nearly
     as good as new data (arXiv 2305.16264)."""
+
+
+class Mixture(EpochSettings):
+    """Several data sets in one. Settings of a data set beside `mix`, such as max_length, hold for
+    each source that does not set them itself."""
+
+    mix: tuple[MixSource, ...]
+    """The sources. All have a weight, or none has."""
 
     @model_validator(mode="before")
     @classmethod

@@ -53,9 +53,9 @@ def _metrics(result: StageResult) -> Iterator[tuple[str, dict[str, float]]]:
             f"{result.stage}: held-out accuracy",
             {k: v["accuracy"] for k, v in of_sources.items()},
         )
-    for model, found in heldout.items():  # of an evaluation
-        if isinstance(found, dict) and "loss" in found and "sources" in found:
-            yield f"{result.stage}: held-out loss, {model}", found["sources"]
+    for model, found in heldout.items() if result.stage == "evaluate" else ():
+        if "sources" in found:
+            yield f"evaluate: held-out loss, {model}", found["sources"]
     for metric, label in SHOWN.items():
         start = f"{metric}/"
         values = {k[len(start) :]: v for k, v in result.metrics.items() if k.startswith(start)}

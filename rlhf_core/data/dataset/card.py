@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.data.dataset.sampling import Plan, Share
+from rlhf_core.data.dataset.sampling import Plan
 from rlhf_core.data.overlap.result import Overlap
 from rlhf_core.errors import DataError
-from rlhf_core.jobs.sources import StoppingStrategy
+from rlhf_core.jobs.sources import EpochSettings, Share, StoppingStrategy
 
 MAX_LISTED = 1000  # bad rows listed one by one; the others are only counted
 
@@ -60,8 +60,8 @@ class MixtureCard:
     @property
     def plan(self) -> Plan:
         """The plan of the epochs."""
-        shares = tuple(Share(s.name, s.weight, s.share) for s in self.sources)
-        return Plan(shares, self.stopping_strategy, self.max_repeats)
+        rule = EpochSettings(stopping_strategy=self.stopping_strategy, max_repeats=self.max_repeats)
+        return Plan({s.name: Share(weight=s.weight, rows=s.share) for s in self.sources}, rule)
 
     def markdown(self) -> list[str]:
         """A table of the sources, in lines of Markdown."""

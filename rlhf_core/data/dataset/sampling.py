@@ -20,36 +20,22 @@ larger than its part each epoch sees other rows, until all were used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 
-from rlhf_core.jobs.sources import StoppingStrategy
+from rlhf_core.jobs.sources import EpochSettings, Share
 from rlhf_core.system.seeds import derive_seed
 
 
 @dataclass(frozen=True)
-class Share:
-    """A source's part of an epoch: a weight, or rows; with neither, all its rows."""
-
-    name: str
-    weight: float | None = None
-    rows: int | None = None
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What a mixture's epochs are drawn by.
+    """What a mixture's epochs are drawn by: the parts of its sources by their names."""
 
-    Attributes:
-        max_repeats: how often an epoch may use a row, for all_exhausted.
-    """
-
-    shares: tuple[Share, ...]
-    stopping_strategy: StoppingStrategy = "all_exhausted"
-    max_repeats: int = 4
+    shares: Mapping[str, Share]
+    settings: EpochSettings
 
     def counts(self, available: Sequence[int]) -> list[int]:
         """Rows of each source in an epoch, at least 1.
@@ -57,12 +43,13 @@ class Plan:
         Args:
             available: rows that each source has, at least 1.
         """
-        weighted = any(share.weight is not None for share in self.shares)
+        weighted = any(share.weight is not None for share in self.shares.values())
         parts = self._parts(available)
-        if self.stopping_strategy == "all_exhausted_without_replacement":
+        rule = self.settings.stopping_strategy
+        if rule == "all_exhausted_without_replacement":
             most = [n if weighted else int(c) for n, c in zip(available, parts, strict=True)]
             return [min(n, count) for n, count in zip(available, most, strict=True)]
-        passes = self.max_repeats if self.stopping_strategy == "all_exhausted" else 1
+        passes = self.settings.max_repeats if rule == "all_exhausted" else 1
         once = [n / c for n, c in zip(available, parts, strict=True)]  # t that uses each row once
         longest = min(passes * min(once), max(once) if weighted else Fraction(1))
         return [max(1, int(longest * c)) for c in parts]
@@ -70,7 +57,7 @@ class Plan:
     def _parts(self, available: Sequence[int]) -> list[Fraction]:
         return [
             Fraction(str(share.weight or share.rows or n))  # 0.1 is a tenth
-            for share, n in zip(self.shares, available, strict=True)
+            for share, n in zip(self.shares.values(), available, strict=True)
         ]
 
     def sampling(self, rows: Sequence[np.ndarray], order_by: np.ndarray | None = None) -> Sampling:
@@ -84,8 +71,8 @@ class Plan:
         counts = self.counts(available)
         total = sum(counts)
         parts = [
-            f"{share.name} {count:,} of {n:,} ({count / total:.1%}; each {count / n:.2g} times)"
-            for share, count, n in zip(self.shares, counts, available, strict=True)
+            f"{name} {count:,} of {n:,} ({count / total:.1%}; each {count / n:.3g} times)"
+            for name, count, n in zip(self.shares, counts, available, strict=True)
         ]
         return f"an epoch of the mixture takes {total:,}: {', '.join(parts)}"
 

@@ -141,7 +141,12 @@ def test_mixtures_show_rows_and_metrics_of_each_source(run):
     card = json.dumps({"mixture": mixture}).encode()
     parent = add(run, "data-sft", "dataset", {"card.json": card}, {"read": 80, "kept": 68})
     metrics = {"heldout_loss": 1.0, "heldout_loss/chat": 0.5, "heldout_loss/a|b": 2.25}
-    stages = {"sft": metrics, "reward": {"heldout": {"sources": {"chat": {"accuracy": 0.75}}}}}
+    measured = {"policy": {"loss": 1.0, "sources": {"chat": 0.125}}}
+    stages = {
+        "sft": metrics,
+        "reward": {"heldout": {"sources": {"chat": {"accuracy": 0.75}}}},
+        "evaluate": {"heldout": measured},
+    }
     for stage, found in stages.items():
         artifact = run.store.publish_derived(
             kind="model", files={"x": stage.encode()}, parents=[parent]
@@ -151,6 +156,6 @@ def test_mixtures_show_rows_and_metrics_of_each_source(run):
             metrics=found,
         )  # fmt: skip
     text = render(run, images={})
-    assert "| chat | 40 | 30 | 4 | 6 | 0 | 1,234 | 60 | 0.500 | 0.750 |" in text
-    assert r"| a\|b | 40 | 30 | 4 | 6 | 0 | 1,234 |  | 2.250 |  |" in text
-    assert "sft: held-out loss | reward: held-out accuracy |" in text
+    assert "| chat | 40 | 30 | 4 | 6 | 0 | 1,234 | 60 | 0.500 | 0.125 | 0.750 |" in text
+    assert r"| a\|b | 40 | 30 | 4 | 6 | 0 | 1,234 |  | 2.250 |  |  |" in text
+    assert "held-out loss | evaluate: held-out loss, policy | reward: held-out accuracy |" in text

@@ -6,14 +6,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rlhf_core.data.dataset.sampling import Plan, Sampling, Share
+from rlhf_core.data.dataset.sampling import Plan, Sampling
+from rlhf_core.jobs.sources import EpochSettings, Share
 
 FIRST, ALL, ONCE = "first_exhausted", "all_exhausted", "all_exhausted_without_replacement"
 
 
 def plan(*parts, rule=ALL, repeats=4, kind="weight"):
-    shares = [Share(f"s{i}", **({kind: part} if part else {})) for i, part in enumerate(parts)]
-    return Plan(tuple(shares), rule, repeats)
+    shares = {f"s{i}": Share(**({kind: part} if part else {})) for i, part in enumerate(parts)}
+    return Plan(shares, EpochSettings(stopping_strategy=rule, max_repeats=repeats))
 
 
 @pytest.mark.parametrize(
