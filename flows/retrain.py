@@ -16,7 +16,7 @@ from pydantic import Field
 
 from flows import schedule
 from flows.form import Preset, form_config, run_name
-from flows.rlhf import Returned, ending, pipeline
+from flows.rlhf import Returned, ending, new_run, pipeline
 from rlhf_core.data.fingerprint import fingerprint as data_fingerprint
 from rlhf_core.errors import GateFailed, RLHFError
 from rlhf_core.jobs import Gates, PipelineConfig
@@ -30,7 +30,7 @@ from tasks.promotion import refusal
 from tasks.publish import compare_with_champion, keep_candidate, publish
 from tasks.reporting.evaluation import read_evaluation
 from tasks.reporting.report import report
-from tasks.run import Run, new_run_id, now, recorded
+from tasks.run import Run, now, recorded
 from tasks.tracking import mirrored
 from tasks.watch import stop_when_cancelled
 
@@ -89,11 +89,7 @@ def retrain(config: PipelineConfig, gates: Gates, force: bool, jitter: int) -> S
     with stop_when_cancelled():
         schedule.wait(jitter, flow_run, log)
     began = time.monotonic()
-    run = Run(
-        config,
-        new_run_id(flow_run, runtime.flow_run.scheduled_start_time, config.name),
-        flow_run=flow_run,
-    )
+    run = new_run(config)
     state = _source_state(config, run.store)
     path = f"retrain/{config.publish.name}.json"
     last = run.store.read_record(path) or {}

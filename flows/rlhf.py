@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
-from flows import approval
+from flows import approval, server
 from rlhf_core.errors import GateFailed, JobFailed, RewardHacked, RLHFError
 from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.pipeline import recipe
@@ -66,12 +66,7 @@ def ending(body: Callable[..., Returned], *arguments: Any) -> Returned:
 def run_pipeline(config: PipelineConfig, until: Stage = "publish") -> Returned:
     """The body of a pipeline's flow."""
     launcher_for(config.launcher).prepare()
-    flow_run = runtime.flow_run.id
-    run = Run(
-        config,
-        new_run_id(flow_run, runtime.flow_run.scheduled_start_time, config.name),
-        flow_run=flow_run,
-    )
+    run = new_run(config)
     log_event(
         get_run_logger(), "run", "", f"run {run.id}, store {run.store.url}",
         id=run.id, name=config.name, store=run.store.url, url=run.page,
@@ -86,6 +81,13 @@ def run_pipeline(config: PipelineConfig, until: Stage = "publish") -> Returned:
                     break
             report(run)
     return outcome(run)
+
+
+def new_run(config: PipelineConfig) -> Run:
+    """The run of this flow run."""
+    here = runtime.flow_run
+    run_id = new_run_id(here.id, here.scheduled_start_time, config.name)
+    return Run(config, run_id, flow_run=here.id, lasting=server.temporary is None)
 
 
 def outcome(run: Run) -> Returned:

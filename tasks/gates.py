@@ -183,10 +183,10 @@ def _checks(
 
 
 def judged(evaluation: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """A judge's name and win rate. A judge that training did not use takes precedence over the
-    reward model."""
+    """Name and win rate of the judge that had least to do with the training: a model at an
+    endpoint, else the gold judge, else the reward model. Gates and tables go by it."""
     rates = evaluation.get("win_rate") or {}
-    judged_by = next((name for name in rates if name != "reward"), "reward")
+    judged_by = next((name for name in ("judge", "gold") if name in rates), "reward")
     return judged_by, rates.get(judged_by) or {}
 
 

@@ -73,8 +73,14 @@ class Run:
         run_id: str,
         store: Store | None = None,
         flow_run: str | None = None,
+        lasting: bool = True,
     ) -> None:
+        """
+        Args:
+            flow_run: its id on the Prefect server. lasting: whether the server outlives the run.
+        """
         self.flow_run = flow_run
+        self.lasting = lasting
         self.config = config
         self.author = config.author or author()
         self.started = now()
@@ -102,8 +108,8 @@ class Run:
 
     @property
     def page(self) -> str | None:
-        """URL of the run's page on the Prefect server."""
-        return url_for("flow-run", self.flow_run) if self.flow_run else None
+        """URL of the run's page on the Prefect server; None on one that ends with the run."""
+        return url_for("flow-run", self.flow_run) if self.flow_run and self.lasting else None
 
     def begin(self) -> None:
         """Write the record for the first time, or again when the run is retried."""
@@ -118,6 +124,7 @@ class Run:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "flow_run": self.flow_run,
+            "page": self.page,
             "folder": str(self.folder),
         }
         self.save(state="running", ended=None, error=None)

@@ -11,6 +11,7 @@ from rlhf_core.errors import ConfigError
 from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.store import Store
 from tasks.events import seconds
+from tasks.gates import judged
 from tasks.reporting.cost import Cost, cost
 from tasks.reporting.differences import flat
 from tasks.reporting.evaluation import read_evaluation
@@ -159,13 +160,11 @@ def _gain(run: PastRun) -> Value | None:
 
 
 def _win_rate(run: PastRun) -> Value | None:
-    """Of the judge that saw least of the training: an endpoint, else the gold judge, else the
-    reward model; if all replies were equally long, where that is known."""
-    rates = run.evaluation.get("win_rate") or {}
-    name = next((n for n in ("judge", "gold", "reward") if n in rates), None)
-    if name is None:
+    """Of the judge that the gates go by; if all replies were equally long, where that is known."""
+    name, rate = judged(run.evaluation)
+    found = rate.get("length_controlled") or rate
+    if not found:
         return None
-    found = rates[name].get("length_controlled") or rates[name]
     low, high = found.get("low"), found.get("high")
     interval = "" if low is None else f" ({low:.0%} to {high:.0%})"
     return found["rate"], f"{found['rate']:.0%}{interval} {name}"

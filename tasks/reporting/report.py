@@ -12,7 +12,6 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
-from prefect.utilities.urls import url_for
 
 from rlhf_core.store import registry
 from rlhf_core.system.private import private_folder
@@ -138,8 +137,7 @@ def _champion(run: Run) -> str:
     for version in reversed(registry.read_model(run.store, name).versions):
         if compared and run.store.get(version.digest).metadata.get("policy") == compared:
             other = run.store.read_record(f"runs/{version.run}.json") if version.run else None
-            flow_run = (other or {}).get("flow_run")
-            link = url_for("flow-run", flow_run) if flow_run else None
+            link = (other or {}).get("page")
             shown = f"[{version.run}]({link})" if link else f"`{version.run or 'unknown'}`"
             text = f"The champion is version {version.number} of `{name}`, made by run {shown}."
             beside = f" Side by side: `rlhf compare {version.run} {run.id}`." if version.run else ""

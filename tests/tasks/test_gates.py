@@ -4,7 +4,8 @@ import pytest
 
 from rlhf_core.errors import RETRYABLE, GateFailed
 from rlhf_core.jobs import EvaluateJob, EvaluateSettings, Gates, RewardJob, RewardSettings
-from tasks.gates import check_evaluation, check_reward, judge
+from tasks.gates import check_evaluation, check_reward, judge, judged
+from tasks.reporting.past import COLUMNS, PastRun
 
 GOOD = {
     "reward_model": {"accuracy": 0.7},
@@ -155,3 +156,14 @@ DIGEST = "0" * 64
 def test_gates_do_not_change_what_a_stage_is(job, gates):
     assert job.model_copy(update=gates).key() == job.key()
     assert job.model_copy(update={"seed": 1}).key() != job.key()
+
+
+def test_gates_and_tables_go_by_the_same_judge():
+    """The one that had least to do with the training, in whatever order they are stored."""
+    rates = {"gold": {"rate": 0.6}, "reward": {"rate": 0.9}, "judge": {"rate": 0.3}}
+    for left_out, chosen in [((), "judge"), (("judge",), "gold"), (("judge", "gold"), "reward")]:
+        found = {"win_rate": {k: v for k, v in rates.items() if k not in left_out}}
+        assert judged(found) == (chosen, rates[chosen])
+        run = PastRun({"id": "x"}, found)
+        shown = next(column for column in COLUMNS if column.name == "win").value(run)
+        assert shown == (rates[chosen]["rate"], f"{rates[chosen]['rate']:.0%} {chosen}")
