@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-WIDTH, HEIGHT = 156, 40  # of a box
+WIDTH, HEIGHT = 156, 54  # of a box
 GAP_X, GAP_Y, THIN = 54, 16, 10  # between layers, between boxes; height of a passing arrow
 SWEEPS = 4
-LONGEST = 22  # characters of a name
+LONGEST, LONGEST_SOURCE = 22, 28  # characters of a name, and of a source
 COLOURS = {"dataset": "#fef3c7", "model": "#dbeafe", "reward_model": "#ede9fe",
            "evaluation": "#dcfce7", "benchmarks": "#dcfce7", "published": "#fee2e2"}  # fmt: skip
 OTHER = "#f3f4f6"
@@ -27,11 +27,13 @@ class Node:
     Attributes:
         title: its stage. ref: kind/digest.
         parents: keys of those that it was made from.
+        source: where it comes from, if from outside.
     """
 
     title: str
     ref: str
     parents: Sequence[str] = ()
+    source: str = ""
 
 
 Place = tuple[str, int]
@@ -124,13 +126,29 @@ def _curve(
 def _box(node: Node, at: tuple[float, float]) -> str:
     x, y = at
     fill = COLOURS.get(node.ref.partition("/")[0], OTHER)
+    about = " ".join(filter(None, [node.title, node.ref, node.source]))
     title = node.title if len(node.title) <= LONGEST else f"{node.title[: LONGEST - 1]}…"
+    lines = [(13, 600, "#111827", title), (10, 400, "#4b5563", node.ref)]
+    if node.source:
+        lines.append((10, 400, "#4b5563", _cut(node.source)))
+    top = y + 5 - 8 * (len(lines) - 1)
     return (
-        f"<g><title>{html.escape(f'{node.title} {node.ref}')}</title>"
+        f"<g><title>{html.escape(about)}</title>"
         f'<rect x="{x:g}" y="{y - HEIGHT / 2:g}" width="{WIDTH}" height="{HEIGHT}" rx="6" '
         f'fill="{fill}" stroke="#6b7280"/>'
-        f'<text x="{x + WIDTH / 2:g}" y="{y - 3:g}" text-anchor="middle" font-size="13" '
-        f'font-weight="600" fill="#111827">{html.escape(title)}</text>'
-        f'<text x="{x + WIDTH / 2:g}" y="{y + 13:g}" text-anchor="middle" font-size="10" '
-        f'fill="#4b5563">{html.escape(node.ref)}</text></g>'
+        + "".join(
+            f'<text x="{x + WIDTH / 2:g}" y="{top + 16 * number:g}" text-anchor="middle" '
+            f'font-size="{size}" font-weight="{weight}" fill="{colour}">'
+            f"{html.escape(text)}</text>"
+            for number, (size, weight, colour, text) in enumerate(lines)
+        )
+        + "</g>"
     )
+
+
+def _cut(source: str) -> str:
+    """The text, without its middle if it is too long: a path's end tells more than its start."""
+    if len(source) <= LONGEST_SOURCE:
+        return source
+    half = LONGEST_SOURCE // 2
+    return f"{source[: half - 1]}…{source[-half:]}"

@@ -14,6 +14,7 @@ from rlhf_core.errors import StoreError
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import reply_length
 from rlhf_core.store import Artifact, Store
+from tasks.reporting import origins
 from tasks.reporting.benchmarks import benchmarks_of
 from tasks.reporting.evaluation import evaluation_of
 from tasks.run import Run
@@ -98,14 +99,8 @@ def _lineage(stages: dict[str, Artifact]) -> str:
 
 
 def _data(store: Store, stage: str, artifact: Artifact) -> str:
-    job = artifact.metadata.get("job", {})
-    source = artifact.metadata.get("source") or job.get("source")
-    if "labeller" in job:
-        source = f"sampled, compared by {job['labeller']}"
-    if "mix" in job:
-        source = f"a mixture of {source}"
     card = data_card(store, artifact)
-    lines = [f"**{stage}**: {source}, digest `{artifact.digest[:12]}`"]
+    lines = [f"**{stage}**: {origins.source(artifact)}, digest `{artifact.digest[:12]}`"]
     if card:
         text = json.dumps(card, indent=1, ensure_ascii=False, sort_keys=True)
         lines.append(f"<details><summary>data card</summary>\n\n```json\n{text}\n```\n</details>")

@@ -17,7 +17,7 @@ from rlhf_core.store import registry
 from rlhf_core.system.private import private_folder
 from rlhf_core.system.secrets import redact
 from tasks.events import headline, log_event, seconds, table_cell
-from tasks.reporting import lineage
+from tasks.reporting import lineage, origins
 from tasks.reporting.benchmarks import benchmarks_of
 from tasks.reporting.contamination import known_prompts
 from tasks.reporting.cost import HEADS, cells, cost, reused
@@ -37,11 +37,13 @@ LONGEST_CARD = 8000  # characters of a data card
 def report(run: Run) -> None:
     """Write report.md, report.html and their images to the run's folder, and a Prefect artifact."""
     began = time.monotonic()
-    images = {LINEAGE: lineage.draw(nodes(run)).encode()}
+    found = origins.known(run)
+    images = {LINEAGE: lineage.draw(origins.nodes(run, found)).encode()}
     curves = draw({name: read_metrics(run.store, r.digest) for name, r in run.stages.items()})
     if curves is not None:
         images[CURVES] = curves
-    markdown = whole = render(run, images)
+    sources = origins.made_from(run, found)
+    markdown = whole = render(run, images, sources)
     private_folder("runs")
     run.folder.mkdir(parents=True, exist_ok=True)
     for name, content in images.items():
@@ -52,16 +54,22 @@ def report(run: Run) -> None:
     run.report.write_text(markdown, encoding="utf-8")
     (run.folder / "report.html").write_text(page(run.config.name, whole), encoding="utf-8")
     create_markdown_artifact(whole, key="report", description=f"Report of run {run.id}")
+    drawn = f"![what was made from what]({embedded(images[LINEAGE], 'svg+xml')})"
+    create_markdown_artifact(
+        f"{drawn}\n\n{sources}", key="lineage",
+        description=f"The data and models that the model of run {run.id} was made from",
+    )  # fmt: skip
     log_event(
         get_run_logger(), "note", "report", f"{run.report} ({seconds(time.monotonic() - began)})"
     )
 
 
-def render(run: Run, images: Mapping[str, bytes]) -> str:
+def render(run: Run, images: Mapping[str, bytes], sources: str = "") -> str:
     """The report in Markdown.
 
     Args:
         images: files that it refers to, by their names.
+        sources: table of what the model was made from.
     """
     parts = [f"# {run.config.name}", _facts(run), "## Stages", _stages(run)]
     if CURVES in images:
@@ -88,6 +96,7 @@ def render(run: Run, images: Mapping[str, bytes]) -> str:
         parts += ["## Benchmarks", benchmarks]
     if LINEAGE in images:
         parts += ["## Lineage", f"![what was made from what]({LINEAGE})"]
+        parts += [sources] if sources else []
     if found := mixtures(run):
         parts += ["## Mixtures", *found]
     if cards := _data_cards(run):
@@ -95,18 +104,6 @@ def render(run: Run, images: Mapping[str, bytes]) -> str:
     settings = redact(yaml.safe_dump(changed(run.config), sort_keys=False, allow_unicode=True))
     parts += ["## Settings", folded("what differs from the defaults", settings)]
     return "\n\n".join(parts) + "\n"
-
-
-def nodes(run: Run) -> dict[str, lineage.Node]:
-    """The run's artifacts and what they were made from, by digest."""
-    found = {}
-    for name, result in run.stages.items():
-        parents = run.store.get(result.digest).parents
-        found[result.digest] = lineage.Node(name, result.ref, parents)
-    for node in list(found.values()):
-        for parent in node.parents:
-            found.setdefault(parent, lineage.Node("of another run", parent[:12]))
-    return found
 
 
 def _facts(run: Run) -> str:

@@ -61,3 +61,10 @@ def test_names_cannot_break_the_drawing():
 
 def test_nothing_is_a_drawing_too():
     assert ET.fromstring(draw({})).tag == f"{SVG}svg"
+
+
+def test_long_source_keeps_its_start_and_its_end():
+    source = "/mnt/team/projects/chat/2026/demonstrations-v3.jsonl"
+    svg = draw({"x": Node("data-sft", "dataset/x", (), source), "y": Node("sft", "model/y", ["x"])})
+    assert "/mnt/team/pro…tions-v3.jsonl<" in svg
+    assert f"<title>data-sft dataset/x {source}</title>" in svg

@@ -10,7 +10,8 @@ from rlhf_core.pipeline.presets import build_config
 from rlhf_core.store import registry
 from tasks.reporting.curves import _panels, draw, read_metrics, smooth
 from tasks.reporting.markdown import folded, page
-from tasks.reporting.report import nodes, render
+from tasks.reporting.origins import known, made_from, nodes
+from tasks.reporting.report import render
 from tasks.run import Run, StageResult
 
 STUB = Path(__file__).parents[1] / "stubs/rlhf_stub"
@@ -28,8 +29,10 @@ def run(tmp_path, monkeypatch, store):
     return run
 
 
-def add(run, stage, kind, files, metrics=None, reused=False, **metadata):
-    artifact = run.store.publish_derived(kind=kind, files=files, metadata=metadata)
+def add(run, stage, kind, files, metrics=None, reused=False, parents=(), **metadata):
+    artifact = run.store.publish_derived(
+        kind=kind, files=files, metadata={**metadata, "metrics": metrics or {}}, parents=parents
+    )
     run.stages[stage] = StageResult(
         stage=stage, digest=artifact.digest, kind=kind, key="", reused=reused, seconds=65,
         metrics=metrics or {},
@@ -104,7 +107,6 @@ def test_report_has_author_lineage_data_cards_and_changed_settings(run, monkeypa
     text = render(run, images={"lineage.svg": b""})
     assert f"of {run.author}, started 20" in text
     assert "![what was made from what](lineage.svg)" in text
-    assert set(nodes(run)) == {result.digest for result in run.stages.values()}
     shown = page("x", text)
     assert "<summary>data-prompts: 7 of 10 rows</summary>" in shown
     assert '"&lt;b&gt;x&lt;/b&gt;"' in shown and "<b>x</b>" not in shown
@@ -159,3 +161,31 @@ def test_mixtures_show_rows_and_metrics_of_each_source(run):
     assert "| chat | 40 | 30 | 4 | 6 | 0 | 1,234 | 60 | 0.500 | 0.125 | 0.750 |" in text
     assert r"| a\|b | 40 | 30 | 4 | 6 | 0 | 1,234 |  | 2.250 |  |  |" in text
     assert "held-out loss | evaluate: held-out loss, policy | reward: held-out accuracy |" in text
+
+
+def test_lineage_shows_what_the_model_was_made_from_with_its_sources(run):
+    """Also what an earlier run has made; not how the champion was made."""
+    earlier = run.store.publish_derived(
+        kind="model", files={"w": b"earlier"},
+        metadata={"algorithm": "import_model", "job": {"source": "Qwen/Qwen2.5-0.5B"}},
+    )  # fmt: skip
+    champion = run.store.publish_derived(
+        kind="model", files={"w": b"champion"}, parents=[earlier.digest]
+    )
+    run.stages.clear()
+    data = add(run, "data-sft", "dataset", {"d": b"d"}, {"read": 10, "kept": 7},
+               job={"source": "./a|b.jsonl"}, parents=[earlier.digest])  # fmt: skip
+    policy = add(run, "sft", "model", {"w": b"sft"}, parents=[earlier.digest, data])
+    add(run, "compare", "evaluation", {"e": b"e"}, parents=[policy, champion.digest])
+    run.artifacts_by_role["model"] = policy
+
+    found = known(run)
+    boxes = {node.title: node for node in nodes(run, found).values()}
+    assert set(boxes) == {"import_model, earlier", "data-sft", "sft", "compare"}
+    assert boxes["data-sft"].source == "./a|b.jsonl"
+    assert boxes["import_model, earlier"].source == "Qwen/Qwen2.5-0.5B"
+    lines = made_from(run, found).splitlines()
+    assert lines[2:] == [
+        f"| import_model | Qwen/Qwen2.5-0.5B |  | `{earlier.ref}` |",
+        f"| data-sft | ./a\\|b.jsonl | 7 of 10 rows | `{run.stages['data-sft'].ref}` |",
+    ]
