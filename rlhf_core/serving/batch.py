@@ -205,7 +205,8 @@ def _trial(lm: Any) -> Pairs:
         alone[0][0], alone[1][0], torch.cat([alone[0][1], alone[1][1]]), alone[2][0],
         torch.cat([alone[2][1], alone[1][2]]),
     ]  # fmt: skip
-    return list(zip(joined, plain, strict=True))
+    # logits are fp32 whatever the model computes in, which is what the tolerance goes by
+    return [(x.to(lm.dtype), y.to(lm.dtype)) for x, y in zip(joined, plain, strict=True)]
 
 
 JOINING = FastPath(
