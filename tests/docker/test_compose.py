@@ -135,7 +135,9 @@ def test_s3_server_is_the_one_that_the_tests_use() -> None:
 
 def test_s3_server_is_started_as_by_rlhf_up(tmp_path: Path) -> None:
     flags = set(SERVICES["s3"]["command"][1:])
-    ours = {part for part in Seaweed(tmp_path).command if part.endswith(("=false", "=0"))}
+    command = Seaweed(tmp_path).command
+    ours = {part for part in command if part.endswith(("=false", "=0", "-disableHttp"))}
+    assert "-disableHttp" in ours
     assert "-master.telemetry=false" in ours
     assert ours <= flags
     assert f"-bucket={BUCKET}" in flags
@@ -143,7 +145,8 @@ def test_s3_server_is_started_as_by_rlhf_up(tmp_path: Path) -> None:
 
 
 def test_servers_of_compose_and_of_rlhf_up_have_the_same_settings() -> None:
-    text = (ROOT / "flows/cli/supervisor.py").read_text()
+    files = ("flows/cli/supervisor.py", "flows/api_server.py")
+    text = "".join((ROOT / file).read_text() for file in files)
     both = {**SERVICES["server"]["environment"], **SERVICES["control"]["environment"]}
     for name in re.findall(r'"(PREFECT_(?:SERVER_C|SERVER_E|FLOWS|WORKER)\w+)"', text):
         assert name in both, name
