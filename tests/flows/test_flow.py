@@ -91,6 +91,19 @@ def test_pipeline_runs_every_stage_and_reuses_what_is_there(pipeline, tmp_path, 
     assert reused(part) == STAGES[:3]
 
 
+def test_stage_trains_on_the_mixture_of_its_sources(pipeline, without_torchrun):
+    parts = ", ".join(
+        f"{{source: 'builtin:chatterbot', subset: {name}}}" for name in ("english", "chinese")
+    )
+    done = pipeline(f"data.sft={{mix: [{parts}]}}", until="sft")["stages"]
+    sources = ["data-sft-chatterbot-english", "data-sft-chatterbot-chinese"]
+    assert list(done) == ["model", *sources, "data-prompts", "data-sft", "sft"]
+    digests = {name: stage["digest"] for name, stage in done.items()}
+    mixed, trained = (pipeline.store.get(digests[name]) for name in ("data-sft", "sft"))
+    assert mixed.parents == (digests["model"], *(digests[name] for name in sources))
+    assert trained.parents == (digests["model"], digests["data-sft"])
+
+
 def test_run_is_visible_in_prefect(pipeline, without_torchrun):
     pipeline()
     flow_run = newest_flow_run()

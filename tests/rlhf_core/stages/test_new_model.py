@@ -15,9 +15,17 @@ from pydantic import ValidationError
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.dataset.split import is_heldout
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
+from rlhf_core.data.fingerprint import fingerprint
 from rlhf_core.data.prepare import prepare
 from rlhf_core.errors import DataError
-from rlhf_core.jobs import DataJob, DataSettings, NewModelJob, NewModelSettings
+from rlhf_core.jobs import (
+    DataJob,
+    DataSettings,
+    MixSource,
+    Mixture,
+    NewModelJob,
+    NewModelSettings,
+)
 from rlhf_core.model_files.folder_check import check_weight_files
 from rlhf_core.model_files.shape import read_shape
 from rlhf_core.runtime.context import StageContext
@@ -140,6 +148,23 @@ def test_conversations_give_their_messages(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"prompt": "Hello", "completion": "Yes"}]
     source = text_file(tmp_path, rows).model_copy(update={"heldout_fraction": 0.0})
     assert list(texts(source)) == ["Hello", "Yes"]
+
+
+def test_tokenizer_is_made_of_every_source_of_a_mixture(tmp_path: Path) -> None:
+    words = {"a": " river" * 9, "b": " stone" * 9}
+    files = {n: text_file(tmp_path / n, [{"text": word}]).source for n, word in words.items()}
+    parts = tuple(
+        MixSource(source=file, name=name, heldout_fraction=0.0) for name, file in files.items()
+    )
+    text = Mixture(mix=parts)
+    job = NewModelJob(**SMALL, text=text, fingerprint=fingerprint(text))
+    _, folder = make(tmp_path, job)
+    ids = load_tokenizer(folder)(list(words.values()))["input_ids"]
+    assert [len(row) for row in ids] == [9, 9]
+    text_file(tmp_path / "b", [{"text": "new"}])
+    assert fingerprint(text) != job.fingerprint
+    with pytest.raises(DataError, match=r"b/text.jsonl changed after this run was started"):
+        make(tmp_path, job)
 
 
 def test_text_that_cannot_be_used_is_named(tmp_path: Path) -> None:
