@@ -109,7 +109,7 @@ class MixSource(Share, DataSettings):
             if data.get("source") == "sampled":
                 raise ValueError(
                     "sampled preferences cannot be mixed: they are made while the run goes on; "
-                    "mix files or data sets of the hub, or set preference to one section"
+                    "mix files or data sets of the hub, or set {source: sampled} alone"
                 )
         return data
 

@@ -145,7 +145,7 @@ def test_preference_is_told_apart_by_its_source():
         ("[{source: a, mix: [{source: b}]}]",
          "mix.0: a mixture stands inside a mixture; list its sources in the outer"),
         ("[{source: sampled}]", "mix.0: sampled preferences cannot be mixed: they are made while "
-         "the run goes on; mix files or data sets of the hub, or set preference to one section"),
+         "the run goes on; mix files or data sets of the hub, or set {source: sampled} alone"),
         ("[{source: a, wieght: 1}]",
          "mix.0.wieght is not a setting; did you mean data.preference.mix.0.weight?"),
     ],
