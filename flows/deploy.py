@@ -15,6 +15,7 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists
 
 from flows import automations
+from tasks.launchers.queue import QUEUES
 
 POOLS = {
     "control": "Pipelines: they wait for jobs and use no GPU.",
@@ -42,6 +43,7 @@ def apply(slots: int | None = None) -> None:
         except ObjectAlreadyExists:
             if limit is not None:
                 client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=limit))
+    _apply_queues(client)
     switches = _keep_schedules(client)
     enabled = {a["name"]: a["enabled"] for a in _automations(client)}
     with as_file(files("deployments") / "prefect.yaml") as path:
@@ -58,6 +60,16 @@ def apply(slots: int | None = None) -> None:
             client.request("PATCH", page, json={"enabled": was}).raise_for_status()
     for name in automations.apply():
         print(f"automation: {name}")
+
+
+def _apply_queues(client: Any) -> None:
+    """The queues of the gpu pool: a run's priority chooses one."""
+    there = {queue.name: queue for queue in client.read_work_queues(work_pool_name="gpu")}
+    for name, priority in QUEUES.items():
+        if name not in there:
+            client.create_work_queue(name, work_pool_name="gpu", priority=priority)
+        elif there[name].priority != priority:
+            client.update_work_queue(there[name].id, priority=priority)
 
 
 def _keep_schedules(client: Any) -> dict[tuple[UUID, UUID], bool]:

@@ -37,7 +37,15 @@ from tasks.watch import stop_when_cancelled
 tidy_logs()
 
 # Settings that change no result: a change of them is no reason to train again.
-NOT_PART_OF_STATE = {"resources", "launcher", "name", "author", "gpu_hour_price", "tracking"}
+NOT_PART_OF_STATE = {
+    "resources",
+    "launcher",
+    "name",
+    "author",
+    "gpu_hour_price",
+    "tracking",
+    "priority",
+}
 
 
 def _run_name() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,11 +63,21 @@ def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str
         jobs={folders[name]: out_of_memory.fit(run.store, job) for name, job in jobs.items()},
         store=run.store.url,
         log=top / "log.txt",
+        priority=run.config.priority,
+        author=run.config.author or run.config.name,
     )
     ranks = next(iter(jobs.values())).placement().ranks
     torchrun = next(iter(jobs.values())).torchrun
     log_event(log, "start", stage, f"starting ({ranks} ranks)" if torchrun else "starting")
-    progress = Progress(stage, log)
+    shown = Progress(stage, log)
+
+    def progress(line: dict[str, Any]) -> None:
+        if "waiting" not in line:
+            shown(line)
+            return
+        with contextlib.suppress(StoreError):  # it is only for `rlhf runs`
+            run.save(waiting=line["waiting"])
+
     try:
         outcomes = launcher_for(run.config.launcher).run(launch, Lines(stage, log), progress)
     except JobFailed as error:

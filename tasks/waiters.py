@@ -25,11 +25,15 @@ PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30, so that a busy run, or a server that was u
 minute, does not matter. After a longer outage a live run corrects its state (tasks/watch.py)."""
 SIGN_SECONDS = 60.0  # in which a silent child that lives sends a heartbeat: two of them
 WAITS = "waits:"
+AUTHOR = "author:"
 
 
-def mark_waiting(client: SyncPrefectClient, pipeline: UUID, key: str | None) -> None:
-    """Tag a pipeline as waiting for the job with this key; None: for nothing."""
-    tags = [t for t in client.read_flow_run(pipeline).tags if not t.startswith(WAITS)]
+def mark_waiting(
+    client: SyncPrefectClient, pipeline: UUID, key: str | None, author: str = ""
+) -> None:
+    """Tag a pipeline with its author, and as waiting for the job with this key; None: for none."""
+    tags = [t for t in client.read_flow_run(pipeline).tags if not t.startswith((WAITS, AUTHOR))]
+    tags += [f"{AUTHOR}{author}"] if author else []
     client.update_flow_run(pipeline, tags=[*tags, *([_name(key)] if key else [])])
 
 

@@ -68,6 +68,8 @@ def _row(record: dict[str, Any]) -> list[str]:
     started = str(record.get("started", ""))[:16].replace("T", " ")
     hacked = record.get("verdict") == "reward hacked"
     state = f"{record['state']}, reward hacked" if hacked else record["state"]
+    if state == "running" and record.get("waiting"):
+        state = f"waiting: {record['waiting'].partition(';')[0]}"
     name = str(record["name"])
     measured = headline((stages.get("evaluate") or {}).get("metrics") or {})
     return [

@@ -41,7 +41,7 @@ from rlhf_core.jobs.data import (
 )
 from rlhf_core.jobs.harness import LmEvalJob, LmEvalSettings
 from rlhf_core.jobs.judging import EndpointJudgeSettings
-from rlhf_core.jobs.launchers import Launcher, LocalLauncher, WorkPoolLauncher
+from rlhf_core.jobs.launchers import Launcher, LocalLauncher, Priority, WorkPoolLauncher
 from rlhf_core.jobs.lora import LoRA
 from rlhf_core.jobs.online import (
     GRPOJob,
@@ -131,6 +131,7 @@ __all__ = [
     "PreferenceJob",
     "PretrainJob",
     "PretrainSettings",
+    "Priority",
     "PublishSettings",
     "Purpose",
     "RLOOJob",

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from rlhf_core.jobs.base import LARGEST, Settings
 
+Priority = Literal["high", "normal", "low"]
+
 
 class LocalLauncher(Settings):
     """Runs a stage with torchrun on this machine, as a child of the flow's process."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from rlhf_core.jobs.base import Resources, Seed, Settings, Slug
 from rlhf_core.jobs.data import DataConfig, ModelSettings
 from rlhf_core.jobs.harness import LmEvalSettings
-from rlhf_core.jobs.launchers import Launcher, LocalLauncher
+from rlhf_core.jobs.launchers import Launcher, LocalLauncher, Priority
 from rlhf_core.jobs.online import GRPOSettings, PPOSettings, ReinforcePPSettings, RLOOSettings
 from rlhf_core.jobs.preference import DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from rlhf_core.jobs.pretraining import NewModelSettings, PretrainSettings
@@ -34,6 +34,10 @@ class PipelineConfig(Settings):
     author: Annotated[str, Field(max_length=200)] | None = None
     """Who is responsible for the run, for lists and reports. Empty: $RLHF_AUTHOR, else the user who
     starts it."""
+    priority: Priority = "normal"
+    """Which stages of a work pool go first: those of runs with high priority before all others, and
+    those with low after all others. Among equals the oldest run goes first, but the further runs of
+    an author (of a name, where none is set) after the first ones of others."""
     gpu_hour_price: Annotated[float, Field(ge=0.0)] | None = None
     """Price of one GPU for an hour, in any currency, for the costs in reports. Empty: none."""
     store: str | None = None

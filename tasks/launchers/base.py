@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_core.jobs import Job
+from rlhf_core.jobs import Job, Priority
 
 LineSink = Callable[[str], None]
 """Takes one line of the ranks' output; called from a thread of the launcher."""
 
 ProgressSink = Callable[[dict[str, Any]], None]
 """Takes the newest line of metrics.jsonl (step, total, time and the stage's metrics), and from time
-to time {"usage": Markdown table of the ranks' memory and CPU load}."""
+to time {"usage": Markdown table of the ranks' memory and CPU load}, or {"waiting": what a stage
+waits for, None when it has started}."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class Launch:
         jobs: job folder (made by the launcher) -> job; the jobs run one after another.
         store: URL of the artifact store.
         log: file that gets all output.
+        priority, author: of the run, for the order in a queue.
     """
 
     name: str
     jobs: dict[Path, Job]
     store: str
     log: Path
+    priority: Priority = "normal"
+    author: str = ""
 
 
 @dataclass(frozen=True)

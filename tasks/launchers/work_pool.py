@@ -23,7 +23,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelling
+from prefect.states import Cancelled, Cancelling, Scheduled
 
 from rlhf_core.errors import ConfigError, JobFailed
 from rlhf_core.jobs import Job, WorkPoolLauncher
@@ -32,6 +32,7 @@ from tasks.events import parse_progress
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.child_logs import Logs
 from tasks.launchers.failures import category_of
+from tasks.launchers.queue import QUEUES, Waits, is_first, queue_name, turn
 from tasks.waiters import declare_dead, lives, mark_waiting, waiters
 from tasks.watch import declared_dead
 
@@ -41,10 +42,10 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 2.0
 FIRST_POLLS = 0.5  # of a stage's first minute: a short stage would be as long as its last poll
-WAIT_REPORT_SECONDS = 60.0  # between two messages about what a child waits for
 SERVER_TIMEOUT = 900.0  # seconds without the server before a stage gives up
 RECORDING_SECONDS = 20.0  # within which the server has recorded a task
 MAX_CHILDREN = 3  # that others may cancel, one after another, before giving up
+MOVED_UP = "moved up in the queue"
 REVIVAL_TIME = timedelta(seconds=20)
 
 Result = TypeVar("Result")
@@ -66,13 +67,14 @@ class WorkPool:
     def run(self, launch: Launch, on_output: LineSink, on_progress: ProgressSink) -> list[Outcome]:
         """See `Launcher.run`. If the caller is interrupted, the child is cancelled."""
         key = shared_key(launch.jobs.values())
-        for _ in range(MAX_CHILDREN):
-            with self._waiting(key):
+        cancelled = 0
+        while cancelled < MAX_CHILDREN:
+            with self._waiting(key, launch.author):
                 child, new = self._find_or_start(key, launch, on_output)
                 how = "" if new else ", started earlier"
                 on_output(f"flow run {child.name} ({child.id}){how}")
                 try:
-                    state = self._wait_for_end(child, on_output, on_progress)
+                    state = self._wait_for_end(child, launch, on_output, on_progress)
                 except BaseException as stop:  # cancelled, or timed out
                     self._leave(child, key, stop, on_output)
                     raise
@@ -80,6 +82,10 @@ class WorkPool:
                 return outcomes
             if not state.is_cancelled():
                 raise _failure(launch.name, child, state)
+            if state.message == MOVED_UP:
+                on_output(MOVED_UP)
+                continue
+            cancelled += 1
             on_output("somebody else cancelled it; starting anew (to stop, cancel this pipeline)")
         raise JobFailed(
             f"{launch.name} failed: its flow run was cancelled {MAX_CHILDREN} times, not by this "
@@ -88,17 +94,17 @@ class WorkPool:
         )
 
     @contextlib.contextmanager
-    def _waiting(self, key: str) -> Iterator[None]:
+    def _waiting(self, key: str, author: str) -> Iterator[None]:
         """While the block runs, this pipeline is known to wait for the job with this key."""
         if (own := _own_id()) is None:
             yield
             return
-        self._retry(lambda: mark_waiting(self._client, own, key))
+        self._retry(lambda: mark_waiting(self._client, own, key, author))
         try:
             yield
         finally:
             with contextlib.suppress(httpx.HTTPError):  # its state says that it waits no more
-                mark_waiting(self._client, own, None)
+                mark_waiting(self._client, own, None, author)
 
     # ------------------------------------------------------------------ start
 
@@ -136,9 +142,12 @@ class WorkPool:
             "store": launch.store,
             "pipeline": parent or None,
         }
+        due, queue = self._retry(lambda: self._turn(launch))
         child = self._retry(
             lambda: self._create(
                 deployment.id,
+                state=Scheduled(scheduled_time=due),
+                work_queue_name=queue,
                 parameters=parameters,
                 name=f"{launch.name} of {runtime.flow_run.name or 'a pipeline'}",
                 tags=[f"job:{key}", f"stage:{launch.name}", f"parent:{parent}"],
@@ -146,6 +155,14 @@ class WorkPool:
             )
         )
         return child, _parent_of(child) == parent  # another pipeline may have been faster
+
+    def _turn(self, launch: Launch) -> tuple[datetime | None, str | None]:
+        """When a child is due, and in which queue; None for a caller that is no flow run."""
+        if (own := _own_id()) is None:
+            return None, None
+        pipeline = self._client.read_flow_run(own)
+        first = is_first(self._client, pipeline, launch.author)
+        return turn(pipeline), queue_name(launch.priority, first)
 
     def _create(self, deployment: UUID, **what: Any) -> FlowRun:
         """Create a child of this task.
@@ -178,11 +195,11 @@ class WorkPool:
     # ------------------------------------------------------------------ follow
 
     def _wait_for_end(
-        self, child: FlowRun, on_output: LineSink, on_progress: ProgressSink
+        self, child: FlowRun, launch: Launch, on_output: LineSink, on_progress: ProgressSink
     ) -> State[Any]:
         """Wait for the end; pass on lines and progress meanwhile."""
         logs = Logs(child.id)
-        waits = _Waiting(self.settings, on_output)
+        waits = Waits(self.settings, on_output, on_progress)
         began = time.monotonic()
         while True:
             run = self._retry(lambda: self._client.read_flow_run(child.id))
@@ -194,11 +211,21 @@ class WorkPool:
                     on_progress(progress)
             state = run.state
             assert state is not None
-            if state.is_final() and not self._may_revive(state):
-                return state
-            if state.is_scheduled() or state.is_pending():
-                waits.report(self._client, run)
+            if not (state.is_scheduled() or state.is_pending()):
+                waits.over()
+                if state.is_final() and not self._may_revive(state):
+                    return state
+            elif waits.report(self._client, run) and state.is_scheduled():
+                self._retry(lambda run=run: self._move_up(run, launch))  # type: ignore[misc]
             time.sleep(FIRST_POLLS if time.monotonic() - began < 60 else POLL_SECONDS)
+
+    def _move_up(self, child: FlowRun, launch: Launch) -> None:
+        """Give up a scheduled child for one in a better queue: its pipeline has become the oldest
+        of its author, or this one has a higher priority than the one that started it."""
+        better = self._turn(launch)[1]
+        there = QUEUES.get(child.work_queue_name or "")
+        if better is not None and there is not None and QUEUES[better] < there:
+            self._client.set_flow_run_state(child.id, Cancelled(message=MOVED_UP), force=False)
 
     @staticmethod
     def _may_revive(state: State[Any]) -> bool:
@@ -238,49 +265,6 @@ class WorkPool:
                     category="lost",
                 ) from problem
             time.sleep(POLL_SECONDS)
-
-
-class _Waiting:
-    """Reports why a flow run has not started yet."""
-
-    def __init__(self, settings: WorkPoolLauncher, on_output: LineSink) -> None:
-        self.settings, self.on_output = settings, on_output
-        self.began = time.monotonic()
-        self.reported = self.began - WAIT_REPORT_SECONDS + 10  # first after ten seconds
-
-    def report(self, client: Any, run: FlowRun) -> None:
-        now = time.monotonic()
-        if now - self.began > self.settings.queue_timeout:
-            raise JobFailed(
-                f"no slot of work pool {run.work_pool_name} became free within "
-                f"launcher.queue_timeout, {self.settings.queue_timeout} s: start more workers, or "
-                "raise it.",
-                category="queue",
-            )
-        if now - self.reported < WAIT_REPORT_SECONDS:
-            return
-        self.reported = now
-        with contextlib.suppress(httpx.HTTPError):
-            self.on_output(f"waiting: {why_it_waits(client, run)}")
-
-
-def why_it_waits(client: Any, run: FlowRun) -> str:
-    """Why a scheduled flow run has not started, in one sentence."""
-    pool = run.work_pool_name or ""
-    workers = [w for w in client.read_workers_for_work_pool(pool) if w.status == "ONLINE"]
-    if not workers:
-        return f"no worker of pool {pool} is online; start one: prefect worker start --pool {pool}"
-    busy = client.read_flow_runs(
-        flow_run_filter=FlowRunFilter.model_validate(
-            {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
-        ),
-        limit=100,
-    )
-    names = [r.name for r in busy if r.work_pool_name == pool and r.id != run.id]
-    return (
-        f"pool {pool} with {len(workers)} worker{'s' if len(workers) > 1 else ''} is busy with "
-        f"{', '.join(names) or 'nothing; the run starts within seconds'}"
-    )
 
 
 # --------------------------------------------------------------------------- helpers

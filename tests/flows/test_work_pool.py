@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
@@ -179,6 +180,101 @@ def test_child_that_somebody_else_cancelled_is_started_anew_but_not_for_ever(
         shared.run(launch, shared.said.append, lambda line: None)
     assert len(set(started)) == 3
     assert "starting anew" in " ".join(shared.said)
+
+
+# --------------------------------------------------------------------------- the queue
+
+
+@pytest.fixture
+def queue(launcher, monkeypatch):
+    """Starts stages of pipelines on a pool of their own, and asks which one a worker would take."""
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.states import Running, Scheduled
+
+    from rlhf_core.jobs import ImportModelJob
+    from tasks.launchers import Launch, work_pool
+    from tasks.launchers.queue import QUEUES
+    from tasks.waiters import mark_waiting
+
+    client = launcher._client
+    pool = client.create_work_pool(WorkPoolCreate(name=str(uuid4()), type="process")).name
+    for name, priority in QUEUES.items():
+        if name != "default":
+            client.create_work_queue(name, work_pool_name=pool, priority=priority)
+    flow = client.read_deployment(launcher.deployment).flow_id
+    gpu = client.create_deployment(flow_id=flow, name=str(uuid4()), work_pool_name=pool)
+    found = client.read_deployment(gpu)
+    monkeypatch.setattr(client, "read_deployment_by_name", lambda _: found)
+
+    def pipeline(author: str, minutes_ago: float) -> UUID:
+        due = Scheduled(scheduled_time=datetime.now(UTC) - timedelta(minutes=minutes_ago))
+        run = client.create_flow_run_from_deployment(launcher.deployment, state=due).id
+        client.set_flow_run_state(run, Running(), force=True)
+        mark_waiting(client, run, None, author)
+        return run
+
+    def stage(own: UUID, author: str, priority: str = "normal"):
+        monkeypatch.setattr(work_pool, "_own_id", lambda: own)
+        job = ImportModelJob(source=str(uuid4()))
+        launch = Launch("model", {Path("x"): job}, "", Path("log"), priority, author)
+        return launcher._find_or_start(uuid4().hex, launch, print)[0].id
+
+    def taken() -> list[UUID]:
+        page = f"/work_pools/{pool}/get_scheduled_flow_runs"
+        return [UUID(r["flow_run"]["id"]) for r in client.request("POST", page, json={}).json()]
+
+    launcher.launch = lambda author: Launch("m", {}, "", Path("log"), "normal", author)
+    launcher.pool, launcher.pipeline, launcher.stage, launcher.taken = pool, pipeline, stage, taken
+    return launcher
+
+
+def test_oldest_pipeline_goes_first_but_one_of_each_author_and_priority_before_all(queue):
+    ada_1, ada_2, bob = (queue.pipeline(*of) for of in (("ada", 60), ("ada", 50), ("bob", 40)))
+    later = queue.stage(bob, "bob")
+    further = queue.stage(ada_2, "ada")
+    first = queue.stage(ada_1, "ada")  # asked for last
+    low, urgent = queue.stage(ada_1, "ada", "low"), queue.stage(bob, "bob", "high")
+    assert queue.taken() == [urgent, first, later, further, low]
+
+
+def test_stage_moves_up_when_its_pipeline_is_the_oldest_of_its_author(queue):
+    from prefect.states import Completed
+
+    client, launch = queue._client, queue.launch("eve")
+    older, own = queue.pipeline("eve", 60), queue.pipeline("eve", 50)
+    child = client.read_flow_run(queue.stage(own, "eve"))
+    queue._move_up(child, launch)
+    assert client.read_flow_run(child.id).state.is_scheduled(), "it has its place"
+    client.set_flow_run_state(older, Completed(), force=True)
+    queue._move_up(child, launch)
+    state = client.read_flow_run(child.id).state
+    assert state.is_cancelled() and state.message == "moved up in the queue"
+    again = client.read_flow_run(queue.stage(own, "eve"))
+    assert again.work_queue_name == "default"
+
+
+def test_place_and_time_come_from_the_queue_and_from_past_stages(queue):
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import State
+
+    from tasks.launchers.queue import place_of, why_it_waits
+
+    client = queue._client
+    old, new = queue.pipeline("ada", 60), queue.pipeline("bob", 50)
+    second, first = queue.stage(new, "bob"), queue.stage(old, "ada")
+    place = place_of(client, client.read_flow_run(second))
+    assert (place.place, place.of, place.seconds) == (2, 2, None), "nothing is known"
+    assert place_of(client, client.read_flow_run(first)).seconds == 0.0, "nothing runs"
+
+    done = queue.stage(old, "ada")
+    begun = datetime.now(UTC) - timedelta(seconds=100)
+    for kind, when in (("RUNNING", begun), ("COMPLETED", begun + timedelta(seconds=80))):
+        state = State(type=StateType(kind), timestamp=when)
+        client.set_flow_run_state(done, state, force=True)
+    took = client.read_flow_run(done).total_run_time.total_seconds()
+    place = place_of(client, client.read_flow_run(second))
+    assert place.seconds == pytest.approx(took, abs=1)
+    assert "no worker of pool" in why_it_waits(client, client.read_flow_run(second))
 
 
 # --------------------------------------------------------------------------- automations
