@@ -12,7 +12,7 @@ from rlhf_core.data.dataset.split import first_prompt
 from rlhf_core.data.encoding import templates
 from rlhf_core.data.rows.formats import Example
 from rlhf_core.data.rows.messages import Untrained, untrained
-from rlhf_core.data.rows.row import BadRow, Message
+from rlhf_core.data.rows.row import REASONING, BadRow, Message
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import Purpose
 
@@ -61,7 +61,15 @@ def render_example(
         messages = [{"role": "system", "content": system}, *messages]
     texts = (example.chosen, example.rejected, example.completion)
     replies = [reply for reply in texts if reply is not None]
-    _check_special_tokens(tokenizer, [*(m["content"] for m in messages), *replies])
+    if example.reasoning and not templates.reads_reasoning(tokenizer):
+        raise BadRow(
+            "unused_column",
+            f"{example.reasoning} holds reasoning, which the chat template does not read: put it "
+            "into the reply's text in the form that the model writes, such as <think>...</think>, "
+            "or name the key in ignore_columns",
+        )
+    thoughts = [m[REASONING] for m in messages if REASONING in m]
+    _check_special_tokens(tokenizer, [*(m["content"] for m in messages), *replies, *thoughts])
     prompt = first_prompt(messages)
     try:
         if purpose == "preference":
@@ -107,6 +115,8 @@ def _render_conversation(
     trained = [not isinstance(m, Untrained) for m in messages if m["role"] == "assistant"]
     parts = _render_trained(tokenizer, messages, [True] if purpose == "pretrain" else trained)
     if purpose == "pretrain":  # the whole conversation, which ends with its last reply
+        if len(parts) > 1 and any(map(templates.has_reasoning, messages[:-1])):
+            notes["without the reasoning of earlier replies, as the chat template writes them"] += 1
         parts = [[templates.Segment(segment.text, True) for segment in parts[-1]]]
     if len(parts) > 1:
         notes[

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf_core.data.encoding.builtin_templates import SOURCES
 from rlhf_core.data.encoding.tokenizer import compiled_template, overrides
-from rlhf_core.data.rows.row import Message
+from rlhf_core.data.rows.row import REASONING, Message
 from rlhf_core.errors import DataError, ModelError
 
 ADVICE = "set model.chat_template to one of " + ", ".join(SOURCES)
@@ -36,6 +36,8 @@ class TemplateFacts:
         prefix: put before a text and removed after tokenisation, for tokenizers that add a space.
         alike: a past reply is written as a new one; alike_reasoning: one with reasoning, too.
         dated: the template writes today's date.
+        reads_reasoning: it writes reasoning that a reply has in a key of its own, or its prompt
+            opens the reasoning, which the reply then begins with.
     """
 
     key: tuple[str, int]
@@ -47,6 +49,7 @@ class TemplateFacts:
     alike: bool = False
     alike_reasoning: bool = False
     dated: bool = False
+    reads_reasoning: bool = False
 
 
 _FACTS: weakref.WeakKeyDictionary[Any, TemplateFacts] = weakref.WeakKeyDictionary()
@@ -73,7 +76,7 @@ def apply_template(tokenizer: Any, messages: Sequence[Message], generation_promp
     """
     import jinja2
 
-    chat = list(messages)
+    chat = [_with_names(m) if REASONING in m else m for m in messages]
     source = tokenizer.chat_template
     try:
         if not isinstance(source, str) or not chat or overrides(tokenizer, "apply_chat_template"):
@@ -114,12 +117,12 @@ def generated_reply(
             out a part of the reply.
     """
     full = apply_template(tokenizer, messages, False)
-    content = messages[-1]["content"]
+    content, reasoning = messages[-1]["content"], messages[-1].get(REASONING, "")
     head, opened, blank = prompt.rpartition(OPEN)
     if opened and not blank.strip():
         if not full.startswith(head.rstrip()):
             raise DataError(_two_ways(prompt, full))
-        return _after_opened_reasoning(facts, full, prompt, content)
+        return _after_opened_reasoning(facts, full, prompt, content, reasoning)
     if not full.startswith(prompt):
         raise DataError(_two_ways(prompt, full))
     text = full[len(prompt) :]
@@ -128,7 +131,7 @@ def generated_reply(
             f"the chat template does not end this reply with {facts.end_text!r}, though it does so "
             "after a short one"
         )
-    if content.strip() not in text and _letters(content) not in _letters(text):
+    if not all(p.strip() in text or _letters(p) in _letters(text) for p in (content, reasoning)):
         raise DataError(
             "the chat template leaves out a part of the reply, such as its reasoning; take that "
             f"part out of the data, or {ADVICE}"
@@ -139,7 +142,14 @@ def generated_reply(
 # --------------------------------------------------------------------------- details
 
 
-def _after_opened_reasoning(facts: TemplateFacts, full: str, prompt: str, content: str) -> str:
+def _with_names(message: Message) -> Message:
+    """A message whose reasoning has all the names by which templates read it."""
+    return message | dict.fromkeys(("reasoning", "thinking"), message[REASONING])
+
+
+def _after_opened_reasoning(
+    facts: TemplateFacts, full: str, prompt: str, content: str, reasoning: str
+) -> str:
     """A reply after a prompt that has opened its reasoning, which need not be there: as the
     template writes it if it keeps the reasoning where the prompt has it, else from its text."""
     opened = prompt.rstrip()
@@ -148,13 +158,14 @@ def _after_opened_reasoning(facts: TemplateFacts, full: str, prompt: str, conten
         text = full[len(opened) :]
         text = text.removeprefix(blank) if text.startswith(blank) else text.lstrip()
         stop = text.find(facts.end_text)
-        kept = _letters(content).removeprefix(OPEN) in _letters(text)
+        letters = _letters(text)
+        kept = _letters(content).removeprefix(OPEN) in letters and _letters(reasoning) in letters
         if stop >= 0 and kept and CLOSE in text and not text.lstrip().startswith(OPEN):
             return text[: stop + len(facts.end_text)]
     if CLOSE in content:
         content = content.lstrip().removeprefix(OPEN).lstrip("\n")
     else:
-        content = f"\n{CLOSE}\n\n{content}"
+        content = f"{reasoning.strip()}\n{CLOSE}\n\n{content}"
     return content + facts.tail
 
 
@@ -210,9 +221,19 @@ def _read(tokenizer: Any, key: tuple[str, int]) -> TemplateFacts:
     )  # fmt: skip
     return replace(
         facts,
+        reads_reasoning=prompt.rstrip().endswith(OPEN) or _writes_reasoning(tokenizer),
         alike=_alike(tokenizer, facts, PROBE),
         alike_reasoning=_alike(tokenizer, facts, f"{OPEN}\nStripes.\n{CLOSE}\n\n{PROBE}"),
     )
+
+
+def _writes_reasoning(tokenizer: Any) -> bool:
+    """Whether the template writes the reasoning that a reply has in a key of its own."""
+    reply = _assistant(PROBE) | {REASONING: "Stripes."}
+    try:
+        return "Stripes." in apply_template(tokenizer, [_user("Question 1"), reply], False)
+    except DataError:
+        return False
 
 
 def _alike(tokenizer: Any, facts: TemplateFacts, reply: str) -> bool:

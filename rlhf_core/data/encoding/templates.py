@@ -30,7 +30,7 @@ from rlhf_core.data.encoding.template_facts import (
     generated_reply,
     token_ids,
 )
-from rlhf_core.data.rows.row import Message
+from rlhf_core.data.rows.row import REASONING, Message
 from rlhf_core.errors import ModelError
 
 OWN = "tokenizer:"  # model.chat_template: one of several templates of the tokenizer
@@ -102,6 +102,16 @@ def writes_date(tokenizer: Any) -> bool:
     return facts_of(tokenizer).dated
 
 
+def reads_reasoning(tokenizer: Any) -> bool:
+    """Whether the reasoning of a reply can be given to the template in a key of its own."""
+    return facts_of(tokenizer).reads_reasoning
+
+
+def has_reasoning(message: Message) -> bool:
+    """Whether a message is a reply with reasoning."""
+    return message["role"] == "assistant" and (CLOSE in message["content"] or REASONING in message)
+
+
 def end_of_turn(tokenizer: Any) -> tuple[str, int]:
     """Text and id of the token that ends an assistant's turn, read from a rendered example.
 
@@ -161,8 +171,12 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[Segment]:
 def render_reply(tokenizer: Any, messages: Sequence[Message]) -> list[Segment]:
     """Segments of a prompt, and as the last one the reply to it, the last message. Raises as
     `render`."""
-    before, [reply] = render_replies(tokenizer, messages[:-1], [messages[-1]["content"]])
-    return [*before, Segment(reply, True)]
+    before = render_prompt(tokenizer, messages[:-1])
+    prompt = "".join(segment.text for segment in before)
+    return [
+        *before,
+        Segment(generated_reply(tokenizer, facts_of(tokenizer), messages, prompt), True),
+    ]
 
 
 def render_replies(
@@ -216,8 +230,9 @@ def reply_text(tokenizer: Any, response_ids: Sequence[int]) -> str:
 
 def _alike(facts: TemplateFacts, messages: Sequence[Message]) -> bool:
     """Whether the template writes the past replies of a conversation as it writes new ones."""
-    reasoning = any(m["role"] == "assistant" and CLOSE in m["content"] for m in messages)
-    return facts.alike and (facts.alike_reasoning or not reasoning)
+    if not facts.alike or any(REASONING in message for message in messages):
+        return False
+    return facts.alike_reasoning or not any(map(has_reasoning, messages))
 
 
 def _cut(

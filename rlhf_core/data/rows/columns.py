@@ -62,7 +62,8 @@ class Rules:
         ignored: names of columns and of keys in messages that the settings ignore.
         carried: columns that a later step reads.
         notes: remark -> number of rows; counts what is not read.
-        remarks: those of the row that is being read.
+        remarks: those of the row that is being read. reasoning: a key of it that holds reasoning,
+            as errors name it.
     """
 
     purpose: Purpose
@@ -70,6 +71,7 @@ class Rules:
     carried: frozenset[str] = frozenset()
     notes: Counter[str] = field(default_factory=Counter)
     remarks: set[str] = field(default_factory=set)
+    reasoning: str = ""
 
     @classmethod
     def of(cls, settings: DataSettings, purpose: Purpose, notes: Counter[str]) -> Rules:

@@ -39,7 +39,7 @@ from rlhf_core.data.rows.parts import (
     text_of,
     with_system,
 )
-from rlhf_core.data.rows.row import BadRow, Message
+from rlhf_core.data.rows.row import REASONING, BadRow, Message
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import Format, Purpose
 
@@ -66,6 +66,7 @@ class Example:
             empty if there is `text`.
         chosen, rejected: texts of a pair of replies.
         text: plain text.
+        reasoning: a key of a message that only some chat templates read; "" for none.
         completion, label: text of a labelled reply, and whether it was good.
     """
 
@@ -73,6 +74,7 @@ class Example:
     chosen: str | None = None
     rejected: str | None = None
     text: str | None = None
+    reasoning: str = ""
     completion: str | None = None
     label: bool | None = None
 
@@ -114,10 +116,12 @@ def normalise(
     """
     rules = rules or Rules(purpose)
     rules.remarks.clear()
+    rules.reasoning = ""
     ignored = [name for name in row if name in rules.ignored] if rules.ignored else []
     read = {name: row[name] for name in row if name not in ignored} if ignored else row
     layout = find_layout(format, tuple(read))
     example = _READERS[format](read, layout, rules)
+    example.reasoning = rules.reasoning
     if layout.unread or ignored:
         again = repeated(read, layout, example.messages, example.replies())
         unread = [name for name in layout.unread if name not in again]
@@ -281,6 +285,14 @@ def _check_trained(reply: Message, name: str, rules: Rules) -> None:
     """Check that the reply of a pair or of a label is not marked as context."""
     if isinstance(reply, Untrained) and rules.purpose != "prompts":
         raise BadRow("nothing_to_train", f"the reply in column {name!r} has the weight 0")
+    if REASONING in reply:
+        raise BadRow(
+            "unused_column",
+            f"the reply in column {name!r} has its reasoning in a key of its own, which is read in "
+            "conversations only: put it into the reply's text in the form that the model writes, "
+            f"such as <think>...</think>. {rules.reasoning.capitalize()} can be ignored with "
+            "ignore_columns",
+        )
 
 
 def _pair(chosen: list[Message], rejected: list[Message]) -> Example:

@@ -4,7 +4,8 @@
     {"from": "system|human|gpt", "value": ...}            keys of ShareGPT
     "\\n\\nHuman: ...\\n\\nAssistant: ..."                    transcripts of Anthropic's HH
 
-A message's text may be a list of text parts. `weight`, `train` or `loss` of a reply, 0 or 1, says
+A message's text may be a list of text parts. `reasoning_content`, `reasoning` or `thinking` of a
+reply is for chat templates that read it. `weight`, `train` or `loss` of a reply, 0 or 1, says
 whether it is trained on, and `masked` whether it is not.
 """
 
@@ -15,7 +16,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_core.data.rows.columns import Rules, check_unread, is_empty, read_flag
-from rlhf_core.data.rows.row import BadRow, Message, names, parse_json, short, whole_text
+from rlhf_core.data.rows.row import (
+    REASONING,
+    BadRow,
+    Message,
+    names,
+    parse_json,
+    short,
+    whole_text,
+)
 
 _ROLES = {
     "system": "system", "user": "user", "assistant": "assistant", "human": "user",
@@ -30,6 +39,8 @@ _TOOL_ROLES = frozenset(
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _TURN_PREFIXES = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
 _WRITTEN = re.compile(r"\s*(?:\[\s*)?\{\s*['\"](?:role|content|from|value)['\"]\s*:")  # as a text
+_REASONING = (REASONING, "reasoning", "thinking")
+_MARKS = re.compile("</?think>")
 _FLAGS = ("weight", "train", "training", "trainable", "loss", "masked")
 
 
@@ -118,9 +129,11 @@ def _message(item: Any, keys: tuple[str, str], where: str, rules: Rules) -> Mess
     if item.get("tool_calls") and "tool_calls" not in rules.ignored:
         raise BadRow("unsupported", f"{where} has tool calls, which are not supported")
     flags: list[str] = []
+    reasoning = ""
     if len(item) > 2:  # first, because a message that is a tool call may have no text
         flags = [key for key in _FLAGS if key in item and key not in rules.ignored]
-        others = item.keys() - {role_key, text_key, *flags}
+        reasoning = _reasoning_key(item, role, rules)
+        others = item.keys() - {role_key, text_key, *flags, reasoning}
         check_unread(item, sorted(others), rules, where)
     if text_key not in item:
         raise _no_message(item, keys, where)
@@ -129,9 +142,27 @@ def _message(item: Any, keys: tuple[str, str], where: str, rules: Rules) -> Mess
         "role": role,
         "content": check_text(text if isinstance(text, str) else _parts(text, where, rules), where),
     }
+    if reasoning:
+        thought = check_text(item[reasoning], f"key {reasoning!r} of {where}")
+        if _MARKS.search(thought + message["content"]):
+            raise BadRow(
+                "unused_column",
+                f"key {reasoning!r} of {where} holds reasoning beside a text with <think> marks of "
+                f"its own; keep one of the two, or set ignore_columns: [{reasoning}]",
+            )
+        message[REASONING] = thought
+        rules.reasoning = f"key {reasoning!r} of {where}"
     for key in flags:
         message = _flagged(message, key, item[key], where, rules)
     return message
+
+
+def _reasoning_key(item: dict[str, Any], role: str, rules: Rules) -> str:
+    """The key with the reasoning of a reply; "" if there is none to read."""
+    if role != "assistant" or rules.purpose == "prompts":
+        return ""
+    held = (k for k in _REASONING if isinstance(item.get(k), str) and not is_empty(item[k]))
+    return next((key for key in held if key not in rules.ignored), "")
 
 
 def _flagged(message: Message, key: str, value: Any, where: str, rules: Rules) -> Message:

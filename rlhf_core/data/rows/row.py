@@ -7,7 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+# {"role": "system" | "user" | "assistant", "content": text}; a reply may have REASONING too.
+Message = dict[str, str]
+REASONING = "reasoning_content"
 
 MAX_MESSAGE = 1000  # characters; messages quote the row and are listed in the data card
 SKIP_HINT = "Correct the row, or set on_bad_row: skip to leave such rows out and count them."

@@ -19,7 +19,7 @@ from tests.rlhf_core.data.encoding.test_templates import (
     R1,
 )
 from tests.rlhf_core.data.helpers import byte_tokenizer
-from tests.rlhf_core.data.rows.layouts import LAYOUTS, A, U, encoded, read
+from tests.rlhf_core.data.rows.layouts import BAD, LAYOUTS, A, U, encoded, read
 
 STOP = "<|im_end|>"
 
@@ -142,6 +142,75 @@ def test_layouts_have_the_tokens_of_each_generation_where_past_replies_are_rewri
             ids, first = generated(turns, text)
             assert rows[0]["prompt_ids"] == ids[:first], title
             assert not name or rows[0][name] == ids[first:], title
+
+
+KEYED = QWEN3.replace(
+    "{% elif '</think>'",
+    "{% elif m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{{ m.content }}"
+    "{% elif '</think>'",
+)
+HARMONY = GPT_OSS.replace(
+    "[assistant]<final>",
+    "[assistant]{% if m.thinking and loop.last %}<why>{{ m.thinking }}<end>[assistant]{% endif %}"
+    "<final>",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "past", "start"),
+    [(KEYED, "", "<think>\n{}\n</think>\n\n"), (R1, "", "{}\n</think>\n\n"),
+     (HARMONY, "<final>", "<why>{}<end>[assistant]<final>")], ids=["qwen3", "r1", "gpt-oss"],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_in_a_key_of_its_own_is_trained_as_generation_writes_it(
+    template, past, start, key
+):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    talk = [U, {**A, key: "Greet."}, U, {**A, "content": "Bye", key: "Leave."}]
+    first, last = encoded(tokenizer, [{"messages": talk}], "sft").rows.to_pylist()
+    opened = "<think>\n" if template == R1 else ""
+    end = "<end>" if template == HARMONY else STOP
+    prompts = [
+        f"[user]Hi{STOP}[assistant]",
+    ]
+    prompts.append(f"{prompts[0]}{past}Hello{end}[user]Hi{STOP}[assistant]")
+    for row, prompt, why, reply in zip(
+        (first, last), prompts, ("Greet.", "Leave."), ("Hello", "Bye"), strict=True
+    ):
+        before = tokenizer(prompt + opened)["input_ids"]
+        assert row["input_ids"] == before + tokenizer(start.format(why) + reply + STOP)["input_ids"]
+        assert row["trainable"] == [i >= len(before) for i in range(len(row["input_ids"]))]
+
+
+def test_reasoning_that_would_be_lost_is_refused(tokenizer):
+    why = {**A, "reasoning_content": "Greet."}
+    batch = encoded(tokenizer, [{"messages": [U, why]}], "sft", on_bad_row="skip")
+    assert [bad[2] for bad in batch.bad] == ["unused_column"]
+    assert "'reasoning_content' of message 2" in batch.bad[0][3] and "<think>" in batch.bad[0][3]
+    ignored = encoded(
+        tokenizer, [{"messages": [U, why]}], "sft", ignore_columns=["reasoning_content"]
+    )
+    assert ignored.rows == encoded(tokenizer, [{"messages": [U, A]}], "sft").rows
+    for row in ({"prompt": [U], "chosen": [why], "rejected": [BAD]},
+                {"messages": [U, {**why, "content": "<think>\nA\n</think>\nHello"}]}):  # fmt: skip
+        with pytest.raises(BadRow, match="reasoning"):
+            read(row, "preference" if "chosen" in row else "sft")
+    special = [U, {**A, "thinking": f"a {STOP}"}]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = KEYED
+    batch = encoded(tokenizer, [{"messages": special}], "sft", on_bad_row="skip")
+    assert [bad[2] for bad in batch.bad] == ["special_token"]
+
+
+def test_pretraining_says_that_past_reasoning_is_left_out():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = QWEN3
+    talk = [U, {**A, "content": "<think>\na\n</think>\n\nHello"}, U, A]
+    batch = encoded(tokenizer, [{"messages": talk}, {"messages": [U, A, U, A]}], "pretrain")
+    assert list(batch.notes.items()) == [
+        ("without the reasoning of earlier replies, as the chat template writes them", 1)
+    ]
 
 
 def test_implicit_prompt_is_read_only_when_the_settings_say_so(tokenizer):
