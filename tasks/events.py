@@ -107,7 +107,8 @@ BOILERPLATE = re.compile(
     r"Worker '.*' submitting flow run '|Flow run '.*' submitted to infrastructure$"
     r"|Running \d+ deployment pull step|Executing deployment step: |Deployment step '.*' completed"
     r"|All deployment steps completed|Beginning (sub)?flow run '"
-    r"|Finished in state (Completed|Cached)\("
+    r"|Finished in state (Completed|Cached|Running)\("
+    r"|Finished in state Crashed\('Execution was aborted by a termination signal"
 )
 """Beginnings of what Prefect logs about every run, whatever it does."""
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.listing import open_now, size_text
-from flows.cli.options import StoreUrl
-from flows.cli.output import echo, table
+from flows.cli.options import AsJson, StoreUrl
+from flows.cli.output import echo, print_json, table
 
 if TYPE_CHECKING:
     from rlhf_core.store import Store
@@ -37,6 +37,7 @@ def gc(
     keep_archived: Annotated[
         int, typer.Option(min=0, help="Archived versions of each model to keep.")
     ] = KEPT_ARCHIVED,
+    as_json: AsJson = False,
     store: StoreUrl = None,
 ) -> None:
     """Delete artifacts that nothing refers to. Lists them first; --yes deletes them.
@@ -58,7 +59,11 @@ def gc(
         return set(digests_in_use(opened, timedelta(seconds=limits.keep), keep_archived))
 
     found = (opened.collect if yes else opened.find_garbage)(roots, limits)
-    _show(found, yes)
+    if as_json:
+        print_json([{"deleted": yes, "artifacts": [ref for ref, _ in found.artifacts],
+                     "bytes": found.size, "kept": found.kept, "notes": found.notes}])  # fmt: skip
+    else:
+        _show(found, yes)
 
 
 def digests_in_use(store: Store, young: timedelta, archived: int) -> Iterator[str]:

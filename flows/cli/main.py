@@ -231,6 +231,7 @@ def doctor(
     parameters: Annotated[
         str | None, typer.Option(help="Instead of a model: a llama of this size, such as 7B.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what this machine has, what is missing, and which ways to train a model fit into memory.
 
@@ -239,7 +240,7 @@ def doctor(
     import rlhf_core.preflight.doctor as checks
 
     question = checks.Question(model, parameters, gpus, gpu_memory, length)
-    raise typer.Exit(checks.main(question))
+    raise typer.Exit(checks.main(question, as_json))
 
 
 @app.command()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import platform
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from rlhf_core.preflight.fitting import largest_micro_batch, llama_like, ways_to
 from rlhf_core.preflight.memory import GIB
 from rlhf_core.store import Store, open_store, rlhf_home
 from rlhf_core.system.machine import Machine, free_disk, this_machine
+from rlhf_core.system.printable import printable
 
 DEFAULT_MODEL = "builtin:smollm2-135m-instruct"
 # requirements/USE.txt -> what does not work without it; None: nothing does.
@@ -51,8 +53,8 @@ class Question:
     length: int = 512
 
 
-def main(question: Question) -> int:
-    """Print the report.
+def main(question: Question, as_json: bool = False) -> int:
+    """Print the report, or its fields as one JSON object.
 
     Returns:
         0 if nothing that a run needs is missing, else 1.
@@ -60,7 +62,10 @@ def main(question: Question) -> int:
     from rich.console import Console
 
     found = examine(question)
-    show(found, Console())
+    if as_json:
+        print(printable(json.dumps(asdict(found), ensure_ascii=False)))
+    else:
+        show(found, Console())
     return 0 if found.sound else 1
 
 

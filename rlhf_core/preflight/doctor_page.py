@@ -10,6 +10,7 @@ from rich.table import Table
 from rlhf_core.preflight.doctor_report import Report
 from rlhf_core.preflight.fitting import ADAPTERS, MOST_ROWS, Fit
 from rlhf_core.preflight.memory import GIB
+from rlhf_core.system.printable import printable
 
 _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]BAD[/]"}
 
@@ -19,12 +20,13 @@ def show(found: Report, console: Console) -> None:
     if found.findings:
         table = Table(show_header=False, box=None, pad_edge=False)
         for finding in found.findings:
-            table.add_row(_MARKS[finding.state], finding.subject, escape(finding.text))
+            table.add_row(_MARKS[finding.state], finding.subject, escape(printable(finding.text)))
         console.print(table)
         console.print()
     unit = ("GPU" if found.device == "cuda" else "CPU rank") + ("s" if found.ranks > 1 else "")
+    model = escape(printable(found.model))
     lines = [
-        f"[bold]{escape(found.model)}[/], {found.parameters:,} parameters, on {found.ranks} {unit} "
+        f"[bold]{model}[/], {found.parameters:,} parameters, on {found.ranks} {unit} "
         f"of {found.available / GIB:.3g} GiB: bf16, sequences of {found.length:,} tokens.",
         "The largest micro_batch_size that fits, up to "
         f"{MOST_ROWS} (rows per rank; in the reward stage a row is a pair), or in "

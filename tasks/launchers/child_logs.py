@@ -11,6 +11,7 @@ from prefect.client.schemas.sorting import LogSort
 
 from tasks.events import BOILERPLATE
 
+LINK = " of the pipeline http"  # the child's link to the pipeline, which shows these messages
 LOG_DELAY = timedelta(seconds=10)  # a log line may reach the server this long after a newer one
 
 
@@ -40,7 +41,7 @@ class Logs:
                 if log.id not in self._seen:
                     self._seen.add(log.id)
                     self._newest = max(filter(None, (self._newest, log.timestamp)))
-                    if not BOILERPLATE.match(log.message):
+                    if not BOILERPLATE.match(log.message) and LINK not in log.message:
                         found.append(log.message)
             if len(page) < 200:
                 return found

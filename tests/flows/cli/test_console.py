@@ -105,6 +105,7 @@ def test_headline_picks_the_telling_numbers(metrics, text):
         ("Worker 'gpu-1' submitting flow run '94a3'", False),
         ("All deployment steps completed successfully", False),
         ("Finished in state Completed('model/904e')", False),
+        ("Finished in state Crashed('Execution was aborted by a termination signal.')", False),
         ("Finished in state DataError('no column prompt', type=FAILED)", True),
         ("sft: done in 8.5 s", True),
     ],

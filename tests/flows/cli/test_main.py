@@ -297,7 +297,8 @@ def test_lists_are_json_too(rlhf, filled):
         (["artifacts", "list"], "artifact"), (["artifacts", "show", ref], "artifact"),
         (["artifacts", "tree", ref], "artifact"), (["artifacts", "verify"], "problems"),
         (["presets"], "description"), (["compare", "a", "b"], "rows"),
-        (["runs", "--metrics"], "run"),
+        (["runs", "--metrics"], "run"), (["artifacts", "gc"], "kept"),
+        (["doctor", "--parameters", "1B", "--gpus", "2", "--gpu-memory", "80"], "fits"),
     ):  # fmt: skip
         lines = rlhf(*arguments, "--json", code=0).stdout.splitlines()
         assert lines and all(key in json.loads(line) for line in lines), arguments
