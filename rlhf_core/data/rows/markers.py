@@ -25,6 +25,7 @@ _TOKENS = re.compile(
 _FIRST_PERSON = re.compile(r"\s*(?:#+ *|\*\*)?(?:User|USER|Human|HUMAN) *:")
 _PERSON = re.compile(r"\n(?:#+ *|\*\*)?(?:User|USER|Human|HUMAN) *:")
 _ASSISTANT = re.compile(r"\s(?:#+ *|\*\*)?(?:Assistant|ASSISTANT|AI|GPT|Bot) *:")
+_FIRST_ASSISTANT = re.compile(r"\s*(?:#+ *|\*\*)?(?:Assistant|ASSISTANT) *:|\s*### Response:")
 _IMAGE = re.compile(r"(?<![\w`'\"])<image>(?![`'\"]|\s*(?:tag|element)s?\b)")
 _MEDIA = re.compile(r"(?:\A|\n)\s*<(?:video|audio)>|<(?:video|audio)>\s*(?:\n|\Z)")
 # As the processors of single models write them: <|image_1|>, <|vision_start|>, <image_0>.
@@ -50,7 +51,7 @@ def check_markers(messages: list[Message], replies: list[str]) -> None:
     for position, message in enumerate(messages, 1):
         text = message["content"]
         if message["role"] == "assistant":
-            check_turns(text, f"message {position}")
+            _check_reply(text, f"message {position}")
         else:
             where = f"message {position}"
             check_turns(text, where, first=True)
@@ -61,7 +62,17 @@ def check_markers(messages: list[Message], replies: list[str]) -> None:
                     "are not supported",
                 )
     for text in replies:
-        check_turns(text, "the reply")
+        _check_reply(text, "the reply")
+
+
+def _check_reply(text: str, where: str) -> None:
+    check_turns(text, where)
+    if found := _FIRST_ASSISTANT.match(text):
+        raise BadRow(
+            "transcript",
+            f"{where} begins with {short(found.group())}, which the chat template writes in its "
+            "own way; remove it from the reply",
+        )
 
 
 def check_turns(text: str, where: str, first: bool = False) -> None:

@@ -211,6 +211,8 @@ TRANSCRIPTS = [
     ({"prompt": "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc", "response": "d"}, "sft"),
     ({"prompt": "Talk.\n[|Human|] a\n[|AI|] b\n[|Human|]"}, "prompts"),
     ({"messages": [{**U, "content": "User: a\nAssistant:"}, A]}, "sft"),
+    ({"prompt": "\n\nHuman: a", "chosen": "\n\nAssistant: b", "rejected": "c"}, "preference"),
+    ({"prompt": "a", "completion": "### Response:\nb"}, "sft"),
     ({"prompt": f"<|im_start|>user\na{STOP}\n<|im_start|>assistant\n", "completion": "b"}, "sft"),
     ({"messages": [U, {**A, "content": "<start_of_turn>user\na"}]}, "sft"),
     ({"instruction": "a", "output": "b\n### Instruction:\nc\n### Response:\nd"}, "sft"),
@@ -235,14 +237,15 @@ def test_transcript_in_one_text_is_refused(row, purpose):
     with pytest.raises(BadRow) as error:
         read(row, purpose)
     assert error.value.reason == "transcript"
-    assert "write it as messages" in error.value.message or "implicit" in error.value.message
+    words = ("write it as messages", "implicit", "remove it from the reply")
+    assert any(word in error.value.message for word in words)
 
 
 @pytest.mark.parametrize(
     "text",
     ["Humans: all of us\nAssistants help.", "The User: a class.\nIn short.", "a < b",
      "Use `<image>` in SVG", "<image>x</image>", "print('<|x|>')", "A dialogue:\nUser: hello",
-     "<img src='a.png'>", "pad <image_count>"],
+     "<img src='a.png'>", "pad <image_count>", "AI: what machines do.", "An assistant: a helper"],
 )  # fmt: skip
 def test_text_that_only_looks_like_a_transcript_is_read(text):
     example, _ = read({"prompt": text, "completion": text})
