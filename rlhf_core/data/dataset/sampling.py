@@ -12,16 +12,15 @@ oversampling of its documentation):
     all_exhausted_without_replacement   each row once: N_i rows of each, in the proportions c_i as
                                         long as there are rows
 
-Rows as parts are also bounds: t <= 1. A source goes through a random order of its rows, then
-through another one, and so on; each epoch takes up where the one before ended. So the rows of a
-source are used equally often, give or take one, whatever the epoch takes: of a source that is
-larger than its part each epoch sees other rows, until all were used.
+Rows as parts are also bounds: t <= 1. An epoch uses the rows of a source equally often, give or
+take one, and so do all epochs together: of a source that is larger than its part each epoch sees
+other rows, until all were used (`_Rounds`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -93,6 +92,7 @@ class Sampling:
     counts: tuple[int, ...]
     rates: tuple[float, ...]
     order_by: np.ndarray | None = None
+    _rounds: dict[tuple[int, int], _Rounds] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         """Rows in an epoch."""
@@ -105,15 +105,24 @@ class Sampling:
         that any stretch of the epoch has the parts of the whole.
         """
         drawn, places = [], []
-        for source, (rows, count) in enumerate(zip(self.rows, self.counts, strict=True)):
-            start = number * count
-            drawn.append(rows[_endless(len(rows), start, start + count, seed, source)])
-            jitter = np.random.default_rng(derive_seed(seed, source, number, 1)).random(count)
+        for source, count in enumerate(self.counts):
+            drawn.append(self._draw(source, number, seed))
+            jitter = np.random.default_rng(derive_seed(seed, source, number, 0)).random(count)
             places.append((np.arange(count) + jitter) / self.rates[source])
         order = np.concatenate(drawn)[np.argsort(np.concatenate(places), kind="stable")]
         if self.order_by is not None:
             order = order[np.argsort(self.order_by[order], kind="stable")]
         return order
+
+    def _draw(self, source: int, number: int, seed: int) -> np.ndarray:
+        """Row numbers of a source for an epoch: all its rows as often as they go in, and others."""
+        rows = self.rows[source]
+        whole, part = divmod(self.counts[source], len(rows))
+        rounds = self._rounds.setdefault(
+            (source, seed), _Rounds(len(rows), part, derive_seed(seed, source))
+        )
+        drawn = [_shuffled(len(rows), seed, source, number, i + 1) for i in range(whole)]
+        return rows[np.concatenate([*drawn, rounds.window(number)])]
 
     def halved(self) -> Sampling:
         """The same for a data set in which each row became two: rows 2 i and 2 i + 1."""
@@ -125,11 +134,39 @@ class Sampling:
         )
 
 
-def _endless(size: int, start: int, stop: int, seed: int, source: int) -> np.ndarray:
-    """Items start to stop of an endless list of permutations of range(size), one after another."""
-    first, last = start // size, -(-stop // size)
-    orders = [
-        np.random.default_rng(derive_seed(seed, source, number, 0)).permutation(size)
-        for number in range(first, last)
-    ]
-    return np.concatenate(orders)[start - first * size : stop - first * size]
+class _Rounds:
+    """Windows of `part` items, one after another, from rounds through range(size), each in a random
+    order of its own. No window has an item twice, also where it begins in one round and ends in the
+    next: the next one then begins with items that the window does not have yet."""
+
+    def __init__(self, size: int, part: int, seed: int) -> None:
+        self._size, self._part, self._seed = size, part, seed
+        self._number, self._order = 0, _shuffled(size, seed, 0)
+
+    def window(self, number: int) -> np.ndarray:
+        """The items of a window (from 0)."""
+        if not self._part:
+            return np.zeros(0, dtype=np.int64)
+        first, start = divmod(number * self._part, self._size)
+        begin = self._round(first)[start : start + self._part]
+        left = self._part - len(begin)
+        return np.concatenate([begin, self._round(first + 1)[:left]]) if left else begin
+
+    def _round(self, number: int) -> np.ndarray:
+        """The order of a round. It follows from the one before, so they are made in turn."""
+        if number < self._number:
+            self._number, self._order = 0, _shuffled(self._size, self._seed, 0)
+        while self._number < number:
+            self._number += 1
+            order = _shuffled(self._size, self._seed, self._number)
+            taken = self._number * self._size % self._part  # by the window that goes on here
+            if taken:
+                last = self._order[self._size - taken :]
+                head = order[~np.isin(order, last)][: self._part - taken]
+                order = np.concatenate([head, order[~np.isin(order, head)]])
+            self._order = order
+        return self._order
+
+
+def _shuffled(size: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(derive_seed(*seed)).permutation(size)

@@ -87,6 +87,20 @@ def test_a_smaller_source_is_repeated_evenly():
     assert seen == dict.fromkeys(range(4), 5) | dict.fromkeys(range(4, 14), 2)
 
 
+@pytest.mark.parametrize("size", range(1, 9))
+def test_rows_are_used_equally_often_in_each_epoch_and_in_all(size):
+    for count in range(1, 20):
+        one, other = (Sampling((np.arange(size),), (count,), (1.0,)) for _ in range(2))
+        epochs = [one.epoch(number, 7).tolist() for number in range(12)]
+        total: Counter[int] = Counter()
+        for epoch in epochs:
+            seen = Counter(epoch)
+            assert {count // size, -(-count // size)} >= {seen[row] for row in range(size)}
+            total += seen
+            assert max(total.values()) - min(total[row] for row in range(size)) <= 1
+        assert [other.epoch(n, 7).tolist() for n in (11, 3, 5)] == [epochs[n] for n in (11, 3, 5)]
+
+
 def test_parts_hold_in_every_stretch_of_an_epoch():
     both = sampling(1000, 3000, rule=FIRST, weights=[1, 3])
     for start in range(0, 4000, 100):
