@@ -7,6 +7,7 @@ past replies without their reasoning.
 
 from __future__ import annotations
 
+import itertools
 import re
 import weakref
 from collections.abc import Iterable, Sequence
@@ -100,8 +101,15 @@ def apply_template(tokenizer: Any, messages: Sequence[Message], generation_promp
         TypeError,
         ValueError,
     ) as error:  # whatever the template's code does with a row
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"the chat template rejects turns of {roles}: {error}") from error
+        said = [message["role"] for message in messages]
+        todo = ""
+        if "system" in said:
+            todo = "; if it takes no system message, put that text into the first question"
+        elif any(a == b for a, b in itertools.pairwise(said)):
+            todo = "; join turns of the same role"
+        raise DataError(
+            f"the chat template rejects turns of {', '.join(said)}: {error}{todo}"
+        ) from error
 
 
 def generated_reply(

@@ -285,7 +285,7 @@ def test_template_that_refuses_a_conversation_says_why():
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         + tokenizer.chat_template
     )
-    with pytest.raises(DataError, match="no system"):
+    with pytest.raises(DataError, match=r"no system; .*put that text into the first question"):
         templates.render(tokenizer, TALK)
     tokenizer.chat_template = "{{ 1 // (messages[0].content | length - 1) }}" + QWEN3
     with pytest.raises(DataError, match=r"rejects turns of user: .*zero"):
