@@ -28,6 +28,7 @@ from rlhf_core.jobs import DataSettings, Purpose
 
 MAX_NOTES = 100  # different notes that a count holds, for files with endless names
 FURTHER = "further columns not used"
+_NO_WORDS = (numbers.Number, datetime.date, datetime.time, datetime.timedelta)
 _FLAG_TEXTS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 _SPEAKER = "speakers and channels are not read; put the name into the message's text"
 _IN_MESSAGES = dict.fromkeys(
@@ -135,7 +136,8 @@ def _refusal(name: str, value: Any, purpose: Purpose, message: bool, document: b
     flag = read_flag(value) if kind in ("spoilt", "sound") else None
     if flag is not None:
         return "" if flag is (kind == "sound") else todo
-    if isinstance(value, numbers.Number | datetime.date | datetime.time | datetime.timedelta):
+    values = value if isinstance(value, list | tuple) and not kind else [value]
+    if all(isinstance(one, _NO_WORDS) for one in values):
         return ""  # no part of a conversation
     if kind in ("", "spoilt", "sound"):
         if document and isinstance(value, str):

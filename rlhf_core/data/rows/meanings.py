@@ -29,7 +29,7 @@ _ABOUT = _words(
     "critique comment agent channel platform filename name format train training rate fingerprint "
     "script"
 )
-_ABOUT_FIRST = _words("id is score rating avg mean used finish stop")
+_ABOUT_FIRST = _words("id is score rating avg mean used finish stop created updated")
 _COUNTS = _words("num n nb count counts number has contains")  # of images too
 
 _FLAGS = _words("train trainable training trained loss learn learnable")

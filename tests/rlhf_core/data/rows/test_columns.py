@@ -136,7 +136,7 @@ def test_unknown_metadata_is_read_past_and_counted(tokenizer):
     row = {**TALK, "id": 7, "source": "web", "created": "2024-01-01", "is_good": True,
            "metadata": {"a": 1}, "views": 3.5,
            "opened": datetime.date(2024, 1, 1), "ok": Decimal(1), "num_images": None,
-           "image_count": "0",
+           "image_count": "0", "created_at": "May", "vector": [0.5, 1],
            "prompt_name": "p", "output_format": "md", "is_bad": False, "valid": 1}  # fmt: skip
     row["messages"] = [{**U, "timestamp": 5, "weight": None}, {**A, "language": "en", "weight": 1}]
     empty = {**TALK, "id": None, "images": [], "tools": None, "system": "", "history": [[]],
@@ -144,7 +144,7 @@ def test_unknown_metadata_is_read_past_and_counted(tokenizer):
     batch = encoded(tokenizer, [row, row, empty], "sft")
     assert batch.bad == []
     unread = ["id", "source", "created", "is_good", "metadata", "views", "opened", "ok",
-              "image_count", "prompt_name", "output_format", "is_bad", "valid"]  # fmt: skip
+              "image_count", "created_at", "vector", "prompt_name", "output_format", "is_bad", "valid"]  # fmt: skip
     assert batch.notes == {
         **{f"column '{name}' not used": 2 for name in unread},
         **{f"key '{name}' not used": 2 for name in ("timestamp", "language")},
