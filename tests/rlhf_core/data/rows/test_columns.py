@@ -144,7 +144,8 @@ def test_unknown_metadata_is_read_past_and_counted(tokenizer):
     batch = encoded(tokenizer, [row, row, empty], "sft")
     assert batch.bad == []
     unread = ["id", "source", "created", "is_good", "metadata", "views", "opened", "ok",
-              "image_count", "created_at", "vector", "prompt_name", "output_format", "is_bad", "valid"]  # fmt: skip
+              "image_count", "created_at", "vector", "prompt_name", "output_format",
+              "is_bad", "valid"]  # fmt: skip
     assert batch.notes == {
         **{f"column '{name}' not used": 2 for name in unread},
         **{f"key '{name}' not used": 2 for name in ("timestamp", "language")},
