@@ -1,7 +1,9 @@
 """Applies a function to a stream of items in several processes, with the results in order.
 
 A short stream is processed in this process. For a longer one at most two items per worker are in
-flight, so memory does not grow with the stream. Workers end with this process, however it ends.
+flight, so memory does not grow with the stream. Workers are forked from a server that imports what
+they need, once for all of them; until it has, this process works on items itself. They end with
+this process, however it ends.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -27,13 +29,17 @@ _work: Callable[[Any], Any] | None = None
 
 
 def ordered_map(
-    work: Callable[[Any], Any], items: Iterable[Any], workers: int | None = None
+    work: Callable[[Any], Any],
+    items: Iterable[Any],
+    workers: int | None = None,
+    modules: Sequence[str] = (),
 ) -> Iterator[Any]:
     """work(item) for each item, in order.
 
     Args:
         work: a picklable function.
         workers: number of processes; None: one per core, 1: this process alone.
+        modules: that ``work`` needs.
 
     Raises:
         JobFailed: a worker process died.
@@ -44,22 +50,35 @@ def ordered_map(
         first = list(itertools.islice(stream, MIN_ITEMS))
         stream = itertools.chain(first, stream)
         if len(first) == MIN_ITEMS:
-            yield from _in_processes(work, stream, count)
+            yield from _in_processes(work, stream, count, modules)
             return
     for item in stream:
         yield work(item)
 
 
-def _in_processes(work: Callable[[Any], Any], items: Iterable[Any], count: int) -> Iterator[Any]:
+def _in_processes(
+    work: Callable[[Any], Any], items: Iterable[Any], count: int, modules: Sequence[str]
+) -> Iterator[Any]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *modules])
+    # A queue's own thread sends the function, which may be large: a process argument would hold up
+    # this process until the worker has started.
+    copies: Any = context.Queue()
+    for _ in range(count):
+        copies.put(work)
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
     executor = ProcessPoolExecutor(
-        count,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start,
-        initargs=(work, os.environ.get("TOKENIZERS_PARALLELISM")),
+        count, mp_context=context, initializer=_start, initargs=(copies, parallelism)
     )
+    # Starting the first process waits for the server's imports.
+    starting = threading.Thread(target=executor.submit, args=(os.getpid,), daemon=True)
+    starting.start()
     waiting: deque[Future[Any]] = deque()
     try:
         for item in items:
+            if starting.is_alive() and not waiting:
+                yield work(item)
+                continue
             waiting.append(executor.submit(_run, item))
             if len(waiting) >= 2 * count:
                 yield waiting.popleft().result()
@@ -72,13 +91,16 @@ def _in_processes(work: Callable[[Any], Any], items: Iterable[Any], count: int) 
             "lost",
         ) from error
     finally:
+        starting.join()
         executor.shutdown(wait=True, cancel_futures=True)
+        copies.cancel_join_thread()  # of workers that never started
+        copies.close()
 
 
-def _start(work: Callable[[Any], Any], parallelism: str | None) -> None:
+def _start(copies: Any, parallelism: str | None) -> None:
+    """In a worker: take the function, and end with the parent."""
     global _work
     os.environ["TOKENIZERS_PARALLELISM"] = parallelism or "false"
-    _work = work
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel
@@ -88,6 +110,7 @@ def _start(work: Callable[[Any], Any], parallelism: str | None) -> None:
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
+    _work = copies.get()
 
 
 def _run(item: Any) -> Any:

@@ -94,7 +94,8 @@ def prepare(
     writer = DatasetWriter(folder, job.purpose, plan.carried())
     try:
         shuffle = Shuffle(writer.scratch, "_priority")
-        encoded = ordered_map(encode, _batches(rows), workers)
+        modules = (type(tokenizer).__module__, encode_batch.__module__, "pyarrow.compute")
+        encoded = ordered_map(encode, _batches(rows), workers, modules)
         for batch in _deduplicate(encoded, card, writer.scratch, job, log):
             shuffle.add(batch)
         overlap = SplitOverlap(writer.scratch)
