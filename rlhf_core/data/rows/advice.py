@@ -133,7 +133,7 @@ def _sides(row: dict[str, Any]) -> list[str]:
 def _nested(name: str, value: Any, purpose: Purpose | None) -> str:
     """What to do about a list or an object that holds replies, turns or a whole row."""
     if isinstance(value, dict):
-        if advice(value, purpose) or any(map(_is_talk, value.values())):
+        if _settings(value, purpose) or _sides(value) or any(map(_is_talk, value.values())):
             return f"Column {name!r} holds an object; write what it holds as columns of the row. "
         return ""
     if not isinstance(value, list) or not value or _is_talk(value):

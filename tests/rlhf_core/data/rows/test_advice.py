@@ -99,6 +99,13 @@ def test_layout_that_no_setting_reads_is_refused_with_what_to_write(purpose, row
     assert words in refusal(row, purpose)
 
 
+def test_object_of_many_levels_is_refused_like_others():
+    deep: dict[str, Any] = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    assert "no format has the columns 'a'" in refusal(deep, "sft")
+
+
 def test_only_formats_of_the_purpose_are_listed():
     text = refusal({"a": "b"}, "preference")
     assert "The formats for preference are hh (chosen, rejected" in text and "alpaca" not in text
