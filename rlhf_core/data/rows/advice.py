@@ -102,10 +102,15 @@ def _settings(row: dict[str, Any], purpose: Purpose | None) -> dict[str, str]:
         wanted = {"instruction": prompt, "input": context}
     elif prompt.lower() == "instruction":
         wanted = {"instruction": prompt}
-    if purpose == "prompts":
-        wanted |= {n: own[n] for n in ("answer",) if n in own}  # for rewards
-    elif pair and purpose != "unpaired" and (prompt or own[pair[0]] in talks.values()):
+    asked = purpose == "prompts"
+    if pair and purpose != "unpaired" and not (asked and prompt) and (
+        prompt or own[pair[0]] in talks.values()
+    ):  # fmt: skip
         wanted |= {"chosen": own[pair[0]], "rejected": own[pair[1]]}
+    elif asked and not prompt:
+        wanted = {"messages": next(iter(talks.values()))} if talks else {}
+    elif asked:
+        wanted |= {"answer": own["answer"]} if "answer" in own else {}  # for rewards
     elif purpose == "preference":
         return {}
     elif prompt and reply:
