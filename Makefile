@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-crash test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos demo-s3 bench bench-store bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
+.PHONY: help setup demo smoke up down test test-system test-images test-crash test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -139,6 +139,11 @@ chaos: $(STAMP)  ## kill training N times at random points; nothing may be lost 
 
 fast: $(STAMP)  ## the tests that need no server and no ranks
 	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images and not extras and not vllm"
+
+PIPELINES ?= 20
+MINUTES ?= 10
+soak: $(STAMP)  ## a system under faults: workers, servers and the store go away (PIPELINES=20, MINUTES=10)
+	@$(BIN)/python -m tests.system.soak --pipelines $(PIPELINES) --minutes $(MINUTES)
 
 FUZZ ?= 20
 SEED ?= $(shell date +%s)

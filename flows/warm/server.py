@@ -23,6 +23,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_core.system.processes import die_with_parent
+
 PRELOADED = (
     "prefect.flow_engine", "prefect.task_engine", "prefect._internal.metrics",
     "prefect.deployments.steps.core", "flows.job", "flows.rlhf", "flows.retrain",
@@ -108,6 +110,7 @@ class Server:
     def _become(self, client: socket.socket, streams: list[int], folder: str) -> None:
         """In the forked process: let go of all that is the server's."""
         os.setsid()
+        die_with_parent(signal.SIGTERM)  # the server goes on after its worker, for its engines
         self._selector.close()
         self._listener.close()
         client.close()

@@ -14,6 +14,8 @@ pytestmark = [
     pytest.mark.usefixtures("stand_ins"),
 ]
 
+SHORT = "stages=[sft]"
+
 
 def supervisor(system):
     [found] = system.processes("flows.cli.supervisor")
@@ -30,7 +32,7 @@ def retried(system, run):
 
 def test_start_ends_the_runs_that_have_no_process(system):
     system.plan(sft=["wait:600"])
-    run = system.submit("seed=801")
+    run = system.submit(SHORT, "seed=801")
     started(system)
     kill_with_family(supervisor(system))
     until(lambda: not system.processes("prefect"), 30, "their end")
@@ -46,7 +48,7 @@ def test_start_ends_the_runs_that_have_no_process(system):
 
 def test_down_waits_for_checkpoints_and_its_runs_can_go_on(system):
     system.plan(sft=["wait:600"])
-    run = system.submit("seed=802", "name=in-the-middle")
+    run = system.submit(SHORT, "seed=802", "name=in-the-middle")
     started(system)
     down = subprocess.run(
         [sys.executable, "-m", "flows.cli.main", "down"], cwd=system.folder, text=True,
@@ -92,7 +94,9 @@ def test_what_was_switched_on_stays_on_when_the_system_is_deployed_again(system)
     try:
         subprocess.run(
             [sys.executable, "-m", "flows.deploy", "2"], cwd=system.folder, check=True,
-            env={**system.environment, "PREFECT_API_URL": f"{system.url}/api"}, capture_output=True,
+            env=system.environment
+            | {"PREFECT_API_URL": f"{system.url}/api", "PREFECT_API_AUTH_STRING": system.log_in()},
+            capture_output=True,
         )  # fmt: skip
         [schedule] = system.get(path)
         assert schedule["active"]
@@ -107,7 +111,7 @@ def test_what_was_switched_on_stays_on_when_the_system_is_deployed_again(system)
 
 def test_cancelled_twin_leaves_the_shared_stage_to_the_other_one(system):
     system.plan(sft=["wait:45"])
-    first, second = (system.submit("seed=803", f"name=twin-{i}") for i in (1, 2))
+    first, second = (system.submit(SHORT, "seed=803", f"name=twin-{i}") for i in (1, 2))
     started(system)
     joined = "started earlier"
     until(lambda: joined in "".join(system.logs(second) + system.logs(first)), 60)
@@ -123,7 +127,7 @@ def test_cancelled_twin_leaves_the_shared_stage_to_the_other_one(system):
 
 def test_stage_that_somebody_cancels_is_started_anew(system):
     system.plan(sft=["wait:600"])
-    run = system.submit("seed=804")
+    run = system.submit(SHORT, "seed=804")
     started(system)
     system.plan()
     [child] = system.children(run, "sft")

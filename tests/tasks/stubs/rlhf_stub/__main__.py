@@ -4,6 +4,7 @@ It publishes small artifacts through the real store. STUB_PLAN, a JSON file, say
 {"<algorithm>": ["oom", "ok", ...]}, one behaviour per attempt, the last one for ever.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -88,6 +89,23 @@ def act(what: str, rank: int, folder: Path) -> None:
         time.sleep(300)
 
 
+def journal(what: str, algorithm: str, key: str) -> None:
+    """Write down for tests/system/soak.py what runs, and which other processes run the same."""
+    if not (path := os.environ.get("STUB_JOURNAL")):
+        return
+    others = []
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            _, _, other, pid, started, *_ = line.split()
+            with contextlib.suppress(psutil.Error):
+                if other == key and str(psutil.Process(int(pid)).create_time()) == started:
+                    others.append(pid)
+    own = psutil.Process()
+    others = [pid for pid in others if int(pid) != own.pid]
+    with open(path, "a") as file:
+        file.write(f"{what} {algorithm} {key} {own.pid} {own.create_time()} {','.join(others)}\n")
+
+
 def run(path: Path) -> None:
     job = parse_job(path.read_bytes())
     context = StageContext.from_environment(open_store(), job, path.parent)
@@ -100,6 +118,7 @@ def run(path: Path) -> None:
         left = context.publish(job, folder, metadata, bind=False)
         candidates.write(context.store, context.key, left)
         planned = "collapse"
+    journal("begin", job.algorithm, context.key)
     act(planned, context.rank, path.parent)
     if not context.main:
         return
@@ -130,6 +149,7 @@ def run(path: Path) -> None:
         )
     artifact = context.publish(job, folder, {"metrics": metrics})
     result = {"artifact": artifact.digest, "kind": artifact.kind, "key": context.key}
+    journal("end", job.algorithm, context.key)
     (path.parent / "result.json").write_text(json.dumps(result))
 
 
