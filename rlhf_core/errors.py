@@ -9,6 +9,7 @@
     │   ├── ArtifactNotFound    "not_found"
     │   ├── ArtifactCorrupt     "store"
     │   └── StoreUnavailable    "store"      unreachable, refused, full: worth a retry
+    │       └── ObjectUnreadable  "store"    the server has an entry for it, but cannot read it
     ├── OutOfMemory             "oom"        retried with half the micro-batch
     ├── Preempted               "preempted"  got a signal; a retry resumes from its checkpoint
     ├── TrainingFailure         "training"
@@ -88,6 +89,11 @@ class ArtifactCorrupt(StoreError):
 
 class StoreUnavailable(StoreError):
     """The store cannot be reached, refuses the credentials, or is full."""
+
+
+class ObjectUnreadable(StoreUnavailable):
+    """The server has an entry for an object and cannot read it: a part of the server is down, or
+    the object is lost."""
 
 
 class OutOfMemory(RLHFError):

@@ -28,6 +28,14 @@ def repair(
         list[Path] | None,
         typer.Option("--from", metavar="FOLDER", help="Folder with good copies of files."),
     ] = None,
+    lost: Annotated[
+        bool,
+        typer.Option(
+            "--lost",
+            help="With --yes, also clear away what an S3 server has an entry for and cannot read, "
+            "as SeaweedFS after a power cut. Not while a part of the server is down.",
+        ),
+    ] = False,
     as_json: AsJson = False,
     store: StoreUrl = None,
 ) -> None:
@@ -41,20 +49,20 @@ def repair(
     opened = open_now(store)
     found = opened.find_damage()
     if yes:
-        found = opened.repair(found, copies or [])
-    lost = sorted({ref for each in found if not each.healed for ref in each.artifacts})
-    needed = references(opened, (ref.rpartition("/")[2] for ref in lost))
+        found = opened.repair(found, copies or [], lost=lost)
+    broken = sorted({ref for each in found if not each.healed for ref in each.artifacts})
+    needed = references(opened, (ref.rpartition("/")[2] for ref in broken))
     if as_json:
         value = {
             "store": opened.url,
             "repaired": yes,
             "damage": [asdict(each) for each in found],
-            "unusable": {ref: [t for t, _ in needed[ref.rpartition("/")[2]]] for ref in lost},
+            "unusable": {ref: [t for t, _ in needed[ref.rpartition("/")[2]]] for ref in broken},
         }
         print_json([value])
     else:
         _show(found, yes)
-        for ref in lost:
+        for ref in broken:
             texts = [text for text, _ in needed[ref.rpartition("/")[2]]]
             echo(f"Cannot be used: {_short(ref)}; named by {', '.join(texts) or 'nothing'}.")
     if found and not yes:

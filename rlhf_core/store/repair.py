@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_core.errors import ArtifactCorrupt
+from rlhf_core.errors import ArtifactCorrupt, ObjectUnreadable
 from rlhf_core.store.artifact import Artifact, FileEntry, parse_manifest
 from rlhf_core.store.backend import Backend, Entry
 from rlhf_core.store.blobs import Source, blob_key, check_blob, read_source, upload_blob
-from rlhf_core.store.collect import QUARANTINE
+from rlhf_core.store.collect import BATCH, QUARANTINE
 from rlhf_core.store.leases import CollectionFlag
 from rlhf_core.store.local import file_errors, hash_file
 from rlhf_core.store.parallel import FILES_AT_ONCE, REQUESTS_AT_ONCE, in_parallel
@@ -36,6 +36,11 @@ _BLOB = re.compile(r"blobs/sha256/[0-9a-f]{2}/([0-9a-f]{64})")
 _OTHERS = ("blobs/", "artifacts/", "leases/", "gc/", "probes/", QUARANTINE)  # that are no records
 
 
+UNREADABLE = "the server has an entry for it, but cannot read it"
+REPLACED = "nothing: it has been replaced meanwhile"
+KEPT = "nothing: a part of the server may be down; --lost clears it away"
+
+
 @dataclass(frozen=True)
 class Damage:
     """Something damaged.
@@ -43,6 +48,7 @@ class Damage:
     Attributes:
         scope: "", or the prefix of a scoped store. key: inside of it.
         artifacts: ``kind/digest`` of those that cannot be used because of it.
+        unreadable: the server has an entry for it, but cannot read it.
         size: bytes that a file should have; None: no readable manifest says it.
         done: what `repair` did about it. healed: whether all is as it should be now.
     """
@@ -53,6 +59,7 @@ class Damage:
     problem: str
     artifacts: tuple[str, ...] = ()
     size: int | None = None
+    unreadable: bool = False
     done: str = ""
     healed: bool = False
 
@@ -72,14 +79,23 @@ def _in(backend: Backend, scope: str, entries: Sequence[Entry]) -> list[Damage]:
     manifests = [m for entry in entries if (m := MANIFEST.fullmatch(entry.key))]
     read = in_parallel(lambda m: _manifest(inside, m[0]), manifests, REQUESTS_AT_ONCE)
     found = [
-        Damage(scope, match[0], "manifest", problem, (f"{match[1]}/{match[2]}",))
+        Damage(
+            scope,
+            match[0],
+            "manifest",
+            problem,
+            (f"{match[1]}/{match[2]}",),
+            unreadable=problem == UNREADABLE,
+        )
         for match, (_, problem) in zip(manifests, read, strict=True)
         if problem
     ]
     records = [e.key for e in entries if e.key.endswith(".json") and not e.key.startswith(_OTHERS)]
     texts = in_parallel(lambda key: _record_problem(inside, key), records, REQUESTS_AT_ONCE)
     found += [
-        Damage(scope, k, "record", text) for k, text in zip(records, texts, strict=True) if text
+        Damage(scope, k, "record", text, unreadable=text == UNREADABLE)
+        for k, text in zip(records, texts, strict=True)
+        if text
     ]
     sizes = {match[1]: e.size for e in entries if (match := _BLOB.fullmatch(e.key))}
     needed: dict[str, list[str]] = defaultdict(list)
@@ -90,20 +106,24 @@ def _in(backend: Backend, scope: str, entries: Sequence[Entry]) -> list[Damage]:
             sizes[entry.sha256] = entry.size
             needed[entry.sha256].append(f"{artifact.kind}/{artifact.digest}")
     files = [FileEntry("", size, sha256) for sha256, size in sorted(sizes.items())]
-    problems = in_parallel(lambda entry: check_blob(inside, entry), files, FILES_AT_ONCE)
+    problems = in_parallel(lambda entry: _file_problem(inside, entry), files, FILES_AT_ONCE)
     for entry, text in zip(files, problems, strict=True):
         if text:
             refs = tuple(sorted(set(needed[entry.sha256])))
             size = entry.size if refs else None
-            found.append(Damage(scope, blob_key(entry.sha256), "file", text, refs, size))
+            key, unreadable = blob_key(entry.sha256), text == UNREADABLE
+            found.append(Damage(scope, key, "file", text, refs, size, unreadable))
     return found
 
 
-def repair(backend: Backend, damage: Iterable[Damage], folders: Sequence[Path]) -> list[Damage]:
+def repair(
+    backend: Backend, damage: Iterable[Damage], folders: Sequence[Path], lost: bool = False
+) -> list[Damage]:
     """Heal or clear damage; each item is looked at again before.
 
     Args:
         folders: are searched for files with the right sha256.
+        lost: clear away what is unreadable, too. Not while a part of the server is down.
 
     Returns:
         The damage, with what was done about it.
@@ -115,12 +135,11 @@ def repair(backend: Backend, damage: Iterable[Damage], folders: Sequence[Path]) 
     done = []
     for scope, found in scopes.items():
         inside = _scoped(backend, scope)
+        mending = _Mending(inside, copies, lost)
         with CollectionFlag(inside) as flag:  # nobody may rely on what goes
-            for each in found:
+            for start in range(0, len(found), BATCH):
                 flag.check()
-                mend = _mend_file if each.what == "file" else _mend_json
-                text, healed = mend(inside, each, copies)
-                done.append(replace(each, done=text, healed=healed))
+                done += in_parallel(mending.mend, found[start : start + BATCH], REQUESTS_AT_ONCE)
     return done
 
 
@@ -130,17 +149,20 @@ def _scoped(backend: Backend, scope: str) -> Backend:
 
 def _manifest(backend: Backend, key: str) -> tuple[Artifact | None, str]:
     """The artifact, and why its manifest cannot be read; (None, "") if it is gone."""
-    data = backend.read(key)
-    if data is None:
-        return None, ""
     try:
-        return parse_manifest(data, key, key.split("/")[2]), ""
+        data = backend.read(key)
+        return (None if data is None else parse_manifest(data, key, key.split("/")[2])), ""
     except ArtifactCorrupt as error:
-        return None, "it is empty" if not data else str(error).partition("; ")[0]
+        return None, str(error).partition("; ")[0]
+    except ObjectUnreadable:
+        return None, UNREADABLE
 
 
 def _record_problem(backend: Backend, key: str) -> str:
-    data = backend.read(key)
+    try:
+        data = backend.read(key)
+    except ObjectUnreadable:
+        return UNREADABLE
     if data is None:
         return ""
     value, problem = parse_record(data)
@@ -149,36 +171,67 @@ def _record_problem(backend: Backend, key: str) -> str:
     return problem
 
 
-def _mend_json(backend: Backend, damage: Damage, copies: _Copies) -> tuple[str, bool]:
-    if damage.what == "manifest":
-        problem = _manifest(backend, damage.key)[1]
-    else:
-        problem = _record_problem(backend, damage.key)
-    data = backend.read(damage.key)
-    if not problem or data is None:
-        return "nothing: it has been replaced meanwhile", True
-    backend.write(f"{QUARANTINE}{damage.key}", data)
-    stand_in = rebuilt(backend, damage.key)
-    if stand_in is not None:
-        backend.write(damage.key, json.dumps(stand_in, indent=1, sort_keys=True).encode())
-        return f"rebuilt by the records around it: a promotion of {stand_in['digest'][:12]}", True
-    backend.delete(damage.key)
-    return f"moved to {QUARANTINE}{damage.key}", False
+def _file_problem(backend: Backend, entry: FileEntry) -> str:
+    try:
+        return check_blob(backend, entry)
+    except ObjectUnreadable:
+        return UNREADABLE
 
 
-def _mend_file(backend: Backend, damage: Damage, copies: _Copies) -> tuple[str, bool]:
-    sha256, size = damage.key.rpartition("/")[2], backend.size(damage.key)
-    if size is not None and not check_blob(backend, FileEntry("", size, sha256)):
-        return "nothing: it has been replaced meanwhile", True
-    source = None if damage.size is None else copies.find(FileEntry("", damage.size, sha256))
-    if source is not None:
-        upload_blob(backend, source, force=True)
-        backend.settle([damage.key])
-        return f"replaced by {source.content!s}", True
-    if size is None:
-        return "nothing: there is no copy", False
-    backend.delete(damage.key)
-    return "deleted", False
+@dataclass(frozen=True)
+class _Mending:
+    """What mends the damage of one store or scope."""
+
+    backend: Backend
+    copies: _Copies
+    lost: bool
+
+    def mend(self, damage: Damage) -> Damage:
+        """Look again, and heal or clear the damage; returns it with what was done."""
+        text, healed = self._file(damage) if damage.what == "file" else self._json(damage)
+        return replace(damage, done=text, healed=healed)
+
+    def _json(self, damage: Damage) -> tuple[str, bool]:
+        key = damage.key
+        manifest = damage.what == "manifest"
+        problem = (
+            _manifest(self.backend, key)[1] if manifest else _record_problem(self.backend, key)
+        )
+        if not problem:
+            return REPLACED, True
+        if problem == UNREADABLE and not self.lost:
+            return KEPT, False
+        if problem != UNREADABLE:
+            self.backend.write(f"{QUARANTINE}{key}", self.backend.read(key) or b"")
+        stand_in = rebuilt(self.backend, key)
+        if stand_in is not None:
+            self.backend.write(key, json.dumps(stand_in, indent=1, sort_keys=True).encode())
+            promoted = stand_in["digest"][:12]
+            return f"rebuilt by the records around it: a promotion of {promoted}", True
+        self.backend.delete(key)
+        return ("deleted" if problem == UNREADABLE else f"moved to {QUARANTINE}{key}"), False
+
+    def _file(self, damage: Damage) -> tuple[str, bool]:
+        key, sha256 = damage.key, damage.key[-64:]
+        size = self.backend.size(key)
+        problem = (
+            "missing" if size is None else _file_problem(self.backend, FileEntry("", size, sha256))
+        )
+        if not problem:
+            return REPLACED, True
+        source = None
+        if damage.size is not None:
+            source = self.copies.find(FileEntry("", damage.size, sha256))
+        if source is not None:
+            upload_blob(self.backend, source, force=True)
+            self.backend.settle([key])
+            return f"replaced by {source.content!s}", True
+        if size is None:
+            return "nothing: there is no copy", False
+        if problem == UNREADABLE and not self.lost:
+            return KEPT, False
+        self.backend.delete(key)
+        return "deleted", False
 
 
 def rebuilt(backend: Backend, key: str) -> dict[str, Any] | None:
@@ -218,7 +271,7 @@ class _Copies:
 
     def find(self, entry: FileEntry) -> Source | None:
         """A file with the content of an entry; None if there is none."""
-        for path in self._by_size[entry.size]:
+        for path in self._by_size.get(entry.size, ()):
             with file_errors(path):
                 if path.exists() and hash_file(path) == entry.sha256:
                     return read_source(entry.path, path)

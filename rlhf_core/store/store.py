@@ -200,18 +200,19 @@ class Store:
         return find_damage(self._backend)
 
     def repair(
-        self, damage: builtins.list[Damage], folders: Sequence[Path] = ()
+        self, damage: builtins.list[Damage], folders: Sequence[Path] = (), *, lost: bool = False
     ) -> builtins.list[Damage]:
         """Heal what `find_damage` found, and clear the rest away, so that stages run again.
 
         Args:
             folders: are searched for good copies, after this machine's cache and published folders.
+            lost: clear away what the server cannot read; not while a part of it is down.
 
         Returns:
             The damage, with what was done about it.
         """
         own = [rlhf_home() / "cache" / "artifacts", rlhf_home() / "published"]
-        done = repair(self._backend, damage, [*own, *folders])
+        done = repair(self._backend, damage, [*own, *folders], lost)
         self._artifacts.clear()
         return done
 

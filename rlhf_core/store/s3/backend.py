@@ -11,10 +11,12 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.errors import ObjectUnreadable, StoreUnavailable
 from rlhf_core.store.backend import Entry
 from rlhf_core.store.local import file_errors
 from rlhf_core.store.parallel import in_parallel
 from rlhf_core.store.s3.client import TRANSFERS_AT_ONCE, S3Client
+from rlhf_core.store.s3.errors import code_of, status_of
 from rlhf_core.store.s3.parts import FileRegion, FileSlice, PartHasher, md5
 
 log = logging.getLogger("rlhf_core.store")
@@ -38,7 +40,7 @@ class S3Backend:
         return None if reply is None else int(reply["ContentLength"])
 
     def read(self, key: str) -> bytes | None:
-        reply = self.client.request("get_object", "reading", missing=None, Key=self._key(key))
+        reply = self._get(key)
         return None if reply is None else bytes(reply["Body"])
 
     def write(self, key: str, data: bytes) -> None:
@@ -227,15 +229,22 @@ class S3Backend:
 
     def _range(self, key: str, start: int, end: int, into: FileRegion | None = None) -> Any:
         """The reply; None if there is no such key, {} if the value ends before ``start``."""
-        return self.client.request(
-            "get_object",
-            "reading",
-            missing=None,
-            past_end={},
-            into=into,
-            Key=self._key(key),
-            Range=f"bytes={start}-{end - 1}",
-        )
+        return self._get(key, past_end={}, into=into, Range=f"bytes={start}-{end - 1}")
+
+    def _get(self, key: str, **options: Any) -> Any:
+        """The reply; None if there is no such key. Raises ObjectUnreadable where a HEAD works."""
+        try:
+            return self.client.request(
+                "get_object", "reading", missing=None, Key=self._key(key), **options
+            )
+        except StoreUnavailable as error:
+            if status_of(error) != 500 or self.size(key) is None:
+                raise
+            raise ObjectUnreadable(
+                f"{self.url} has an entry for {key}, but its server cannot read it "
+                f"({code_of(error)}): a part of the server is down, or the object is lost, as in a "
+                "power cut of SeaweedFS; `rlhf artifacts repair --lost` clears lost ones away"
+            ) from error
 
     def _pages(
         self, prefix: str, **options: Any

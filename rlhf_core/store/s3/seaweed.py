@@ -27,6 +27,7 @@ from types import FrameType
 
 from rlhf_core.errors import ConfigError, RLHFError, StoreUnavailable
 from rlhf_core.store.s3.seaweed_keys import access_keys, grpc_certificate
+from rlhf_core.store.s3.synced import keep_synced
 from rlhf_core.system.ports import free_ports
 from rlhf_core.system.private import close_folder
 
@@ -154,6 +155,7 @@ class Seaweed:
                 self.command, env={"PATH": os.environ["PATH"], **self.environment},
                 cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
+        keep_synced(self.folder / "data", self._process)
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             if _listens(self._port) and self.problem() is None:

@@ -1,14 +1,17 @@
 """Repair and deletion, on a folder and on a real S3 server."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 
-from rlhf_core.errors import ArtifactNotFound, StoreError
+from rlhf_core.errors import ArtifactNotFound, ObjectUnreadable, StoreError
 from rlhf_core.store import Artifact, Store, leases, open_store, registry
 from rlhf_core.store.blobs import blob_key
 from rlhf_core.store.collect import Limits
 from rlhf_core.store.refs import manifest_key
+from rlhf_core.store.s3.client import Connection, S3Client
 from tests.rlhf_core.store.helpers import blobs, flip_bit, overwrite_blob
 
 
@@ -111,3 +114,37 @@ def test_artifact_is_deleted_with_the_files_that_no_other_has(store: Store) -> N
     assert len(blobs(store)) == 2 and store.verify(kept.digest) == []
     with pytest.raises(ArtifactNotFound):
         store.delete_unused(f"model/{going.digest}", -10)
+
+
+def test_what_a_server_lists_and_cannot_read_is_cleared_away_on_demand_only(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_STORE_RETRIES", "0")
+    store = open_store(s3_url)
+    artifact, other = made(store, "a", w=b"w" * 900), made(store, "b")
+    for each in (artifact, other):
+        store.commit_stage(each.digest, each)
+    sick = [blob_key(artifact.file("w").sha256), f"stages/{artifact.digest}.json"]
+    body = SimpleNamespace(stream=lambda: iter([b"<Error><Code>InternalError</Code></Error>"]))
+    connected = S3Client.connected
+
+    def failing(request: AWSPreparedRequest, **_: object) -> AWSResponse | None:
+        if request.method != "GET" or not request.url.partition("?")[0].endswith(tuple(sick)):
+            return None
+        return AWSResponse(request.url, 500, {"Content-Type": "application/xml"}, body)
+
+    def watched(self: S3Client) -> Connection:
+        connection = connected(self)
+        connection.client.meta.events.register("before-send.s3", failing, unique_id="sick")
+        return connection
+
+    monkeypatch.setattr(S3Client, "connected", watched)
+    with pytest.raises(ObjectUnreadable, match=r"has an entry for stages/.*repair --lost"):
+        store.stage_result(artifact.digest)
+    found = store.find_damage()
+    assert [(d.what, d.unreadable) for d in found] == [("record", True), ("file", True)]
+    assert not any(d.healed for d in store.repair(found)) and store.find_damage() == found
+    assert [d.done for d in store.repair(found, lost=True)] == ["deleted", "deleted"]
+    sick.clear()
+    assert store.stage_result(artifact.digest) is None and store.stage_result(other.digest) == other
+    assert made(store, "a", w=b"w" * 900) == artifact and store.verify(artifact.digest) == []

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlhf_core.store.s3.synced import sync_changed
+
 ROOT = Path(__file__).parents[4]
 
 COMMAND = """
@@ -48,3 +50,22 @@ def test_command_runs_beside_a_server_whose_data_stay(tmp_path: Path) -> None:
 def test_usage_is_shown() -> None:
     done = beside(Path("--help"))
     assert done.returncode == 2 and "FOLDER COMMAND" in done.stdout
+
+
+def test_files_of_the_server_are_synced_when_they_change_the_index_first(tmp_path, monkeypatch):
+    (tmp_path / "filer").mkdir()
+    for name in ("filer/000001.log", "1.dat", "1.idx"):
+        (tmp_path / name).write_bytes(b"1")
+    synced, known, fsync = [], {}, os.fsync
+
+    def watch(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    sync_changed(tmp_path, known)
+    assert synced[:3] == ["1.idx", "1.dat", "000001.log"]
+    assert sorted(synced[3:]) == sorted(["filer", tmp_path.name])
+    assert sync_changed(tmp_path, known) == []
+    (tmp_path / "1.dat").write_bytes(b"12")
+    assert sync_changed(tmp_path, known) == [tmp_path / "1.dat"]
