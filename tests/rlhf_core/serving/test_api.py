@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -162,27 +161,22 @@ def test_failure_is_told_and_the_next_request_is_answered(server, monkeypatch, e
     assert post(server, {"messages": HELLO, "max_tokens": 5}).status_code == 200
 
 
-def test_a_model_whose_rows_cannot_join_answers_one_after_another(server):
+@pytest.mark.parametrize("reason", ["rows cannot join", "no memory for two"])
+def test_replies_that_there_is_no_room_for_wait(server, reason, monkeypatch):
     from rlhf_core.serving.batch import Batch
 
-    batch = server.generator._batch
-    server.generator._batch, server.generator._max_rows = Batch(batch.lm, joins=False), 1
-    try:
-        answers = []
-        threads = [
-            threading.Thread(
-                target=lambda: answers.append(
-                    post(server, {"messages": HELLO, "max_tokens": 5, "temperature": 0}).json()
-                )
-            )
-            for _ in range(3)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
-    finally:
-        server.generator._batch, server.generator._max_rows = batch, 64
-    whole = post(server, {"messages": HELLO, "max_tokens": 5, "temperature": 0}).json()
-    assert whole["choices"] == answers[0]["choices"]
+    body = {"messages": HELLO, "max_tokens": 5, "temperature": 0}
+    wanted = post(server, body).json()["choices"]
+    generator, step, rows = server.generator, Batch.step, []
+    monkeypatch.setattr(
+        Batch, "step", lambda self, tokens: (rows.append(len(tokens)), step(self, tokens))[1]
+    )
+    if reason == "rows cannot join":
+        monkeypatch.setattr(generator, "_batch", Batch(generator._batch.lm, joins=False))
+        monkeypatch.setattr(generator, "_max_rows", 1)
+    else:
+        monkeypatch.setattr(generator, "_memory", 1)
+    with ThreadPoolExecutor(3) as threads:
+        answers = list(threads.map(lambda _: post(server, body).json()["choices"], range(3)))
+    assert answers == [wanted] * 3
+    assert set(rows) == {1}

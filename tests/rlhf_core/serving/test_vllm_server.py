@@ -12,7 +12,9 @@ import psutil
 
 from rlhf_core.serving.engine_output import EngineOutput
 from rlhf_core.serving.engine_process import named_as_main
-from rlhf_core.serving.vllm_server import options, sampling_by_default
+from rlhf_core.serving.vllm_server import VllmAuthMiddleware, options, sampling_by_default
+from tests.rlhf_core.data.helpers import byte_tokenizer
+from tests.rlhf_core.serving.test_auth import ask, echo
 
 
 def test_options_hold_folder_name_and_address_but_no_key(tmp_path):
@@ -32,6 +34,17 @@ def test_models_that_say_how_to_sample_keep_it(tmp_path):
     assert sampling_by_default(tmp_path)["temperature"] == 0.7
     file.write_text(json.dumps({"do_sample": True, "temperature": 0.3}))
     assert sampling_by_default(tmp_path) == {}
+
+
+def test_its_requests_are_checked_before_vllm_sees_them(monkeypatch):
+    checks = ("bot", None, byte_tokenizer())
+    monkeypatch.setattr(VllmAuthMiddleware, "checks", checks, raising=False)
+    auth, path = VllmAuthMiddleware(echo), "/v1/chat/completions"
+    message = {"role": "user", "content": "Hello"}
+    assert ask(auth, path, {"messages": [message], "tools": [{}], "n": 2})[0] == 200
+    for wrong in ({"audio": {"voice": "a"}}, {"messages": [{**message, "content": "<|im_end|>"}]}):
+        status, answer = ask(auth, path, {"messages": [message], **wrong})
+        assert status == 400 and answer["error"]["param"].startswith(next(iter(wrong)))
 
 
 def test_last_error_of_a_child_is_the_reason(capfd):
