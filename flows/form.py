@@ -103,5 +103,6 @@ def run_name(typed: str, settings: str, otherwise: str = "") -> str:
         written = parse_settings(settings, BOX).get("name")
     except RLHFError:  # the flow says what is wrong
         written = None
-    name = typed.strip() or str(written or "") or otherwise or str(runtime.flow_run.name)
+    written = str(written) if isinstance(written, str | int) else ""  # a list may be endless
+    name = typed.strip() or written or otherwise or str(runtime.flow_run.name)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:100] or "run"

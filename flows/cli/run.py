@@ -140,10 +140,12 @@ def _settings(
     Args:
         workers: run it, in folders of their own, so that relative paths have to be whole ones.
     """
-    from rlhf_core.pipeline.presets import build_noting
+    from rlhf_core.pipeline.presets import build_config, build_noting
 
     written = settings_mapping(preset, config, overrides)
-    settings, notes = build_noting(whole_paths(written) if workers else written)
+    settings, notes = build_noting(written)
+    if workers:
+        settings = build_config(whole_paths(written))
     for text in notes:
         echo(f"Warning: {text}", err=True)
     return settings if store is None else settings.model_copy(update={"store": store})
@@ -166,7 +168,7 @@ def settings_mapping(
 
 
 def whole_paths(settings: Any) -> Any:
-    """The settings, with the paths in them that exist from here as absolute ones."""
+    """Checked settings, with the paths in them that exist from here as absolute ones."""
     if isinstance(settings, list):
         return [whole_paths(value) for value in settings]
     if not isinstance(settings, dict):

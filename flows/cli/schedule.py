@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ import typer
 
 from flows.cli.options import AsJson, ConfigFile, Overrides, Preset
 from flows.cli.output import echo, print_json
-from rlhf_core.errors import ConfigError, RLHFError
+from rlhf_core.errors import ConfigError, PreflightError, RLHFError
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import DeploymentSchedule
@@ -104,6 +103,8 @@ def _check_zone(name: str) -> None:
 
 def next_starts(cron: str, timezone: str) -> list[datetime]:
     """The next start times, as the server computes them, in the schedule's zone."""
+    import asyncio
+
     from prefect.server.schemas.schedules import CronSchedule
 
     dates = asyncio.run(CronSchedule(cron=cron, timezone=timezone).get_dates(NEXT))
@@ -121,19 +122,19 @@ def _parameters(
     import yaml
 
     from flows.cli.run import settings_mapping, whole_paths
+    from rlhf_core.pipeline.presets import build_config
     from rlhf_core.preflight.check import check
 
-    written = whole_paths(settings_mapping(None, config, overrides))
+    written = settings_mapping(None, config, overrides)
+    if preset is not None and written.get("preset", preset) != preset:
+        raise ConfigError(f"--preset is {preset}, and {config} starts from {written['preset']!r}.")
     if preset is not None:
         written = {"preset": preset, **written}
-    text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True) if written else ""
-    parameters = {"preset": "none", "settings": text, "jitter": jitter}
-    _, settings = _trained(parameters)
-    if problems := check(settings, contact=False):
-        from rlhf_core.errors import PreflightError
-
+    if problems := check(build_config(written), contact=False):
         raise PreflightError(problems)
-    return parameters
+    written = whole_paths(written)
+    text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True) if written else ""
+    return {"preset": "none", "settings": text, "jitter": jitter}
 
 
 def _trained(parameters: dict[str, Any]) -> tuple[str, Any]:
