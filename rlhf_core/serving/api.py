@@ -81,7 +81,7 @@ class Api:
         wanted = parse(CompletionRequest, await request.body())
         prompts = [
             list(p) if not isinstance(p, str) else await run_in_threadpool(self._encode, p)
-            for p in wanted.prompts()
+            for p in wanted.prompt
         ]
         replies = self.generator.reply(prompts, wanted.sampling(), wanted.n, wanted.stream)
         shape = _Shape(self, "cmpl", "text_completion", chat=False)

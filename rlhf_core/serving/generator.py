@@ -29,6 +29,7 @@ from rlhf_core.system.host_memory import is_out_of_memory
 from rlhf_core.system.machine import this_machine
 
 MAX_ROWS = 64  # replies that are generated at a time
+MAX_REPLIES = 1024  # to one request
 PROMPT_TOKENS = (
     4096  # of new rows, padding included, that are read between two tokens of the others
 )
@@ -147,8 +148,11 @@ class Generator:
 
         Raises:
             ApiError: a prompt is empty or leaves too little of the context, or the request names
-                tokens that are none.
+                tokens that are none, or wants more than MAX_REPLIES replies.
         """
+        if n * len(prompts) > MAX_REPLIES:
+            text = f"{len(prompts)} prompts with n {n} are more than {MAX_REPLIES} replies."
+            raise ApiError(text, param="n", code="invalid_value")
         longest = [self._longest(prompt, options.max_new_tokens) for prompt in prompts]
         for name, ids in [("logit_bias", options.logit_bias), *(("prompt", p) for p in prompts)]:
             if wrong := [token for token in ids if not 0 <= token < self._vocabulary]:

@@ -51,6 +51,18 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+def _as_prompts(value: Any) -> Any:
+    """A list of texts and lists of token ids."""
+    prompts = value if isinstance(value, list) else [value]
+    if prompts and all(type(one) is int for one in prompts):
+        prompts = [prompts]
+    for one in prompts:
+        ids = isinstance(one, list) and one and all(type(token) is int for token in one)
+        if not (ids or isinstance(one, str)):
+            raise ValueError("it must be a text, token ids, or a list of either")
+    return prompts
+
+
 class _Part(_Strict):
     type: Literal["text", "input_text", "output_text"]
     text: str
@@ -172,17 +184,9 @@ class ChatRequest(_Completion):
 class CompletionRequest(_Completion):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[list[Any], BeforeValidator(_as_prompts), Field(min_length=1)]
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: Literal[1] | None = None
-
-    def prompts(self) -> list[str] | list[list[int]]:
-        """Each prompt as a text or as token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
 
     def sampling(self) -> Options:
         """How the replies are sampled."""

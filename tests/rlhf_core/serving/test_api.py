@@ -89,6 +89,17 @@ def test_wrong_values_are_told_in_openais_form(server, body, param, text):
     assert error["param"] == param and text in error["message"] and len(error["message"]) < 300
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [([], "at least 1 item"), (5.5, "token ids"), (["a", 3], "token ids"), ([[]], "token ids"),
+     ([10**9], "has token 1000000000"), ([True], "token ids"), (["a"] * 600, "more than 1024")],
+)  # fmt: skip
+def test_wrong_prompts_are_told(server, prompt, text):
+    answer = post(server, {"prompt": prompt, "n": 2}, "/v1/completions")
+    assert answer.status_code == 400 and text in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] in ("prompt", "n")
+
+
 def test_other_errors_have_openais_form_too(server):
     url = f"{server.url}/v1/chat/completions"
     kind = {"Content-Type": "application/json"}
