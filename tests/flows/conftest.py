@@ -46,5 +46,6 @@ def running(rlhf):
     folder.mkdir(parents=True)
     started = psutil.Process().create_time()
     system = System(os.getpid(), started, "ready", "http://127.0.0.1:9", "s3://rlhf/store",
+                    environment={"PREFECT_API_URL": "http://127.0.0.1:9/api"},
                     options=asdict(Options(port=9, s3_port=None, slots=1)))  # fmt: skip
     (folder / "system.json").write_text(json.dumps(asdict(system)))

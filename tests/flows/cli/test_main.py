@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from flows.cli import listing
+from flows.cli.main import app
 from rlhf_core.jobs import PPOSettings
 from rlhf_core.pipeline.preset_files import preset_names
 from rlhf_core.pipeline.presets import build_config
@@ -247,7 +249,20 @@ def test_gc_shows_first_and_deletes_what_no_version_and_no_run_needs(rlhf, fille
     assert open_store(store.url).list() == [version]
 
 
-def test_control_sequences_of_a_store_never_reach_the_terminal(rlhf, filled):
+@pytest.fixture
+def here(filled, monkeypatch):
+    """Runs a command in this process, on the filled store; returns what it prints."""
+    monkeypatch.setenv("RLHF_STORE", filled[0].url)
+
+    def run(*arguments):
+        done = CliRunner().invoke(app, arguments)
+        assert done.exception is None, done.output
+        return done.output
+
+    return run
+
+
+def test_control_sequences_of_a_store_never_reach_the_terminal(rlhf, filled, here):
     """Another person's run, model or reason could hide lines, or fill the clipboard."""
     store, _ = filled
     evil = "\x1b]52;c;cm0gLXJm\x07\x1b[2J\x9b1A\r\u202egnp.exe\nERROR  all is well"
@@ -258,16 +273,17 @@ def test_control_sequences_of_a_store_never_reach_the_terminal(rlhf, filled):
     )
     registry.promote(store, "chat", model.digest, run=evil, reason=evil)
     for arguments in (
-        ["runs"], ["runs", "--json"], ["artifacts", "show", model.ref],
-        ["artifacts", "tree", model.ref], ["models", "show", "chat"],
-        ["artifacts", "show", evil.replace("\n", "")],
+        ["runs"], ["runs", "--json"], ["runs", "--metrics"], ["artifacts", "list"],
+        ["artifacts", "show", model.ref], ["artifacts", "tree", model.ref],
+        ["models", "list"], ["models", "show", "chat"], ["models", "show", "chat", "--json"],
     ):  # fmt: skip
-        done = rlhf(*arguments)
-        said = done.stdout + done.stderr
+        said = here(*arguments)
         assert not CONTROLS.search(said), arguments
         assert "gnp.exe" in said and "\nERROR" not in said, arguments
         if "--json" in arguments:
-            assert [json.loads(line) for line in done.stdout.splitlines()]
+            assert [json.loads(line) for line in said.splitlines()]
+    said = fails(rlhf, "artifacts", "show", evil.replace("\n", ""))
+    assert "gnp.exe" in said and not CONTROLS.search(said)
 
 
 def test_commands_print_through_the_one_function_that_cleans():
@@ -291,7 +307,7 @@ def test_runs_show_owner_duration_and_metrics(rlhf, filled):
     assert "1 h 2 min" in line and "win (gold) 0.625, KL 1.25, length 20" in line
 
 
-def test_lists_are_json_too(rlhf, filled):
+def test_lists_are_json_too(here, filled):
     ref = filled[1].ref
     for arguments, key in (
         (["artifacts", "list"], "artifact"), (["artifacts", "show", ref], "artifact"),
@@ -300,7 +316,7 @@ def test_lists_are_json_too(rlhf, filled):
         (["runs", "--metrics"], "run"), (["artifacts", "gc"], "kept"),
         (["doctor", "--parameters", "1B", "--gpus", "2", "--gpu-memory", "80"], "fits"),
     ):  # fmt: skip
-        lines = rlhf(*arguments, "--json", code=0).stdout.splitlines()
+        lines = here(*arguments, "--json").splitlines()
         assert lines and all(key in json.loads(line) for line in lines), arguments
 
 
