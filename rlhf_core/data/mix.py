@@ -43,17 +43,17 @@ _IDENTITY: dict[Purpose, tuple[str, ...]] = {
 
 @dataclass
 class _Source:
-    """A prepared source. The hashes of its rows are in the order train, heldout."""
+    """A prepared source: by the name of a side, its rows, a hash (uint64) of each, and whether the
+    mixture keeps it."""
 
     settings: MixedData
-    sides: tuple[Rows, Rows]
-    text: Any  # uint64 (N,)
-    heldout: Any  # bool (N,)
-    kept: Any  # bool (N,)
+    rows: dict[str, Rows]
+    hashes: dict[str, Any]
+    kept: dict[str, Any]
 
     @property
     def card(self) -> DataCard:
-        return self.sides[0].card
+        return self.rows["train"].card
 
 
 def mix(job: MixJob, folders: Sequence[Path], tokenizer: Any, folder: Path) -> DataCard:
@@ -98,20 +98,16 @@ def mix(job: MixJob, folders: Sequence[Path], tokenizer: Any, folder: Path) -> D
 
 
 def _read(part: MixedData, purpose: Purpose, folder: Path) -> _Source:
-    sides = (Rows(folder, "train", purpose), Rows(folder, "heldout", purpose))
-    batches = [batch for side in sides for batch in side.batches]
-    texts = (value for batch in batches for value in _texts(batch, _IDENTITY[purpose]))
-    count = sum(map(len, sides))
-    return _Source(
-        part,
-        sides,
-        text=np.fromiter(texts, dtype=np.uint64, count=count),
-        heldout=np.arange(count) >= len(sides[0]),
-        kept=np.ones(count, dtype=bool),
-    )
+    rows = {side: Rows(folder, side, purpose) for side in SPLITS}
+    hashes = {}
+    for side, of_side in rows.items():
+        values = (v for batch in of_side.batches for v in _hashes(batch, _IDENTITY[purpose]))
+        hashes[side] = np.fromiter(values, dtype=np.uint64, count=len(of_side))
+    kept = {side: np.ones(len(of_side), dtype=bool) for side, of_side in rows.items()}
+    return _Source(part, rows, hashes, kept)
 
 
-def _texts(batch: Any, columns: Sequence[str]) -> Iterator[int]:
+def _hashes(batch: Any, columns: Sequence[str]) -> Iterator[int]:
     """A 64-bit hash of each row's values in these columns."""
     parts = []
     for name in columns:
@@ -134,14 +130,14 @@ def _drop_duplicates(sources: Sequence[_Source]) -> None:
     seen = np.zeros(0, dtype=np.uint64)
     for source in sources:
         if source.settings.deduplicate:
-            source.kept &= ~np.isin(source.text, seen)
-        if not (source.kept & ~source.heldout).any():
+            source.kept = {side: ~np.isin(h, seen) for side, h in source.hashes.items()}
+        if not source.kept["train"].any():
             raise DataError(
                 f"{source.settings.name} ({source.card.source}): no row is left to train on; all "
-                f"of its {len(source.sides[0]):,} training rows are in earlier sources of the "
+                f"of its {len(source.rows['train']):,} training rows are in earlier sources of the "
                 "mixture too: leave it out, or set deduplicate: false for it."
             )
-        seen = np.union1d(seen, source.text)
+        seen = np.unique(np.concatenate([seen, *source.hashes.values()]))
 
 
 def _columns(sources: Sequence[_Source], purpose: Purpose) -> tuple[str, ...]:
@@ -152,7 +148,7 @@ def _columns(sources: Sequence[_Source], purpose: Purpose) -> tuple[str, ...]:
     """
     found: list[str] = []
     for name in (*CARRIED.get(purpose, ()), "curriculum"):
-        has = {s.settings.name: name in s.sides[0].batches[0].schema.names for s in sources}
+        has = {s.settings.name: name in s.rows["train"].batches[0].schema.names for s in sources}
         if purpose == "prompts" and name != "curriculum":
             found += [name] if any(has.values()) else []  # "" where a source has none
         elif all(has.values()):
@@ -171,7 +167,8 @@ def _combined(job: MixJob, sources: Sequence[_Source]) -> DataCard:
     cards = []
     for source in sources:
         own, part = source.card, source.settings
-        dropped, twice = dict(own.dropped), int((~source.kept).sum())
+        dropped = dict(own.dropped)
+        twice = sum(int((~kept).sum()) for kept in source.kept.values())
         dropped |= {ELSEWHERE: twice} if twice else {}
         cards.append(
             SourceCard(
@@ -210,12 +207,11 @@ def _interleaved(sources: Sequence[_Source], side: str, kind: Any) -> Iterator[A
     """Record batches of one side, of at most BATCH_ROWS rows."""
     import pyarrow as pa
 
-    wanted = [s.kept & (s.heldout == (side == "heldout")) for s in sources]
-    counts = [int(mask.sum()) for mask in wanted]
+    counts = [int(source.kept[side].sum()) for source in sources]
     places = [(np.arange(count) + 0.5) / max(1, count) for count in counts]
     order = np.argsort(np.concatenate(places), kind="stable")
     source_of = np.repeat(np.arange(len(sources)), counts)[order]
-    streams = [_Stream(s, mask, kind) for s, mask in zip(sources, wanted, strict=True)]
+    streams = [_Stream(_kept(source, side, kind)) for source in sources]
     for start in range(0, len(source_of), BATCH_ROWS):
         part = source_of[start : start + BATCH_ROWS]
         taken = [b for i, stream in enumerate(streams) for b in stream.take(int((part == i).sum()))]
@@ -226,36 +222,36 @@ def _interleaved(sources: Sequence[_Source], side: str, kind: Any) -> Iterator[A
         yield pa.concat_batches(taken).take(pa.array(back))
 
 
+def _kept(source: _Source, side: str, kind: Any) -> Iterator[Any]:
+    """The rows of a source that are kept, in record batches with the columns of the mixture."""
+    import pyarrow as pa
+
+    constant, start = {"source": source.settings.name}, 0
+    for batch in source.rows[side].batches:
+        rows = batch.filter(pa.array(source.kept[side][start : start + batch.num_rows]))
+        start += batch.num_rows
+        columns = [
+            rows.column(field.name)
+            if field.name in rows.schema.names
+            else pa.array([constant.get(field.name, "")] * rows.num_rows, field.type)
+            for field in kind
+        ]
+        yield pa.RecordBatch.from_arrays(columns, schema=kind)
+
+
 class _Stream:
-    """The wanted rows of a source, one after another, in the columns of the mixture."""
+    """Takes rows from record batches, one after another."""
 
-    def __init__(self, source: _Source, wanted: Any, kind: Any) -> None:
-        self._rows = self._parts(source, wanted, kind)
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
         self._rest: Any = None
-
-    @staticmethod
-    def _parts(source: _Source, wanted: Any, kind: Any) -> Iterator[Any]:
-        import pyarrow as pa
-
-        start = 0
-        for batch in (b for side in source.sides for b in side.batches):
-            rows = batch.filter(pa.array(wanted[start : start + batch.num_rows]))
-            start += batch.num_rows
-            constant = {"source": source.settings.name}
-            columns = [
-                rows.column(field.name)
-                if field.name in rows.schema.names
-                else pa.array([constant.get(field.name, "")] * rows.num_rows, field.type)
-                for field in kind
-            ]
-            yield pa.RecordBatch.from_arrays(columns, schema=kind)
 
     def take(self, count: int) -> list[Any]:
         """The next rows, as record batches."""
         found = []
         while count:
             if self._rest is None or not self._rest.num_rows:
-                self._rest = next(self._rows)
+                self._rest = next(self._batches)
                 continue
             part = self._rest.slice(0, count)
             self._rest = self._rest.slice(part.num_rows)
