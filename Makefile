@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-crash test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
+.PHONY: help setup demo smoke up down test test-system test-images test-crash test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,6 +70,9 @@ REPEATS ?= 5
 bench: $(BENCH)/.installed  ## speed of training beside TRL's (four hours; REPEATS=5)
 	@$(BIN)/python -m benchmarks.speed --repeats $(REPEATS)
 	@$(BIN)/python -m benchmarks.speed.costs --repeats $(REPEATS)
+
+bench-data: $(BENCH)/.installed  ## speed and memory of preparing data beside TRL's (half an hour on two quiet cores)
+	@$(BIN)/python -m benchmarks.data
 
 gpu-check: $(STAMP)  ## every stage on a GPU, its speed and memory, in at most eight minutes (without one: on the CPU)
 	@$(BIN)/python -m benchmarks.gpu_check $(OPTIONS)
