@@ -79,7 +79,7 @@ def join() -> None:
         for name, value in system.environment.items():
             if name != LOGIN:
                 os.environ.setdefault(name, value)
-        use_login(os.environ["PREFECT_API_URL"])
+        use_login(os.environ.get("PREFECT_API_URL", ""))
 
 
 def use_login(url: str) -> None:
@@ -87,7 +87,7 @@ def use_login(url: str) -> None:
     system = read()
     ours = system.environment if system is not None else {}
     if LOGIN in ours and (
-        url.replace("//localhost:", "//127.0.0.1:").rstrip("/") == ours["PREFECT_API_URL"]
+        url.replace("//localhost:", "//127.0.0.1:").rstrip("/") == ours.get("PREFECT_API_URL")
     ):
         os.environ[LOGIN] = ours[LOGIN]
 

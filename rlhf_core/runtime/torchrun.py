@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from rlhf_core.runtime import rendezvous
 from rlhf_core.system.cpus import set_threads
 from rlhf_core.system.processes import name_process
 
@@ -53,15 +54,15 @@ def launch(ranks: int, module: str, files: list[str]) -> None:
         ChildFailedError: a rank failed; the message is torchrun's report.
     """
     name_process("rlhf torchrun")
+    rendezvous.register()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
         run_id=uuid.uuid4().hex,
-        # the rendezvous chooses a free port of the loopback address
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        rdzv_backend=rendezvous.BACKEND,
+        rdzv_endpoint=rendezvous.ADDRESS,
+        local_addr=rendezvous.ADDRESS,
         max_restarts=0,
         start_method="fork",
         logs_specs=DefaultLogsSpecs(),

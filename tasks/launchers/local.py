@@ -160,8 +160,8 @@ def start(
 
 
 def command(jobs: list[Job], files: list[Path], devices: Sequence[str] = ()) -> list[str]:
-    """The command line of a launch that is not forked. torchrun's rendezvous chooses a free port of
-    the loopback address.
+    """The command line of a launch that is not forked. The rendezvous chooses a free port of the
+    loopback address.
 
     Args:
         devices: GPUs of the ranks; empty: torchrun's agent forks its ranks.
@@ -172,9 +172,10 @@ def command(jobs: list[Job], files: list[Path], devices: Sequence[str] = ()) -> 
     if not devices:
         return [sys.executable, "-m", "rlhf_core.runtime.torchrun", ranks, MODULE, *names]
     return [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", ranks,
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-        "--rdzv-id", uuid.uuid4().hex, "--local-addr", "127.0.0.1", "-m", MODULE, *names,
+        sys.executable, "-m", "rlhf_core.runtime.rendezvous", "--nnodes", "1",
+        "--nproc-per-node", ranks, "--rdzv-backend", "rlhf-loopback",
+        "--rdzv-endpoint", "127.0.0.1", "--local-addr", "127.0.0.1",
+        "--rdzv-id", uuid.uuid4().hex, "-m", MODULE, *names,
     ]  # fmt: skip
 
 

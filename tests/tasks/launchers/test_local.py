@@ -15,6 +15,7 @@ import pytest
 
 from rlhf_core.errors import JobFailed
 from rlhf_core.jobs import DataJob, ImportModelJob, Resources, SFTJob
+from rlhf_core.runtime.rendezvous import BACKEND
 from tasks.launchers import Launch, LocalTorchrun
 from tasks.launchers.local import command, environment
 
@@ -181,6 +182,9 @@ def parent(tmp_path, store, stub):
 
 def test_cancel_ends_every_process(parent):
     process, children = parent("sleep", "20")
+    listening = [c.laddr.ip for pid in children for c in psutil.Process(pid).net_connections()
+                 if c.status == psutil.CONN_LISTEN]  # fmt: skip
+    assert listening and set(listening) == {"127.0.0.1"}, "open to other machines"
     process.send_signal(signal.SIGTERM)
     process.wait(60)
     assert gone(children, 10)
@@ -209,8 +213,8 @@ def test_no_rank_outlives_a_killed_torchrun(parent):
 
 def test_ranks_of_gpus_are_processes_of_their_own():
     line = command([sft_job()], [Path("job.json")], ["0", "1"])
-    assert line[1:3] == ["-m", "torch.distributed.run"]
-    assert line[line.index("--rdzv-endpoint") + 1] == "127.0.0.1:0"
+    assert line[1:3] == ["-m", "rlhf_core.runtime.rendezvous"]
+    assert line[line.index("--rdzv-backend") + 1] == BACKEND
     assert line[line.index("--nproc-per-node") + 1] == "2"
 
 
