@@ -63,6 +63,8 @@ class Guard:
         path, method = scope["path"], scope["method"]
         if FETCHING.match(path) or (method == "POST" and not POSTED.fullmatch(path)):
             await _refuse(send, 403, "This page has no such function.")
+        elif method == "POST" and _is_of_another_page(scope):
+            await _refuse(send, 403, "Only this page's own scripts may post to it.")
         elif method not in ("GET", "HEAD", "POST"):
             await _refuse(send, 405, "This page is read and used by GET and POST.")
         elif _length(scope) > MAX_BODY_BYTES:
@@ -103,6 +105,12 @@ def _with_headers(send: Send) -> Send:
         await send(message)
 
     return sending
+
+
+def _is_of_another_page(scope: Scope) -> bool:
+    """Whether a browser says that a page of another origin has sent this."""
+    said = dict(scope["headers"]).get(b"sec-fetch-site", b"same-origin")
+    return said not in (b"same-origin", b"none")
 
 
 def _length(scope: Scope) -> int:

@@ -50,6 +50,16 @@ def test_only_what_the_page_needs_is_there_and_every_answer_has_a_policy(method,
     assert answer.headers["referrer-policy"] == "no-referrer"
 
 
+def test_other_pages_cannot_post():
+    async def ask(site):
+        async with client(guard.Guard(behind)) as asking:
+            headers = {"sec-fetch-site": site}
+            return (await asking.post("/gradio_api/queue/join", headers=headers)).status_code
+
+    assert [asyncio.run(ask(site)) for site in ("same-origin", "none")] == [200, 200]
+    assert [asyncio.run(ask(site)) for site in ("cross-site", "same-site")] == [403, 403]
+
+
 def test_long_bodies_are_refused_before_they_are_read():
     async def ask(content):
         async with client(guard.Guard(behind)) as asking:
