@@ -122,7 +122,7 @@ class Row:
 class Generator:
     """A chat model and the thread that generates with it."""
 
-    def __init__(self, chat_model: ChatModel, max_rows: int = MAX_ROWS) -> None:
+    def __init__(self, chat_model: ChatModel) -> None:
         self.chat_model = chat_model
         model = chat_model.model
         self._default = defaults(model.generation_config)
@@ -130,7 +130,7 @@ class Generator:
         self._ends = set(end if isinstance(end, list) else [] if end is None else [end])
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._batch = Batch(model)
-        self._max_rows = max_rows if self._batch.joins else 1
+        self._max_rows = MAX_ROWS if self._batch.joins else 1
         self._memory = MEMORY_SHARE * free_memory(self._batch.device)
         if self._batch.device.type == "cpu":
             self._memory = min(self._memory, MEMORY_SHARE * this_machine().ram)
