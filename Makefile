@@ -107,7 +107,7 @@ test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minutes, 3 GB)
 	@$(BIN)/python -m pytest -q -m images
 
-test-crash: $(STAMP)  ## power cuts on a disk image: what the store acknowledged is there (root; half a minute)
+test-crash: $(STAMP)  ## power cuts of stores on a disk image, and a full disk (root; two minutes)
 	@$(BIN)/python -m pytest -q -rsP tests/rlhf_core/store/test_power_cut.py
 
 # A second environment that sees all of the first and has only the extras of its own: nothing of

@@ -24,6 +24,7 @@ from rlhf_core.store import open_store, registry
 from rlhf_core.store.collect import Limits
 from rlhf_core.store.local import free_bytes
 from rlhf_core.store.published_folder import materialise
+from rlhf_core.store.s3.seaweed import Seaweed
 from tests.rlhf_core.store.helpers import contents
 
 pytestmark = [pytest.mark.slow, pytest.mark.crash]
@@ -143,6 +144,49 @@ def test_what_was_acknowledged_outlives_a_power_cut(
         (tmp_path / f"{number}.img").unlink()
     assert seen["champion"] > 20, f"too little was written between the cuts: {seen}"
     print(f"{CUTS} power cuts; acknowledged before them and whole after them: {seen}")
+
+
+def test_seaweedfs_keeps_all_but_the_last_seconds_and_repair_clears_these(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers from memory; `keep_synced` syncs it from outside."""
+    with open(image, "wb") as file:
+        file.truncate(8 * SIZE)  # sparse; it wants a gigabyte
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    monkeypatch.setenv("RLHF_STORE_RETRIES", "1")  # an unreadable object is tried again in vain
+    done: list[tuple[float, str]] = []
+    with mounted(image, tmp_path / "disk") as disk:
+        server = Seaweed(disk / "s3")
+        server.start()
+        try:
+            for name, value in server.client_environment.items():
+                monkeypatch.setenv(name, value)
+            store = open_store()
+            while not done or done[-1][0] - done[0][0] < 10:
+                artifact = store.publish_derived(kind="model", files={"a": os.urandom(50_000)})
+                store.commit_stage(artifact.digest, artifact)
+                done.append((time.monotonic(), artifact.digest))
+            assert server._process is not None
+            (tmp_path / "none").touch()
+            cut(server._process, image, tmp_path / "cut.img", tmp_path / "none")
+        finally:
+            server.kill()
+            time.sleep(2)  # the syncing thread makes a last round
+    with mounted(tmp_path / "cut.img", tmp_path / "disk"):
+        server = Seaweed(tmp_path / "disk" / "s3", port=server._port)
+        server.start()
+        try:
+            store = open_store()
+            lost = store.repair(store.find_damage(), lost=True)
+            # what is left is what cannot be healed: files that are gone
+            assert {d.problem for d in store.find_damage()} <= {"the blob is missing"}
+            there = {digest for _, digest in done if store.stage_result(digest) is not None}
+            old = {digest for when, digest in done if done[-1][0] - when > 4}
+            assert len(old) > 10 and old <= there
+            print(f"{len(there)} of {len(done)} results are there; {len(lost)} objects are not")
+        finally:
+            server.kill()
+            time.sleep(2)
 
 
 def test_collection_frees_a_disk_without_a_single_free_byte(image: Path, tmp_path: Path) -> None:
