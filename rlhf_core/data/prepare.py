@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.data.dataset.arrays import array_of
 from rlhf_core.data.dataset.card import MAX_LISTED, DataCard
 from rlhf_core.data.dataset.hash_set import HashSet
 from rlhf_core.data.dataset.shuffle import Shuffle
@@ -168,7 +169,7 @@ def _deduplicate(
                 if job.deduplicate:
                     new = [hashes.add(value) for value in rows.column("_text").to_pylist()]
                     dropped["duplicate"] += len(new) - sum(new)
-                    rows = rows.filter(pa.array(new))
+                    rows = rows.filter(array_of(new, pa.bool_()))
                 yield rows
             if time.monotonic() - logged_at > LOG_SECONDS:
                 logged_at = time.monotonic()
@@ -203,10 +204,10 @@ def _write(
             cut_off += max(0, rows.num_rows - left)
             rows = rows.slice(0, left)
             left -= rows.num_rows
-        hashes = rows.column("_prompt").to_numpy()
+        hashes = np.from_dlpack(rows.column("_prompt"))
         held = (is_heldout_hash(int(value), job.heldout_fraction) for value in hashes)
         heldout = np.fromiter(held, dtype=bool, count=len(hashes))
-        apart = [rows.filter(pa.array(side)) for side in (heldout, ~heldout)]
+        apart = [rows.filter(array_of(side, pa.bool_())) for side in (heldout, ~heldout)]
         texts = list(map(prompt_text, apart[0].column("prompt").to_pylist()))
         overlap.add(apart[0], apart[1], texts)
         for name, side in zip(("heldout", "train"), apart, strict=True):

@@ -69,7 +69,7 @@ def sequence_lengths(purpose: Purpose, batch: Any) -> Any:
     import pyarrow.compute as pc
 
     def length(name: str) -> Any:
-        return pc.list_value_length(batch.column(name)).to_numpy(zero_copy_only=False)
+        return np.from_dlpack(pc.list_value_length(batch.column(name)))
 
     if purpose == "preference":
         return length("prompt_ids") + np.maximum(length("chosen_ids"), length("rejected_ids"))

@@ -57,7 +57,7 @@ class Shuffle:
             return
         rows = self._sorted(self._held)
         self._held, self._bytes = [], 0
-        bucket = rows.column(self._key).to_numpy() // np.uint64(2**64 // BUCKETS)
+        bucket = np.from_dlpack(rows.column(self._key)) // np.uint64(2**64 // BUCKETS)
         starts = np.searchsorted(bucket, np.arange(BUCKETS + 1, dtype=np.uint64))
         for number in range(BUCKETS):
             start, end = int(starts[number]), int(starts[number + 1])

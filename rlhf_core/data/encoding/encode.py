@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_core.data.dataset.arrays import array_of
 from rlhf_core.data.dataset.carried import carried, carried_values
 from rlhf_core.data.dataset.schema import schema
 from rlhf_core.data.dataset.split import is_heldout_hash, prompt_hash
@@ -164,21 +165,12 @@ def _tokenise(
 
 def _record_batch(rows: Sequence[dict[str, Any]], plan: Plan) -> Any:
     """Rows as a record batch with the schema's columns and SCRATCH_COLUMNS."""
-    import numpy as np
     import pyarrow as pa
 
     kind = schema(plan.purpose, plan.carried())
     for name in SCRATCH_COLUMNS:
         kind = kind.append(pa.field(name, pa.binary() if name == "_grams" else pa.uint64()))
-    columns = []
-    for name, type in zip(kind.names, kind.types, strict=True):
-        values = [row[name] for row in rows]
-        if pa.types.is_list(type):
-            ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
-            flat = pa.array(np.concatenate(values), type.value_type)
-            columns.append(pa.ListArray.from_arrays(ends, flat, type))
-        else:
-            columns.append(pa.array(values, type))
+    columns = [array_of([row[f.name] for row in rows], f.type) for f in kind]
     return pa.RecordBatch.from_arrays(columns, schema=kind)
 
 
