@@ -31,7 +31,9 @@ from rlhf_core.system.private import write_private
 if TYPE_CHECKING:
     from tasks.launchers.processes import ProcessTree
 
-POOLS = ("control", "gpu")  # work pools, each with one worker
+# Work pools, each with one worker -> seconds between its queries, each of which writes to the
+# server's database. A pipeline has many stages, and waits for each to start.
+POOLS = {"control": 3, "gpu": 1}
 
 
 class Supervisor:
@@ -82,7 +84,6 @@ class Supervisor:
             # child watches its pipeline itself.
             "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
             "RLHF_HOME": str(rlhf_home()),
         }
@@ -99,12 +100,12 @@ class Supervisor:
         deploy = [sys.executable, "-m", "flows.deploy", str(self.options.slots)]
         self._run_to_end("deployments", deploy, full)
         self._recover(*POOLS, environment=full)
-        for pool in POOLS:
+        for pool, query in POOLS.items():
             self._start(
                 pool,
                 [sys.executable, "-m", "flows.warm.worker", "start", "--pool", pool,
                  "--name", f"{pool}-1"],
-                full,
+                {**full, "PREFECT_WORKER_QUERY_SECONDS": str(query)},
             )  # fmt: skip
         self.system.ui = f"http://127.0.0.1:{self.options.port}"
         self.system.store = store["RLHF_STORE"]

@@ -110,6 +110,7 @@ class Soak:
             f"seed={number // 2}", f"ppo.kl_coef={0.1 + number % 2 / 10}", f"name=soak-{number}"
         )
         self.runs.append(run)
+        self.say(f"submitted: soak-{number} ({run[:8]})")
 
     def look_after(self) -> None:
         """Notice what has completed, and retry what has ended in another way."""
@@ -127,6 +128,7 @@ class Soak:
 
     def go(self, minutes: float) -> None:
         """Run everything until all is done, or has had long enough."""
+        self.began = time.monotonic()
         faults, quiet = self.faults(minutes), False
         while len(self.done) < self.pipelines or not quiet:
             if time.monotonic() - self.began > 60 * minutes * PATIENCE:
