@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from flows.api_server import LOGIN
+
 pytestmark = [pytest.mark.slow, pytest.mark.system]
 
 
@@ -24,7 +26,8 @@ def test_schedules_are_made_listed_kept_and_removed(system):
     system.ask("PATCH", f"{address}/{nightly['id']}", {"active": True})
 
     redeploy = [sys.executable, "-m", "flows.deploy"]
-    environment = {**system.environment, "PREFECT_API_URL": f"{system.url}/api"}
+    server = {"PREFECT_API_URL": f"{system.url}/api", LOGIN: system.log_in()}
+    environment = {**system.environment, **server}
     subprocess.run(redeploy, cwd=system.folder, env=environment, check=True, capture_output=True)
 
     lines = map(json.loads, system.rlhf("schedule", "--json").splitlines())
