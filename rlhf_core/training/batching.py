@@ -41,7 +41,8 @@ def batch_rows(rows: int | Sampled, batch_size: int, step: int, seed: int) -> li
     """Row numbers of the global batch of a step (from 0).
 
     Each epoch is a permutation of its own, or drawn as the data set says: a function of (seed,
-    epoch) alone. The rows that do not fill the last batch of an epoch are left out of that epoch.
+    epoch) alone. The rows that do not fill the last batch of an epoch are left out of that epoch,
+    also of a curriculum at random.
 
     Args:
         rows: their number, or the data set.
@@ -65,17 +66,22 @@ def size_of(drawn: int | Sampling) -> int:
 
 
 @functools.lru_cache(maxsize=4)  # a million rows take 8 MB; with ptx there are two orders
-def epoch_order(drawn: int | Sampling, least: int, epoch: int, seed: int) -> np.ndarray:
-    """Row numbers in the order of an epoch, or of several if it is shorter than ``least``.
+def epoch_order(drawn: int | Sampling, batch_size: int, epoch: int, seed: int) -> np.ndarray:
+    """Row numbers in the order of an epoch, or of several if it is shorter than a batch; at least
+    those of its whole batches.
 
     Args:
         drawn: number of rows, of which an epoch is a permutation; or how it is drawn.
     """
-    parts = range(-(-least // size_of(drawn)))
+    size = size_of(drawn)
+    parts = range(-(-batch_size // size))
     if isinstance(drawn, int):
         generators = (np.random.default_rng(derive_seed(seed, epoch, part)) for part in parts)
         return np.concatenate([generator.permutation(drawn) for generator in generators])
-    return np.concatenate([drawn.epoch(epoch * len(parts) + part, seed) for part in parts])
+    used = max(1, size // batch_size) * batch_size
+    return np.concatenate(
+        [drawn.epoch(epoch * len(parts) + part, seed, used - part * size) for part in parts]
+    )
 
 
 def split_batch(

@@ -98,18 +98,22 @@ class Sampling:
         """Rows in an epoch."""
         return sum(self.counts)
 
-    def epoch(self, number: int, seed: int) -> np.ndarray:
+    def epoch(self, number: int, seed: int, most: int | None = None) -> np.ndarray:
         """Row numbers of an epoch (from 0), in order.
 
         The k-th row of a source is drawn at a random place between k and k + 1 over its rate, so
         that any stretch of the epoch has the parts of the whole.
+
+        Args:
+            most: rows that are used; further ones are left out before the epoch is ordered, so that
+                a curriculum does not lose its end. None: all.
         """
         drawn, places = [], []
         for source, count in enumerate(self.counts):
             drawn.append(self._draw(source, number, seed))
             jitter = np.random.default_rng(derive_seed(seed, source, number, 0)).random(count)
             places.append((np.arange(count) + jitter) / self.rates[source])
-        order = np.concatenate(drawn)[np.argsort(np.concatenate(places), kind="stable")]
+        order = np.concatenate(drawn)[np.argsort(np.concatenate(places), kind="stable")][:most]
         if self.order_by is not None:
             order = order[np.argsort(self.order_by[order], kind="stable")]
         return order

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_core.data.dataset.sampling import Sampling
 from rlhf_core.nn.padding import pad_right
 from rlhf_core.system.seeds import derive_seed
 from rlhf_core.training.batching import (
@@ -53,6 +54,15 @@ def test_order_of_an_epoch_is_computed_once():
     steps = [batch_rows(1000, 10, step, seed=5) for step in range(100)]
     assert epoch_order.cache_info().misses == before + 1
     assert sorted(itertools.chain.from_iterable(steps)) == list(range(1000))
+
+
+@pytest.mark.parametrize(("batch", "left_out"), [(4, {*range(6)}), (6, set())])
+def test_whole_batches_of_a_curriculum_leave_out_random_rows(batch, left_out):
+    easy = Sampling((np.arange(6),), (6,), (1.0,), np.arange(6.0))
+    rows = SimpleNamespace(sampling=easy)
+    epochs = [batch_rows(rows, batch, step, seed=0) for step in range(40)]
+    assert all(epoch == sorted({*epoch}) and len(epoch) == batch for epoch in epochs)
+    assert {row for epoch in epochs for row in {*range(6)} - {*epoch}} == left_out
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,13 @@ def test_a_curriculum_orders_an_epoch_and_leaves_equal_rows_in_random_order():
     assert [difficulty[i] for i in mixed.epoch(0, 0)] == sorted(difficulty)
 
 
+def test_rows_that_a_curriculum_leaves_out_are_drawn_at_random():
+    one = Sampling((np.arange(9),), (9,), (1.0,), np.arange(9.0))
+    epochs = [one.epoch(number, 0, 8).tolist() for number in range(100)]
+    assert all(epoch == sorted(set(epoch)) and len(epoch) == 8 for epoch in epochs)
+    assert {*range(9)} == {row for epoch in epochs for row in {*range(9)} - {*epoch}}
+
+
 def test_halves_of_a_row_are_drawn_like_the_row():
     halves = sampling(2, 4, rule=FIRST, weights=[1, 1]).halved()
     assert halves.counts == (4, 4)

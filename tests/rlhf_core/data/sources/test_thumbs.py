@@ -35,7 +35,7 @@ def thumb(question="How are you?", reply="Fine, thanks.", good=True):
 
 def test_thumb_keeps_what_was_seen(store):
     record = store.read_record(save_thumb(store, thumb(good=False)))
-    assert record.pop("time")
+    assert record.pop("time") and len(record.pop("id")) == 32
     assert record == {
         "prompt": [{"role": "user", "content": "How are you?"}], "completion": "Fine, thanks.",
         "label": False, "model": {"name": "PPO", "digest": "a" * 64, "score": 0.5}, "run": "r1",
