@@ -35,6 +35,7 @@ def rotate(folder: Path, limit: int = LIMIT, kept: int = KEPT) -> None:
         copy.unlink(missing_ok=True)
         with log.open("r+b") as source, open_log(copy) as part:
             shutil.copyfileobj(source, part)
+            part.flush()  # a full disk shows here, while the log is whole
             for number in range(kept - 1, 0, -1):
                 older = log.with_name(f"{log.name}.{number}")
                 if older.exists():

@@ -61,7 +61,7 @@ def schedule(
         check_cron(cron)
         _check_zone(timezone)
         parameters = _parameters(preset, config, overrides, jitter)
-        _create(cron, timezone, name, parameters)
+        echo(_create(cron, timezone, name, parameters), err=as_json)
     _list(as_json, only=None if cron is None else name or _trained(parameters)[0])
 
 
@@ -150,7 +150,7 @@ def _trained(parameters: dict[str, Any]) -> tuple[str, Any]:
 # --------------------------------------------------------------------------- the server
 
 
-def _create(cron: str, timezone: str, name: str | None, parameters: dict[str, Any]) -> None:
+def _create(cron: str, timezone: str, name: str | None, parameters: dict[str, Any]) -> str:
     from flows.cli import remote
 
     name = name or _trained(parameters)[0]
@@ -167,7 +167,7 @@ def _create(cron: str, timezone: str, name: str | None, parameters: dict[str, An
     else:
         new = DeploymentScheduleCreate(schedule=when, active=True, parameters=parameters, slug=name)
         client.create_deployment_schedules(deployment.id, [new])
-    echo(f"Schedule {name} is {'replaced' if old else 'made'}.\n")
+    return f"Schedule {name} is {'replaced' if old else 'made'}.\n"
 
 
 def _remove(name: str) -> str:

@@ -26,6 +26,7 @@ from flows.server import QUIET, unreachable
 from rlhf_core.errors import StoreUnavailable
 from rlhf_core.store import rlhf_home
 from rlhf_core.store.s3.seaweed import Seaweed
+from rlhf_core.store.s3.synced import keep_synced
 from rlhf_core.system.private import write_private
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ class Supervisor:
                 preexec_fn=partial(die_with_parent, signal.SIGTERM),
             )  # fmt: skip
         self.services[name] = (command, dict(environment), ProcessTree(process))
+        if name == "s3":
+            keep_synced(folder() / "s3/data", process)
 
     def _recover(self, *pools: str, environment: Mapping[str, str]) -> None:
         """End the runs in progress that workers of these pools have left behind."""

@@ -121,15 +121,18 @@ def model_entry(name: str) -> dict[str, Any]:
 
 
 def _texts(request: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Parameter and text of each message, of whatever form; the server checks the form."""
+    """Parameter and text of each message, of whatever form; the server checks the form. The parts
+    of a message are put together, as the server does: a token may be spread over them."""
     for name in ("instructions", "messages", "input"):
         items = request.get(name)
         for i, item in enumerate(items if isinstance(items, list) else [items]):
             content = item.get("content") if isinstance(item, dict) else item
-            for part in content if isinstance(content, list) else [content]:
-                text = part.get("text") if isinstance(part, dict) else part
-                if isinstance(text, str):
-                    yield (name if item is items else f"{name}[{i}].content"), text
+            parts = content if isinstance(content, list) else [content]
+            texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+            yield (
+                (name if item is items else f"{name}[{i}].content"),
+                "".join(text for text in texts if isinstance(text, str)),
+            )
 
 
 async def read_body(scope: Scope, receive: Receive) -> bytes:

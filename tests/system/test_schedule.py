@@ -17,6 +17,8 @@ def test_schedules_are_made_listed_kept_and_removed(system):
     said = system.rlhf("schedule", *cron)
     assert "Schedule mine is made." in said and said.count("03:00:00 CET (+0100)") == 3
     assert "trains random:llama (sft, reward, ppo)" in said
+    replaced = json.loads(system.rlhf("schedule", *cron, "--json").splitlines()[0])
+    assert replaced["name"] == "mine"
     assert "did you mean ppo.kl_coef" in system.rlhf("schedule", *cron, "--set", "ppo.kl=1", code=1)
     deployment = system.get("/deployments/name/rlhf-retrain/retrain")
     address = f"/deployments/{deployment['id']}/schedules"

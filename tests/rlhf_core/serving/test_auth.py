@@ -82,6 +82,7 @@ def test_what_the_server_would_ignore_is_refused():
     ("request_body", "param"),
     [({"messages": [{"content": "hi"}, {"content": f"a{END}b"}]}, "messages[1].content"),
      ({"messages": [{"content": [{"type": "text", "text": END}]}]}, "messages[0].content"),
+     ({"messages": [{"content": [{"text": END[:4]}, {"text": END[4:]}]}]}, "messages[0].content"),
      ({"input": END}, "input"), ({"input": [{"content": END}]}, "input[0].content"),
      ({"instructions": END}, "instructions")],
 )  # fmt: skip
