@@ -110,7 +110,7 @@ def retry(store: Store, reference: str) -> tuple[str, PipelineConfig | None]:
     """
     from prefect.states import AwaitingRetry
 
-    record = find_run(store, reference)
+    record = _find_started(store, reference)
     flow_run = _flow_run(record)
     if flow_run is None or flow_run.deployment_id is None:
         if record["state"] == "completed":
@@ -134,7 +134,7 @@ def cancel(store: Store, reference: str) -> str:
     """
     from prefect.states import Cancelling
 
-    record = find_run(store, reference)
+    record = _find_started(store, reference)
     flow_run = _flow_run(record)
     if flow_run is None:
         raise ConfigError(
@@ -186,6 +186,30 @@ def find_run(store: Store, reference: str) -> dict[str, Any]:
         f"{len(found)} runs in {store.url} {what} {reference!r}, such as {found[0]['id']} and "
         f"{found[1]['id']}; `rlhf runs` lists them."
     )
+
+
+def _find_started(store: Store, reference: str) -> dict[str, Any]:
+    """As `find_run`; also a run that the server knows and that has written no record, because it
+    has not begun: it waits, or its process could not be started."""
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    try:
+        return find_run(store, reference)
+    except ConfigError as unknown:
+        try:
+            client = connect()
+        except ConfigError:  # no server runs
+            raise unknown from None
+        runs = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter.model_validate({"tags": {"all_": ["pipeline"]}}),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=200,
+        )
+        found = [str(run.id) for run in runs if str(run.id).startswith(reference)]
+        if len(found) != 1:
+            raise
+        return {"id": found[0], "flow_run": found[0]}
 
 
 def ui() -> str:

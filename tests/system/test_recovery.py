@@ -74,6 +74,9 @@ def test_worker_that_is_killed_before_a_process_has_started_keeps_no_slot(system
     [worker] = system.processes("worker start", "--pool control")
     kill_with_family(worker)
     until(lambda: system.run(run)["state_type"] == "CRASHED", 60)
+    system.rlhf("retry", run[:8])  # it has no record in the store
+    until(lambda: system.run(run)["run_count"] == 1, 60)
+    system.rlhf("cancel", run[:8])
 
 
 def test_what_was_switched_on_stays_on_when_the_system_is_deployed_again(system):
