@@ -165,8 +165,9 @@ def _cuts(widths: Sequence[int], rows: int, cost: float, padding: float) -> list
     best[0] = 0
     for start in range(count):
         width = max(1, widths[start])
-        tokens = real[start + 1 :] - real[start]
-        tokens = tokens + padding * (np.arange(1, count - start + 1) * width - tokens)
+        last = int(np.searchsorted(real, real[start] + budget, "right"))  # further is no window
+        tokens = real[start + 1 : last] - real[start]
+        tokens = tokens + padding * (np.arange(1, last - start) * width - tokens)
         tokens = tokens[tokens <= budget]
         sums = best[start] + tokens + cost
         ends = slice(start + 1, start + 1 + len(tokens))
