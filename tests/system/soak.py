@@ -26,12 +26,12 @@ from typing import Any
 
 import httpx
 
-from tests.system.conftest import System, kill_with_family
+from tests.system.conftest import PATIENCE, System, kill_with_family
 
 SECONDS = 5  # that each stage works
 KILL_EVERY = (8.0, 25.0)
 AWAY = 60.0  # seconds without the store
-PATIENCE = 3.0  # times the given minutes, until pipelines count as stuck
+STUCK = 3.0 * PATIENCE  # times the given minutes, until pipelines count as stuck
 
 
 class Soak:
@@ -131,7 +131,7 @@ class Soak:
         self.began = time.monotonic()
         faults, quiet = self.faults(minutes), False
         while len(self.done) < self.pipelines or not quiet:
-            if time.monotonic() - self.began > 60 * minutes * PATIENCE:
+            if time.monotonic() - self.began > 60 * minutes * STUCK:
                 break
             quiet = next(faults, "over") == "over"
             try:
