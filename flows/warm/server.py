@@ -64,7 +64,7 @@ class Server:
                 if key.fd == 0:
                     self._close()
                 elif key.fileobj is self._listener:
-                    if (environment := self._accept()) is not None:
+                    if self._open and (environment := self._accept()) is not None:
                         return environment
                 elif (engine := self.engines.get(key.fd)) is not None:
                     if key.fd == engine.pidfd:
@@ -92,7 +92,8 @@ class Server:
             request = json.load(file)
         environment: dict[str, str] = request["environment"]
         if _read(environment) != _read(dict(os.environ)) or threading.active_count() > 1:
-            client.sendall(b"0\n")
+            with contextlib.suppress(OSError):  # it was killed
+                client.sendall(b"0\n")
         elif (pid := os.fork()) == 0:
             self._become(client, passed[1:], request["folder"])
             return environment

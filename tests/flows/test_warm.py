@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -97,6 +98,36 @@ def test_engine_goes_on_when_the_worker_is_gone(server, tmp_path):
     server.stdin.close()
     time.sleep(0.1)
     assert found.is_running() and server.poll() is None
+    asked.terminate()
+    asked.communicate(timeout=20)
+    assert asked.returncode == 7
+
+
+def test_client_that_is_killed_or_comes_as_the_worker_ends_leaves_other_engines_alone(
+    server, tmp_path
+):
+    asked = ask(tmp_path, "stop")
+    found = engine(tmp_path)
+    server.send_signal(signal.SIGSTOP)
+    killed, late = (socket.socket(socket.AF_UNIX) for _ in range(2))
+    killed.connect(str(tmp_path / "socket"))
+    request = os.memfd_create("request")
+    os.write(request, b'{"environment": {"RLHF_OTHER": "1"}, "folder": "/"}')
+    os.lseek(request, 0, os.SEEK_SET)
+    socket.send_fds(killed, [b"."], [request, 0, 1, 2])
+    os.close(request)
+    killed.close()
+    server.send_signal(signal.SIGCONT)
+    time.sleep(0.3)
+    server.send_signal(signal.SIGSTOP)
+    server.stdin.close()
+    late.connect(str(tmp_path / "socket"))
+    late.settimeout(20)
+    server.send_signal(signal.SIGCONT)
+    with pytest.raises(ConnectionResetError):  # it starts an engine of its own
+        late.recv(1)
+    late.close()
+    assert server.poll() is None and found.is_running()
     asked.terminate()
     asked.communicate(timeout=20)
     assert asked.returncode == 7
