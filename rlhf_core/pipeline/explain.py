@@ -88,6 +88,8 @@ def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> st
         )
     if not close:  # the right name in the wrong section
         elsewhere = [p for p in paths if p.rsplit(".", 1)[-1] == last]
+        here = f"{'.'.join(names[:-1])}."
+        elsewhere.sort(key=lambda p: not p.startswith(here))
         if elsewhere:
             return f"{'.'.join(names)} is not a setting; did you mean {elsewhere[0]}?"
         inside = ".".join(names[:-1]) or "the top level"

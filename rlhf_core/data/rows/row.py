@@ -80,7 +80,8 @@ class RawRow:
                 raise BadRow(
                     "missing_column",
                     f"there is no column {present!r} to use as {wanted!r}; the row has "
-                    f"{names(value)}; correct the setting columns",
+                    f"{names(value)}; correct the setting "
+                    f"{'curriculum' if wanted == 'curriculum' else 'columns'}",
                 )
             hidden = value.get(wanted)
             if wanted not in renames.values() and hidden not in (None, "", [], value[present]):

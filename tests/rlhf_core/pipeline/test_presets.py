@@ -157,6 +157,8 @@ def test_wrong_mixture_is_explained(mixture, said):
 def test_source_beside_a_mixture_is_refused():
     said = "data.sft: source stands beside mix; put it into the list, or leave it out"
     assert problems(["data.sft={source: a, mix: [{source: b}]}"]) == [said]
+    said = "data.sft.weight is not a setting; did you mean data.sft.mix.weight?"
+    assert problems(["data.sft={weight: 1, mix: [{source: b}]}"]) == [said]
 
 
 def test_settings_beside_a_mixture_hold_for_each_source():
