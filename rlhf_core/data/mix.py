@@ -3,7 +3,7 @@
 The rows keep the columns of their sources and get `source`, its name. Rows that an earlier source
 has are dropped, by their tokens. Each row stays on its side of the split, which follows from the
 prompt alone. The sources follow each other in proportion to their rows, so that the first rows are
-a fair sample of all. Memory grows by some 16 bytes a row.
+a fair sample of all. Memory grows by at most 60 bytes a row.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class PretrainSettings(HeldOutSettings):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     """AdamW weight decay (not on biases and norms)."""
     epochs: PositiveInt = 1
-    """Epochs over the text. Each epoch trains on every token once."""
+    """Epochs over the text. Each trains on every token once, or on the parts of a mixture."""
     max_steps: PositiveInt | None = None
     """Maximum number of optimizer steps. Empty: as many as the epochs need."""
     batch_size: PositiveInt = 32
