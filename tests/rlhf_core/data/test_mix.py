@@ -138,7 +138,7 @@ def test_curriculum_of_one_data_set_and_of_a_mixture(tmp_path):
         order = itertools.chain.from_iterable(batch_rows(train, 4, step, 0) for step in steps)
         numbers = [train[n]["curriculum"] for n in order]
         assert numbers == sorted(numbers) and len(set(numbers)) > 4
-    with pytest.raises(DataError, match="no column 'hard' .*; correct the setting curriculum"):
+    with pytest.raises(DataError, match=r"no column 'hard' .*; correct the setting curriculum"):
         prepare(job(str(tmp_path / "b.jsonl"), curriculum="hard"), byte_tokenizer(), tmp_path / "x")
     early = jsonl(tmp_path / "d.jsonl", [{**rows[0], "hard": None}])
     [problem] = check_source(DataSettings(source=early, curriculum="hard"), "sft")
