@@ -96,8 +96,9 @@ def _benchmarks(metrics: dict[str, Any]) -> list[str]:
 
 
 def table_cell(text: object, limit: int = 400) -> str:
-    """Escape a text for one cell of a Markdown table, so that it has no Markdown or HTML."""
-    plain = " ".join(str(text).split())
+    """Escape a text for one cell of a Markdown table, so that it has no Markdown or HTML, and no
+    control characters, which a model can write and a database may refuse."""
+    plain = re.sub(r"[\x00-\x1f\x7f]", "\ufffd", " ".join(str(text).split()))
     plain = plain if len(plain) <= limit else plain[: limit - 1] + "…"
     plain = html.escape(plain, quote=False)
     return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", plain) or "*(empty)*"

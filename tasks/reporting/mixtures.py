@@ -42,7 +42,8 @@ def _table(run: Run, digest: str, mixture: dict[str, Any]) -> str:
         values = [values.get(name) for values in measured.values()]
         rows.append([name, *shown, *("" if v is None else f"{v:.3f}" for v in values)])
     rule = mixture["stopping_strategy"]
-    return f"{table(rows)}\n\nAn epoch ends by {rule}, max_repeats {mixture['max_repeats']}."
+    rule += f", max_repeats {mixture['max_repeats']}" if rule == "all_exhausted" else ""
+    return f"{table(rows)}\n\nStopping strategy: {rule}."
 
 
 def _metrics(result: StageResult) -> Iterator[tuple[str, dict[str, float]]]:

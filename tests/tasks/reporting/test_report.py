@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.store import registry
+from tasks.events import table_cell
 from tasks.reporting.curves import _panels, draw, read_metrics, smooth
 from tasks.reporting.markdown import folded, page
 from tasks.reporting.origins import known, made_from, nodes
@@ -60,6 +61,7 @@ def test_texts_cannot_break_the_report(run):
     assert "<b>tags</b>" not in html
     assert "<title>a &lt;title&gt;</title>" in html
     assert "<table>" in html
+    assert table_cell("a\0b \x1b[1m") == r"a�b �\[1m"
 
 
 def test_no_more_replies_than_asked_for(run):
@@ -161,6 +163,7 @@ def test_mixtures_show_rows_and_metrics_of_each_source(run):
     assert "| chat | 40 | 30 | 4 | 6 | 0 | 1,234 | 60 | 0.500 | 0.125 | 0.750 |" in text
     assert r"| a\|b | 40 | 30 | 4 | 6 | 0 | 1,234 |  | 2.250 |  |  |" in text
     assert "held-out loss | evaluate: held-out loss, policy | reward: held-out accuracy |" in text
+    assert "Stopping strategy: all_exhausted, max_repeats 4." in text
 
 
 def test_lineage_shows_what_the_model_was_made_from_with_its_sources(run):
