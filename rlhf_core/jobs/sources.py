@@ -161,7 +161,7 @@ class Mixture(EpochSettings):
 
     @field_validator("mix")
     @classmethod
-    def _one_kind_of_share(cls, mix: tuple[MixSource, ...]) -> tuple[MixSource, ...]:
+    def _sources_agree(cls, mix: tuple[MixSource, ...]) -> tuple[MixSource, ...]:
         if not mix:
             raise ValueError(
                 "the list is empty; name at least one source, such as {source: a.json}"
@@ -186,13 +186,14 @@ class Mixture(EpochSettings):
                 f"heldout_fraction is {found}; a prompt is held out in all sources or in none: set "
                 "it once, beside mix"
             )
-        ordered = [part.label for part in mix if part.curriculum is not None]
-        if ordered and len(ordered) < len(mix):
-            other = next(part.label for part in mix if part.curriculum is None)
-            raise ValueError(
-                f"{ordered[0]} has a curriculum and {other} has none; an epoch is ordered as a "
-                "whole: name the column of each source, or of none"
-            )
+        for column in ("curriculum", "margin"):  # numbers, which no value stands for
+            named = [column in part.renames for part in mix]
+            if len(set(named)) > 1:
+                one, other = (mix[named.index(has)].label for has in (True, False))
+                raise ValueError(
+                    f"{one} has a {column} and {other} has none; name the column of each source, "
+                    "or of none"
+                )
         return mix
 
     @property

@@ -139,7 +139,9 @@ def test_preference_is_told_apart_by_its_source():
         ("[{source: a, weight: 1}, {source: b}]",
          "mix: a has a weight and b has none; give each source a weight, or none"),
         ("[{source: a, curriculum: d}, {source: b}]", "mix: a has a curriculum and b has none; "
-         "an epoch is ordered as a whole: name the column of each source, or of none"),
+         "name the column of each source, or of none"),
+        ("[{source: a}, {source: b, columns: {margin: m}}]",
+         "mix: b has a margin and a has none; name the column of each source, or of none"),
         ("[{source: a, heldout_fraction: 0.5}, {source: b}]", "mix: heldout_fraction is 0.1 for b, "
          "0.5 for a; a prompt is held out in all sources or in none: set it once, beside mix"),
         ("[{source: a, mix: [{source: b}]}]",
