@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PIPELINE = "rlhf-pipeline/rlhf-all-settings"
 CANCEL_SECONDS = 60
 POLL_SECONDS = 2.0
+SERVER_SECONDS = 300.0  # without the server before nobody waits any more: it may be started again
 
 
 def submit(config: PipelineConfig, until: str = "publish") -> tuple[UUID, str]:
@@ -58,16 +59,29 @@ def follow(run: UUID, lines: Callable[[str], None] | None) -> None:
         lines: gets the run's log; None: only its states.
 
     Raises:
-        RLHFError: it did not complete.
+        RLHFError: it did not complete, or the server is gone for long.
     """
+    import httpx
+
     from tasks.launchers.child_logs import Logs
 
-    client, logs, shown = connect(), Logs(run), None
+    client, logs, shown, answered = connect(), Logs(run), None, time.monotonic()
     while True:
-        state = client.read_flow_run(run).state  # before the logs, so that none is left at its end
-        if lines is not None:
-            for line in logs.new(client):
-                lines(line)
+        try:
+            state = client.read_flow_run(run).state  # before the logs, so that none is left
+            found = logs.new(client) if lines is not None else []
+            answered = time.monotonic()
+        except httpx.TransportError as error:
+            if time.monotonic() - answered > SERVER_SECONDS:
+                raise RLHFError(
+                    f"The Prefect server has not answered for {SERVER_SECONDS:.0f} s "
+                    f"({type(error).__name__}: {error}). The run may go on without it."
+                ) from error
+            time.sleep(POLL_SECONDS)
+            continue
+        for line in found:
+            assert lines is not None
+            lines(line)
         if state is not None and state.name != shown:
             shown = state.name
             echo(f"{datetime.now():%H:%M:%S}  {shown}", err=True)
