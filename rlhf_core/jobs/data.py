@@ -127,7 +127,7 @@ class DataJob(DataSettings, BaseJob):
 
     module: ClassVar[str] = "rlhf_core.stages.prepare_data"
     kind: ClassVar[str] = "dataset"
-    version: ClassVar[int] = 3  # templates of reasoning models; all columns, whole histories
+    version: ClassVar[int] = 4  # verdicts and flags are read by their meaning, reasoning is kept
     torchrun: ClassVar[bool] = False
 
     algorithm: Literal["data"] = "data"
