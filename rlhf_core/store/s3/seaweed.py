@@ -70,7 +70,7 @@ class Seaweed:
 
     @property
     def command(self) -> list[str]:
-        """The command line.
+        """The command line, for a private working folder: the server makes a socket there.
 
         Raises:
             ConfigError: the server is not installed.
@@ -89,7 +89,8 @@ class Seaweed:
             "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-webdav=false",
             "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
             "-s3.autoCreateBucket=false", f"-bucket={self.bucket}", f"-s3.port={self._port}",
-            "-disableHttp", f"-s3.localSocket={self.folder / 's3.sock'}",
+            # in the working folder: a path of more than 107 bytes is too long for a socket
+            "-disableHttp", "-s3.localSocket=s3.sock",
             *(f"-{name}={port}" for name, port in zip(names, self._others, strict=True)),
         ]  # fmt: skip
 

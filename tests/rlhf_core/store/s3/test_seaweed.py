@@ -33,7 +33,7 @@ def beside(folder: Path, *command: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.slow
 def test_command_runs_beside_a_server_whose_data_stay(tmp_path: Path) -> None:
-    folder = tmp_path / "s3 of the demo"
+    folder = tmp_path / "s3 of the demo" / ("a long name" * 10)  # too long for a socket's path
     first = beside(folder, sys.executable, "-c", COMMAND)
     assert first.returncode == 3, first.stderr
     assert first.stdout.startswith("True http://127.0.0.1:")
