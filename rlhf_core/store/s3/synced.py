@@ -1,8 +1,8 @@
 """Syncs a local SeaweedFS's files every second, since the server itself never does.
 
 It answers a writer from the kernel's memory. After a power cut in the middle of work, all objects
-of the last half minute were listed and could not be read; with this, those of the last second or
-two (docs/operations.md).
+of the last half minute were listed and could not be read; with this, mostly those of the last
+seconds (docs/operations.md).
 """
 
 from __future__ import annotations
