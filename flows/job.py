@@ -17,6 +17,7 @@ from rlhf_core.preflight.settings import check_placement
 from rlhf_core.store import open_store
 from rlhf_core.system.machine import this_machine
 from rlhf_core.system.private import private_folder
+from rlhf_core.system.secrets import redact
 from tasks.events import log_event, tidy_logs
 from tasks.launchers import Launch, LocalTorchrun
 from tasks.launchers.failures import state_name
@@ -57,10 +58,10 @@ def rlhf_job(
             )
             outcomes = LocalTorchrun().run(launch, Lines(stage, log), Progress(stage, log))
         except RLHFError as error:
-            category = error.category
-            log.error("%s", error)
+            text = redact(str(error))
+            log.error("%s", text)
             APILogHandler().flush()
-            return Failed(name=state_name(category), message=str(error))
+            return Failed(name=state_name(error.category), message=text)
     # The server has all log records before the state at which the parent stops reading them.
     APILogHandler().flush()
     return Completed(message=", ".join(f"{o.kind}/{o.artifact[:12]}" for o in outcomes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import ConfigError
@@ -64,6 +65,7 @@ def drain(client: Any) -> list[FlowRun]:
     Returns:
         The runs that have not ended in time.
     """
+    from prefect.exceptions import ObjectNotFound
     from prefect.states import Cancelling, Crashed
 
     from tasks.waiters import key_of
@@ -77,13 +79,15 @@ def drain(client: Any) -> list[FlowRun]:
             if run.id not in stopped and key_of(run.tags) is None:
                 stopped[run.id] = run
                 state: Any = Cancelling(message="by rlhf down")
-                client.set_flow_run_state(run.id, state, force=False)
+                with suppress(ObjectNotFound):  # somebody has deleted it
+                    client.set_flow_run_state(run.id, state, force=False)
         time.sleep(1)
     for run in stopped.values():
-        state = client.read_flow_run(run.id).state
-        if state is not None and state.is_cancelled():
-            text = f"by `rlhf down`, at a checkpoint; `rlhf retry {str(run.id)[:8]}` goes on"
-            client.set_flow_run_state(run.id, Crashed(name=STOPPED, message=text), force=True)
+        with suppress(ObjectNotFound):
+            state = client.read_flow_run(run.id).state
+            if state is not None and state.is_cancelled():
+                text = f"by `rlhf down`, at a checkpoint; `rlhf retry {str(run.id)[:8]}` goes on"
+                client.set_flow_run_state(run.id, Crashed(name=STOPPED, message=text), force=True)
     return []
 
 

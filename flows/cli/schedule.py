@@ -49,9 +49,9 @@ def schedule(
     trains, compares the model with the published one, and publishes it only past the gates. To
     change a schedule, make it again under its name.
     """
-    made_from = preset or config or overrides
+    made_from = preset or config or overrides or name or timezone != "UTC" or jitter
     if remove is not None and (cron or made_from):
-        raise typer.BadParameter("--remove takes no settings and no --cron")
+        raise typer.BadParameter("--remove takes no settings, no --cron and no other option")
     if made_from and cron is None:
         raise typer.BadParameter(f'give --cron "{FIELDS}" too')
     if remove is not None:

@@ -26,8 +26,8 @@ from rlhf_core.errors import ConfigError, StoreUnavailable
 from rlhf_core.store import rlhf_home
 from rlhf_core.system.private import close_folder
 
-START_SECONDS = 180
-STOP_SECONDS = 45
+START_SECONDS = 300  # a busy machine
+STOP_SECONDS = 75  # the supervisor gives each of four services 15
 
 
 @dataclass

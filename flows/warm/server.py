@@ -91,19 +91,19 @@ class Server:
         with open(passed[0], encoding="utf-8") as file:
             request = json.load(file)
         environment: dict[str, str] = request["environment"]
-        if _read(environment) != _read(dict(os.environ)) or threading.active_count() > 1:
-            with contextlib.suppress(OSError):  # it was killed
-                client.sendall(b"0\n")
-        elif (pid := os.fork()) == 0:
+        engine = None
+        if _read(environment) == _read(dict(os.environ)) and threading.active_count() == 1:
+            with contextlib.suppress(OSError):  # no memory, or too many processes or open files
+                engine = _fork(client)
+        if engine is not None and engine.pid == 0:
             self._become(client, passed[1:], request["folder"])
             return environment
-        else:
-            engine = Engine(pid, os.pidfd_open(pid), client)
+        if engine is not None:
             for descriptor in (engine.pidfd, client.fileno()):
                 self.engines[descriptor] = engine
                 self._selector.register(descriptor, selectors.EVENT_READ)
-            with contextlib.suppress(OSError):
-                client.sendall(b"%d\n" % pid)
+        with contextlib.suppress(OSError):  # it was killed
+            client.sendall(b"%d\n" % (engine.pid if engine is not None else 0))
         for descriptor in passed[1:]:
             os.close(descriptor)
         return None
@@ -146,6 +146,18 @@ class Server:
             self._selector.unregister(engine.client)
             del self.engines[engine.client.fileno()]
             engine.client.close()
+
+
+def _fork(client: socket.socket) -> Engine:
+    """The engine of a client, in whose own process its id is 0. Raises OSError."""
+    if (pid := os.fork()) == 0:
+        return Engine(0, -1, client)
+    try:
+        return Engine(pid, os.pidfd_open(pid), client)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def _read(environment: dict[str, str]) -> dict[str, str]:

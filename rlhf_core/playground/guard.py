@@ -75,16 +75,29 @@ class Guard:
             await self.app(scope, receive, send)
 
     async def _login(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _whole(receive)  # before its turn: one that comes slowly holds up nobody
         address = (scope.get("client") or ("",))[0]
         turn = self._turns.setdefault(address, _Turn())
         turn.waiting += 1
         try:
             async with turn.lock:
-                await self.app(scope, receive, _slow_to_refuse(send))
+                await self.app(scope, body, _slow_to_refuse(send))
         finally:
             turn.waiting -= 1
             if not turn.waiting:
                 self._turns.pop(address, None)
+
+
+async def _whole(receive: Receive) -> Receive:
+    """Receives the messages of a whole request; gives them once more."""
+    messages = [await receive()]
+    while messages[-1].get("more_body"):
+        messages.append(await receive())
+
+    async def again() -> Message:
+        return messages.pop(0) if messages else await receive()
+
+    return again
 
 
 def _slow_to_refuse(send: Send) -> Send:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -32,6 +33,12 @@ def engine(name, **how):
         time.sleep(0.01)
     sys.exit(3)
 
+def pidfd_open(pid, really=os.pidfd_open):
+    if Path("full").exists():
+        raise OSError("too many open files")
+    return really(pid)
+
+os.pidfd_open = pidfd_open
 server.PRELOADED = ()
 runpy.run_module = engine
 server.main(Path(sys.argv[1]))
@@ -127,6 +134,25 @@ def test_client_that_is_killed_or_comes_as_the_worker_ends_leaves_other_engines_
     with pytest.raises(ConnectionResetError):  # it starts an engine of its own
         late.recv(1)
     late.close()
+    assert server.poll() is None and found.is_running()
+    asked.terminate()
+    asked.communicate(timeout=20)
+    assert asked.returncode == 7
+
+
+def test_server_that_can_have_no_more_files_refuses_and_goes_on(server, tmp_path):
+    asked = ask(tmp_path, "stop")
+    found = engine(tmp_path)
+    (tmp_path / "full").touch()
+    with socket.socket(socket.AF_UNIX) as refused, (tmp_path / "request").open("w+") as file:
+        refused.connect(str(tmp_path / "socket"))
+        environment = {**os.environ, "SAID": "hello", "WHAT": "end"}
+        json.dump({"environment": environment, "folder": str(tmp_path)}, file)
+        file.flush()
+        file.seek(0)
+        socket.send_fds(refused, [b"."], [file.fileno(), 0, 1, 2])
+        refused.settimeout(20)
+        assert refused.recv(10) == b"0\n"
     assert server.poll() is None and found.is_running()
     asked.terminate()
     asked.communicate(timeout=20)

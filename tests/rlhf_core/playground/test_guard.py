@@ -12,7 +12,12 @@ from rlhf_core.playground import guard
 
 
 async def behind(scope, receive, send):
-    right = scope["path"] != "/login" or b"right" in (await receive()).get("body", b"")
+    message = {"more_body": True}
+    body = b""
+    while message.get("more_body"):
+        message = await receive()
+        body += message.get("body", b"")
+    right = scope["path"] != "/login" or b"right" in body
     await send({"type": "http.response.start", "status": 200 if right else 400, "headers": []})
     await send({"type": "http.response.body", "body": b"hello"})
 
@@ -93,5 +98,26 @@ def test_wrong_passwords_wait_in_line_and_hold_up_nobody_else(monkeypatch):
         found = await asyncio.gather(*guesses)
         assert [s for s, _ in found] == [400] * 5 and max(t for _, t in found) - began >= 0.5
         assert app._turns == {}
+
+    asyncio.run(attack())
+
+
+def test_a_login_that_comes_slowly_holds_up_nobody_else_of_its_address():
+    async def attack():
+        app, go_on = guard.Guard(behind), asyncio.Event()
+
+        async def slowly():
+            yield b"ri"
+            await go_on.wait()
+            yield b"ght"
+
+        async with client(app, "10.0.0.66") as asking:
+            length = {"content-length": "5"}
+            slow = asyncio.create_task(asking.post("/login", content=slowly(), headers=length))
+            await asyncio.sleep(0.02)
+            other = await asyncio.wait_for(asking.post("/login", content=b"right"), 5)
+            assert not slow.done()
+            go_on.set()
+            assert (other.status_code, (await slow).status_code) == (200, 200)
 
     asyncio.run(attack())
