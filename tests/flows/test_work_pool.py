@@ -259,14 +259,14 @@ def test_place_and_time_come_from_the_queue_and_from_past_stages(queue):
 
     from tasks.launchers.queue import place_of, why_it_waits
 
-    client = queue._client
-    old, new = queue.pipeline("ada", 60), queue.pipeline("bob", 50)
-    second, first = queue.stage(new, "bob"), queue.stage(old, "ada")
+    client = queue._client  # authors of their own: those of other tests have runs in progress
+    old, new = queue.pipeline("dan", 60), queue.pipeline("fay", 50)
+    second, first = queue.stage(new, "fay"), queue.stage(old, "dan")
     place = place_of(client, client.read_flow_run(second))
     assert (place.place, place.of, place.seconds) == (2, 2, None), "nothing is known"
     assert place_of(client, client.read_flow_run(first)).seconds == 0.0, "nothing runs"
 
-    done = queue.stage(old, "ada")
+    done = queue.stage(old, "dan")
     begun = datetime.now(UTC) - timedelta(seconds=100)
     for kind, when in (("RUNNING", begun), ("COMPLETED", begun + timedelta(seconds=80))):
         state = State(type=StateType(kind), timestamp=when)

@@ -137,7 +137,7 @@ def test_full_disk_is_named_and_nothing_half_is_left(tmp_path: Path) -> None:
     if not may_mount(tmp_path):
         pytest.skip(NO_DISK)
     found = {line.split()[0]: line for line in lines_of(on_a_small_disk(tmp_path, 3, FULL))}
-    assert found["left"] == "left []"
+    assert found["left"] == "left ['reserve']"
     for name in ("publish", "pull", "fetch"):
         _, seconds, message = found[name].split(" ", 2)
         assert float(seconds) < LIMIT
