@@ -112,7 +112,8 @@ def test_run_is_visible_in_prefect(pipeline, without_torchrun):
     messages = logs_of(flow_run)
     assert "stub runs ppo" in messages  # from the ranks, through the launcher's thread
     assert any(m.startswith("ppo: done in") for m in messages)
-    artifacts = {a.key: a for a in client().read_artifacts()}
+    mine = (a for a in client().read_artifacts() if a.flow_run_id == flow_run.id)
+    artifacts = {a.key: a for a in mine}
     assert "data:image/png;base64," in artifacts["report"].data
     assert artifacts["progress-ppo"].data == 100
 
