@@ -5,15 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from rlhf_core.system.asgi import App, Message, Receive, Scope, Send, answer_json, replayed
 
 WRONG_PASSWORD_SECONDS = 1.0
 MAX_BODY_BYTES = 2**20
@@ -93,11 +87,7 @@ async def _whole(receive: Receive) -> Receive:
     messages = [await receive()]
     while messages[-1].get("more_body"):
         messages.append(await receive())
-
-    async def again() -> Message:
-        return messages.pop(0) if messages else await receive()
-
-    return again
+    return replayed(messages, receive)
 
 
 def _slow_to_refuse(send: Send) -> Send:
@@ -136,7 +126,4 @@ def _length(scope: Scope) -> int:
 
 
 async def _refuse(send: Send, status: int, text: str) -> None:
-    body = json.dumps({"detail": text}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await answer_json(send, status, json.dumps({"detail": text}).encode())

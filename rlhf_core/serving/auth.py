@@ -12,16 +12,12 @@ import contextlib
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Iterator
 from typing import Any
 
 from rlhf_core.data.encoding.templates import find_special_token
 from rlhf_core.serving.api_error import ApiError, unsupported
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from rlhf_core.system.asgi import App, Receive, Scope, Send, answer_json, replayed
 
 PUBLIC_PATHS = {"/health"}
 API_PATHS = {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses"}
@@ -64,7 +60,7 @@ class AuthMiddleware:
             try:
                 await self._answer(scope, receive, send)
             except ApiError as error:
-                await _respond(send, error.status, error.body)
+                await answer_json(send, error.status, error.body)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].rstrip("/")
@@ -78,14 +74,15 @@ class AuthMiddleware:
             raise ApiError("The API key is wrong or missing.", code="invalid_api_key", status=401)
         if path.startswith(MODEL_PATH):
             self._check_model(path.removeprefix(MODEL_PATH))
-            await _respond(send, 200, json.dumps(model_entry(self.name)).encode())
+            await answer_json(send, 200, json.dumps(model_entry(self.name)).encode())
         elif scope["method"] != "POST":
             await self.app({**scope, "path": path}, receive, send)
         else:
             body = await read_body(scope, receive)
             with contextlib.suppress(ValueError):  # the server reports malformed JSON
                 self._check(json.loads(body))
-            await self.app({**scope, "path": path}, _replayed(body, receive), send)
+            whole = {"type": "http.request", "body": body, "more_body": False}
+            await self.app({**scope, "path": path}, replayed([whole], receive), send)
 
     def _check(self, request: Any) -> None:
         """Raise ApiError for another model, a refused parameter or a message's special token."""
@@ -163,22 +160,3 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
     except TimeoutError as error:
         text = f"The request's body did not come within {BODY_SECONDS:g} seconds."
         raise ApiError(text, code="request_timeout", status=408) from error
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    sent = False
-
-    async def again() -> MutableMapping[str, Any]:
-        nonlocal sent
-        if sent:
-            return await receive()  # a disconnection
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
-
-
-async def _respond(send: Send, status: int, body: bytes) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
