@@ -39,11 +39,16 @@ def sync_folders(folders: Iterable[Path]) -> None:
             os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that readers see as it was or as it is now, also after a power cut."""
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file that readers see as it was or as it is now, also after a power cut.
+
+    Args:
+        mode: of the file, without the bits of the umask.
+    """
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        fresh.write_bytes(data)
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(data)
         sync_file(fresh)
         os.replace(fresh, path)
     finally:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 
+from rlhf_core.system.durable import write_whole
 from rlhf_core.system.home import rlhf_home
 
 
@@ -30,14 +28,4 @@ def close_folder(folder: Path) -> None:
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only this user can read: whole, or not at all, also after a crash."""
-    number, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with open(number, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
+    write_whole(path, text.encode(), mode=0o600)
