@@ -137,6 +137,12 @@ class EpochSettings(Settings):
     """How often an epoch may use a row (all_exhausted). Up to 4 epochs of the same data are nearly
     as good as new data (arXiv 2305.16264)."""
 
+    def describe(self) -> str:
+        """The rule in a sentence, for cards and reports."""
+        repeats = f", max_repeats {self.max_repeats}"
+        counts = self.stopping_strategy == "all_exhausted"
+        return f"Stopping strategy: {self.stopping_strategy}{repeats if counts else ''}."
+
 
 class Mixture(EpochSettings):
     """Several data sets in one. Settings of a data set beside `mix`, such as max_length, hold for

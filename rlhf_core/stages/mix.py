@@ -23,10 +23,4 @@ def run(job: MixJob, context: StageContext) -> Artifact | None:
     context.log(card.summary())
     if job.purpose != "pretrain":  # which counts packed sequences
         context.log(card.mixture.plan.describe([s.train for s in card.mixture.sources]))
-    metadata = {
-        "purpose": job.purpose,
-        "source": card.source,
-        "rows": {name: side.rows for name, side in card.splits.items()},
-        "metrics": {"read": card.read, "kept": card.kept, **card.dropped, **card.bad},
-    }
-    return context.publish(job, folder, metadata)
+    return context.publish(job, folder, card.metadata())

@@ -27,10 +27,4 @@ def run(job: DataJob, context: StageContext) -> Artifact | None:
         shown = ", ".join(f"{name} ({why})" for name, why in list(card.left_out.items())[:5])
         more = f", {len(card.left_out) - 5:,} more" if len(card.left_out) > 5 else ""
         context.log(f"left out of the source: {shown}{more}")
-    metadata = {
-        "purpose": job.purpose,
-        "source": job.source,
-        "rows": {name: side.rows for name, side in card.splits.items()},
-        "metrics": {"read": card.read, "kept": card.kept, **card.dropped, **card.bad},
-    }
-    return context.publish(job, folder, metadata)
+    return context.publish(job, folder, card.metadata())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rlhf_core.jobs.sources import EpochSettings
 from tasks.reporting.markdown import table
 from tasks.reporting.model_card import data_card
 from tasks.run import Run, StageResult
@@ -41,9 +42,8 @@ def _table(run: Run, digest: str, mixture: dict[str, Any]) -> str:
         shown = ["" if n is None else f"{n:,}" for n in numbers]
         values = [values.get(name) for values in measured.values()]
         rows.append([name, *shown, *("" if v is None else f"{v:.3f}" for v in values)])
-    rule = mixture["stopping_strategy"]
-    rule += f", max_repeats {mixture['max_repeats']}" if rule == "all_exhausted" else ""
-    return f"{table(rows)}\n\nStopping strategy: {rule}."
+    rule = EpochSettings(**{name: mixture[name] for name in EpochSettings.model_fields})
+    return f"{table(rows)}\n\n{rule.describe()}"
 
 
 def _metrics(result: StageResult) -> Iterator[tuple[str, dict[str, float]]]:

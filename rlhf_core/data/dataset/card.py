@@ -60,8 +60,12 @@ class MixtureCard:
     @property
     def plan(self) -> Plan:
         """The plan of the epochs."""
-        rule = EpochSettings(stopping_strategy=self.stopping_strategy, max_repeats=self.max_repeats)
-        return Plan({s.name: Share(weight=s.weight, rows=s.share) for s in self.sources}, rule)
+        shares = {s.name: Share(weight=s.weight, rows=s.share) for s in self.sources}
+        return Plan(shares, self._rule)
+
+    @property
+    def _rule(self) -> EpochSettings:
+        return EpochSettings(stopping_strategy=self.stopping_strategy, max_repeats=self.max_repeats)
 
     def markdown(self) -> list[str]:
         """A table of the sources, in lines of Markdown."""
@@ -80,9 +84,7 @@ class MixtureCard:
                 f"{source.tokens:,}", part, epoch,
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-        rule = self.stopping_strategy
-        rule += f", max_repeats {self.max_repeats}" if rule == "all_exhausted" else ""
-        return [*lines, "", f"Stopping strategy: {rule}."]
+        return [*lines, "", self._rule.describe()]
 
 
 @dataclass
@@ -143,6 +145,15 @@ class DataCard:
         parts += [f"{count:,} {reason}" for reason, count in {**self.dropped, **self.bad}.items()]
         sides = ", ".join(f"{name} {side.rows:,}" for name, side in self.splits.items())
         return f"{', '.join(parts)} ({sides})"
+
+    def metadata(self) -> dict[str, Any]:
+        """What the data set's artifact says of it."""
+        return {
+            "purpose": self.purpose,
+            "source": self.source,
+            "rows": {name: side.rows for name, side in self.splits.items()},
+            "metrics": {"read": self.read, "kept": self.kept, **self.dropped, **self.bad},
+        }
 
     def save(self, folder: Path) -> None:
         """Write card.json and card.md."""

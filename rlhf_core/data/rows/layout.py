@@ -74,11 +74,6 @@ class Layout:
     unread: tuple[str, ...] = ()
     doubtful: tuple[str, ...] = ()
 
-    @property
-    def has_prompt(self) -> bool:
-        """Whether there is a column with the prompt."""
-        return bool(self.conversation or self.instruction or self.prompt)
-
 
 def first_of(known: tuple[str, ...], has: frozenset[str]) -> str:
     """The first of some names that a row has; "" if it has none."""
