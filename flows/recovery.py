@@ -18,7 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 from prefect.states import Cancelled, Crashed
 
-from tasks.waiters import key_of, waiters
+from tasks.waiters import key_of, parent_of, waiters
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -71,7 +71,7 @@ def _end(client: Any, run: FlowRun) -> None:
 def _abandoned(client: Any, run: FlowRun) -> bool:
     """Whether a child's pipeline has ended, and no other one waits for the same job."""
     key = key_of(run.tags)
-    parent = next((t.removeprefix("parent:") for t in run.tags if t.startswith("parent:")), "")
+    parent = parent_of(run)
     if key is None or not parent or waiters(client, key):
         return False
     found = client.read_flow_runs(

@@ -45,7 +45,18 @@ def waiters(client: SyncPrefectClient, key: str) -> list[FlowRun]:
 
 def key_of(tags: list[str]) -> str | None:
     """The key of a child's job, by its tags."""
-    return next((t.removeprefix("job:") for t in tags if t.startswith("job:")), None)
+    return tagged(tags, "job")
+
+
+def parent_of(child: FlowRun) -> str:
+    """Id of the pipeline that has started a child run, by its tags; "" if there is none."""
+    return tagged(child.tags, "parent") or ""
+
+
+def tagged(tags: list[str], name: str) -> str | None:
+    """The value of the tag NAME:VALUE; None without one."""
+    start = f"{name}:"
+    return next((tag.removeprefix(start) for tag in tags if tag.startswith(start)), None)
 
 
 def _name(key: str) -> str:

@@ -26,7 +26,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from rlhf_core.errors import JobFailed
 from rlhf_core.jobs import Priority, WorkPoolLauncher
 from tasks.launchers.base import LineSink, ProgressSink
-from tasks.waiters import AUTHOR
+from tasks.waiters import AUTHOR, tagged
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -139,7 +139,7 @@ def place_of(client: SyncPrefectClient, run: FlowRun) -> Waiting:
 
 def stage_of(run: FlowRun) -> str:
     """The stage of a child run, by its tags."""
-    return next((t.removeprefix("stage:") for t in run.tags if t.startswith("stage:")), "")
+    return tagged(run.tags, "stage") or ""
 
 
 def _elapsed(run: FlowRun) -> float:

@@ -33,7 +33,7 @@ from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.child_logs import Logs
 from tasks.launchers.failures import category_of
 from tasks.launchers.queue import QUEUES, Waits, is_first, queue_name, turn
-from tasks.waiters import declare_dead, lives, mark_waiting, waiters
+from tasks.waiters import declare_dead, lives, mark_waiting, parent_of, waiters
 from tasks.watch import declared_dead
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class WorkPool:
                 idempotency_key=f"{key}:{len(earlier)}",
             )
         )
-        return child, _parent_of(child) == parent  # another pipeline may have been faster
+        return child, parent_of(child) == parent  # another pipeline may have been faster
 
     def _turn(self, launch: Launch) -> tuple[datetime | None, str | None]:
         """When a child is due, and in which queue; None for a caller that is no flow run."""
@@ -283,10 +283,6 @@ def _own_id() -> UUID | None:
 def _task_run_id() -> UUID | None:
     text = runtime.task_run.id
     return UUID(str(text)) if text else None
-
-
-def _parent_of(child: FlowRun) -> str:
-    return next((t.removeprefix("parent:") for t in child.tags if t.startswith("parent:")), "")
 
 
 def _outcomes(launch: Launch) -> list[Outcome] | None:

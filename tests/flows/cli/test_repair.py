@@ -2,19 +2,10 @@
 
 import json
 
-import pytest
 from typer.testing import CliRunner
 
 from flows.cli.main import app
-from rlhf_core.store import open_store, registry
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("RLHF_STORE", str(tmp_path / "store"))
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    return open_store()
+from rlhf_core.store import registry
 
 
 def command(*arguments):
