@@ -27,7 +27,7 @@ STATUS_PAGES = {
 PATHS = (
     "/", "/ui/index.html", "/cluster/status", "/status", "/healthz", "/metrics", "/dir/assign",
     "/dir/lookup?volumeId=1", "/dir/status", "/vol/grow?count=1", "/submit", "/buckets/",
-    f"/buckets/{BUCKET}/", f"/buckets/{BUCKET}/a.txt", f"/{BUCKET}/", f"/{BUCKET}/a.txt",
+    f"/buckets/{BUCKET}/", f"/buckets/{BUCKET}/secret.txt", f"/{BUCKET}/", f"/{BUCKET}/secret.txt",
     "/1,0123456789", "/.tus/x", "/debug/pprof/",
 )  # fmt: skip
 
@@ -39,7 +39,7 @@ def client(seaweed):
         aws_access_key_id=seaweed.keys["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=seaweed.keys["AWS_SECRET_ACCESS_KEY"],
     )  # fmt: skip
-    found.put_object(Bucket=BUCKET, Key="a.txt", Body=b"confidential" * 100)
+    found.put_object(Bucket=BUCKET, Key="secret.txt", Body=b"confidential" * 100)
     return found
 
 
@@ -75,10 +75,10 @@ def test_http_without_keys_is_refused_on_every_port(seaweed, client):
         if reply.status not in (400, 401, 403, 404, 405):
             answered.add((name.removesuffix(".port"), path))
     assert answered <= STATUS_PAGES
-    assert client.get_object(Bucket=BUCKET, Key="a.txt")["ContentLength"] == 1200
-    assert [o["Key"] for o in client.list_objects_v2(Bucket=BUCKET, Prefix="a")["Contents"]] == [
-        "a.txt"
-    ]
+    assert client.get_object(Bucket=BUCKET, Key="secret.txt")["ContentLength"] == 1200
+    assert [
+        o["Key"] for o in client.list_objects_v2(Bucket=BUCKET, Prefix="secret")["Contents"]
+    ] == ["secret.txt"]
 
 
 @pytest.mark.parametrize("part", ["s3", "master", "filer", "volume", "admin"])
