@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import RETRYABLE, JobFailed, StoreError
-from rlhf_core.jobs import Job
+from rlhf_core.jobs import Job, Resources
 from rlhf_core.runtime import candidates
 from rlhf_core.store import Artifact
 from tasks import assets, out_of_memory
@@ -66,9 +66,9 @@ def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str
         priority=run.config.priority,
         author=run.config.author or run.config.name,
     )
-    ranks = next(iter(jobs.values())).placement().ranks
-    torchrun = next(iter(jobs.values())).torchrun
-    log_event(log, "start", stage, f"starting ({ranks} ranks)" if torchrun else "starting")
+    first = next(iter(jobs.values()))
+    size = f" ({_size(first.placement())})" if first.torchrun else ""
+    log_event(log, "start", stage, f"starting{size}")
     shown = Progress(stage, log)
 
     def progress(line: dict[str, Any]) -> None:
@@ -91,6 +91,11 @@ def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str
     for job in jobs.values():
         out_of_memory.forget(run.store, job)
     return {name: run.store.get(o.artifact) for name, o in zip(jobs, outcomes, strict=True)}
+
+
+def _size(resources: Resources) -> str:
+    ranks = f"{resources.ranks} ranks"
+    return ranks if resources.nodes == 1 else f"{resources.nodes} nodes, {ranks} each"
 
 
 def _with_candidate(run: Run, jobs: Mapping[str, Job], error: JobFailed) -> JobFailed:

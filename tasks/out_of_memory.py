@@ -83,7 +83,7 @@ def _half(job: Job, size: int) -> int | None:
     if not hasattr(job, "resources"):
         return None
     share = getattr(job, "batch_size", 0) // getattr(job, "minibatches", 1)
-    share //= job.placement().ranks
+    share //= job.placement().world_size
     size = min(size, share) if share else size
     size //= 2
     while size > 1 and share % size:

@@ -93,8 +93,10 @@ class Resources(Settings):
         "store_patience": "store_timeout",
     }
 
+    nodes: PositiveInt = 1
+    """Number of machines. More than one needs a launcher of a cluster."""
     ranks: PositiveInt = 1
-    """Number of training processes, one per GPU. On a CPU they share the cores."""
+    """Number of training processes on each node, one per GPU. On a CPU they share the cores."""
     strategy: Strategy = "ddp"
     """How model and optimizer are spread over the ranks. ddp: whole on each rank. zero1, zero2,
     zero2_cpu: ColossalAI's ZeRO, which shards the optimizer, and gradients from zero2 on. fsdp2:
@@ -107,7 +109,7 @@ class Resources(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the ranks. auto: GPUs if there are any, else the CPU."""
     threads: PositiveInt | None = None
-    """CPU threads per rank. Empty: the machine's cores divided by the ranks."""
+    """CPU threads per rank. Empty: the machine's cores divided by its ranks."""
     fast_paths: bool = True
     """Use this project's faster equivalents of transformers' code (rows without padding, shared
     layers, decoding). false runs transformers' own code everywhere: to find out whether a fault
@@ -125,6 +127,11 @@ class Resources(Settings):
     store_timeout: Annotated[int, Field(ge=0, le=LARGEST)] = 900
     """Seconds that a finished stage waits for an unreachable store. Uploads of checkpoints are
     retried for as long as training goes on."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all nodes."""
+        return self.nodes * self.ranks
 
     @field_validator("strategy", mode="before")
     @classmethod

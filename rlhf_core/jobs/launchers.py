@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf_core.jobs.base import LARGEST, Settings
+from rlhf_core.jobs.base import LARGEST, Resources, Settings
 
 Priority = Literal["high", "normal", "low"]
 
 
-class LocalLauncher(Settings):
+class LauncherSettings(Settings):
+    """Base of the launchers."""
+
+    several_nodes: ClassVar[bool] = False  # whether a stage may run on more than one
+
+    @classmethod
+    def nodes_problem(cls, resources: Resources, setting: str) -> str | None:
+        """Why a stage cannot run on as many nodes as it asks for; None if it can."""
+        if cls.several_nodes or resources.nodes == 1:
+            return None
+        kind = cls.model_fields["type"].default
+        return (
+            f"{setting}.nodes is {resources.nodes}, but launcher.type is {kind}, which runs a "
+            "stage on one machine; set nodes to 1, or launcher.type to slurm or kubernetes"
+        )
+
+
+class LocalLauncher(LauncherSettings):
     """Runs a stage with torchrun on this machine, as a child of the flow's process."""
 
     type: Literal["local"] = "local"
     """Type of the launcher."""
 
 
-class WorkPoolLauncher(Settings):
+class WorkPoolLauncher(LauncherSettings):
     """Runs a stage as a flow run of its own on a GPU work pool. Pipeline and worker share the
     store, no disk."""
 

@@ -34,6 +34,7 @@ from rlhf_core.preflight.settings import (
     check_batches,
     check_data_settings,
     check_lengths,
+    check_nodes,
     check_placements,
     check_training,
 )
@@ -92,7 +93,7 @@ def check(
         problems += _check_lm_eval(config.lm_eval, here)
     if here:
         problems += check_placements(config, machine)
-    problems += check_batches(config)
+    problems += check_nodes(config) + check_batches(config)
     problems += check_rollouts(config, packages=contact and here)
     if here:
         problems += check_training(config, shape, machine)

@@ -122,7 +122,7 @@ def ways_to_fit(
     names = ["zero1", "zero2", "fsdp2"] + (["zero2_cpu"] if device == "cuda" else [])
     for name in [] if quantization else names:
         spread = saving.model_copy(update={"strategy": name})
-        if name != resources.strategy and resources.ranks > 1 and fits(settings, spread):
+        if name != resources.strategy and resources.world_size > 1 and fits(settings, spread):
             ways.append(f"strategy {name} with gradient_checkpointing true")
             break
     if settings.trainable_layers is not None:

@@ -106,7 +106,7 @@ def estimate(
     predicted = 0 if scalar else tokens // max_length * reply
     parts["working memory"] = plan.working(tokens, max_length, models, predicted)
     if samples:  # a rollout keeps no activations
-        rollout = plan.rollout(-(-most_replies(settings) // resources.ranks), max_length)
+        rollout = plan.rollout(-(-most_replies(settings) // resources.world_size), max_length)
         parts["rollout"] = max(0, rollout - kept - parts["working memory"])
         engine = getattr(settings, "rollout", None)
         if isinstance(engine, VllmRollout) and device == "cpu":  # on a GPU it sleeps meanwhile

@@ -129,6 +129,20 @@ def check_placements(config: PipelineConfig, machine: Machine) -> list[str]:
     for name, resources in placements(config).items():
         for text in _judge(resources, machine, name in config.stages):
             alike.setdefault(text, []).append(name)
+    return _of_stages(alike)
+
+
+def check_nodes(config: PipelineConfig) -> list[str]:
+    """Stages on more nodes than the launcher has."""
+    alike: dict[str, list[str]] = {}
+    for name, resources in placements(config).items():
+        if text := config.launcher.nodes_problem(resources, "{}"):
+            alike.setdefault(text.replace(", but", " (for {}), but", 1), []).append(name)
+    return _of_stages(alike)
+
+
+def _of_stages(alike: Mapping[str, list[str]]) -> list[str]:
+    """Texts with two placeholders, see `_judge`, each for the stages that have the problem."""
     return [
         text.format("resources" if len(names) > 1 else f"{names[0]}.resources", ", ".join(names))
         for text, names in alike.items()
@@ -173,7 +187,7 @@ def check_batches(config: PipelineConfig) -> list[str]:
     """Batch sizes that are not divisible by minibatches, ranks or micro-batches."""
     problems = []
     for stage, settings, resources, _ in trained_stages(config):
-        ranks, micro = resources.ranks, resources.micro_batch_size
+        ranks, micro = resources.world_size, resources.micro_batch_size
         group = getattr(settings, "group_size", 1)
         batch, what = settings.batch_size * group, f"{stage}.batch_size is {settings.batch_size}"
         if group > 1:

@@ -76,7 +76,7 @@ class Plan:
 
     def states(self, parameters: int) -> dict[str, int]:
         """Weights, gradients and optimizer states of one trained model."""
-        trained, c, n = self.trained(parameters), self.width, self.resources.ranks
+        trained, c, n = self.trained(parameters), self.width, self.resources.world_size
         # Adapters are additional weights; trainable layers are part of the model's.
         frozen = parameters if self.settings.lora is not None else max(0, parameters - trained)
         kind, half = self.resources.strategy, c == 2
@@ -127,14 +127,14 @@ class Plan:
         reward = judges * shape.backbone_parameters
         if self.settings.lora is not None:  # the reference is the policy without its adapters
             if sharded:
-                return self.width * reward // self.resources.ranks
+                return self.width * reward // self.resources.world_size
             return self.frozen(reward)
         c = 4 if self.resources.strategy == "ddp" else self.width
         count = shape.parameters + reward
         if self.settings.trainable_layers is not None and c == 4:
             # The policy holds the lower layers for reference, critic and reward model too.
             count -= (models + judges) * (shape.parameters - self.trained(shape.parameters))
-        return c * count // (self.resources.ranks if sharded else 1)
+        return c * count // (self.resources.world_size if sharded else 1)
 
     def gathered(self, *, layers: bool) -> int:
         """fsdp2: what is whole on each rank during a pass: embedding, head and last norm.
@@ -178,7 +178,7 @@ class Plan:
             copies = 3 if tied and predicted else 1
             moments.append(copies * gradient + (4 * weight if kind == "fsdp2" else 0) - kept)
         if kind in ("zero1", "zero2") and c == 2:  # the step: a shard of the gradient in fp32
-            shard = models * self.trained(shape.parameters) // self.resources.ranks
+            shard = models * self.trained(shape.parameters) // self.resources.world_size
             moments.append(4 * shard - kept)
         if kind.startswith("zero") and whole:
             moments[0] += 2 * c * _BUCKET
@@ -206,7 +206,7 @@ class Plan:
         loaded = width * shape.parameters  # a model at a time
         if self.quantization is not None:  # quantised layer by layer
             loaded = self.frozen_width * shape.embedding_parameters
-        offloaded = 16 * trained // self.resources.ranks if kind == "zero2_cpu" else 0
+        offloaded = 16 * trained // self.resources.world_size if kind == "zero2_cpu" else 0
         each = 0 if kind == "fsdp2" else loaded
         if kind == "fsdp2":  # rank 0 alone loads, all that is trained
             loaded *= models

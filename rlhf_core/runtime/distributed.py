@@ -70,9 +70,10 @@ class Group:
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         # On GPUs too. A forked process makes its thread pool anew at the first call: autograd's
         # threads, one for each GPU, would do so at once, and torch then ends the process.
-        torch.set_num_threads(resources.threads or max(1, cpu_cores() // self.size))
+        torch.set_num_threads(resources.threads or max(1, cpu_cores() // on_this_node))
 
     def sum(self, values: Tensor | Sequence[float]) -> Tensor:
         """Elementwise sum over the ranks, fp64, on the CPU."""

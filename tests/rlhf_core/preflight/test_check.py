@@ -125,6 +125,25 @@ def test_more_ranks_than_gpus() -> None:
     assert "at most 4" in problem
 
 
+def test_nodes_that_the_launcher_does_not_have() -> None:
+    problem = only_problem(resources={"nodes": 2})
+    assert problem == (
+        "resources.nodes is 2 (for sft, data.preference, reward, ppo, evaluate), but launcher.type "
+        "is local, which runs a stage on one machine; set nodes to 1, or launcher.type to slurm or "
+        "kubernetes"
+    )
+    pool = {"type": "work_pool"}
+    problem = only_problem(launcher=pool, sft={"resources": {"nodes": 4, "micro_batch_size": 8}})
+    assert problem.startswith("sft.resources.nodes is 4 (for sft), but launcher.type is work_pool")
+
+
+def test_batch_is_shared_by_the_ranks_of_all_nodes() -> None:
+    place = {"nodes": 3, "ranks": 2, "micro_batch_size": 4}
+    problems = dry_run(config(sft={"batch_size": 16, "resources": place}))
+    assert any("which 6 ranks do not share evenly" in text for text in problems)
+    assert len(dry_run(config(sft={"batch_size": 24, "resources": place}))) == 1
+
+
 def test_gpus_that_are_not_there() -> None:
     assert "sft.resources.device is cuda" in only_problem(sft={"resources": {"device": "cuda"}})
 

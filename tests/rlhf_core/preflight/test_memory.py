@@ -93,11 +93,11 @@ def test_config_without_sizes_is_named() -> None:
 def test_states_follow_the_table(
     strategy: str, weights: float, gradients: float, optimizer: float
 ) -> None:
-    """Bytes per parameter on four ranks in bf16; buckets and gathered layers come on top.
+    """Bytes per parameter on 2 nodes of 2 ranks in bf16; buckets and gathered layers come on top.
 
     LLaMA 7B's embedding and head are 4 % of it, and are not cast by autocast.
     """
-    place = Resources(ranks=4, strategy=strategy)  # type: ignore[arg-type]
+    place = Resources(nodes=2, ranks=2, strategy=strategy)  # type: ignore[arg-type]
     parts = estimate(LLAMA_7B, SFTSettings(), place, "sft").parts
     count = read_shape(LLAMA_7B).parameters
     assert parts["weights"] / count == pytest.approx(weights, abs=0.08)
