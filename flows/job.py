@@ -8,7 +8,7 @@ from prefect import flow, runtime
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.logging.handlers import APILogHandler
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 from prefect.utilities.urls import url_for
 
 from rlhf_core.errors import JobFailed, RLHFError
@@ -17,10 +17,9 @@ from rlhf_core.preflight.settings import check_placement
 from rlhf_core.store import open_store
 from rlhf_core.system.machine import this_machine
 from rlhf_core.system.private import private_folder
-from rlhf_core.system.secrets import redact
 from tasks.events import log_event, tidy_logs
+from tasks.flow_runs import failed
 from tasks.launchers import Launch, LocalTorchrun
-from tasks.launchers.failures import state_name
 from tasks.progress import Lines, Progress
 from tasks.watch import stop_when_cancelled
 
@@ -58,10 +57,10 @@ def rlhf_job(
             )
             outcomes = LocalTorchrun().run(launch, Lines(stage, log), Progress(stage, log))
         except RLHFError as error:
-            text = redact(str(error))
-            log.error("%s", text)
+            state = failed(error)
+            log.error("%s", state.message)
             APILogHandler().flush()
-            return Failed(name=state_name(error.category), message=text)
+            return state
     # The server has all log records before the state at which the parent stops reading them.
     APILogHandler().flush()
     return Completed(message=", ".join(f"{o.kind}/{o.artifact[:12]}" for o in outcomes))

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 from prefect.states import Cancelled, Crashed
 
+from tasks.flow_runs import IN_PROGRESS, of_states, read_all
 from tasks.waiters import key_of, parent_of, waiters
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
-IN_PROGRESS = ["RUNNING", "PENDING", "CANCELLING"]
 NO_PROCESS = "its process is gone, it ended with the system or the worker that had started it"
 
 
@@ -44,14 +43,14 @@ def recover(pools: dict[str, str]) -> list[FlowRun]:
             w.status == "ONLINE" and w.name != worker
             for w in client.read_workers_for_work_pool(pool)
         )
-        for run in _runs(client, pool, IN_PROGRESS):
+        for run in of_states(client, IN_PROGRESS, pool):
             started_by = run.labels.get("prefect.worker.name")
             ours = started_by == worker or (started_by is None and alone)
             if ours and str(run.id) not in alive:
                 _end(client, run)
                 ended.append(run)
     for pool in pools:
-        for run in _runs(client, pool, ["SCHEDULED"]):
+        for run in of_states(client, ["SCHEDULED"], pool):
             if _abandoned(client, run):
                 message = "no pipeline waits for it any more"
                 client.set_flow_run_state(run.id, Cancelled(message=message), force=True)
@@ -74,24 +73,8 @@ def _abandoned(client: Any, run: FlowRun) -> bool:
     parent = parent_of(run)
     if key is None or not parent or waiters(client, key):
         return False
-    found = client.read_flow_runs(
-        flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [parent]}})
-    )
+    found = read_all(client, {"id": {"any_": [parent]}})
     return all(pipeline.state is None or pipeline.state.is_final() for pipeline in found)
-
-
-def _runs(client: Any, pool: str, states: list[str]) -> list[FlowRun]:
-    found: list[FlowRun] = []
-    while True:
-        page = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": states}}}),
-            work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [pool]}}),
-            limit=200,
-            offset=len(found),
-        )
-        found += page
-        if len(page) < 200:
-            return found
 
 
 def _runs_with_a_process() -> set[str]:

@@ -9,18 +9,17 @@ from typing import Any, Literal
 from prefect import flow, runtime
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 
 from flows import approval, server
 from rlhf_core.errors import GateFailed, JobFailed, RewardHacked, RLHFError
 from rlhf_core.jobs import PipelineConfig, TrainingStage
 from rlhf_core.pipeline import recipe
-from rlhf_core.system.secrets import redact
 from tasks import stages
 from tasks.events import log_event, tidy_logs
+from tasks.flow_runs import failed
 from tasks.gates import check_evaluation
 from tasks.launchers import launcher_for
-from tasks.launchers.failures import state_name
 from tasks.promotion import promotion_of
 from tasks.publish import compare_with_champion, keep_candidate, keep_last_good_policy, publish
 from tasks.reporting.curves import prepare
@@ -58,9 +57,7 @@ def ending(body: Callable[..., Returned], *arguments: Any) -> Returned:
     try:
         return body(*arguments)
     except RLHFError as error:
-        name, text = state_name(error.category), redact(str(error))
-        failed: State[dict[str, Any]] = Failed(name=name, message=text, data=error)
-        return failed
+        return failed(error)
 
 
 def run_pipeline(config: PipelineConfig, until: Stage = "publish") -> Returned:

@@ -11,8 +11,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import Crashed
+
+from tasks.flow_runs import read_all
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -40,7 +41,7 @@ def mark_waiting(
 def waiters(client: SyncPrefectClient, key: str) -> list[FlowRun]:
     """The running pipelines that wait for the job with this key."""
     wanted = {"tags": {"all_": [_name(key)]}, "state": {"type": {"any_": ["RUNNING"]}}}
-    return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted), limit=200)
+    return read_all(client, wanted)
 
 
 def key_of(tags: list[str]) -> str | None:

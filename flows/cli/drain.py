@@ -49,9 +49,10 @@ def before_down(wait: bool) -> None:
 
 def pipelines_in_progress(client: Any) -> list[FlowRun]:
     """Running flow runs that are no stage of another one, oldest first."""
+    from tasks.flow_runs import IN_PROGRESS, of_states
     from tasks.waiters import key_of
 
-    return [run for run in reversed(_in_progress(client)) if key_of(run.tags) is None]
+    return [run for run in reversed(of_states(client, IN_PROGRESS)) if key_of(run.tags) is None]
 
 
 def on_a_worker(run: FlowRun) -> bool:
@@ -68,11 +69,12 @@ def drain(client: Any) -> list[FlowRun]:
     from prefect.exceptions import ObjectNotFound
     from prefect.states import Cancelling, Crashed
 
+    from tasks.flow_runs import IN_PROGRESS, of_states
     from tasks.waiters import key_of
 
     stopped: dict[Any, FlowRun] = {}
     deadline = time.monotonic() + DRAIN_SECONDS
-    while left := [run for run in _in_progress(client) if on_a_worker(run)]:
+    while left := [run for run in of_states(client, IN_PROGRESS) if on_a_worker(run)]:
         if time.monotonic() > deadline:
             return left
         for run in left:
@@ -89,13 +91,3 @@ def drain(client: Any) -> list[FlowRun]:
                 text = f"by `rlhf down`, at a checkpoint; `rlhf retry {str(run.id)[:8]}` goes on"
                 client.set_flow_run_state(run.id, Crashed(name=STOPPED, message=text), force=True)
     return []
-
-
-def _in_progress(client: Any) -> list[FlowRun]:
-    from prefect.client.schemas.filters import FlowRunFilter
-
-    states = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
-    found: list[FlowRun] = client.read_flow_runs(
-        flow_run_filter=FlowRunFilter.model_validate({"state": states}), limit=200
-    )
-    return found

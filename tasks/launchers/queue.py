@@ -13,18 +13,19 @@ import contextlib
 import heapq
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import httpx
-from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 
 from rlhf_core.errors import JobFailed
 from rlhf_core.jobs import Priority, WorkPoolLauncher
+from tasks.flow_runs import IN_PROGRESS, of_states, read_all
 from tasks.launchers.base import LineSink, ProgressSink
 from tasks.waiters import AUTHOR, tagged
 
@@ -52,7 +53,7 @@ def queue_name(priority: Priority, first: bool) -> str:
 def is_first(client: SyncPrefectClient, pipeline: FlowRun, author: str) -> bool:
     """Whether no older pipeline of this author is running."""
     wanted = {"tags": {"all_": [f"{AUTHOR}{author}"]}, "state": {"type": {"any_": ["RUNNING"]}}}
-    running = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
+    running = read_all(client, wanted)
     own = (turn(pipeline), str(pipeline.id))
     return not any((turn(r), str(r.id)) < own for r in running)
 
@@ -120,9 +121,9 @@ def place_of(client: SyncPrefectClient, run: FlowRun) -> Waiting:
         return priorities.get(r.work_queue_name or "", 0), due
 
     now = datetime.now(UTC) + timedelta(seconds=10)
-    scheduled = _runs(client, pool, ["SCHEDULED"])
+    scheduled = of_states(client, ["SCHEDULED"], pool)
     queued = sorted((r for r in scheduled if order(r)[1] <= now), key=order)
-    running = _runs(client, pool, ["RUNNING", "PENDING", "CANCELLING"])
+    running = of_states(client, IN_PROGRESS, pool)
     ids = [r.id for r in queued]
     before = ids.index(run.id) if run.id in ids else 0
     ahead = queued[:before]
@@ -159,14 +160,6 @@ def _past(client: SyncPrefectClient, stages: Iterable[str]) -> Mapping[str, floa
         if runs:
             found[stage] = statistics.median(r.total_run_time.total_seconds() for r in runs)
     return found
-
-
-def _runs(client: SyncPrefectClient, pool: str, states: Sequence[str]) -> list[FlowRun]:
-    return client.read_flow_runs(
-        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": states}}}),
-        work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [pool]}}),
-        limit=200,
-    )
 
 
 # --------------------------------------------------------------------------- reports
@@ -221,6 +214,6 @@ def why_it_waits(client: Any, run: FlowRun) -> str:
         return f"no worker of pool {pool} is online; start one: prefect worker start --pool {pool}"
     if run.state is not None and run.state.is_pending():
         return f"a worker of pool {pool} is starting it"
-    busy: dict[UUID, str] = {r.id: r.name for r in _runs(client, pool, ["RUNNING", "PENDING"])}
+    busy: dict[UUID, str] = {r.id: r.name for r in of_states(client, ["RUNNING", "PENDING"], pool)}
     names = ", ".join(list(busy.values())[:3]) + (f" and {len(busy) - 3} more" * (len(busy) > 3))
     return f"{place_of(client, run)}" + (f"; running: {names}" if busy else "")

@@ -20,8 +20,6 @@ from uuid import UUID
 import httpx
 from prefect import runtime
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
-from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling, Scheduled
 
@@ -29,6 +27,7 @@ from rlhf_core.errors import ConfigError, JobFailed
 from rlhf_core.jobs import Job, WorkPoolLauncher
 from rlhf_core.store import open_store
 from tasks.events import parse_progress
+from tasks.flow_runs import read_all
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.child_logs import Logs
 from tasks.launchers.failures import category_of
@@ -186,11 +185,7 @@ class WorkPool:
             time.sleep(0.2)
 
     def _children(self, key: str) -> list[FlowRun]:
-        return self._client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[f"job:{key}"])),
-            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-            limit=200,
-        )
+        return read_all(self._client, {"tags": {"all_": [f"job:{key}"]}})
 
     # ------------------------------------------------------------------ follow
 

@@ -253,6 +253,18 @@ def test_stage_moves_up_when_its_pipeline_is_the_oldest_of_its_author(queue):
     assert again.work_queue_name == "default"
 
 
+def test_queue_of_more_runs_than_the_server_gives_at_once_is_read_to_its_end(queue, monkeypatch):
+    from tasks import flow_runs
+    from tasks.launchers.queue import place_of
+
+    monkeypatch.setattr(flow_runs, "PAGE", 2)
+    own = queue.pipeline("gil", 60)
+    stages = [queue.stage(own, "gil") for _ in range(4)]
+    found = flow_runs.of_states(queue._client, ["SCHEDULED"], queue.pool)
+    assert {run.id for run in found} == set(stages)
+    assert place_of(queue._client, found[0]).of == 4
+
+
 def test_place_and_time_come_from_the_queue_and_from_past_stages(queue):
     from prefect.client.schemas.objects import StateType
     from prefect.states import State
