@@ -74,7 +74,7 @@ def _record(store: Store, job: Job) -> dict[str, Any] | None:
     if not hasattr(job, "resources"):
         return None
     found = store.read_record(_path(job))
-    same = found is not None and found["placement"] == job.placement().model_dump(mode="json")
+    same = found is not None and found.get("placement") == job.placement().model_dump(mode="json")
     return found if same else None
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from flows.cli.lookup import read_runs
 from rlhf_core.store import open_store
 
 HEAD = (
@@ -65,8 +66,7 @@ def run(
     if subprocess.run([*command, "--store", store], stdout=sys.stderr).returncode:
         return None
     opened = open_store(store)
-    records = (opened.read_record(path) for path in opened.list_records("runs/"))
-    newest = max((r for r in records if r and r["name"] == label), key=lambda r: r["started"])
+    newest = next(record for record in read_runs(opened) if record["name"] == label)
     numbers: dict[str, Any] = newest["stages"]["evaluate"]["metrics"]
     return numbers
 

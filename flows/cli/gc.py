@@ -73,7 +73,7 @@ def digests_in_use(store: Store, young: timedelta, archived: int) -> Iterator[st
         young: runs that were active within it are kept.
         archived: archived versions of each model to keep.
     """
-    from flows.cli.lookup import read_runs
+    from flows.cli.lookup import run_records
     from rlhf_core.store.registry import kept_digests
 
     yield from kept_digests(store, archived)
@@ -81,7 +81,7 @@ def digests_in_use(store: Store, young: timedelta, archived: int) -> Iterator[st
         for path in store.list_records(prefix):
             yield from digests_of(store, store.read_record(path) or {})
     now = datetime.now(UTC)
-    for run in read_runs(store):
+    for run in run_records(store).values():
         # A run that has not ended counts whatever its age: it may wait for an approval.
         if run.get("state") not in FINISHED or now - _last_active(run) <= young:
             yield from digests_of(store, run)

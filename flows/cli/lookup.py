@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import socket
 from typing import Any
 
 import psutil
+from pydantic import BaseModel, ValidationError
 
 from rlhf_core.errors import ArtifactNotFound
 from rlhf_core.store import Artifact, Store, registry
+from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
+from rlhf_core.system.printable import printable
+
+log = logging.getLogger("rlhf")
 
 MODEL_KINDS = ("model", "published")
 DIGEST = re.compile(r"([a-z0-9._-]+/)?[0-9a-f]{6,64}")
@@ -39,14 +45,56 @@ def elsewhere(store: Store) -> str:
     )
 
 
-def read_runs(store: Store) -> list[dict[str, Any]]:
-    """The records of all runs, newest first. A run whose process is gone has the state "died"."""
-    records = [store.read_record(path) for path in store.list_records("runs/")]
-    runs = [record for record in records if record is not None]
-    for run in runs:
+class _Stage(BaseModel):
+    digest: str
+    kind: str
+    reused: bool = False
+    seconds: float = 0.0
+    work: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+
+
+class _RunRecord(BaseModel):
+    """What commands rely on in a run's record; `tasks.run.Run` writes it."""
+
+    id: str
+    name: str
+    state: str
+    started: str
+    error: str | None = None
+    waiting: str | None = None
+    config: dict[str, Any] | None = None
+    stages: dict[str, _Stage] | None = None
+
+
+def run_records(store: Store) -> dict[str, dict[str, Any]]:
+    """The records below runs/ by their paths, whatever is in them. A run whose process is gone has
+    the state "died"."""
+    paths = store.list_records("runs/")
+    records = in_parallel(store.read_record, paths, REQUESTS_AT_ONCE)
+    found = {
+        path: record for path, record in zip(paths, records, strict=True) if record is not None
+    }
+    for run in found.values():
         if run.get("state") == "running" and not _alive(run):
             run["state"] = "died"
-    return sorted(runs, key=lambda run: str(run.get("started")), reverse=True)
+    return found
+
+
+def read_runs(store: Store) -> list[dict[str, Any]]:
+    """The records of all runs, newest first. What is no record of a run is named and left out."""
+    runs = []
+    for path, record in run_records(store).items():
+        try:
+            _RunRecord.model_validate(record)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            text = f"record {path} in {store.url} is left out, it is none of a run: {where}: "
+            log.warning("%s", printable(text + first["msg"]))
+        else:
+            runs.append(record)
+    return sorted(runs, key=lambda run: str(run["started"]), reverse=True)
 
 
 def _alive(run: dict[str, Any]) -> bool:

@@ -127,6 +127,8 @@ def _published(store: Store) -> tuple[Any, ...]:
 
 def _reward_models(record: dict[str, Any]) -> RewardModels | None:
     """A run's reward models, trained by the run or imported."""
+    from pydantic import ValidationError
+
     from rlhf_core.jobs.ensemble import CombineSettings
     from rlhf_core.playground.catalogue import RewardModels
 
@@ -140,4 +142,7 @@ def _reward_models(record: dict[str, Any]) -> RewardModels | None:
         return None
     settings = config.get("reward") or {}
     how = {name: settings[name] for name in CombineSettings.model_fields if name in settings}
-    return RewardModels(tuple(found), CombineSettings(**how))
+    try:
+        return RewardModels(tuple(found), CombineSettings(**how))
+    except ValidationError:  # another version's: its replies get no scores
+        return None

@@ -125,7 +125,7 @@ def delete(
 
 def references(store: Store, digests: Iterable[str]) -> dict[str, list[tuple[str, bool]]]:
     """What names each of some artifacts: a text, and whether it may not be overridden."""
-    from flows.cli.lookup import read_runs
+    from flows.cli.lookup import run_records
     from rlhf_core.errors import ArtifactCorrupt
     from rlhf_core.store import registry
 
@@ -144,7 +144,7 @@ def references(store: Store, digests: Iterable[str]) -> dict[str, list[tuple[str
             if version.digest in wanted:
                 text = f"{version.state} version {version.number} of {name}"
                 found[version.digest].append((text, version.state == "champion"))
-    for run in read_runs(store):
+    for run in run_records(store).values():
         for digest in wanted & set(digests_of(store, run)):
             state = str(run.get("state"))
             found[digest].append((f"run {run.get('id')} ({state})", state not in FINISHED))

@@ -69,5 +69,7 @@ def _margin(record: Mapping[str, Any]) -> float | None:
     models = record.get("models")
     if not isinstance(models, dict):
         return None  # a tie, or "both bad"
-    scores = [models.get(side, {}).get("score") for side in ("chosen", "rejected")]
-    return None if None in scores else float(scores[0]) - float(scores[1])
+    try:
+        return float(models["chosen"]["score"]) - float(models["rejected"]["score"])
+    except (KeyError, TypeError, ValueError):  # without scores
+        return None

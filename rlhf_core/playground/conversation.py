@@ -40,6 +40,8 @@ class Conversation:
         system: the newest turn's system message.
         prompts: per model, the messages that the newest replies answer, without the system message.
         verdict: of the newest turn, if no reply was better.
+        tried: votes and thumbs on the newest replies, by what was chosen. Who chooses the same
+            again, since it could not be saved, repeats them.
         blind: hide which model says what until the vote.
     """
 
@@ -52,6 +54,7 @@ class Conversation:
     system: str | None = None
     prompts: list[list[Message]] = field(default_factory=list)
     verdict: Verdict | None = None
+    tried: dict[int | Verdict | tuple[int, bool], Any] = field(default_factory=dict)
     blind: bool = False
 
     @classmethod
@@ -80,6 +83,7 @@ class Conversation:
         if self.blind and alike:
             random.shuffle(self.choices)
         self.last, self.best, self.verdict, self.thumbs, self.system = [], None, None, {}, system
+        self.tried = {}
         asked: Message = {"role": "user", "content": text}
         self.prompts = [[*history, asked] for history in self.histories]
         return self.prompts
@@ -118,10 +122,16 @@ class Conversation:
             return "empty"
         return "identical" if len(set(texts)) == 1 else ""
 
+    def can_vote(self, choice: int | Verdict) -> bool:
+        """Whether this vote is possible: a reply is the best, or a verdict. After one that could
+        not be saved, or not all of it, only the same."""
+        before = [tried for tried in self.tried if not isinstance(tried, tuple)]
+        return not self.vote_obstacle() and (not before or choice in before)
+
     def vote(self, best: int, details: dict[str, Any]) -> list[Vote]:
         """Votes that one reply is better than each of the others.
 
-        Call it only without a `vote_obstacle`. Pairs with an empty or an equal reply are left out.
+        Call it only where `can_vote` is true. Pairs with an empty or an equal reply are left out.
 
         Args:
             best: index of the model.
@@ -133,17 +143,19 @@ class Conversation:
             for i, reply in enumerate(self.last)
             if i != best and reply.state == "done"
         ]
-        votes = [vote for vote in pairs if not vote.problem()]
-        if votes:
+        if votes := [vote for vote in pairs if not vote.problem()]:
             self.best = best
+            votes = self.tried.setdefault(best, votes)
         return votes
 
     def undecided(self, verdict: Verdict, details: dict[str, Any]) -> Undecided:
-        """The vote that no reply is better. Call it only without a `vote_obstacle`."""
+        """The vote that no reply is better. Call it only where `can_vote` is true."""
         self.verdict = verdict
         done = [i for i, reply in enumerate(self.last) if reply.state == "done"]
         replies = [self._candidate(i) for i in done]
-        return Undecided(self._prompt(done[0]), replies, verdict, details)
+        vote = Undecided(self._prompt(done[0]), replies, verdict, details)
+        found: Undecided = self.tried.setdefault(verdict, vote)
+        return found
 
     def can_judge(self, i: int) -> bool:
         """Whether the newest reply of model ``i`` can get a thumb and has none yet."""
@@ -154,7 +166,9 @@ class Conversation:
     def thumb(self, i: int, good: bool, details: dict[str, Any]) -> Thumb:
         """A thumb on the newest reply of model ``i``. Call it only where `can_judge` is true."""
         self.thumbs[i] = good
-        return Thumb(self._prompt(i), self._candidate(i), good, details)
+        thumb = Thumb(self._prompt(i), self._candidate(i), good, details)
+        found: Thumb = self.tried.setdefault((i, good), thumb)
+        return found
 
     def _prompt(self, i: int) -> list[Message]:
         """The messages that the newest reply of model ``i`` answers."""

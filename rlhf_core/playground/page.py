@@ -188,7 +188,7 @@ class Page:
         details: dict[str, Any],
     ) -> Updates:  # fmt: skip
         """Save that one reply is better than the others."""
-        if conversation.vote_obstacle():
+        if not conversation.can_vote(index):
             return self._feedback_buttons(language, conversation)
         try:
             votes = conversation.vote(index, details)
@@ -210,7 +210,7 @@ class Page:
         details: dict[str, Any],
     ) -> Updates:  # fmt: skip
         """Save that no reply is better."""
-        if conversation.vote_obstacle():
+        if not conversation.can_vote(verdict):
             return self._feedback_buttons(language, conversation)
         store = self.generator.store
         try:
@@ -284,14 +284,14 @@ class Page:
             answered = i < len(conversation.last) and conversation.last[i].state == "done"
             updates[button] = gr.update(
                 value=translate(language, key),
-                interactive=answered and not conversation.vote_obstacle(),
+                interactive=answered and conversation.can_vote(i),
                 variant="primary" if conversation.best == i else "secondary",
                 visible=len(conversation.choices) > 1,
             )
         for verdict, button in self.verdicts.items():
             updates[button] = gr.update(
                 value=translate(language, self._verdict_label(verdict, conversation)),
-                interactive=bool(conversation.last) and not conversation.vote_obstacle(),
+                interactive=bool(conversation.last) and conversation.can_vote(verdict),
                 variant="primary" if conversation.verdict == verdict else "secondary",
                 visible=len(conversation.choices) > 1,
             )

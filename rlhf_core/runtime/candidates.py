@@ -25,7 +25,7 @@ def read(store: Store, key: str) -> Artifact | None:
     record = store.read_record(_path(key))
     try:
         return store.get(f"{record['kind']}/{record['digest']}") if record else None
-    except (ArtifactNotFound, ArtifactCorrupt):
+    except (ArtifactNotFound, ArtifactCorrupt, KeyError):
         return None
 
 

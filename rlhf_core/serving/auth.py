@@ -24,6 +24,8 @@ API_PATHS = {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/respo
 MODEL_PATH = "/v1/models/"
 MAX_BODY_BYTES = 16 * 2**20
 BODY_SECONDS = 30.0  # in which a request's body must have come
+# vLLM's roles and names are free, and its templates also write tools and documents.
+TEMPLATED = ("instructions", "messages", "input", "tools", "documents", "chat_template_kwargs")
 STARTED = int(time.time())
 
 
@@ -118,18 +120,33 @@ def model_entry(name: str) -> dict[str, Any]:
 
 
 def _texts(request: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Parameter and text of each message, of whatever form; the server checks the form. The parts
-    of a message are put together, as the server does: a token may be spread over them."""
-    for name in ("instructions", "messages", "input"):
+    """Parameter and text of all that a chat template may write, of whatever form; the server checks
+    the form. The parts of a message are put together, as the server does: a token may be spread
+    over them."""
+    for name in TEMPLATED:
         items = request.get(name)
         for i, item in enumerate(items if isinstance(items, list) else [items]):
-            content = item.get("content") if isinstance(item, dict) else item
-            parts = content if isinstance(content, list) else [content]
-            texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-            yield (
-                (name if item is items else f"{name}[{i}].content"),
-                "".join(text for text in texts if isinstance(text, str)),
-            )
+            where = name if item is items else f"{name}[{i}]"
+            fields = item if isinstance(item, dict) else {"content": item}
+            for field, value in fields.items():
+                param = where if item is items else f"{where}.{field}"
+                parts = value if isinstance(value, list) else [value]
+                texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+                yield param, "".join(text for text in texts if isinstance(text, str))
+                yield from ((param, text) for text in _strings({field: value}))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a JSON value, names of fields included."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            left += value
 
 
 async def read_body(scope: Scope, receive: Receive) -> bytes:

@@ -62,6 +62,15 @@ def parse_record(data: bytes) -> tuple[dict[str, Any], str]:
     return value, ""
 
 
+def model_problem(record: Mapping[str, Any]) -> str:
+    """Why a record of a model's log cannot be used; "" if it can."""
+    if not record.keys() & {"digest", "versions"}:
+        return "it names no artifact"
+    kinds = {"digest": str, "order": int, "champion": str, "taken": str}
+    wrong = [k for k, kind in kinds.items() if k in record and not isinstance(record[k], kind)]
+    return f"its {wrong[0]} is a {type(record[wrong[0]]).__name__}" if wrong else ""
+
+
 def list_records(backend: Backend, prefix: str) -> list[str]:
     """See `Store.list_records`."""
     check_path(prefix.rstrip("/"))

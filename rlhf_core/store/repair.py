@@ -26,7 +26,7 @@ from rlhf_core.store.collect import BATCH, QUARANTINE
 from rlhf_core.store.leases import CollectionFlag
 from rlhf_core.store.local import file_errors, hash_file
 from rlhf_core.store.parallel import FILES_AT_ONCE, REQUESTS_AT_ONCE, in_parallel
-from rlhf_core.store.records import parse_record, read_record
+from rlhf_core.store.records import model_problem, parse_record, read_record
 from rlhf_core.store.refs import MANIFEST
 
 log = logging.getLogger("rlhf_core.store")
@@ -147,28 +147,29 @@ def _scoped(backend: Backend, scope: str) -> Backend:
     return backend.scoped(scope.rstrip("/")) if scope else backend
 
 
-def _manifest(backend: Backend, key: str) -> tuple[Artifact | None, str]:
-    """The artifact, and why its manifest cannot be read; (None, "") if it is gone."""
+def _bytes(backend: Backend, key: str) -> tuple[bytes | None, str]:
+    """A value, and why it cannot be read; (None, "") if it is gone."""
     try:
-        data = backend.read(key)
-        return (None if data is None else parse_manifest(data, key, key.split("/")[2])), ""
-    except ArtifactCorrupt as error:
-        return None, str(error).partition("; ")[0]
+        return backend.read(key), ""
     except ObjectUnreadable:
         return None, UNREADABLE
 
 
-def _record_problem(backend: Backend, key: str) -> str:
+def _manifest(backend: Backend, key: str) -> tuple[Artifact | None, str]:
+    """The artifact, and why its manifest cannot be read; (None, "") if it is gone."""
+    data, problem = _bytes(backend, key)
     try:
-        data = backend.read(key)
-    except ObjectUnreadable:
-        return UNREADABLE
+        return (None if data is None else parse_manifest(data, key, key.split("/")[2])), problem
+    except ArtifactCorrupt as error:
+        return None, str(error).partition("; ")[0]
+
+
+def _record_problem(backend: Backend, key: str) -> str:
+    data, unreadable = _bytes(backend, key)
     if data is None:
-        return ""
+        return unreadable
     value, problem = parse_record(data)
-    if not problem and key.startswith("models/") and not (value.keys() & {"digest", "versions"}):
-        return "it names no artifact"
-    return problem
+    return problem or (model_problem(value) if key.startswith("models/") else "")
 
 
 def _file_problem(backend: Backend, entry: FileEntry) -> str:
@@ -192,7 +193,7 @@ class _Mending:
         return replace(damage, done=text, healed=healed)
 
     def _json(self, damage: Damage) -> tuple[str, bool]:
-        key = damage.key
+        key, before = damage.key, _bytes(self.backend, damage.key)
         manifest = damage.what == "manifest"
         problem = (
             _manifest(self.backend, key)[1] if manifest else _record_problem(self.backend, key)
@@ -201,9 +202,11 @@ class _Mending:
             return REPLACED, True
         if problem == UNREADABLE and not self.lost:
             return KEPT, False
-        if problem != UNREADABLE:
-            self.backend.write(f"{QUARANTINE}{key}", self.backend.read(key) or b"")
+        if before[0] is not None:
+            self.backend.write(f"{QUARANTINE}{key}", before[0])
         stand_in = rebuilt(self.backend, key)
+        if _bytes(self.backend, key) != before:  # a writer was faster: look at what it wrote
+            return self._json(damage)
         if stand_in is not None:
             self.backend.write(key, json.dumps(stand_in, indent=1, sort_keys=True).encode())
             promoted = stand_in["digest"][:12]

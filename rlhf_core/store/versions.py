@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, ConfigError
 from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
+from rlhf_core.store.records import model_problem
 from rlhf_core.store.store import Store
 
 State = Literal["candidate", "champion", "archived"]
@@ -137,9 +138,14 @@ def read_log(store: Store, name: str) -> tuple[Model, LogEnd]:
 def _read(store: Store, path: str) -> dict[str, Any] | None:
     """A record of a model. Raises ArtifactCorrupt: the state follows from all of them."""
     try:
-        return store.read_record(path, strict=True)
+        record = store.read_record(path, strict=True)
     except ArtifactCorrupt as error:
         raise ArtifactCorrupt(f"{error}. {_way_out(path)}") from error
+    if record is not None and (problem := model_problem(record)):
+        raise ArtifactCorrupt(
+            f"record {path} of a model cannot be used: {problem}. {_way_out(path)}"
+        )
+    return record
 
 
 def _way_out(path: str) -> str:

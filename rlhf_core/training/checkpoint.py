@@ -256,7 +256,7 @@ class Checkpointer:
         """Each lowering of the learning rate, oldest first: "step" (whose loss was not finite) and
         "factor"."""
         found = [self._store.read_record(path) for path in self._store.list_records("lowered/")]
-        return [entry for entry in found if entry is not None]
+        return [entry for entry in found if entry and entry.keys() >= {"step", "factor"}]
 
     def lower(self, step: int, factor: float) -> None:
         """Have the next attempt train with a lower rate. Any rank may call, all with equal

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, ConfigError
 from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.store import Store
 from tasks.events import seconds
@@ -94,11 +95,12 @@ class PastRun:
 
 
 def past_run(store: Store, record: Mapping[str, Any]) -> PastRun:
-    """A run by its record, with its evaluation."""
+    """A run by its record, with its evaluation, if the store has it."""
     stage = (record.get("stages") or {}).get("evaluate") or {}
     found = stage.get("metrics") or {}
     if stage and "models" not in found:
-        found = read_evaluation(store, stage["digest"])
+        with suppress(ArtifactNotFound, ArtifactCorrupt):  # it was deleted, and others are there
+            found = read_evaluation(store, stage["digest"])
     return PastRun(record, found)
 
 

@@ -10,12 +10,11 @@ were numbers, <time>-<random>.json, come first. Imports no torch, for the orches
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -55,6 +54,20 @@ class Candidate:
         return {"name": self.model, "digest": self.digest, "score": self.score}
 
 
+@dataclass
+class Attempt:
+    """To write one record, once: whoever repeats it after an error, which may have come after the
+    writing, finds what was written.
+
+    Attributes:
+        id: of the record; makes those of two writers differ.
+        number: that was tried last; 0: none.
+    """
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    number: int = 0
+
+
 @dataclass(frozen=True)
 class FeedbackKind:
     """A kind of feedback, such as votes.
@@ -71,24 +84,36 @@ class FeedbackKind:
     columns: tuple[str, ...]
     instruction: str
 
-    def save(self, store: Store, record: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    def save(
+        self,
+        store: Store,
+        record: Mapping[str, Any],
+        details: Mapping[str, Any],
+        attempt: Attempt | None = None,
+    ) -> str:
         """Write one record with the next number; returns its path.
 
         Args:
             record: the row's columns, and what else belongs to the kind.
             details: further fields, such as the run and the user.
+            attempt: of the same record, if it may have been written already.
 
         Raises:
             StoreError: the store cannot be written to.
         """
         whole = {**record, "time": datetime.now(UTC).isoformat(timespec="seconds"), **details}
-        whole["id"] = uuid.uuid4().hex  # makes the records of two writers differ
-        found = [_number(path) for path in store.list_records(f"{self.folder}/n")]
-        for number in itertools.count(max(found, default=0) + 1):
-            path = f"{self.folder}/n{number:010}.json"
+        attempt = attempt or Attempt()
+        whole["id"] = attempt.id
+        if not attempt.number:
+            found = [_number(path) for path in store.list_records(f"{self.folder}/n")]
+            attempt.number = max(found, default=0) + 1
+        while True:
+            path = f"{self.folder}/n{attempt.number:010}.json"
             if store.write_record(path, whole, create=True):
                 return path
-        raise AssertionError
+            if (store.read_record(path) or {}).get("id") == attempt.id:
+                return path  # the store had written it before it failed
+            attempt.number += 1
 
     def count(self, store: Store) -> int:
         """Number of records in the store."""

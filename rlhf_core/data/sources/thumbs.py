@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_core.data.rows.row import Message
-from rlhf_core.data.sources.feedback import Candidate, FeedbackKind
+from rlhf_core.data.sources.feedback import Attempt, Candidate, FeedbackKind
 from rlhf_core.errors import DataError
 from rlhf_core.store import Store
 
@@ -25,12 +25,14 @@ class Thumb:
         prompt: the conversation before the reply; the last message is the user's.
         good: True for a thumb up.
         details: further fields of the record (run, sampling, user).
+        attempt: to save it; a thumb that is saved twice is one record.
     """
 
     prompt: Sequence[Message]
     reply: Candidate
     good: bool
     details: dict[str, Any] = field(default_factory=dict)
+    attempt: Attempt = field(default_factory=Attempt, compare=False)
 
 
 def save_thumb(store: Store, thumb: Thumb) -> str:
@@ -48,4 +50,4 @@ def save_thumb(store: Store, thumb: Thumb) -> str:
         "label": thumb.good,
         "model": thumb.reply.as_record(),
     }
-    return THUMBS.save(store, record, thumb.details)
+    return THUMBS.save(store, record, thumb.details, thumb.attempt)

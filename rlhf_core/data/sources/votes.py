@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf_core.data.rows.row import Message
-from rlhf_core.data.sources.feedback import VERDICT, Candidate, FeedbackKind
+from rlhf_core.data.sources.feedback import VERDICT, Attempt, Candidate, FeedbackKind
 from rlhf_core.errors import DataError
 from rlhf_core.store import Store
 
@@ -27,12 +27,14 @@ class Vote:
     Attributes:
         prompt: the conversation before the replies; the last message is the user's.
         details: further fields of the record (run, sampling, user).
+        attempt: to save it; a vote that is saved twice is one record.
     """
 
     prompt: Sequence[Message]
     chosen: Candidate
     rejected: Candidate
     details: dict[str, Any] = field(default_factory=dict)
+    attempt: Attempt = field(default_factory=Attempt, compare=False)
 
     def problem(self) -> str:
         """Why the replies are no preference pair: "empty" or "identical"; "" if they are one."""
@@ -48,13 +50,14 @@ class Undecided:
     Attributes:
         replies: all of them, two or more.
         verdict: whether they are equally good, or all bad.
-        details: as of a `Vote`.
+        details, attempt: as of a `Vote`.
     """
 
     prompt: Sequence[Message]
     replies: Sequence[Candidate]
     verdict: Verdict
     details: dict[str, Any] = field(default_factory=dict)
+    attempt: Attempt = field(default_factory=Attempt, compare=False)
 
 
 def save_undecided(store: Store, vote: Undecided) -> str:
@@ -69,7 +72,7 @@ def save_undecided(store: Store, vote: Undecided) -> str:
         "replies": [reply.text for reply in vote.replies],
         "models": [reply.as_record() for reply in vote.replies],
     }
-    return VOTES.save(store, record, vote.details)
+    return VOTES.save(store, record, vote.details, vote.attempt)
 
 
 def save_vote(store: Store, vote: Vote) -> str:
@@ -87,4 +90,4 @@ def save_vote(store: Store, vote: Vote) -> str:
         "rejected": vote.rejected.text,
         "models": {"chosen": vote.chosen.as_record(), "rejected": vote.rejected.as_record()},
     }
-    return VOTES.save(store, record, vote.details)
+    return VOTES.save(store, record, vote.details, vote.attempt)

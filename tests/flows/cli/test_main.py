@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from flows.cli import listing
 from flows.cli.main import app
+from flows.cli.playground import catalogue
 from rlhf_core.jobs import PPOSettings
 from rlhf_core.pipeline.preset_files import preset_names
 from rlhf_core.pipeline.presets import build_config
@@ -305,6 +306,43 @@ def test_runs_show_owner_duration_and_metrics(rlhf, filled):
     line = next(x for x in rlhf("runs", code=0).stdout.splitlines() if "tone" in x)
     assert re.split(r"  +", line)[:4] == ["20260101-000000-abc", "tone", "ada", "completed"]
     assert "1 h 2 min" in line and "win (gold) 0.625, KL 1.25, length 20" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (None, "id"),
+        ({"state": None}, "state"),
+        ({"stages": {"sft": {}}}, "stages.sft.digest"),
+        ({"stages": []}, "stages"),
+        ({"error": 5}, "error"),
+        ({"config": "x"}, "config"),
+    ],
+)
+def test_record_of_a_run_that_cannot_be_used_is_named_and_left_out(
+    filled, here, caplog, change, where
+):
+    store, artifact = filled
+    bad = {} if change is None else {**store.read_record("runs/b.json"), "id": "c", **change}
+    store.write_record("runs/c.json", {**bad, "about": artifact.digest})
+    for arguments in (["runs"], ["runs", "--json"], ["runs", "--metrics"], ["compare", "a", "b"]):
+        caplog.clear()
+        assert here(*arguments)
+        assert f"runs/c.json in {store.url} is left out" in caplog.text and where in caplog.text
+    assert [r["id"] for r in map(json.loads, here("runs", "--json").splitlines())] == ["b", "a"]
+    assert catalogue(store)[0].id == "b"
+    for name in "ab":  # what it names may still be needed
+        store.delete_record(f"runs/{name}.json")
+    everything = ["--keep-days", "0", "--grace-hours", "0"]
+    assert "Would delete 0 artifacts" in here("artifacts", "gc", *everything)
+
+
+def test_evaluation_that_was_deleted_leaves_the_others_on_the_leaderboard(filled, here):
+    store, _ = filled
+    gone = {"evaluate": {"digest": "0" * 64, "kind": "evaluation"}}
+    record = store.read_record("runs/a.json")
+    store.write_record("runs/a.json", {**record, "stages": gone})
+    assert {line[:1] for line in here("runs", "--metrics").splitlines()} >= {"a", "b"}
 
 
 def test_lists_are_json_too(here, filled):

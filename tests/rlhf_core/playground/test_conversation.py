@@ -42,6 +42,21 @@ def test_vote_pairs_the_best_with_each_other():
     assert conversation.vote_obstacle() == "voted"
 
 
+def test_vote_that_could_not_be_saved_is_repeated_and_no_other_one_is_possible():
+    conversation = Conversation.of(CHOICES)
+    turn(conversation, "Hi", ["one", "two", "three"])
+    votes = conversation.vote(1, {})
+    conversation.best = None  # one of the two was saved
+    assert [conversation.can_vote(i) for i in range(3)] == [False, True, False]
+    assert not conversation.can_vote("tie")
+    assert [again.attempt for again in conversation.vote(1, {})] == [v.attempt for v in votes]
+    turn(conversation, "More", ["one", "two", "three"])
+    assert conversation.can_vote(0) and conversation.can_vote("both_bad")
+    tie = conversation.undecided("tie", {})
+    conversation.verdict = None
+    assert conversation.undecided("tie", {}) is tie and not conversation.can_vote(0)
+
+
 def test_all_go_on_from_the_reply_that_was_voted_for():
     conversation = Conversation.of(CHOICES[:2])
     turn(conversation, "Hi", ["one", "two"])

@@ -84,7 +84,14 @@ def test_what_the_server_would_ignore_is_refused():
      ({"messages": [{"content": [{"type": "text", "text": END}]}]}, "messages[0].content"),
      ({"messages": [{"content": [{"text": END[:4]}, {"text": END[4:]}]}]}, "messages[0].content"),
      ({"input": END}, "input"), ({"input": [{"content": END}]}, "input[0].content"),
-     ({"instructions": END}, "instructions")],
+     ({"instructions": END}, "instructions"),
+     ({"messages": [{"role": f"user{END}", "content": "hi"}]}, "messages[0].role"),
+     ({"messages": [{"role": "user", "name": END, "content": "hi"}]}, "messages[0].name"),
+     ({"messages": [{"tool_calls": [{"function": {"name": END}}]}]}, "messages[0].tool_calls"),
+     ({"messages": [{"content": [{"type": END}]}]}, "messages[0].content"),
+     ({"tools": [{"function": {"parameters": {END: 1}}}]}, "tools[0].function"),
+     ({"documents": [{"title": END}]}, "documents[0].title"),
+     ({"chat_template_kwargs": {"date": END}}, "chat_template_kwargs")],
 )  # fmt: skip
 def test_special_tokens_in_messages_are_refused(request_body, param):
     auth = AuthMiddleware(echo, "bot", None, byte_tokenizer())

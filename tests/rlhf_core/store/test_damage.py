@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_core.errors import ArtifactCorrupt, StoreError
 from rlhf_core.runtime import candidates
-from rlhf_core.store import Store, open_store, rlhf_home
+from rlhf_core.store import Store, open_store, registry, rlhf_home
 from rlhf_core.store.blobs import blob_key
 from rlhf_core.store.refs import manifest_key
 from tests.rlhf_core.store.helpers import contents, flip_bit, overwrite_blob
@@ -114,6 +114,25 @@ def test_record_that_cannot_be_read_counts_as_not_there(store: Store) -> None:
             store.read_record("runs/a.json", strict=True)
 
 
+def test_last_record_of_a_model_that_names_nothing_does_not_mean_that_it_has_no_champion(
+    store: Store, folder: Path
+) -> None:
+    good, other = store.publish(folder, kind="model"), store.publish_derived(kind="model", files={})
+    registry.promote(store, "chat", good.digest)
+    registry.promote(store, "other", other.digest)
+    for record in (
+        {},
+        {"digest": 1},
+        {"digest": "d", "order": "1"},
+        {"versions": [], "champion": 3},
+    ):
+        store.write_record("models/chat/log/00000002.json", record)
+        for read in (registry.champion, registry.read_model):
+            with pytest.raises(ArtifactCorrupt, match=r"chat/log/00000002\.json"):
+                read(store, "chat")
+        assert registry.newest_champion(store) == other.digest
+
+
 @pytest.mark.parametrize("data", [b"", bytes(40)])
 def test_stage_whose_record_or_manifest_cannot_be_read_runs_again_and_replaces_it(
     store: Store, folder: Path, data: bytes
@@ -139,8 +158,9 @@ def test_candidate_whose_record_or_manifest_cannot_be_read_is_none(
     assert candidates.read(store, "key") == artifact
     store._backend.write(manifest_key("model", artifact.digest), b"")
     assert candidates.read(store, "key") is None
-    store._backend.write("candidates/key.json", b"")
-    assert candidates.read(store, "key") is None
+    for data in (b"", b"{}", b'{"kind": "model"}'):
+        store._backend.write("candidates/key.json", data)
+        assert candidates.read(store, "key") is None
     candidates.write(store, "key", None)
     assert store.list_records("candidates/") == []
 

@@ -82,6 +82,25 @@ def test_what_was_replaced_since_it_was_found_is_left_alone(store: Store) -> Non
     assert store.find_damage() == [] and store.list() == [artifact]
 
 
+def test_record_that_is_written_while_repair_looks_at_it_stays(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "runs/a.json"
+    store._backend.write(key, b"")
+    found = store.find_damage()
+    write = type(store._backend).write
+
+    def late(backend: object, at: str, data: bytes) -> None:
+        write(backend, at, data)  # type: ignore[arg-type]
+        if at == f"quarantine/{key}":
+            write(backend, key, b'{"id": "a"}')  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(store._backend), "write", late)
+    assert [d.done for d in store.repair(found)] == ["nothing: it has been replaced meanwhile"]
+    assert store.read_record(key) == {"id": "a"}
+    assert store._backend.read(f"quarantine/{key}") == b""
+
+
 def test_damaged_record_of_a_model_is_set_aside_or_rebuilt(store: Store) -> None:
     a, b, c = (made(store, name).digest for name in "abc")
     registry.promote(store, "chat", a)

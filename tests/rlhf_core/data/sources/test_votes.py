@@ -15,7 +15,7 @@ from rlhf_core.data.sources import feedback
 from rlhf_core.data.sources.feedback import Candidate
 from rlhf_core.data.sources.votes import VOTES as KEPT
 from rlhf_core.data.sources.votes import Undecided, Vote, save_undecided, save_vote
-from rlhf_core.errors import DataError
+from rlhf_core.errors import DataError, StoreUnavailable
 from rlhf_core.jobs import DataJob, DataSettings
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.stages.prepare_data import run
@@ -50,6 +50,28 @@ def job_for(store, tmp_path, **settings):
 
 def context(store, tmp_path, job):
     return StageContext(store=store, key=job.key(), folder=tmp_path / "job")
+
+
+def test_vote_that_is_saved_again_after_an_error_is_one_record(store, monkeypatch):
+    """The store may have written it before its answer was lost."""
+    create, calls = store._backend.create, []
+
+    def lost(key, data):
+        created = create(key, data)
+        calls.append(key)
+        if len(calls) < 3:
+            raise StoreUnavailable("no answer")
+        return created
+
+    monkeypatch.setattr(store._backend, "create", lost)
+    first, other = vote(), vote("Who?")
+    for _ in range(2):  # the second time the answer is that it is there, and is lost too
+        with pytest.raises(StoreUnavailable):
+            save_vote(store, first)
+    save_vote(store, other)
+    path = save_vote(store, first)
+    assert store.list_records("votes/") == [path, save_vote(store, other)]
+    assert store.read_record(path)["prompt"] == first.prompt
 
 
 def test_vote_keeps_what_was_seen(store):
