@@ -82,8 +82,13 @@ def failed_runs(blocks: list[UUID]) -> AutomationCore:
         actions=[
             SendNotification(
                 block_document_id=block,
-                subject="{{ flow.name }}: {{ flow_run.name }} {{ flow_run.state.name | lower }}",
-                body="{{ flow_run.state.message }}\n{{ flow_run | ui_url }}",
+                subject=(
+                    "{{ flow.name }}: {{ flow_run.name }} {{ flow_run.state.type.value | lower }}"
+                ),
+                body=(
+                    "{{ flow_run.state.name }}: {{ flow_run.state.message }}\n"
+                    "{{ flow_run | ui_url }}"
+                ),
             )
             for block in blocks
         ],

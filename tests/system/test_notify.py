@@ -44,7 +44,7 @@ def test_failures_and_published_models_are_told(system, received):
     system.wait(failed, "FAILED")
     [told] = until(lambda: bodies, 30, "the first message")
     assert told["subject"] == "rlhf-pipeline: unlucky failed"
-    assert "stub ran into data" in told["text"]
+    assert told["text"].startswith("DataError: ") and "stub ran into data" in told["text"]
     assert f"/runs/flow-run/{failed}" in told["text"]
 
     system.plan()
