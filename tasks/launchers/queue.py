@@ -9,24 +9,20 @@ progress is behind the first ones of others (fair share), and gets what they lea
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import statistics
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-import httpx
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 
-from rlhf_core.errors import JobFailed
-from rlhf_core.jobs import Priority, WorkPoolLauncher
+from rlhf_core.jobs import Priority
 from tasks.flow_runs import IN_PROGRESS, of_states, read_all
-from tasks.launchers.base import LineSink, ProgressSink
+from tasks.launchers.waits import ordinal
 from tasks.waiters import AUTHOR, tagged
 
 if TYPE_CHECKING:
@@ -35,7 +31,6 @@ if TYPE_CHECKING:
 
 QUEUES = {"high": 1, "default": 2, "further": 3, "low": 4}
 """Work queue of the gpu pool -> its priority. `further` has the further pipelines of an author."""
-REPORT_SECONDS = 60.0  # between two messages about what a child waits for
 PAST_RUNS = 20  # of a stage, whose median is what the next one takes
 
 
@@ -86,12 +81,6 @@ class Waiting:
             about = f"{hours} h {minutes} min" if hours else f"{minutes} min"
             when = f", about {about}" if hours or minutes else ", less than a minute"
         return f"{ordinal(self.place)} of {self.of}{when}"
-
-
-def ordinal(number: int) -> str:
-    """1st, 2nd, 3rd, 11th."""
-    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10)
-    return f"{number}{ending or 'th'}"
 
 
 def wait_seconds(running: Iterable[float], ahead: Iterable[float], slots: int) -> float:
@@ -163,47 +152,6 @@ def _past(client: SyncPrefectClient, stages: Iterable[str]) -> Mapping[str, floa
 
 
 # --------------------------------------------------------------------------- reports
-
-
-class Waits:
-    """Reports what a flow run waits for that has not started."""
-
-    def __init__(
-        self, settings: WorkPoolLauncher, on_output: LineSink, on_progress: ProgressSink
-    ) -> None:
-        self.settings, self.on_output, self.on_progress = settings, on_output, on_progress
-        self.began = time.monotonic()
-        self.reported = self.began - REPORT_SECONDS + 10  # first after ten seconds
-        self.told = False
-
-    def report(self, client: Any, run: FlowRun) -> bool:
-        """Call while it waits; True if it was time for a report.
-
-        Raises:
-            JobFailed: it has waited for longer than `queue_timeout`.
-        """
-        now = time.monotonic()
-        if now - self.began > self.settings.queue_timeout:
-            raise JobFailed(
-                f"no slot of work pool {run.work_pool_name} became free within "
-                f"launcher.queue_timeout, {self.settings.queue_timeout} s: start more workers, or "
-                "raise it.",
-                category="queue",
-            )
-        if now - self.reported < REPORT_SECONDS:
-            return False
-        self.reported, self.told = now, True
-        with contextlib.suppress(httpx.HTTPError):
-            text = why_it_waits(client, run)
-            self.on_output(f"waiting: {text}")
-            self.on_progress({"waiting": text})
-        return True
-
-    def over(self) -> None:
-        """Call when it has started."""
-        if self.told:
-            self.told = False
-            self.on_progress({"waiting": None})
 
 
 def why_it_waits(client: Any, run: FlowRun) -> str:

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -31,7 +31,8 @@ from tasks.flow_runs import read_all
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.child_logs import Logs
 from tasks.launchers.failures import category_of
-from tasks.launchers.queue import QUEUES, Waits, is_first, queue_name, turn
+from tasks.launchers.queue import QUEUES, is_first, queue_name, turn, why_it_waits
+from tasks.launchers.waits import Waits
 from tasks.waiters import declare_dead, lives, mark_waiting, parent_of, waiters
 from tasks.watch import declared_dead
 
@@ -194,7 +195,13 @@ class WorkPool:
     ) -> State[Any]:
         """Wait for the end; pass on lines and progress meanwhile."""
         logs = Logs(child.id)
-        waits = Waits(self.settings, on_output, on_progress)
+        timeout = self.settings.queue_timeout
+        waits = Waits(
+            timeout,
+            f"no slot of work pool {child.work_pool_name} became free within "
+            f"launcher.queue_timeout, {timeout} s: start more workers, or raise it.",
+            on_output, on_progress,
+        )  # fmt: skip
         began = time.monotonic()
         while True:
             run = self._retry(lambda: self._client.read_flow_run(child.id))
@@ -210,9 +217,16 @@ class WorkPool:
                 waits.over()
                 if state.is_final() and not self._may_revive(state):
                     return state
-            elif waits.report(self._client, run) and state.is_scheduled():
+            elif waits.report(partial(self._why, run)) and state.is_scheduled():
                 self._retry(lambda run=run: self._move_up(run, launch))  # type: ignore[misc]
             time.sleep(FIRST_POLLS if time.monotonic() - began < 60 else POLL_SECONDS)
+
+    def _why(self, child: FlowRun) -> str:
+        """What a child waits for; "" while the server is unavailable."""
+        try:
+            return why_it_waits(self._client, child)
+        except httpx.HTTPError:
+            return ""
 
     def _move_up(self, child: FlowRun, launch: Launch) -> None:
         """Give up a scheduled child for one in a better queue: its pipeline has become the oldest

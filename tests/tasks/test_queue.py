@@ -2,7 +2,8 @@
 
 import pytest
 
-from tasks.launchers.queue import Waiting, ordinal, queue_name, wait_seconds
+from tasks.launchers.queue import Waiting, queue_name, wait_seconds
+from tasks.launchers.waits import ordinal
 
 
 def test_ordinals_are_english():
