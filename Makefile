@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-images test-crash test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
+.PHONY: help setup demo smoke up down test test-system test-cluster test-images test-crash test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -99,10 +99,14 @@ down: $(STAMP)  ## end what `make up` started
 WORKERS ?= 3
 test: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 \
-	  -m "not demo and not system and not images and not chaos and not crash and not extras and not vllm"
+	  -m "not demo and not system and not images and not chaos and not crash and not extras and not vllm and not cluster"
 
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
+
+# Skipped with a word where the commands (iproute2, slurm-wlm) or root are missing.
+test-cluster: $(STAMP)  ## stages over several nodes: network namespaces, a real Slurm (root; six minutes)
+	@$(BIN)/python -m pytest -q -rs -m cluster tests/cluster
 
 test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minutes, 3 GB)
 	@$(BIN)/python -m pytest -q -m images
@@ -141,7 +145,7 @@ chaos: $(STAMP)  ## kill training N times at random points; nothing may be lost 
 	@$(BIN)/python -m tests.faults.chaos $(N)
 
 fast: $(STAMP)  ## the tests that need no server and no ranks
-	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images and not extras and not vllm"
+	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images and not extras and not vllm and not cluster"
 
 PIPELINES ?= 20
 MINUTES ?= 10

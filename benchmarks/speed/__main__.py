@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.speed import report, workload
 from benchmarks.speed.flops import share
 from rlhf_core.system.cpus import cpu_cores
-from tasks.launchers.local import OPENMP_WAIT
+from tasks.launchers.command import OPENMP_WAIT
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -31,7 +31,8 @@ from flows.server import QUIET, TemporaryServer
 from rlhf_core.jobs import parse_job
 from rlhf_core.system.cpus import cpu_cores
 from tasks.launchers import fork_client
-from tasks.launchers.local import OPENMP_WAIT, command, start
+from tasks.launchers.command import OPENMP_WAIT, torchrun_command
+from tasks.launchers.local import MODULE, start
 
 BIN = Path(sys.executable).parent
 PARTS = ("startup", "pipeline", "demo", "samples", "length", "ranks", "vocabulary")
@@ -287,7 +288,7 @@ def stages_by_hand(home: Path, environment: dict[str, str]) -> float:
         folder.mkdir(parents=True)
         shutil.copy(path, folder / "job.json")
         subprocess.run(
-            command([parse_job(path.read_bytes())], [folder / "job.json"]),
+            torchrun_command(MODULE, [parse_job(path.read_bytes())], [folder / "job.json"]),
             check=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip

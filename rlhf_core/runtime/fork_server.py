@@ -155,9 +155,9 @@ def run(request: dict[str, Any]) -> int:
     """Run the stage; returns its exit code."""
     files = list(request["files"])
     if request["ranks"]:
-        from rlhf_core.runtime.torchrun import launch
+        from rlhf_core.runtime.torchrun import Place, launch
 
-        launch(request["ranks"], request["module"], files)
+        launch(Place(request["ranks"]), request["module"], files)
         return 0
     set_threads()
     return int(importlib.import_module(request["module"]).main(files))

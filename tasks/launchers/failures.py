@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import JobFailed
+from rlhf_core.runtime.launches import CONSEQUENCE, REASON, SIGNAL
 from rlhf_core.runtime.stopping import PEER_LOST
 from rlhf_core.system.secrets import redact
 
@@ -95,7 +97,21 @@ def read_errors(folders: Iterable[Path]) -> list[dict[str, Any]]:
             except (OSError, ValueError):
                 continue  # cut off by a kill; the exit code has the reason
             errors.append({**error, "rank": path.stem.removeprefix("error-")})
-    return sorted(errors, key=lambda error: float(error.get("time", 0)))
+    return sorted(errors, key=_time)
+
+
+class RanksFailed(JobFailed):
+    """The ranks of this machine have left no result.
+
+    Attributes:
+        text: the reason alone.
+        time: of the failure, seconds since 1970.
+        weight: see `rlhf_core.runtime.launches`.
+    """
+
+    def __init__(self, message: str, category: str, text: str, time: float, weight: int) -> None:
+        super().__init__(message, category)
+        self.text, self.time, self.weight = text, time, weight
 
 
 def diagnose(
@@ -107,7 +123,7 @@ def diagnose(
     *,
     stopped: bool = False,
     out_of_memory: str = "",
-) -> JobFailed:
+) -> RanksFailed:
     """The failure as one message, which ends with the log's path.
 
     Args:
@@ -120,25 +136,35 @@ def diagnose(
     own = [e for e in errors if e["category"] == "internal" and not PEER_LOST.search(e["message"])]
     killed = dead_rank is not None and dead_rank[1] < 0
     by_kernel = bool(out_of_memory) and -signal.SIGKILL in (returncode, (dead_rank or (0, 0))[1])
+    when, weight = time.time(), REASON
     if by_kernel:
         who = f"rank {dead_rank[0]}" if killed and dead_rank is not None else "the process"
         category, text = "oom", f"{who} was killed by the kernel for lack of memory{out_of_memory}"
     elif real:
-        category, text = real[0]["category"], real[0]["message"]
+        category, text, when = real[0]["category"], real[0]["message"], _time(real[0])
     elif stopped:
         category, text = "preempted", "its processes got a signal to stop"
     elif killed and dead_rank is not None:
         category, text = "lost", f"rank {dead_rank[0]} {_signal(-dead_rank[1])}"
     elif own:
         category, text = "internal", f"rank {own[0]['rank']}: {own[0]['message']}"
+        when = _time(own[0])
     elif returncode < 0:
         category, text = "lost", f"the process {_signal(-returncode)}"
     elif errors:
         category, text = "lost", f"rank {errors[0]['rank']} lost the others: {errors[0]['message']}"
+        when, weight = _time(errors[0]), CONSEQUENCE
     else:
         code = dead_rank[1] if dead_rank else returncode
         category, text = "internal", f"ended with exit code {code} and without a message"
-    return JobFailed(f"{name} failed: {shorten(redact(text))}\nFull log: {log}", category)
+    if category == "preempted":
+        weight = SIGNAL
+    text = shorten(redact(text))
+    return RanksFailed(f"{name} failed: {text}\nFull log: {log}", category, text, when, weight)
+
+
+def _time(error: dict[str, Any]) -> float:
+    return float(error.get("time", 0))
 
 
 def _signal(number: int) -> str:

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-import uuid
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import Job
-from rlhf_core.system.cpus import cpu_cores
-from rlhf_core.system.processes import die_with_parent, python_path
+from rlhf_core.system.processes import die_with_parent
 from rlhf_core.system.secrets import redact
 from tasks.launchers import fork_client
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
+from tasks.launchers.command import ALONE, Node, base_environment, environment, torchrun_command
 from tasks.launchers.devices import reserved
 from tasks.launchers.failures import DeadRank, diagnose
 from tasks.launchers.processes import ProcessTree
 from tasks.launchers.usage import Memory, table
 
-# Run as `python -m MODULE FOLDER/job.json`, or as MODULE.main([...]) in forked ranks; tests put a
-# stub here.
-MODULE = "rlhf_core.__main__"
+MODULE = "rlhf_core.__main__"  # see `torchrun_command`; tests put a stub here
 POLL_SECONDS = 0.25
 USAGE_SECONDS = 10.0  # between two reports of the ranks' usage
 REFRESH_SECONDS = 2.0  # between two searches for descendants
@@ -47,19 +43,29 @@ DELETED_AFTERWARDS = ("scratch", "checkpoint", "resume")  # large; results are i
 class LocalTorchrun:
     """Runs a launch on this machine; torchrun stays in the flow's process group."""
 
-    def __init__(self, grace_seconds: float | None = None) -> None:
+    def __init__(self, grace_seconds: float | None = None, node: Node = ALONE) -> None:
         """Args:
         grace_seconds: between SIGTERM and SIGKILL when a run is stopped; None: the job's
             stop_timeout and a little more.
+        node: this machine, where a launch has several.
         """
         self.grace_seconds = grace_seconds
+        self.node = node
 
     def prepare(self) -> None:
         """See `Launcher.prepare`. Starts the fork server, which imports what stages need."""
         fork_client.preload(MODULE, base_environment())
 
     def run(self, launch: Launch, on_output: LineSink, on_progress: ProgressSink) -> list[Outcome]:
-        """See `Launcher.run`. Job folders are kept, except for their large contents."""
+        """See `Launcher.run`. Job folders are kept, except for their large contents.
+
+        Returns:
+            The outcomes; none where they are another node's.
+
+        Raises:
+            ConfigError: the jobs need more nodes.
+        """
+        self._check_nodes(launch.name, next(iter(launch.jobs.values())))
         for folder, job in launch.jobs.items():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "job.json").write_text(job.model_dump_json(indent=1))
@@ -67,6 +73,15 @@ class LocalTorchrun:
         jobs = list(launch.jobs.values())
         with self._devices(launch.name, jobs, on_output) as devices:
             return self._run(launch, jobs, devices, on_output, on_progress)
+
+    def _check_nodes(self, name: str, job: Job) -> None:
+        needed, count = job.placement().nodes if job.torchrun else 1, self.node.count
+        if needed != count:
+            raise ConfigError(
+                f"{name}.resources.nodes is {needed}, but this is one of {count} "
+                f"machine{'s' if count > 1 else ''} of the launch; set nodes to {count}, or use a "
+                "launcher of a cluster (slurm, kubernetes)"
+            )
 
     def _devices(
         self, name: str, jobs: list[Job], report: LineSink
@@ -86,7 +101,7 @@ class LocalTorchrun:
         on_progress: ProgressSink,
     ) -> list[Outcome]:
         files = [folder / "job.json" for folder in launch.jobs]
-        process = start(jobs, files, launch.store, devices)
+        process = start(jobs, files, launch.store, devices, self.node)
         tree, memory = ProcessTree(process), Memory()
         reader = _Reader(process, launch.log, on_output)
         try:
@@ -104,6 +119,8 @@ class LocalTorchrun:
             for folder in launch.jobs:
                 for inner in DELETED_AFTERWARDS:
                     shutil.rmtree(folder / inner, ignore_errors=True)
+        if self.node.rank > 0 and process.wait() == 0:
+            return []
         outcomes = [_outcome(folder) for folder in launch.jobs]
         if None in outcomes:  # else all results are in the store, and the exit does not matter
             raise diagnose(
@@ -139,17 +156,21 @@ class LocalTorchrun:
 
 
 def start(
-    jobs: list[Job], files: list[Path], store: str, devices: Sequence[str] = ()
+    jobs: list[Job],
+    files: list[Path],
+    store: str,
+    devices: Sequence[str] = (),
+    node: Node = ALONE,
 ) -> subprocess.Popen[bytes] | fork_client.Forked:
     """Start a launch: torchrun's agent, or the only rank. It ends when this process ends."""
-    variables = environment(jobs, store, devices)
-    if not devices:
+    variables = environment(jobs, store, devices, node)
+    if not devices and node.count == 1:
         ranks = jobs[0].placement().ranks if jobs[0].torchrun else 0
         forked = fork_client.fork(ranks, MODULE, [str(file) for file in files], variables)
         if forked is not None:
             return forked
     return subprocess.Popen(
-        command(jobs, files, devices),
+        torchrun_command(MODULE, jobs, files, devices, node),
         env=variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -157,64 +178,6 @@ def start(
         # in the child itself: if this process is killed, torchrun ends its ranks
         preexec_fn=partial(die_with_parent, signal.SIGTERM),
     )
-
-
-def command(jobs: list[Job], files: list[Path], devices: Sequence[str] = ()) -> list[str]:
-    """The command line of a launch that is not forked. The rendezvous chooses a free port of the
-    loopback address.
-
-    Args:
-        devices: GPUs of the ranks; empty: torchrun's agent forks its ranks.
-    """
-    ranks, names = str(jobs[0].placement().ranks), [str(file) for file in files]
-    if not jobs[0].torchrun:
-        return [sys.executable, "-m", MODULE, *names]
-    if not devices:
-        return [sys.executable, "-m", "rlhf_core.runtime.torchrun", ranks, MODULE, *names]
-    return [
-        sys.executable, "-m", "rlhf_core.runtime.rendezvous", "--nnodes", "1",
-        "--nproc-per-node", ranks, "--rdzv-backend", "rlhf-loopback",
-        "--rdzv-endpoint", "127.0.0.1", "--local-addr", "127.0.0.1",
-        "--rdzv-id", uuid.uuid4().hex, "-m", MODULE, *names,
-    ]  # fmt: skip
-
-
-# OpenMP threads that wait: spinning for long is 7 times slower on shared cores, sleeping at once is
-# a fifth slower with small models. So they spin for about 20 microseconds and then sleep.
-OPENMP_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
-
-
-def environment(jobs: list[Job], store: str, devices: Sequence[str] = ()) -> dict[str, str]:
-    """Environment of a launch's processes."""
-    placement = jobs[0].placement()
-    ranks = placement.ranks if jobs[0].torchrun else 1
-    threads = placement.threads or max(1, cpu_cores() // ranks)
-    return {
-        **base_environment(),
-        "OMP_NUM_THREADS": str(threads),
-        "RLHF_STORE": store,
-        **({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
-    }
-
-
-def base_environment() -> dict[str, str]:
-    """This process's environment with defaults that all ranks need; the user's values win."""
-    defaults = {
-        **OPENMP_WAIT,
-        "TOKENIZERS_PARALLELISM": "false",
-        "WANDB_MODE": "disabled",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "TQDM_DISABLE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "PYTHONWARNINGS": "ignore",
-        "GLOO_SOCKET_IFNAME": "lo",  # one machine; its host name may not resolve
-    }
-    return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
 
 
 def _outcome(folder: Path) -> Outcome | None:

@@ -8,10 +8,9 @@ need the same result wait for the same child.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,13 +23,14 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling, Scheduled
 
 from rlhf_core.errors import ConfigError, JobFailed
-from rlhf_core.jobs import Job, WorkPoolLauncher
-from rlhf_core.store import open_store
+from rlhf_core.jobs import WorkPoolLauncher
+from rlhf_core.runtime.launches import launch_id
 from tasks.events import parse_progress
 from tasks.flow_runs import read_all
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.child_logs import Logs
 from tasks.launchers.failures import category_of
+from tasks.launchers.outcome import results
 from tasks.launchers.queue import QUEUES, is_first, queue_name, turn, why_it_waits
 from tasks.launchers.waits import Waits
 from tasks.waiters import declare_dead, lives, mark_waiting, parent_of, waiters
@@ -66,7 +66,7 @@ class WorkPool:
 
     def run(self, launch: Launch, on_output: LineSink, on_progress: ProgressSink) -> list[Outcome]:
         """See `Launcher.run`. If the caller is interrupted, the child is cancelled."""
-        key = shared_key(launch.jobs.values())
+        key = launch_id(launch.jobs.values())
         cancelled = 0
         while cancelled < MAX_CHILDREN:
             with self._waiting(key, launch.author):
@@ -78,7 +78,7 @@ class WorkPool:
                 except BaseException as stop:  # cancelled, or timed out
                     self._leave(child, key, stop, on_output)
                     raise
-            if (outcomes := _outcomes(launch)) is not None:
+            if (outcomes := results(launch)) is not None:
                 return outcomes
             if not state.is_cancelled():
                 raise _failure(launch.name, child, state)
@@ -279,11 +279,6 @@ class WorkPool:
 # --------------------------------------------------------------------------- helpers
 
 
-def shared_key(jobs: Iterable[Job]) -> str:
-    """Key of jobs that run in one process group: 32 hexadecimal digits."""
-    return hashlib.sha256(" ".join(job.key() for job in jobs).encode()).hexdigest()[:32]
-
-
 def _own_id() -> UUID | None:
     text = runtime.flow_run.id
     return UUID(str(text)) if text else None
@@ -292,15 +287,6 @@ def _own_id() -> UUID | None:
 def _task_run_id() -> UUID | None:
     text = runtime.task_run.id
     return UUID(str(text)) if text else None
-
-
-def _outcomes(launch: Launch) -> list[Outcome] | None:
-    """The jobs' results in the store, whoever made them; None if one is missing."""
-    store = open_store(launch.store)
-    found = [(job, store.stage_result(job.key())) for job in launch.jobs.values()]
-    if any(artifact is None for _, artifact in found):
-        return None
-    return [Outcome(a.digest, a.kind, job.key()) for job, a in found if a is not None]
 
 
 def _where(child: FlowRun) -> str:

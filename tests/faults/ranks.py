@@ -58,6 +58,16 @@ def sleep(fault: dict[str, Any]) -> None:
         time.sleep(fault.get("seconds", 1e6))
 
 
+def hold(fault: dict[str, Any]) -> None:
+    """Say by a file that this rank is here, and wait until the file is gone."""
+    if fault.get("checkpoint"):
+        wait_for_checkpoint()
+    mark = Path(fault["at"])
+    mark.touch()
+    while mark.exists():
+        time.sleep(0.05)
+
+
 def memory(fault: dict[str, Any]) -> None:
     """An error of an allocator, for micro-batches above a size."""
     assert checkpointer is not None
@@ -80,7 +90,14 @@ def grab(fault: dict[str, Any]) -> None:
 
 
 held: list[bytearray] = []
-FAULTS = {"kill": kill, "sleep": sleep, "memory": memory, "limit": limit, "grab": grab}
+FAULTS = {
+    "kill": kill,
+    "sleep": sleep,
+    "hold": hold,
+    "memory": memory,
+    "limit": limit,
+    "grab": grab,
+}
 
 
 def due(fault: dict[str, Any]) -> bool:

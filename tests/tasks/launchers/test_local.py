@@ -15,9 +15,8 @@ import pytest
 
 from rlhf_core.errors import JobFailed
 from rlhf_core.jobs import DataJob, ImportModelJob, Resources, SFTJob
-from rlhf_core.runtime.rendezvous import BACKEND
 from tasks.launchers import Launch, LocalTorchrun
-from tasks.launchers.local import command, environment
+from tasks.launchers.command import environment, torchrun_command
 
 pytestmark = pytest.mark.slow
 D = "0" * 64
@@ -212,14 +211,14 @@ def test_no_rank_outlives_a_killed_torchrun(parent):
 
 
 def test_ranks_of_gpus_are_processes_of_their_own():
-    line = command([sft_job()], [Path("job.json")], ["0", "1"])
+    line = torchrun_command("rlhf_core", [sft_job()], [Path("job.json")], ["0", "1"])
     assert line[1:3] == ["-m", "rlhf_core.runtime.rendezvous"]
-    assert line[line.index("--rdzv-backend") + 1] == BACKEND
+    assert line[line.index("--rdzv-endpoint") + 1] == "127.0.0.1"
     assert line[line.index("--nproc-per-node") + 1] == "2"
 
 
 def test_ranks_share_the_cores(monkeypatch):
-    monkeypatch.setattr("tasks.launchers.local.cpu_cores", lambda: 8)
+    monkeypatch.setattr("tasks.launchers.command.cpu_cores", lambda: 8)
     assert environment([sft_job()], "file:///s")["OMP_NUM_THREADS"] == "4"
     assert environment([sft_job(threads=3)], "file:///s")["OMP_NUM_THREADS"] == "3"
     assert environment([ImportModelJob()], "file:///s")["OMP_NUM_THREADS"] == "8"

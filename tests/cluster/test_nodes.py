@@ -1,0 +1,109 @@
+"""Stages over two nodes, with real ranks that find each other over a network of their own."""
+
+import json
+import time
+
+import pytest
+
+from rlhf_core.runtime import launches
+from tasks.launchers.outcome import failure
+from tests.cluster.conftest import Cluster
+from tests.faults.stage import Place, make_job
+from tests.rlhf_core.algorithms.stages import weight_hashes
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+ONE = {"nodes": 1, "ranks": 4, "strategy": "zero2"}
+TWO = {"nodes": 2, "ranks": 2, "strategy": "zero2"}
+PPO = {"steps": 2, "ppo_epochs": 1}
+
+
+def jobs(inputs, place):
+    return [
+        make_job(inputs[1], "sft", place, max_steps=6),
+        make_job(inputs[1], "ppo", place, **PPO),
+    ]
+
+
+def held(cluster, started, file):
+    """Wait until a rank is held by a fault; returns the addresses on which each machine listens."""
+    while not file.exists():
+        assert all(process.poll() is None for process in started), cluster.said()
+        time.sleep(0.1)
+    return [machine.listening() for machine in cluster.machines[: cluster.nodes]]
+
+
+def hold(mark, update, **more):
+    """A fault: rank 0 says that it is there, and waits for the end of the test's look."""
+    return {"what": "hold", "rank": 0, "update": update, "at": str(mark), **more}
+
+
+@pytest.fixture(scope="module")
+def alone(machines, inputs, tmp_path_factory):
+    """SFT and PPO on four ranks of one node; addresses on which it listened during PPO."""
+    place = Place(inputs[0], tmp_path_factory.mktemp("alone") / "place")
+    cluster = Cluster(machines, place)
+    mark = place.folder / "mark"
+    started = cluster.start(jobs(inputs, ONE), 1, [hold(mark, 7)])
+    [listening] = held(cluster, started, mark)
+    mark.unlink()
+    assert cluster.wait(started) == [launches.DONE], cluster.said()
+    return cluster, listening
+
+
+@pytest.fixture(scope="module")
+def both(machines, inputs, tmp_path_factory):
+    """The same on two ranks of each of two nodes."""
+    place = Place(inputs[0], tmp_path_factory.mktemp("both") / "place")
+    cluster = Cluster(machines, place)
+    mark = place.folder / "mark"
+    started = cluster.start(jobs(inputs, TWO), 2, [hold(mark, 7)])
+    listening = held(cluster, started, mark)
+    mark.unlink()
+    assert cluster.wait(started) == [launches.DONE] * 2, cluster.said()
+    return cluster, listening
+
+
+def losses(place, job):
+    lines = place.store.read_bytes(place.result(job).digest, "metrics.jsonl").decode().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_ranks_of_one_machine_listen_on_loopback_only(alone):
+    assert alone[1] == {"127.0.0.1"}
+
+
+def test_ranks_of_two_machines_listen_on_the_network_between_them_only(both):
+    cluster, listening = both
+    assert listening == [{machine.address} for machine in cluster.machines]
+
+
+def test_two_nodes_end_in_the_loss_of_one(alone, both, inputs):
+    for job in jobs(inputs, TWO):
+        one, two = losses(alone[0].place, job), losses(both[0].place, job)
+        assert two == pytest.approx(one, rel=1e-5), job.algorithm
+    reports = both[0].reports()
+    assert [(n, r.host, r.state) for n, r in reports.items()] == [
+        (0, "node0", "done"), (1, "node1", "done"),
+    ]  # fmt: skip
+
+
+def test_launch_goes_on_after_a_node_was_killed(cluster, both, inputs):
+    job = jobs(inputs, TWO)[0]
+    mark = cluster.folder / "mark"
+    started = cluster.start([job], 2, [hold(mark, 4, checkpoint=True)])
+    held(cluster, started, mark)
+    cluster.machines[1].kill()
+    mark.unlink()
+    began = time.monotonic()
+    codes = cluster.wait(started, 60)
+    assert codes[0] == launches.LOST and time.monotonic() - began < 60
+    error = failure(cluster.place.store, "sft", cluster.launch, cluster.attempt, 2)
+    assert (error.category, str(error).splitlines()[0]) == (
+        "lost", "sft failed: node 1 (node1) vanished: its agent ended without a word",
+    )  # fmt: skip
+    assert cluster.place.store.stage_result(job.key()) is None
+    assert cluster.run([job]) == [launches.DONE] * 2, cluster.said()
+    assert "going on from the checkpoint after step" in cluster.said()
+    whole = both[0].place.result(job)
+    assert weight_hashes(cluster.place.result(job)) == weight_hashes(whole)
