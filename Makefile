@@ -152,6 +152,9 @@ MINUTES ?= 10
 soak: $(STAMP)  ## a system under faults: workers, servers and the store go away (PIPELINES=20, MINUTES=10)
 	@$(BIN)/python -m tests.system.soak --pipelines $(PIPELINES) --minutes $(MINUTES)
 
+load: $(STAMP)  ## 200 pipelines of stand-in stages on one server with 50 slots (OPTIONS="--pipelines N --slots N")
+	@$(BIN)/python -m tests.system.load $(OPTIONS)
+
 FUZZ ?= 20
 SEED ?= $(shell date +%s)
 

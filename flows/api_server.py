@@ -9,6 +9,8 @@ user of the machine visits could start runs and read logs. Here, also on 127.0.0
 - the Host header names this machine. A page whose name was made to point to 127.0.0.1 (DNS
   rebinding) has the server's origin, but not its name.
 
+On SQLite, writers take turns (`flows.turns`).
+
 `python -m flows.api_server HOST PORT` runs it; settings and login come from the environment.
 """
 
@@ -72,8 +74,11 @@ def main(arguments: Sequence[str]) -> None:
     from prefect.server.api.server import create_app
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    from flows import turns
+
     host, port = arguments
-    app = TrustedHostMiddleware(create_app(final=True), allowed_hosts(host), www_redirect=False)
+    prefect = turns.for_database(create_app(final=True))
+    app = TrustedHostMiddleware(prefect, allowed_hosts(host), www_redirect=False)
     uvicorn.run(app, host=host, port=int(port), log_level="warning", lifespan="on")
 
 

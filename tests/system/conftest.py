@@ -48,9 +48,9 @@ class System:
         self.url = f"http://127.0.0.1:{self.port}"
         self.api = httpx.Client(base_url=f"{self.url}/api", timeout=60)
 
-    def up(self) -> str:
+    def up(self, slots: int = 2) -> str:
         port = str(self.port)
-        return self.rlhf("up", "--port", port, "--s3-port", "0", "--slots", "2")
+        return self.rlhf("up", "--port", port, "--s3-port", "0", "--slots", str(slots))
 
     def rlhf(self, *arguments: str, code: int = 0) -> str:
         done = subprocess.run(

@@ -1,0 +1,86 @@
+"""Writers of a server on SQLite take turns, instead of refusing each other.
+
+Prefect begins its transactions as readers. One that has read and then wants to write is refused at
+once, "database is locked", where another has written meanwhile: SQLite would have to let it act on
+what it read before. SQLite's timeout does not help. The server answers 503, and although Prefect's
+clients repeat that a few times, a busy server loses runs: a worker that cannot note its name on a
+run reports it as crashed.
+
+Here one request at a time may write, in the order of arrival. The server's own services still come
+between, so a request that is answered 503 is repeated, while the others wait. Nothing of it was
+written: its transaction was rolled back. PostgreSQL needs none of this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+
+from rlhf_core.system.asgi import App, Message, Receive, Scope, Send, replayed
+
+READS = ("/filter", "/count", "/paginate", "/history", "/lateness", "/validate", "/get_latest")
+"""Ends of paths that are asked by POST and only read."""
+REPEATS = 100
+PAUSE = 0.05  # seconds between two of them
+UNAVAILABLE = 503
+
+
+class Turns:
+    """ASGI middleware: requests that may write are answered one after another."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.lock = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not _writes(scope):
+            await self.app(scope, receive, send)
+            return
+        request = await _whole(receive)
+        async with self.lock:
+            answer = await self._answer(scope, request, receive)
+            for _ in range(REPEATS):
+                if answer[0].get("status") != UNAVAILABLE:
+                    break
+                await asyncio.sleep(PAUSE)
+                answer = await self._answer(scope, request, receive)
+        for message in answer:
+            await send(message)
+
+    async def _answer(
+        self, scope: Scope, request: list[Message], receive: Receive
+    ) -> list[Message]:
+        """The messages with which the server answers."""
+        answer: list[Message] = []
+
+        async def send(message: Message) -> None:
+            answer.append(message)
+
+        try:
+            await self.app({**scope}, replayed(request, receive), send)
+        except Exception:
+            if not answer:
+                raise
+            # Starlette has answered and Prefect has logged it; it is raised for the server's log
+        return answer
+
+
+def _writes(scope: Scope) -> bool:
+    if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        return False
+    return not scope["path"].rstrip("/").endswith(READS)
+
+
+async def _whole(receive: Receive) -> list[Message]:
+    """The messages of a request, its whole body."""
+    messages = [await receive()]
+    while messages[-1].get("more_body", False):
+        messages.append(await receive())
+    return messages
+
+
+def for_database(app: App) -> App:
+    """The server's app, in turns if its database is SQLite."""
+    sqlite = PREFECT_API_DATABASE_CONNECTION_URL.value().startswith("sqlite")
+    return Turns(app) if sqlite else app
