@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf_core.jobs.base import LARGEST, Resources, Settings
+from rlhf_core.jobs.base import LARGEST, PositiveInt, Resources, Settings
 
 Priority = Literal["high", "normal", "low"]
 
@@ -47,4 +47,86 @@ class WorkPoolLauncher(LauncherSettings):
     """Seconds that a stage waits for a free slot of the pool before it fails."""
 
 
-Launcher = LocalLauncher | WorkPoolLauncher
+Word = Annotated[str, Field(pattern=r"^[^\s'\"]+$")]
+Line = Annotated[str, Field(pattern=r"^[^\r\n]+$")]
+
+
+class SlurmContainer(Settings):
+    """Container image that the processes of a Slurm job run in."""
+
+    runtime: Literal["pyxis", "apptainer"]
+    """pyxis: `srun --container-image` (NVIDIA's Pyxis and Enroot). apptainer: `apptainer exec`."""
+    image: Word
+    """The image, as the runtime names it: `registry#name:tag` or a .sqsh file for Pyxis, a .sif
+    file or `docker://name:tag` for Apptainer."""
+    mounts: tuple[Word, ...] = ()
+    """Folders of the node in the container, as FOLDER or FOLDER:FOLDER_IN_THE_CONTAINER. A store
+    that is a folder has to be one of them."""
+
+
+class SlurmLauncher(LauncherSettings):
+    """Runs a stage as a Slurm batch job, on one or several nodes. Pipeline and nodes share the
+    store. A job that is preempted, loses a node or reaches its time limit goes on from its last
+    checkpoint."""
+
+    several_nodes: ClassVar[bool] = True
+
+    type: Literal["slurm"] = "slurm"
+    """Type of the launcher."""
+    host: Word | None = None
+    """Login node that has Slurm's commands, as `ssh` names it (an entry of ~/.ssh/config, or
+    user@host). Empty: the commands are on this machine."""
+    folder: Word = ".rlhf/slurm"
+    """Folder for the jobs' output, on a file system that login node and compute nodes share.
+    Relative to the home folder, or absolute."""
+    python: Word = "python3"
+    """Python interpreter on the nodes (or in the container) that has this package."""
+    setup: tuple[Line, ...] = ()
+    """Lines of shell that the batch script runs first, such as `module load cuda`."""
+    pass_environment: tuple[Word, ...] = (
+        "AWS_*", "AZURE_*", "GOOGLE_*", "HF_TOKEN", "RLHF_STORE_*", "WANDB_*",
+    )  # fmt: skip
+    """Environment variables of the pipeline that a job gets, with * for any characters. Their
+    values are in Slurm's memory and spool folder, not in the script, its arguments or the log."""
+    scratch: Line | None = None
+    """Folder on each node for the files of a running job, or a variable with it, such as `$TMPDIR`.
+    Empty: below the node's RLHF_HOME."""
+    partition: Word | None = None
+    """Partition. Empty: the cluster's default."""
+    account: Word | None = None
+    """Account that is charged. Empty: the user's default."""
+    qos: Word | None = None
+    """Quality of service."""
+    constraint: Line | None = None
+    """Features that the nodes must have, such as `h100&ib`."""
+    gres: Word | None = None
+    """Generic resources of each node, such as `gpu:h100:8`. Empty: see gpus_per_node."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    """GPUs of each node. Empty: one per rank, none for stages on the CPU or without ranks."""
+    cpus_per_rank: PositiveInt | None = None
+    """CPU cores for each rank. Empty: what the partition gives by default."""
+    time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")] | None = None
+    """Longest time of one job, as Slurm writes it: minutes, H:M:S, or D-H:M:S. A stage that takes
+    longer goes on in the next job. Empty: the partition's default."""
+    notice: Annotated[int, Field(ge=10, le=3600)] = 120
+    """Seconds before the time limit at which the ranks store a checkpoint and end. Slurm may tell
+    them up to a minute earlier."""
+    exclusive: bool = False
+    """Whole nodes: no other job runs on them."""
+    options: tuple[Line, ...] = ()
+    """Further options of `sbatch`, one each, such as `--mem=0` or `--reservation=friday`."""
+    container: SlurmContainer | None = None
+    """Container of the processes. Empty: they run on the node itself."""
+    max_restarts: Annotated[int, Field(ge=0, le=LARGEST)] = 100
+    """How often one stage goes on after a preemption, a lost node or a time limit, before it
+    fails."""
+    queue_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 604_800
+    """Seconds that a job may wait in the queue before the stage fails."""
+    poll_seconds: Annotated[float, Field(ge=0.2, le=600)] = 10.0
+    """Seconds between two looks at a job. Each is one request to Slurm's controller."""
+    probe: bool = False
+    """Let the preflight submit a job of a second, which checks that interpreter and store are
+    reachable from a node. It waits for at most two minutes."""
+
+
+Launcher = LocalLauncher | WorkPoolLauncher | SlurmLauncher

@@ -9,10 +9,15 @@ __all__ = ["Launch", "Launcher", "LocalTorchrun", "Outcome", "launcher_for"]
 def launcher_for(settings: object) -> Launcher:
     """The launcher that a configuration's `launcher` section describes."""
     from rlhf_core.jobs import LocalLauncher, WorkPoolLauncher
+    from rlhf_core.jobs.launchers import SlurmLauncher
 
     if isinstance(settings, WorkPoolLauncher):
         from tasks.launchers.work_pool import WorkPool
 
         return WorkPool(settings)
+    if isinstance(settings, SlurmLauncher):
+        from tasks.launchers.slurm import Slurm
+
+        return Slurm(settings)
     assert isinstance(settings, LocalLauncher), f"no launcher for {settings!r}"
     return LocalTorchrun()
