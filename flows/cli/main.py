@@ -19,6 +19,7 @@ from flows.cli.models import models
 from flows.cli.options import AsJson, StoreUrl, TrustRemoteCode
 from flows.cli.output import echo, print_json
 from flows.cli.playground import playground
+from flows.cli.release import export, push
 from flows.cli.repair import delete, repair
 from flows.cli.runs import runs
 from flows.cli.schedule import schedule
@@ -40,6 +41,8 @@ app = typer.Typer(
 artifacts.command("gc")(gc)
 artifacts.command("repair")(repair)
 artifacts.command("delete")(delete)
+models.command("push")(push)
+models.command("export")(export)
 app.add_typer(artifacts, name="artifacts")
 app.add_typer(models, name="models")
 

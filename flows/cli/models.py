@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rlhf_core.store.versions import Model, Version
 
 models = typer.Typer(
-    help="Published models: list, show, promote, rollback, archive, diff.", no_args_is_help=True
+    help="Published models: list, show, promote, rollback, archive, diff, push, export.",
+    no_args_is_help=True,
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Published name (publish.name).")]

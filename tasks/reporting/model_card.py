@@ -6,6 +6,7 @@ The same inputs give the same bytes, so that publishing twice gives one artifact
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -19,6 +20,7 @@ from tasks.reporting.benchmarks import benchmarks_of
 from tasks.reporting.evaluation import evaluation_of
 from tasks.run import Run
 
+FOLDER = "path/to/this/folder"
 USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,7 +76,7 @@ def model_card(run: Run, name: str, policy: str, evaluation: str | None) -> str:
         judged,
         *(["## Benchmarks", text] if (text := benchmarks_of(run)) else []),
         "## Lineage",
-        _lineage(stages),
+        lineage_table(stages),
         "## Data",
         *(_data(store, s, a) for s, a in stages.items() if a.kind == "dataset"),
         "## Settings",
@@ -89,7 +91,8 @@ def _steps(run: Run) -> str:
     return ", ".join(labels) + again
 
 
-def _lineage(stages: dict[str, Artifact]) -> str:
+def lineage_table(stages: Mapping[str, Artifact]) -> str:
+    """Stages with their artifacts, and the stages that these were made from."""
     names = {artifact.digest: stage for stage, artifact in stages.items()}
     rows = ["| stage | artifact | made from |", "| --- | --- | --- |"]
     for stage, artifact in stages.items():

@@ -360,7 +360,7 @@ def test_fingerprint_of_other_sources() -> None:
 def test_built_in_model_that_is_not_here_is_planned_for_another_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    absent = Builtin("no_such_module", "no-such-package", "7.0", "*.gguf")
+    absent = Builtin("no_such_module", "no-such-package", "7.0", "*.gguf", "a/b")
     monkeypatch.setitem(BUILTINS, "smollm2-135m-instruct", absent)
     settings = ModelSettings(source="builtin:smollm2-135m-instruct")
     assert fingerprint(settings.source) == "no-such-package==7.0"
