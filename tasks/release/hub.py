@@ -46,7 +46,7 @@ def parse_target(target: str) -> str:
         ConfigError: it is something else; the text says what to write.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     repo = target.removeprefix(PREFIX)
     if not target.startswith(PREFIX):
