@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-cluster test-images test-crash test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
+.PHONY: help setup demo smoke up down test test-system test-cluster test-images test-crash test-clouds test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -99,7 +99,7 @@ down: $(STAMP)  ## end what `make up` started
 WORKERS ?= 3
 test: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 \
-	  -m "not demo and not system and not images and not chaos and not crash and not extras and not vllm and not cluster"
+	  -m "not demo and not system and not images and not chaos and not crash and not extras and not vllm and not cluster and not clouds"
 
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
@@ -113,6 +113,17 @@ test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minu
 
 test-crash: $(STAMP)  ## power cuts of stores on a disk image, and a full disk (root; two minutes)
 	@$(BIN)/python -m pytest -q -rsP tests/rlhf_core/store/test_power_cut.py
+
+# Microsoft's emulator of Azure; Google's API is spoken by the tests themselves.
+AZURITE := .azurite
+$(AZURITE)/.installed:
+	@command -v npm >/dev/null || { echo "npm is needed for Azurite, the emulator of Azure, and was not found: apt-get install npm"; exit 1; }
+	@echo "installing Azurite (360 MB, half a minute)"
+	@npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(AZURITE) azurite@3.37.0
+	@touch $@
+
+test-clouds: $(STAMP) $(AZURITE)/.installed  ## stores on gs:// and az://, on emulators (npm; five minutes)
+	@RLHF_TEST_AZURITE=$(CURDIR)/$(AZURITE)/node_modules/.bin $(BIN)/python -m pytest -q -m clouds tests/rlhf_core
 
 # A second environment that sees all of the first and has only the extras of its own: nothing of
 # them gets into .venv.
@@ -145,7 +156,7 @@ chaos: $(STAMP)  ## kill training N times at random points; nothing may be lost 
 	@$(BIN)/python -m tests.faults.chaos $(N)
 
 fast: $(STAMP)  ## the tests that need no server and no ranks
-	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images and not extras and not vllm and not cluster"
+	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images and not extras and not vllm and not cluster and not clouds"
 
 PIPELINES ?= 20
 MINUTES ?= 10

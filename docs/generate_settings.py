@@ -47,6 +47,8 @@ These variables are not settings of a run. They never enter a job, a log or an a
 | `PREFECT_API_URL` | Prefect server to use; without one, a run starts a server of its own |
 | `PREFECT_API_AUTH_STRING` | its login, USER:PASSWORD; that of `rlhf up` is found without |
 | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` | keys of an S3 store |
+| `GOOGLE_APPLICATION_CREDENTIALS` | file with the credentials of a `gs://` store |
+| `AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY` | of an `az://` store |
 """
 
 

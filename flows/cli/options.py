@@ -27,7 +27,7 @@ Overrides = Annotated[
 ]
 StoreUrl = Annotated[
     str | None,
-    typer.Option("--store", help="Artifact store: a folder, file:// or s3:// (or $RLHF_STORE)."),
+    typer.Option("--store", help="Artifact store: folder, s3://, gs:// or az:// (or $RLHF_STORE)."),
 ]
 RunId = Annotated[
     str,

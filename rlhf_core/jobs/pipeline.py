@@ -41,7 +41,8 @@ class PipelineConfig(Settings):
     gpu_hour_price: Annotated[float, Field(ge=0.0)] | None = None
     """Price of one GPU for an hour, in any currency, for the costs in reports. Empty: none."""
     store: str | None = None
-    """URL of the artifact store (file:// or s3://). Empty: $RLHF_STORE, else .rlhf/store here."""
+    """URL of the artifact store (file://, s3://, gs:// or az://). Empty: $RLHF_STORE, else
+    .rlhf/store here."""
     stages: tuple[TrainingStage, ...] = ("sft", "reward", "ppo")
     """Training stages in their order. Each starts from the newest language model; reward trains the
     reward model beside it."""

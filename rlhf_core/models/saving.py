@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import StateDictSplit
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import modeling_utils
 
 from rlhf_core.errors import ModelError
+from rlhf_core.model_files.cutting import cut
 from rlhf_core.model_files.folder_check import REWARD_HEAD
 from rlhf_core.models.adapters import save_adapter
 from rlhf_core.models.loading import REWARD_SCALE
@@ -55,8 +59,34 @@ def save_causal_lm(model: nn.Module, folder: Path, source: Path) -> None:
     save_factors(factors_of(model), folder)
     model = merged(model)
     model.config.use_cache = True  # type: ignore[union-attr]
-    model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+    save_in_files(model, folder)
     copy_companions(source, folder)
+
+
+def save_in_files(model: Any, folder: Path) -> None:
+    """`save_pretrained` of a transformers model, with the weights in the files of `cut`.
+
+    It has no argument for that, so its own function is replaced meanwhile.
+    """
+    own = modeling_utils.split_torch_state_dict_into_shards
+    modeling_utils.split_torch_state_dict_into_shards = _split
+    try:
+        model.save_pretrained(folder)
+    finally:
+        modeling_utils.split_torch_state_dict_into_shards = own
+
+
+def _split(state: dict[str, Tensor], filename_pattern: str, **_: Any) -> StateDictSplit:
+    """In place of the function that fills files up to a size in bytes."""
+    files = cut({name: tensor.numel() for name, tensor in state.items()})
+    count = len(files)
+    suffixes = [f"-{n:05d}-of-{count:05d}" for n in range(1, count + 1)] if count > 1 else [""]
+    names = [filename_pattern.format(suffix=suffix) for suffix in suffixes]
+    return StateDictSplit(
+        metadata={"total_size": sum(tensor.nbytes for tensor in state.values())},
+        filename_to_tensors=dict(zip(names, files, strict=True)),
+        tensor_to_filename={t: name for name, ts in zip(names, files, strict=True) for t in ts},
+    )
 
 
 def save_scalar_model(model: ScalarModel, folder: Path, source: Path) -> None:
@@ -64,7 +94,7 @@ def save_scalar_model(model: ScalarModel, folder: Path, source: Path) -> None:
     save_adapter(model.backbone, folder, source)
     save_factors(factors_of(model.backbone), folder)
     backbone = merged(model.backbone)
-    backbone.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+    save_in_files(backbone, folder)
     head = {k: v.detach().float().contiguous() for k, v in model.head.state_dict().items()}
     save_file(head, folder / REWARD_HEAD)
     scale = {"mean": model.mean, "std": model.std, "pooling": model.pooling}

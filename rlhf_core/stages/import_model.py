@@ -2,7 +2,7 @@
 
 Runs as one plain process. The artifact is a Hugging Face folder that `from_pretrained` opens:
 
-    config.json  generation_config.json  model.safetensors (shards of 5 GB above that)
+    config.json  generation_config.json  model.safetensors (a large one: files of some layers each)
     tokenizer.json  tokenizer_config.json  chat_template.jinja
 
 The weights keep their dtype (the built-in GGUF becomes bf16). Embeddings are never resized: where
@@ -27,8 +27,6 @@ from rlhf_core.store import Artifact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SHARD = "5GB"
 
 
 @dataclass
@@ -71,10 +69,12 @@ def run(job: ImportModelJob, context: StageContext) -> Artifact:
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer as a Hugging Face folder, the same bytes for the same content."""
+    from rlhf_core.models.saving import save_in_files
+
     model.config._name_or_path = ""
     tokenizer.name_or_path = ""
     tokenizer.init_kwargs.pop("name_or_path", None)
-    model.save_pretrained(folder, max_shard_size=SHARD)
+    save_in_files(model, folder)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors writes 0600

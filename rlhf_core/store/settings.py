@@ -12,10 +12,12 @@ from rlhf_core.errors import ConfigError
 
 
 class StoreSettings(BaseSettings):
-    """How to reach an S3 store; read from ``RLHF_STORE_*`` environment variables.
+    """How to reach a remote store; read from ``RLHF_STORE_*`` environment variables.
 
-    Keys are never settings: they come from ``AWS_ACCESS_KEY_ID`` and ``AWS_SECRET_ACCESS_KEY``,
-    from an AWS profile, or from the machine's role.
+    Keys are never settings: they come from the clouds' own variables, such as
+    ``AWS_ACCESS_KEY_ID``, ``GOOGLE_APPLICATION_CREDENTIALS`` or ``AZURE_STORAGE_ACCOUNT_KEY``, from
+    an AWS profile, or from the machine's role. Endpoint, region, profile and path style are those
+    of S3.
     """
 
     model_config = SettingsConfigDict(
@@ -46,6 +48,15 @@ class StoreSettings(BaseSettings):
     cache_gb: float = Field(default=100, ge=0)
     """Gigabytes that the local copies of artifacts in ``$RLHF_HOME/cache`` may take. For a new one
     the least recently used go, but none that a running process uses: those may exceed it."""
+
+    def with_short_timeouts(self) -> StoreSettings:
+        """For a preflight: time limits and retries that end within 15 seconds."""
+        quick = {
+            "connect_timeout": min(self.connect_timeout, 5.0),
+            "read_timeout": min(self.read_timeout, 6.0),
+            "retries": min(self.retries, 1),
+        }
+        return self.model_copy(update=quick)
 
     def endpoint_name(self) -> str:
         """The endpoint without user name and password, for messages."""

@@ -143,13 +143,7 @@ class S3Backend:
         return S3Backend(self.client, self._key(prefix))
 
     def with_short_timeouts(self) -> S3Backend:
-        settings = self.client.settings
-        quick = {
-            "connect_timeout": min(settings.connect_timeout, 5.0),
-            "read_timeout": min(settings.read_timeout, 6.0),
-            "retries": min(settings.retries, 1),
-        }
-        client = S3Client(self.client.bucket, settings.model_copy(update=quick))
+        client = S3Client(self.client.bucket, self.client.settings.with_short_timeouts())
         return S3Backend(client, self.prefix)
 
     def _key(self, key: str) -> str:

@@ -8,8 +8,15 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.jobs import LoRA, TrainSettings
+from rlhf_core.model_files.cutting import cut
 from rlhf_core.models.loading import load_causal_lm, load_scalar_model, new_scalar_model
-from rlhf_core.models.saving import merged, save_causal_lm, save_scalar_model, stop_tokens
+from rlhf_core.models.saving import (
+    merged,
+    save_causal_lm,
+    save_in_files,
+    save_scalar_model,
+    stop_tokens,
+)
 from rlhf_core.nn.layers import choose_trainable, share_frozen
 from rlhf_core.nn.modules import ActorCritic, Policy
 
@@ -133,6 +140,33 @@ def test_an_untied_head_trains_with_the_top_layers():
 def test_more_trainable_layers_than_the_model_has_is_refused():
     with pytest.raises(ConfigError, match=r"trainable_layers is 4.*has 3 layers"):
         choose_trainable(tiny("llama"), TrainSettings(trainable_layers=4), 0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_training_the_top_layer_changes_one_file_of_the_folder(name, tmp_path, monkeypatch):
+    def small_files(sizes):
+        return cut(sizes, smallest=1)
+
+    monkeypatch.setattr("rlhf_core.models.saving.cut", small_files)
+    before, after = tmp_path / "before", tmp_path / "after"
+    tiny(name).save_pretrained(tmp_path)
+    model = load_causal_lm(tmp_path)
+    save_in_files(model, before)
+    choose_trainable(model, TrainSettings(trainable_layers=1), 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1.0 if parameter.requires_grad else 0.0
+    save_in_files(model, after)
+
+    files = {path.name for path in before.glob("*.safetensors")}
+    assert files == {path.name for path in after.glob("*.safetensors")} and len(files) > 3
+    changed = {n for n in files if (before / n).read_bytes() != (after / n).read_bytes()}
+    where = json.loads((after / "model.safetensors.index.json").read_text())["weight_map"]
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert changed and not changed & {where[n] for n in frozen}
+    again = load_causal_lm(after).state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(again[key], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

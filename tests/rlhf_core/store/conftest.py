@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.store import Store, open_store
+from tests.rlhf_core.store.clouds.azure import CONTAINER, Azurite
+from tests.rlhf_core.store.clouds.google import GoogleProxy
 from tests.rlhf_core.store.seaweed import ACCESS_KEY, BUCKET, SECRET_KEY, SeaweedServer
 
 
@@ -20,13 +22,27 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedServer]
     server.kill()
 
 
+@pytest.fixture(scope="session")
+def google(seaweed: SeaweedServer) -> Iterator[GoogleProxy]:
+    server = GoogleProxy(seaweed)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
+    server = Azurite(tmp_path_factory.mktemp("azurite"))
+    yield server
+    server.kill()
+
+
 @pytest.fixture(autouse=True)
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home of its own, no settings and no keys but the test's."""
     import os
 
     for name in list(os.environ):
-        if name.startswith(("RLHF_", "AWS_")):
+        if name.startswith(("RLHF_", "AWS_", "AZURE_", "GOOGLE_")) and name != "RLHF_TEST_AZURITE":
             monkeypatch.delenv(name)
     monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
@@ -55,11 +71,29 @@ def s3_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}"
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture
+def gs_url(google: GoogleProxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh prefix on the server that speaks Google's API."""
+    for name, value in google.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"gs://{BUCKET}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def az_url(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh prefix on Azurite."""
+    for name, value in azurite.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"az://{CONTAINER}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(
+    params=["file", "s3", *(pytest.param(name, marks=pytest.mark.clouds) for name in ("gs", "az"))]
+)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "s3":
-        return str(request.getfixturevalue("s3_url"))
-    return f"file://{tmp_path / 'store'}"
+    if request.param == "file":
+        return f"file://{tmp_path / 'store'}"
+    return str(request.getfixturevalue(f"{request.param}_url"))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ def test_store_url_comes_from_argument_environment_or_home(
     monkeypatch.setenv("RLHF_STORE", "s3://bucket/some/prefix/")
     assert open_store().url == "s3://bucket/some/prefix"
     assert open_store("s3://bucket").url == "s3://bucket"
+    assert open_store("az://container/runs/").url == "az://container/runs"
     assert open_store("file:///a/b/").url == open_store("/a/b").url == "file:///a/b"
     monkeypatch.chdir(tmp_path)
     assert open_store("data/../store").url == f"file://{tmp_path}/store"
@@ -24,7 +25,10 @@ def test_store_url_comes_from_argument_environment_or_home(
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("gs://bucket/x", r"'gs' is not supported; use file:///path/to/folder or s3://"),
+        ("hdfs://bucket/x", r"'hdfs' is not supported; use file:///path/to/folder, s3://"),
+        ("gs://key:secret@bucket/x", "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("az://container@account.blob.core.windows.net/x", "AZURE_STORAGE_ACCOUNT_NAME"),
+        ("az:///x", "names no container"),
         ("s3://", "names no bucket"),
         ("s3://bucket/../other", r"'\.\.' part"),
         ("s3://key:secret@bucket/x", "AWS_SECRET_ACCESS_KEY"),
