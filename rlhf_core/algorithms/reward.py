@@ -87,6 +87,7 @@ def run(job: RewardJob, context: StageContext) -> Artifact | None:
     weights = strategy.weights(keep=context.main)
     whole = strategy.unsharded(module, weights, keep=context.main)
     if not context.main:
+        checkpointer.finish()
         return None
     assert isinstance(whole, ScalarModel)
     # Scores to mean 0, standard deviation 1 over the SFT replies.

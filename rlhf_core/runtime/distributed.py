@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,20 @@ class Group:
         # On GPUs too. A forked process makes its thread pool anew at the first call: autograd's
         # threads, one for each GPU, would do so at once, and torch then ends the process.
         torch.set_num_threads(resources.threads or max(1, cpu_cores() // on_this_node))
+
+    def gather_beside(self) -> Callable[[Any], list[Any]]:
+        """A `gather` for a thread beside the training's collectives: it has a process group of its
+        own, through the host, and waits for as long as no rank has ended. Every rank must call."""
+        if self.size == 1:
+            return self.gather
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+        def gather(value: Any) -> list[Any]:
+            values: list[Any] = [None] * self.size
+            dist.all_gather_object(values, value, group=group)
+            return values
+
+        return gather
 
     def sum(self, values: Tensor | Sequence[float]) -> Tensor:
         """Elementwise sum over the ranks, fp64, on the CPU."""

@@ -6,8 +6,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rlhf_core.errors import StoreError, StoreUnavailable
 
@@ -48,99 +49,146 @@ def retry_while_unavailable(call: Callable[[], Result], what: str, timeout: floa
             time.sleep(pause)
 
 
-class Uploader:
-    """Publishes the newest folder that it was given, and retries until it succeeds.
+@dataclass(frozen=True)
+class Upload:
+    """A checkpoint on its way to the store.
 
-    A newer folder replaces one that still waits, so that at most two are on this machine's disk:
-    the one being uploaded, and the one that waits.
+    Attributes:
+        folder: this rank's files, which are removed at the end.
+        send: sends this rank's files; repeated while it raises StoreError.
+        commit: makes the checkpoint visible, by what the ranks' `send` returned in rank order. Only
+            the first rank calls it.
     """
 
-    def __init__(self, publish: Callable[[Path, int], None]) -> None:
-        """Args:
-        publish: uploads a folder, which is the state after a step; may raise anything.
-        """
-        self._publish = publish
-        self._changed = threading.Condition()
-        self._waiting: tuple[Path, int] | None = None
-        self._busy = self._closed = self._hurried = False
-        self._thread: threading.Thread | None = None
+    step: int
+    folder: Path
+    send: Callable[[], Any]
+    commit: Callable[[list[Any]], None]
 
-    def put(self, folder: Path, step: int) -> None:
-        """Queue a folder, which is removed when it is in the store. Returns at once."""
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank could not send or commit, and whether another attempt may succeed."""
+
+    text: str
+    retry: bool
+
+
+class Uploader:
+    """Sends one checkpoint at a time in the background, all ranks together, and retries.
+
+    Every rank makes one and calls its methods for the same steps; `close` is for the first rank.
+    """
+
+    def __init__(self, gather: Callable[[Any], list[Any]], first: bool) -> None:
+        """Args:
+        gather: one value of every rank, on every rank; called in a thread.
+        first: this rank commits.
+        """
+        self._gather, self._first = gather, first
+        self._changed = threading.Condition()
+        self._busy = self._superseded = self._closed = self._hurried = False
+        self._failures, self._since = 0, 0.0  # of attempts since one succeeded
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is on its way."""
+        return self._busy
+
+    def put(self, upload: Upload) -> None:
+        """Send a checkpoint; returns at once. None may be on its way, see `make_way`."""
+        assert not self._busy
+        self._busy = True
+        threading.Thread(target=self._run, args=(upload,), name="uploads", daemon=True).start()
+
+    def supersede(self) -> None:
+        """Give up what is on its way instead of a further attempt: there is a newer state."""
         with self._changed:
-            self._replace((folder, step))
-            self._changed.notify_all()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
-            self._thread.start()
+            self._superseded = self._busy
+
+    def make_way(self) -> None:
+        """Wait until `put` may be called."""
+        self.supersede()
+        self.wait()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until everything is in the store; returns whether it is.
+        """Wait until nothing is on its way; returns whether that is so.
 
         Args:
             seconds: longest wait; None: no limit.
         """
         with self._changed:
-            if seconds != 0:  # a caller waits: the pauses between attempts become short
+            if seconds != 0 and self._busy:  # pauses between attempts become short
                 self._hurried = True
                 self._changed.notify_all()
-            return self._changed.wait_for(lambda: not (self._waiting or self._busy), seconds)
+            return self._changed.wait_for(lambda: not self._busy, seconds)
 
     def close(self) -> None:
-        """Drop the folder that waits, and wait for the running upload."""
+        """Wait for the running attempt; there is no further one."""
         with self._changed:
             self._closed = True
-            self._replace(None)
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+            self._changed.wait_for(lambda: not self._busy)
 
-    def _replace(self, new: tuple[Path, int] | None) -> None:
-        if self._waiting is not None:
-            shutil.rmtree(self._waiting[0], ignore_errors=True)
-        self._waiting = new
-
-    def _run(self) -> None:
-        failures, since = 0, time.monotonic()
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if self._waiting is None:
-                    return
-                (folder, step), self._waiting, self._busy = self._waiting, None, True
-            if failures == 0:
-                since = time.monotonic()
-            done = self._try(folder, step, failures, since)
-            failures = 0 if done else failures + 1
-            with self._changed:
-                if done or self._waiting or self._closed:
-                    shutil.rmtree(folder, ignore_errors=True)
-                else:
-                    self._waiting = (folder, step)
-                self._busy = False
-                self._changed.notify_all()
-                if not done:  # a newer one is tried at the same pace
-                    pause = backoff_seconds(failures)
-                    self._changed.wait_for(lambda: self._closed or self._hurried, pause)
-                    if self._hurried:
-                        self._changed.wait_for(lambda: self._closed, FIRST_PAUSE)
-
-    def _try(self, folder: Path, step: int, failures: int, since: float) -> bool:
-        """Whether the folder needs no further attempt."""
+    def _run(self, upload: Upload) -> None:
         try:
-            self._publish(folder, step)
-        except StoreError as error:
-            if failures == 0:
-                print(
-                    f"WARNING: checkpoint {step} is not stored yet: {error}. Training continues; "
-                    "the upload of the newest checkpoint is retried.",
-                    flush=True,
-                )
-            return False
-        except Exception as error:  # a bug; training continues, the next checkpoint may succeed
-            print(f"WARNING: checkpoint {step} was not stored: {error!r}", flush=True)
-            return True
-        if failures:
-            seconds = time.monotonic() - since
-            print(f"checkpoint {step} is stored, after {failures} failures in {seconds:.0f} s")
-        return True
+            while (problem := self._attempt(upload)) and problem.retry:
+                self._pause()
+                if any(self._gather(self._closed or self._superseded)):
+                    break
+        except Exception as error:  # another rank has ended
+            print(f"WARNING: checkpoint {upload.step} was not stored: {error!r}", flush=True)
+        shutil.rmtree(upload.folder, ignore_errors=True)
+        with self._changed:
+            self._busy = self._superseded = self._hurried = False
+            self._changed.notify_all()
+
+    def _attempt(self, upload: Upload) -> Failure | None:
+        """Send and commit once; what went wrong on any rank."""
+        sent = self._gather(_outcome(upload.send))
+        problem = next((x for x in sent if isinstance(x, Failure)), None)
+        committed = None
+        if self._first and problem is None:
+            committed = _outcome(lambda: upload.commit(sent))
+        first_ranks = self._gather(committed)[0]
+        if isinstance(first_ranks, Failure):
+            problem = first_ranks
+        if self._first:
+            self._report(upload.step, problem)
+        self._failures = 0 if problem is None or not problem.retry else self._failures + 1
+        return problem
+
+    def _report(self, step: int, problem: Failure | None) -> None:
+        if problem is None and self._failures:
+            seconds = time.monotonic() - self._since
+            print(
+                f"checkpoint {step} is stored, after {self._failures} failures in {seconds:.0f} s"
+            )
+        elif problem is not None and not problem.retry:
+            # A bug; training continues, the next checkpoint may succeed.
+            print(f"WARNING: checkpoint {step} was not stored: {problem.text}", flush=True)
+        elif problem is not None and self._failures == 0:
+            self._since = time.monotonic()
+            print(
+                f"WARNING: checkpoint {step} is not stored yet: {problem.text}. Training "
+                "continues; the upload of the newest checkpoint is retried.",
+                flush=True,
+            )
+
+    def _pause(self) -> None:
+        """Between two attempts, also those of different checkpoints."""
+        with self._changed:
+            pause = backoff_seconds(self._failures)
+            self._changed.wait_for(lambda: self._closed or self._hurried, pause)
+            if self._hurried:
+                self._changed.wait_for(lambda: self._closed, FIRST_PAUSE)
+
+
+def _outcome(call: Callable[[], Result]) -> Result | Failure:
+    """What a call returns, or why it failed."""
+    try:
+        return call()
+    except StoreError as error:
+        return Failure(str(error), retry=True)
+    except Exception as error:
+        return Failure(repr(error), retry=False)

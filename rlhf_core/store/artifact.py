@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -51,6 +51,12 @@ class Artifact:
     def ref(self) -> str:
         """A short name for people, ``kind/digest[:12]``; `Store.get` accepts it."""
         return f"{self.kind}/{self.digest[:12]}"
+
+    def with_files(self, paths: Container[str] | None) -> Artifact:
+        """Itself with only the files of these paths; None: with all."""
+        if paths is None:
+            return self
+        return replace(self, files=tuple(file for file in self.files if file.path in paths))
 
     def file(self, path: str) -> FileEntry:
         """The entry of one file. Raises ConfigError, listing the files, for an unknown path."""

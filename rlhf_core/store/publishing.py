@@ -71,6 +71,14 @@ def publish(
     return published
 
 
+def upload(backend: Backend, files: Mapping[str, Path | bytes]) -> list[FileEntry]:
+    """See `Store.upload`."""
+    sources = in_parallel(lambda item: read_source(*item), files.items(), FILES_AT_ONCE)
+    in_parallel(lambda source: upload_blob(backend, source), sources, FILES_AT_ONCE)
+    backend.settle(blob_key(source.entry.sha256) for source in sources)
+    return [source.entry for source in sources]
+
+
 @contextmanager
 def holding(backend: Backend, artifact: Artifact) -> Iterator[Artifact]:
     """See `Store.holding`."""

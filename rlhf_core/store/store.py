@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import builtins
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from rlhf_core.store.deletion import delete_alone, delete_artifact
 from rlhf_core.store.folders import fetch_cached, fetch_to, walk
 from rlhf_core.store.integrity import check_access, read_verified, verify
 from rlhf_core.store.parallel import REQUESTS_AT_ONCE, in_parallel
-from rlhf_core.store.publishing import holding, publish
+from rlhf_core.store.publishing import holding, publish, upload
 from rlhf_core.store.refs import find_refs, lineage, manifest_key, resolve
 from rlhf_core.store.repair import Damage, find_damage, repair
 from rlhf_core.system.home import rlhf_home
@@ -106,6 +106,10 @@ class Store:
         """
         return publish(self._backend, kind, files, metadata, parents)
 
+    def upload(self, files: Mapping[str, Path | bytes]) -> builtins.list[FileEntry]:
+        """Upload files that another process publishes by their entries; again where that fails."""
+        return upload(self._backend, files)
+
     # Artifacts: reading
 
     def get(self, ref: str) -> Artifact:
@@ -163,16 +167,18 @@ class Store:
 
     def lineage(self, digest: str) -> dict[str, Artifact | None]:
         """An artifact and all its ancestors by digest; None for a missing or damaged one."""
-
         return lineage(self._backend, digest, self._read)
 
-    def fetch(self, ref: str, destination: Path | None = None) -> Path:
+    def fetch(
+        self, ref: str, destination: Path | None = None, only: Container[str] | None = None
+    ) -> Path:
         """Fetch the artifact's files into a local folder, each verified against its sha256.
 
         Args:
             destination: a new or empty folder, or one with exactly this artifact; it appears
                 complete or not at all. None: a read-only folder in the cache below ``rlhf_home()``,
                 which all processes of a machine share; they wait for one download.
+            only: paths of the files to fetch into a destination; None: all.
 
         Raises:
             ArtifactCorrupt: the stored bytes do not match the manifest.
@@ -180,7 +186,7 @@ class Store:
         artifact = self.get(ref)
         if destination is None:
             return fetch_cached(self._backend, artifact)
-        return fetch_to(self._backend, artifact, Path(destination))
+        return fetch_to(self._backend, artifact.with_files(only), Path(destination))
 
     def read_bytes(self, ref: str, path: str) -> bytes:
         """The verified bytes of one file.

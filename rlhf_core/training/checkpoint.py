@@ -1,10 +1,19 @@
 """Checkpoints: the full training state in the store, and resuming from the newest one.
 
 A checkpoint is an artifact in the stage's own prefix of the store (`checkpoints/<stage key>/`), so
-that its blobs can be deleted without checking whether other artifacts use them. It has the trained
-weights (fp32 masters), the optimizer's states, each rank's generator state, the counters, the
-metrics logged so far, and the best weights so far where a stage looks for them; whole, not sharded,
-so that any number of ranks can resume from it.
+that its blobs can be deleted without checking whether other artifacts use them. Its files:
+
+    part-<rank>.safetensors   the rank's part of the trained weights (fp32 masters) and of AdamW's
+                              states: some elements of each flattened tensor, see `sharding.parts`
+    index.json                the shape of each tensor, and where its parts are
+    state.json                step, and the loop's counters
+    rng.safetensors           each rank's generator state
+    metrics.jsonl             what was logged so far
+    best.safetensors          the best weights so far, where a stage looks for them
+
+Each rank copies its part to the host's memory, writes and uploads it in the background; when all
+have, the first rank writes the manifest. Any number of ranks resumes, under any strategy. Earlier
+versions had whole tensors in weights.safetensors and optimizer.safetensors, which are still read.
 """
 
 from __future__ import annotations
@@ -14,6 +23,7 @@ import json
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +35,27 @@ from rlhf_core.errors import ArtifactCorrupt, ArtifactNotFound, Preempted, Store
 from rlhf_core.jobs import BaseJob
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.stopping import stop
-from rlhf_core.runtime.uploads import Uploader
-from rlhf_core.store import Artifact, Store
+from rlhf_core.runtime.uploads import Upload, Uploader
+from rlhf_core.store import FileEntry, Store
+from rlhf_core.training.sharding.parts import (
+    Index,
+    Saved,
+    index_parts,
+    merge,
+    to_host,
+    to_json,
+    write_parts,
+)
+from rlhf_core.training.stored_checkpoints import (
+    INDEX,
+    KIND,
+    fetch_parts,
+    newest_first,
+    open_saved,
+    step_of,
+)
 from rlhf_core.training.strategy import Strategy
 
-KIND = "checkpoint"
 BEST = "best.safetensors"
 LISTINGS = 3  # attempts to list checkpoints while another process deletes some
 
@@ -45,17 +71,19 @@ class Checkpointer:
         self.context, self.strategy, self.job = context, strategy, job
         self.rate = 1.0
         self._store = context.store.scoped(f"checkpoints/{context.key}")
-        self._uploads = Uploader(self._publish)
+        self._uploads = Uploader(strategy.group.gather_beside(), context.main)
         self._saved = 0  # step of the newest checkpoint of this process
+        self._due = False  # a checkpoint, which waits until the one before is stored
         self._best = context.folder / BEST
         stop.seconds = job.placement().stop_timeout
-        stop.uploading = lambda: not self._uploads.wait(0)
+        stop.uploading = lambda: self._uploads.busy
         stop.phase = "training"
 
     # ------------------------------------------------------------------ save
 
     def after_step(self, step: int, total: int, counters: dict[str, Any] | None = None) -> None:
-        """Save every n steps and when the job is told to stop, but not after the last step.
+        """Save every n steps and when the job is told to stop, but not after the last step. While
+        an earlier checkpoint is on its way to the store, the next one waits.
 
         Args:
             step: finished steps, from 1.
@@ -66,7 +94,10 @@ class Checkpointer:
         """
         if step == total:
             return
-        if step % self.job.placement().checkpoint_every == 0:
+        self._due = self._due or step % self.job.placement().checkpoint_every == 0
+        if self._due and self.strategy.group.any(self._uploads.busy):
+            self._uploads.supersede()  # if it fails; else the next step saves after it
+        elif self._due:
             self.save(step, counters or {})
         self.stop_if_asked(step, counters)
 
@@ -90,18 +121,30 @@ class Checkpointer:
         )
 
     def save(self, step: int, counters: dict[str, Any]) -> None:
-        """Copy the state to this machine's disk, then publish it in the background (rank 0)."""
-        weights = self.strategy.weights(keep=self.context.main)
-        optimizer = self.strategy.optimizer_state(keep=self.context.main)
+        """Copy this rank's part to the host's memory; the rest happens in the background."""
+        self._uploads.make_way()
+        parts = to_host(self.strategy.state())
         generators = self.strategy.group.gather(torch.get_rng_state())
-        self._saved = step
-        if not self.context.main:
-            return
-        folder = self.context.folder / "checkpoint" / str(step)
+        self._saved, self._due = step, False
+        folder = self.context.folder / "checkpoint" / f"{step}-rank{self.context.rank}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        save_file(weights, folder / "weights.safetensors")
-        save_file(optimizer, folder / "optimizer.safetensors")
+        if self.context.main:
+            self._write_small_files(folder, step, counters, generators)
+        file = folder / f"part-{self.context.rank}.safetensors"
+        index = index_parts(parts, file.name)
+
+        def send() -> tuple[list[FileEntry], Index]:
+            if parts:
+                write_parts(parts, file)
+                parts.clear()  # the memory
+            return self._store.upload({path.name: path for path in folder.iterdir()}), index
+
+        self._uploads.put(Upload(step, folder, send, partial(self._publish, step)))
+
+    def _write_small_files(
+        self, folder: Path, step: int, counters: dict[str, Any], generators: list[Tensor]
+    ) -> None:
         save_file(
             {f"rank{i}": state for i, state in enumerate(generators)}, folder / "rng.safetensors"
         )
@@ -114,7 +157,16 @@ class Checkpointer:
                 os.link(self._best, folder / BEST)
             except OSError:  # a file system without links
                 shutil.copy(self._best, folder / BEST)
-        self._uploads.put(folder, step)
+
+    def _publish(self, step: int, sent: list[tuple[list[FileEntry], Index]]) -> None:
+        """Make a checkpoint of what all ranks have sent; delete old ones."""
+        index = json.dumps(to_json(merge(parts for _, parts in sent))).encode()
+        files = {entry.path: entry for entries, _ in sent for entry in entries}
+        self._store.publish_derived(
+            kind=KIND, files={**files, INDEX: index}, metadata={"step": step}
+        )
+        for old in newest_first(self._store)[self.job.placement().keep_checkpoints :]:
+            self._store.delete(old.digest, blobs=True)
 
     def keep_best(self) -> None:
         """Have the weights as they are now in every checkpoint from now on, as the best ones."""
@@ -127,11 +179,6 @@ class Checkpointer:
     def best_weights(self) -> dict[str, Tensor]:
         """Those of the last `keep_best`, also of an earlier process. Rank 0 only."""
         return load_file(self._best)
-
-    def _publish(self, folder: Path, step: int) -> None:
-        self._store.publish(folder, kind=KIND, metadata={"step": step})
-        for old in newest_first(self._store)[self.job.placement().keep_checkpoints :]:
-            self._store.delete(old.digest, blobs=True)
 
     def settle(self, seconds: float) -> int | None:
         """Wait until the newest checkpoint is in the store, whichever rank sends it.
@@ -162,20 +209,15 @@ class Checkpointer:
         lowered = self.context.lowered = group.broadcast(self.lowered() if self.context.main else 0)
         for entry in lowered:
             self.rate *= entry["factor"]
-        step = group.broadcast(self._fetch(folder) if self.context.main else 0)
+        step, saved = self._fetch_newest(folder)
         if self.context.main:  # what an earlier process of this job left
             for path in (self.context.metrics_path, self._best):
                 path.unlink(missing_ok=True)
-        if step == 0:
+        if saved is None:
             return 0, {}
-        if self.context.local_rank == 0 and not self.context.main:
-            self._fetch_same(folder, step)  # the first rank of every further machine
-        group.barrier()
         state = json.loads((folder / "state.json").read_text())
         self.context.worked_before = state.get("worked", 0.0)
-        self.strategy.load_state(
-            load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
-        )
+        self.strategy.load_state(saved)
         generators = load_file(folder / "rng.safetensors")
         if len(generators) == self.strategy.world_size:
             torch.set_rng_state(generators[f"rank{self.context.rank}"])
@@ -198,39 +240,26 @@ class Checkpointer:
         keys = dict.fromkeys((self.context.key, self.job.fail_fast_variant().key()))
         return [self.context.store.scoped(f"checkpoints/{key}") for key in keys]
 
-    def _fetch(self, folder: Path, step: int | None = None) -> int:
-        """Fetch the newest intact checkpoint (or that of a step); returns its step, 0 for none."""
-        damaged: set[str] = set()
+    def _fetch_newest(self, folder: Path) -> tuple[int, Saved | None]:
+        """Fetch what this machine's ranks need of the newest intact checkpoint; its step (0 without
+        one) and its tensors."""
+        group, damaged = self.strategy.group, set()
         for _ in range(LISTINGS):
-            found = [(store, a) for store in self._sources() for a in newest_first(store)]
-            for store, artifact in found:
-                if step not in (None, step_of(artifact)) or artifact.digest in damaged:
+            found = [(i, a) for i, s in enumerate(self._sources()) for a in newest_first(s)]
+            for number, artifact in group.broadcast(found if self.context.main else None):
+                if artifact.digest in damaged:
                     continue
-                shutil.rmtree(folder, ignore_errors=True)
-                try:
-                    store.fetch(artifact.digest, folder)
-                except ArtifactNotFound:
+                store = self._sources()[number]
+                saved = fetch_parts(store, artifact, folder, self.context, self.strategy)
+                if isinstance(saved, Saved):
+                    return step_of(artifact), saved
+                if isinstance(saved, ArtifactNotFound):
                     break  # deleted since it was listed, by a process that has not ended yet
-                except ArtifactCorrupt as error:
-                    print(f"WARNING: checkpoint skipped: {error}", flush=True)
-                    damaged.add(artifact.digest)
-                    continue
-                return step_of(artifact)
+                self.context.log(f"WARNING: checkpoint skipped: {saved}")
+                damaged.add(artifact.digest)
             else:
-                return 0
-        return 0
-
-    def _fetch_same(self, folder: Path, step: int) -> None:
-        """Fetch the checkpoint that rank 0 has chosen.
-
-        Raises:
-            StoreError: it has been deleted meanwhile, or is damaged.
-        """
-        if self._fetch(folder, step) != step:
-            raise StoreError(
-                f"the checkpoint after step {step}, from which rank 0 goes on, is gone from "
-                f"{self._store.url} or damaged; the next attempt chooses again"
-            )
+                return 0, None
+        return 0, None
 
     def weights_before(self, step: int) -> tuple[int, dict[str, Tensor]] | None:
         """The newest intact checkpoint after at most `step` steps: its step, and the trained
@@ -246,8 +275,9 @@ class Checkpointer:
                 except (ArtifactNotFound, ArtifactCorrupt) as error:
                     print(f"WARNING: checkpoint skipped: {error}", flush=True)
                     continue
-                weights = load_file(folder / "weights.safetensors")
-                return step_of(artifact), weights
+                saved = open_saved(folder)
+                names = (name for name in saved.index if "|" not in name)
+                return step_of(artifact), {name: saved.whole(name) for name in names}
         return None
 
     # ------------------------------------------------------------------ lowering the learning rate
@@ -267,8 +297,9 @@ class Checkpointer:
     # ------------------------------------------------------------------ end
 
     def finish(self) -> None:
-        """Delete the checkpoints; call after the result is published."""
+        """Delete the checkpoints; every rank calls, rank 0 after the result is published."""
         if not self.context.main:
+            self._uploads.wait()  # until rank 0 closes
             return
         self._uploads.close()
         try:
@@ -278,13 +309,3 @@ class Checkpointer:
                 self._store.delete_record(path)
         except StoreError as error:  # the result is safe, and the stage is done
             print(f"WARNING: checkpoints of a finished stage were left behind: {error}", flush=True)
-
-
-def step_of(checkpoint: Artifact) -> int:
-    """Finished steps of a checkpoint."""
-    return int(checkpoint.metadata["step"])
-
-
-def newest_first(store: Store) -> list[Artifact]:
-    """The checkpoints in a stage's prefix of the store."""
-    return sorted(store.list(KIND), key=step_of, reverse=True)

@@ -90,6 +90,7 @@ def publish_policy(
         weights = strategy.weights(keep=context.main)
     whole = strategy.unsharded(module, weights, keep=context.main)
     if not context.main:
+        checkpointer.finish()
         return None
     folder = context.scratch("result")
     save_policy(whole, folder, source)

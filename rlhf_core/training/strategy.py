@@ -29,6 +29,7 @@ from rlhf_core.jobs import Precision, Resources
 from rlhf_core.nn.modules import padding_cost
 from rlhf_core.runtime.distributed import Group, computes_in_bf16
 from rlhf_core.training.sharding.backend import HALF, Backend, Update, check_names
+from rlhf_core.training.sharding.parts import Part, Range, Saved
 
 __all__ = ["HALF", "Strategy"]
 
@@ -219,22 +220,25 @@ class Strategy:
         """
         return self._backend.weights(keep=keep)
 
-    def optimizer_state(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """AdamW's states as flat "parameter|state" tensors, whole. Every rank must call.
+    def state(self) -> dict[str, Part]:
+        """This rank's parts of weights and AdamW's states, in the memory of the training."""
+        return self._backend.state()
+
+    def held(self) -> dict[str, Range]:
+        """By trained parameter: the elements that this rank needs of it, and of its states."""
+        return {name: self._backend.held(p) for name, p in self._backend.params.items()}
+
+    def load_state(self, saved: Saved) -> None:
+        """Restore what all ranks' `state` was, at any number of ranks. Every rank must call.
 
         Args:
-            keep: False on ranks that do not need the copy; they get {}.
-        """
-        return self._backend.optimizer_state(keep=keep)
-
-    def load_state(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        """Restore what `weights` and `optimizer_state` returned, at any number of ranks.
+            saved: has at least the elements that this rank holds.
 
         Raises:
             ConfigError: the checkpoint is of another set of parameters.
         """
-        check_names(weights, self._backend.params)
-        self._backend.load_state(weights, optimizer)
+        check_names({name for name in saved.index if "|" not in name}, self._backend.params)
+        self._backend.load_state(saved)
 
     def unsharded(
         self, module: nn.Module, weights: dict[str, Tensor], *, keep: bool = True

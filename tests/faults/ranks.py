@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from rlhf_core.runtime import rank as ranks
-from rlhf_core.training.checkpoint import Checkpointer, newest_first
+from rlhf_core.training.checkpoint import Checkpointer
+from rlhf_core.training.stored_checkpoints import newest_first
 from rlhf_core.training.strategy import Strategy
 
 plan: list[dict[str, Any]] = []

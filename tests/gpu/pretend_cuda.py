@@ -133,6 +133,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     space, name, aliases = _about(func)
     tensors: list[Tensor] = []
     inner = [opened(x, tensors) for x in args]
+    kwargs = {key: x for key, x in kwargs.items() if key != "pin_memory"}  # of CPU tensors
     options = {key: opened(x, tensors) for key, x in kwargs.items()}
     if any(type(x) not in KINDS for x in tensors):
         return NotImplemented  # a DTensor has operators on its local part

@@ -60,14 +60,16 @@ def check_group(checks: Checks, group: Any) -> None:
     )
 
 
-def train(kind: str, precision: str, device: str) -> dict[str, Any]:
+def train(kind: str, precision: str, device: str, folder: Path) -> dict[str, Any]:
     """Four steps of two micro-batches on a small net, a checkpoint after two of them, and the two
-    after it once more from that checkpoint."""
+    after it once more from that checkpoint, which is written to a folder."""
     import torch
     from torch import nn
 
     from rlhf_core.jobs import Resources
+    from rlhf_core.training.sharding.parts import to_host
     from rlhf_core.training.strategy import Strategy
+    from tests.rlhf_core.training.saving import save
 
     def start() -> Strategy:
         resources = Resources(strategy=kind, device=device, threads=1, collective_timeout=TIMEOUT)
@@ -103,14 +105,14 @@ def train(kind: str, precision: str, device: str) -> dict[str, Any]:
 
     strategy = start()
     losses = steps(strategy, range(2))
-    saved = strategy.weights(), strategy.optimizer_state()
+    devices = sorted({str(part.values.device) for part in to_host(strategy.state()).values()})
+    saved = save(strategy, folder)
     losses += steps(strategy, range(2, 4))
     again = start()
-    again.load_state(*saved)
+    again.load_state(saved)
     resumed = steps(again, range(2, 4))
-    devices = {str(value.device) for state in saved for value in state.values()}
     return {
-        "losses": losses, "resumed": resumed, "saved_on": sorted(devices),
+        "losses": losses, "resumed": resumed, "saved_on": devices,
         "weights": {name: value.flatten().tolist() for name, value in strategy.weights().items()},
         "resumed_weights": {n: v.flatten().tolist() for n, v in again.weights().items()},
     }  # fmt: skip
@@ -147,7 +149,8 @@ def rank_main(rank: int, port: int, out: Path, runner: Any, inputs: Any) -> None
     check_group(checks, group)
     for kind in get_args(Strategy):
         for precision in ("fp32", "bf16", "fp16"):
-            checks(f"{kind}-{precision}", lambda k=kind, p=precision: train(k, p, "cuda"))
+            saved = out.with_name(f"{kind}-{precision}")
+            checks(saved.name, lambda k=kind, p=precision, f=saved: train(k, p, "cuda", f))
     for what in STAGES:
         checks("-".join(("stage", *what)), lambda what=what: stage(runner, inputs, *what))
     group.barrier()  # the other rank may still need what this one sends

@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import Precision
-from rlhf_core.nn.sharded import part_of, release, shard, whole
+from rlhf_core.nn.sharded import release, shard, whole
 from rlhf_core.runtime.distributed import Group
-from rlhf_core.training.sharding.backend import HALF, Backend, Guard, Update
+from rlhf_core.training.sharding.backend import HALF, Backend, Guard, Update, local
+from rlhf_core.training.sharding.parts import Range, Saved, share
 from rlhf_core.training.sharding.trials import answer_trials
 
 NO_FP16 = (
@@ -101,23 +102,23 @@ class FullySharded(Backend):
                 result[name] = value.float().cpu().clone()
         return result
 
-    def optimizer_state(self, *, keep: bool) -> dict[str, Tensor]:
-        result = {}
-        for name, param in self.params.items():
-            for key, value in self._optimizer.state.get(param, {}).items():
-                state = whole(torch.as_tensor(value).detach())
-                if keep:
-                    result[f"{name}|{key}"] = state.cpu().clone()
-        return result
+    def held(self, param: nn.Parameter) -> Range:
+        # Rows are dealt as torch.chunk does.
+        rows = param.shape[0]
+        start, count = share(rows, self.group.rank, self.group.size)
+        row = param.numel() // rows
+        return start * row, count * row
 
-    def load_state(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+    def placed(self, values: Tensor, param: nn.Parameter) -> Tensor:
+        assert isinstance(param, DTensor)
+        part = values.view(param.to_local().shape).to(self.device)
+        return DTensor.from_local(
+            part, self.mesh, [Shard(0)], run_check=False, shape=param.shape, stride=param.stride()
+        )
+
+    def load_state(self, saved: Saved) -> None:
         release(self._module)  # what a pass has gathered would be the old weights
-        with torch.no_grad():
-            for name, param in self.params.items():
-                param.copy_(part_of(weights[name], param))
-        entries = self.nested_states(optimizer, part_of)
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        super().load_state(saved)
 
     def unsharded(self, module: nn.Module, weights: dict[str, Tensor], *, keep: bool) -> nn.Module:
         release(module)
@@ -133,11 +134,6 @@ class FullySharded(Backend):
         result = copy.deepcopy(self._skeleton)
         fill(result, {**frozen, **weights})
         return result
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def without_memory(module: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,13 +20,12 @@ from rlhf_core.runtime.distributed import Group
 from rlhf_core.training.sharding.backend import (
     FIRST_LOSS_SCALE,
     HALF,
-    SCALE,
     Backend,
     Context,
     Guard,
     Update,
-    scale_entries,
 )
+from rlhf_core.training.sharding.parts import Range
 
 
 class Replicated(Backend):
@@ -86,24 +86,18 @@ class Replicated(Backend):
         params = self.params if keep else {}
         return {n: p.detach().float().cpu().clone() for n, p in params.items()}
 
-    def optimizer_state(self, *, keep: bool) -> dict[str, Tensor]:
-        if not keep:
-            return {}
-        scale = self._scaler.state_dict()  # empty where it is off
-        entries = {f"{SCALE}|{k}": float(scale[k]) for k in ("scale", "_growth_tracker") if scale}
-        return self.flat_states(self._optimizer.state_dict()["state"]) | {
-            name: torch.tensor(value) for name, value in entries.items()
-        }
+    shards = False
 
-    def load_state(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, param in self.params.items():
-                param.copy_(weights[name])
-        groups = self._optimizer.state_dict()["param_groups"]
-        states = self.nested_states(optimizer, lambda state, _: state)
-        self._optimizer.load_state_dict({"state": states, "param_groups": groups})
-        scale = scale_entries(optimizer)
-        if scale and self._scaler.is_enabled():
-            steps = int(scale["_growth_tracker"])
-            known = self._scaler.state_dict()
-            self._scaler.load_state_dict(known | scale | {"_growth_tracker": steps})
+    def held(self, param: nn.Parameter) -> Range:
+        return 0, param.numel()
+
+    def placed(self, values: Tensor, param: nn.Parameter) -> Tensor:
+        return values.view(param.shape)
+
+    def scaling(self) -> dict[str, float]:
+        state = self._scaler.state_dict()  # empty where it is off
+        return {key: float(state[key]) for key in ("scale", "_growth_tracker") if state}
+
+    def load_scaling(self, state: Mapping[str, float]) -> None:
+        found = dict(state) | {"_growth_tracker": int(state["_growth_tracker"])}
+        self._scaler.load_state_dict(self._scaler.state_dict() | found)

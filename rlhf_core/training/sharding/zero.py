@@ -7,7 +7,7 @@ master weights and states in the host's memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,12 @@ from rlhf_core.jobs import Precision, Strategy
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.training.sharding.backend import (
     FIRST_LOSS_SCALE,
-    SCALE,
     Backend,
     Context,
     Guard,
     Update,
-    scale_entries,
 )
+from rlhf_core.training.sharding.parts import Range
 
 
 class Zero(Backend):
@@ -104,53 +103,53 @@ class Zero(Backend):
         """ColossalAI's loss scaling; None in other precisions than fp16."""
         return self._optimizer.mixed_precision_mixin if self.precision == "fp16" else None
 
-    def _master(self, param: nn.Parameter) -> Tensor:
-        """This rank's share of a parameter's fp32 master weight."""
+    @property
+    def adamw(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = self._optimizer.optim
+        return inner
+
+    def master(self, param: nn.Parameter) -> Tensor:
+        """This rank's share of a parameter's fp32 master weight: of the flattened parameter, which
+        is padded to a multiple of the ranks."""
         master: Tensor = self._optimizer.working_to_master_param[id(param)]
         return master
 
-    def _share(self, whole: Tensor, param: nn.Parameter) -> Tensor:
-        """What this rank holds of a tensor of a parameter's shape."""
-        master, size = self._master(param), self.group.size
-        padded = nn.functional.pad(whole.flatten(), [0, master.numel() * size - whole.numel()])
-        return padded.chunk(size)[self.group.rank].view_as(master)
+    def held(self, param: nn.Parameter) -> Range:
+        each = self.master(param).numel()
+        start = min(self.group.rank * each, param.numel())
+        return start, min(each, param.numel() - start)
+
+    def placed(self, values: Tensor, param: nn.Parameter) -> Tensor:
+        master = self.master(param)
+        padded = nn.functional.pad(values, [0, master.numel() - values.numel()])
+        return padded.view_as(master)
+
+    def load_weight(self, param: nn.Parameter, value: Tensor) -> None:
+        self.master(param).copy_(value)
+        param.copy_(self._whole(param))
+
+    def _whole(self, param: nn.Parameter) -> Tensor:
+        """A parameter's master weight, gathered on the rank's device."""
+        shard = self.master(param).detach().flatten().to(self.device)
+        whole = torch.empty(shard.numel() * self.group.size, dtype=shard.dtype, device=self.device)
+        dist.all_gather_into_tensor(whole, shard)
+        return whole[: param.numel()].view(param.shape)
 
     def weights(self, *, keep: bool) -> dict[str, Tensor]:
         result = {}
         for name, param in self.params.items():
-            shard = self._master(param).detach().flatten().to(self.device)
-            whole = torch.empty(
-                shard.numel() * self.group.size, dtype=shard.dtype, device=self.device
-            )
-            dist.all_gather_into_tensor(whole, shard)
+            whole = self._whole(param)
             if keep:
-                result[name] = whole[: param.numel()].view(param.shape).float().cpu()
+                result[name] = whole.float().cpu()
         return result
 
-    def optimizer_state(self, *, keep: bool) -> dict[str, Tensor]:
-        # Gathers, so that every rank calls; the others' main memory holds nothing of it.
-        state = self._optimizer.state_dict(only_on_master=not keep)["state"]
-        if not keep:
+    def scaling(self) -> dict[str, float]:
+        if self._scaling is None:
             return {}
-        flat = self.flat_states(state)
-        if self._scaling is not None:
-            scaler = self._scaling.grad_scaler
-            flat[f"{SCALE}|scale"] = torch.tensor(float(scaler.scale))
-            flat[f"{SCALE}|_growth_tracker"] = torch.tensor(float(scaler._growth_step))
-        return flat
+        scaler = self._scaling.grad_scaler
+        return {"scale": float(scaler.scale), "_growth_tracker": float(scaler._growth_step)}
 
-    def load_state(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, param in self.params.items():
-                param.copy_(weights[name])
-                self._master(param).copy_(self._share(weights[name].float(), param))
-        # The inner optimizer's: ColossalAI's own would copy every state whole, on every rank.
-        inner = self._optimizer.optim
-        groups = inner.state_dict()["param_groups"]
-        states = self.nested_states(optimizer, self._share)
-        inner.load_state_dict({"state": states, "param_groups": groups})
-        scale = scale_entries(optimizer)
-        if scale and self._scaling is not None:
-            scaler = self._scaling.grad_scaler
-            scaler.scale.fill_(scale["scale"])
-            scaler._growth_step = int(scale["_growth_tracker"])
+    def load_scaling(self, state: Mapping[str, float]) -> None:
+        scaler = self._scaling.grad_scaler
+        scaler.scale.fill_(state["scale"])
+        scaler._growth_step = int(state["_growth_tracker"])

@@ -1,6 +1,7 @@
 """A store that is away: results wait for it, checkpoints are tried again in the background."""
 
 import threading
+import time
 
 import pytest
 
@@ -60,66 +61,134 @@ def test_what_waiting_cannot_mend_is_raised_at_once(monkeypatch):
     assert clock.now == 0
 
 
-def folder(tmp_path, name):
-    (tmp_path / name).mkdir()
-    return tmp_path / name
+class Ranks:
+    """Uploaders of some ranks that gather from each other."""
+
+    def __init__(self, size):
+        self.barrier, self.values = threading.Barrier(size), [None] * size
+        self.uploaders = [
+            uploads.Uploader(lambda value, rank=rank: self.gather(rank, value), rank == 0)
+            for rank in range(size)
+        ]
+
+    def gather(self, rank, value):
+        self.values[rank] = value
+        self.barrier.wait(60)
+        found = list(self.values)
+        self.barrier.wait(60)
+        return found
+
+    def put(self, tmp_path, step, sends, commit):
+        """One `send` for each rank; returns the ranks' folders."""
+        folders = [tmp_path / f"{step}-{rank}" for rank in range(len(sends))]
+        for folder, send, uploader in zip(folders, sends, self.uploaders, strict=True):
+            folder.mkdir()
+            uploader.put(uploads.Upload(step, folder, send, commit))
+        return folders
 
 
-def test_newest_checkpoint_is_sent_when_the_store_is_back(tmp_path, monkeypatch, capsys):
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_checkpoint_is_committed_once_when_all_ranks_have_sent_their_files(tmp_path, capsys):
+    ranks, committed, there = Ranks(2), [], threading.Event()
+
+    def late():
+        assert there.wait(60)
+        return "b"
+
+    folders = ranks.put(tmp_path, 4, [lambda: "a", late], committed.append)
+    assert ranks.uploaders[0].wait(0.2) is False and committed == []
+    there.set()
+    assert all(uploader.wait(60) for uploader in ranks.uploaders)
+    assert committed == [["a", "b"]]
+    assert not any(folder.exists() for folder in folders)
+    assert capsys.readouterr().out == ""
+
+
+def test_all_ranks_try_again_until_the_store_is_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(uploads, "FIRST_PAUSE", 0.01)
-    there, tries, stored = threading.Event(), threading.Semaphore(0), []
+    ranks, committed, there, tries = Ranks(2), [], threading.Event(), [0, 0]
 
-    def publish(path, step):
-        tries.release()
+    def send(rank):
+        tries[rank] += 1
+        if rank == 1 and not there.is_set():
+            raise StoreUnavailable("gone")
+        return rank
+
+    folders = ranks.put(tmp_path, 1, [lambda: send(0), lambda: send(1)], committed.append)
+    until(lambda: tries[1] > 3)
+    assert [uploader.busy for uploader in ranks.uploaders] == [True, True]
+    assert committed == [] and all(folder.exists() for folder in folders)
+    there.set()
+    assert all(uploader.wait(60) for uploader in ranks.uploaders)
+    assert committed == [[0, 1]] and tries[0] == tries[1]
+    said = capsys.readouterr().out
+    assert said.count("WARNING: checkpoint 1 is not stored yet: gone.") == 1, "one for one absence"
+    assert "checkpoint 1 is stored, after" in said
+
+
+def test_newer_state_replaces_a_checkpoint_that_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(uploads, "FIRST_PAUSE", 0.01)
+    there, stored = threading.Event(), []
+
+    def commit(step):
         if not there.is_set():
             raise StoreUnavailable("gone")
-        assert path.is_dir()
         stored.append(step)
 
-    uploader = uploads.Uploader(publish)
-    first, second, third = (folder(tmp_path, str(step)) for step in (1, 2, 3))
-    uploader.put(first, 1)
-    for _ in range(3):
-        tries.acquire(timeout=60)  # it is tried again
-    uploader.put(second, 2)
-    uploader.put(third, 3)  # returns at once, though nothing can be sent
-    assert uploader.wait(0) is False
+    ranks = Ranks(2)
+    sends = [lambda: None] * 2
+    ranks.put(tmp_path, 1, sends, lambda _: commit(1))
+    until(lambda: ranks.uploaders[0]._failures)
+    ranks.uploaders[1].supersede()  # one rank is enough
+    until(lambda: not any(uploader.busy for uploader in ranks.uploaders))
+    ranks.put(tmp_path, 2, sends, lambda _: commit(2))
     there.set()
-    assert uploader.wait(60) is True
-    assert stored == [3], "the older ones are worth nothing any more"
-    assert [x.exists() for x in (first, second, third)] == [False] * 3
+    assert all(uploader.wait(60) for uploader in ranks.uploaders)
+    assert stored == [2]
     said = capsys.readouterr().out
-    assert said.count("WARNING: checkpoint") == 1, "one warning for one absence"
-    assert "checkpoint 3 is stored, after" in said
+    assert said.count("WARNING: checkpoint") == 1
+    assert "checkpoint 2 is stored, after" in said
 
 
-def test_close_gives_up_what_waits(tmp_path, monkeypatch):
+def test_close_of_the_first_rank_gives_up_what_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(uploads, "FIRST_PAUSE", 60.0)
 
-    def publish(path, step):
+    def send():
         raise StoreUnavailable("gone")
 
-    uploader = uploads.Uploader(publish)
-    uploader.put(folder(tmp_path, "1"), 1)
-    closing = threading.Thread(target=uploader.close)
+    ranks = Ranks(1)
+    [folder] = ranks.put(tmp_path, 1, [send], None)
+    closing = threading.Thread(target=ranks.uploaders[0].close)
     closing.start()
     closing.join(5)
     assert not closing.is_alive()
-    assert not (tmp_path / "1").exists()
+    assert not folder.exists()
 
 
-def test_a_bug_does_not_end_the_thread(tmp_path, capsys):
-    stored = []
+def test_a_bug_on_one_rank_gives_up_that_checkpoint_alone(tmp_path, capsys):
+    def fail():
+        raise ZeroDivisionError
 
-    def publish(path, step):
-        if step == 1:
-            raise ZeroDivisionError
-        stored.append(step)
-
-    uploader = uploads.Uploader(publish)
-    uploader.put(folder(tmp_path, "1"), 1)
-    assert uploader.wait(60)
-    uploader.put(folder(tmp_path, "2"), 2)
-    assert uploader.wait(60)
-    assert stored == [2]
+    ranks, committed = Ranks(2), []
+    for step, second in ((1, fail), (2, lambda: "b")):
+        ranks.put(tmp_path, step, [lambda: "a", second], committed.append)
+        assert all(uploader.wait(60) for uploader in ranks.uploaders)
+    assert committed == [["a", "b"]]
     assert "checkpoint 1 was not stored: ZeroDivisionError()" in capsys.readouterr().out
+
+
+def test_end_of_another_rank_ends_the_upload(tmp_path, capsys):
+    def broken(value):
+        raise RuntimeError("connection closed by peer")
+
+    uploader = uploads.Uploader(broken, first=True)
+    (tmp_path / "1").mkdir()
+    uploader.put(uploads.Upload(1, tmp_path / "1", lambda: None, lambda sent: None))
+    assert uploader.wait(60) and not (tmp_path / "1").exists()
+    assert "checkpoint 1 was not stored" in capsys.readouterr().out

@@ -27,6 +27,20 @@ def test_published_folder_is_fetched_as_it_was(store: Store, folder: Path, tmp_p
     assert store.verify(artifact.digest) == []
 
 
+def test_files_of_several_writers_become_one_artifact_of_which_some_are_fetched(
+    store: Store, tmp_path: Path
+) -> None:
+    one = tmp_path / "one"
+    one.write_bytes(b"from a file")
+    entries = [*store.upload({"one": one}), *store.upload({"two": b"from memory"})]
+    assert store.list() == [], "not before it is published"
+    artifact = store.publish_derived(kind="checkpoint", files={e.path: e for e in entries})
+    assert contents(store.fetch(artifact.digest, tmp_path / "some", ["two", "three"])) == {
+        "two": b"from memory"
+    }
+    assert contents(store.fetch(artifact.digest)) == {"one": b"from a file", "two": b"from memory"}
+
+
 def test_publishing_a_changed_folder_sends_only_what_changed(store: Store, folder: Path) -> None:
     first = store.publish(folder, kind="model")
     before = blobs(store)

@@ -10,6 +10,7 @@ from rlhf_core.errors import NonFinite
 from rlhf_core.jobs import Resources
 from rlhf_core.training.batching import split_batch
 from rlhf_core.training.strategy import Strategy
+from tests.rlhf_core.training.saving import save
 
 ROWS, WIDTH = 12, 7
 
@@ -41,7 +42,7 @@ def train(kind: str, precision: str, micro: int, steps: int, checkpoint=None, cl
     ]  # fmt: skip
     strategy.prepare(model, torch.optim.AdamW(groups, fused=True))
     if checkpoint is not None:
-        strategy.load_state(*checkpoint)
+        strategy.load_state(checkpoint)
     x, y, weights = data()
     losses, norms = [], []
     for step in range(steps):
@@ -59,7 +60,7 @@ def train(kind: str, precision: str, micro: int, steps: int, checkpoint=None, cl
     return strategy, losses, norms
 
 
-def overflow(kind: str) -> dict:
+def overflow(kind: str, folder: Path) -> dict:
     """fp16 steps, the first of which overflows; then a loss whose gradient is infinite anyway."""
     checked, Strategy._check = Strategy._check, lambda self, precision: precision  # on a CPU
     try:
@@ -78,7 +79,8 @@ def overflow(kind: str) -> dict:
         found["skipped"].append(metrics["skipped_updates"])
         found["scale"].append(metrics["loss_scale"])
         found["moved"].append(any(not torch.equal(before[n], after[n]) for n in before))
-    found["saved"] = float(strategy.optimizer_state()["loss_scale|scale"])
+    saved = save(strategy, folder / f"{kind}-fp16")
+    found["saved"] = float(saved.whole("loss_scale|scale"))
     return found
 
 
@@ -98,11 +100,11 @@ def not_finite(kind: str) -> dict:
 
 
 def main(files: list[str]) -> None:
-    results = {}
+    results, folder = {}, Path(f"{files[0]}-saved")
     for kind in ("ddp", "zero1", "zero2", "fsdp2"):
         for precision in ("fp32", "bf16"):
             strategy, losses, norms = train(kind, precision, micro=2, steps=4)
-            state = strategy.weights(), strategy.optimizer_state()
+            state = save(strategy, folder / f"{kind}-{precision}")
             again, resumed, _ = train(kind, precision, micro=2, steps=1, checkpoint=state)
             other, _, _ = train("ddp", precision, micro=2, steps=1, checkpoint=state)
             results[f"{kind}-{precision}"] = {
@@ -115,7 +117,7 @@ def main(files: list[str]) -> None:
         strategy, losses, _ = train("ddp", "fp32", micro=micro, steps=4)
         results[f"micro-{micro}"] = {"losses": losses}
     for kind in ("ddp", "zero1", "zero2"):
-        results[f"{kind}-overflow"] = overflow(kind)
+        results[f"{kind}-overflow"] = overflow(kind, folder)
     for kind in ("ddp", "zero1", "zero2", "fsdp2"):
         results[f"{kind}-not-finite"] = not_finite(kind)
     if strategy.rank == 0:
