@@ -36,6 +36,13 @@ def start(system, config, **parameters):
     return system.post(f"/deployments/{deployment(system)}/create_flow_run", body)["id"]
 
 
+def retraining(system):
+    """Runs that hold the deployment's only slot."""
+    states = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
+    body = {"flows": {"name": {"any_": ["rlhf-retrain"]}}, "flow_runs": {"state": states}}
+    return system.post("/flow_runs/filter", body)
+
+
 def test_trains_then_finds_nothing_new_then_trains_again(system, data):
     system.plan()
     path, config = data
@@ -72,6 +79,7 @@ def test_trains_then_finds_nothing_new_then_trains_again(system, data):
         240, "a training",
     )  # fmt: skip
     system.ask("DELETE", f"/deployments/{deployment(system)}/schedules/{made[0]['id']}")
+    until(lambda: not retraining(system), 60, "the end of what the schedule has begun")
     assert trained[0]["state_name"] == "Promoted"
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,9 @@ from rlhf_core.store import open_store, registry
 from rlhf_core.store.collect import Limits
 from rlhf_core.store.local import free_bytes
 from rlhf_core.store.published_folder import materialise
+from rlhf_core.store.s3 import synced
 from rlhf_core.store.s3.seaweed import Seaweed
+from rlhf_core.store.s3.synced import sync_changed
 from tests.rlhf_core.store.helpers import contents
 
 pytestmark = [pytest.mark.slow, pytest.mark.crash]
@@ -154,6 +157,16 @@ def test_seaweedfs_keeps_all_but_the_last_seconds_and_repair_clears_these(
         file.truncate(8 * SIZE)  # sparse; it wants a gigabyte
     subprocess.run(["mkfs.ext4", "-q", image], check=True)
     monkeypatch.setenv("RLHF_STORE_RETRIES", "1")  # an unreadable object is tried again in vain
+    rounds: list[float] = []  # seconds that syncing took
+
+    def timed(*arguments: Any) -> list[Path]:
+        began = time.monotonic()
+        try:
+            return sync_changed(*arguments)
+        finally:
+            rounds.append(time.monotonic() - began)
+
+    monkeypatch.setattr(synced, "sync_changed", timed)
     done: list[tuple[float, str]] = []
     with mounted(image, tmp_path / "disk") as disk:
         server = Seaweed(disk / "s3")
@@ -181,9 +194,14 @@ def test_seaweedfs_keeps_all_but_the_last_seconds_and_repair_clears_these(
             # what is left is what cannot be healed: files that are gone
             assert {d.problem for d in store.find_damage()} <= {"the blob is missing"}
             there = {digest for _, digest in done if store.stage_result(digest) is not None}
-            old = {digest for when, digest in done if done[-1][0] - when > 4}
+            # What was written while a round ran is synced by the next one.
+            late = synced.PAUSE_SECONDS + 2 * max(rounds) + 1
+            old = {digest for when, digest in done if done[-1][0] - when > late}
             assert len(old) > 10 and old <= there
-            print(f"{len(there)} of {len(done)} results are there; {len(lost)} objects are not")
+            print(
+                f"{len(there)} of {len(done)} results are there; {len(lost)} objects are not; "
+                f"syncing took up to {max(rounds):.1f} s"
+            )
         finally:
             server.kill()
             time.sleep(2)
