@@ -7,7 +7,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.system]
 
 def test_submit_follows_the_log_until_a_stage(system):
     system.plan()
-    arguments = ["--preset", "smoke", "--set", "seed=801", "--set", "name=followed"]
+    arguments = ["--preset", "smoke", "--set", "seed=1101", "--set", "name=followed"]
     said = system.rlhf("submit", *arguments, "--until", "sft", "--follow")
     assert "sft: done in" in said and "reward" not in said
     assert "Beginning flow run" not in said, "no boilerplate"
@@ -18,5 +18,5 @@ def test_submit_follows_the_log_until_a_stage(system):
 
 def test_submit_that_waits_fails_with_its_run(system):
     system.plan(data=["data"])
-    said = system.rlhf("submit", "--preset", "smoke", "--set", "seed=802", "--wait", code=1)
+    said = system.rlhf("submit", "--preset", "smoke", "--set", "seed=1102", "--wait", code=1)
     assert "The run ended in the state DataError: data failed: stub ran into data" in said
