@@ -107,7 +107,10 @@ class Soak:
     def submit(self) -> None:
         number = len(self.runs)
         run = self.system.submit(  # two share all but PPO
-            f"seed={number // 2}", f"ppo.kl_coef={0.1 + number % 2 / 10}", f"name=soak-{number}"
+            f"seed={number // 2}",
+            f"ppo.kl_coef={0.1 + number % 2 / 10}",
+            f"name=soak-{number}",
+            "publish.name=soak",  # all of them: they promote beside each other
         )
         self.runs.append(run)
         self.say(f"submitted: soak-{number} ({run[:8]})")

@@ -20,8 +20,7 @@ STAGES = ("model", "data", "sft", "label", "reward", "ppo", "evaluate")
 
 
 def test_stages_run_as_flow_runs_on_the_gpu_pool_and_are_reused(system):
-    named = "publish.name=stages-of-the-pool"  # without a champion, which would be compared with
-    first = system.submit("seed=101", named)
+    first = system.submit("seed=101")
     system.wait(first, "COMPLETED")
     children = system.children(first)
     assert [c["state_type"] for c in children] == ["COMPLETED"] * len(STAGES)
@@ -32,7 +31,7 @@ def test_stages_run_as_flow_runs_on_the_gpu_pool_and_are_reused(system):
     names = {t: r["state_name"] for t, r in system.tasks(first).items()}
     assert names["ppo"] == "Completed"
 
-    second = system.submit("seed=101", named)
+    second = system.submit("seed=101")
     system.wait(second, "COMPLETED")
     assert system.children(second) == []
     reused = system.tasks(second)
@@ -77,7 +76,7 @@ def test_lost_process_is_retried_a_bounded_number_of_times(system):
 
 def test_failed_run_is_retried_and_goes_on(system):
     system.plan(ppo=["data"])
-    run = system.submit("seed=104", "publish.name=retried")  # without a champion
+    run = system.submit("seed=104")
     system.wait(run, "FAILED")
     before = {c["id"]: c["end_time"] for c in system.children(run)}
     system.plan()
@@ -167,9 +166,7 @@ def test_cancelled_run_leaves_no_process(system):
 
 def test_two_pipelines_train_what_they_share_once(system):
     system.plan(sft=["wait:4"])
-    first, second = (
-        system.submit("seed=106", f"name=twin-{i}", "publish.name=twins") for i in (1, 2)
-    )
+    first, second = (system.submit("seed=106", f"name=twin-{i}") for i in (1, 2))
     for run in (first, second):
         system.wait(run, "COMPLETED")
     shared = system.children(first) + system.children(second)
