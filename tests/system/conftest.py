@@ -140,7 +140,10 @@ class System:
             "flows": {"name": {"any_": ["rlhf-job"]}},
             "sort": "START_TIME_ASC", "limit": 200,
         }  # fmt: skip
-        return list(self.post("/flow_runs/filter", body))
+        found: list[dict[str, Any]] = []
+        while page := self.post("/flow_runs/filter", {**body, "offset": len(found)}):
+            found += page
+        return found
 
     # ------------------------------------------------------------------ processes
 
