@@ -44,6 +44,7 @@ class NodeReport(BaseModel):
         node: its rank among the nodes.
         host: its name.
         state: "running" until its agent ends.
+        port: on which node 0 waits for the agents of the others.
         category, text: of its failure.
         time: of the failure, seconds since 1970.
         weight: REASON, SIGNAL or CONSEQUENCE.
@@ -54,6 +55,7 @@ class NodeReport(BaseModel):
     node: int
     host: str
     state: Literal["running", "done", "failed"] = "running"
+    port: int = 0
     category: str = ""
     text: str = ""
     time: float = 0.0

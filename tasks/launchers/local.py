@@ -22,7 +22,7 @@ from rlhf_core.system.secrets import redact
 from tasks.launchers import fork_client
 from tasks.launchers.base import Launch, LineSink, Outcome, ProgressSink
 from tasks.launchers.command import ALONE, Node, base_environment, environment, torchrun_command
-from tasks.launchers.devices import reserved
+from tasks.launchers.devices import devices, reserved
 from tasks.launchers.failures import DeadRank, diagnose
 from tasks.launchers.processes import ProcessTree
 from tasks.launchers.usage import Memory, table
@@ -43,14 +43,16 @@ DELETED_AFTERWARDS = ("scratch", "checkpoint", "resume")  # large; results are i
 class LocalTorchrun:
     """Runs a launch on this machine; torchrun stays in the flow's process group."""
 
-    def __init__(self, grace_seconds: float | None = None, node: Node = ALONE) -> None:
+    def __init__(self, grace_seconds: float | None = None, node: Node | None = None) -> None:
         """Args:
         grace_seconds: between SIGTERM and SIGKILL when a run is stopped; None: the job's
             stop_timeout and a little more.
-        node: this machine, where a launch has several.
+        node: this machine, where a scheduler has given it to the launch; None: other launches
+            run here too, and each reserves its GPUs.
         """
         self.grace_seconds = grace_seconds
-        self.node = node
+        self.scheduled = node is not None
+        self.node = node or ALONE
 
     def prepare(self) -> None:
         """See `Launcher.prepare`. Starts the fork server, which imports what stages need."""
@@ -78,9 +80,9 @@ class LocalTorchrun:
         needed, count = job.placement().nodes if job.torchrun else 1, self.node.count
         if needed != count:
             raise ConfigError(
-                f"{name}.resources.nodes is {needed}, but this is one of {count} "
-                f"machine{'s' if count > 1 else ''} of the launch; set nodes to {count}, or use a "
-                "launcher of a cluster (slurm, kubernetes)"
+                f"{name}.resources.nodes is {needed}, but this launch has {count} "
+                f"machine{'s' if count > 1 else ''}; set nodes to {count}, or use a launcher of a "
+                "cluster (slurm, kubernetes)"
             )
 
     def _devices(
@@ -90,6 +92,8 @@ class LocalTorchrun:
         placement = jobs[0].placement()
         if not jobs[0].torchrun or placement.device == "cpu":
             return contextlib.nullcontext([])
+        if self.scheduled:
+            return contextlib.nullcontext(devices()[: placement.ranks])
         return reserved(placement.ranks, name, report)
 
     def _run(

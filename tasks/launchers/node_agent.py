@@ -9,23 +9,27 @@ node fared. SIGTERM is passed to the ranks, which store a checkpoint. The exit c
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_core.errors import ConfigError, JobFailed, RLHFError, StoreError
+from rlhf_core.errors import ConfigError, JobFailed, RLHFError, StoreError, StoreUnavailable
 from rlhf_core.jobs import Job
 from rlhf_core.preflight.settings import check_placement
 from rlhf_core.runtime.launches import (
+    CONSEQUENCE,
     NodeReport,
     exit_code,
     read_jobs,
+    read_reports,
     write_report,
 )
 from rlhf_core.runtime.uploads import retry_while_unavailable
@@ -39,10 +43,13 @@ from tasks.launchers.failures import RanksFailed, diagnose
 from tasks.launchers.local import LocalTorchrun
 from tasks.launchers.network import resolved, way_to
 from tasks.launchers.outcome import results
+from tasks.launchers.peers import JOIN_SECONDS, Peers
 from tasks.launchers.remote_output import progress_line
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 NAME_SECONDS = 300.0  # within which the name of node 0 becomes known
 STORE_SECONDS = 300.0  # for which an unreachable store is asked again
+POLL_SECONDS = 0.5
 PROGRESS_SECONDS = 2.0  # between two lines of progress of a kind
 
 
@@ -51,18 +58,25 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stopping() -> Iterator[None]:
+def stopping() -> Iterator[Callable[[], None]]:
     """In the block the first SIGTERM or SIGINT raises Stopped. Further ones are ignored: the ranks
-    are storing a checkpoint. A scheduler that wants more has SIGKILL."""
+    are storing a checkpoint. A scheduler that wants more has SIGKILL.
+
+    Yields:
+        A function from which on all are ignored.
+    """
+
+    def ignore() -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
+        ignore()
         raise Stopped(signal.Signals(number).name)
 
-    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
-        yield
+        yield ignore
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -100,15 +114,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the node's part; returns the exit code."""
     options = _parser().parse_args(arguments)
     agent = _Agent(options)
-    failure: JobFailed | RLHFError | None = None
-    try:
-        with stopping():
+    failure: RLHFError | None = None
+    with stopping() as ignore_signals:
+        try:
             agent.run()
-    except Stopped as signal_:
-        failure = agent.stopped(str(signal_))
-    except RLHFError as error:
-        failure = error
-    agent.report(failure)
+        except Stopped as stop:
+            failure = agent.stopped(str(stop))
+        except RLHFError as error:
+            failure = error
+        except Exception as error:
+            traceback.print_exc()
+            failure = JobFailed(f"the agent failed: {type(error).__name__}: {error}", "internal")
+        ignore_signals()
+        agent.report(failure)
     if failure is not None:
         print(f"ERROR ({failure.category}): {redact(str(failure))}", file=sys.stderr, flush=True)
     return exit_code(failure.category if failure else None)
@@ -126,6 +144,8 @@ class _Agent:
         self.scratch = Path(options.scratch) if options.scratch else private_folder("launches")
         self.store: Store = open_store(options.store)
         self.launch: Launch | None = None
+        self.peers = Peers(self.rank, self._give_up)
+        self.gave_up = False
 
     def run(self) -> None:
         """Run the jobs.
@@ -134,18 +154,46 @@ class _Agent:
             RLHFError: this node has no result.
             Stopped: a signal came.
         """
-        self._write(NodeReport(node=self.rank, host=socket.gethostname()))
         name, jobs = retry_while_unavailable(
             lambda: read_jobs(self.store, self.launch_id), "the launch", STORE_SECONDS
         )
         self.launch = self._launch(name, jobs)
         if problems := [p for job in jobs for p in check_placement(job, this_machine())]:
             raise ConfigError("; ".join(dict.fromkeys(problems)))
-        progress = Progress()
+        progress, done = Progress(), False
         try:
-            LocalTorchrun(node=self._node()).run(self.launch, show, progress)
+            node = self._meet()
+            LocalTorchrun(node=node).run(self.launch, show, progress)
+            done = True
         finally:
             progress.flush()
+            self.peers.close(done)
+
+    def _meet(self) -> Node:
+        """Wait until all nodes are there."""
+        running = NodeReport(node=self.rank, host=socket.gethostname())
+        if self.nodes == 1:
+            self._write(running)
+            return ALONE
+        node = self._node()
+        address = node.rendezvous.rpartition(":")[0]
+        if self.rank == 0:
+            self._write(running.model_copy(update={"port": self.peers.serve(address)}))
+            self.peers.wait(self.nodes)
+            return node
+        self._write(running)
+        end = time.monotonic() + JOIN_SECONDS
+        while True:
+            first = None
+            with suppress(StoreUnavailable):
+                first = read_reports(self.store, self.launch_id, self.attempt, 1).get(0)
+            if first is not None and first.state == "running":
+                self.peers.join(address, first.port)
+                return node
+            if first is not None or time.monotonic() > end:
+                text = "node 0 has failed" if first else f"node 0 did not come in {JOIN_SECONDS} s"
+                raise RanksFailed(text, "lost", text, time.time(), CONSEQUENCE)
+            time.sleep(POLL_SECONDS)
 
     def _launch(self, name: str, jobs: list[Job]) -> Launch:
         top = self.scratch / self.launch_id / f"{self.attempt}-node{self.rank}"
@@ -158,8 +206,6 @@ class _Agent:
         return Launch(name, dict(zip(folders, jobs, strict=True)), self.store.url, top / "log.txt")
 
     def _node(self) -> Node:
-        if self.nodes == 1:
-            return ALONE
         address, port = resolved(self.rendezvous, NAME_SECONDS)
         own, interface = way_to(address)
         if self.rank == 0 and own != address:
@@ -173,8 +219,17 @@ class _Agent:
             f"{self.launch_id}-{self.attempt}",
         )  # fmt: skip
 
+    def _give_up(self) -> None:
+        """Stop the ranks, which wait for those of a lost node."""
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # else they are being stopped
+            self.gave_up = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def stopped(self, by: str) -> JobFailed | None:
         """What a signal has left: a result, an error of a rank, or a checkpoint."""
+        if self.gave_up:
+            text = f"node {self.peers.lost} vanished, or ended without its ranks' work being done"
+            return RanksFailed(text, "lost", text, time.time(), CONSEQUENCE)
         if self.launch is None:
             return JobFailed(f"stopped by {by} before its ranks were started", "preempted")
         with suppress(StoreError):

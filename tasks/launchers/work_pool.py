@@ -151,7 +151,7 @@ class WorkPool:
                 parameters=parameters,
                 name=f"{launch.name} of {runtime.flow_run.name or 'a pipeline'}",
                 tags=[f"job:{key}", f"stage:{launch.name}", f"parent:{parent}"],
-                idempotency_key=f"{key}:{len(earlier)}",
+                key=f"{key}:{len(earlier)}",
             )
         )
         return child, parent_of(child) == parent  # another pipeline may have been faster
@@ -164,8 +164,9 @@ class WorkPool:
         first = is_first(self._client, pipeline, launch.author)
         return turn(pipeline), queue_name(launch.priority, first)
 
-    def _create(self, deployment: UUID, **what: Any) -> FlowRun:
-        """Create a child of this task.
+    def _create(self, deployment: UUID, key: str | None = None, **what: Any) -> FlowRun:
+        """Create a child of this task, or return that of another parent with the same key. The
+        server counts keys per flow, so that one alone could name a child of another deployment.
 
         The server records a task up to a few seconds after its start, and refuses a child of a
         task that it has not recorded. So the request is repeated for a while.
@@ -175,7 +176,10 @@ class WorkPool:
         while True:
             try:
                 return self._client.create_flow_run_from_deployment(
-                    deployment, parent_task_run_id=task, **what
+                    deployment,
+                    parent_task_run_id=task,
+                    idempotency_key=key and f"{key}:{deployment}",
+                    **what,
                 )
             except httpx.HTTPStatusError as error:
                 unknown = error.response.status_code == 409 and "integrity" in error.response.text

@@ -36,13 +36,16 @@ def wait_for_checkpoint() -> None:
 
 
 def kill(fault: dict[str, Any]) -> None:
-    """Send SIGKILL or another signal to "rank" (this one), "agent" (torchrun) or "orchestrator"."""
+    """Send SIGKILL or another signal to "rank" (this one), "agent" (torchrun) or "orchestrator";
+    with "times", so often."""
     if fault.get("signal") is None:
         wait_for_checkpoint()
     agent = os.getppid()
     orchestrator = parent_of(parent_of(agent))  # of the fork server that forked the agent
     target = {"rank": os.getpid(), "agent": agent, "orchestrator": orchestrator}
-    os.kill(target[fault["target"]], fault.get("signal", signal.SIGKILL))
+    for number in range(fault.get("times", 1)):
+        time.sleep(0.05 * (number > 0))
+        os.kill(target[fault["target"]], fault.get("signal", signal.SIGKILL))
     if fault.get("signal") is None:
         time.sleep(2)  # the end reaches this rank meanwhile, or it is told to stop
 

@@ -76,9 +76,11 @@ def test_killed_without_critic_ends_in_the_same_bytes(place, base, inputs, tmp_p
 def test_stopped_then_killed_stage_goes_on_and_so_does_another_number_of_ranks(
     place, inputs, undisturbed, tmp_path
 ):
-    """First torchrun gets SIGTERM, as when a node is drained; then all ranks are killed."""
+    """First torchrun gets SIGTERM, as when a node is drained, more than once, as from Slurm; then
+    all ranks are killed."""
     two = make_job(inputs, "sft", PLACEMENT["sft"] | {"checkpoint_every": 1000})
     fault = {"what": "kill", "target": "agent", "signal": signal.SIGTERM, "update": 7, "rank": 1}
+    fault["times"] = 3
     said = place.run(two, [fault, {"what": "sleep", "seconds": 0.3}])
     [step] = place.checkpoints(two)
     assert 7 <= step < 9, "the signal came at step 7"

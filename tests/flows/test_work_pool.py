@@ -48,6 +48,15 @@ def write_down(client, flow_run: UUID, task: UUID, after: float) -> threading.Th
     return thread
 
 
+def test_deployments_of_one_flow_do_not_share_children(launcher):
+    client, key = launcher._client, str(uuid4())
+    flow = client.read_deployment(launcher.deployment).flow_id
+    other = client.create_deployment(flow_id=flow, name=str(uuid4()))
+    first = launcher._create(launcher.deployment, key)
+    assert launcher._create(launcher.deployment, key).id == first.id
+    assert launcher._create(other, key).deployment_id == other
+
+
 def test_child_waits_until_the_server_knows_its_task(launcher, monkeypatch):
     from tasks.launchers import work_pool
 
@@ -164,7 +173,7 @@ def test_child_that_somebody_else_cancelled_is_started_anew_but_not_for_ever(
     started = []
 
     def create(*_: object, **what: object):
-        key = {"tags": what["tags"], "idempotency_key": what["idempotency_key"]}
+        key = {"tags": what["tags"], "idempotency_key": what["key"]}
         child = client.create_flow_run_from_deployment(shared.deployment, **key)
         client.set_flow_run_state(child.id, Cancelled(), force=True)
         started.append(child.id)

@@ -39,20 +39,13 @@ def test_agent_prints_output_and_progress_and_reports_to_the_store(tmp_path, sto
     assert store.list_records("launches/") == []
 
 
-@pytest.mark.parametrize(
-    ("plan", "code", "category", "text"),
-    [
-        ("data", launches.ENDED, "data", "stub ran into data"),
-        ("oom", launches.ENDED, "oom", "stub ran into oom"),
-        ("die", launches.LOST, "lost", "rank 1 was killed by SIGKILL"),
-    ],
-)
-def test_exit_code_and_report_tell_the_category(tmp_path, store, stub, plan, code, category, text):
-    stub(sft=[plan])
+def test_exit_code_and_report_tell_the_category(tmp_path, store, stub):
+    stub(sft=["die"])
     found, ended = run_agent(store, tmp_path)
     error = failure(store, "sft", found, "7-0", 1, where="Job: 7")
-    assert (ended, error.category) == (code, category)
-    assert str(error).startswith(f"sft failed: {text}") and str(error).endswith("\nJob: 7")
+    assert (ended, error.category) == (launches.LOST, "lost")
+    assert str(error).startswith("sft failed: rank 1 was killed by SIGKILL")
+    assert str(error).endswith("\nJob: 7")
 
 
 def test_agent_that_gets_sigterm_ends_its_ranks(tmp_path, store, stub):
@@ -77,12 +70,4 @@ def test_a_job_of_more_nodes_is_refused(tmp_path, store, stub):
     found, code = run_agent(store, tmp_path, job=job)
     [report] = launches.read_reports(store, found, "7-0", 1).values()
     assert code == launches.ENDED
-    assert report.text.startswith("sft.resources.nodes is 2, but this is one of 1 machine")
-
-
-def test_output_of_ranks_that_looks_like_progress_is_output():
-    output = []
-    RemoteOutput(output.append, output.append)("rlhf-progress {cut o")
-    RemoteOutput(output.append, output.append)("rlhf-progress 7\n")
-    RemoteOutput(output.append, output.append)("\n")
-    assert output == ["rlhf-progress {cut o", "rlhf-progress 7"]
+    assert report.text.startswith("sft.resources.nodes is 2, but this launch has 1 machine;")
