@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PRESET ?= demo
-USES   := build run train pages demo dev
+USES   := build run kubernetes train pages demo dev
 PINS   := requirements/torch.txt requirements/all.txt $(USES:%=requirements/%.txt)
 EXTRAS := .venv-extras
 VLLM   := .venv-vllm

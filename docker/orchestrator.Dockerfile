@@ -4,6 +4,7 @@
 #   docker build -f docker/orchestrator.Dockerfile -t rlhf-orchestrator .
 #   docker run -p 127.0.0.1:4200:4200 -v prefect:/rlhf rlhf-orchestrator
 #
+# With `--build-arg KUBERNETES=1` also the client for `launcher.type: kubernetes`.
 # One image, several roles: health checks stand with the roles, in compose.yaml.
 FROM python:3.11-slim-bookworm
 
@@ -28,11 +29,14 @@ ENV PIP_NO_CACHE_DIR=1 \
     PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT=false
 
 WORKDIR /app
-COPY requirements/build.txt requirements/run.txt ./
+# Not empty: what `launcher.type: kubernetes` needs, too.
+ARG KUBERNETES=
+COPY requirements/build.txt requirements/run.txt requirements/kubernetes.txt ./
 # What builds source packages comes first: none may fetch tools of its own. pip refuses a file whose
 # hash is another.
 RUN pip install --no-deps --require-hashes -r build.txt \
-    && pip install --no-deps --no-build-isolation --require-hashes -r run.txt
+    && pip install --no-deps --no-build-isolation --require-hashes -r run.txt \
+       ${KUBERNETES:+-r kubernetes.txt}
 COPY pyproject.toml README.md LICENSE ./
 COPY rlhf_core/ rlhf_core/
 COPY tasks/ tasks/

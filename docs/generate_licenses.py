@@ -20,6 +20,7 @@ REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"
 IMAGES = {
     "build": "both",
     "run": "both",
+    "kubernetes": "orchestrator, with KUBERNETES=1",
     "train": "trainer",
     "demo": "trainer",
     "pages": "trainer, with PAGES=1",

@@ -31,7 +31,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
-USES = ("build", "run", "train", "pages", "demo", "dev")
+USES = ("build", "run", "kubernetes", "train", "pages", "demo", "dev")
 TOOLS = "tools"  # resolved by itself: it shares no environment with the others
 BESIDE = (
     "extras",

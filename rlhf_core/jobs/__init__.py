@@ -41,7 +41,13 @@ from rlhf_core.jobs.data import (
 )
 from rlhf_core.jobs.harness import LmEvalJob, LmEvalSettings
 from rlhf_core.jobs.judging import EndpointJudgeSettings
-from rlhf_core.jobs.launchers import Launcher, LocalLauncher, Priority, WorkPoolLauncher
+from rlhf_core.jobs.launchers import (
+    KubernetesLauncher,
+    Launcher,
+    LocalLauncher,
+    Priority,
+    WorkPoolLauncher,
+)
 from rlhf_core.jobs.lora import LoRA
 from rlhf_core.jobs.online import (
     GRPOJob,
@@ -105,6 +111,7 @@ __all__ = [
     "Job",
     "KTOJob",
     "KTOSettings",
+    "KubernetesLauncher",
     "LabelJob",
     "Launcher",
     "LmEvalJob",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rlhf_core.jobs.base import LARGEST, PositiveInt, Resources, Settings
 
@@ -129,4 +129,100 @@ class SlurmLauncher(LauncherSettings):
     reachable from a node. It waits for at most two minutes."""
 
 
-Launcher = LocalLauncher | WorkPoolLauncher | SlurmLauncher
+Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?$")]
+KubernetesName = Annotated[
+    str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$")
+]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class KubernetesLauncher(LauncherSettings):
+    """Runs a stage as a JobSet on Kubernetes, one pod per node. Pipeline and pods share the store.
+    A stage whose pods were evicted, or whose node was lost, goes on from its last checkpoint."""
+
+    several_nodes: ClassVar[bool] = True
+
+    type: Literal["kubernetes"] = "kubernetes"
+    """Type of the launcher."""
+    image: Annotated[str, Field(pattern=r"^\S+$")]
+    """Trainer image of the pods, such as `registry.example.com/rlhf-trainer:1.4`. The pods run the
+    same version of this package as the pipeline."""
+    context: str | None = None
+    """Context of the kubeconfig file ($KUBECONFIG, else ~/.kube/config). Empty: the service account
+    of the pod that the pipeline runs in; outside of a cluster the file's current context."""
+    namespace: KubernetesName | None = None
+    """Namespace of the JobSets. Empty: that of the context, or of the pipeline's own pod."""
+    pull_secrets: tuple[KubernetesName, ...] = ()
+    """Names of the Secrets with which the image is pulled."""
+    service_account: KubernetesName | None = None
+    """Service account of the pods. Empty: the namespace's default, without its token."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    """GPUs of each pod. Empty: one per rank, none for stages on the CPU or without ranks."""
+    gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")] = "nvidia.com/gpu"
+    """Name of the resource that stands for a GPU, such as `amd.com/gpu`."""
+    requests: dict[str, Quantity] = Field(default_factory=dict)
+    """Resources that a pod requests, such as `{cpu: 16, memory: 128Gi}`."""
+    limits: dict[str, Quantity] = Field(default_factory=dict)
+    """Resources that a pod may use at most. GPUs are added to them. What tmpfs holds
+    (shared_memory) counts as memory."""
+    shared_memory: Quantity = "16Gi"
+    """Largest size of /dev/shm, through which the ranks of a node exchange data. It takes memory
+    only as it fills."""
+    env: dict[Variable, str] = Field(default_factory=dict)
+    """Environment variables of the pods, such as `{RLHF_STORE_ENDPOINT: https://s3.example.com}`.
+    They can be read in the JobSet: for secrets take `secrets` or `secret_env`."""
+    secrets: tuple[KubernetesName, ...] = ()
+    """Names of Secrets whose keys become environment variables of the pods."""
+    secret_env: dict[Variable, Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")]] = (
+        Field(default_factory=dict)
+    )
+    """Environment variables with the value of one key of a Secret, as SECRET/KEY, such as
+    `{HF_TOKEN: hub/token}`."""
+    volumes: dict[Annotated[str, Field(pattern=r"^/\S+$")], KubernetesName] = Field(
+        default_factory=dict
+    )
+    """Folders of the pods that are PersistentVolumeClaims: folder -> name of the claim, for a cache
+    or a store that is a folder. Several pods mount it, so its access mode is ReadWriteMany.
+    /dev/shm and /scratch are each pod's own."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels that the pods' nodes have."""
+    tolerations: tuple[
+        Annotated[str, Field(pattern=r"^[^=:\s]+(=[^=:\s]*)?(:[A-Za-z]+)?$")], ...
+    ] = ()
+    """Taints that the pods tolerate, as `kubectl taint` writes them: KEY, KEY:EFFECT or
+    KEY=VALUE:EFFECT, such as `nvidia.com/gpu:NoSchedule`."""
+    priority_class: KubernetesName | None = None
+    """PriorityClass of the pods."""
+    queue: KubernetesName | None = None
+    """Kueue's LocalQueue. A JobSet starts when the queue admits it, all of its pods at once. Empty:
+    pods start as they find room, which several nodes may never all do on a full cluster."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Further labels of JobSet and pods, such as `{team: alignment}`."""
+    annotations: dict[str, str] = Field(default_factory=dict)
+    """Further annotations of JobSet and pods."""
+    deadline: Annotated[int, Field(ge=60, le=LARGEST)] | None = None
+    """Seconds after which one attempt is stopped. The next goes on from its checkpoint; it counts
+    as a restart. Empty: no limit."""
+    max_restarts: Annotated[int, Field(ge=0, le=LARGEST)] = 10
+    """How often one JobSet starts again after a lost node or process, before the stage fails.
+    Evictions and preemptions do not count."""
+    start_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 300
+    """Seconds after which a stage fails whose image cannot be pulled, or whose Secret, claim or
+    service account is missing."""
+    queue_timeout: Annotated[int, Field(ge=10, le=LARGEST)] = 604_800
+    """Seconds that a JobSet may wait for its queue or for room before the stage fails."""
+    keep_finished: Annotated[int, Field(ge=60, le=LARGEST)] = 86_400
+    """Seconds after which the cluster deletes a JobSet that has ended, in case the pipeline, which
+    does so at once, is gone."""
+    poll_seconds: Annotated[float, Field(ge=0.1, le=600)] = 2.0
+    """Seconds between two looks at a JobSet. Each is two requests to the API."""
+
+    @field_validator("volumes")
+    @classmethod
+    def _own_folders_stay(cls, value: dict[str, str]) -> dict[str, str]:
+        if taken := sorted({"/dev/shm", "/scratch"} & {path.rstrip("/") for path in value}):
+            raise ValueError(f"{taken[0]} is each pod's own: mount the claim at another folder")
+        return value
+
+
+Launcher = LocalLauncher | WorkPoolLauncher | SlurmLauncher | KubernetesLauncher

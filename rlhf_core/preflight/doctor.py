@@ -31,6 +31,7 @@ DEFAULT_MODEL = "builtin:smollm2-135m-instruct"
 _USES = {
     "run": None,
     "train": None,
+    "kubernetes": "`launcher.type: kubernetes`",
     "pages": "`rlhf playground` and `rlhf serve`",
     "demo": f"the model {DEFAULT_MODEL}",
 }

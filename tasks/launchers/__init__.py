@@ -8,8 +8,12 @@ __all__ = ["Launch", "Launcher", "LocalTorchrun", "Outcome", "launcher_for"]
 
 def launcher_for(settings: object) -> Launcher:
     """The launcher that a configuration's `launcher` section describes."""
-    from rlhf_core.jobs import LocalLauncher, WorkPoolLauncher
-    from rlhf_core.jobs.launchers import SlurmLauncher
+    from rlhf_core.jobs.launchers import (
+        KubernetesLauncher,
+        LocalLauncher,
+        SlurmLauncher,
+        WorkPoolLauncher,
+    )
 
     if isinstance(settings, WorkPoolLauncher):
         from tasks.launchers.work_pool import WorkPool
@@ -19,5 +23,9 @@ def launcher_for(settings: object) -> Launcher:
         from tasks.launchers.slurm import Slurm
 
         return Slurm(settings)
+    if isinstance(settings, KubernetesLauncher):
+        from tasks.launchers.kubernetes.launcher import Kubernetes
+
+        return Kubernetes(settings)
     assert isinstance(settings, LocalLauncher), f"no launcher for {settings!r}"
     return LocalTorchrun()
