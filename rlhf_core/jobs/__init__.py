@@ -41,13 +41,7 @@ from rlhf_core.jobs.data import (
 )
 from rlhf_core.jobs.harness import LmEvalJob, LmEvalSettings
 from rlhf_core.jobs.judging import EndpointJudgeSettings
-from rlhf_core.jobs.launchers import (
-    KubernetesLauncher,
-    Launcher,
-    LocalLauncher,
-    Priority,
-    WorkPoolLauncher,
-)
+from rlhf_core.jobs.launchers import Launcher, LocalLauncher, Priority, WorkPoolLauncher
 from rlhf_core.jobs.lora import LoRA
 from rlhf_core.jobs.online import (
     GRPOJob,
@@ -111,7 +105,6 @@ __all__ = [
     "Job",
     "KTOJob",
     "KTOSettings",
-    "KubernetesLauncher",
     "LabelJob",
     "Launcher",
     "LmEvalJob",

@@ -14,7 +14,7 @@ import time
 from functools import partial
 
 from rlhf_core.errors import ConfigError, JobFailed
-from rlhf_core.jobs import KubernetesLauncher
+from rlhf_core.jobs.launchers import KubernetesLauncher
 from rlhf_core.runtime.launches import forget, launch_id, write_jobs
 from rlhf_core.store import Store, open_store
 from rlhf_core.system.secrets import redact

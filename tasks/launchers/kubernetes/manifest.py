@@ -22,7 +22,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_core.jobs import Job, KubernetesLauncher
+from rlhf_core.jobs import Job
+from rlhf_core.jobs.launchers import KubernetesLauncher
 from rlhf_core.runtime.launches import ENDED, STOPPED
 from tasks.launchers.command import agent_command
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from rlhf_core.errors import ConfigError, JobFailed
-from rlhf_core.jobs import KubernetesLauncher
+from rlhf_core.jobs.launchers import KubernetesLauncher
 from tasks.launchers.base import LineSink, ProgressSink
 from tasks.launchers.kubernetes import state
 from tasks.launchers.kubernetes.api import Cluster, Missing, Object

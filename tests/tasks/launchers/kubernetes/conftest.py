@@ -2,7 +2,8 @@
 
 import pytest
 
-from rlhf_core.jobs import KubernetesLauncher, Resources, SFTJob
+from rlhf_core.jobs import Resources, SFTJob
+from rlhf_core.jobs.launchers import KubernetesLauncher
 from rlhf_core.runtime.launches import NodeReport, exit_code, launch_id, read_jobs, write_report
 from rlhf_core.store import open_store
 from tasks.launchers import waits

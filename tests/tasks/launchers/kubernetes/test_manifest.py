@@ -7,7 +7,8 @@ import pytest
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 from pydantic import ValidationError
 
-from rlhf_core.jobs import DataJob, KubernetesLauncher, Resources, SFTJob
+from rlhf_core.jobs import DataJob, Resources, SFTJob
+from rlhf_core.jobs.launchers import KubernetesLauncher
 from rlhf_core.runtime import launches
 from rlhf_core.runtime.launches import launch_id
 from tasks.launchers.kubernetes import manifest
