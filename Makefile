@@ -131,11 +131,11 @@ $(EXTRAS)/.installed: $(STAMP) requirements/extras.txt
 	@rm -rf $(EXTRAS)
 	@$(BIN)/python -m venv --without-pip $(EXTRAS)
 	@$(BIN)/python requirements/beside.py $(EXTRAS)
-	@echo "installing lm-eval, mlflow and reasoning-gym (about a minute; one package needs a C compiler)"
+	@echo "installing lm-eval, mlflow, openlineage and reasoning-gym (about a minute; one package needs a C compiler)"
 	@$(EXTRAS)/bin/python -m pip install -q $(LOCKED) -r requirements/extras.txt
 	@touch $@
 
-test-extras: $(EXTRAS)/.installed  ## the tests that need lm-eval, mlflow and reasoning-gym
+test-extras: $(EXTRAS)/.installed  ## the tests that need lm-eval, mlflow, openlineage and reasoning-gym
 	@$(EXTRAS)/bin/python -m pytest -q -m extras
 
 # The same for vLLM's CPU build, which torchvision, torchaudio or torchcodec would keep from starting.

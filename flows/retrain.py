@@ -26,12 +26,12 @@ from rlhf_core.store import Store
 from tasks import stages
 from tasks.events import log_event, tidy_logs
 from tasks.gates import judge
+from tasks.observers import observed
 from tasks.promotion import refusal
 from tasks.publish import compare_with_champion, keep_candidate, publish
 from tasks.reporting.evaluation import read_evaluation
 from tasks.reporting.report import report
 from tasks.run import Run, now, recorded
-from tasks.tracking import mirrored
 from tasks.watch import stop_when_cancelled
 
 tidy_logs()
@@ -44,6 +44,7 @@ NOT_PART_OF_STATE = {
     "author",
     "gpu_hour_price",
     "tracking",
+    "openlineage",
     "priority",
 }
 
@@ -108,7 +109,7 @@ def retrain(config: PipelineConfig, gates: Gates, force: bool, jitter: int) -> S
     with stop_when_cancelled():
         last_stage = evaluation_stages(config)[-1]
         stages.preflight(config, last_stage)
-        with recorded(run), mirrored(run, log):
+        with recorded(run), observed(run, log):
             verdict = _train(run, gates, last_stage)
             report(run)
             create_markdown_artifact(

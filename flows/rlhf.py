@@ -20,13 +20,13 @@ from tasks.events import log_event, tidy_logs
 from tasks.flow_runs import failed
 from tasks.gates import check_evaluation
 from tasks.launchers import launcher_for
+from tasks.observers import observed
 from tasks.promotion import promotion_of
 from tasks.publish import compare_with_champion, keep_candidate, keep_last_good_policy, publish
 from tasks.reporting.curves import prepare
 from tasks.reporting.evaluation import Evaluation, evaluation_of, read_evaluation
 from tasks.reporting.report import render, report
 from tasks.run import Run, new_run_id, recorded
-from tasks.tracking import mirrored
 from tasks.watch import stop_when_cancelled
 
 Stage = Literal["model", "data", "label", TrainingStage, "evaluate", "lm_eval", "publish"]
@@ -72,7 +72,7 @@ def run_pipeline(config: PipelineConfig, until: Stage = "publish") -> Returned:
     with stop_when_cancelled():
         stages.preflight(config, until)
         threading.Thread(target=prepare, name="imports", daemon=True).start()
-        with recorded(run), mirrored(run, get_run_logger()):
+        with recorded(run), observed(run, get_run_logger()):
             for stage in pipeline(run):
                 if stage == until:
                     break

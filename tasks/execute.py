@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def run_jobs(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> list[St
     missing = {name: job for name, job in jobs.items() if name not in results}
     if missing:
         began = run.began.setdefault(stage, time.monotonic())
-        made = _launch(run, stage, missing, log)
+        with _observed(run, missing):
+            made = _launch(run, stage, missing, log)
         work = {n: run.store.stage_work(jobs[n].key()).get("seconds", 0.0) for n in made}
         waited = max(0.0, elapsed(began) - sum(work.values()))
         for name, artifact in made.items():
@@ -52,6 +53,21 @@ def run_jobs(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> list[St
     for name in jobs:  # in their order, whichever were reused: the model card lists them
         run.stages[name] = run.stages.pop(name)
     return [results[name] for name in jobs]
+
+
+@contextlib.contextmanager
+def _observed(run: Run, jobs: Mapping[str, Job]) -> Iterator[None]:
+    """Tell the run's observers that attempts begin inside the block, and of those that fail."""
+    for observer in run.observers:
+        for name, job in jobs.items():
+            observer.started(name, job)
+    try:
+        yield
+    except BaseException as error:
+        for observer in run.observers:
+            for name in jobs:
+                observer.stopped(name, error)
+        raise
 
 
 def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str, Artifact]:

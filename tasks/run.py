@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from prefect.utilities.urls import url_for
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import StoreError
-from rlhf_core.jobs import PipelineConfig
+from rlhf_core.jobs import Job, PipelineConfig
 from rlhf_core.store import Store, open_store, rlhf_home
 from rlhf_core.system.secrets import redact
 
@@ -64,6 +64,25 @@ class StageResult(BaseModel):
         return f"{self.kind}/{self.digest[:12]}"
 
 
+class Observer:
+    """Is told what happens to a run and its stages. This one does nothing."""
+
+    def begin(self) -> None:
+        """The run begins, or goes on after a pause."""
+
+    def started(self, stage: str, job: Job) -> None:
+        """An attempt at a stage begins. Stages that are reused never do."""
+
+    def finished(self, result: StageResult) -> None:
+        """A stage is done."""
+
+    def stopped(self, stage: str, error: BaseException) -> None:
+        """The attempt at a stage ended without its result."""
+
+    def end(self, state: str, error: BaseException | None) -> None:
+        """The run ends. state: completed, failed, cancelled or waiting (for a person)."""
+
+
 class Run:
     """Passed to every task. Not a dataclass, since Prefect searches those for futures."""
 
@@ -93,7 +112,7 @@ class Run:
         self.artifacts_by_role: dict[str, str] = {}
         self.model_folder: Path | None = None
         self.report: Path | None = None
-        self.observers: list[Callable[[StageResult], None]] = []  # get each finished stage
+        self.observers: list[Observer] = []
         self.decision: dict[str, Any] = {}  # of the person who approved or rejected it
         self.verdict: dict[str, Any] = {}  # of the evaluation, see `Verdict.record`
         self.version: dict[str, Any] = {}  # of its model: name, number, digest, state, reason
@@ -133,8 +152,8 @@ class Run:
         """Add a finished stage."""
         self.stages[result.stage] = result
         self.save()
-        for observe in self.observers:
-            observe(result)
+        for observer in self.observers:
+            observer.finished(result)
         return result
 
     def save(self, **changes: Any) -> None:

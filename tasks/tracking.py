@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-
-from prefect.exceptions import Pause
 
 from rlhf_core.jobs import PipelineConfig
 from rlhf_core.jobs.tracking import MlflowTracking
@@ -23,7 +21,7 @@ from tasks.reporting.curves import read_metrics
 from tasks.reporting.differences import changed, numbers
 from tasks.reporting.evaluation import read_evaluation
 from tasks.reporting.report import CURVES, LINEAGE
-from tasks.run import Run, StageResult
+from tasks.run import Observer, Run, StageResult
 
 ID = "rlhf.run"  # tag: the run's id
 AT_ONCE = 1000  # metrics in one request; MLflow takes no more
@@ -31,31 +29,13 @@ PARAMETERS_AT_ONCE = 100
 LONGEST = 500  # characters of a parameter
 
 
-@contextlib.contextmanager
-def mirrored(run: Run, log: Log) -> Iterator[None]:
-    """Mirror what happens to a run inside the block, if its settings ask for it."""
-    settings = run.config.tracking
-    if settings is None:
-        yield
-        return
-    mirror = Mirror(run, settings, log)
-    mirror.begin()
-    run.observers.append(mirror.stage)
-    status = "KILLED"
-    try:
-        yield
-        status = "FINISHED"
-    except Pause:  # waits for a person
-        status = "SCHEDULED"
-        raise
-    except Exception:
-        status = "FAILED"
-        raise
-    finally:
-        mirror.end(status)
+# Of a run of MLflow, after each way in which a run of the pipeline ends.
+STATUS = {
+    "completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED", "waiting": "SCHEDULED",
+}  # fmt: skip
 
 
-class Mirror:
+class Mirror(Observer):
     """A run of MLflow beside a run of the pipeline. A retried run goes on in the same one."""
 
     def __init__(self, run: Run, settings: MlflowTracking, log: Log) -> None:
@@ -68,18 +48,14 @@ class Mirror:
         """Open the run, with its settings as parameters."""
         self._try(self._begin)
 
-    def stage(self, result: StageResult) -> None:
+    def finished(self, result: StageResult) -> None:
         """Send the metrics of a finished stage: those of its steps, and its result."""
         self._try(lambda: self._stage(result))
 
-    def end(self, status: str) -> None:
-        """Send report, evaluation and the model's version, and close the run.
-
-        Args:
-            status: FINISHED, FAILED, KILLED or SCHEDULED.
-        """
+    def end(self, state: str, error: BaseException | None) -> None:
+        """Send report, evaluation and the model's version, and close the run."""
         self._try(self._end)
-        self._try(lambda: self.client.set_terminated(self.id, status=status))
+        self._try(lambda: self.client.set_terminated(self.id, status=STATUS[state]))
 
     def _try(self, call: Callable[[], None]) -> None:
         if self.failed:

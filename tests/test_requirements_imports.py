@@ -15,7 +15,9 @@ from tests.test_requirements import ORCHESTRATOR, ROOT, TRAINER, canonical, pins
 
 OWN = ("flows", "tasks", "deployments", "rlhf_core")
 # Extras, each imported where a setting or a command asks for it, with an error that says so.
-EXTRAS = {"kubernetes", "lm_eval", "mlflow", "reasoning_gym", "uvloop", "vllm", "wandb"}
+EXTRAS = {
+    "kubernetes", "lm_eval", "mlflow", "openlineage", "reasoning_gym", "uvloop", "vllm", "wandb",
+}  # fmt: skip
 PAGES = {"gradio"}
 # Reached from flows, but only imported where a model answers: chat, playground, serve.
 ELSEWHERE = {"torch"}

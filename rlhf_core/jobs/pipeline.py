@@ -14,7 +14,7 @@ from rlhf_core.jobs.online import GRPOSettings, PPOSettings, ReinforcePPSettings
 from rlhf_core.jobs.preference import DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from rlhf_core.jobs.pretraining import NewModelSettings, PretrainSettings
 from rlhf_core.jobs.results import EvaluateSettings, PublishSettings
-from rlhf_core.jobs.tracking import MlflowTracking
+from rlhf_core.jobs.tracking import MlflowTracking, OpenLineage
 from rlhf_core.jobs.training import RewardSettings, SFTSettings
 
 TrainingStage = Literal[
@@ -93,6 +93,8 @@ class PipelineConfig(Settings):
     """Name of the published model, and its approval."""
     tracking: MlflowTracking | None = None
     """Mirror of the run in an experiment tracker. Empty: none."""
+    openlineage: OpenLineage | None = None
+    """Lineage events for other programs. Empty: none."""
     launcher: Launcher = LocalLauncher()
     """How stages are started."""
 

@@ -1,4 +1,4 @@
-"""Experiment tracking: where runs are shown beside those of other programs."""
+"""Where runs are shown beside those of other programs: experiment tracking, lineage."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from rlhf_core.jobs.base import Settings
+
+
+class OpenLineage(Settings):
+    """OpenLineage's events of the run and of each stage (extra openlineage), for a lineage server
+    such as Marquez. Where they go is set by OpenLineage's own variables, such as OPENLINEAGE_URL
+    and OPENLINEAGE_API_KEY, or its file openlineage.yml, where the pipeline runs. A server that is
+    away is mentioned once and changes nothing."""
+
+    namespace: Annotated[str, Field(min_length=1)] = "rlhf"
+    """Namespace of the jobs. That of the artifacts is the URL of the store."""
 
 
 class MlflowTracking(Settings):

@@ -206,11 +206,15 @@ def _check_lm_eval(settings: LmEvalSettings, here: bool) -> list[str]:
 
 
 def _check_tracking(config: PipelineConfig) -> list[str]:
-    if config.tracking is None or find_spec("mlflow") is not None:
-        return []
+    wanted = {
+        "tracking": ("mlflow", config.tracking),
+        "openlineage": ("openlineage", config.openlineage),
+    }
     return [
-        "tracking needs the package mlflow where the pipeline runs, and it is not installed; "
-        'run: pip install "rlhf-pipeline[mlflow]", or clear tracking'
+        f"{setting} needs the package {package} where the pipeline runs, and it is not installed; "
+        f'run: pip install "rlhf-pipeline[{package}]", or clear {setting}'
+        for setting, (package, settings) in wanted.items()
+        if settings is not None and find_spec(package) is None
     ]
 
 

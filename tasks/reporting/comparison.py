@@ -17,7 +17,16 @@ from tasks.reporting.markdown import embedded, sample_table, table
 from tasks.reporting.past import COLUMNS, PastRun, rewards_note
 from tasks.reporting.price_list import GROUPS, cell, part_of
 
-NOT_COMPARED = {"name", "store", "author", "preset", "launcher", "tracking", "gpu_hour_price"}
+NOT_COMPARED = {
+    "name",
+    "store",
+    "author",
+    "preset",
+    "launcher",
+    "tracking",
+    "openlineage",
+    "gpu_hour_price",
+}
 """Settings that change neither results nor times."""
 SHOWN = 8  # prompts with their replies
 

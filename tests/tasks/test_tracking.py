@@ -12,6 +12,7 @@ from rlhf_core.pipeline.presets import build_config
 from rlhf_core.preflight.check import check
 from rlhf_core.store import registry
 from tasks import tracking
+from tasks.observers import observed
 from tasks.run import Run, StageResult
 
 LOG = logging.getLogger("test")
@@ -80,7 +81,7 @@ def test_run_its_numbers_report_and_model_are_in_mlflow(tmp_path, store, monkeyp
     monkeypatch.chdir(tmp_path)  # where MLflow keeps the artifacts of such a database
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run = run_on(store, uri, "run-1", "ppo.kl_coef=0.3")
-    with tracking.mirrored(run, LOG):
+    with observed(run, LOG):
         first = pipeline(run)
     assert is_telemetry_disabled()
     client = tracking.connect(uri)
@@ -99,10 +100,10 @@ def test_run_its_numbers_report_and_model_are_in_mlflow(tmp_path, store, monkeyp
     assert version.tags["rlhf.digest"] == first.digest and version.run_id == found.info.run_id
 
     second = run_on(store, uri, "run-2")
-    with pytest.raises(ZeroDivisionError), tracking.mirrored(second, LOG):
+    with pytest.raises(ZeroDivisionError), observed(second, LOG):
         pipeline(second)
         raise ZeroDivisionError
-    with tracking.mirrored(second, LOG):  # retried: it goes on
+    with observed(second, LOG):  # retried: it goes on
         pass
     found = client.search_runs([experiment])
     assert sorted(r.data.tags["rlhf.run"] for r in found) == ["run-1", "run-2"]
@@ -116,7 +117,7 @@ def test_server_that_is_away_is_said_once_and_fails_nothing(tmp_path, store, mon
     monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = run_on(store, "http://127.0.0.1:9")
-    with tracking.mirrored(run, LOG):
+    with observed(run, LOG):
         pipeline(run)
     [said] = [r.getMessage() for r in caplog.records if "MLflow" in r.getMessage()]
     assert said.startswith("tracking: MLflow at http://127.0.0.1:9 failed: ")
