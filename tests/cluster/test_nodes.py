@@ -109,3 +109,16 @@ def test_launch_goes_on_after_a_node_was_killed(cluster, both, inputs):
     assert "going on from the checkpoint after step" in cluster.said()
     whole = both[0].place.result(job)
     assert weight_hashes(cluster.place.result(job)) == weight_hashes(whole)
+
+
+def test_launch_ends_when_the_network_between_its_nodes_is_cut(cluster, inputs):
+    """Nothing tells the ranks; they would wait for collective_timeout, half an hour."""
+    job = make_job(inputs[1], "sft", TWO | {"stop_timeout": 3}, max_steps=6)
+    mark = cluster.folder / "mark"
+    started = cluster.start([job], 2, [hold(mark, 3)])
+    held(cluster, started, mark)
+    with cluster.machines[1].unplugged():
+        mark.unlink()
+        assert cluster.wait(started, 200) == [launches.LOST] * 2
+    error = failure(cluster.place.store, "sft", cluster.launch, cluster.attempt, 2)
+    assert error.category == "lost" and "vanished" in str(error)
