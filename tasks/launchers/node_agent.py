@@ -83,13 +83,17 @@ def stopping() -> Iterator[Callable[[], None]]:
 
 
 class Progress:
-    """Prints the newest progress of each kind, not more often than every PROGRESS_SECONDS."""
+    """Prints the newest progress of each kind, not more often than every PROGRESS_SECONDS; a no-op
+    except on node 0, whose table of usage would else take turns with those of others."""
 
-    def __init__(self) -> None:
+    def __init__(self, node: int) -> None:
+        self.node = node
         self._waiting: dict[str, dict[str, Any]] = {}
         self._printed: dict[str, float] = {}
 
     def __call__(self, line: dict[str, Any]) -> None:
+        if self.node > 0:
+            return
         kind = next((name for name in ("usage", "samples") if name in line), "step")
         self._waiting[kind] = line
         if time.monotonic() - self._printed.get(kind, 0.0) > PROGRESS_SECONDS:
@@ -113,9 +117,13 @@ def show(line: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the node's part; returns the exit code."""
     options = _parser().parse_args(arguments)
-    agent = _Agent(options)
     failure: RLHFError | None = None
     with stopping() as ignore_signals:
+        try:
+            agent = _Agent(options)
+        except RLHFError as error:  # the store cannot be opened
+            show(f"ERROR ({error.category}): {error}")
+            return exit_code(error.category)
         try:
             agent.run()
         except Stopped as stop:
@@ -128,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         ignore_signals()
         agent.report(failure)
     if failure is not None:
-        print(f"ERROR ({failure.category}): {redact(str(failure))}", file=sys.stderr, flush=True)
+        show(f"ERROR ({failure.category}): {failure}")
     return exit_code(failure.category if failure else None)
 
 
@@ -160,7 +168,7 @@ class _Agent:
         self.launch = self._launch(name, jobs)
         if problems := [p for job in jobs for p in check_placement(job, this_machine())]:
             raise ConfigError("; ".join(dict.fromkeys(problems)))
-        progress, done = Progress(), False
+        progress, done = Progress(self.rank), False
         try:
             node = self._meet()
             LocalTorchrun(node=node).run(self.launch, show, progress)

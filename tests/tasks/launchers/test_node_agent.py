@@ -16,10 +16,10 @@ pytestmark = pytest.mark.slow
 JOB = SFTJob(model="0" * 64, data="0" * 64, resources=Resources(ranks=2))
 
 
-def run_agent(store, tmp_path, attempt="7-0", job=JOB):
+def run_agent(store, tmp_path, attempt="7-0", job=JOB, url=""):
     found = launches.write_jobs(store, "sft", [job])
     options = {
-        "--store": store.url, "--launch": found, "--attempt": attempt, "--nodes": "1",
+        "--store": url or store.url, "--launch": found, "--attempt": attempt, "--nodes": "1",
         "--node-rank": "0", "--rendezvous": "127.0.0.1:0", "--scratch": str(tmp_path / "scratch"),
     }  # fmt: skip
     return found, node_agent.main([word for pair in options.items() for word in pair])
@@ -71,3 +71,8 @@ def test_a_job_of_more_nodes_is_refused(tmp_path, store, stub):
     [report] = launches.read_reports(store, found, "7-0", 1).values()
     assert code == launches.ENDED
     assert report.text.startswith("sft.resources.nodes is 2, but this launch has 1 machine;")
+
+
+def test_a_store_that_cannot_be_opened_is_told(tmp_path, store, capfd):
+    assert run_agent(store, tmp_path, url="ftp-of-a-kind://x")[1] == launches.ENDED
+    assert capfd.readouterr().out.startswith("ERROR (config): ")
