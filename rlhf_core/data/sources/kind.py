@@ -11,6 +11,7 @@ from rlhf_core.data.sources.readers import reader_of
 from rlhf_core.data.sources.thumbs import THUMBS
 from rlhf_core.data.sources.votes import VOTES
 from rlhf_core.errors import DataError
+from rlhf_core.store.clouds.cloud import CLOUDS
 
 FEEDBACK = {kind.source: kind for kind in (VOTES, THUMBS)}
 _NEAR_URL = re.compile(r"([A-Za-z][\w+.-]+):(?![/][/])/*\S|\W*s3[:;/]/")  # s3:/b, file:/x, s3:b
@@ -43,6 +44,11 @@ def source_kind(source: str) -> str:
     if scheme := re.match(r"([A-Za-z][\w+.-]*)://", source):
         if scheme[1] == "file":
             return "local"
+        if scheme[1] in CLOUDS:
+            raise DataError(
+                f"{source}: {scheme[1]}:// URLs are for the store (RLHF_STORE), not for data; copy "
+                f"the files to a folder first ({CLOUDS[scheme[1]].copy_command}), or to S3."
+            )
         raise DataError(
             f"{source}: {scheme[1]}:// URLs are not supported; expected a Hugging Face dataset id, "
             "a path, an s3:// URL or builtin:chatterbot."

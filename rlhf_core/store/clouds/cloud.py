@@ -17,6 +17,7 @@ class Cloud:
         place: its word for a bucket.
         endpoints: environment variables with another address, such as that of an emulator.
         credentials: what to do without any.
+        copy_command: of the cloud's own program, to copy a folder from there.
         secrets: environment variables whose values no message may show.
     """
 
@@ -25,6 +26,7 @@ class Cloud:
     place: str
     endpoints: tuple[str, ...]
     credentials: str
+    copy_command: str
     secrets: tuple[str, ...]
 
     @property
@@ -65,6 +67,7 @@ CLOUDS = {
             "auth application-default login`, or use the machine's service account (workload "
             "identity)"
         ),
+        copy_command="gcloud storage cp -r",
         secrets=("GOOGLE_BEARER_TOKEN", "GOOGLE_SERVICE_ACCOUNT_KEY"),
     ),
     "az": Cloud(
@@ -77,6 +80,7 @@ CLOUDS = {
             "AZURE_TENANT_ID and AZURE_CLIENT_SECRET, or use the machine's managed or workload "
             "identity"
         ),
+        copy_command="azcopy copy --recursive",
         secrets=(
             "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY",
             "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_TOKEN",

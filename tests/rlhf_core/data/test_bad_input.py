@@ -166,6 +166,7 @@ def test_long_prompt_is_dropped_and_counted(tmp_path):
         ("/nowhere/a.jsonl", ["no such file or folder", "correct the path"]),
         ("builtin:nope", ["no built-in data set 'nope'", "builtin:chatterbot"]),
         ("ftp://x/y", ["ftp:// URLs are not supported"]),
+        ("gs://b/x.jsonl", ["gs:// URLs are for the store", "gcloud storage cp"]),
         ("", ["is empty", "Hugging Face dataset id"]),
         ("file://", ["is empty"]),
         ("/" + "a" * 300 + ".jsonl", ["no such file or folder"]),

@@ -94,13 +94,27 @@ def fetch(url: str, digest: str) -> Path:
     return open_store(url).fetch(digest)
 
 
-def test_concurrent_fetches_share_one_download(store: Store, many: Path) -> None:
-    digest = store.publish(many, kind="model").digest
-    found = results_of(fetch, [(store.url, digest)] * 3)
+def fetch_and_count(url: str, digest: str, counted: Path) -> Path:
+    """Fetch, and append the bytes of each download to a file."""
+    whole = blobs_module.download_blob
+
+    def download(backend: Backend, entry: FileEntry, target: Path, owner: str) -> None:
+        whole(backend, entry, target, owner)
+        with open(counted, "a") as file:
+            file.write(f"{entry.size}\n")
+
+    vars(folders)["download_blob"] = download
+    return fetch(url, digest)
+
+
+def test_ranks_of_one_machine_share_one_download(store: Store, many: Path, tmp_path: Path) -> None:
+    artifact, counted = store.publish(many, kind="model"), tmp_path / "counted"
+    found = results_of(fetch_and_count, [(store.url, artifact.digest, counted)] * 4)
     cache = rlhf_home() / "cache" / "artifacts"
-    assert found == [cache / digest] * 3
-    assert contents(cache / digest) == contents(many)
-    assert [path.name for path in cache.iterdir()] == [digest]
+    assert found == [cache / artifact.digest] * 4
+    assert sum(map(int, counted.read_text().split())) == artifact.size
+    assert contents(cache / artifact.digest) == contents(many)
+    assert [path.name for path in cache.iterdir()] == [artifact.digest]
 
 
 def fetch_and_die(url: str, digest: str) -> None:
