@@ -1,9 +1,9 @@
 """Applies a function to a stream of items in several processes, with the results in order.
 
 A short stream is processed in this process. For a longer one at most two items per worker are in
-flight, so memory does not grow with the stream. Workers are forked from a server that imports what
-they need, once for all of them; until it has, this process works on items itself. They end with
-this process, however it ends.
+flight, so memory does not grow with the stream. Workers are forked from this process, so they have
+its imports and the function's data without a second import or copy. They end with this process,
+however it ends.
 """
 
 from __future__ import annotations
@@ -11,35 +11,47 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import threading
+import signal
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_core.errors import JobFailed
 from rlhf_core.system.cpus import cpu_cores
+from rlhf_core.system.processes import die_with_parent
 
 MIN_ITEMS = 6  # pieces up to which starting processes costs more than it saves
-MAX_WORKERS = 16
+MAX_WORKERS = 64
+# Elsewhere than on Linux, system libraries do not bear a fork; items and function are pickled then.
+_START = "fork" if sys.platform == "linux" else "spawn"
+
+T = TypeVar("T")
 
 _work: Callable[[Any], Any] | None = None
 
 
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items; a thread makes the next one while one is used. For work that releases the
+    interpreter's lock, as that of Arrow does."""
+    stream, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, stream, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, stream, end)
+            yield item  # type: ignore[misc]  # not `end`
+
+
 def ordered_map(
-    work: Callable[[Any], Any],
-    items: Iterable[Any],
-    workers: int | None = None,
-    modules: Sequence[str] = (),
+    work: Callable[[Any], Any], items: Iterable[Any], workers: int | None = None
 ) -> Iterator[Any]:
     """work(item) for each item, in order.
 
     Args:
         work: a picklable function.
         workers: number of processes; None: one per core, 1: this process alone.
-        modules: that ``work`` needs.
 
     Raises:
         JobFailed: a worker process died.
@@ -50,35 +62,19 @@ def ordered_map(
         first = list(itertools.islice(stream, MIN_ITEMS))
         stream = itertools.chain(first, stream)
         if len(first) == MIN_ITEMS:
-            yield from _in_processes(work, stream, count, modules)
+            yield from _in_processes(work, stream, count)
             return
     for item in stream:
         yield work(item)
 
 
-def _in_processes(
-    work: Callable[[Any], Any], items: Iterable[Any], count: int, modules: Sequence[str]
-) -> Iterator[Any]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *modules])
-    # A queue's own thread sends the function, which may be large: a process argument would hold up
-    # this process until the worker has started.
-    copies: Any = context.Queue()
-    for _ in range(count):
-        copies.put(work)
-    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+def _in_processes(work: Callable[[Any], Any], items: Iterable[Any], count: int) -> Iterator[Any]:
     executor = ProcessPoolExecutor(
-        count, mp_context=context, initializer=_start, initargs=(copies, parallelism)
+        count, multiprocessing.get_context(_START), initializer=_begin, initargs=(work,)
     )
-    # Starting the first process waits for the server's imports.
-    starting = threading.Thread(target=executor.submit, args=(os.getpid,), daemon=True)
-    starting.start()
     waiting: deque[Future[Any]] = deque()
     try:
         for item in items:
-            if starting.is_alive() and not waiting:
-                yield work(item)
-                continue
             waiting.append(executor.submit(_run, item))
             if len(waiting) >= 2 * count:
                 yield waiting.popleft().result()
@@ -91,26 +87,16 @@ def _in_processes(
             "lost",
         ) from error
     finally:
-        starting.join()
         executor.shutdown(wait=True, cancel_futures=True)
-        copies.cancel_join_thread()  # of workers that never started
-        copies.close()
 
 
-def _start(copies: Any, parallelism: str | None) -> None:
+def _begin(work: Callable[[Any], Any]) -> None:
     """In a worker: take the function, and end with the parent."""
     global _work
-    os.environ["TOKENIZERS_PARALLELISM"] = parallelism or "false"
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-
-        def follow() -> None:
-            wait([sentinel])
-            os._exit(1)
-
-        threading.Thread(target=follow, daemon=True).start()
-    _work = copies.get()
+    die_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the stage's own handler
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _work = work
 
 
 def _run(item: Any) -> Any:

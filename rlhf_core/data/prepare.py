@@ -30,7 +30,7 @@ from rlhf_core.data.encoding.encode import (
 )
 from rlhf_core.data.encoding.words import WordTable
 from rlhf_core.data.overlap.within import SplitOverlap
-from rlhf_core.data.parallel import ordered_map
+from rlhf_core.data.parallel import one_ahead, ordered_map
 from rlhf_core.data.rows.columns import FURTHER, MAX_NOTES
 from rlhf_core.data.rows.detect import find_format
 from rlhf_core.data.rows.row import SKIP_HINT, RawRow
@@ -95,14 +95,13 @@ def prepare(
     writer = DatasetWriter(folder, job.purpose, plan.carried())
     try:
         shuffle = Shuffle(writer.scratch, "_priority")
-        modules = (type(tokenizer).__module__, encode_batch.__module__, "pyarrow.compute")
-        encoded = ordered_map(encode, _batches(rows), workers, modules)
+        encoded = ordered_map(encode, _batches(rows), workers)
         for batch in _deduplicate(encoded, card, writer.scratch, job, log):
             shuffle.add(batch)
         overlap = SplitOverlap(writer.scratch)
         _write(shuffle, writer, overlap, card, job)
         _check_not_empty(writer, card, job)
-        card.overlap = overlap.result()
+        card.overlap = overlap.result(workers)
         return writer.finish(card)
     finally:
         writer.clean()
@@ -194,6 +193,16 @@ def _write(
     shuffle: Shuffle, writer: DatasetWriter, overlap: SplitOverlap, card: DataCard, job: DataJob
 ) -> None:
     """Write the shuffled rows to their splits, up to max_samples rows."""
+    for heldout, train in one_ahead(_splits(shuffle, card, job)):
+        texts = list(map(prompt_text, heldout.column("prompt").to_pylist()))
+        overlap.add(heldout, train, texts)
+        for name, side in (("heldout", heldout), ("train", train)):
+            prompts = side.column("_prompt").to_pylist()
+            writer.write(name, side.drop_columns(list(SCRATCH_COLUMNS)), prompts)
+
+
+def _splits(shuffle: Shuffle, card: DataCard, job: DataJob) -> Iterator[tuple[Any, Any]]:
+    """The shuffled rows as record batches of held-out and of training rows, up to max_samples."""
     import numpy as np
     import pyarrow as pa
 
@@ -207,12 +216,7 @@ def _write(
         hashes = np.from_dlpack(rows.column("_prompt"))
         held = (is_heldout_hash(int(value), job.heldout_fraction) for value in hashes)
         heldout = np.fromiter(held, dtype=bool, count=len(hashes))
-        apart = [rows.filter(array_of(side, pa.bool_())) for side in (heldout, ~heldout)]
-        texts = list(map(prompt_text, apart[0].column("prompt").to_pylist()))
-        overlap.add(apart[0], apart[1], texts)
-        for name, side in zip(("heldout", "train"), apart, strict=True):
-            prompts = side.column("_prompt").to_pylist()
-            writer.write(name, side.drop_columns(list(SCRATCH_COLUMNS)), prompts)
+        yield tuple(rows.filter(array_of(side, pa.bool_())) for side in (heldout, ~heldout))
     if cut_off:
         card.dropped["max_samples"] = cut_off
 

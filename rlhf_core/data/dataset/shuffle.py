@@ -2,7 +2,7 @@
 
 Every row has a random 64-bit priority; the shuffled order is the order of the priorities. Rows are
 sorted in memory as long as they fit. Otherwise they are spread over files by the first bits of the
-priority, and each file is sorted on its own.
+priority, and each file, or a few small ones together, is sorted on its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 BUCKETS = 256
 MEMORY = 24 * 2**20  # bytes of rows in memory
+SORTED = 4 * 2**20  # bytes of small files that are sorted together: each call of Arrow has its cost
 PART_ROWS = 1000
 
 
@@ -64,8 +65,7 @@ class Shuffle:
             if start == end:
                 continue
             if number not in self._files:
-                path = str(self._folder / f"bucket-{number:03d}.arrow")
-                self._files[number] = pa.ipc.new_stream(path, rows.schema)
+                self._files[number] = pa.ipc.new_stream(str(self._path(number)), rows.schema)
             self._files[number].write_batch(rows.slice(start, end - start))
 
     def __iter__(self) -> Iterator[Any]:
@@ -80,12 +80,19 @@ class Shuffle:
         self._spill()
         for file in self._files.values():
             file.close()
+        batches: list[Any] = []
         for number in sorted(self._files):
-            path = self._folder / f"bucket-{number:03d}.arrow"
+            path = self._path(number)
             with pa.OSFile(str(path)) as stream, pa.ipc.open_stream(stream) as reader:
-                rows = self._sorted(list(reader))
+                batches += reader
             path.unlink()
-            yield from _parts(rows)
+            if sum(batch.nbytes for batch in batches) > SORTED:
+                yield from _parts(self._sorted(batches))
+        if batches:
+            yield from _parts(self._sorted(batches))
+
+    def _path(self, bucket: int) -> Path:
+        return self._folder / f"bucket-{bucket:03d}.arrow"
 
 
 def _parts(rows: Any) -> Iterator[Any]:

@@ -21,7 +21,7 @@ from typing import Any
 from rlhf_core.data.encoding import templates
 from rlhf_core.data.encoding.tokenizer import overrides
 
-MOST_WORDS = 2**17  # in the table: about 30 MB
+MOST_WORDS = 2**18  # in the table: about 60 MB
 # A word: white space, then characters up to white space that starts with a space, or that follows
 # a letter or a digit.
 _WORDS = re.compile(r"\s*+\S++(?:(?<![A-Za-z0-9])[^\S ]\s*+(?:\S++|\Z))*+|\s++")

@@ -16,7 +16,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_core.data.overlap.ngrams import N, grams, whole, words
 from rlhf_core.data.overlap.result import NEAR, Overlap
@@ -28,8 +28,22 @@ MOST_EXAMPLES = 5
 SHOWN = 300  # characters of a prompt in an example
 
 
+class Match(NamedTuple):
+    """A training row that shares something with held-out prompts.
+
+    Attributes:
+        row: its number.
+        found: prompt number -> share of its n-grams that the row has; 1 for the same words.
+        hashes: `ngrams.grams` of all its words.
+    """
+
+    row: int
+    found: dict[int, float]
+    hashes: Any
+
+
 class HeldoutPrompts:
-    """The held-out prompts, added one after another; then `find` for each training row.
+    """The held-out prompts, added one after another; then `matches` of training rows.
 
     Attributes:
         texts: the prompts that are compared: different ones, the first within MOST_PROMPTS and
@@ -92,13 +106,21 @@ class HeldoutPrompts:
         self._bits = np.zeros(2**22, bool)
         self._bits[_bit(self._hashes)] = True
 
-    def find(self, own: Sequence[int], hashes: Sequence[Any]) -> dict[int, dict[int, float]]:
-        """Place of a training row -> prompt number -> share of its n-grams that the row has; 1 for
-        the same words. Rows without any are left out.
+    def matches(
+        self, rows: Sequence[int], own: Sequence[int], hashes: Sequence[Any]
+    ) -> tuple[int, list[Match]]:
+        """How many of some training rows have words, and those that share some with the prompts.
 
         Args:
-            own: `ngrams.whole` of each row's prompt. hashes: `ngrams.grams` of all its words.
+            rows: their numbers. own: `ngrams.whole` of each row's prompt.
+            hashes: `ngrams.grams` of all its words.
         """
+        compared = sum(bool(p or len(h)) for p, h in zip(own, hashes, strict=True))
+        found = sorted(self._find(own, hashes).items())
+        return compared, [Match(rows[i], prompts, hashes[i]) for i, prompts in found]
+
+    def _find(self, own: Sequence[int], hashes: Sequence[Any]) -> dict[int, dict[int, float]]:
+        """Place of a row -> what it shares, see `Match.found`. Rows without any are left out."""
         import numpy as np
 
         found: dict[int, dict[int, float]] = {}
@@ -167,33 +189,34 @@ class Comparison:
         self._examples: list[tuple[float, int, dict[str, Any]]] = []
 
     def add(self, rows: Sequence[int], own: Sequence[int], hashes: Sequence[Any]) -> None:
-        """Compare rows; see `HeldoutPrompts.find`.
+        """Compare rows; see `HeldoutPrompts.matches`."""
+        self.merge(*self._heldout.matches(rows, own, hashes))
 
-        Args:
-            rows: their numbers, for the examples.
-        """
-        self._result.rows += sum(
-            bool(prompt or len(found)) for prompt, found in zip(own, hashes, strict=True)
-        )
-        for place, found in sorted(self._heldout.find(own, hashes).items()):
+    def merge(self, compared: int, matches: Sequence[Match]) -> None:
+        """Add the result of `HeldoutPrompts.matches`."""
+        self._result.rows += compared
+        for match in matches:
+            found = match.found
             near = {prompt for prompt, share in found.items() if share >= NEAR}
             self._result.shared_rows += 1
             self._result.near_rows += bool(near)
             best = max(found, key=lambda prompt: (found[prompt], -prompt))
             if best not in self._shared or (best in near and best not in self._near):
-                self._keep(rows[place], best, found[best], hashes[place])
+                self._keep(match, best)
             self._shared |= found.keys()
             self._near |= near
 
-    def _keep(self, row: int, prompt: int, share: float, hashes: Any) -> None:
+    def _keep(self, match: Match, prompt: int) -> None:
         """Keep a row as an example for a prompt, if few have a larger share."""
         self._kept += 1
+        share = match.found[prompt]
         rank = (share, -self._kept)
         if len(self._examples) == MOST_EXAMPLES and rank < self._examples[0][:2]:
             return
         example = {
-            "row": row, "prompt": self._heldout.texts[prompt][:SHOWN], "share": round(share, 3),
-            "passage": self._heldout.passage(prompt, hashes)[:SHOWN],
+            "row": match.row, "prompt": self._heldout.texts[prompt][:SHOWN],
+            "share": round(share, 3),
+            "passage": self._heldout.passage(prompt, match.hashes)[:SHOWN],
         }  # fmt: skip
         heapq.heappush(self._examples, (*rank, example))
         if len(self._examples) > MOST_EXAMPLES:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.data.overlap.heldout import Comparison, HeldoutPrompts, Overlap
+from rlhf_core.data.overlap.heldout import Comparison, HeldoutPrompts, Match, Overlap
+from rlhf_core.data.parallel import ordered_map
 
 _COLUMNS = ("row", "_whole", "_grams")
 
@@ -23,6 +25,7 @@ class SplitOverlap:
         self._path = scratch / "overlap.arrow"
         self._heldout = HeldoutPrompts()
         self._file: Any = None
+        self._batches = 0
 
     def add(self, heldout: Any, train: Any, texts: list[str]) -> None:
         """Add record batches with the columns row, _whole and _grams.
@@ -38,22 +41,32 @@ class SplitOverlap:
             self._heldout.add(text, whole, np.frombuffer(grams, np.uint64))
         train = train.select(list(_COLUMNS))
         if self._file is None:
-            self._file = pa.ipc.new_stream(str(self._path), train.schema)
+            self._file = pa.ipc.new_file(str(self._path), train.schema)
         self._file.write_batch(train)
+        self._batches += 1
 
-    def result(self) -> Overlap:
-        """The overlap of all rows that were added."""
-        import numpy as np
-        import pyarrow as pa
+    def result(self, workers: int | None = None) -> Overlap:
+        """The overlap of all rows that were added.
 
+        Args:
+            workers: as for `ordered_map`.
+        """
         self._heldout.finish()
         comparison = Comparison(self._heldout)
         if self._file is not None:
             self._file.close()
-            with pa.OSFile(str(self._path)) as stream, pa.ipc.open_stream(stream) as batches:
-                for batch in batches:
-                    rows = (batch.column(name).to_pylist() for name in _COLUMNS)
-                    numbers, whole, grams = rows
-                    hashes = [np.frombuffer(found, np.uint64) for found in grams]
-                    comparison.add(numbers, whole, hashes)
+            find = functools.partial(_find, self._heldout, self._path)
+            for compared, matches in ordered_map(find, range(self._batches), workers):
+                comparison.merge(compared, matches)
         return comparison.result()
+
+
+def _find(heldout: HeldoutPrompts, path: Path, batch: int) -> tuple[int, list[Match]]:
+    """`HeldoutPrompts.matches` of one batch of the file."""
+    import numpy as np
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        rows = pa.ipc.open_file(file).get_batch(batch)
+        numbers, whole, grams = (rows.column(name).to_pylist() for name in _COLUMNS)
+    return heldout.matches(numbers, whole, [np.frombuffer(found, np.uint64) for found in grams])
