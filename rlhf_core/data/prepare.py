@@ -140,13 +140,14 @@ def _deduplicate(
     """Record batches without duplicates; counts all rows in the card, and logs the progress.
 
     Raises:
-        DataError: a bad row, with ``on_bad_row: error``.
+        DataError: a bad row, with ``on_bad_row: error``; or `ignore_columns` names what no row has.
     """
     import pyarrow as pa
 
     dropped: Counter[str] = Counter()
     bad: Counter[str] = Counter()
     notes: Counter[str] = Counter()
+    unseen = set(job.ignore_columns)
     hashes = HashSet(scratch / "texts.sqlite")
     logged_at = time.monotonic()
     try:
@@ -155,6 +156,7 @@ def _deduplicate(
             card.cut += batch.cut
             dropped.update(batch.dropped)
             notes.update(batch.notes)
+            unseen &= batch.unseen
             for file, row, reason, message in batch.bad:
                 if job.on_bad_row == "error":
                     raise DataError(f"{file}, row {row}: {message}. {SKIP_HINT}")
@@ -175,6 +177,11 @@ def _deduplicate(
                 log(f"{card.read:,} rows read")
     finally:
         hashes.close()
+    if unseen and card.read > bad.total():
+        raise DataError(
+            f"{job.source}: ignore_columns: [{', '.join(sorted(unseen))}] has no effect: no row "
+            "has a column of that name, nor a key in its messages; correct the name or remove it."
+        )
     card.dropped = {reason: count for reason, count in dropped.items() if count}
     card.bad = dict(bad)
     card.notes = few_notes(notes)

@@ -29,7 +29,8 @@ class DataSettings(Settings):
     number) of preference pairs, for reward.margin_coef."""
     ignore_columns: tuple[str, ...] = ()
     """Columns, and keys inside messages, to leave unread although they may change what a row means
-    (images, tools, weight, history ...). Without this setting such rows are refused."""
+    (images, tools, weight, history ...). Without this setting such rows are refused. A name that no
+    row has is an error."""
     subset: str | None = None
     """Configuration of a hub dataset, or language of the built-in set (english, chinese)."""
     split: str = "train"

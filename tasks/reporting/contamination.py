@@ -64,8 +64,9 @@ def contamination(found: Mapping[str, Mapping[str, Any]], what: str) -> str:
 
 def _example(name: str, example: Mapping[str, Any]) -> tuple[float, str]:
     passage = f", such as “{table_cell(example['passage'], 200)}”" if example["passage"] else ""
+    source = f" of {table_cell(example['source'])}" if "source" in example else ""
     text = (
-        f"- {table_cell(name)}, row {example['row']:,} has {example['share']:.0%} of "
+        f"- {table_cell(name)}, row {example['row']:,}{source} has {example['share']:.0%} of "
         f"“{table_cell(example['prompt'], 200)}”{passage}"
     )
     return example["share"], text

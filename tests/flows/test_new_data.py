@@ -21,18 +21,20 @@ def judge(store, source, number):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("source", ["playground-votes", "playground-thumbs"])
 def test_watcher_sees_what_people_said_in_the_store_that_it_is_given(
-    prefect_server, store, tmp_path, monkeypatch, source
+    prefect_server, store, tmp_path, monkeypatch, source, mixed
 ):
     from flows.watch_data import rlhf_watch_data
 
     monkeypatch.setenv("RLHF_STORE", str(tmp_path / "another"))
+    watched = ["builtin:chatterbot", source] if mixed else source
     names = []
     for number in (0, None, 1):
         if number is not None:
             judge(store, source, number)
-        names.append(rlhf_watch_data(source, store=store.url, return_state=True).name)
+        names.append(rlhf_watch_data(watched, store=store.url, return_state=True).name)
     assert names == ["Completed", "NothingNew", "NewData"]
 
 

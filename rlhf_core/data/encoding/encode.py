@@ -17,7 +17,7 @@ from rlhf_core.data.encoding import templates
 from rlhf_core.data.encoding.render import Rendered, render_example
 from rlhf_core.data.encoding.words import WordTable
 from rlhf_core.data.overlap import ngrams
-from rlhf_core.data.rows.columns import Rules
+from rlhf_core.data.rows.columns import Rules, names_in
 from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import BadRow, RawRow
 from rlhf_core.jobs import DataSettings, Format, Purpose
@@ -51,6 +51,7 @@ class EncodedBatch:
         read: number of rows read.
         cut: number of additional rows that documents or conversations were split into.
         dropped: reason -> number of rows. notes: remark -> number of rows.
+        unseen: names of `ignore_columns` that no row has.
         bad: (file, row, reason, message) of the bad rows, in order; only the first one with
             ``on_bad_row: error``.
     """
@@ -60,6 +61,7 @@ class EncodedBatch:
     cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    unseen: set[str] = field(default_factory=set)
     bad: list[tuple[str, int, str, str]] = field(default_factory=list)
 
 
@@ -76,7 +78,7 @@ def encode_batch(
     Raises:
         ModelError: the chat template cannot be used.
     """
-    batch = EncodedBatch()
+    batch = EncodedBatch(unseen=set(plan.settings.ignore_columns))
     rules = Rules.of(plan.settings, plan.purpose, batch.notes)
     texts: list[tuple[RawRow, Rendered]] = []
     for raw in rows_in:
@@ -86,6 +88,8 @@ def encode_batch(
             continue
         try:
             row = raw.columns(plan.settings.renames)
+            if batch.unseen:
+                batch.unseen -= set(names_in(row, batch.unseen))
             example = normalise(row, plan.format, plan.purpose, rules)
             if plan.purpose == "preference" and example.chosen == example.rejected:
                 batch.dropped["identical_replies"] += 1

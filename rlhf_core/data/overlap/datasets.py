@@ -42,18 +42,28 @@ def contamination(
         for name, comparison in comparisons.items():
             result = comparison.result()
             result.rows_left_out = left_out
+            result.examples = [_with_row(example, rows) for example in result.examples]
             found[name][data_set] = asdict(result)
     return found
 
 
 def _batches(rows: Rows, tokenizer: Any) -> Iterator[tuple[list[int], list[int], list[Any]]]:
-    """(row numbers, `whole` of the prompts, `grams` of all words) of at most MOST_ROWS rows."""
+    """(positions, `whole` of the prompts, `grams` of all words) of at most MOST_ROWS rows."""
     end = min(len(rows), MOST_ROWS)
     for start in range(0, end, BATCH_ROWS):
-        part = rows.take(range(start, min(start + BATCH_ROWS, end)))
+        positions = list(range(start, min(start + BATCH_ROWS, end)))
+        part = rows.take(positions)
         whole = [ngrams.whole(prompt_text(row["prompt"])) for row in part]
         texts = _texts(part, tokenizer)
-        yield [row["row"] for row in part], whole, ngrams.grams(list(map(ngrams.words, texts)))
+        yield positions, whole, ngrams.grams(list(map(ngrams.words, texts)))
+
+
+def _with_row(example: dict[str, Any], rows: Rows) -> dict[str, Any]:
+    """The example with the row's number in its file in place of its position; and in a mixture,
+    whose files have numbers of their own, with its source."""
+    [row] = rows.take([example["row"]])
+    source = {"source": row["source"]} if "source" in row else {}
+    return example | {"row": row["row"]} | source
 
 
 def _texts(part: list[dict[str, Any]], tokenizer: Any) -> list[str]:

@@ -21,7 +21,7 @@ class Overlap:
         rows: training rows with words that were compared. rows_left_out: those that were not.
         shared_prompts, shared_rows: that have N words in a row in common, or are near-duplicates.
         near_prompts, near_rows: that are near-duplicates.
-        examples: {row, prompt, share, passage}, largest share first.
+        examples: {row, prompt, share, passage}, largest share first; in a mixture, source too.
     """
 
     prompts: int = 0
@@ -65,8 +65,9 @@ class Overlap:
             lines += ["", "The closest:", ""]
         for example in self.examples:
             passage = f", such as “{escape(example['passage'])}”" if example["passage"] else ""
+            source = f" of {escape(example['source'])}" if "source" in example else ""
             lines.append(
-                f"- row {example['row']:,} has {example['share']:.0%} of the prompt "
+                f"- row {example['row']:,}{source} has {example['share']:.0%} of the prompt "
                 f"“{escape(_line(example['prompt']))}”{passage}"
             )
         return lines

@@ -13,11 +13,12 @@ not refused for what another one passes with.
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import numbers
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +102,19 @@ def is_empty(value: Any, levels: int = 8) -> bool:
     return isinstance(value, Mapping | list | tuple) and (
         levels > 0 and all(is_empty(item, levels - 1) for item in items)
     )
+
+
+def names_in(value: Any, wanted: Set[str]) -> Iterator[str]:
+    """Those of some names that are keys in a value, at any level; also in a text that holds JSON,
+    as tables have them."""
+    if isinstance(value, Mapping):
+        yield from wanted & value.keys()
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from names_in(item, wanted)
+    elif isinstance(value, str) and value[:1] in ("[", "{"):
+        yield from (name for name in wanted if json.dumps(name) in value)
 
 
 def read_flag(value: Any) -> bool | None:

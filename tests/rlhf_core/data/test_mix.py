@@ -62,6 +62,20 @@ def test_rows_have_their_source_and_the_card_accounts_for_each(tmp_path):
     assert "weight 2" in (folder / "card.md").read_text()
 
 
+def test_a_row_that_holds_a_heldout_prompt_names_its_source(tmp_path):
+    asked = (" ".join(f"{letter}{n}" for letter in "abcdefghijklmn") for n in range(100))
+    heldout = next(text for text in asked if is_heldout(text, 0.25))
+    plain = next(f"b {n}" for n in range(100) if not is_heldout(f"b {n}", 0.25))
+    first, second = (
+        {"prompt": heldout, "completion": "No"},
+        {"prompt": plain, "completion": heldout},
+    )
+    folder = mixed(tmp_path, {"a": [*talk("a", 20), first], "b": [*talk("c", 20), second]})
+    [example] = DataCard.load(folder).overlap.examples
+    assert (example["source"], example["row"]) == ("b", 21)
+    assert "- row 21 of b has 100%" in (folder / "card.md").read_text()
+
+
 def test_a_row_of_an_earlier_source_is_dropped_and_counted(tmp_path):
     sources = {"a": talk("a", 20), "b": [*talk("a", 5), *talk("b", 20)]}
     card = DataCard.load(mixed(tmp_path, sources))

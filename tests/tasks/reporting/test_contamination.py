@@ -11,7 +11,7 @@ EXAMPLE = {"row": 1017, "prompt": "What is *AI*?", "share": 1.0, "passage": ""}
 SOME = NONE | {
     "rows": 200_000, "rows_left_out": 50_000, "shared_prompts": 32, "shared_rows": 40,
     "near_prompts": 16, "near_rows": 17,
-    "examples": [EXAMPLE, EXAMPLE | {"row": 3, "share": 0.5, "passage": "a b c"}],
+    "examples": [EXAMPLE, EXAMPLE | {"row": 3, "share": 0.5, "passage": "a b c", "source": "b"}],
 }  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def test_table_names_what_was_found_in_each_data_set():
     )
     assert "**12% of the held-out prompts are near-duplicates of training rows:**" in text
     assert r"- preference, row 1,017 has 100% of “What is \*AI\*?”" in text
-    assert "row 3 has 50% of" in text and "such as “a b c”" in text
+    assert "row 3 of b has 50% of" in text and "such as “a b c”" in text
 
 
 def test_clean_data_gets_no_warning_and_no_data_no_table():

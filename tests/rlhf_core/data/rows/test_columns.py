@@ -17,7 +17,7 @@ from rlhf_core.data.rows.formats import normalise
 from rlhf_core.data.rows.row import BadRow
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataJob, DataSettings
-from tests.rlhf_core.data.helpers import byte_tokenizer, job, jsonl
+from tests.rlhf_core.data.helpers import byte_tokenizer, job, jsonl, prepared
 from tests.rlhf_core.data.rows.layouts import BAD, SYSTEM, A, U, encoded, read
 
 STOP = "<|im_end|>"
@@ -310,3 +310,14 @@ def test_an_empty_list_of_ignored_columns_is_not_in_the_key():
     assert "ignore_columns" not in plain.key_settings()
     ignoring = DataJob(**plain.model_dump() | {"ignore_columns": ["id"]})
     assert ignoring.key_settings()["ignore_columns"] == ["id"]
+
+
+def test_an_ignored_name_that_no_row_has_is_an_error(tmp_path):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes", "cost": "1"}]
+    rows = [{"messages": talk}, {"messages": json.dumps([*talk[:1], talk[1] | {"mood": "x"}])}]
+    rows.append({"messages": talk, "images": ["x"]})  # in this row alone
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    names = ["cost", "mood", "images"]
+    assert len(prepared(tmp_path / "out", source, ignore_columns=names, deduplicate=False)) == 3
+    with pytest.raises(DataError, match=r"ignore_columns: \[image\] has no effect: no row has"):
+        prepared(tmp_path / "out", source, ignore_columns=[*names, "image"])
