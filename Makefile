@@ -71,7 +71,7 @@ bench: $(BENCH)/.installed  ## speed of training beside TRL's (four hours; REPEA
 	@$(BIN)/python -m benchmarks.speed --repeats $(REPEATS)
 	@$(BIN)/python -m benchmarks.speed.costs --repeats $(REPEATS)
 
-bench-data: $(BENCH)/.installed  ## speed and memory of preparing data beside TRL's (half an hour on two quiet cores)
+bench-data: $(BENCH)/.installed  ## speed and memory of preparing data beside TRL's (ten minutes on two quiet cores)
 	@$(BIN)/python -m benchmarks.data
 
 gpu-check: $(STAMP)  ## every stage on a GPU, its speed and memory, in at most eight minutes (without one: on the CPU)
