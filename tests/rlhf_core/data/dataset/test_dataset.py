@@ -4,7 +4,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -333,28 +332,20 @@ def test_missing_tokenizer_says_what_is_needed(tmp_path):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_data_set(tmp_path):
-    import psutil
-
     def peak(rows):
         source = jsonl(tmp_path / f"{rows}.jsonl", (
             {"prompt": f"q{i} " + "word " * 100, "completion": "Hello " * 100} for i in range(rows)
         ))  # fmt: skip
         code = (
-            "import sys; from pathlib import Path\n"
+            "import re, sys; from pathlib import Path\n"
             "from rlhf_core.data.prepare import prepare\n"
             "from tests.rlhf_core.data.helpers import *\n"
-            "prepare(job(sys.argv[1]), byte_tokenizer(), Path(sys.argv[2]), workers=1)"
+            "prepare(job(sys.argv[1]), byte_tokenizer(), Path(sys.argv[2]), workers=1)\n"
+            "print(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])"
         )
-        process = psutil.Popen([sys.executable, "-c", code, source, str(tmp_path / f"o{rows}")])
-        highest = 0
-        while process.poll() is None:
-            try:
-                highest = max(highest, process.memory_info().rss)
-            except psutil.Error:
-                break
-            time.sleep(0.05)
-        assert process.wait() == 0
-        return highest / 2**20
+        run = [sys.executable, "-c", code, source, str(tmp_path / f"o{rows}")]
+        done = subprocess.run(run, capture_output=True, text=True, check=True)
+        return int(done.stdout) / 2**10
 
     # 7 and 20 MB of JSON, 27 and 80 MB of tokens: both more than the shuffle holds in memory.
     small, large = peak(6_400), peak(19_000)
