@@ -36,9 +36,14 @@ def secrets() -> list[str]:
     found = {
         value
         for name, value in os.environ.items()
-        if len(value) >= MIN_LENGTH and _NAMES.search(name) and not _HARMLESS.search(name)
+        if len(value) >= MIN_LENGTH and names_a_secret(name)
     }
     return sorted(found, key=len, reverse=True)
+
+
+def names_a_secret(name: str) -> bool:
+    """Whether an environment variable of this name holds a secret."""
+    return _NAMES.search(name) is not None and not _HARMLESS.search(name)
 
 
 def redact(text: str) -> str:

@@ -124,8 +124,12 @@ def stamp(seconds: float) -> str:
     return text.rstrip("0").rstrip(".") + "Z"
 
 
-def process(folder: Path) -> Program:
-    """The program of pods that run their real command here, each in a folder of its own."""
+def process(folder: Path, agent: str = "tasks.launchers.node_agent") -> Program:
+    """The program of pods that run their real command here, each in a folder of its own.
+
+    Args:
+        agent: module that stands for the agent's.
+    """
     ports: dict[str, int] = {}
 
     def run(pod: Pod) -> int:
@@ -140,9 +144,10 @@ def process(folder: Path) -> Program:
         assert host == f"{service}-node-0-0.{service}", "the name of pod 0 in the JobSet's service"
         command[place] = f"127.0.0.1:{ports.setdefault(attempt, free_ports(1)[0])}"
         command[command.index("--scratch") + 1] = str(own / "scratch")
+        command[command.index("tasks.launchers.node_agent")] = agent
         started = subprocess.Popen(
             [sys.executable, *command[1:]],
-            env={**os.environ, **pod.environment},
+            env={**os.environ, **pod.environment, "RLHF_HOME": str(own / "home")},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         threading.Thread(target=_obey, args=(pod, started), daemon=True).start()
