@@ -47,6 +47,7 @@ from tasks import data_jobs
 from tasks.events import log_event
 from tasks.execute import run_jobs, should_retry
 from tasks.gates import check_reward
+from tasks.launchers import check_launcher
 from tasks.run import Run, StageResult
 
 RETRY_DELAYS = [5.0, 30.0]
@@ -100,7 +101,8 @@ def _report_reuse(function: Callable[..., Any]) -> Callable[..., Any]:
 def preflight(config: PipelineConfig, until: str = "publish") -> None:
     """Check settings and resources before anything starts; reports all problems in one list."""
     remarks: list[str] = []
-    problems = check(config, remarks=remarks) + recipe.check_until(config, until)
+    problems = check(config, remarks=remarks) + check_launcher(config, remarks)
+    problems += recipe.check_until(config, until)
     if problems:
         raise PreflightError(problems)
     for remark in remarks:

@@ -195,8 +195,9 @@ def _existing(path: Path) -> Path:
 def _dry_run(settings: PipelineConfig) -> None:
     from flows.cli.effective import effective
     from rlhf_core.preflight.check import check
+    from tasks.launchers import check_launcher
 
-    problems = check(settings)
+    problems = check(settings) + check_launcher(settings, [])
     for line in effective(settings):
         echo(redact(line))
     if problems:

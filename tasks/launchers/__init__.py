@@ -1,9 +1,31 @@
 """Launchers: they start, watch and cancel torchrun jobs, and collect their results."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from tasks.launchers.base import Launch, Launcher, Outcome
 from tasks.launchers.local import LocalTorchrun
 
-__all__ = ["Launch", "Launcher", "LocalTorchrun", "Outcome", "launcher_for"]
+if TYPE_CHECKING:
+    from rlhf_core.jobs import PipelineConfig
+
+__all__ = ["Launch", "Launcher", "LocalTorchrun", "Outcome", "check_launcher", "launcher_for"]
+
+
+def check_launcher(config: PipelineConfig, remarks: list[str]) -> list[str]:
+    """All problems that the launcher would have with a pipeline, part of the preflight.
+
+    Args:
+        remarks: what a person should know, though it is no problem, is added.
+    """
+    from rlhf_core.jobs.launchers import KubernetesLauncher
+
+    if isinstance(config.launcher, KubernetesLauncher):
+        from tasks.launchers.kubernetes.preflight import check
+
+        return check(config)
+    return []
 
 
 def launcher_for(settings: object) -> Launcher:

@@ -169,6 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/apis/([\w.-]+)", path):
             version = cluster.groups.get(match[1])
             return 404 if version is None else {"preferredVersion": {"version": version}}
+        if path == "/apis/jobset.x-k8s.io/v1alpha2" and "jobset.x-k8s.io" in cluster.groups:
+            return {"resources": [{"name": "jobsets"}, {"name": "jobsets/status"}]}
         if re.sub(r".*/namespaces/rlhf/", "", path) in cluster.there:
             return {"metadata": {}}
         return 404

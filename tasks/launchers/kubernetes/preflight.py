@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
-from rlhf_core.errors import ConfigError, JobFailed
+from rlhf_core.errors import ConfigError, JobFailed, RLHFError
+from rlhf_core.jobs import PipelineConfig
 from rlhf_core.jobs.launchers import KubernetesLauncher
+from rlhf_core.store import open_store
 from rlhf_core.system.secrets import names_a_secret
 from tasks.launchers.kubernetes.api import GROUP, KUEUE, PLURAL, VERSION, Cluster, Missing
 
@@ -21,13 +24,14 @@ RIGHTS = (
 )
 
 
-def problems(settings: KubernetesLauncher, store: str) -> list[str]:
-    """All that is wrong, one text each: what was found, what is needed, what to do.
-
-    Args:
-        store: URL of the artifact store.
-    """
-    found = [*_settings(settings), *_store(settings, store)]
+def check(config: PipelineConfig) -> list[str]:
+    """All problems that the cluster would have with a pipeline, one text each: what was found, what
+    is needed, what to do."""
+    settings = config.launcher
+    assert isinstance(settings, KubernetesLauncher)
+    found = _settings(settings)
+    with contextlib.suppress(RLHFError):  # reported by `rlhf_core.preflight.check`
+        found += _store(settings, open_store(config.store).url)
     try:
         cluster = Cluster(settings.context, settings.namespace)
         cluster.timeout = ANSWER_SECONDS
@@ -120,7 +124,8 @@ def _names(cluster: Cluster, settings: KubernetesLauncher) -> Iterable[tuple[str
     if settings.service_account is not None:
         yield "service_account", cluster.core(f"serviceaccounts/{settings.service_account}")
     if settings.priority_class is not None:
-        yield "priority_class", f"/apis/scheduling.k8s.io/v1/priorityclasses/{settings.priority_class}"
+        classes = "/apis/scheduling.k8s.io/v1/priorityclasses"
+        yield "priority_class", f"{classes}/{settings.priority_class}"
     if settings.queue is not None:
         try:
             version = cluster.preferred(KUEUE)
