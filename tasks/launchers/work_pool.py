@@ -109,7 +109,7 @@ class WorkPool:
     # ------------------------------------------------------------------ start
 
     def _find_or_start(self, key: str, launch: Launch, report: LineSink) -> tuple[FlowRun, bool]:
-        """The running child of this job, or a new one.
+        """The running child of this job, one that has just made the result, or a new one.
 
         The server creates one child per idempotency key, so that parents that ask at the same time
         get the same child.
@@ -126,6 +126,8 @@ class WorkPool:
                 return child, False
             report(f"flow run {child.name} ({child.id}) sends no heartbeats: it is taken for dead")
             self._retry(lambda child=child: declare_dead(self._client, child))  # type: ignore[misc]
+        if earlier and results(launch) is not None:  # one has ended since the store was asked
+            return earlier[0], False
         try:
             deployment = self._retry(
                 lambda: self._client.read_deployment_by_name(self.settings.deployment)

@@ -191,6 +191,30 @@ def test_child_that_somebody_else_cancelled_is_started_anew_but_not_for_ever(
     assert "starting anew" in " ".join(shared.said)
 
 
+def test_job_that_has_ended_since_the_store_was_asked_is_not_started_again(
+    shared, monkeypatch, tmp_path
+):
+    """Its pipeline found no result, and then no running child."""
+    from prefect.states import Completed
+
+    from rlhf_core.jobs import ImportModelJob
+    from rlhf_core.runtime.launches import launch_id
+    from rlhf_core.store import open_store
+    from tasks.launchers import Launch
+
+    job, store = ImportModelJob(source=str(uuid4())), open_store(str(tmp_path))
+    made = store.publish_derived(kind="model", files={"a": b"a"})
+    store.commit_stage(job.key(), made)
+    child = shared._client.create_flow_run_from_deployment(
+        shared.deployment, tags=[f"job:{launch_id([job])}"], state=Completed()
+    )
+    monkeypatch.setattr(shared, "_create", None)
+    launch = Launch("model", {tmp_path: job}, store.url, tmp_path / "log")
+    [outcome] = shared.run(launch, shared.said.append, lambda line: None)
+    assert outcome.artifact == made.digest
+    assert str(child.id) in shared.said[0]
+
+
 # --------------------------------------------------------------------------- the queue
 
 

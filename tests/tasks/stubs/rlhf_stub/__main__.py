@@ -118,7 +118,13 @@ def run(path: Path) -> None:
         left = context.publish(job, folder, metadata, bind=False)
         candidates.write(context.store, context.key, left)
         planned = "collapse"
-    journal("begin", job.algorithm, context.key)
+    done = context.store.stage_result(context.key) if context.main else None
+    if done is not None:  # as a rank does (rlhf_core.runtime.rank)
+        result = {"artifact": done.digest, "kind": done.kind, "key": context.key}
+        (path.parent / "result.json").write_text(json.dumps(result))
+        return
+    if context.main:
+        journal("begin", job.algorithm, context.key)
     act(planned, context.rank, path.parent)
     if not context.main:
         return
