@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.system.conftest import until
 from tests.system.test_browser import CHROMIUM, page, stranger  # noqa: F401 (fixtures)
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
@@ -56,29 +57,33 @@ def answer(port, method, path, headers=()):
 
 
 def test_every_address_is_of_this_machine_and_known(system):
-    """A worker listens for the flow runs that it has started, each of which has a token
-    (prefect.runner._control_channel), from its first one on."""
-    system.plan()
-    system.wait(system.submit("seed=902", "stages=[sft]"), "COMPLETED", seconds=480)
     found = listening(system)
     assert {ip for ip, _ in found} == {"127.0.0.1"}
-    kinds = {"flows.api_server": 0, "weed": 0, "--pool control": 0, "--pool gpu": 0}
+    kinds = {"flows.api_server": 0, "weed": 0, "flows.warm.worker": 0}
     for words in found.values():
         [kind] = [kind for kind in kinds if kind in words]
         kinds[kind] += 1
     print(kinds, sorted(port for _, port in found))
-    assert kinds == {"flows.api_server": 1, "weed": 10, "--pool control": 1, "--pool gpu": 1}
+    assert kinds.pop("flows.warm.worker") <= 2, "each may have a flow run that is just ending"
+    assert kinds == {"flows.api_server": 1, "weed": 10}
 
 
 def test_worker_answers_nothing_to_whom_it_has_not_started(system):
-    for (_, port), words in listening(system).items():
-        if "flows.warm.worker" not in words:
-            continue
+    """While a flow run is in progress, its worker listens for it. Each has a token
+    (prefect.runner._control_channel)."""
+    system.plan(sft=["wait:20"])
+    run = system.submit("seed=902", "stages=[sft]")
+
+    def ports():
+        return [at for at, words in listening(system).items() if "flows.warm.worker" in words]
+
+    for address in until(ports, 60, "a worker's port"):
         for said in (b"", b"\n", b"0" * 32 + b"\n", b"GET / HTTP/1.1\r\n\r\n"):
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            with socket.create_connection(address, timeout=10) as connection:
                 connection.sendall(said)
                 connection.shutdown(socket.SHUT_WR)
                 assert connection.recv(100) == b"", said
+    system.wait(run, "COMPLETED")
 
 
 def test_anonymous_caller_gets_nothing_at_any_address(system):
