@@ -44,7 +44,7 @@ class MemoryEstimate:
     Attributes:
         parts: name -> bytes on the device (the host's memory where the device is a CPU).
         host: bytes in the host's memory per rank when the device is a GPU, else 0.
-        host_once: of one rank alone beside that, which writes checkpoints and the result.
+        host_once: of one rank alone beside that, which reads models or gathers the result.
     """
 
     parts: dict[str, int] = field(default_factory=dict)
@@ -113,9 +113,8 @@ def estimate(
             parts["vLLM"] = plan.width * shape.parameters + engine.cpu_cache_mib * 2**20
     parts["process"] = _PROCESS[device]
     host = once = 0
-    if device == "cpu":  # a checkpoint: weights and AdamW's states in fp32
-        copies = 12 * plan.trained(shape.parameters) * models
-        parts["checkpoint"] = max(0, copies - parts["activations"])
+    if device == "cpu":  # the copy is there while the next steps run
+        parts["checkpoint"] = plan.checkpoint(models * plan.trained(shape.parameters))
     else:
         host, once = plan.host(models)
         host += _PROCESS["cpu"]

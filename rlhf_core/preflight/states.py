@@ -198,8 +198,8 @@ class Plan:
         return cache + prompts * (3 * c * shape.intermediate + 2 * 4 * shape.hidden) + layers
 
     def host(self, models: int) -> tuple[int, int]:
-        """Main memory of each rank on a GPU, and of rank 0 beside that: what they load, and what
-        rank 0 gathers for a checkpoint."""
+        """Main memory of each rank on a GPU, and of rank 0 beside that: what they load, or copy for
+        a checkpoint, and what rank 0 gathers for the result."""
         shape, kind = self.shape, self.resources.strategy
         trained = models * self.trained(shape.parameters)
         width = self.frozen_width if self.settings.lora is not None else 4
@@ -210,6 +210,10 @@ class Plan:
         each = 0 if kind == "fsdp2" else loaded
         if kind == "fsdp2":  # rank 0 alone loads, all that is trained
             loaded *= models
-        # A checkpoint holds weights and AdamW's states in fp32, the result the weights.
-        first = max(loaded, 12 * trained, 4 * shape.parameters)
+        each = max(each, self.checkpoint(trained))
+        first = max(loaded, 4 * shape.parameters)  # the result, in fp32
         return each + offloaded, max(0, first - each)
+
+    def checkpoint(self, trained: int) -> int:
+        """What a rank copies for a checkpoint: its part of weights and AdamW's states, in fp32."""
+        return 12 * trained // self.resources.world_size

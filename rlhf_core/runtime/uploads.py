@@ -75,9 +75,10 @@ class Failure:
 
 
 class Uploader:
-    """Sends one checkpoint at a time in the background, all ranks together, and retries.
+    """Sends checkpoints in the background, one after another, all ranks together, and retries.
 
-    Every rank makes one and calls its methods for the same steps; `close` is for the first rank.
+    Every rank makes one, and puts the same checkpoints; `close` is for the first rank. While one
+    cannot be sent, a newer one may wait; it takes the other's place when all ranks have it.
     """
 
     def __init__(self, gather: Callable[[Any], list[Any]], first: bool) -> None:
@@ -87,7 +88,8 @@ class Uploader:
         """
         self._gather, self._first = gather, first
         self._changed = threading.Condition()
-        self._busy = self._superseded = self._closed = self._hurried = False
+        self._waiting: Upload | None = None
+        self._busy = self._closed = self._hurried = False
         self._failures, self._since = 0, 0.0  # of attempts since one succeeded
 
     @property
@@ -95,21 +97,24 @@ class Uploader:
         """Whether a checkpoint is on its way."""
         return self._busy
 
+    @property
+    def ready(self) -> bool:
+        """Whether `put` may be called: none is on its way, or one that fails and none waits."""
+        return not self._busy or (self._failures > 0 and self._waiting is None)
+
     def put(self, upload: Upload) -> None:
-        """Send a checkpoint; returns at once. None may be on its way, see `make_way`."""
-        assert not self._busy
-        self._busy = True
+        """Send a checkpoint; returns at once, where this is `ready`."""
+        with self._changed:
+            assert self.ready
+            if self._busy:
+                self._waiting = upload
+                return
+            self._busy = True
         threading.Thread(target=self._run, args=(upload,), name="uploads", daemon=True).start()
 
-    def supersede(self) -> None:
-        """Give up what is on its way instead of a further attempt: there is a newer state."""
-        with self._changed:
-            self._superseded = self._busy
-
-    def make_way(self) -> None:
-        """Wait until `put` may be called."""
-        self.supersede()
-        self.wait()
+    def wait_until_ready(self) -> None:
+        """Return when `put` may be called."""
+        self._wait(lambda: self.ready, None)
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until nothing is on its way; returns whether that is so.
@@ -117,11 +122,14 @@ class Uploader:
         Args:
             seconds: longest wait; None: no limit.
         """
+        return self._wait(lambda: not self._busy, seconds)
+
+    def _wait(self, condition: Callable[[], bool], seconds: float | None) -> bool:
         with self._changed:
-            if seconds != 0 and self._busy:  # pauses between attempts become short
+            if self._busy and seconds != 0:  # pauses between attempts become short
                 self._hurried = True
                 self._changed.notify_all()
-            return self._changed.wait_for(lambda: not self._busy, seconds)
+            return self._changed.wait_for(condition, seconds)
 
     def close(self) -> None:
         """Wait for the running attempt; there is no further one."""
@@ -130,18 +138,29 @@ class Uploader:
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._busy)
 
-    def _run(self, upload: Upload) -> None:
-        try:
-            while (problem := self._attempt(upload)) and problem.retry:
-                self._pause()
-                if any(self._gather(self._closed or self._superseded)):
-                    break
-        except Exception as error:  # another rank has ended
-            print(f"WARNING: checkpoint {upload.step} was not stored: {error!r}", flush=True)
-        shutil.rmtree(upload.folder, ignore_errors=True)
-        with self._changed:
-            self._busy = self._superseded = self._hurried = False
-            self._changed.notify_all()
+    def _run(self, first: Upload) -> None:
+        upload: Upload | None = first
+        while upload is not None:
+            try:
+                self._send(upload)
+            except Exception as error:  # another rank has ended
+                print(f"WARNING: checkpoint {upload.step} was not stored: {error!r}", flush=True)
+            shutil.rmtree(upload.folder, ignore_errors=True)
+            with self._changed:
+                upload, self._waiting = self._waiting, None
+                self._busy = upload is not None
+                self._hurried = self._hurried and self._busy
+                self._changed.notify_all()
+
+    def _send(self, upload: Upload) -> None:
+        """Until it is stored, or not worth another attempt. Ranks decide together."""
+        while not any(self._gather(self._closed)):
+            problem = self._attempt(upload)
+            if problem is None or not problem.retry:
+                return
+            self._pause()
+            if all(self._gather(self._waiting is not None)):
+                return
 
     def _attempt(self, upload: Upload) -> Failure | None:
         """Send and commit once; what went wrong on any rank."""
@@ -155,7 +174,9 @@ class Uploader:
             problem = first_ranks
         if self._first:
             self._report(upload.step, problem)
-        self._failures = 0 if problem is None or not problem.retry else self._failures + 1
+        with self._changed:
+            self._failures = 0 if problem is None or not problem.retry else self._failures + 1
+            self._changed.notify_all()
         return problem
 
     def _report(self, step: int, problem: Failure | None) -> None:

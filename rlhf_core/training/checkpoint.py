@@ -83,7 +83,7 @@ class Checkpointer:
 
     def after_step(self, step: int, total: int, counters: dict[str, Any] | None = None) -> None:
         """Save every n steps and when the job is told to stop, but not after the last step. While
-        an earlier checkpoint is on its way to the store, the next one waits.
+        an earlier checkpoint is on its way to the store, the next one waits, unless that fails.
 
         Args:
             step: finished steps, from 1.
@@ -95,9 +95,7 @@ class Checkpointer:
         if step == total:
             return
         self._due = self._due or step % self.job.placement().checkpoint_every == 0
-        if self._due and self.strategy.group.any(self._uploads.busy):
-            self._uploads.supersede()  # if it fails; else the next step saves after it
-        elif self._due:
+        if self._due and not self.strategy.group.any(not self._uploads.ready):
             self.save(step, counters or {})
         self.stop_if_asked(step, counters)
 
@@ -122,7 +120,7 @@ class Checkpointer:
 
     def save(self, step: int, counters: dict[str, Any]) -> None:
         """Copy this rank's part to the host's memory; the rest happens in the background."""
-        self._uploads.make_way()
+        self._uploads.wait_until_ready()
         parts = to_host(self.strategy.state())
         generators = self.strategy.group.gather(torch.get_rng_state())
         self._saved, self._due = step, False

@@ -132,11 +132,37 @@ def test_all_ranks_try_again_until_the_store_is_back(tmp_path, monkeypatch, caps
     assert "checkpoint 1 is stored, after" in said
 
 
-def test_newer_state_replaces_a_checkpoint_that_fails(tmp_path, monkeypatch, capsys):
+def test_newer_checkpoint_takes_the_place_of_one_that_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(uploads, "FIRST_PAUSE", 0.01)
-    there, stored = threading.Event(), []
+    there, stored, tries = threading.Event(), [], []
 
     def commit(step):
+        tries.append(step)
+        if not there.is_set():
+            raise StoreUnavailable("gone")
+        stored.append(step)
+
+    ranks = Ranks(2)
+    sends = [lambda: None] * 2
+    [first, _] = ranks.put(tmp_path, 1, sends, lambda _: commit(1))
+    until(lambda: all(uploader.ready for uploader in ranks.uploaders))
+    ranks.put(tmp_path, 2, sends, lambda _: commit(2))
+    until(lambda: 2 in tries)
+    assert not first.exists(), "not before all ranks have a newer one"
+    there.set()
+    assert all(uploader.wait(60) for uploader in ranks.uploaders)
+    assert stored == [2] and tries == sorted(tries)
+    said = capsys.readouterr().out
+    assert said.count("WARNING: checkpoint") == 1
+    assert "checkpoint 2 is stored, after" in said
+
+
+def test_failing_checkpoint_stays_until_every_rank_has_a_newer_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(uploads, "FIRST_PAUSE", 0.01)
+    there, stored, tries = threading.Event(), [], []
+
+    def commit(step):
+        tries.append(step)
         if not there.is_set():
             raise StoreUnavailable("gone")
         stored.append(step)
@@ -144,16 +170,18 @@ def test_newer_state_replaces_a_checkpoint_that_fails(tmp_path, monkeypatch, cap
     ranks = Ranks(2)
     sends = [lambda: None] * 2
     ranks.put(tmp_path, 1, sends, lambda _: commit(1))
-    until(lambda: ranks.uploaders[0]._failures)
-    ranks.uploaders[1].supersede()  # one rank is enough
-    until(lambda: not any(uploader.busy for uploader in ranks.uploaders))
-    ranks.put(tmp_path, 2, sends, lambda _: commit(2))
+    until(lambda: all(uploader.ready for uploader in ranks.uploaders))
+    newer = [uploads.Upload(2, tmp_path / "2", lambda: None, lambda _: commit(2))] * 2
+    ranks.uploaders[0].put(newer[0])
+    assert not ranks.uploaders[0].ready
+    count = len(tries)
+    until(lambda: len(tries) > count + 2)
     there.set()
+    until(lambda: stored == [1])
+    assert ranks.uploaders[1].wait(60)
+    ranks.uploaders[1].put(newer[1])
     assert all(uploader.wait(60) for uploader in ranks.uploaders)
-    assert stored == [2]
-    said = capsys.readouterr().out
-    assert said.count("WARNING: checkpoint") == 1
-    assert "checkpoint 2 is stored, after" in said
+    assert stored == [1, 2]
 
 
 def test_close_of_the_first_rank_gives_up_what_fails(tmp_path, monkeypatch):
