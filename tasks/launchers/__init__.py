@@ -19,12 +19,16 @@ def check_launcher(config: PipelineConfig, remarks: list[str]) -> list[str]:
     Args:
         remarks: what a person should know, though it is no problem, is added.
     """
-    from rlhf_core.jobs.launchers import KubernetesLauncher
+    from rlhf_core.jobs.launchers import KubernetesLauncher, SlurmLauncher
 
     if isinstance(config.launcher, KubernetesLauncher):
-        from tasks.launchers.kubernetes.preflight import check
+        from tasks.launchers.kubernetes import preflight as kubernetes
 
-        return check(config)
+        return kubernetes.check(config)
+    if isinstance(config.launcher, SlurmLauncher):
+        from tasks.launchers.slurm import preflight as slurm
+
+        return slurm.check(config, remarks)
     return []
 
 

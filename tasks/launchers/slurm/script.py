@@ -69,7 +69,7 @@ def _options(settings: SlurmLauncher, name: str, job: Job) -> str:
     for option in ("partition", "account", "qos", "constraint", "gres"):
         value = getattr(settings, option)
         lines += [f"--{option}={value}"] if value is not None else []
-    gpus = _gpus(settings, place, job.torchrun)
+    gpus = gpus_of(settings, place) if job.torchrun else 0
     lines += [f"--gpus-per-node={gpus}"] if gpus else []
     ranks = place.ranks if job.torchrun else 1
     if settings.cpus_per_rank is not None:
@@ -79,13 +79,13 @@ def _options(settings: SlurmLauncher, name: str, job: Job) -> str:
     return "\n".join(f"#SBATCH {line}" for line in [*lines, *settings.options])
 
 
-def _gpus(settings: SlurmLauncher, place: Resources, torchrun: bool) -> int:
+def gpus_of(settings: SlurmLauncher, place: Resources) -> int:
     """GPUs of each node that are asked for by number; 0 where gres names them."""
     if settings.gres is not None:
         return 0
     if settings.gpus_per_node is not None:
         return settings.gpus_per_node
-    return place.ranks if torchrun and place.device != "cpu" else 0
+    return place.ranks if place.device != "cpu" else 0
 
 
 def _step(settings: SlurmLauncher, agent: list[str], nodes: int) -> str:
