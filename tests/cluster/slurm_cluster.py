@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.rlhf_core.torchrun import ROOT
+from rlhf_core.system.processes import die_with_parent
+from tests.rlhf_core.torchrun import HANGS, ROOT
 
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 NODES = ("n1", "n2", "n3")
@@ -56,6 +58,7 @@ class SlurmCluster:
             [shutil.which(command[0], path=path) or command[0], *command[1:]],
             env={**os.environ, "SLURM_CONF": str(self.conf)}, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            preexec_fn=partial(die_with_parent, signal.SIGTERM),
         )  # fmt: skip
 
     def stop(self) -> None:
@@ -114,7 +117,7 @@ class SlurmCluster:
         return dict(line.split("|") for line in self("squeue -h -o '%i|%T'").split())
 
     @staticmethod
-    def wait(condition: Callable[[], object], seconds: float = 120.0) -> None:
+    def wait(condition: Callable[[], object], seconds: float = HANGS) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "it did not happen in time"

@@ -13,13 +13,15 @@ import pytest
 from rlhf_core.errors import JobFailed
 from rlhf_core.jobs import Resources, SFTJob
 from rlhf_core.jobs.launchers import SlurmLauncher
+from rlhf_core.runtime.launches import launch_id
 from rlhf_core.store import open_store
 from tasks.launchers import Launch, waits
 from tasks.launchers.slurm import Slurm
+from tasks.launchers.slurm.launcher import job_name
 from tests.cluster.slurm_cluster import interpreter, slurm  # noqa: F401
-from tests.rlhf_core.torchrun import ROOT
+from tests.rlhf_core.torchrun import HANGS, ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(3 * HANGS)]
 
 FOREVER = 100_000
 STAGE = """
@@ -82,7 +84,7 @@ class Stage:
         return self
 
     def end(self):
-        self.thread.join(200)
+        self.thread.join(HANGS)
         assert not self.thread.is_alive(), self.lines
         if self.error is not None:
             raise self.error
@@ -90,17 +92,18 @@ class Stage:
 
     def running(self, starts=1):
         """Wait until the agents run for the nth time, and are at work."""
-        self.cluster.wait(lambda: self.error or self.number("starts") >= starts, 120)
+        self.cluster.wait(lambda: self.error or self.number("starts") >= starts)
         assert self.error is None, self.error
         time.sleep(0.5)
 
     def jobs(self):
-        text = self.cluster("squeue -h -o '%i|%j|%T'")
-        return [line.split("|")[0] for line in text.split() if "rlhf-sft" in line]
+        """Ids of its own jobs that have not ended; that of another test may still be ending."""
+        name = job_name("sft", launch_id([self.job]), self.store.url)
+        return self.cluster(f"squeue -h -n {name} -o %i").split()
 
     def result(self):
         """Steps of the result; no process is left."""
-        self.cluster.wait(lambda: not self.cluster.processes(), 60)
+        self.cluster.wait(lambda: not self.cluster.processes())
         artifact = self.store.stage_result(self.job.key())
         return None if artifact is None else artifact.metadata["steps"]
 
@@ -131,7 +134,7 @@ def stage(slurm, tmp_path, monkeypatch):  # noqa: F811
 
     yield make
     slurm("scancel --state=PENDING; scancel --state=RUNNING")
-    slurm.wait(lambda: not slurm.job_states(), 60)
+    slurm.wait(lambda: not slurm.job_states())
 
 
 def test_job_runs_on_two_nodes_with_output_and_progress(stage):
@@ -150,7 +153,7 @@ def test_cancelled_pipeline_leaves_no_job_and_no_process(stage):
     process = one.process()
     one.running()
     process.send_signal(signal.SIGINT)
-    process.wait(60)
+    process.wait(HANGS)
     assert not one.jobs() and one.result() is None
     assert one.number("checkpoint") > 0
 
@@ -217,9 +220,7 @@ def test_killed_node_leads_to_a_requeue(stage):
         assert one.end() == last and one.number("starts") == 2
     finally:
         one.cluster.start_node(names[1])
-        one.cluster.wait(
-            lambda: len(one.cluster("sinfo -h -t idle -N -p main -o %N").split()) == 3, 60
-        )
+        one.cluster.wait(lambda: len(one.cluster("sinfo -h -t idle -N -p main -o %N").split()) == 3)
 
 
 def test_time_limit_is_a_checkpoint_and_a_continuation(stage):
