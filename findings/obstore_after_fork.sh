@@ -2,8 +2,7 @@
 # obstore 0.12.1: in a child that was forked after its parent had used obstore, every call waits for ever.
 #
 # One would have guessed: an error, or that it works. obstore runs on a tokio runtime whose threads do not survive a fork.
-# Other wheels with such a runtime notice the other process id and raise; here nothing says so, and no time limit of the
-# client ends it, since the request is never begun.
+# Nothing says so, and no time limit of the client ends the call, since the request is never begun.
 #
 # Whom it hurts: DataLoader workers, multiprocessing's default start method on Linux before Python 3.14, and torchrun agents that fork.
 # What helps: load a second copy of the extension module in the child, which brings a runtime of its own.

@@ -71,12 +71,14 @@ def test_what_is_young_stays(store: Store, folder: Path) -> None:
 def test_result_that_was_just_reused_and_leases_keep_their_artifacts(store: Store) -> None:
     reused, published, leased = (made(store, name) for name in ("reused", "published", "leased"))
     store.commit_stage("key", reused)
-    time.sleep(3.5)  # S3 tells times in whole seconds
+    # S3 tells times in whole seconds; the emulators of the clouds are slow.
+    pause, grace = (3.5, 2) if store.url.startswith(("file:", "s3:")) else (12, 10)
+    time.sleep(pause)
     assert store.stage_result("key") == reused
     assert made(store, "published") == published
     value = {"artifact": leased.digest, "blobs": [entry.sha256 for entry in leased.files]}
     store._backend.write("leases/writer.json", json.dumps(value).encode())
-    limits = Limits(keep=2, grace=2)
+    limits = Limits(keep=2, grace=grace)
     assert store.collect(set, limits).artifacts == []
     store._backend.delete("leases/writer.json")
     assert [ref for ref, _ in store.collect(set, limits).artifacts] == [leased.ref]
