@@ -17,7 +17,7 @@ from rlhf_core.errors import ArtifactCorrupt
 from rlhf_core.pipeline import recipe
 from rlhf_core.store import Artifact, Store, registry
 from tasks.events import headline, table_cell
-from tasks.release.origin import hub_data
+from tasks.release.origin import hub_data, trained_from
 from tasks.reporting import origins
 from tasks.reporting.model_card import FOLDER, USE, lineage_table
 
@@ -121,8 +121,8 @@ def _warnings(store: Store, artifact: Artifact, models: Sequence[Artifact]) -> l
             run = store.read_record(f"runs/{version.run}.json") or {} if version.run else {}
             if (verdict := run.get("verdict")) and verdict not in GOOD:
                 found.append(f"**Verdict of its evaluation: {verdict}.** See below.")
-    if models[-1].metadata.get("job") is None:
-        found.append("Its base model is not on record: earlier artifacts were deleted.")
+    if trained_from(models[-1]):
+        found.append("**Its base model is not on record**: earlier artifacts were deleted.")
     return [f"> {text}" for text in dict.fromkeys(found)]
 
 

@@ -6,6 +6,7 @@ The token is the one of huggingface_hub: HF_TOKEN, or of `hf auth login`. It is 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,9 @@ def push(folder: Path, repo: str, message: str, *, private: bool, branch: str | 
     """
     from huggingface_hub import HfApi
 
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # what it says about an empty commit, the command says too
     hub = HfApi()
     with _explained(repo):
         ask_hub(lambda hub: hub.create_repo(repo, private=private or None, exist_ok=True))

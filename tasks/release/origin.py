@@ -12,7 +12,7 @@ from rlhf_core.store import Artifact, Store
 def model_lineage(store: Store, artifact: Artifact) -> list[Artifact]:
     """A model, the model that it was trained from, and so on to the imported or new one."""
     found = [artifact]
-    while before := _trained_from(found[-1]):
+    while before := trained_from(found[-1]):
         try:
             found.append(store.get(before))
         except (ArtifactNotFound, ArtifactCorrupt):  # deleted: the rest is not known
@@ -20,7 +20,7 @@ def model_lineage(store: Store, artifact: Artifact) -> list[Artifact]:
     return found
 
 
-def _trained_from(model: Artifact) -> str:
+def trained_from(model: Artifact) -> str:
     """Digest of the model that a model was made from; "" for an imported or a new one."""
     data = model.metadata
     if model.kind == "published":

@@ -167,6 +167,7 @@ def test_adapter_of_a_model_that_is_on_no_hub_needs_its_name(store, made):
     store.delete(built_in.digest)
     with pytest.raises(ModelError, match="no longer in the store"):
         make_release(store, left, "adapter")
+    assert "> **Its base model is not on record**" in card_of(store, make_release(store, left))
 
 
 def test_what_cannot_be_released_says_why(store, made):
