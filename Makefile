@@ -106,7 +106,7 @@ test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 
 # Skipped with a word where the commands (iproute2, slurm-wlm) or root are missing.
 test-cluster: $(STAMP)  ## stages over several nodes: network namespaces, a real Slurm (root; six minutes)
-	@$(BIN)/python -m pytest -q -rs -m cluster tests/cluster
+	@$(BIN)/python -m pytest -q -rs -m cluster tests/cluster tests/tasks/launchers/kubernetes
 
 test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minutes, 3 GB)
 	@$(BIN)/python -m pytest -q -m images

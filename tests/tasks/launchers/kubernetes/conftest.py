@@ -1,5 +1,8 @@
 """A cluster of tests.kubernetes, and pods that say and do what a test wants."""
 
+import threading
+import time
+
 import pytest
 
 from rlhf_core.jobs import Resources, SFTJob
@@ -110,3 +113,36 @@ def name():
     from tasks.launchers.kubernetes.manifest import name_of
 
     return name_of("sft", launch_id([JOB]))
+
+
+def wait_for(what, seconds=10.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+def nothing_is_left(cluster):
+    return not cluster.jobsets and not cluster.pods
+
+
+@pytest.fixture
+def in_background(run):
+    """Starts a pipeline in a thread; returns what it has given when it ends."""
+
+    def start(**settings):
+        ended = {"lines": [], "progress": []}
+
+        def pipeline():
+            try:
+                ended["outcomes"], _, _ = run(ended["lines"], ended["progress"], **settings)
+            except BaseException as error:
+                ended["error"] = error
+
+        ended["thread"] = threading.Thread(target=pipeline, daemon=True)
+        ended["thread"].start()
+        return ended
+
+    return start
