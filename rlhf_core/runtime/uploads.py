@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from rlhf_core.errors import StoreError, StoreUnavailable
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two attempts, doubled each time
+MOMENT = 2.0  # seconds; small checkpoints are stored within it, so that the next is not put off
 
 Result = TypeVar("Result")
 
@@ -115,6 +116,11 @@ class Uploader:
     def wait_until_ready(self) -> None:
         """Return when `put` may be called."""
         self._wait(lambda: self.ready, None)
+
+    def wait_a_moment(self) -> None:
+        """The same, or after MOMENT seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.ready, MOMENT)
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until nothing is on its way; returns whether that is so.

@@ -94,7 +94,9 @@ class Checkpointer:
         """
         if step == total:
             return
-        self._due = self._due or step % self.job.placement().checkpoint_every == 0
+        if step % self.job.placement().checkpoint_every == 0:
+            self._due = True
+            self._uploads.wait_a_moment()
         if self._due and not self.strategy.group.any(not self._uploads.ready):
             self.save(step, counters or {})
         self.stop_if_asked(step, counters)

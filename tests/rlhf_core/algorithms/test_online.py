@@ -15,6 +15,7 @@ from rlhf_core.jobs import (
     RLOOJob,
 )
 from rlhf_core.runtime import candidates
+from rlhf_core.training.stored_checkpoints import open_saved
 
 pytestmark = pytest.mark.slow
 
@@ -269,10 +270,10 @@ def test_collapse_publishes_the_last_good_policy_as_a_candidate(one_rank, two_ra
     assert candidate.metadata["metrics"]["steps"] == at - 2
     checkpoints = store.scoped(f"checkpoints/{job.key()}")
     [good] = [a for a in checkpoints.list("checkpoint") if a.metadata["step"] == at - 2]
-    kept = load_file(checkpoints.fetch(good.digest) / "weights.safetensors")
+    kept = open_saved(checkpoints.fetch(good.digest))
     found = load_file(store.fetch(candidate.digest) / "model.safetensors")
     for name, value in found.items():
-        assert np.array_equal(value, kept[f"policy.model.{name}"]), name
+        assert np.array_equal(value, kept.whole(f"policy.model.{name}").numpy()), name
 
 
 def test_collapse_before_the_first_checkpoint_has_no_candidate(one_rank):
