@@ -1,6 +1,7 @@
 """The run's record, however the run ends."""
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from rlhf_core.errors import DataError, StoreUnavailable
 from rlhf_core.jobs import ModelSettings, PipelineConfig
@@ -93,8 +94,9 @@ def test_training_jobs_are_told_which_weights_to_publish(run):
         assert "select" not in job_fields(run, section)
 
 
-def test_server_that_ends_with_the_run_has_no_page_for_it(store, monkeypatch):
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+def test_server_that_ends_with_the_run_has_no_page_for_it(store):
     config, flow_run = PipelineConfig(), "0e5b6a3c-98a2-4c56-8a3c-1f9a2f8a7a10"
-    assert Run(config, "x", store, flow_run).page.endswith(f"/runs/flow-run/{flow_run}")
-    assert Run(config, "x", store, flow_run, lasting=False).page is None
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
+        page = Run(config, "x", store, flow_run).page
+        assert page == f"http://127.0.0.1:4200/runs/flow-run/{flow_run}"
+        assert Run(config, "x", store, flow_run, lasting=False).page is None
