@@ -1,6 +1,6 @@
 """Kills at random points: `python -m tests.faults.chaos [KILLS] [--seed SEED] [--s3]` (make chaos).
 
-Each round runs a small stage (SFT, reward model, PPO, DPO or KTO; one or two ranks; ddp or zero2)
+Each round runs a small stage (SFT, reward model, PPO, DPO or KTO; one or two ranks; each strategy)
 and kills it with SIGKILL at random moments in a random way: one rank, all ranks, the torchrun
 agent, the orchestrator, or everything at once. It is started again until it ends. Then its weights
 must have the sha256 of an undisturbed run's, every artifact that was there before must still be
@@ -32,7 +32,7 @@ from tests.faults.stage import Place, end, make_inputs, make_job
 from tests.rlhf_core.algorithms.stages import weight_hashes
 
 ALGORITHMS = ("sft", "reward", "ppo", "dpo", "kto")
-RANKS, STRATEGIES = (1, 2), ("ddp", "zero2")
+RANKS, STRATEGIES = (1, 2), ("ddp", "zero1", "zero2", "fsdp2")
 WAYS = ("one rank", "all ranks", "agent", "orchestrator", "everything")
 LONGER: dict[str, dict[str, Any]] = {  # so that there is something to be killed in
     "sft": {"max_steps": 60}, "reward": {"max_steps": 60}, "ppo": {"steps": 15},

@@ -3,6 +3,8 @@
 RLHF_TEST_FAULTS is a JSON list. Each fault has "what" (see `FAULTS`), and may have "rank" (empty:
 every rank) and "update" (number of the optimizer step of this process before which it happens,
 from 1; empty: every one). With "once", a path, it happens in one process of each rank only.
+"where" is another place than the step (see `install`), of which those of a checkpoint may have
+"save", the number of the checkpoint in this process.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from typing import Any
 import torch
 
 from rlhf_core.runtime import rank as ranks
+from rlhf_core.store import Store
+from rlhf_core.training import checkpoint as checkpoints
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.stored_checkpoints import newest_first
 from rlhf_core.training.strategy import Strategy
 
 plan: list[dict[str, Any]] = []
-updates = 0
+updates = saves = 0
 checkpointer: Checkpointer | None = None
 
 
@@ -109,6 +113,8 @@ def due(fault: dict[str, Any]) -> bool:
     rank = int(os.environ.get("RANK", "0"))
     if fault.get("rank", rank) != rank or fault.get("update", updates) != updates:
         return False
+    if fault.get("save", saves) != saves:
+        return False
     if "once" in fault:
         mark = Path(f"{fault['once']}-{rank}")
         if mark.exists():
@@ -149,6 +155,23 @@ def install() -> None:
             if fault["what"] in FAULTS and fault.get("where", "step") == where and due(fault):
                 FAULTS[fault["what"]](fault)
 
+    def around(owner: Any, name: str, before: str, after: str) -> None:
+        """Have a function that saves a checkpoint pass two places where faults may happen."""
+        call = getattr(owner, name)
+
+        def faulty(*arguments: Any, **settings: Any) -> Any:
+            global saves
+            saves += before == "copied"
+            happen(before)
+            result = call(*arguments, **settings)
+            happen(after)
+            return result
+
+        setattr(owner, name, faulty)
+
+    around(checkpoints, "write_parts", "copied", "written")
+    around(Store, "upload", "upload", "uploaded")
+    around(Store, "publish_derived", "publish", "published")
     Checkpointer.__init__ = faulty_start  # type: ignore[method-assign]
     Strategy.backward, Strategy.step = faulty_backward, faulty_step  # type: ignore[method-assign]
 

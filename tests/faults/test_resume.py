@@ -5,6 +5,7 @@ combination of algorithm, ranks, strategy and way to die.
 """
 
 import json
+import random
 import signal
 
 import pytest
@@ -58,6 +59,32 @@ def test_killed_preference_stage_ends_in_the_same_bytes(place, base, inputs, tmp
     place.run(job)
     assert "going on from the checkpoint after step" in place.log()
     assert weight_hashes(place.result(job)) == weight_hashes(other.result(job))
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("strategy", ("fsdp2", "zero1", "ddp"))
+def test_killed_in_the_middle_of_saves_ends_in_the_same_bytes(
+    place, base, inputs, tmp_path, strategy
+):
+    """Each attempt dies at another point of its second checkpoint, in one rank or in both."""
+    job = make_job(inputs, "sft", {"ranks": 2, "strategy": strategy}, max_steps=200)
+    other = Place(base[0], tmp_path / "undisturbed")
+    other.run(job)
+    chance = random.Random(strategy)
+    points = ["copied", "written", "upload", "uploaded", "publish", "published"]
+    chance.shuffle(points)
+    pace = {"what": "sleep", "seconds": 0.05}  # a few steps while a checkpoint is stored
+    for point in points:
+        rank = 0 if point.startswith("publish") else chance.choice([0, 1, None])
+        fault = {"what": "kill", "target": "rank", "where": point, "save": 2}
+        before = place.checkpoints(job)
+        place.run(job, [pace, fault if rank is None else fault | {"rank": rank}])
+        assert place.store.stage_result(job.key()) is None, f"it was to be killed at {point}"
+        assert place.checkpoints(job)[-1:] > before[-1:], "the first checkpoint was stored"
+    place.run(job)
+    assert "going on from the checkpoint after step" in place.log()
+    assert weight_hashes(place.result(job)) == weight_hashes(other.result(job))
+    assert place.checkpoints(job) == []
 
 
 @pytest.mark.chaos
