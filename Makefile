@@ -105,7 +105,7 @@ test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
 
 # Skipped with a word where the commands (iproute2, slurm-wlm) or root are missing.
-test-cluster: $(STAMP)  ## stages over several nodes: network namespaces, a real Slurm (root; six minutes)
+test-cluster: $(STAMP)  ## stages over several nodes: network namespaces, a real Slurm (root; about nine minutes)
 	@$(BIN)/python -m pytest -q -rs -m cluster tests/cluster tests/tasks/launchers/kubernetes
 
 test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minutes, 3 GB)
