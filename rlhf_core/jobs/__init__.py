@@ -43,11 +43,11 @@ from rlhf_core.jobs.harness import LmEvalJob, LmEvalSettings
 from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, Priority, WorkPoolLauncher
 from rlhf_core.jobs.lora import LoRA
-from rlhf_core.jobs.online import (
+from rlhf_core.jobs.online import OnlineJob, OnlineSettings
+from rlhf_core.jobs.pipeline import PipelineConfig, TrainingStage
+from rlhf_core.jobs.policy_gradient import (
     GRPOJob,
     GRPOSettings,
-    OnlineJob,
-    OnlineSettings,
     PPOJob,
     PPOSettings,
     ReinforcePPJob,
@@ -55,7 +55,6 @@ from rlhf_core.jobs.online import (
     RLOOJob,
     RLOOSettings,
 )
-from rlhf_core.jobs.pipeline import PipelineConfig, TrainingStage
 from rlhf_core.jobs.preference import (
     DPOJob,
     DPOSettings,

@@ -10,7 +10,12 @@ from rlhf_core.jobs.base import Resources, Seed, Settings, Slug
 from rlhf_core.jobs.data import DataConfig, ModelSettings
 from rlhf_core.jobs.harness import LmEvalSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, Priority
-from rlhf_core.jobs.online import GRPOSettings, PPOSettings, ReinforcePPSettings, RLOOSettings
+from rlhf_core.jobs.policy_gradient import (
+    GRPOSettings,
+    PPOSettings,
+    ReinforcePPSettings,
+    RLOOSettings,
+)
 from rlhf_core.jobs.preference import DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from rlhf_core.jobs.pretraining import NewModelSettings, PretrainSettings
 from rlhf_core.jobs.results import EvaluateSettings, PublishSettings
