@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-cluster test-images test-crash test-clouds test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding
+.PHONY: help setup demo smoke up down test test-system test-cluster test-images test-crash test-clouds test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding bench-checkpoints
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -82,6 +82,9 @@ gpu-check-wheels: $(STAMP)  ## what `benchmarks/gpu_check/run.sh` installs on a 
 
 bench-sharding: $(STAMP)  ## peak memory under ddp and fsdp2, four CPU ranks (three minutes, 11 GB)
 	@$(BIN)/python benchmarks/memory/sharding.py
+
+bench-checkpoints: $(STAMP)  ## what sharded checkpoints cost rank 0, beside gathered ones (ten minutes, 9 GB)
+	@PYTHONPATH=. $(BIN)/python benchmarks/memory/checkpoints.py
 
 memory-table: $(STAMP)  ## memory of training by simulation, for docs/memory.md (a quarter of an hour)
 	@$(BIN)/python -m benchmarks.memory

@@ -1,6 +1,6 @@
 """What a checkpoint of SmolLM2-135M costs rank 0 of four CPU ranks, beside whole checkpoints.
 
-    python benchmarks/memory/checkpoints.py [RANKS]
+    make bench-checkpoints, or PYTHONPATH=. python benchmarks/memory/checkpoints.py [RANKS]
 
 Builds: the files here, and those of the commit before checkpoints were sharded, when rank 0
 gathered all of it; `git archive` takes them from this repository's history. The model has

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.memory.cases import Case
 from benchmarks.memory.compare import estimated
 from benchmarks.memory.fake import LiveBytes
-from benchmarks.memory.kernels import fused_norm, quantize
+from benchmarks.memory.gpu_kernels import fused_norm, quantize
 from benchmarks.memory.layouts import HALF, FullySharded, Replicated, Zero
 from rlhf_core.nn import chunked_logprobs, fused_norms
 from rlhf_core.nn.fast_paths import FastPath, patched
