@@ -25,6 +25,7 @@ from rlhf_core.nn.padding import to_device
 from rlhf_core.nn.probe_model import eval_mode
 from rlhf_core.nn.vocabulary_head import lm_head
 from rlhf_core.rollout import grouped_attention, kv_cache
+from rlhf_core.rollout.finished import OnFinished, finished_replies
 from rlhf_core.rollout.sampling import row_uniforms, sample_inverse_cdf
 
 
@@ -79,6 +80,7 @@ def generate(
     greedy: bool = False,
     batch_size: int = 64,
     before_pass: Callable[[], None] | None = None,
+    on_finished: OnFinished | None = None,
 ) -> Rollout:
     """Samples one response per prompt, over the full vocabulary (no top-k, no top-p).
 
@@ -95,6 +97,7 @@ def generate(
         greedy: take the likeliest token (uniforms are not needed).
         batch_size: rows decoded together; changes the result by rounding only.
         before_pass: called before each forward pass of the model.
+        on_finished: is handed the replies as they end.
 
     Returns:
         A Rollout with T columns, rows in the order of the prompts.
@@ -113,7 +116,7 @@ def generate(
     stop = to_device(torch.tensor(sorted(eos_ids), dtype=torch.long), device)
     try:
         with torch.no_grad(), eval_mode(model), _cached_casts(model, device):
-            decoder = _Decoder(model, temperature, stop, pad_id, before_pass)
+            decoder = _Decoder(model, temperature, stop, pad_id, before_pass, on_finished)
             for start in range(0, count, batch_size):
                 rows = order[start : start + batch_size]
                 numbers = None if uniforms is None else to_device(uniforms[rows], device)
@@ -219,6 +222,7 @@ class _Decoder:
         stop: Tensor,
         pad_id: int,
         before_pass: Callable[[], None] | None,
+        on_finished: OnFinished | None,
     ) -> None:
         self.lm = causal_lm(model)
         self.head = lm_head(model)
@@ -226,6 +230,7 @@ class _Decoder:
         self.stop = stop
         self.pad_id = pad_id
         self.before_pass = before_pass
+        self.on_finished = on_finished
         # the backbone first, then the head at the last position: no logits of the prompt
         self.module = self.lm if self.head is None else backbone(self.lm)
         self.takes_positions = "position_ids" in accepted(self.module.forward, position_ids=None)
@@ -244,7 +249,8 @@ class _Decoder:
             to_device(x, device) for x in _left_padded(distinct, steps, self.pad_id)
         )
         width = inputs.shape[1]
-        alive = to_device(torch.tensor(batch.rows), device)  # (b,) row of the result
+        rows = batch.rows  # b rows of the result
+        alive = to_device(torch.tensor(rows), device)  # (b,) the same
         result.response_ids[alive] = self.pad_id
         result.response_mask[alive] = False
         positions = position_ids_from_mask(attention)  # (u,P+T)
@@ -268,7 +274,9 @@ class _Decoder:
             ended = torch.isin(token, self.stop)  # (b,)
             result.finished[alive] = ended
             inputs = token.unsqueeze(1)  # (b,1)
-            going_on = [i for i, over in enumerate(ended.tolist()) if not over]
+            over = ended.tolist()
+            self._hand_out(rows, over, result, step)
+            going_on = [i for i in range(len(over)) if not over[i]]
             if not going_on:
                 return
             if len(going_on) < len(ended):
@@ -278,6 +286,23 @@ class _Decoder:
                     x[keep] for x in (inputs, attention, positions, alive)
                 )
                 uniforms = uniforms[keep] if uniforms is not None else None
+                rows = [rows[i] for i in going_on]
+
+    def _hand_out(self, rows: list[int], over: list[bool], result: Rollout, step: int) -> None:
+        """Hand out the replies that ended with this step's token, at the last step all others too.
+
+        Args:
+            rows: b rows of the result. over: b, whether they ended with an end-of-turn token.
+        """
+        if self.on_finished is None:
+            return
+        length = step + 1
+        last = length == result.response_ids.shape[1]
+        which = [i for i in range(len(rows)) if last or over[i]]
+        if which:
+            done = [rows[i] for i in which]
+            ids, logprobs = result.response_ids[done, :length], result.logprobs[done, :length]
+            self.on_finished(finished_replies(done, ids, logprobs, [over[i] for i in which]))
 
     def _logits(
         self, inputs: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any

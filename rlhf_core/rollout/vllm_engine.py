@@ -31,6 +31,7 @@ from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.jobs import Precision, VllmRollout
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.rollout.engine_weights import policy_weights, put
+from rlhf_core.rollout.finished import FinishedReply, OnFinished
 from rlhf_core.rollout.generate import Rollout
 from rlhf_core.rollout.limits import MISSING
 
@@ -179,6 +180,7 @@ class VllmEngine:
         pad_id: int,
         temperature: float = 1.0,
         row_seeds: Sequence[int],
+        on_finished: OnFinished | None = None,
     ) -> Rollout:
         """`rlhf_core.rollout.generate.generate` with vLLM: same arguments, same contract.
 
@@ -208,25 +210,36 @@ class VllmEngine:
             )
             for seed in row_seeds
         ]
-        outputs = []
+        replies: list[FinishedReply] = []
         if wanted:
             prompts = [TokensPrompt(prompt_token_ids=list(p)) for p in prompt_ids]
             with torch.random.fork_rng():  # its CPU sampler also draws from the global generator
-                outputs = self._llm.generate(prompts, wanted, use_tqdm=False)
+                for done in self._finished(prompts, wanted):
+                    replies += done
+                    if on_finished is not None:
+                        on_finished(done)
         shape = (len(prompt_ids), max_new_tokens)
         ids = torch.full(shape, pad_id, dtype=torch.long)
         mask = torch.zeros(shape, dtype=torch.bool)
         logprobs = torch.zeros(shape, dtype=torch.float32)
         finished = torch.zeros(len(prompt_ids), dtype=torch.bool)
-        for i, output in enumerate(outputs):
-            reply = output.outputs[0]
-            n = len(reply.token_ids)
-            ids[i, :n] = torch.tensor(reply.token_ids)
+        for reply in replies:
+            i, n = reply.row, len(reply.ids)
+            ids[i, :n] = torch.tensor(reply.ids)
             mask[i, :n] = True
-            at = zip(reply.token_ids, reply.logprobs, strict=True)
-            logprobs[i, :n] = torch.tensor([candidates[token].logprob for token, candidates in at])
-            finished[i] = reply.finish_reason == "stop"
+            logprobs[i, :n] = torch.tensor(reply.logprobs)
+            finished[i] = reply.finished
         return Rollout(*(x.to(self.device) for x in (ids, mask, logprobs, finished)))
+
+    def _finished(self, prompts: list[Any], wanted: list[Any]) -> Iterator[list[FinishedReply]]:
+        """Decode; the replies that ended, after each step of the engine in which some did."""
+        # An id is the number of the request, with a random ending that outputs do not have.
+        names = self._llm.enqueue(prompts, wanted, use_tqdm=False)
+        rows = {name.partition("-")[0]: row for row, name in enumerate(names)}
+        engine = self._llm.llm_engine
+        while engine.has_unfinished_requests():
+            if done := [output for output in engine.step() if output.finished]:
+                yield [_reply(rows[output.request_id], output.outputs[0]) for output in done]
 
     # -------------------------------------------------------------------------------- memory
 
@@ -255,6 +268,14 @@ class VllmEngine:
 
 
 # ----------------------------------------------------------------------------------- the process
+
+
+def _reply(row: int, output: Any) -> FinishedReply:
+    """From vLLM's `CompletionOutput`."""
+    ids = list(output.token_ids)
+    at = zip(ids, output.logprobs, strict=True)
+    logprobs = [candidates[token].logprob for token, candidates in at]
+    return FinishedReply(row, ids, logprobs, output.finish_reason == "stop")
 
 
 def _nothing() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.models.saving import stop_tokens
 from rlhf_core.nn.modules import Policy
+from rlhf_core.rollout.finished import FinishedReply, OnFinished
 from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.rollout.sharded import generate_together
 from rlhf_core.rollout.vllm_engine import VllmEngine
@@ -42,30 +43,45 @@ class GlobalRollout:
     seconds: float  # that sampling took
 
 
-def sample(stage: OnlineStage, step: int, replies_per_prompt: int = 1) -> GlobalRollout:
+def sample(
+    stage: OnlineStage,
+    step: int,
+    replies_per_prompt: int = 1,
+    on_finished: OnFinished | None = None,
+) -> GlobalRollout:
     """Sample replies to the prompts of a step (from 0); those to one prompt are neighbours.
+
+    Args:
+        on_finished: see `roll_out`.
 
     Raises:
         Preempted: the job was told to stop meanwhile.
     """
     job, prompts = stage.job, stage.inputs.prompts
     rows = prompts.take(batch_rows(prompts, job.batch_size, step, job.seed))
-    rollout = sample_rows(stage, [row for row in rows for _ in range(replies_per_prompt)], step)
+    rows = [row for row in rows for _ in range(replies_per_prompt)]
+    rollout = sample_rows(stage, rows, step, on_finished)
     stage.checkpointer.stop_if_asked(step)
     return rollout
 
 
-def sample_rows(stage: OnlineStage, rows: list[dict[str, Any]], stream: int) -> GlobalRollout:
+def sample_rows(
+    stage: OnlineStage,
+    rows: list[dict[str, Any]],
+    stream: int,
+    on_finished: OnFinished | None = None,
+) -> GlobalRollout:
     """Sample a reply to the prompt of each row.
 
     Args:
         stream: of the random numbers; a step, or a number that is none.
+        on_finished: see `roll_out`.
     """
     began = time.perf_counter()
     prompt_ids = [row["prompt_ids"] for row in rows]
     replies = roll_out(
         stage.job, stage.strategy, stage.models.trained.policy, stage.inputs.source,
-        prompt_ids, stream, stage.engine,
+        prompt_ids, stream, stage.engine, on_finished,
     )  # fmt: skip
     return GlobalRollout(
         rows=rows,
@@ -86,6 +102,7 @@ def roll_out(
     prompt_ids: list[list[int]],
     step: int,
     engine: VllmEngine | None = None,
+    on_finished: OnFinished | None = None,
 ) -> list[SampledReply]:
     """One reply to every prompt of the global batch, in their order, on every rank.
 
@@ -93,6 +110,8 @@ def roll_out(
         policy: what is sampled from. source: its files.
         prompt_ids: a prompt that comes more than once gets as many different replies.
         engine: of `start_engine`; None: the built-in loop.
+        on_finished: is handed each reply when it ends, on the rank that sampled it, with its index
+            in the global batch as its row.
     """
     group = strategy.group
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
@@ -102,6 +121,8 @@ def roll_out(
         "eos_ids": stop_tokens(source), "pad_id": 0,
         "row_seeds": make_row_seeds(job.seed, step, mine),
     }  # fmt: skip
+    if on_finished is not None:
+        options["on_finished"] = numbered_by(mine, on_finished)
     prompts = [prompt_ids[i] for i in mine]
     if engine is not None:
         sampled = engine.roll_out(policy.model, prompts, **options)
@@ -116,3 +137,12 @@ def roll_out(
         own.append(SampledReply(ids.tolist(), logprobs.tolist(), bool(sampled.finished[i])))
     by_index = dict(zip(order, group.interleave(own), strict=True))
     return [by_index[i] for i in range(len(prompt_ids))]
+
+
+def numbered_by(indices: list[int], on_finished: OnFinished) -> OnFinished:
+    """The same, where reply i of a rank is reply indices[i] of the global batch."""
+
+    def renumbered(replies: list[FinishedReply]) -> None:
+        on_finished([reply._replace(row=indices[reply.row]) for reply in replies])
+
+    return renumbered

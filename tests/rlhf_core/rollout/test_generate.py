@@ -8,6 +8,7 @@ from torch import nn
 
 from rlhf_core.nn.response_logprobs import response_logprobs
 from rlhf_core.rollout import generate
+from rlhf_core.rollout.finished import FinishedReply
 from rlhf_core.rollout.sampling import make_row_seeds
 from tests.rlhf_core.nn.test_response_logprobs import V, make_model
 
@@ -64,6 +65,33 @@ def test_logprobs_equal_response_logprobs_of_the_padded_batch() -> None:
     with torch.no_grad():
         want = response_logprobs(model, ids, attention, None, got.response_mask, 0.8)
     torch.testing.assert_close(got.logprobs, want, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------- handed out when they end
+def taken(rollout: generate.Rollout, row: int) -> FinishedReply:
+    """A row of the result as it is handed out."""
+    real = rollout.response_mask[row]
+    ids, logprobs = rollout.response_ids[row][real], rollout.logprobs[row][real]
+    return FinishedReply(row, ids.tolist(), logprobs.tolist(), bool(rollout.finished[row]))
+
+
+@pytest.mark.parametrize("batch_size", [5, 2])
+def test_replies_are_handed_out_by_the_step_in_which_they_end(batch_size: int) -> None:
+    passes, found = [], []
+    got = sample(
+        flat_model(), PROMPTS, max_new_tokens=5, batch_size=batch_size,
+        before_pass=lambda: passes.append(1),
+        on_finished=lambda replies: found.append((len(passes), replies)),
+    )  # fmt: skip
+    plain = sample(flat_model(), PROMPTS, max_new_tokens=5, batch_size=batch_size)
+    assert torch.equal(got.response_ids, plain.response_ids)
+    replies = [reply for _, some in found for reply in some]
+    assert sorted(replies) == [taken(got, row) for row in range(len(PROMPTS))]
+    assert {reply.finished for reply in replies} == {True, False}  # at the limit as well
+    lengths = [len(reply.ids) for reply in replies]
+    if batch_size == len(PROMPTS):  # a pass for each token
+        assert all(passes == len(reply.ids) for passes, some in found for reply in some)
+        assert len(found) == len(set(lengths)) > 1 and lengths == sorted(lengths)
 
 
 # --------------------------------------------------------------------------------- independence

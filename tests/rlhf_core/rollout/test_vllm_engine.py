@@ -102,6 +102,22 @@ def test_rollout_keeps_the_contract_of_the_builtin_loop(llama):
         assert all(x < 0 for x in logprobs[:n])
 
 
+def test_replies_are_handed_out_when_they_end(llama):
+    folder, engine = llama
+    engine.update(policy_weights(load_causal_lm(folder)))
+    handed = []
+    found = engine.generate(PROMPTS * 8, row_seeds=seeds(32), on_finished=handed.append, **OPTIONS)
+    replies = [reply for some in handed for reply in some]
+    assert len(handed) > 1 and sorted(r.row for r in replies) == list(range(32))
+    for reply in replies:
+        real = found.response_mask[reply.row]
+        assert found.response_ids[reply.row][real].tolist() == reply.ids
+        assert found.logprobs[reply.row][real].tolist() == pytest.approx(reply.logprobs)
+        assert bool(found.finished[reply.row]) == reply.finished
+    lengths = [[len(reply.ids) for reply in some] for some in handed]
+    assert max(lengths[0]) < max(lengths[-1])  # the short ones first
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "bloom"])
 def test_engine_follows_the_policy_only_through_update(start, architecture):
     """Untied heads (llama), tied ones, grouped queries, learned positions, alibi."""
