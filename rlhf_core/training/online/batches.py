@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rlhf_core.jobs import OnlineJob
-from rlhf_core.nn.padding import Batch, mark_from
+from rlhf_core.nn.padding import Batch, batch_on, mark_from, pad_right
 from rlhf_core.system.seeds import derive_seed
 from rlhf_core.training.batching import split_batch
 from rlhf_core.training.strategy import Strategy
@@ -58,6 +58,16 @@ def collate_responses(
     prompt_lengths: Sequence[int],
     indices: Sequence[int],
     device: torch.device,
+    trained: Sequence[Sequence[bool]] | None = None,
 ) -> Batch:
-    """Some of the sequences, with their responses in the loss mask."""
-    return mark_from([sequences[i] for i in indices], [prompt_lengths[i] for i in indices], device)
+    """Some of the sequences, with their responses in the loss mask.
+
+    Args:
+        trained: of each sequence, whether the policy sampled each token of its response; None: all.
+    """
+    rows, starts = [sequences[i] for i in indices], [prompt_lengths[i] for i in indices]
+    if trained is None:
+        return mark_from(rows, starts, device)
+    input_ids, mask = pad_right(rows)
+    marks = [[0] * start + list(trained[i]) for i, start in zip(indices, starts, strict=True)]
+    return batch_on(device, input_ids, mask, pad_right(marks)[0].bool())

@@ -33,7 +33,9 @@ class Experience:
     it, on the CPU. Log-probabilities are in nats; what is padding is 0."""
 
     rollout: GlobalRollout
-    response_mask: Tensor  # (B,T) bool, real response tokens
+    # (B,T) bool, response tokens that the policy sampled: no padding, and nothing that an
+    # environment wrote between them
+    response_mask: Tensor
     rollout_logprobs: Tensor  # (B,T) as the engine computed them when it sampled
     old_logprobs: Tensor  # (B,T) of the policy before the rollout's updates
     ref_logprobs: Tensor  # (B,T) of the reference
@@ -102,7 +104,7 @@ def score_rollout(
     old_logprobs, ref_logprobs, *values = (pad_columns(c) for c in columns)  # (B,T) each
     return Experience(
         rollout=rollout,
-        response_mask=pad_columns([torch.ones(len(x)) for x in rollout.logprobs]).bool(),
+        response_mask=response_mask(rollout),
         rollout_logprobs=pad_columns([torch.tensor(x) for x in rollout.logprobs]),
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
@@ -133,7 +135,7 @@ def run_models(
     found = []
     for indices in micro_batches(job, strategy, rollout.sequences, minibatches):
         batch = collate_responses(
-            rollout.sequences, rollout.prompt_lengths, indices, strategy.device
+            rollout.sequences, rollout.prompt_lengths, indices, strategy.device, rollout.trained
         )
         input_ids, mask, _, index = batch  # (b,S) each, and where their tokens are
         with strategy.autocast(), first_pass.shared_layers(indices, input_ids, mask, index):
@@ -166,6 +168,13 @@ def by_reply(
         columns = [plane[row, response].clone() for plane in copied[: len(outputs)]]
         found.append((index, ModelOutputs(columns, copied[len(outputs) :, row, 0].tolist())))
     return found
+
+
+def response_mask(rollout: GlobalRollout) -> Tensor:
+    """(B,T) bool: the tokens of the responses that the policy sampled."""
+    if rollout.trained is None:
+        return pad_columns([torch.ones(len(x)) for x in rollout.logprobs]).bool()
+    return pad_columns([torch.tensor(x) for x in rollout.trained]).bool()
 
 
 def pad_columns(columns: Sequence[Tensor]) -> Tensor:

@@ -73,5 +73,6 @@ def first_replies(experience: Experience, count: int) -> Experience:
             prompt_lengths=rollout.prompt_lengths[:count],
             logprobs=rollout.logprobs[:count],
             finished=rollout.finished[:count],
+            trained=None if rollout.trained is None else rollout.trained[:count],
         ),
     )

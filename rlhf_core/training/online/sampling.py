@@ -41,6 +41,19 @@ class GlobalRollout:
     finished: Tensor  # (B,) bool, ended with an end-of-turn token
     began: float  # time.perf_counter() before sampling
     seconds: float  # that sampling took
+    # B x response length: whether the policy sampled each token; an environment wrote the others,
+    # whose logprobs are 0. None: it sampled all.
+    trained: list[list[bool]] | None = None
+
+    def sampled_ids(self) -> list[list[int]]:
+        """The tokens of each response that the policy sampled."""
+        responses = [s[n:] for s, n in zip(self.sequences, self.prompt_lengths, strict=True)]
+        if self.trained is None:
+            return responses
+        return [
+            [token for token, own in zip(ids, marks, strict=True) if own]
+            for ids, marks in zip(responses, self.trained, strict=True)
+        ]
 
 
 def sample(

@@ -16,11 +16,7 @@ GRAM = 4  # tokens of the n-grams that `repetition` counts
 def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
     """Metrics of a rollout. KL in nats per reply, entropy in nats per token, length in tokens; what
     replies have in common in token ids (see `variety`)."""
-    rollout = experience.rollout
-    replies = [
-        sequence[start:]
-        for sequence, start in zip(rollout.sequences, rollout.prompt_lengths, strict=True)
-    ]
+    replies = experience.rollout.sampled_ids()
     mask = experience.response_mask  # (B,T)
     k1 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k1")  # (B,T)
     k3 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k3")  # (B,T)

@@ -40,7 +40,7 @@ class MicroBatch:
     logprobs: Tensor  # (b,T) of the policy as it is now
     old_logprobs: Tensor  # (b,T) of the policy before the rollout's updates
     ref_logprobs: Tensor  # (b,T)
-    response_mask: Tensor  # (b,T) bool
+    response_mask: Tensor  # (b,T) bool, tokens that the policy sampled
     advantages: Tensor  # (b,T) or (b,)
     values: Tensor | None  # (b,T) of PPO's critic as it is now
     old_values: Tensor | None  # (b,T)
@@ -162,7 +162,9 @@ def forward_micro_batch(
     """
     strategy, rollout = stage.strategy, experience.rollout
     assert strategy.module is not None
-    batch = collate_responses(rollout.sequences, rollout.prompt_lengths, indices, strategy.device)
+    batch = collate_responses(
+        rollout.sequences, rollout.prompt_lengths, indices, strategy.device, rollout.trained
+    )
     with first_pass.shared_layers(indices, batch.input_ids, batch.mask, batch.index):
         flat_logprobs, flat_values, ptx_logprobs = strategy.module(
             *batch, stage.job.temperature, None if ptx is None else ptx.batch
