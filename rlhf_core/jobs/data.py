@@ -31,11 +31,11 @@ class ModelSettings(Settings):
     revision: str | None = None
     """Branch, tag or commit on the hub. Empty: the default branch."""
     chat_template: (
-        Literal["auto", "chatml", "llama3", "alpaca", "vicuna", "plain"]
+        Literal["auto", "chatml", "llama3", "alpaca", "vicuna", "plain", "hermes"]
         | Annotated[str, Field(pattern=r"^tokenizer:.+$")]
     ) = "auto"
     """A built-in chat template; auto: the tokenizer's own, or chatml if it has none;
-    tokenizer:NAME: one of several that the tokenizer has."""
+    tokenizer:NAME: one of several that the tokenizer has. hermes is chatml with tools."""
     trust_remote_code: bool = False
     """Allow Python code that comes with the model to run."""
     quantization: Quantization | None = None

@@ -10,7 +10,7 @@ import json
 
 BOS, END = "@BOS@", "@END@"
 
-TURN_TOKENS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
+TURN_TOKENS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "hermes": "<|im_end|>"}
 
 _CHATML = """\
 {{ @BOS@ }}
@@ -79,12 +79,59 @@ _PLAIN = """\
 {{- '\\n' }}
 {%- endfor %}"""
 
+# ChatML with tools and reasoning: the form of Hermes' function calling, which Qwen writes too.
+_HERMES = """\
+{{ @BOS@ }}
+{%- if tools %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages[0].role == 'system' %}
+{{- messages[0].content + '\\n\\n' }}
+{%- endif %}
+{{- 'You can call functions. Their signatures stand within <tools></tools>:\\n<tools>' }}
+{%- for tool in tools %}
+{{- '\\n' }}{{- tool | tojson }}
+{%- endfor %}
+{{- '\\n</tools>\\nFor each call, write a JSON object within <tool_call></tool_call>:\\n' }}
+{{- '<tool_call>\\n{"name": <function name>, "arguments": <object>}\\n</tool_call>' }}
+{{- @END@ + '\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}
+{{- '<|im_start|>tool' }}
+{%- endif %}
+{{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}
+{{- @END@ + '\\n' }}
+{%- endif %}
+{%- elif not (tools and loop.first and message.role == 'system') %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.reasoning_content %}
+{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+{%- endif %}
+{{- message.content or '' }}
+{%- for call in message.tool_calls or [] %}
+{%- if message.content or not loop.first %}
+{{- '\\n' }}
+{%- endif %}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}
+{{- @END@ + '\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+
 SOURCES = {
     "chatml": _CHATML,
     "llama3": _LLAMA3,
     "alpaca": _ALPACA,
     "vicuna": _VICUNA,
     "plain": _PLAIN,
+    "hermes": _HERMES,
 }
 
 

@@ -7,21 +7,20 @@ past replies without their reasoning.
 
 from __future__ import annotations
 
-import itertools
 import re
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf_core.data.encoding.builtin_templates import SOURCES
-from rlhf_core.data.encoding.tokenizer import compiled_template, overrides
-from rlhf_core.data.rows.row import REASONING, Message
+from rlhf_core.data.encoding.apply import ADVICE, apply_chat
+from rlhf_core.data.encoding.tool_facts import check_written, tool_facts_of, with_arguments
+from rlhf_core.data.rows.row import CALLS, REASONING, TOOLS, Message
 from rlhf_core.errors import DataError, ModelError
 
-ADVICE = "set model.chat_template to one of " + ", ".join(SOURCES)
 OPEN, CLOSE = "<think>", "</think>"  # around a reply's reasoning
 PROBE = "Zebra answers 7"
+_MARKS = re.compile(f"{OPEN}|{CLOSE}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,46 +69,19 @@ def facts_of(tokenizer: Any) -> TemplateFacts:
 
 
 def apply_template(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
-    """The rendered text.
+    """The rendered text, with the tools that the first message holds.
 
     Raises:
         DataError: the template rejects the conversation. ModelError: it is no valid template.
     """
-    import jinja2
-
     chat = [_with_names(m) if REASONING in m else m for m in messages]
-    source = tokenizer.chat_template
-    try:
-        if not isinstance(source, str) or not chat or overrides(tokenizer, "apply_chat_template"):
-            return str(
-                tokenizer.apply_chat_template(
-                    chat, tokenize=False, add_generation_prompt=generation_prompt
-                )
-            )
-        return compiled_template(source)(
-            messages=chat, tools=None, documents=None, add_generation_prompt=generation_prompt,
-            **tokenizer.special_tokens_map,
-        )  # fmt: skip
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(f"The chat template is not valid Jinja ({error}); {ADVICE}.") from error
-    except (
-        jinja2.TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:  # whatever the template's code does with a row
-        said = [message["role"] for message in messages]
-        todo = ""
-        if "system" in said:
-            todo = "; if it takes no system message, put that text into the first question"
-        elif any(a == b for a, b in itertools.pairwise(said)):
-            todo = "; join turns of the same role"
-        raise DataError(
-            f"the chat template rejects turns of {', '.join(said)}: {error}{todo}"
-        ) from error
+    if any(CALLS in message for message in chat):
+        as_text = tool_facts_of(tokenizer).as_text
+        chat = [with_arguments(m, as_text) if CALLS in m else m for m in chat]
+    tools = chat[0].get(TOOLS) if chat else None
+    if tools:
+        chat[0] = {name: value for name, value in chat[0].items() if name != TOOLS}
+    return apply_chat(tokenizer, chat, tools or None, generation_prompt)
 
 
 def generated_reply(
@@ -130,7 +102,7 @@ def generated_reply(
     if opened and not blank.strip():
         if not full.startswith(head.rstrip()):
             raise DataError(_two_ways(prompt, full))
-        return _after_opened_reasoning(facts, full, prompt, content, reasoning)
+        return _after_opened_reasoning(facts, full, prompt, messages[-1])
     if not full.startswith(prompt):
         raise DataError(_two_ways(prompt, full))
     text = full[len(prompt) :]
@@ -144,6 +116,7 @@ def generated_reply(
             "the chat template leaves out a part of the reply, such as its reasoning; take that "
             f"part out of the data, or {ADVICE}"
         )
+    check_written(messages[-1:], text)
     return text[: stop + len(facts.end_text)]
 
 
@@ -155,11 +128,10 @@ def _with_names(message: Message) -> Message:
     return message | dict.fromkeys(("reasoning", "thinking"), message[REASONING])
 
 
-def _after_opened_reasoning(
-    facts: TemplateFacts, full: str, prompt: str, content: str, reasoning: str
-) -> str:
+def _after_opened_reasoning(facts: TemplateFacts, full: str, prompt: str, reply: Message) -> str:
     """A reply after a prompt that has opened its reasoning, which need not be there: as the
     template writes it if it keeps the reasoning where the prompt has it, else from its text."""
+    content, reasoning = reply["content"], reply.get(REASONING, "")
     opened = prompt.rstrip()
     if full.startswith(opened):
         blank = prompt[len(opened) :]
@@ -169,12 +141,23 @@ def _after_opened_reasoning(
         letters = _letters(text)
         kept = _letters(content).removeprefix(OPEN) in letters and _letters(reasoning) in letters
         if stop >= 0 and kept and CLOSE in text and not text.lstrip().startswith(OPEN):
+            check_written([reply], text)
             return text[: stop + len(facts.end_text)]
+    if CALLS in reply:
+        raise DataError(
+            "the chat template does not keep the reasoning that its prompt opens before a call of "
+            f"a tool; {ADVICE}"
+        )
     if CLOSE in content:
         content = content.lstrip().removeprefix(OPEN).lstrip("\n")
     else:
         content = f"{reasoning.strip()}\n{CLOSE}\n\n{content}"
     return content + facts.tail
+
+
+def has_letters(part: str, text: str) -> bool:
+    """Whether a text holds another one, white space and the marks of reasoning aside."""
+    return _letters(_MARKS.sub("", part)) in _letters(_MARKS.sub("", text))
 
 
 def _letters(text: str) -> str:

@@ -7,9 +7,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-# {"role": "system" | "user" | "assistant", "content": text}; a reply may have REASONING too.
-Message = dict[str, str]
+# {"role": "system" | "user" | "assistant" | "tool", "content": text}. A reply may have REASONING
+# and CALLS, the result of a call (role tool) its "name" and "tool_call_id". The first message of a
+# conversation may have the TOOLS that the model can call.
+Message = dict[str, Any]
 REASONING = "reasoning_content"
+CALLS = "tool_calls"
+TOOLS = "tools"
 
 MAX_MESSAGE = 1000  # characters; messages quote the row and are listed in the data card
 SKIP_HINT = "Correct the row, or set on_bad_row: skip to leave such rows out and count them."
