@@ -54,9 +54,18 @@ class Load(Soak):
 
         def one(number: int) -> str:
             config = {**base, "name": f"load-{number}", "seed": number}
-            body = {"name": config["name"], "parameters": {"config": config}}
+            # The key lets a request that got no answer be sent again.
+            body = {
+                "name": config["name"],
+                "parameters": {"config": config},
+                "idempotency_key": config["name"],
+            }
             path = f"/deployments/{deployment}/create_flow_run"
-            return str(self.system.post(path, body)["id"])
+            while True:
+                try:
+                    return str(self.system.post(path, body)["id"])
+                except httpx.TimeoutException:
+                    self.say("no answer: to a submission")
 
         began = time.monotonic()
         self.runs = [one(number) for number in range(self.pipelines)]
