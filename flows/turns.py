@@ -9,12 +9,19 @@ run reports it as crashed.
 Here one request at a time may write, in the order of arrival. The server's own services still come
 between, so a request that is answered 503 is repeated, while the others wait. Nothing of it was
 written: its transaction was rolled back. PostgreSQL needs none of this.
+
+For the same reason Prefect 3.9 answers at most 100 requests at once on SQLite, and counts streams
+of events among them. A pipeline holds two as long as it runs, so that the server of 50 pipelines
+would never answer again. Here streams do not count.
 """
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any, cast
 
+from fastapi import FastAPI
+from prefect.server.api.server import RequestLimitMiddleware
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
 
 from rlhf_core.system.asgi import App, Message, Receive, Scope, Send, replayed
@@ -80,7 +87,22 @@ async def _whole(receive: Receive) -> list[Message]:
     return messages
 
 
-def for_database(app: App) -> App:
-    """The server's app, in turns if its database is SQLite."""
-    sqlite = PREFECT_API_DATABASE_CONNECTION_URL.value().startswith("sqlite")
-    return Turns(app) if sqlite else app
+class RequestLimit(RequestLimitMiddleware):
+    """Prefect's limit of requests at once, which streams of events are not."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def for_database(app: FastAPI) -> App:
+    """The server's app; if its database is SQLite, in turns, and with any number of streams."""
+    if not PREFECT_API_DATABASE_CONNECTION_URL.value().startswith("sqlite"):
+        return cast(App, app)
+    for middleware in app.user_middleware:
+        found: Any = middleware
+        if found.cls is RequestLimitMiddleware:
+            found.cls = RequestLimit
+    return Turns(cast(App, app))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sqlite3
 from contextlib import closing
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from prefect.server.api import server as prefect_api
+from prefect.server.api.server import RequestLimitMiddleware
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 
 from flows import turns
 
@@ -111,3 +115,61 @@ def test_reads_do_not_wait_and_a_lasting_refusal_is_passed_on(database, monkeypa
                     return (await client.get("/")).text, (await client.post("/filter")).status_code
 
         assert asyncio.run(while_a_writer_has_its_turn()) == ("1", 503)
+
+
+def test_streams_of_events_leave_room_for_requests(monkeypatch):
+    monkeypatch.setattr(turns, "PREFECT_API_DATABASE_CONNECTION_URL", Setting("sqlite://"))
+    streaming, ended = asyncio.Semaphore(0), asyncio.Event()
+
+    async def stream(websocket):
+        await websocket.accept()
+        streaming.release()
+        await ended.wait()
+
+    async def answer(request):
+        return PlainTextResponse("here")
+
+    routes = [WebSocketRoute("/stream", stream), Route("/", answer)]
+    prefect = FastAPI(routes=routes)
+    prefect.add_middleware(RequestLimitMiddleware, limit=2)
+    app = turns.for_database(prefect)
+
+    async def go():
+        scope = {"type": "websocket", "path": "/stream", "headers": [], "query_string": b""}
+        streams = [asyncio.create_task(app({**scope}, connect, ignore)) for _ in range(3)]
+        for _ in streams:
+            await streaming.acquire()
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            found = await asyncio.wait_for(client.get("/"), 5)
+        ended.set()
+        await asyncio.gather(*streams)
+        return found.text
+
+    assert asyncio.run(go()) == "here"
+
+
+def test_prefects_limit_is_the_one_that_is_replaced(monkeypatch):
+    monkeypatch.setattr(turns, "PREFECT_API_DATABASE_CONNECTION_URL", Setting("sqlite://"))
+    prefect = FastAPI()
+    prefect.add_middleware(RequestLimitMiddleware, limit=100)
+    turns.for_database(prefect)
+    assert [m.cls for m in prefect.user_middleware] == [turns.RequestLimit]
+    source = inspect.getsource(prefect_api.create_app)
+    assert "app.add_middleware(RequestLimitMiddleware, limit=100)" in source
+
+
+class Setting:
+    def __init__(self, text):
+        self.text = text
+
+    def value(self):
+        return self.text
+
+
+async def connect():
+    return {"type": "websocket.connect"}
+
+
+async def ignore(message):
+    pass
