@@ -66,7 +66,7 @@ def loss(job: GRPOJob, kl_coef: float, micro_batch: MicroBatch) -> tuple[Tensor,
     """The clipped surrogate with the KL as a term (eq. 3)."""
     total, metrics = grpo_loss(
         micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.ref_logprobs,
-        micro_batch.advantages, micro_batch.response_mask, job.clip_range, kl_coef,
+        micro_batch.weighted_advantages, micro_batch.loss_mask, job.clip_range, kl_coef,
         replies=micro_batch.replies, tokens=micro_batch.tokens, average=job.average,
     )  # fmt: skip
     return total, {"policy_loss": total.detach(), **metrics}

@@ -112,9 +112,9 @@ def estimate_advantages(job: PPOJob, experience: Experience, kl_coef: float) -> 
 
 def loss(job: PPOJob, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
     """The clipped surrogate and the critic's clipped error."""
-    mask, tokens = micro_batch.response_mask, micro_batch.tokens
+    mask, tokens = micro_batch.loss_mask, micro_batch.tokens
     policy_loss, policy = ppo_policy_loss(
-        micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.advantages, mask,
+        micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.weighted_advantages, mask,
         job.clip_range, denominator=tokens,
     )  # fmt: skip
     assert micro_batch.values is not None

@@ -64,8 +64,8 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
 def loss(job: ReinforcePPJob, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
     """PPO's clipped surrogate."""
     total, metrics = ppo_policy_loss(
-        micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.advantages,
-        micro_batch.response_mask, job.clip_range, denominator=micro_batch.tokens,
+        micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.weighted_advantages,
+        micro_batch.loss_mask, job.clip_range, denominator=micro_batch.tokens,
     )  # fmt: skip
     shown = {name: metrics[name] for name in ("clip_fraction", "approx_kl")}
     return total, {"policy_loss": total.detach(), **shown}

@@ -67,9 +67,9 @@ def run(job: RLOOJob, context: StageContext) -> Artifact | None:
 def loss(job: RLOOJob, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
     """REINFORCE on whole replies (section 3)."""
     total, metrics = rloo_loss(
-        micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.advantages,
-        micro_batch.response_mask, job.clip_range, replies=micro_batch.replies,
+        micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.weighted_advantages,
+        micro_batch.loss_mask, job.clip_range, replies=micro_batch.replies,
     )  # fmt: skip
     k3 = kl_estimate(micro_batch.old_logprobs, micro_batch.logprobs.detach(), "k3")  # (b,T)
-    approx_kl = masked_sum(k3, micro_batch.response_mask).double() / micro_batch.tokens
+    approx_kl = masked_sum(k3, micro_batch.loss_mask).double() / micro_batch.tokens
     return total, {"policy_loss": total.detach(), **metrics, "approx_kl": approx_kl}

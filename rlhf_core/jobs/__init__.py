@@ -69,7 +69,7 @@ from rlhf_core.jobs.preference import (
 from rlhf_core.jobs.pretraining import NewModelJob, NewModelSettings, PretrainJob, PretrainSettings
 from rlhf_core.jobs.results import EvaluateJob, EvaluateSettings, Gates, PublishSettings
 from rlhf_core.jobs.rewards import ModelReward, Reward
-from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, VllmRollout
+from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, RolloutCorrection, VllmRollout
 from rlhf_core.jobs.sources import DataSettings, MixSource, Mixture, Source
 from rlhf_core.jobs.training import (
     RewardJob,
@@ -142,6 +142,7 @@ __all__ = [
     "RewardJob",
     "RewardSettings",
     "Rollout",
+    "RolloutCorrection",
     "SFTJob",
     "SFTSettings",
     "SampledPreferences",

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhf_core.jobs.base import Digest, PositiveInt, Resources, job_input
 from rlhf_core.jobs.ensemble import EnsembleJob
 from rlhf_core.jobs.rewards import ModelReward, Reward, reward_names
-from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, VllmRollout
+from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout
 from rlhf_core.jobs.training import HeldOutJob, HeldOutSettings
 
 LATER = (
@@ -31,6 +31,8 @@ key."""
 
 class OnlineSettings(HeldOutSettings):
     """Settings that all online algorithms share."""
+
+    one_action: ClassVar[bool] = False  # a whole reply is one action, not each of its tokens
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
     """Peak learning rate of the policy."""
@@ -168,6 +170,16 @@ class OnlineSettings(HeldOutSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _actions_have_weights(self) -> Self:
+        correction = self.rollout.correction
+        if self.one_action and correction is not None and correction.level == "token":
+            raise ValueError(
+                "rollout.correction.level is token, but here a whole reply is one action, which "
+                "has one weight; set it to sequence, or clear it"
+            )
+        return self
+
     @property
     def replies(self) -> int:
         """Replies per rollout over all ranks."""
@@ -203,12 +215,13 @@ class OnlineJob(OnlineSettings, EnsembleJob, HeldOutJob):
         for name in LATER:
             if name in settings and settings[name] == type(self).model_fields[name].default:
                 del settings[name]
-        if isinstance(self.rollout, VllmRollout):
-            shown = self.rollout.model_dump(
-                mode="json", exclude=set(self.rollout.excluded_from_key)
-            )
-            return settings | {"rollout": shown}
-        del settings["rollout"]
+        rollout, default = (
+            engine.model_dump(mode="json", exclude=set(engine.excluded_from_key))
+            for engine in (self.rollout, BuiltinRollout())
+        )
+        settings["rollout"] = rollout
+        if rollout == default:
+            del settings["rollout"]
         return settings
 
     @model_validator(mode="after")

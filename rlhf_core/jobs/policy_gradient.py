@@ -97,6 +97,8 @@ class RLOOSettings(GroupSettings):
     """REINFORCE leave-one-out (arXiv 2402.14740): a reply's baseline is the mean of the other
     replies in its group."""
 
+    one_action: ClassVar[bool] = True
+
     group_size: GroupSize = 4
     """Replies to each prompt."""
 

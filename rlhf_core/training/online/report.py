@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_core.models.saving import export
 from rlhf_core.training.online.collapse import Save, stop_if_collapsed, warn_of_openings
+from rlhf_core.training.online.correction import correction_metrics
 from rlhf_core.training.online.experience import Experience, Targets
 from rlhf_core.training.online.heldout import evaluate
 from rlhf_core.training.online.stage import OnlineStage
@@ -35,7 +36,7 @@ def report_and_save(
         Preempted: the job was told to stop; the state is saved.
     """
     job, context, rollout = stage.job, stage.context, experience.rollout
-    metrics = summarise(job, experience) | dict(update)
+    metrics = summarise(job, experience) | correction_metrics(job, experience) | dict(update)
     metrics["rollout_seconds"] = rollout.seconds
     tokens = float(experience.response_mask.sum())
     metrics["tokens_per_second"] = tokens / (time.perf_counter() - rollout.began)

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from rlhf_core.errors import NonFinite, TrainingFailure
+from rlhf_core.losses.correction import weighted
 from rlhf_core.losses.supervised import sft_loss
 from rlhf_core.nn.padding import flat_indices, put, take, to_device
 from rlhf_core.training.nonfinite import failure
@@ -22,6 +23,7 @@ from rlhf_core.training.online.batches import (
     split_minibatches,
     update_order,
 )
+from rlhf_core.training.online.correction import correction_weights
 from rlhf_core.training.online.experience import Experience, Targets, assert_same_policy
 from rlhf_core.training.online.first_pass import FirstPass
 from rlhf_core.training.online.ptx import PtxBatch, ptx_batches
@@ -45,8 +47,16 @@ class MicroBatch:
     values: Tensor | None  # (b,T) of PPO's critic as it is now
     old_values: Tensor | None  # (b,T)
     returns: Tensor | None  # (b,T)
-    replies: float  # of the minibatch over all ranks, by which sums are divided
-    tokens: float  # the same of its response tokens
+    replies: float  # of the minibatch over all ranks with a token in the loss, divides sums
+    tokens: float  # the same of its tokens in the loss
+    loss_mask: Tensor  # (b,T) bool, tokens that are trained on, a part of response_mask
+    weights: Tensor | None = None  # (b,T) or (b,) of the rollout correction, None: all are 1
+
+    @property
+    def weighted_advantages(self) -> Tensor:
+        """Advantages times the weights of the rollout correction, (b,T) or (b,): a weight is a
+        factor of the surrogate as well. Every loss of a policy takes these."""
+        return weighted(self.advantages, self.weights)
 
 
 Loss = Callable[[MicroBatch], tuple[Tensor, Mapping[str, float | Tensor]]]
@@ -88,7 +98,7 @@ def optimise(
             if first_pass.unfinished:
                 old_logprobs = first_pass.complete(experience.old_logprobs, strategy.group)
                 experience = replace(experience, old_logprobs=old_logprobs)
-                assert_same_policy(job, experience)
+                assert_same_policy(job, experience, strategy.precision)
             elif update.epoch == update.minibatch == 0:
                 assert_ratio_is_one(strategy, gap)
             strategy.step()
@@ -122,12 +132,13 @@ def accumulate_gradients(
         job, strategy, stage.inputs.ptx,
         replies=len(minibatch), update=update.number, micro_batches=len(micro),
     )  # fmt: skip
-    tokens = float(experience.response_mask[minibatch].sum())
+    trained = experience.loss_mask[minibatch].sum(dim=1)  # (minibatch,)
+    replies, tokens = float((trained > 0).sum()), float(trained.sum())
     found = []
     for i, (indices, ptx) in enumerate(zip(micro, mixed_in, strict=True)):
         with strategy.micro_batch(last=i == len(micro) - 1):
             micro_batch, ptx_logprobs = forward_micro_batch(
-                stage, experience, targets, first_pass, indices, len(minibatch), tokens, ptx
+                stage, experience, targets, first_pass, indices, replies, tokens, ptx
             )
             total, metrics = loss(micro_batch)
             ptx_loss: float | Tensor = 0.0
@@ -148,14 +159,14 @@ def forward_micro_batch(
     targets: Targets,
     first_pass: FirstPass,
     indices: list[int],
-    replies: int,
+    replies: float,
     tokens: float,
     ptx: PtxBatch | None,
 ) -> tuple[MicroBatch, Tensor | None]:
     """Forward pass of the trained module over some replies.
 
     Args:
-        indices: of the replies. replies, tokens: of the minibatch.
+        indices: of the replies. replies, tokens: of the minibatch, which are in the loss.
 
     Returns:
         What the loss sees, and the log-probabilities of the rows that are mixed in.
@@ -187,6 +198,7 @@ def forward_micro_batch(
         old_logprobs = logprobs.detach()
     else:
         old_logprobs = part(experience.old_logprobs)
+    loss_mask = part(experience.loss_mask)
     micro_batch = MicroBatch(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
@@ -196,8 +208,12 @@ def forward_micro_batch(
         values=None if flat_values is None else align(flat_values),
         old_values=None if experience.values is None else part(experience.values),
         returns=None if targets.returns is None else part(targets.returns),
-        replies=float(replies),
+        replies=replies,
         tokens=tokens,
+        loss_mask=loss_mask,
+        weights=correction_weights(
+            stage.job, old_logprobs, part(experience.rollout_logprobs), loss_mask
+        ),
     )
     return micro_batch, ptx_logprobs
 

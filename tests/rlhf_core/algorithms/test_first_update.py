@@ -86,8 +86,8 @@ def test_replies_of_another_policy_are_found_in_the_first_update(inputs, stages,
     job = make(GRPOJob, inputs)  # in fp32: in bf16 replies and scores differ by more
     judge, judged = experience.assert_same_policy, []
 
-    def watched(job, found):
-        judge(job, found)
+    def watched(job, found, precision):
+        judge(job, found, precision)
         judged.append(experience.logprob_gap(found))
         if len(judged) == 2:
             raise TrainingFailure("another policy")

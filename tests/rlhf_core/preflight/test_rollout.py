@@ -167,9 +167,21 @@ def experience(difference: float) -> Any:
 
 def test_gap_of_the_logprobs_ends_the_stage_past_its_bound() -> None:
     job = GRPOJob(**DIGESTS, rollout=VllmRollout(max_logprob_gap=0.1))
-    assert_same_policy(job, experience(0.099))
+    assert_same_policy(job, experience(0.099), "fp32")
     with pytest.raises(TrainingFailure, match=r"differ by 0.101 nats .*max_logprob_gap 0\.1"):
-        assert_same_policy(job, experience(0.101))
+        assert_same_policy(job, experience(0.101), "fp32")
     with pytest.raises(TrainingFailure, match="differ by nan"):
-        assert_same_policy(job, experience(float("nan")))
-    assert_same_policy(GRPOJob(**DIGESTS), experience(0.101))  # the loop's own is only a metric
+        assert_same_policy(job, experience(float("nan")), "fp32")
+
+
+def test_gap_of_the_built_in_loop_has_a_bound_for_each_precision() -> None:
+    job = GRPOJob(**DIGESTS)
+    assert_same_policy(job, experience(0.0009), "fp32")
+    assert_same_policy(job, experience(0.19), "bf16")
+    for gap, precision, bound in ((0.0011, "fp32", "0.001"), (0.21, "bf16", "0.2")):
+        found = rf"differ by {gap} nats .* built-in .*max_logprob_gap {bound} \(precision {precision}"
+        with pytest.raises(TrainingFailure, match=found):
+            assert_same_policy(job, experience(gap), precision)
+    wide = GRPOJob(**DIGESTS, rollout=BuiltinRollout(max_logprob_gap=0.5))
+    assert_same_policy(wide, experience(0.4), "fp32")
+    assert wide.key() == job.key()  # what does not fail is the same
