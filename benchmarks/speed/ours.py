@@ -143,7 +143,7 @@ def replies_of(values: dict[str, Any], prompts: list[list[int]], algorithm: str)
 
 def make_job(arguments: argparse.Namespace, values: dict[str, Any]) -> Any:
     """The job of a row."""
-    from rlhf_core.jobs import GRPOJob, PPOJob, Resources, RewardJob, SFTJob
+    from rlhf_core.jobs import BuiltinRollout, GRPOJob, PPOJob, Resources, RewardJob, SFTJob
     from rlhf_core.jobs.rewards import PythonReward
 
     sizes, digests = values["sizes"], values["digests"]
@@ -162,6 +162,8 @@ def make_job(arguments: argparse.Namespace, values: dict[str, Any]) -> Any:
         "max_new_tokens": sizes.reply_length, "kl_coef": 0.04, "missing_eos_penalty": 0.0,
         "max_kl": 1e9, "max_repetition": None,
     }  # fmt: skip
+    if arguments.given:  # replies that nobody sampled have no log-probabilities
+        online["rollout"] = BuiltinRollout(max_logprob_gap=1e9)
     if arguments.row == "sft":
         return SFTJob(**common, data=digests["sft"], batch_size=sizes.batch,
                       max_steps=sizes.all_steps)  # fmt: skip

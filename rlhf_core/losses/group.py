@@ -32,7 +32,7 @@ def grpo_loss(
 
     Args:
         logprobs, old_logprobs, ref_logprobs: (B,T); only ``logprobs`` receives a gradient.
-        advantages: (B,), one for all tokens of a reply. mask: (B,T) bool.
+        advantages: (B,), one for all tokens of a reply, or (B,T). mask: (B,T) bool.
         replies, tokens: numbers of the global batch, by which the sums are divided.
 
     Returns:
@@ -42,12 +42,13 @@ def grpo_loss(
     """
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     zero = torch.zeros((), device=logprobs.device)
+    columns = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)  # (B,T) or (B,1)
     if average == "reply":
         weights = 1.0 / mask.sum(dim=1, keepdim=True).clamp(min=1).float() / replies  # (B,1)
     else:
-        weights = torch.full_like(advantages, 1.0 / tokens).unsqueeze(1)  # (B,1)
+        weights = torch.full_like(columns[:, :1], 1.0 / tokens)  # (B,1)
     # A positive factor on the advantage is a factor on the token's loss.
-    weighted = (advantages.unsqueeze(1) * weights).expand(mask.shape)  # (B,T)
+    weighted = (columns * weights).expand(mask.shape)  # (B,T)
     surrogate, metrics = ppo_policy_loss(
         logprobs, old_logprobs, weighted, mask, clip_range, denominator=1.0
     )

@@ -22,6 +22,7 @@ from rlhf_core.jobs import (
     ReinforcePPJob,
     Resources,
     RLOOJob,
+    RolloutCorrection,
     VllmRollout,
     WorkPoolLauncher,
     parse_job,
@@ -69,6 +70,29 @@ def test_vllm_counts_in_the_key_and_its_memory_does_not() -> None:
     strict = VllmRollout(max_logprob_gap=0.01)
     assert GRPOJob(**DIGESTS, rollout=strict).key() != vllm.key()
     assert parse_job(vllm.model_dump_json()) == vllm
+
+
+def test_correction_counts_in_the_key() -> None:
+    plain, weights = GRPOJob(**DIGESTS), RolloutCorrection()
+    corrected = GRPOJob(**DIGESTS, rollout=BuiltinRollout(correction=weights))
+    masked = RolloutCorrection(mode="mask", min_weight=0.5, max_weight=5.0)
+    others = GRPOJob(**DIGESTS, rollout=BuiltinRollout(correction=masked))
+    assert len({plain.key(), corrected.key(), others.key()}) == 3
+    assert VllmRollout().correction == weights, "on where the sampler is vLLM"
+    off = GRPOJob(**DIGESTS, rollout=VllmRollout(correction=None))
+    assert off.key() != GRPOJob(**DIGESTS, rollout=VllmRollout()).key()
+    assert parse_job(others.model_dump_json()) == others
+
+
+def test_correction_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ValidationError, match="nothing would be masked; give a bound"):
+        RolloutCorrection(mode="mask", max_weight=None)
+    with pytest.raises(ValidationError, match="max_weight"):
+        RolloutCorrection(max_weight=0.9)  # would scale down what needs no correction
+    tokens = VllmRollout(correction=RolloutCorrection(level="token"))
+    with pytest.raises(ValidationError, match="a whole reply is one action"):
+        RLOOJob(**DIGESTS, rollout=tokens)
+    assert GRPOJob(**DIGESTS, rollout=tokens)
 
 
 def test_rollout_is_set_by_its_path() -> None:
@@ -179,7 +203,9 @@ def test_gap_of_the_built_in_loop_has_a_bound_for_each_precision() -> None:
     assert_same_policy(job, experience(0.0009), "fp32")
     assert_same_policy(job, experience(0.19), "bf16")
     for gap, precision, bound in ((0.0011, "fp32", "0.001"), (0.21, "bf16", "0.2")):
-        found = rf"differ by {gap} nats .* built-in .*max_logprob_gap {bound} \(precision {precision}"
+        found = (
+            rf"differ by {gap} nats .* built-in .*max_logprob_gap {bound} \(precision {precision}"
+        )
         with pytest.raises(TrainingFailure, match=found):
             assert_same_policy(job, experience(gap), precision)
     wide = GRPOJob(**DIGESTS, rollout=BuiltinRollout(max_logprob_gap=0.5))
