@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from rlhf_core.errors import ConfigError, TrainingFailure
 from rlhf_core.jobs import (
