@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from rlhf_core.errors import NonFinite, TrainingFailure
 from rlhf_core.losses.correction import weighted
 from rlhf_core.losses.supervised import sft_loss
-from rlhf_core.nn.padding import flat_indices, put, take, to_device
+from rlhf_core.nn.padding import Batch, flat_indices, put, take, to_device
 from rlhf_core.training.nonfinite import failure
 from rlhf_core.training.online.batches import (
     Update,
@@ -186,12 +187,7 @@ def forward_micro_batch(
 
     response_mask = experience.response_mask[indices]  # (b,T)
     at = to_device(flat_indices(response_mask), strategy.device)  # (N,)
-
-    def align(flat: Tensor) -> Tensor:
-        """(b,S) at the loss mask -> fp32 (b,T) at the response mask, with its gradient."""
-        assert batch.index.loss is not None
-        return put(take(flat.float(), batch.index.loss), at, *response_mask.shape)
-
+    align = partial(to_response, batch, at, response_mask.shape)
     logprobs = align(flat_logprobs)  # (b,T)
     if first_pass.defers(indices):
         first_pass.record(indices, logprobs)
@@ -216,6 +212,16 @@ def forward_micro_batch(
         ),
     )
     return micro_batch, ptx_logprobs
+
+
+def to_response(batch: Batch, at: Tensor, shape: tuple[int, int], flat: Tensor) -> Tensor:
+    """(b,S) at the batch's loss mask -> fp32 (b,T) at the response mask, with its gradient.
+
+    Args:
+        at: (N,) of the response mask, see `flat_indices`. shape: b and T.
+    """
+    assert batch.index.loss is not None
+    return put(take(flat.float(), batch.index.loss), at, *shape)
 
 
 def log_ratio_gap(micro_batch: MicroBatch) -> Tensor:
