@@ -29,7 +29,9 @@ from tasks.reporting.report import render, report
 from tasks.run import Run, new_run_id, recorded
 from tasks.watch import stop_when_cancelled
 
-Stage = Literal["model", "data", "label", TrainingStage, "evaluate", "lm_eval", "publish"]
+Stage = Literal[
+    "model", "data", "label", "best_of_n", TrainingStage, "evaluate", "lm_eval", "publish"
+]
 
 Returned = dict[str, Any] | State[dict[str, Any]]
 
@@ -125,6 +127,8 @@ def pipeline(run: Run) -> Iterator[str]:
     for number, step in enumerate(steps):
         if step.algorithm == "label":
             artifacts["preference"] = stages.label(run, step, artifacts).digest
+        elif step.algorithm == "best_of_n":
+            artifacts["best_of_n"] = stages.best_of_n(run, step, artifacts).digest
         else:
             try:
                 result = stages.TRAIN[step.algorithm](run, step, artifacts)

@@ -115,7 +115,8 @@ def _ways(store: Store, job: Job, error: JobFailed) -> list[str]:
     """Settings that need clearly less memory."""
     if not hasattr(job, "resources"):
         return ["fewer rows (max_samples), or run the stage on a machine with more memory"]
-    prefix = job.algorithm if job.algorithm != "label" else "data.preference"
+    settings_of = {"label": "data.preference", "best_of_n": "rejection_sampling"}
+    prefix = settings_of.get(job.algorithm, job.algorithm)
     known, found = _known(store, job, error), []
     if known is not None and isinstance(job, TrainSettings):
         config, length, device, stage = known

@@ -21,6 +21,8 @@ from rlhf_core.data.questions import read_questions
 from rlhf_core.errors import GateFailed, PreflightError
 from rlhf_core.evaluation.harness.tasks import fingerprint as tasks_fingerprint
 from rlhf_core.jobs import (
+    BaseJob,
+    BestOfNJob,
     EvaluateJob,
     ImportModelJob,
     ImportRewardJob,
@@ -183,6 +185,18 @@ def label(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult
     return run_job(run, step.name, job)
 
 
+@stage("best_of_n")
+def best_of_n(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult:
+    """Make demonstrations: the best of several replies of the newest model."""
+    section = run.config.rejection_sampling
+    roles = recipe.roles(run.config, "best_of_n")
+    inputs = {name: artifacts[role] for name, role in roles.items() if role in artifacts}
+    if section.wants_reward_model:
+        inputs |= ensemble(run, artifacts)
+    job = BestOfNJob(**fields_of(BestOfNJob, job_fields(run, section, step)), **inputs)
+    return run_job(run, step.name, job)
+
+
 def _training_task(algorithm: str) -> Callable[..., StageResult]:
     @stage(algorithm)
     def train(run: Run, step: recipe.Step, artifacts: dict[str, str]) -> StageResult:
@@ -196,7 +210,8 @@ def _training_task(algorithm: str) -> Callable[..., StageResult]:
         section = recipe.section(run.config, algorithm)
         if isinstance(section, OnlineSettings) and section.wants_reward_model:
             inputs |= ensemble(run, artifacts)
-        job = cast(Job, step.job(**job_fields(run, section, step), **inputs))
+        fields = fields_of(step.job, job_fields(run, section, step))
+        job = cast(Job, step.job(**fields, **inputs))
         result = run_job(run, step.name, job)
         wrong = check_reward(run.config.reward, result.metrics) if algorithm == "reward" else None
         if wrong is not None:
@@ -279,6 +294,11 @@ def ensemble(run: Run, artifacts: dict[str, str]) -> dict[str, Any]:
 def run_job(run: Run, name: str, job: Job) -> StageResult:
     """Run a stage that has one job."""
     return run_jobs(run, name, {name: job}, get_run_logger())[0]
+
+
+def fields_of(job: type[BaseJob], fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a job has: rejection sampling is one section of settings and two jobs."""
+    return {name: value for name, value in fields.items() if name in job.model_fields}
 
 
 def settings_fields(settings: Settings) -> dict[str, Any]:

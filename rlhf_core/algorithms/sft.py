@@ -1,5 +1,7 @@
 """Supervised fine-tuning: cross-entropy on the assistant's tokens (InstructGPT, step 1).
 
+Also the second half of rejection sampling, on the replies that `stages/best_of_n.py` kept.
+
 b rows of a micro-batch, S positions.
 """
 
@@ -13,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_core.data.dataset.reading import Rows
-from rlhf_core.jobs import SFTJob
+from rlhf_core.jobs import RejectionSamplingJob, SFTJob
 from rlhf_core.losses.supervised import sft_loss
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.runtime.context import StageContext
@@ -28,7 +30,7 @@ from rlhf_core.training.strategy import Strategy
 from rlhf_core.training.updates import update_on_batch
 
 
-def run(job: SFTJob, context: StageContext) -> Artifact | None:
+def run(job: SFTJob | RejectionSamplingJob, context: StageContext) -> Artifact | None:
     """Train, evaluate on held-out rows, publish. Every rank calls; rank 0 returns the artifact."""
     micro_batch_size = job.resources.micro_batch_size
     strategy = Strategy(job.resources, job.precision, job.max_grad_norm)

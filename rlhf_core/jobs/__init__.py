@@ -27,6 +27,12 @@ from rlhf_core.jobs.base import (
     Slug,
     Strategy,
 )
+from rlhf_core.jobs.best_of_n import (
+    BestOfNJob,
+    BestOfNSettings,
+    RejectionSamplingJob,
+    RejectionSamplingSettings,
+)
 from rlhf_core.jobs.data import (
     DataConfig,
     DataJob,
@@ -84,6 +90,8 @@ __all__ = [
     "JOB",
     "LARGEST",
     "BaseJob",
+    "BestOfNJob",
+    "BestOfNSettings",
     "BuiltinRollout",
     "DPOJob",
     "DPOSettings",
@@ -137,6 +145,8 @@ __all__ = [
     "RLOOSettings",
     "ReinforcePPJob",
     "ReinforcePPSettings",
+    "RejectionSamplingJob",
+    "RejectionSamplingSettings",
     "Resources",
     "Reward",
     "RewardJob",
@@ -179,6 +189,8 @@ Job = (
     | GRPOJob
     | RLOOJob
     | ReinforcePPJob
+    | BestOfNJob
+    | RejectionSamplingJob
     | NewModelJob
     | PretrainJob
     | EvaluateJob

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.jobs.base import Digest, PositiveInt, Resources, job_input
 from rlhf_core.jobs.ensemble import EnsembleJob
+from rlhf_core.jobs.objective import check_reward_model, checked_rewards, needs_reward_model
 from rlhf_core.jobs.rewards import ModelReward, Reward, reward_names
 from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout
 from rlhf_core.jobs.training import HeldOutJob, HeldOutSettings
@@ -111,15 +112,7 @@ class OnlineSettings(HeldOutSettings):
     @field_validator("rewards")
     @classmethod
     def _some_rewards(cls, rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
-        models = sum(isinstance(r, ModelReward) for r in rewards)
-        if not rewards:
-            raise ValueError("rewards is empty, so there is nothing to learn; add a reward")
-        if models > 1:
-            raise ValueError(
-                f'rewards has {models} entries of type "model", but there is one reward model; '
-                "keep one and give it the sum of the weights"
-            )
-        return rewards
+        return checked_rewards(rewards)
 
     @model_validator(mode="after")
     def _bounds_of_the_length_can_be_kept(self) -> Self:
@@ -188,7 +181,7 @@ class OnlineSettings(HeldOutSettings):
     @property
     def wants_reward_model(self) -> bool:
         """Whether the reward model's score is one of the rewards."""
-        return any(isinstance(r, ModelReward) for r in self.rewards)
+        return needs_reward_model(self.rewards)
 
 
 class OnlineJob(OnlineSettings, EnsembleJob, HeldOutJob):
@@ -235,14 +228,6 @@ class OnlineJob(OnlineSettings, EnsembleJob, HeldOutJob):
 
     @model_validator(mode="after")
     def _rewards_have_their_model(self) -> Self:
-        if self.wants_reward_model and self.reward_model is None:
-            raise ValueError(
-                'rewards has an entry of type "model" but reward_model is empty; give a reward '
-                "model, or leave only rules in rewards"
-            )
-        if self.reward_model is not None and not (self.wants_reward_model or self.critic):
-            raise ValueError(
-                'reward_model is given but rewards has no entry of type "model", so it would '
-                "not be used; add one, or clear reward_model"
-            )
+        given = self.reward_model is not None
+        check_reward_model(self.rewards, given, other_use=self.critic)
         return self

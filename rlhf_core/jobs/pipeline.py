@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rlhf_core.jobs.base import Resources, Seed, Settings, Slug
+from rlhf_core.jobs.best_of_n import RejectionSamplingSettings
 from rlhf_core.jobs.data import DataConfig, ModelSettings
 from rlhf_core.jobs.harness import LmEvalSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, Priority
@@ -24,7 +25,7 @@ from rlhf_core.jobs.training import RewardSettings, SFTSettings
 
 TrainingStage = Literal[
     "pretrain", "sft", "reward", "dpo", "simpo", "orpo", "kto", "ppo", "grpo", "rloo",
-    "reinforce_pp",
+    "reinforce_pp", "rejection_sampling",
 ]  # fmt: skip
 """Stages that train. Each has a section of settings of the same name, and a job."""
 
@@ -90,6 +91,8 @@ class PipelineConfig(Settings):
     """Settings of the stage rloo."""
     reinforce_pp: ReinforcePPSettings = ReinforcePPSettings()
     """Settings of the stage reinforce_pp."""
+    rejection_sampling: RejectionSamplingSettings = RejectionSamplingSettings()
+    """Settings of the stage rejection_sampling, and of best_of_n, which samples for it."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Evaluation."""
     lm_eval: LmEvalSettings | None = None

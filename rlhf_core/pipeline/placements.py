@@ -17,7 +17,7 @@ def placements(config: PipelineConfig) -> dict[str, Resources]:
         if step.algorithm == "label":
             name, labelling = recipe.label_settings(config, step)
             sections[name] = labelling
-        else:
+        elif step.algorithm != "best_of_n":  # it runs where the stage does that trains on it
             sections[step.algorithm] = recipe.section(config, step.algorithm)
     if recipe.produces_model(config):
         sections |= {name: getattr(config, name) for name in recipe.evaluation_stages(config)}
@@ -49,6 +49,7 @@ def trained_stages(
         if config.data.unpaired is not None:
             lengths["unpaired"] = config.data.unpaired.max_length
         lengths["prompts"] = longest + getattr(settings, "max_new_tokens", 0)
+        lengths["best_of_n"] = lengths["prompts"]
         roles = recipe.roles(config, stage).values()
         yield (
             stage,

@@ -4,6 +4,7 @@
     the same, 2 reward.members         sft, label, reward-1, reward-2, ppo
     stages [sft, dpo]                  sft, label, dpo
     stages [sft, reward, dpo], 2 rounds  sft, label, reward, label-1, dpo-1, label-2, dpo-2
+    stages [sft, rejection_sampling]   sft, best_of_n, rejection_sampling
 
 "label" is a step only if preference pairs are sampled.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from rlhf_core.jobs import (
     BaseJob,
+    BestOfNSettings,
     DataSettings,
     Mixture,
     OnlineSettings,
@@ -31,7 +33,10 @@ BEFORE_ALIGNMENT = ("pretrain", "sft", "reward")
 """Stages before the alignment, which rounds do not repeat."""
 
 LABELS = {"reward": "reward model", "simpo": "SimPO", "reinforce_pp": "REINFORCE++",
-          "pretrain": "pretraining"}  # fmt: skip
+          "pretrain": "pretraining", "rejection_sampling": "best-of-n SFT"}  # fmt: skip
+
+Rewarded = OnlineSettings | BestOfNSettings
+"""Settings with `rewards`."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Step:
 
     Attributes:
         name: in the run's record: the algorithm, with the round if there are several.
-        algorithm: "label", or one of the configuration's stages.
+        algorithm: "label", "best_of_n", or one of the configuration's stages.
         round: from 0; 0 for stages that are not repeated.
         member: of an ensemble of reward models, from 0; 0 for all other stages.
     """
@@ -83,6 +88,8 @@ def steps(config: PipelineConfig) -> list[Step]:
                 anew = config.rounds > 1 and not _labelled(result, number)
                 if anew or (config.rounds == 1 and sampled and not _labelled(result)):
                     result.append(Step(f"label{suffix}", "label", number))
+            if algorithm == "rejection_sampling":
+                result.append(Step(f"best_of_n{suffix}", "best_of_n", number))
             result.append(Step(f"{algorithm}{suffix}", algorithm, number))
     return result
 
@@ -165,9 +172,9 @@ def has_reward_model(config: PipelineConfig) -> bool:
 
 
 def online_rewards(config: PipelineConfig) -> tuple[Reward, ...]:
-    """The rewards of the last stage of online RL; empty without such a stage."""
+    """The rewards of the last stage that has any: online RL, or rejection sampling."""
     found = [section(config, stage) for stage in config.stages]
-    rewards = [settings.rewards for settings in found if isinstance(settings, OnlineSettings)]
+    rewards = [settings.rewards for settings in found if isinstance(settings, Rewarded)]
     return rewards[-1] if rewards else ()
 
 
@@ -180,8 +187,8 @@ def label_settings(config: PipelineConfig, step: Step) -> tuple[str, SampledPref
 
 
 def section(config: PipelineConfig, algorithm: str) -> TrainSettings:
-    """The settings of a stage."""
-    settings = getattr(config, algorithm)
+    """The settings of a stage; best_of_n has them from the stage that it samples for."""
+    settings = getattr(config, "rejection_sampling" if algorithm == "best_of_n" else algorithm)
     assert isinstance(settings, TrainSettings)
     return settings
 
@@ -194,7 +201,7 @@ def roles(config: PipelineConfig, algorithm: str) -> dict[str, str]:
     settings = section(config, algorithm)
     if not getattr(settings, "ptx_coef", 0.0):
         found = {name: role for name, role in found.items() if role != "ptx"}
-    if isinstance(settings, OnlineSettings) and not settings.wants_reward_model:
+    if isinstance(settings, Rewarded) and not settings.wants_reward_model:
         critic = getattr(job_class(algorithm), "critic", False) and has_reward_model(config)
         found = {k: role for k, role in found.items() if role != "reward_model" or critic}
     if config.data.unpaired is None:
@@ -253,7 +260,8 @@ def problems(config: PipelineConfig) -> list[str]:
     if "reward" in config.stages and config.reward_model is not None:
         found.append("stages has reward and reward_model is set too; leave one out")
     for stage in [*before, *repeated]:
-        if "reward_model" in roles(config, stage).values() and not there:
+        samples = "best_of_n" if stage == "rejection_sampling" else stage
+        if "reward_model" in roles(config, samples).values() and not there:
             found.append(
                 f"{stage} needs a reward model: put reward before {stage} in stages, or set "
                 "reward_model to an existing one"

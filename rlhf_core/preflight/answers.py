@@ -11,7 +11,7 @@ from rlhf_core.data.rows.row import BadRow
 from rlhf_core.data.sources.kind import source_kind
 from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import RLHFError
-from rlhf_core.jobs import DataSettings, OnlineSettings, PipelineConfig
+from rlhf_core.jobs import DataSettings, PipelineConfig
 from rlhf_core.jobs.rewards import AnswerReward
 from rlhf_core.pipeline import recipe
 from rlhf_core.rewards.references import References, read_references
@@ -51,7 +51,7 @@ def _rules(config: PipelineConfig) -> Iterator[tuple[str, AnswerReward]]:
     """Setting name and value of each rule that compares with an answer."""
     for stage in config.stages:
         section = recipe.section(config, stage)
-        rewards = section.rewards if isinstance(section, OnlineSettings) else ()
+        rewards = section.rewards if isinstance(section, recipe.Rewarded) else ()
         for number, reward in enumerate(rewards):
             if isinstance(reward, AnswerReward):
                 yield f"{stage}.rewards.{number} (answer)", reward

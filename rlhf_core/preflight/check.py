@@ -16,7 +16,6 @@ from rlhf_core.jobs import (
     LmEvalSettings,
     LocalLauncher,
     ModelSettings,
-    OnlineSettings,
     PipelineConfig,
 )
 from rlhf_core.judges.lexicon import PACKAGES
@@ -174,7 +173,7 @@ def _check_rewards(config: PipelineConfig) -> list[str]:
     problems = []
     for stage in config.stages:
         settings = recipe.section(config, stage)
-        if not isinstance(settings, OnlineSettings):
+        if not isinstance(settings, recipe.Rewarded):
             continue
         found = check_rewards(settings.rewards, config.data.prompts)
         problems += [f"{stage}.{text}" for text in found]

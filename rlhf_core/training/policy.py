@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_core.jobs import OnlineJob, PreferenceJob, PretrainJob, RewardJob, SFTJob
+from rlhf_core.jobs import (
+    OnlineJob,
+    PreferenceJob,
+    PretrainJob,
+    RejectionSamplingJob,
+    RewardJob,
+    SFTJob,
+)
 from rlhf_core.models.nf4 import NF4
 from rlhf_core.models.saving import save_causal_lm
 from rlhf_core.nn.layers import choose_trainable
@@ -20,7 +27,7 @@ from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.optimizer import adamw
 from rlhf_core.training.strategy import HALF, Strategy
 
-PolicyJob = PretrainJob | SFTJob | PreferenceJob | OnlineJob
+PolicyJob = PretrainJob | SFTJob | RejectionSamplingJob | PreferenceJob | OnlineJob
 """Jobs that train a language model."""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rlhf_core.jobs import OnlineSettings, PipelineConfig, SampledPreferences
+from rlhf_core.jobs import PipelineConfig, SampledPreferences
 from rlhf_core.jobs.rewards import (
     VERIFIERS,
     ModelReward,
@@ -96,7 +96,7 @@ def _lexicon(config: PipelineConfig, judge: str) -> Judge:
     if judge in _labellers(config):
         return Judge(name, False, "also labelled the pairs that the run trains on")
     rewards = [r for s in config.stages if isinstance(found := recipe.section(config, s),
-               OnlineSettings) for r in found.rewards]  # fmt: skip
+               recipe.Rewarded) for r in found.rewards]  # fmt: skip
     if judge == "vader" and any(isinstance(r, SentimentReward) and r.weight for r in rewards):
         return Judge(name, False, "is the reward 'sentiment', on which the model was trained")
     return Judge(name, True, _no_part(config))

@@ -208,6 +208,26 @@ def test_rounds_of_ppo_go_on_from_the_last_policy_and_keep_every_rounds_artifact
     assert second.metadata["job"]["seed"] == first.metadata["job"]["seed"] + 1, "other prompts"
 
 
+def test_rejection_sampling_samples_from_the_newest_policy_in_each_round(
+    pipeline, without_torchrun
+):
+    done = pipeline("stages=[sft, reward, rejection_sampling]", "rounds=2")["stages"]
+    sampled = ["best_of_n-1", "rejection_sampling-1", "best_of_n-2", "rejection_sampling-2"]
+    assert list(done)[-6:] == [*sampled, "evaluate", "publish"]
+    digest = {name: result["digest"] for name, result in done.items()}
+
+    def parents(name):
+        return set(pipeline.store.get(digest[name]).parents)
+
+    shared = {digest["reward"], digest["data-prompts"]}
+    assert parents("best_of_n-1") == {digest["sft"], *shared}
+    assert parents("rejection_sampling-1") == {digest["sft"], digest["best_of_n-1"]}
+    assert parents("best_of_n-2") == {digest["rejection_sampling-1"], *shared}
+    assert parents("rejection_sampling-2") == {
+        digest["rejection_sampling-1"], digest["best_of_n-2"]
+    }  # fmt: skip
+
+
 def test_benchmarks_come_before_publishing_and_count_in_what_is_published(
     pipeline, tmp_path, monkeypatch, without_torchrun
 ):

@@ -16,7 +16,7 @@ STEPS = 2
 ARCHITECTURES = ("llama", "gpt2", "bloom", "qwen2", "opt")
 ALGORITHMS = (
     "sft", "pretrain", "reward", "reward_probe", "dpo", "simpo", "orpo", "kto", "ppo", "grpo",
-    "rloo", "reinforce_pp", "label", "evaluate",
+    "rloo", "reinforce_pp", "label", "best_of_n", "evaluate",
 )  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def trains(self) -> bool:
-        return self.algorithm not in ("label", "evaluate")
+        return self.algorithm not in ("label", "best_of_n", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,15 @@ def _label(data: dict[str, str], reward: str, settings: dict[str, Any]) -> BaseJ
     return jobs.LabelJob(**(common | settings))
 
 
+def _best_of_n(data: dict[str, str], reward: str, settings: dict[str, Any]) -> BaseJob:
+    common = {
+        "prompts": data["prompts"], "reward_model": reward, "max_prompts": 8,
+        "max_heldout_prompts": 4, "samples_per_prompt": 2, "max_new_tokens": 6,
+        "keep_unfinished": True, "rewards": ({"type": "model"}, {"type": "must_end"}),
+    }  # fmt: skip
+    return jobs.BestOfNJob(**(common | settings))
+
+
 def _evaluate(data: dict[str, str], reward: str, settings: dict[str, Any]) -> BaseJob:
     model = settings["model"]
     common = {
@@ -134,6 +143,7 @@ _MAKE: dict[str, Callable[..., BaseJob]] = {
     "rloo": _samples(jobs.RLOOJob, batch_size=2, group_size=4),
     "reinforce_pp": _samples(jobs.ReinforcePPJob),
     "label": _label,
+    "best_of_n": _best_of_n,
     "evaluate": _evaluate,
 }
 

@@ -98,7 +98,7 @@ def attempt(runner: Runner, inputs: Any, case: Any) -> dict[str, Any]:
     from rlhf_core.evaluation import evaluate
     from rlhf_core.nn import fast_paths
     from rlhf_core.rollout import replies
-    from rlhf_core.stages import label
+    from rlhf_core.stages import best_of_n, label
     from tests.gpu import cases, install, syncs
 
     began, result = time.process_time(), {}
@@ -108,7 +108,7 @@ def attempt(runner: Runner, inputs: Any, case: Any) -> dict[str, Any]:
         (replies, "computes_in_bf16", lambda device: False),
         *(
             (module, "inference_dtype", lambda device: torch.float32)
-            for module in (evaluate, label)
+            for module in (evaluate, label, best_of_n)
         ),
     ]
     try:

@@ -11,8 +11,9 @@
                    row; and, if the settings name them (carried.py), answer (text) and extra
                    (JSON text), both "" for a row without one
 
-Any purpose has the column curriculum (a number that orders an epoch), if the settings name one, and
-the rows of a mixture have source (its name). `row` is the number of the row in its source file.
+Any purpose has the column curriculum (a number that orders an epoch), if the settings name one, the
+rows of a mixture have source (its name), and replies that were sampled as demonstrations have score
+(what they earned). `row` is the number of the row in its source file.
 Files are Arrow IPC files named train-00000.arrow, heldout-00000.arrow and so on.
 """
 
@@ -57,7 +58,7 @@ def schema(purpose: Purpose, carried: tuple[str, ...] = ()) -> Any:
     fields["pretrain"] = fields["sft"]
     if purpose not in fields:
         raise DataError(f"There is no purpose {purpose!r}; there are {', '.join(fields)}.")
-    kinds = {"margin": pa.float64(), "curriculum": pa.float64()}
+    kinds = {"margin": pa.float64(), "curriculum": pa.float64(), "score": pa.float64()}
     added = [(name, kinds.get(name, pa.string())) for name in carried]
     columns = [*fields[purpose], *added, ("row", pa.int64())]
     return pa.schema(columns, metadata={"rlhf_purpose": purpose})

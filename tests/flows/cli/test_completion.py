@@ -72,7 +72,7 @@ finally:
     [
         ("run --preset sm", ["smoke"]),
         ("submit -p grpo", ["grpo", "grpo-rules"]),
-        ("stage re", ["reward", "reinforce_pp"]),
+        ("stage re", ["reward", "reinforce_pp", "rejection_sampling"]),
         ("retry 2025", ["20250102-030405-bbbb", "20250101-030405-aaaa"]),
         ("cancel ", ["last", "20250102-030405-bbbb", "20250101-030405-aaaa"]),
         ("artifacts ver", ["verify"]),
@@ -99,7 +99,7 @@ def test_completion_can_be_installed(bash, tmp_path):
 
 
 def test_completed_stages_are_those_of_the_pipeline():
-    others = {"model", "data", "label", "evaluate", "lm_eval", "publish"}
+    others = {"model", "data", "label", "best_of_n", "evaluate", "lm_eval", "publish"}
     assert sorted(STAGES) == sorted({*get_args(TrainingStage), *others})
 
 

@@ -27,6 +27,10 @@ def names(**settings):
          ["sft", "label", "reward", "label-1", "dpo-1", "label-2", "dpo-2"]),
         ({"stages": ("sft", "reward", "dpo", "ppo")}, ["sft", "label", "reward", "dpo", "ppo"]),
         ({"stages": ("pretrain", "sft")}, ["pretrain", "sft"]),
+        ({"stages": ("sft", "rejection_sampling")}, ["sft", "best_of_n", "rejection_sampling"]),
+        ({"stages": ("sft", "reward", "rejection_sampling", "ppo"), "rounds": 2, "data": READY},
+         ["sft", "reward", "best_of_n-1", "rejection_sampling-1", "ppo-1",
+          "best_of_n-2", "rejection_sampling-2", "ppo-2"]),
     ],
 )  # fmt: skip
 def test_steps_follow_the_list(settings, expected):
@@ -46,6 +50,7 @@ def test_only_the_data_that_a_stage_needs_is_prepared():
     rules = {"rewards": [{"type": "must_end", "endings": ["."]}]}
     assert sets(stages=("grpo",), grpo=rules) == ["data.prompts"]
     assert sets(stages=("kto",), data=READY) == ["data.prompts", "data.preference"]
+    assert sets(stages=("rejection_sampling",)) == ["data.prompts"]
     unpaired = {"unpaired": DataSettings(source="votes.jsonl", format="unpaired")}
     assert sets(stages=("kto",), data=unpaired) == ["data.prompts", "data.unpaired"]
     mixed = {"ptx": DataSettings(source="text.jsonl", format="text")}
@@ -61,6 +66,11 @@ def test_only_the_data_that_a_stage_needs_is_prepared():
                                       "or set reward_model to an existing one"]),
         ({"stages": ("sft", "ppo"), "reward_model": "artifact:abcdef"}, []),
         ({"stages": ("ppo",), "reward_model": ("artifact:abcdef", "judges/2")}, []),
+        ({"stages": ("sft", "rejection_sampling")},
+         ["rejection_sampling needs a reward model: put reward before rejection_sampling in "
+          "stages, or set reward_model to an existing one"]),
+        ({"stages": ("sft", "rejection_sampling"),
+          "rejection_sampling": {"rewards": [{"type": "must_end", "endings": ["."]}]}}, []),
         ({"reward_model": "artifact:abcdef"},
          ["stages has reward and reward_model is set too; leave one out"]),
         ({"stages": ("ppo", "reward")},
