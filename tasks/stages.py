@@ -22,7 +22,6 @@ from rlhf_core.errors import GateFailed, PreflightError
 from rlhf_core.evaluation.harness.tasks import fingerprint as tasks_fingerprint
 from rlhf_core.jobs import (
     BaseJob,
-    BestOfNJob,
     EvaluateJob,
     ImportModelJob,
     ImportRewardJob,
@@ -39,6 +38,7 @@ from rlhf_core.jobs import (
     TrainingStage,
     TrainSettings,
 )
+from rlhf_core.jobs.best_of_n import BestOfNJob
 from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.jobs.training import HeldOutSettings
 from rlhf_core.model_files.source import fingerprint as model_fingerprint

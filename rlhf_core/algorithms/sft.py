@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_core.data.dataset.reading import Rows
-from rlhf_core.jobs import RejectionSamplingJob, SFTJob
+from rlhf_core.jobs import SFTJob
+from rlhf_core.jobs.best_of_n import RejectionSamplingJob
 from rlhf_core.losses.supervised import sft_loss
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.runtime.context import StageContext

@@ -27,12 +27,7 @@ from rlhf_core.jobs.base import (
     Slug,
     Strategy,
 )
-from rlhf_core.jobs.best_of_n import (
-    BestOfNJob,
-    BestOfNSettings,
-    RejectionSamplingJob,
-    RejectionSamplingSettings,
-)
+from rlhf_core.jobs.best_of_n import BestOfNJob, RejectionSamplingJob
 from rlhf_core.jobs.data import (
     DataConfig,
     DataJob,
@@ -90,8 +85,6 @@ __all__ = [
     "JOB",
     "LARGEST",
     "BaseJob",
-    "BestOfNJob",
-    "BestOfNSettings",
     "BuiltinRollout",
     "DPOJob",
     "DPOSettings",
@@ -145,8 +138,6 @@ __all__ = [
     "RLOOSettings",
     "ReinforcePPJob",
     "ReinforcePPSettings",
-    "RejectionSamplingJob",
-    "RejectionSamplingSettings",
     "Resources",
     "Reward",
     "RewardJob",
@@ -174,28 +165,10 @@ __all__ = [
 ]
 
 Job = (
-    ImportModelJob
-    | ImportRewardJob
-    | DataJob
-    | MixJob
-    | SFTJob
-    | LabelJob
-    | RewardJob
-    | PPOJob
-    | DPOJob
-    | KTOJob
-    | ORPOJob
-    | SimPOJob
-    | GRPOJob
-    | RLOOJob
-    | ReinforcePPJob
-    | BestOfNJob
-    | RejectionSamplingJob
-    | NewModelJob
-    | PretrainJob
-    | EvaluateJob
-    | LmEvalJob
-)
+    ImportModelJob | ImportRewardJob | DataJob | MixJob | SFTJob | LabelJob | RewardJob | PPOJob
+    | DPOJob | KTOJob | ORPOJob | SimPOJob | GRPOJob | RLOOJob | ReinforcePPJob | BestOfNJob
+    | RejectionSamplingJob | NewModelJob | PretrainJob | EvaluateJob | LmEvalJob
+)  # fmt: skip
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
 
 

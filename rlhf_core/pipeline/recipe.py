@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from rlhf_core.jobs import (
     BaseJob,
-    BestOfNSettings,
     DataSettings,
     Mixture,
     OnlineSettings,
@@ -27,6 +26,7 @@ from rlhf_core.jobs import (
     TrainSettings,
     job_class,
 )
+from rlhf_core.jobs.best_of_n import BestOfNSettings
 from rlhf_core.jobs.rewards import Reward
 
 BEFORE_ALIGNMENT = ("pretrain", "sft", "reward")

@@ -20,7 +20,7 @@ from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.dataset.writer import write_dataset
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.errors import DataError
-from rlhf_core.jobs import BestOfNJob
+from rlhf_core.jobs.best_of_n import BestOfNJob
 from rlhf_core.jobs.rewards import reward_names
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm

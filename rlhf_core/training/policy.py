@@ -13,10 +13,10 @@ from rlhf_core.jobs import (
     OnlineJob,
     PreferenceJob,
     PretrainJob,
-    RejectionSamplingJob,
     RewardJob,
     SFTJob,
 )
+from rlhf_core.jobs.best_of_n import RejectionSamplingJob
 from rlhf_core.models.nf4 import NF4
 from rlhf_core.models.saving import save_causal_lm
 from rlhf_core.nn.layers import choose_trainable

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.errors import DataError
-from rlhf_core.jobs import BestOfNJob, RejectionSamplingJob, RejectionSamplingSettings, Resources
+from rlhf_core.jobs import Resources
+from rlhf_core.jobs.best_of_n import BestOfNJob, RejectionSamplingJob, RejectionSamplingSettings
 from rlhf_core.rollout.replies import Reply
 from rlhf_core.stages.best_of_n import Kept, demonstration, select
 
