@@ -55,7 +55,7 @@ class VllmRollout(Settings):
     """vLLM in the training process of each rank. It gets the new weights before every rollout."""
 
     excluded_from_key: ClassVar[frozenset[str]] = frozenset(
-        {"gpu_memory_utilization", "cpu_cache_mib"}
+        {"gpu_memory_utilization", "cpu_cache_mib", "tensor_parallel"}
     )
 
     type: Literal["vllm"] = "vllm"
@@ -66,6 +66,10 @@ class VllmRollout(Settings):
     cpu_cache_mib: PositiveInt = 512
     """KV cache per rank in MiB when the ranks run on the CPU, where it is not freed. Not part of
     the stage key."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share one engine, each with a part of every layer: for a policy whose second copy
+    does not fit on each GPU. It must divide the ranks of a node and the model's attention heads.
+    Not part of the stage key, as the number of ranks is not."""
     max_logprob_gap: Annotated[float, Field(gt=0.0)] = 0.2
     """Largest mean absolute difference (nats) of the log-probabilities of engine and trainer.
     Beyond it the stage fails: the replies are another policy's."""

@@ -93,7 +93,10 @@ def check(
     if here:
         problems += check_placements(config, machine)
     problems += check_nodes(config) + check_batches(config)
-    problems += check_rollouts(config, packages=contact and here)
+    problems += check_rollouts(
+        config, packages=contact and here, machine=machine if here else None,
+        heads=None if shape is None else shape.heads,
+    )  # fmt: skip
     if here:
         problems += check_training(config, shape, machine)
     problems += check_lengths(config, shape)

@@ -8,25 +8,35 @@ from rlhf_core.jobs import OnlineSettings, PipelineConfig, Resources, VllmRollou
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import device_of, placements
 from rlhf_core.preflight.memory import GIB, MemoryEstimate
-from rlhf_core.rollout.limits import MISSING, rollout_problems
+from rlhf_core.rollout.limits import MISSING, path_problem, rollout_problems
 from rlhf_core.system.machine import Machine
 
 _DURING_PASSES = ("activations", "working memory", "gathered")  # parts that sampling does not need
 
 
-def check_rollouts(config: PipelineConfig, *, packages: bool) -> list[str]:
+def check_rollouts(
+    config: PipelineConfig,
+    *,
+    packages: bool,
+    machine: Machine | None = None,
+    heads: int | None = None,
+) -> list[str]:
     """Problems of the stages that sample.
 
     Args:
         packages: whether the stages will run in this environment.
+        machine: that they run on, if it is this one. heads: attention heads of the model, if known.
     """
     problems = []
     for stage, resources in placements(config).items():
         settings = recipe.section(config, stage) if stage in config.stages else None
         if isinstance(settings, OnlineSettings) and isinstance(settings.rollout, VllmRollout):
-            problems += rollout_problems(stage, settings, resources)
+            device = None if machine is None else device_of(resources, machine)
+            problems += rollout_problems(stage, settings, resources, device=device, heads=heads)
             if packages and find_spec("vllm") is None:
                 problems.append(MISSING)
+            elif packages and device == "cpu" and (problem := path_problem()) is not None:
+                problems.append(problem)
     return list(dict.fromkeys(problems))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rlhf_core.jobs import OnlineSettings, Resources
+from importlib.util import find_spec
+
+from rlhf_core.jobs import OnlineSettings, Resources, VllmRollout
 
 MISSING = (
     "the package vllm is not installed, and the rollout type vllm needs it (extra vllm); run: pip "
@@ -14,9 +16,28 @@ MISSING = (
 LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
 
 
-def rollout_problems(stage: str, settings: OnlineSettings, resources: Resources) -> list[str]:
-    """Settings that vLLM does not support."""
+def rollout_problems(
+    stage: str,
+    settings: OnlineSettings,
+    resources: Resources,
+    *,
+    device: str | None = None,
+    heads: int | None = None,
+) -> list[str]:
+    """Settings that vLLM does not support.
+
+    Args:
+        device: cpu or cuda, if it is known. heads: attention heads of the model, if known.
+    """
     problems = []
+    assert isinstance(settings.rollout, VllmRollout)
+    problems += _parallel_problems(
+        f"{stage}.rollout.tensor_parallel",
+        settings.rollout.tensor_parallel,
+        resources,
+        device,
+        heads,
+    )
     if settings.temperature < LOWEST_TEMPERATURE:
         problems.append(
             f"{stage}.temperature is {settings.temperature:g}, and vLLM samples at no less than "
@@ -28,3 +49,46 @@ def rollout_problems(stage: str, settings: OnlineSettings, resources: Resources)
             "on a rank to hand over: use zero2, or the rollout type builtin"
         )
     return problems
+
+
+def _parallel_problems(
+    name: str, size: int, resources: Resources, device: str | None, heads: int | None
+) -> list[str]:
+    if size == 1:
+        return []
+    problems = []
+    if device == "cpu":
+        problems.append(
+            f"{name} is {size}, which needs GPUs, and these ranks run on the CPU; set 1"
+        )
+    if resources.ranks % size:
+        problems.append(
+            f"{name} is {size}, which does not divide the {resources.ranks} ranks of a node: an "
+            "engine's GPUs are those of neighbouring ranks of one node; set a divisor of "
+            f"{resources.ranks}"
+        )
+    if heads is not None and heads % size:
+        problems.append(
+            f"{name} is {size}, which does not divide the model's {heads} attention heads; set a "
+            "divisor of both"
+        )
+    return problems
+
+
+def path_problem() -> str | None:
+    """Why vLLM's CPU build cannot start in this environment, because of its path; None if it can.
+
+    It puts the path of torch's OpenMP library into LD_PRELOAD, where a space or a colon ends a
+    path.
+    """
+    spec = find_spec("torch")
+    places = [] if spec is None else list(spec.submodule_search_locations or ())
+    for place in places:
+        if " " in place or ":" in place:
+            found = "a space" if " " in place else "a colon"
+            return (
+                f"torch is installed in {place!r}, whose path has {found}, and vLLM on a CPU puts "
+                "that path into LD_PRELOAD, where it ends there: make the environment (.venv) in a "
+                "folder without one, or set the rollout type builtin"
+            )
+    return None

@@ -1,8 +1,13 @@
 """vLLM in the training process: rollouts of a policy whose weights change after each of them.
 
-One engine per rank, each with a whole copy of the model (data parallel). It starts with random
-weights and gets the policy's before every rollout, parameter by parameter and without a file. If an
-update is missed, the engine samples noise, and the stage fails (`rollout.max_logprob_gap`).
+One engine per rank, each with a whole copy of the model (data parallel); or, with
+`rollout.tensor_parallel`, one for that many neighbouring ranks, each of which holds a part of every
+layer. No process hands out work there ("external_launcher"): every rank of an engine must pass the
+same prompts and seeds in the same order, and gets the same replies.
+
+An engine starts with random weights and gets the policy's before every rollout, parameter by
+parameter and without a file. If an update is missed, the engine samples noise, and the stage fails
+(`rollout.max_logprob_gap`).
 
 vLLM 0.32 assumes that it owns its process: it seeds the global generators, replaces
 `torch.set_num_threads` by a no-op (on a CPU), and destroys torch's default process group, the
@@ -86,6 +91,7 @@ class VllmEngine:
             # The default group is the trainer's. vLLM's own groups are destroyed all the same.
             parallel_state.destroy_distributed_environment = _nothing
             self.version = str(vllm.__version__)
+            self.tensor_parallel = settings.tensor_parallel
             self.device = device
             self.on_cpu = bool(current_platform.is_cpu())
             if self.on_cpu != (device.type == "cpu"):
@@ -128,6 +134,7 @@ class VllmEngine:
             skip_tokenizer_init=True,
             trust_remote_code=is_trusted(source),
             distributed_executor_backend="external_launcher",  # torchrun
+            tensor_parallel_size=settings.tensor_parallel,
             max_model_len=longest,
             max_num_seqs=min(together, TOGETHER),
             # A prompt read in pieces draws a random number for each piece, so that the reply

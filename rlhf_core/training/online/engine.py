@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import OnlineJob, VllmRollout
-from rlhf_core.rollout.limits import rollout_problems
+from rlhf_core.rollout.limits import path_problem, rollout_problems
 from rlhf_core.rollout.vllm_engine import VllmEngine
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.training.strategy import Strategy
@@ -26,7 +26,11 @@ def start_engine(
     """
     if not isinstance(job.rollout, VllmRollout):
         return None
-    if problems := rollout_problems(job.algorithm, job, job.resources):
+    device = strategy.device.type
+    problems = rollout_problems(job.algorithm, job, job.resources, device=device)
+    if device == "cpu" and (problem := path_problem()) is not None:
+        problems.append(problem)
+    if problems:
         raise ConfigError("; ".join(problems))
     engine = VllmEngine(
         source,
@@ -36,7 +40,7 @@ def start_engine(
         rank=strategy.rank,
         longest=max(int(rows.lengths("prompt_ids").max()) for rows in prompts if len(rows))
         + job.max_new_tokens,
-        together=-(-job.replies // strategy.world_size),
+        together=-(-job.replies * job.rollout.tensor_parallel // strategy.world_size),
     )
     context.closing.callback(engine.close)
     engine.sleep()

@@ -128,13 +128,14 @@ def roll_out(
     """
     group = strategy.group
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    mine = order[group.rank :: group.size]
+    alike = 1 if engine is None else engine.tensor_parallel  # ranks that must sample the same
+    mine = order[group.rank // alike :: group.size // alike]
     options: dict[str, Any] = {
         "max_new_tokens": job.max_new_tokens, "temperature": job.temperature,
         "eos_ids": stop_tokens(source), "pad_id": 0,
         "row_seeds": make_row_seeds(job.seed, step, mine),
     }  # fmt: skip
-    if on_finished is not None:
+    if on_finished is not None and group.rank % alike == 0:
         options["on_finished"] = numbered_by(mine, on_finished)
     prompts = [prompt_ids[i] for i in mine]
     if engine is not None:
@@ -148,8 +149,7 @@ def roll_out(
         real = sampled.response_mask[i]  # (T,)
         ids, logprobs = sampled.response_ids[i][real], sampled.logprobs[i][real]
         own.append(SampledReply(ids.tolist(), logprobs.tolist(), bool(sampled.finished[i])))
-    by_index = dict(zip(order, group.interleave(own), strict=True))
-    return [by_index[i] for i in range(len(prompt_ids))]
+    return group.in_order(zip(mine, own, strict=True))
 
 
 def numbered_by(indices: list[int], on_finished: OnFinished) -> OnFinished:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +34,7 @@ from rlhf_core.jobs.online import LATER
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.preflight.check import check, dry_run
 from rlhf_core.preflight.memory import GIB, estimate
+from rlhf_core.rollout.limits import path_problem
 from rlhf_core.system.machine import Machine
 from rlhf_core.training.online.experience import assert_same_policy
 from tests import forked
@@ -156,6 +159,43 @@ def test_settings_that_vllm_cannot_do_are_named() -> None:
     assert any(
         "grpo.rollout.type is vllm with the strategy fsdp2" in p for p in dry_run(config, GPUS)
     )
+
+
+def test_engine_over_several_gpus_needs_ranks_and_heads_that_divide() -> None:
+    def problems(size: int, machine: Machine = GPUS, **resources: Any) -> list[str]:
+        places = {"ranks": 8, "strategy": "zero2", **resources}
+        rollout = {"type": "vllm", "tensor_parallel": size}
+        found = dry_run(sampling(rollout=rollout, batch_size=16, resources=places), machine)
+        return [problem for problem in found if "tensor_parallel" in problem]
+
+    assert problems(1) == problems(2) == problems(4) == []  # the tiny llama has four heads
+    [problem] = problems(3)
+    assert (
+        "grpo.rollout.tensor_parallel is 3, which does not divide the 8 ranks of a node" in problem
+    )
+    assert problems(4, ranks=4, nodes=2) == []
+    [problem] = problems(8)
+    assert "does not divide the model's 4 attention heads; set a divisor of both" in problem
+    [problem] = problems(2, device="cpu")
+    assert "is 2, which needs GPUs, and the ranks run on the CPU" in problem
+
+
+@pytest.mark.parametrize(("folder", "word"), [("my env", "a space"), ("a:b", "a colon")])
+def test_environment_whose_path_ends_early_in_ld_preload_is_refused(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, folder: str, word: str
+) -> None:
+    assert path_problem() is None
+    for package in ("torch", "vllm"):
+        (tmp_path / folder / package).mkdir(parents=True)
+        (tmp_path / folder / package / "__init__.py").touch()
+    code = (
+        "import sys; from rlhf_core.rollout.limits import path_problem\n"
+        f"sys.path.insert(0, {str(tmp_path / folder)!r}); print(path_problem())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    said = done.stdout
+    assert f"torch is installed in '{tmp_path / folder}/torch', whose path has {word}" in said
+    assert "LD_PRELOAD" in said and "or set the rollout type builtin" in said
 
 
 def test_engine_on_the_cpu_counts_as_memory() -> None:
