@@ -169,15 +169,14 @@ def test_engine_over_several_gpus_needs_ranks_and_heads_that_divide() -> None:
         return [problem for problem in found if "tensor_parallel" in problem]
 
     assert problems(1) == problems(2) == problems(4) == []  # the tiny llama has four heads
-    [problem] = problems(3)
-    assert (
-        "grpo.rollout.tensor_parallel is 3, which does not divide the 8 ranks of a node" in problem
-    )
+    ranks, heads = problems(3)
+    assert "grpo.rollout.tensor_parallel is 3, which does not divide the 8 ranks of a node" in ranks
+    assert "4 attention heads" in heads
     assert problems(4, ranks=4, nodes=2) == []
     [problem] = problems(8)
     assert "does not divide the model's 4 attention heads; set a divisor of both" in problem
     [problem] = problems(2, device="cpu")
-    assert "is 2, which needs GPUs, and the ranks run on the CPU" in problem
+    assert "is 2, which needs GPUs, and these ranks run on the CPU" in problem
 
 
 @pytest.mark.parametrize(("folder", "word"), [("my env", "a space"), ("a:b", "a colon")])
