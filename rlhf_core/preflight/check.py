@@ -93,10 +93,7 @@ def check(
     if here:
         problems += check_placements(config, machine)
     problems += check_nodes(config) + check_batches(config)
-    problems += check_rollouts(
-        config, packages=contact and here, machine=machine if here else None,
-        heads=None if shape is None else shape.heads,
-    )  # fmt: skip
+    problems += check_rollouts(config, shape, machine if here else None, packages=contact and here)
     if here:
         problems += check_training(config, shape, machine)
     problems += check_lengths(config, shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from rlhf_core.jobs import OnlineSettings, PipelineConfig, Resources, VllmRollout
+from rlhf_core.model_files.shape import ModelShape
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import device_of, placements
 from rlhf_core.preflight.memory import GIB, MemoryEstimate
@@ -15,19 +16,16 @@ _DURING_PASSES = ("activations", "working memory", "gathered")  # parts that sam
 
 
 def check_rollouts(
-    config: PipelineConfig,
-    *,
-    packages: bool,
-    machine: Machine | None = None,
-    heads: int | None = None,
+    config: PipelineConfig, shape: ModelShape | None, machine: Machine | None, *, packages: bool
 ) -> list[str]:
     """Problems of the stages that sample.
 
     Args:
+        shape: of the model, if it is known. machine: that they run on, if it is this one.
         packages: whether the stages will run in this environment.
-        machine: that they run on, if it is this one. heads: attention heads of the model, if known.
     """
     problems = []
+    heads = None if shape is None else shape.heads
     for stage, resources in placements(config).items():
         settings = recipe.section(config, stage) if stage in config.stages else None
         if isinstance(settings, OnlineSettings) and isinstance(settings.rollout, VllmRollout):
