@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_core.data.rows.row import message_text
 from rlhf_core.evaluation.behaviour import changes_language, refuses
 from rlhf_core.evaluation.measure import Measured
 from rlhf_core.evaluation.rule_rewards import RuleRewards
@@ -80,5 +81,5 @@ def shown_prompt(messages: str) -> str:
     """A prompt as text for people: its only user turn, or the whole conversation."""
     turns = [m for m in json.loads(messages) if m["role"] != "system"]
     if len(turns) == 1:
-        return str(turns[0]["content"])
-    return "\n".join(f"{m['role']}: {m['content']}" for m in turns)
+        return message_text(turns[0])
+    return "\n".join(f"{m['role']}: {message_text(m)}" for m in turns)

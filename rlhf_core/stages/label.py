@@ -16,6 +16,7 @@ from typing import Any
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.dataset.writer import write_dataset
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
+from rlhf_core.data.rows.row import message_text
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import LabelJob
 from rlhf_core.judges.lexicon import get_judge
@@ -103,7 +104,7 @@ def make_labeller(job: LabelJob, context: StageContext, group: Group, tokenizer:
     judge = get_judge(job.labeller)
 
     def read(prompt_ids: list[list[int]], rows: list[Row], replies: list[Reply]) -> list[float]:
-        prompts = [json.loads(row["prompt"])[-1]["content"] for row in rows]
+        prompts = [message_text(json.loads(row["prompt"])[-1]) for row in rows]
         return [judge(p, r.text(tokenizer)) for p, r in zip(prompts, replies, strict=True)]
 
     return read

@@ -13,6 +13,7 @@ unknown to it), ChatML as chat template, and generation settings that end at eit
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from rlhf_core.data.fingerprint import check_unchanged
 from rlhf_core.data.rows.columns import Rules
 from rlhf_core.data.rows.detect import find_format
 from rlhf_core.data.rows.formats import normalise
-from rlhf_core.data.rows.row import SKIP_HINT, BadRow
+from rlhf_core.data.rows.row import SKIP_HINT, TOOLS, BadRow, message_text
 from rlhf_core.data.sources.open import open_rows
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings, NewModelJob, NewModelSettings
@@ -96,8 +97,12 @@ def texts(settings: DataSettings) -> Iterator[str]:
         if is_heldout(prompt, settings.heldout_fraction):
             continue
         used += 1
-        yield from (message["content"] for message in example.messages)
-        yield from (text for text in (example.text, example.chosen) if text)
+        yield from map(message_text, example.messages)
+        yield from (
+            json.dumps(m[TOOLS], ensure_ascii=False) for m in example.messages if TOOLS in m
+        )
+        yield from map(message_text, example.replies[:1])
+        yield from (text for text in (example.text,) if text)
     if not used:
         raise DataError(
             f"{settings.source}: no row is left to make a tokenizer from; {read:,} were read, the "

@@ -29,6 +29,40 @@ def talk(role: str, content: str, roles: list[str]) -> st.SearchStrategy[Any]:
 
 
 messages = talk("role", "content", ["user", "assistant", "system"])
+arguments = st.dictionaries(words, st.one_of(text, st.integers(), st.none(), st.booleans()))
+calls = st.lists(
+    st.fixed_dictionaries(
+        {"name": words, "arguments": st.one_of(arguments, arguments.map(json.dumps))}
+    ).map(lambda function: {"type": "function", "function": function}),
+    min_size=1,
+    max_size=2,
+)
+tools = st.lists(
+    st.fixed_dictionaries(
+        {"name": words},
+        optional={"description": text, "parameters": st.just({"type": "object", "properties": {}})},
+    ),
+    min_size=1,
+    max_size=2,
+)
+# A question, a reply with calls, their results, and the answer; ids and reasoning sometimes.
+tool_talk = st.tuples(text, calls, text, text, st.booleans(), st.booleans()).map(
+    lambda t: [
+        {"role": "user", "content": t[0]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [c | ({"id": str(n)} if t[4] else {}) for n, c in enumerate(t[1])],
+        }
+        | ({"reasoning_content": t[2]} if t[5] else {}),
+        *(
+            {"role": "tool", "content": t[2]} | ({"tool_call_id": str(n)} if t[4] else {})
+            for n in range(len(t[1]))
+        ),
+        {"role": "assistant", "content": t[3]},
+    ]
+)
+tool_columns = {"tools": st.one_of(tools, tools.map(json.dumps))}
 transcript = st.lists(st.tuples(text, text), min_size=1, max_size=2).map(
     lambda pairs: "".join(f"\n\nHuman: {a}\n\nAssistant: {b}" for a, b in pairs)
 )
@@ -37,7 +71,9 @@ SOUND: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         {"instruction": text, "output": text},
         optional={"input": text, "system": text, "history": st.lists(st.lists(text, max_size=3))},
     ),
-    "messages": st.fixed_dictionaries({"messages": messages}),
+    "messages": st.fixed_dictionaries(
+        {"messages": st.one_of(messages, messages, tool_talk)}, optional=tool_columns
+    ),
     "sharegpt": st.fixed_dictionaries(
         {"conversations": talk("from", "value", ["human", "gpt", "system"])},
         optional={"system": text},
@@ -50,7 +86,7 @@ SOUND: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     ),
     "preference": st.fixed_dictionaries(
         {"chosen": st.one_of(text, messages), "rejected": st.one_of(text, messages)},
-        optional={"prompt": st.one_of(text, messages)},
+        optional={"prompt": st.one_of(text, messages), **tool_columns},
     ),
     "implicit_prompt": st.tuples(text, text, text).map(
         lambda t: {"chosen": f"{t[0]} {t[1]}", "rejected": f"{t[0]} {t[2]}"}
@@ -62,7 +98,9 @@ SOUND: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "label": st.sampled_from([True, False, 1, 0, 1.0, "true", "False", "0"]),
         }
     ),
-    "prompt": st.fixed_dictionaries({"prompt": st.one_of(text, messages)}),
+    "prompt": st.fixed_dictionaries(
+        {"prompt": st.one_of(text, messages, tool_talk)}, optional=tool_columns
+    ),
     "text": st.fixed_dictionaries({"text": text}),
 }
 FORMATS = sorted(SOUND)
@@ -86,7 +124,9 @@ def spoilt(draw: st.DrawFn, sound: dict[str, Any]) -> Any:
     elif kind == "inside" and isinstance(row[column], list) and row[column]:
         turn = draw(st.sampled_from(row[column]))
         if isinstance(turn, dict):
-            turn[draw(st.sampled_from([*turn, "tool_calls", "weight", "name"]))] = draw(anything)
+            turn[draw(st.sampled_from([*turn, "tool_calls", "tools", "weight", "name"]))] = draw(
+                anything
+            )
     else:
         return draw(anything)
     return row

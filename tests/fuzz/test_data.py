@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,11 @@ def test_a_row_is_understood_or_refused_with_a_reason() -> None:
         assert isinstance(example, Example)
         said = [m["content"] for m in example.messages]
         said += [example.text, example.chosen, example.completion]
-        assert all(text.encode() and text.strip() for text in said if text is not None)
+        for text, message in zip(said, example.messages, strict=False):
+            assert text.encode() or message["role"] == "tool" or "tool_calls" in message
+        json.dumps(example.messages, ensure_ascii=False).encode()
+        for text in said[len(example.messages) :]:
+            assert text is None or text.strip() or "tool_calls" in example.replies[0]
 
     try_cases("rows", one_row(), check)
 
@@ -89,8 +94,11 @@ def account(card: DataCard, folder: Path) -> None:
 
 
 def test_every_row_of_a_file_is_kept_dropped_or_refused(tmp_path: Path, tokenizer: Any) -> None:
-    def check(case: tuple[tuple[str, bytes, int, str], str, float]) -> None:
-        (name, content, count, format), purpose, heldout = case
+    tokenizers = [tokenizer, byte_tokenizer("hermes")]  # refuses tools; writes them
+
+    def check(case: tuple[tuple[str, bytes, int, str], str, float, int]) -> None:
+        (name, content, count, format), purpose, heldout, which = case
+        tokenizer = tokenizers[which]
         source = tmp_path / name
         source.write_bytes(content)
         settings = {"format": format, "heldout_fraction": heldout, "max_length": 60}
@@ -109,7 +117,10 @@ def test_every_row_of_a_file_is_kept_dropped_or_refused(tmp_path: Path, tokenize
 
     def with_purpose(file: tuple[str, bytes, int, str]) -> Any:
         return st.tuples(
-            st.just(file), st.sampled_from(PURPOSES_OF[file[3]]), st.sampled_from([0.0, 0.3])
+            st.just(file),
+            st.sampled_from(PURPOSES_OF[file[3]]),
+            st.sampled_from([0.0, 0.3]),
+            st.integers(0, 1),
         )
 
     try_cases("files", files().flatmap(with_purpose), check)

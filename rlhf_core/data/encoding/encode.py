@@ -91,7 +91,7 @@ def encode_batch(
             if batch.unseen:
                 batch.unseen -= set(names_in(row, batch.unseen))
             example = normalise(row, plan.format, plan.purpose, rules)
-            if plan.purpose == "preference" and example.chosen == example.rejected:
+            if plan.purpose == "preference" and example.replies[0] == example.replies[1]:
                 batch.dropped["identical_replies"] += 1
                 continue
             if plan.purpose in ("sft", "pretrain") and example.label is False:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ from typing import Any
 
 from rlhf_core.data.dataset.schema import dump_messages
 from rlhf_core.data.dataset.split import first_prompt
-from rlhf_core.data.encoding import templates
+from rlhf_core.data.encoding import templates, tool_facts
 from rlhf_core.data.rows.formats import Example
 from rlhf_core.data.rows.messages import Untrained, untrained
-from rlhf_core.data.rows.row import REASONING, BadRow, Message
+from rlhf_core.data.rows.row import CALLS, REASONING, TOOLS, BadRow, Message
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import Purpose
 
@@ -56,11 +57,7 @@ def render_example(
         return [Rendered(segments, {"prompt": text[:200]}, text, bos_eos=(-1, -1))]
     if example.text is not None:
         example = Example([{"role": "user", "content": example.text}])
-    messages = example.messages
-    if system and all(m["role"] != "system" for m in messages):
-        messages = [{"role": "system", "content": system}, *messages]
-    texts = (example.chosen, example.rejected, example.completion)
-    replies = [reply for reply in texts if reply is not None]
+    messages, replies = _with_system(example.messages, system), example.replies
     if example.reasoning and not templates.reads_reasoning(tokenizer):
         raise BadRow(
             "unused_column",
@@ -68,26 +65,48 @@ def render_example(
             "into the reply's text in the form that the model writes, such as <think>...</think>, "
             "or name the key in ignore_columns",
         )
-    thoughts = [m[REASONING] for m in messages if REASONING in m]
-    _check_special_tokens(tokenizer, [*(m["content"] for m in messages), *replies, *thoughts])
+    _check_special_tokens(tokenizer, [text for m in [*messages, *replies] for text in _texts(m)])
     prompt = first_prompt(messages)
     try:
+        if tool_facts.uses_tools([*messages, *replies]):
+            tool_facts.check_tools(tokenizer, [*messages, *replies])
+            messages = tool_facts.unmarked(tokenizer, messages)
         if purpose == "preference":
-            columns = {"chosen": example.chosen, "rejected": example.rejected}
-            return [_render_replies(tokenizer, messages, replies, prompt, columns)]
+            return [_render_replies(tokenizer, messages, replies, prompt, ("chosen", "rejected"))]
         if purpose == "unpaired":
-            columns = {"completion": example.completion, "label": example.label}
-            return [_render_replies(tokenizer, messages, replies, prompt, columns)]
+            row = _render_replies(tokenizer, messages, replies, prompt, ("completion",))
+            row.columns["label"] = example.label
+            return [row]
         if purpose == "prompts":
             text = _render_prompt(tokenizer, messages, replies, prompt)
             if example.label is False:
                 text.columns["reference"] = None
             return [text]
         if replies:
-            messages = [*untrained(messages), {"role": "assistant", "content": replies[0]}]
+            messages = [*untrained(messages), replies[0]]
         return _render_conversation(tokenizer, messages, prompt, purpose, notes)
     except DataError as error:
         raise BadRow("template", str(error)) from None
+
+
+def _with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """The conversation with the data set's system message, if it has none; the first message holds
+    the tools."""
+    if not system or any(m["role"] == "system" for m in messages):
+        return messages
+    first = {name: value for name, value in messages[0].items() if name != TOOLS}
+    tools = {TOOLS: messages[0][TOOLS]} if TOOLS in messages[0] else {}
+    return [{"role": "system", "content": system} | tools, first, *messages[1:]]
+
+
+def _texts(message: Message) -> list[str]:
+    """All texts of a message."""
+    found = [message["content"]]
+    if REASONING in message:
+        found.append(message[REASONING])
+    found += [json.dumps(message[key], ensure_ascii=False) for key in (CALLS, TOOLS)
+              if key in message]  # fmt: skip
+    return found
 
 
 def _check_special_tokens(tokenizer: Any, texts: Sequence[str]) -> None:
@@ -148,15 +167,18 @@ def _render_trained(
 
 
 def _render_prompt(
-    tokenizer: Any, messages: list[Message], replies: Sequence[str], prompt: str
+    tokenizer: Any, messages: list[Message], replies: Sequence[Message], prompt: str
 ) -> Rendered:
-    """All messages up to the last turn of the user; the reply to it becomes `reference`."""
-    reference = replies[0] if replies else None
-    if not replies:
+    """All messages up to the last turn of the user, or to results of tools at the end; the reply to
+    it becomes `reference`."""
+    reference = replies[0]["content"] or None if replies else None
+    if not replies and messages[-1]["role"] != "tool":
         last = max(i for i, m in enumerate(messages) if m["role"] == "user")
         end = next((i for i in range(last, len(messages)) if messages[i]["role"] == "assistant"),
                    len(messages))  # fmt: skip
-        reference = messages[end]["content"] if end < len(messages) else None
+        answers = [m["content"] for m in messages[end:] if m["role"] == "assistant"]
+        calls = any(CALLS in m for m in messages[end:])  # the answer comes after them
+        reference = (answers[-1 if calls else 0] or None) if answers else None
         messages = messages[:end]
     columns = {"prompt": dump_messages(messages), "reference": reference}
     return Rendered(templates.render_prompt(tokenizer, messages), columns, prompt)
@@ -165,11 +187,16 @@ def _render_prompt(
 def _render_replies(
     tokenizer: Any,
     messages: list[Message],
-    replies: Sequence[str],
+    replies: Sequence[Message],
     prompt: str,
-    columns: dict[str, Any],
+    names: Sequence[str],
 ) -> Rendered:
-    """A prompt with one or two replies; ``columns`` are their texts by column name."""
+    """A prompt with one or two replies. ``names`` are the columns with their texts: of a reply with
+    calls or reasoning in keys of their own, what the template writes."""
     before, texts = templates.render_replies(tokenizer, messages, replies)
-    columns = {"prompt": dump_messages(messages), **columns}
+    end = templates.end_of_turn(tokenizer)[0]
+    columns: dict[str, Any] = {"prompt": dump_messages(messages)}
+    for name, reply, text in zip(names, replies, texts, strict=True):
+        plain = CALLS not in reply and REASONING not in reply
+        columns[name] = reply["content"] if plain else text.removesuffix(end).strip()
     return Rendered(before, columns, prompt, replies=tuple(texts))

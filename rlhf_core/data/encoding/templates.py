@@ -30,6 +30,7 @@ from rlhf_core.data.encoding.template_facts import (
     generated_reply,
     token_ids,
 )
+from rlhf_core.data.encoding.tool_facts import check_written, uses_tools
 from rlhf_core.data.rows.row import REASONING, Message
 from rlhf_core.errors import ModelError
 
@@ -148,7 +149,7 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[list[Segment]]:
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     if len(turns) > 1 and _alike(facts, messages):
         segments = _cut(tokenizer, facts, messages[: turns[-1] + 1], generation_prompt=False)
-        if segments is not None:
+        if segments is not None and _as_generated(tokenizer, facts, messages, segments):
             return [segments]
     return [render_reply(tokenizer, messages[: turn + 1]) for turn in turns]
 
@@ -164,7 +165,9 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[Segment]:
     if _alike(facts, messages) and any(m["role"] == "assistant" for m in messages):
         cut = _cut(tokenizer, facts, messages, generation_prompt=True)
     if cut is None:
-        return [Segment(apply_template(tokenizer, messages, True), False)]
+        cut = [Segment(apply_template(tokenizer, messages, True), False)]
+    if uses_tools(messages):
+        check_written(messages, "".join(segment.text for segment in cut))
     return [Segment(segment.text, False) for segment in cut]
 
 
@@ -180,18 +183,13 @@ def render_reply(tokenizer: Any, messages: Sequence[Message]) -> list[Segment]:
 
 
 def render_replies(
-    tokenizer: Any, messages: Sequence[Message], replies: Sequence[str]
+    tokenizer: Any, messages: Sequence[Message], replies: Sequence[Message]
 ) -> tuple[list[Segment], list[str]]:
     """Segments of a prompt, and the text of each reply to it with its end of turn. Raises as
     `render`."""
     before = render_prompt(tokenizer, messages)
     prompt, facts = "".join(segment.text for segment in before), facts_of(tokenizer)
-    texts = [
-        generated_reply(
-            tokenizer, facts, [*messages, {"role": "assistant", "content": reply}], prompt
-        )
-        for reply in replies
-    ]
+    texts = [generated_reply(tokenizer, facts, [*messages, reply], prompt) for reply in replies]
     return before, texts
 
 
@@ -229,10 +227,36 @@ def reply_text(tokenizer: Any, response_ids: Sequence[int]) -> str:
 
 
 def _alike(facts: TemplateFacts, messages: Sequence[Message]) -> bool:
-    """Whether the template writes the past replies of a conversation as it writes new ones."""
+    """Whether the template writes the past replies of a conversation as it writes new ones. With
+    tools it may not; then `_as_generated` compares each reply."""
+    if uses_tools(messages):
+        return facts.alike
     if not facts.alike or any(REASONING in message for message in messages):
         return False
     return facts.alike_reasoning or not any(map(has_reasoning, messages))
+
+
+def _as_generated(
+    tokenizer: Any, facts: TemplateFacts, messages: Sequence[Message], segments: list[Segment]
+) -> bool:
+    """Whether the replies of a rendered conversation are what generation writes. Templates that
+    write plain replies alike are known to; of one with tools, each reply is compared.
+
+    Raises:
+        DataError: the template leaves out a part of a prompt or a reply.
+    """
+    if not uses_tools(messages):
+        return True
+    replies = iter([turn for turn, m in enumerate(messages) if m["role"] == "assistant"])
+    prompt = ""
+    for segment in segments:
+        if segment.in_loss:
+            turn = next(replies)
+            check_written(messages[:turn], prompt)
+            if segment.text != generated_reply(tokenizer, facts, messages[: turn + 1], prompt):
+                return False
+        prompt += segment.text
+    return True
 
 
 def _cut(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_core.data.encoding.apply import apply_chat
-from rlhf_core.data.rows.row import CALLS, TOOLS, Message
+from rlhf_core.data.rows.row import CALLS, TOOLS, Message, short
 from rlhf_core.errors import DataError, ModelError
 
 _NAME, _FIELD, _VALUE, _RESULT = "count_zebras", "meadow", "Meadow 7", "Stripes 41"
@@ -102,9 +102,27 @@ def check_written(messages: Sequence[Message], text: str) -> None:
     for part, where in _parts(messages):
         if not any(_holds(text, squeezed, form) for form in _forms(part)):
             raise DataError(
-                f"the chat template leaves out {str(part)[:60]!r} of {where}; take that out of the "
+                f"the chat template leaves out {short(part)} of {where}; take that out of the "
                 f"data, or {_ADVICE}"
             )
+
+
+def unmarked(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
+    """The conversation without marks around results that the template writes itself: data in the
+    form of Hermes hold them, also around several results of one message."""
+    first, last = tool_facts_of(tokenizer).marks
+    found: list[Message] = []
+    for message in messages:
+        text = message["content"].strip()
+        if not first or message["role"] != "tool" or not text.startswith(first):
+            found.append(message)
+            continue
+        inside = re.findall(rf"{first}(.*?){last}", text, re.S)
+        if _squeeze(text) != _squeeze("".join(first + said + last for said in inside)):
+            found.append(message)  # marks within a text: a part of it
+            continue
+        found += [message | {"content": said.strip("\n")} for said in inside]
+    return found
 
 
 def with_arguments(message: Message, as_text: bool) -> Message:
@@ -160,7 +178,7 @@ def _call() -> Message:
 
 def _parts(messages: Sequence[Message]) -> Iterator[tuple[Any, str]]:
     """(a text, a number or another plain value that must be written; the part that holds it)."""
-    for number, message in enumerate(messages, 1):
+    for message in messages:
         for tool in message.get(TOOLS, ()):
             function = tool["function"]
             where = f"the tool {function['name']!r}"
@@ -170,12 +188,12 @@ def _parts(messages: Sequence[Message]) -> Iterator[tuple[Any, str]]:
                 yield name, where
         for call in message.get(CALLS, ()):
             function = call["function"]
-            where = f"a call of {function['name']!r} in message {number}"
+            where = f"a call of {function['name']!r}"
             yield function["name"], where
             for leaf in _leaves(function["arguments"]):
                 yield leaf, where
         if message["role"] == "tool":
-            yield message["content"], f"the result in message {number}"
+            yield message["content"], "the result of a tool"
 
 
 def _properties(function: dict[str, Any]) -> Sequence[str]:

@@ -12,6 +12,7 @@ from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.dataset.writer import prompt_text
 from rlhf_core.data.overlap import ngrams
 from rlhf_core.data.overlap.heldout import Comparison, HeldoutPrompts
+from rlhf_core.data.rows.row import message_text
 
 MOST_ROWS = 200_000  # of each data set; its rows are shuffled, so the first are a fair sample
 BATCH_ROWS = 500
@@ -73,8 +74,6 @@ def _texts(part: list[dict[str, Any]], tokenizer: Any) -> list[str]:
         return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
     replies = [name for name in ("chosen", "rejected", "completion") if name in part[0]]
     return [
-        " ".join(
-            [*(m["content"] for m in json.loads(row["prompt"])), *(row[name] for name in replies)]
-        )
+        " ".join([*map(message_text, json.loads(row["prompt"])), *(row[name] for name in replies)])
         for row in part
     ]

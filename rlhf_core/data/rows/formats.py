@@ -12,18 +12,18 @@ prompt             prompt (text or messages)
 text               text
 
 A prompt may also be an instruction with input, or a conversation; `layout` has the other names.
-`system` and `history` come before it.
+`system` and `history` come before it. `tools` (or `functions`) are those that the model may call.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_core.data.rows.advice import instead
-from rlhf_core.data.rows.columns import Rules, check_unread
+from rlhf_core.data.rows.columns import Rules, check_unread, is_empty
 from rlhf_core.data.rows.labels import read_label
 from rlhf_core.data.rows.layout import FORMAT_COLUMNS, HARMLESS, Layout, find_layout
 from rlhf_core.data.rows.markers import check_markers, check_turns
@@ -39,7 +39,8 @@ from rlhf_core.data.rows.parts import (
     text_of,
     with_system,
 )
-from rlhf_core.data.rows.row import REASONING, BadRow, Message
+from rlhf_core.data.rows.row import CALLS, TOOLS, BadRow, Message
+from rlhf_core.data.rows.tools import match_results, read_tools, with_tools, without_padding
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import Format, Purpose
 
@@ -64,23 +65,36 @@ class Example:
     Attributes:
         messages: a conversation, or the messages before a pair of replies or a labelled reply;
             empty if there is `text`.
-        chosen, rejected: texts of a pair of replies.
+        replies: the two of a pair, the better one first; or a labelled one. With reasoning and
+            calls of tools as in messages.
         text: plain text.
         reasoning: a key of a message that only some chat templates read; "" for none.
-        completion, label: text of a labelled reply, and whether it was good.
+        label: whether the labelled reply was good.
     """
 
     messages: list[Message]
-    chosen: str | None = None
-    rejected: str | None = None
+    replies: list[Message] = field(default_factory=list)
     text: str | None = None
     reasoning: str = ""
-    completion: str | None = None
     label: bool | None = None
 
-    def replies(self) -> list[str]:
-        """The replies outside the messages."""
-        return [text for text in (self.chosen, self.rejected, self.completion) if text is not None]
+    @property
+    def chosen(self) -> str | None:
+        """The text of the better reply of a pair."""
+        return self._said(0, 2)
+
+    @property
+    def rejected(self) -> str | None:
+        """The text of the worse reply of a pair."""
+        return self._said(1, 2)
+
+    @property
+    def completion(self) -> str | None:
+        """The text of a labelled reply."""
+        return self._said(0, 1)
+
+    def _said(self, number: int, of: int) -> str | None:
+        return self.replies[number]["content"] if len(self.replies) == of else None
 
 
 def check_purpose(format: Format, purpose: Purpose, found: str = "") -> None:
@@ -122,8 +136,11 @@ def normalise(
     layout = find_layout(format, tuple(read))
     example = _READERS[format](read, layout, rules)
     example.reasoning = rules.reasoning
+    if example.messages:
+        _finish_tools(example, read.get(layout.tools), layout.tools, rules)
+    replies = [reply["content"] for reply in example.replies]
     if layout.unread or ignored:
-        again = repeated(read, layout, example.messages, example.replies())
+        again = repeated(read, layout, example.messages, replies)
         unread = [name for name in layout.unread if name not in again]
         check_unread(
             row,
@@ -133,12 +150,24 @@ def normalise(
             document=format == "text",
         )
     if example.text is None:
-        check_markers(example.messages, example.replies())
+        check_markers(example.messages, replies)
     elif purpose != "pretrain":
         check_turns(example.text, "column 'text'")
     if rules.remarks:
         rules.count()
     return example
+
+
+def _finish_tools(example: Example, value: Any, name: str, rules: Rules) -> None:
+    """Add the tools of a column to an example, and put results and arguments in order."""
+    if not is_empty(value):
+        tools = read_tools(value, f"column {name!r}")
+        example.messages = with_tools(example.messages, tools, rules)
+    if any(m["role"] == "tool" for m in example.messages):
+        example.messages = match_results(example.messages, rules)
+    if tools := example.messages[0].get(TOOLS):
+        for said in (example.messages, example.replies):
+            said[:] = [without_padding(m, tools) if CALLS in m else m for m in said]
 
 
 # --------------------------------------------------------------------------- formats
@@ -260,7 +289,7 @@ def _unpaired(row: dict[str, Any], layout: Layout, rules: Rules) -> Example:
         raise BadRow("nothing_to_train", f"column {name!r} does not end with a reply")
     _check_trained(messages[-1], name, rules)
     example = _conversation(messages[:-1])
-    example.completion, example.label = messages[-1]["content"], label
+    example.replies, example.label = [messages[-1]], label
     return example
 
 
@@ -285,14 +314,6 @@ def _check_trained(reply: Message, name: str, rules: Rules) -> None:
     """Check that the reply of a pair or of a label is not marked as context."""
     if isinstance(reply, Untrained) and rules.purpose != "prompts":
         raise BadRow("nothing_to_train", f"the reply in column {name!r} has the weight 0")
-    if REASONING in reply:
-        raise BadRow(
-            "unused_column",
-            f"the reply in column {name!r} has its reasoning in a key of its own, which is read in "
-            "conversations only: put it into the reply's text in the form that the model writes, "
-            f"such as <think>...</think>. {rules.reasoning.capitalize()} can be ignored with "
-            "ignore_columns",
-        )
 
 
 def _pair(chosen: list[Message], rejected: list[Message]) -> Example:
@@ -307,10 +328,12 @@ def _pair(chosen: list[Message], rejected: list[Message]) -> Example:
         raise BadRow(
             "prompts_differ",
             f"the prompts of chosen and rejected differ at turn {at + 1}; expected two replies to "
-            "the same prompt",
+            "the same prompt"
+            + "; write a pair for each turn that differs"
+            * any(CALLS in m for m in chosen),
         )
     example = _conversation(chosen[:-1])
-    example.chosen, example.rejected = chosen[-1]["content"], rejected[-1]["content"]
+    example.replies = [chosen[-1], rejected[-1]]
     return example
 
 
@@ -318,6 +341,6 @@ def _conversation(messages: list[Message]) -> Example:
     first = next((m["role"] for m in messages if m["role"] != "system"), None)
     if first is None:
         raise BadRow("no_text", "the conversation has no user message")
-    if first == "assistant":
-        raise BadRow("role_order", "the conversation starts with the assistant, not with the user")
+    if first in ("assistant", "tool"):
+        raise BadRow("role_order", f"the conversation starts with the {first}, not with the user")
     return Example(messages)

@@ -18,6 +18,7 @@ PROMPT = ("prompt", "input")
 REPLY = ("completion", "response", "output")
 LABEL = ("label", "kto_tag")
 SYSTEM = ("system", "system_prompt")
+TOOL_COLUMNS = ("tools", "functions")
 
 # The columns of each format, for messages.
 FORMAT_COLUMNS: dict[str, str] = {
@@ -32,18 +33,18 @@ FORMAT_COLUMNS: dict[str, str] = {
     "prompt": "(prompt)",
     "text": "(text)",
 }
-_QUESTION = (*PROMPT, "instruction", *CONVERSATION, "history", *SYSTEM)
+_QUESTION = (*PROMPT, "instruction", *CONVERSATION, "history", *SYSTEM, *TOOL_COLUMNS)
 # Every column that a format may read.
 _READ: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input", *REPLY, "history", *SYSTEM),
-    "messages": (*CONVERSATION, "input", *SYSTEM),
-    "sharegpt": (*CONVERSATION, "input", *SYSTEM),
-    "prompt_completion": (*PROMPT, *REPLY, "history", *SYSTEM),
-    "hh": ("chosen", "rejected", *SYSTEM),
+    "alpaca": ("instruction", "input", *REPLY, "history", *SYSTEM, *TOOL_COLUMNS),
+    "messages": (*CONVERSATION, "input", *SYSTEM, *TOOL_COLUMNS),
+    "sharegpt": (*CONVERSATION, "input", *SYSTEM, *TOOL_COLUMNS),
+    "prompt_completion": (*PROMPT, *REPLY, "history", *SYSTEM, *TOOL_COLUMNS),
+    "hh": ("chosen", "rejected", *SYSTEM, *TOOL_COLUMNS),
     "preference": (*_QUESTION, "chosen", "rejected"),
-    "implicit_prompt": ("chosen", "rejected", *SYSTEM),
+    "implicit_prompt": ("chosen", "rejected", *SYSTEM, *TOOL_COLUMNS),
     "unpaired": (*_QUESTION, *REPLY, *LABEL),
-    "prompt": (*PROMPT, "history", *SYSTEM),
+    "prompt": (*PROMPT, "history", *SYSTEM, *TOOL_COLUMNS),
     "text": ("text",),
 }
 # A label says nothing about a row without replies; it may be a class or an answer.
@@ -59,6 +60,7 @@ class Layout:
         instruction, input: a prompt in two texts.
         prompt: a prompt in one column.
         reply: a single reply.
+        tools: the tools that the model may call.
         unread: the other columns.
         doubtful: those of them that may say once more what was read.
     """
@@ -71,6 +73,7 @@ class Layout:
     label: str = ""
     system: str = ""
     history: str = ""
+    tools: str = ""
     unread: tuple[str, ...] = ()
     doubtful: tuple[str, ...] = ()
 
@@ -111,6 +114,7 @@ def find_layout(format: Format, names: tuple[str, ...]) -> Layout:
         parts["history"] = "history" if "history" in has else ""
     if format != "text":
         parts["system"] = first_of(SYSTEM, has)
+        parts["tools"] = first_of(TOOL_COLUMNS, has)
     used = {*parts.values()} | {name for name in ("chosen", "rejected") if name in _READ[format]}
     used |= {"text"} if format == "text" else set()
     unread = tuple(name for name in names if name not in used)

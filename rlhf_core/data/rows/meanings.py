@@ -67,7 +67,8 @@ _MEANINGS: dict[str, tuple[frozenset[str], str]] = {
     ),
     "tools": (
         _words("tool tools function functions observation"),
-        "tool use is not supported",
+        "tools are read from the column tools (set columns: {tools: NAME}), calls from tool_calls "
+        "of a reply, results from messages of the role tool",
     ),
     "reasoning": (
         _words(

@@ -4,7 +4,8 @@
     {"from": "system|human|gpt", "value": ...}            keys of ShareGPT
     "\\n\\nHuman: ...\\n\\nAssistant: ..."                    transcripts of Anthropic's HH
 
-A message's text may be a list of text parts. `reasoning_content`, `reasoning` or `thinking` of a
+A message's text may be a list of text parts. Calls of tools and their results are read as in
+`tools`. `reasoning_content`, `reasoning` or `thinking` of a
 reply is for chat templates that read it. `weight`, `train` or `loss` of a reply, 0 or 1, says
 whether it is trained on, and `masked` whether it is not.
 """
@@ -17,7 +18,9 @@ from typing import Any
 
 from rlhf_core.data.rows.columns import Rules, check_unread, is_empty, read_flag
 from rlhf_core.data.rows.row import (
+    CALLS,
     REASONING,
+    TOOLS,
     BadRow,
     Message,
     names,
@@ -25,26 +28,32 @@ from rlhf_core.data.rows.row import (
     short,
     whole_text,
 )
+from rlhf_core.data.rows.tools import (
+    CALL_KEYS,
+    CALL_ROLES,
+    RESULT_ROLES,
+    read_calls,
+    read_result,
+    read_tools,
+)
 
 _ROLES = {
     "system": "system", "user": "user", "assistant": "assistant", "human": "user",
     "gpt": "assistant", "developer": "system", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant",
     "model": "assistant", "prompter": "user",
-}  # fmt: skip
+} | dict.fromkeys(RESULT_ROLES, "tool") | dict.fromkeys(CALL_ROLES, "assistant")  # fmt: skip
 _KEYS = (("role", "content"), ("from", "value"))
-_TOOL_ROLES = frozenset(
-    {"tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response"}
-)
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _TURN_PREFIXES = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
 _WRITTEN = re.compile(r"\s*(?:\[\s*)?\{\s*['\"](?:role|content|from|value)['\"]\s*:")  # as a text
 _REASONING = (REASONING, "reasoning", "thinking")
+_OF_ROLE = {"tool": ("name", "tool_call_id"), "system": (), "user": (), "assistant": ()}
 _MARKS = re.compile("</?think>")
 _FLAGS = ("weight", "train", "training", "trainable", "loss", "masked")
 
 
-class Untrained(dict[str, str]):
+class Untrained(dict[str, Any]):
     """A reply that is context only: the row says that it is not trained on."""
 
 
@@ -101,10 +110,20 @@ def read_messages(value: Any, name: str, rules: Rules) -> list[Message]:
         raise BadRow("no_text", f"column {name!r} is an empty list")
     first = items[0]
     keys = _KEYS[isinstance(first, dict) and "from" in first and "role" not in first]
-    return [
-        _message(item, keys, f"message {position} of column {name!r}", rules)
-        for position, item in enumerate(items, 1)
-    ]
+    messages: list[Message] = []
+    for position, item in enumerate(items, 1):
+        where = f"message {position} of column {name!r}"
+        tools = None
+        if position == 1 and isinstance(item, dict) and TOOLS not in rules.ignored:
+            tools = item.get(TOOLS)
+            item = {key: held for key, held in item.items() if key != TOOLS} if tools else item
+        message = _message(item, keys, where, rules)
+        if not is_empty(tools):
+            message[TOOLS] = read_tools(tools, f"key {TOOLS!r} of {where}")
+        if _role(item, keys) in CALL_ROLES and messages and messages[-1]["role"] == "assistant":
+            message = _joined(messages.pop(), message, where)
+        messages.append(message)
+    return messages
 
 
 def _parsed(text: str, name: str) -> Any:
@@ -119,29 +138,40 @@ def _parsed(text: str, name: str) -> Any:
         ) from None
 
 
+def _role(item: dict[str, Any], keys: tuple[str, str]) -> str:
+    return str(item[keys[0]]).lower()
+
+
 def _message(item: Any, keys: tuple[str, str], where: str, rules: Rules) -> Message:
     role_key, text_key = keys
     if not isinstance(item, dict) or role_key not in item:
         raise _no_message(item, keys, where)
-    role = _ROLES.get(str(item[role_key]).lower())
+    role = _ROLES.get(_role(item, keys))
     if role is None:
         raise _unknown_role(item[role_key], keys, where)
-    if item.get("tool_calls") and "tool_calls" not in rules.ignored:
-        raise BadRow("unsupported", f"{where} has tool calls, which are not supported")
+    calls = _call_key(item, role, rules)
     flags: list[str] = []
     reasoning = ""
     if len(item) > 2:  # first, because a message that is a tool call may have no text
         flags = [key for key in _FLAGS if key in item and key not in rules.ignored]
-        reasoning = _reasoning_key(item, role, rules)
-        others = item.keys() - {role_key, text_key, *flags, reasoning}
+        reasoning = _reasoning_key(item, role, rules, bool(calls))
+        others = item.keys() - {role_key, text_key, *flags, reasoning, calls, *_OF_ROLE[role]}
         check_unread(item, sorted(others), rules, where)
-    if text_key not in item:
+    message: Message = {"role": role, "content": ""}
+    if _role(item, keys) in CALL_ROLES:
+        message[CALLS] = read_calls(item.get(text_key), where, rules)
+    elif calls:
+        message[CALLS] = read_calls(item[calls], f"key {calls!r} of {where}", rules)
+        text = _text(item.get(text_key), where, rules)
+        message["content"] = whole_text(text, where) if text.strip() else ""
+    elif text_key not in item:
         raise _no_message(item, keys, where)
-    text = item[text_key]
-    message: Message = {
-        "role": role,
-        "content": check_text(text if isinstance(text, str) else _parts(text, where, rules), where),
-    }
+    elif role == "tool":
+        message["content"] = read_result(item[text_key], where)
+        known = (key for key in _OF_ROLE[role] if not is_empty(item.get(key)))
+        message |= {key: whole_text(str(item[key]), f"key {key!r} of {where}") for key in known}
+    else:
+        message["content"] = check_text(_text(item[text_key], where, rules), where)
     if reasoning:
         thought = check_text(item[reasoning], f"key {reasoning!r} of {where}")
         if _MARKS.search(thought + message["content"]):
@@ -157,9 +187,32 @@ def _message(item: Any, keys: tuple[str, str], where: str, rules: Rules) -> Mess
     return message
 
 
-def _reasoning_key(item: dict[str, Any], role: str, rules: Rules) -> str:
-    """The key with the reasoning of a reply; "" if there is none to read."""
-    if role != "assistant" or rules.purpose == "prompts":
+def _call_key(item: dict[str, Any], role: str, rules: Rules) -> str:
+    """The key with the calls of a reply; "" if there is none to read."""
+    if role != "assistant":
+        return ""
+    held = (key for key in CALL_KEYS if not is_empty(item.get(key)))
+    return next((key for key in held if key not in rules.ignored), "")
+
+
+def _joined(reply: Message, call: Message, where: str) -> Message:
+    """A reply and a call that is a turn of its own after it: the model writes them as one."""
+    if type(reply) is not type(call) or (REASONING in reply and REASONING in call):
+        raise BadRow(
+            "unused_column",
+            f"{where} is a call in the same turn as the reply before it, but has another weight or "
+            "reasoning of its own; write them as one message with tool_calls",
+        )
+    joined = type(reply)(reply)
+    joined |= {name: value for name, value in call.items() if name == REASONING}
+    joined[CALLS] = [*reply.get(CALLS, ()), *call[CALLS]]
+    return joined
+
+
+def _reasoning_key(item: dict[str, Any], role: str, rules: Rules, calls: bool) -> str:
+    """The key with the reasoning of a reply; "" if there is none to read. Of prompts, it is read
+    before calls alone: a reply goes on from that."""
+    if role != "assistant" or (rules.purpose == "prompts" and not calls):
         return ""
     held = (k for k in _REASONING if isinstance(item.get(k), str) and not is_empty(item[k]))
     return next((key for key in held if key not in rules.ignored), "")
@@ -202,14 +255,16 @@ def _no_message(item: Any, keys: tuple[str, str], where: str) -> BadRow:
 
 
 def _unknown_role(role: Any, keys: tuple[str, str], where: str) -> BadRow:
-    found = f"{where} has the {keys[0]} {short(role)}"
-    if str(role).lower() in _TOOL_ROLES:
-        return BadRow("unsupported", f"{found}; tool use is not supported: leave such rows out")
-    return BadRow("unknown_role", f"{found}; expected one of {', '.join(_ROLES)}")
+    return BadRow(
+        "unknown_role",
+        f"{where} has the {keys[0]} {short(role)}; expected one of {', '.join(_ROLES)}",
+    )
 
 
-def _parts(value: Any, where: str, rules: Rules) -> str:
+def _text(value: Any, where: str, rules: Rules) -> str:
     """A message's content as one text; it may be a list of text parts."""
+    if isinstance(value, str):
+        return value
     if value is None:
         return ""
     parts = value if isinstance(value, list) else [value]

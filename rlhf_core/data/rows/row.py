@@ -195,3 +195,10 @@ def whole_text(value: str, name: str) -> str:
                 f"{name} holds half a character (a lone surrogate) at position {error.start + 1}",
             ) from None
     return value
+
+
+def message_text(message: Message) -> str:
+    """What a message says, its calls of tools as JSON."""
+    calls = message.get(CALLS)
+    parts = [message["content"], json.dumps(calls, ensure_ascii=False) if calls else ""]
+    return "\n".join(filter(None, parts))

@@ -43,7 +43,7 @@ ROWS = [
     (
         {"messages": [{"role": "user", "content": "a"},
                       {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
-        "unsupported", "has tool calls",
+        "wrong_type", "call 1 of key 'tool_calls' of message 2 of column 'messages' is 'id'",
     ),
 ]  # fmt: skip
 

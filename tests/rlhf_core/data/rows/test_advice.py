@@ -62,7 +62,7 @@ def test_the_setting_that_the_error_names_reads_the_rows(purpose, row, prompt, r
     example, _ = read(row, purpose, columns=columns)
     said = [m["content"] for m in example.messages if m["role"] == "assistant"]
     assert [m["content"] for m in example.messages if m["role"] != "assistant"] == prompt
-    assert said + example.replies() == replies
+    assert said + [m["content"] for m in example.replies] == replies
 
 
 WRITTEN = [

@@ -36,7 +36,7 @@ REFUSED = [
     ({**TALK, "blob": b"\x00"}, "column 'blob'", "part of the conversation"),
     ({**TALK, "image_path": "a.png"}, "column 'image_path'", "images, video and audio"),
     ({**TALK, "audios": [{"bytes": b"x", "path": None}]}, "column 'audios'", "not supported"),
-    ({**TALK, "tools": "[{}]"}, "column 'tools'", "tool use"),
+    ({**TALK, "tool_schema": "[{}]"}, "column 'tool_schema'", "columns: {tools: tool_schema}"),
     ({**TALK, "weight": 0.3}, "column 'weight'", "weights 0 and 1"),
     ({**TALK, "sample_weight": "0"}, "column 'sample_weight'", "weights 0 and 1"),
     ({**TALK, "loss_mask": [0, 1]}, "column 'loss_mask'", "weights 0 and 1"),
@@ -85,7 +85,7 @@ REFUSED = [
 def test_what_changes_the_meaning_of_a_row_is_refused_by_name(row, name, todo):
     with pytest.raises(BadRow) as error:
         read(row)
-    unsupported = todo in ("images, video and audio", "tool use", "template", "not supported")
+    unsupported = todo in ("images, video and audio", "template", "not supported") or "tool" in name
     assert error.value.reason == ("unsupported" if unsupported else "unused_column")
     assert name in error.value.message and todo in error.value.message, error.value.message
     column = name.split("'")[1]
@@ -276,12 +276,11 @@ def test_placeholder_of_a_file_is_refused(text):
         ({"prompt": "a", "completions": ["b"], "labels": [True]}, "sft", ["stepwise", "unpaired"]),
         ({"text": "a", "summary": "b"}, "sft",
          ['columns: {"prompt": "text", "completion": "summary"}', "ignore_columns: [summary]"]),
-        ({"messages": [U, {"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
-         "sft", ["key 'function_call' of message 2", "tool use"]),
         ({"prompt": {"text": "a", "replies": []}}, "prompts", ["tree of messages", "path"]),
         ({"instruction": "a", "instances": [{}]}, "sft", ["Self-Instruct", "instruction, input"]),
         ({**TALK}, "unpaired", ["unpaired (prompt, completion, label)"]),
-        ({"messages": [U, {"role": "tool", "content": "3"}, A]}, "sft", ["tool use is not"]),
+        ({"messages": [{**U, "tool_calls": [{"name": "f"}]}, A]}, "sft",
+         ["key 'tool_calls' of message 1", "calls from tool_calls of a reply"]),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "sft",
          ["part 1 of message 1", "'image_url'; only text"]),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "sft",

@@ -192,10 +192,11 @@ def test_reasoning_that_would_be_lost_is_refused(tokenizer):
         tokenizer, [{"messages": [U, why]}], "sft", ignore_columns=["reasoning_content"]
     )
     assert ignored.rows == encoded(tokenizer, [{"messages": [U, A]}], "sft").rows
-    for row in ({"prompt": [U], "chosen": [why], "rejected": [BAD]},
-                {"messages": [U, {**why, "content": "<think>\nA\n</think>\nHello"}]}):  # fmt: skip
-        with pytest.raises(BadRow, match="reasoning"):
-            read(row, "preference" if "chosen" in row else "sft")
+    pair = {"prompt": [U], "chosen": [why], "rejected": [BAD]}
+    batch = encoded(tokenizer, [pair], "preference", on_bad_row="skip")
+    assert [bad[2] for bad in batch.bad] == ["unused_column"]
+    with pytest.raises(BadRow, match="keep one of the two"):
+        read({"messages": [U, {**why, "content": "<think>\nA\n</think>\nHello"}]})
     special = [U, {**A, "thinking": f"a {STOP}"}]
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = KEYED
