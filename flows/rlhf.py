@@ -115,6 +115,8 @@ def pipeline(run: Run) -> Iterator[str]:
     artifacts = run.artifacts_by_role
     artifacts["base"] = artifacts["start"] = artifacts["model"] = stages.import_model(run).digest
     import_rewards(run)
+    if run.config.teacher is not None:
+        artifacts["teacher"] = stages.import_teacher(run, artifacts["base"]).digest
     yield "model"
 
     data = stages.prepare_data(run, artifacts["base"])

@@ -39,6 +39,7 @@ from rlhf_core.jobs import (
     TrainSettings,
 )
 from rlhf_core.jobs.best_of_n import BestOfNJob
+from rlhf_core.jobs.distillation import ImportTeacherJob
 from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.jobs.training import HeldOutSettings
 from rlhf_core.model_files.source import fingerprint as model_fingerprint
@@ -150,6 +151,25 @@ def import_reward(run: Run, source: str, model: str, name: str = "reward-model")
         fingerprint=model_fingerprint(source, None),
     )
     return run_job(run, name, job)
+
+
+@stage("teacher")
+def import_teacher(run: Run, model: str) -> StageResult:
+    """Import the teacher of a distillation into the store.
+
+    Args:
+        model: digest of the base model, whose vocabulary it must share.
+    """
+    source = run.config.teacher
+    assert source is not None, "no stage of a run without one"
+    job = ImportTeacherJob(
+        source=source,
+        model=model,
+        seed=run.config.seed,
+        trust_remote_code=run.config.model.trust_remote_code,
+        fingerprint=model_fingerprint(source, None),
+    )
+    return run_job(run, "teacher", job)
 
 
 @stage("data")

@@ -40,6 +40,7 @@ from rlhf_core.jobs.data import (
     SampledPreferences,
     TrainingData,
 )
+from rlhf_core.jobs.distillation import DistillJob, ImportTeacherJob
 from rlhf_core.jobs.harness import LmEvalJob, LmEvalSettings
 from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, Priority, WorkPoolLauncher
@@ -167,7 +168,8 @@ __all__ = [
 Job = (
     ImportModelJob | ImportRewardJob | DataJob | MixJob | SFTJob | LabelJob | RewardJob | PPOJob
     | DPOJob | KTOJob | ORPOJob | SimPOJob | GRPOJob | RLOOJob | ReinforcePPJob | BestOfNJob
-    | RejectionSamplingJob | NewModelJob | PretrainJob | EvaluateJob | LmEvalJob
+    | RejectionSamplingJob | ImportTeacherJob | DistillJob | NewModelJob | PretrainJob
+    | EvaluateJob | LmEvalJob
 )  # fmt: skip
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from rlhf_core.jobs.base import Resources, Seed, Settings, Slug
 from rlhf_core.jobs.best_of_n import RejectionSamplingSettings
 from rlhf_core.jobs.data import DataConfig, ModelSettings
+from rlhf_core.jobs.distillation import DistillSettings
 from rlhf_core.jobs.harness import LmEvalSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, Priority
 from rlhf_core.jobs.policy_gradient import (
@@ -25,7 +26,7 @@ from rlhf_core.jobs.training import RewardSettings, SFTSettings
 
 TrainingStage = Literal[
     "pretrain", "sft", "reward", "dpo", "simpo", "orpo", "kto", "ppo", "grpo", "rloo",
-    "reinforce_pp", "rejection_sampling",
+    "reinforce_pp", "rejection_sampling", "distill",
 ]  # fmt: skip
 """Stages that train. Each has a section of settings of the same name, and a job."""
 
@@ -65,6 +66,9 @@ class PipelineConfig(Settings):
     """An existing reward model, when reward is not among the stages: artifact:DIGEST, a local
     folder or a Hugging Face id. Or a list of several, which score together as reward.combine
     says."""
+    teacher: str | None = None
+    """The model that the stage distill learns from, with the same vocabulary as model:
+    artifact:DIGEST, a local folder, a Hugging Face id or builtin:NAME."""
     data: DataConfig = DataConfig()
     """Data sets."""
     resources: Resources = Resources()
@@ -93,6 +97,8 @@ class PipelineConfig(Settings):
     """Settings of the stage reinforce_pp."""
     rejection_sampling: RejectionSamplingSettings = RejectionSamplingSettings()
     """Settings of the stage rejection_sampling, and of best_of_n, which samples for it."""
+    distill: DistillSettings = DistillSettings()
+    """Settings of the stage distill."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Evaluation."""
     lm_eval: LmEvalSettings | None = None

@@ -40,7 +40,7 @@ class _TokenLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        options: _Options,
+        options: HeadOptions,
     ) -> tuple[Tensor, Tensor]:
         # Allocated before the loop. Small tensors allocated in it would fragment the heap between
         # the chunks' logits, and each chunk would grow the process.
@@ -58,7 +58,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.kept = []
         start = 0
         with torch.autocast(hidden.device.type, enabled=False):
-            w, b = _cast(weight, bias, options.dtype)
+            w, b = cast_head(weight, bias, options.dtype)
             for h, y in _chunks(hidden, targets, chunk=options.chunk):
                 rows = slice(start, start + h.shape[0])
                 start = rows.stop
@@ -83,7 +83,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
         hidden, weight, bias, targets, norms, entropies, grad_hidden_cache = ctx.saved_tensors
-        options: _Options = ctx.options
+        options: HeadOptions = ctx.options
         if grad_hidden_cache is not None:
             return (
                 grad_hidden_cache * grad_logprobs.unsqueeze(1).to(grad_hidden_cache.dtype),
@@ -100,7 +100,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_b = torch.zeros_like(bias, dtype=norms.dtype) if need_b else None
         start = 0
         with torch.autocast(hidden.device.type, enabled=False):
-            w, b = _cast(weight, bias, options.dtype)
+            w, b = cast_head(weight, bias, options.dtype)
             for h, y in _chunks(hidden, targets, chunk=options.chunk):
                 rows = slice(start, start + h.shape[0])
                 start = rows.stop
@@ -141,7 +141,7 @@ def _grad_of_logits(
     targets: Tensor,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
-    options: _Options,
+    options: HeadOptions,
 ) -> Tensor:
     """d loss / d (weight h) of n rows, (n,V).
 
@@ -168,7 +168,9 @@ def _grad_of_logits(
     return grad
 
 
-class _Options(NamedTuple):
+class HeadOptions(NamedTuple):
+    """How logits are computed from hidden states."""
+
     dtype: torch.dtype  # of the matrix products
     chunk: int
     temperature: float
@@ -190,7 +192,17 @@ def _kind(tensor: Tensor) -> str:
     return "cpu" if tensor.device.type == "cpu" else "other"
 
 
-def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def rows_at_once(hidden: Tensor, vocabulary: int) -> int:
+    """Rows of a chunk of logits."""
+    device = _kind(hidden)
+    least, most = _CHUNK_ROWS[device]
+    return min(max(_CHUNK_LOGITS[device] // vocabulary, least), most)
+
+
+def cast_head(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """A head's weight and bias in the dtype of the products."""
     return weight.to(dtype), bias.to(dtype) if bias is not None else None
 
 
@@ -198,7 +210,8 @@ def _chunks(hidden: Tensor, targets: Tensor, *, chunk: int) -> Iterator[tuple[Te
     return zip(hidden.split(chunk), targets.split(chunk), strict=True)
 
 
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What the matrix products are computed in: autocast's dtype, or the wider of the two."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -277,11 +290,9 @@ def token_logprobs(
         nothing = upcast((hidden.sum() + 0 * weight[:1].sum()).expand(0))
         return (nothing, nothing) if entropy else nothing
     if chunk is None:
-        device = _kind(hidden)
-        least, most = _CHUNK_ROWS[device]
-        chunk = min(max(_CHUNK_LOGITS[device] // weight.shape[0], least), most)
-    dtype = _product_dtype(hidden, weight)
-    options = _Options(dtype, chunk, temperature, scale, softcap, entropy)
+        chunk = rows_at_once(hidden, weight.shape[0])
+    dtype = product_dtype(hidden, weight)
+    options = HeadOptions(dtype, chunk, temperature, scale, softcap, entropy)
     logprobs, entropies = cast(
         tuple[Tensor, Tensor], _TokenLogprobs.apply(hidden, weight, bias, targets, options)
     )

@@ -10,7 +10,7 @@ end the response. Log-probabilities are in nats, of logits divided by the temper
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -90,23 +90,49 @@ def response_logprobs(
             f"found {response_mask.dtype} {tuple(response_mask.shape)}"
         )
     check_temperature(temperature)
-    at, tokens = _find(response_mask, length, index)  # (N,) each
-    targets = input_ids.flatten()[tokens]  # (N,)
-    predicting = tokens - 1  # (N,) the position before, in the same row
-    head = lm_head(model)
+    head, states, at, targets = predicting(
+        model, input_ids, attention_mask, position_ids, response_mask, index
+    )
     if head is None:
-        logits = _full_logits(model, input_ids, attention_mask, position_ids)  # (B,S,V)
-        picked = take(logits, predicting)  # (N,V)
-        logp = torch.log_softmax(picked / temperature, dim=-1)  # (N,V)
+        logp = torch.log_softmax(states / temperature, dim=-1)  # (N,V)
         flat = logp.gather(1, targets.unsqueeze(1)).squeeze(1)  # (N,)
         flat_entropy = -(logp.exp() * logp).sum(dim=1)  # (N,)
     else:
-        hidden = backbone_hidden(model, input_ids, attention_mask, position_ids, index)  # (B,S,d)
-        flat, flat_entropy = _apply_head(
-            head, take(hidden, predicting), targets, temperature, chunk, entropy
-        )
+        flat, flat_entropy = _apply_head(head, states, targets, temperature, chunk, entropy)
     logprobs = put(flat, at, rows, width)  # (B,T)
     return (logprobs, put(flat_entropy, at, rows, width)) if entropy else logprobs
+
+
+class Predicting(NamedTuple):
+    """The positions that predict N tokens."""
+
+    head: Head | None  # None: the model's own forward makes its logits
+    states: Tensor  # (N,d) hidden states, or (N,V) logits without a head
+    at: Tensor  # (N,) flat indices of the tokens in the response mask
+    targets: Tensor  # (N,) the tokens
+
+
+def predicting(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    response_mask: Tensor,
+    index: TokenIndex | None = None,
+) -> Predicting:
+    """What a model computes of the tokens in a mask before its vocabulary head is applied.
+
+    Args: see `response_logprobs`.
+    """
+    at, tokens = _find(response_mask, input_ids.shape[1], index)  # (N,) each
+    targets = input_ids.flatten()[tokens]  # (N,)
+    before = tokens - 1  # (N,) the position before, in the same row
+    head = lm_head(model)
+    if head is None:
+        logits = _full_logits(model, input_ids, attention_mask, position_ids)  # (B,S,V)
+        return Predicting(None, take(logits, before), at, targets)
+    hidden = backbone_hidden(model, input_ids, attention_mask, position_ids, index)  # (B,S,d)
+    return Predicting(head, take(hidden, before), at, targets)
 
 
 def _find(response_mask: Tensor, length: int, index: TokenIndex | None) -> tuple[Tensor, Tensor]:

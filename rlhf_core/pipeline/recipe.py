@@ -33,7 +33,8 @@ BEFORE_ALIGNMENT = ("pretrain", "sft", "reward")
 """Stages before the alignment, which rounds do not repeat."""
 
 LABELS = {"reward": "reward model", "simpo": "SimPO", "reinforce_pp": "REINFORCE++",
-          "pretrain": "pretraining", "rejection_sampling": "best-of-n SFT"}  # fmt: skip
+          "pretrain": "pretraining", "rejection_sampling": "best-of-n SFT",
+          "distill": "distillation"}  # fmt: skip
 
 Rewarded = OnlineSettings | BestOfNSettings
 """Settings with `rewards`."""
@@ -266,6 +267,16 @@ def problems(config: PipelineConfig) -> list[str]:
                 f"{stage} needs a reward model: put reward before {stage} in stages, or set "
                 "reward_model to an existing one"
             )
+    if "distill" in config.stages and config.teacher is None:
+        found.append(
+            "stages has distill, but teacher is empty; set it to a model of the same family, such "
+            "as a larger one"
+        )
+    if config.teacher is not None and "distill" not in config.stages:
+        found.append(
+            f"teacher is {config.teacher}, but stages {list(config.stages)} has no distill, which "
+            "would use it; add distill, or clear teacher"
+        )
     if "pretrain" in config.stages and config.data.pretrain is None:
         found.append(
             "stages has pretrain, but data.pretrain is empty; give it a source of plain text, such "

@@ -69,7 +69,7 @@ def check(
         problems += found
     if config.new_model is None:
         problems += check_model(config.model, store, contact=contact, packages=here)
-    problems += _check_imported_rewards(config, store, contact)
+    problems += _check_imported_models(config, store, contact)
     model = model or _config_of(config, store)
     shape = _shape(model)
     wrong = recipe.problems(config)
@@ -99,7 +99,7 @@ def check(
     problems += check_lengths(config, shape)
     problems += check_adapters(config, model)
     if here and model is not None and shape is not None and not problems:
-        problems += _check_memory(config, model, machine)
+        problems += _check_memory(config, model, machine, store)
         if contact:
             problems += _check_disk(config, shape, store)
     return list(dict.fromkeys(problems))
@@ -155,15 +155,21 @@ def _check_questions(source: str) -> list[str]:
     return []
 
 
-def _check_imported_rewards(
-    config: PipelineConfig, store: Store | None, contact: bool
-) -> list[str]:
+def _check_imported_models(config: PipelineConfig, store: Store | None, contact: bool) -> list[str]:
     problems = []
     for source in recipe.imported_rewards(config):
         there = ModelSettings(source=source, trust_remote_code=config.model.trust_remote_code)
         found = check_model(there, store, contact=contact, kind="reward_model")
         problems += [f"reward_model: {text}" for text in found]
+    if config.teacher is not None:
+        found = check_model(_teacher(config), store, contact=contact)
+        problems += [f"teacher: {text}" for text in found]
     return problems
+
+
+def _teacher(config: PipelineConfig) -> ModelSettings:
+    assert config.teacher is not None
+    return ModelSettings(source=config.teacher, trust_remote_code=config.model.trust_remote_code)
 
 
 def _check_rewards(config: PipelineConfig) -> list[str]:
@@ -243,6 +249,13 @@ def _config_of(config: PipelineConfig, store: Store | None) -> dict[str, Any] | 
         return None  # reported by check_model
 
 
+def _config_of_teacher(config: PipelineConfig, store: Store | None) -> dict[str, Any] | None:
+    try:
+        return None if config.teacher is None else model_config(_teacher(config), store)
+    except RLHFError:
+        return None  # reported by check_model
+
+
 def _shape(config: Mapping[str, Any] | None) -> ModelShape | None:
     try:
         return None if config is None else read_shape(config)
@@ -253,8 +266,15 @@ def _shape(config: Mapping[str, Any] | None) -> ModelShape | None:
 # --------------------------------------------------------------------------- size
 
 
-def _check_memory(config: PipelineConfig, model: Mapping[str, Any], machine: Machine) -> list[str]:
+def _check_memory(
+    config: PipelineConfig, model: Mapping[str, Any], machine: Machine, store: Store | None
+) -> list[str]:
     problems = []
+    more: dict[str, Any] = {
+        "quantization": config.model.quantization,
+        "reward_models": recipe.reward_models(config),
+        "teacher": _config_of_teacher(config, store),
+    }
     for stage, settings, resources, length in trained_stages(config):
         device = device_of(resources, machine)
         place = f"a GPU of {machine.gpu_memory / GIB:.0f} GiB"
@@ -265,12 +285,12 @@ def _check_memory(config: PipelineConfig, model: Mapping[str, Any], machine: Mac
             place += f"{resources.ranks} rank{'s' if resources.ranks > 1 else ''})"
         found = estimate_memory(
             model, settings, resources, stage, max_length=length, device=device,
-            quantization=config.model.quantization, reward_models=recipe.reward_models(config),
+            **more,
         )  # fmt: skip
         if available and found.total > _TOLERANCE * available:
             ways = ways_to_fit(
                 model, settings, resources, stage, available, max_length=length, device=device,
-                quantization=config.model.quantization, reward_models=recipe.reward_models(config),
+                **more,
             )  # fmt: skip
             advice = "; or ".join(ways) or (
                 "a smaller model, or more ranks with fsdp2"

@@ -95,6 +95,7 @@ def ways_to_fit(
     device: Device = "cuda",
     quantization: str | None = None,
     reward_models: int = 1,
+    teacher: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Settings with which a stage fits into `available` bytes per rank, the mildest first; the
     arguments are those of `estimate`."""
@@ -105,7 +106,7 @@ def ways_to_fit(
     ) -> bool:
         found = estimate(
             model_config, settings, place, stage, max_length=max_length, device=device,
-            quantization=quantization, reward_models=reward_models,
+            quantization=quantization, reward_models=reward_models, teacher=teacher,
         )  # fmt: skip
         return found.total <= available
 

@@ -71,6 +71,7 @@ def estimate(
     device: Literal["cpu", "cuda"] = "cuda",
     quantization: str | None = None,
     reward_models: int = 1,
+    teacher: Mapping[str, Any] | None = None,
 ) -> MemoryEstimate:
     """Memory that a stage needs on each rank at its peak, in bytes.
 
@@ -79,6 +80,7 @@ def estimate(
         max_length: tokens of the longest sequence, prompt and reply together.
         quantization: of frozen weights, as model.quantization; default: a job's own.
         reward_models: that score the rollouts of an online stage.
+        teacher: config.json of a distillation's teacher. None: it is as large as the model.
 
     Raises:
         KeyError: the config lacks a size that all language models have.
@@ -97,7 +99,10 @@ def estimate(
     parts = critic if scalar else policy
     if models == 2:
         parts = {name: policy[name] + critic[name] for name in policy}
-    if samples:
+    learns = "teacher" in job.roles().values()
+    if learns:
+        parts["teacher"] = plan.teacher(read_shape(teacher or model_config))
+    elif samples:
         parts["reference and reward model"] = plan.frozen_models(models)
     kept = models * plan.passes.kept(tokens, max_length)
     parts["gathered"] = models * plan.gathered(layers=False)
@@ -105,12 +110,12 @@ def estimate(
     reply = min(max_length, getattr(settings, "max_new_tokens", max_length))
     predicted = 0 if scalar else tokens // max_length * reply
     parts["working memory"] = plan.working(tokens, max_length, models, predicted)
+    if learns:
+        parts["divergence"] = plan.divergence(predicted)
     if samples:  # a rollout keeps no activations
         rollout = plan.rollout(-(-most_replies(settings) // resources.world_size), max_length)
         parts["rollout"] = max(0, rollout - kept - parts["working memory"])
-        engine = getattr(settings, "rollout", None)
-        if isinstance(engine, VllmRollout) and device == "cpu":  # on a GPU it sleeps meanwhile
-            parts["vLLM"] = plan.width * shape.parameters + engine.cpu_cache_mib * 2**20
+        parts |= _engine(plan)
     parts["process"] = _PROCESS[device]
     host = once = 0
     if device == "cpu":  # the copy is there while the next steps run
@@ -119,6 +124,14 @@ def estimate(
         host, once = plan.host(models)
         host += _PROCESS["cpu"]
     return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host), int(once))
+
+
+def _engine(plan: Plan) -> dict[str, int]:
+    """What vLLM holds on a CPU while the ranks train; on a GPU it sleeps meanwhile."""
+    engine = getattr(plan.settings, "rollout", None)
+    if not isinstance(engine, VllmRollout) or plan.device != "cpu":
+        return {}
+    return {"vLLM": plan.width * plan.shape.parameters + engine.cpu_cache_mib * 2**20}
 
 
 def most_replies(settings: TrainSettings) -> int:

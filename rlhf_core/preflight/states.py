@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_core.jobs import Resources, TrainSettings
 from rlhf_core.model_files.shape import ModelShape
@@ -10,6 +10,7 @@ from rlhf_core.preflight.activations import Passes
 
 _BUCKET = 12 * 2**20  # elements that ZeRO reduces at once
 _DECODED_TOGETHER = 64  # rows, see rlhf_core.rollout.generate.generate
+_DIVERGENCE = 9  # fp32 arrays as large as a chunk of logits, at once
 _NF4 = 4.127 / 8  # bytes of a quantised weight, with its scales
 
 
@@ -135,6 +136,26 @@ class Plan:
             # The policy holds the lower layers for reference, critic and reward model too.
             count -= (models + judges) * (shape.parameters - self.trained(shape.parameters))
         return c * count // (self.resources.world_size if sharded else 1)
+
+    def teacher(self, shape: ModelShape) -> int:
+        """Weights of a distillation's teacher.
+
+        Args:
+            shape: its sizes.
+        """
+        if self.resources.strategy == "ddp":
+            return replace(self, shape=shape).frozen(shape.parameters)
+        ranks = self.resources.world_size if self.resources.strategy == "fsdp2" else 1
+        return self.width * shape.parameters // ranks
+
+    def divergence(self, predicted: int) -> int:
+        """A distillation's loss: arrays of a chunk of both models' logits, and the gradient of the
+        student's head, which is there from the forward pass on; see `nn.chunked_divergence`."""
+        vocabulary = self.shape.vocabulary
+        least, logits = (16, 2**22) if self.device == "cpu" else (16, 2**25)
+        rows = min(predicted, max(least, logits // vocabulary))
+        trained = self.settings.lora is None
+        return 4 * vocabulary * (_DIVERGENCE * rows + (self.shape.hidden if trained else 0))
 
     def gathered(self, *, layers: bool) -> int:
         """fsdp2: what is whole on each rank during a pass: embedding, head and last norm.

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import ModelError
-from rlhf_core.jobs import ImportModelJob
+from rlhf_core.jobs import BaseJob, ImportModelJob
 from rlhf_core.model_files.folder_check import check_loaded, check_weight_files
 from rlhf_core.model_files.source import Source, builtin_gguf, fingerprint, parse_source
 from rlhf_core.runtime.context import StageContext
@@ -46,15 +47,31 @@ def run(job: ImportModelJob, context: StageContext) -> Artifact:
     Raises:
         ModelError: the source cannot be reached or used; the message says what to do.
     """
-    source = parse_source(job.source)
+    return import_as(job, job, context)
+
+
+def import_as(
+    given: ImportModelJob,
+    job: BaseJob,
+    context: StageContext,
+    check: Callable[[Loaded], None] | None = None,
+) -> Artifact:
+    """Import a model and publish it as the result of a job.
+
+    Args:
+        given: names the model. check: may refuse what was loaded.
+    """
+    source = parse_source(given.source)
     quiet()
-    context.log(f"importing {job.source}")
-    loaded = _load(job, source, context)
+    context.log(f"importing {given.source}")
+    loaded = _load(given, source, context)
+    if check is not None:
+        check(loaded)
     own = loaded.tokenizer.chat_template
-    ends = prepare_tokenizer(loaded.tokenizer, job.chat_template, job.source)
-    if note := template_note(own, loaded.tokenizer.chat_template, job.chat_template):
+    ends = prepare_tokenizer(loaded.tokenizer, given.chat_template, given.source)
+    if note := template_note(own, loaded.tokenizer.chat_template, given.chat_template):
         context.log(note)
-    _check_vocabulary(loaded, job.source)
+    _check_vocabulary(loaded, given.source)
     set_generation(loaded, ends)
     folder = context.scratch("model")
     save(loaded.model, loaded.tokenizer, folder)
@@ -63,7 +80,7 @@ def run(job: ImportModelJob, context: StageContext) -> Artifact:
 
         copy_factors(loaded.folder, folder)
     context.log(f"imported {loaded.model.num_parameters():,} parameters; publishing")
-    metadata = describe(loaded, ends, job.source, job.revision)
+    metadata = describe(loaded, ends, given.source, given.revision)
     return context.publish(job, folder, metadata, parents=loaded.parents)
 
 

@@ -25,6 +25,7 @@ from rlhf_core.models.nf4_adapters import copy_factors
 from rlhf_core.models.saving import save_scalar_model
 from rlhf_core.nn.modules import ScalarModel
 from rlhf_core.runtime.context import StageContext
+from rlhf_core.stages.vocabulary import check_same_vocabulary
 from rlhf_core.store import Artifact
 
 
@@ -136,11 +137,7 @@ def check_vocabulary(job: ImportRewardJob, place: Path | str, base: Path) -> Non
             "weights must come with the tokenizer that they were trained with"
         ) from error
     ours = AutoTokenizer.from_pretrained(base, trust_remote_code=is_trusted(base)).get_vocab()
-    theirs = own.get_vocab()
-    different = [token for token, number in ours.items() if theirs.get(token) != number]
-    if different:
-        raise ModelError(
-            f"the reward model {job.source} reads another vocabulary than the language model: "
-            f"{len(different):,} of {len(ours):,} tokens differ, {different[0]!r} is one; give a "
-            "reward model that was trained from the same base model"
-        )
+    check_same_vocabulary(
+        ours, own.get_vocab(), f"the reward model {job.source}",
+        "give a reward model that was trained from the same base model",
+    )  # fmt: skip

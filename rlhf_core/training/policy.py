@@ -17,6 +17,7 @@ from rlhf_core.jobs import (
     SFTJob,
 )
 from rlhf_core.jobs.best_of_n import RejectionSamplingJob
+from rlhf_core.jobs.distillation import DistillJob
 from rlhf_core.models.nf4 import NF4
 from rlhf_core.models.saving import save_causal_lm
 from rlhf_core.nn.layers import choose_trainable
@@ -27,7 +28,7 @@ from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.optimizer import adamw
 from rlhf_core.training.strategy import HALF, Strategy
 
-PolicyJob = PretrainJob | SFTJob | RejectionSamplingJob | PreferenceJob | OnlineJob
+PolicyJob = PretrainJob | SFTJob | RejectionSamplingJob | PreferenceJob | DistillJob | OnlineJob
 """Jobs that train a language model."""
 
 

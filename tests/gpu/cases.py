@@ -16,7 +16,7 @@ STEPS = 2
 ARCHITECTURES = ("llama", "gpt2", "bloom", "qwen2", "opt")
 ALGORITHMS = (
     "sft", "pretrain", "reward", "reward_probe", "dpo", "simpo", "orpo", "kto", "ppo", "grpo",
-    "rloo", "reinforce_pp", "label", "best_of_n", "evaluate",
+    "rloo", "reinforce_pp", "distill", "label", "best_of_n", "evaluate",
 )  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
@@ -52,7 +52,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Digests in the store: models and random reward models by architecture, data by purpose."""
+    """Digests in the store: models and random reward models by architecture, data by purpose, and
+    a teacher."""
 
     models: dict[str, str]
     rewards: dict[str, str]
@@ -100,6 +101,14 @@ def _samples(kind: Any, **own: Any) -> Callable[..., BaseJob]:
     return make
 
 
+def _distill(data: dict[str, str], reward: str, settings: dict[str, Any]) -> BaseJob:
+    common = {
+        "teacher": data["teacher"], "prompts": data["prompts"], "steps": STEPS,
+        "max_new_tokens": 6, "batch_size": 8,
+    }  # fmt: skip
+    return jobs.DistillJob(**(common | settings))
+
+
 def _label(data: dict[str, str], reward: str, settings: dict[str, Any]) -> BaseJob:
     common = {
         "prompts": data["prompts"], "labeller": "reward_model", "reward_model": reward,
@@ -142,6 +151,7 @@ _MAKE: dict[str, Callable[..., BaseJob]] = {
     "grpo": _samples(jobs.GRPOJob, batch_size=2, group_size=4),
     "rloo": _samples(jobs.RLOOJob, batch_size=2, group_size=4),
     "reinforce_pp": _samples(jobs.ReinforcePPJob),
+    "distill": _distill,
     "label": _label,
     "best_of_n": _best_of_n,
     "evaluate": _evaluate,
@@ -171,7 +181,7 @@ def make_inputs(
         made.mkdir()
         save_scalar_model(new_scalar_model(source, 0), made, source)
         rewards[name] = store.publish(made, kind="reward_model").digest
-    data = {}
+    data = {"teacher": run(jobs.ImportModelJob(source="random:llama", seed=9))}
     for purpose, rows in _rows().items():
         path = folder / f"{purpose}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

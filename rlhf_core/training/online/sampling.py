@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.jobs import OnlineJob
+from rlhf_core.jobs.distillation import DistillJob
 from rlhf_core.models.saving import stop_tokens
 from rlhf_core.nn.modules import Policy
 from rlhf_core.rollout.finished import FinishedReply, OnFinished
@@ -108,7 +109,7 @@ def sample_rows(
 
 
 def roll_out(
-    job: OnlineJob,
+    job: OnlineJob | DistillJob,
     strategy: Strategy,
     policy: Policy,
     source: Path,

@@ -66,6 +66,13 @@ def test_only_the_data_that_a_stage_needs_is_prepared():
                                       "or set reward_model to an existing one"]),
         ({"stages": ("sft", "ppo"), "reward_model": "artifact:abcdef"}, []),
         ({"stages": ("ppo",), "reward_model": ("artifact:abcdef", "judges/2")}, []),
+        ({"stages": ("sft", "distill")},
+         ["stages has distill, but teacher is empty; set it to a model of the same family, such "
+          "as a larger one"]),
+        ({"stages": ("sft",), "teacher": "org/large"},
+         ["teacher is org/large, but stages ['sft'] has no distill, which would use it; add "
+          "distill, or clear teacher"]),
+        ({"stages": ("sft", "distill"), "teacher": "org/large"}, []),
         ({"stages": ("sft", "rejection_sampling")},
          ["rejection_sampling needs a reward model: put reward before rejection_sampling in "
           "stages, or set reward_model to an existing one"]),

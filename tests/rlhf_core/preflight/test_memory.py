@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -20,6 +20,7 @@ from rlhf_core.jobs import (
     RewardSettings,
     SFTSettings,
 )
+from rlhf_core.jobs.distillation import DistillSettings
 from rlhf_core.jobs.rewards import SentimentReward
 from rlhf_core.model_files.shape import read_shape
 from rlhf_core.model_files.source_check import BUILTIN_CONFIGS, model_config
@@ -331,3 +332,20 @@ def test_estimate_of_ppo_is_near_the_measured_peak(
     settings = PPOSettings(trainable_layers=layers, batch_size=16)
     found = estimate(SMOL, settings, place, "ppo", max_length=length, device="cpu")
     assert found.total / GIB == pytest.approx(measured, rel=0.4)
+
+
+def test_teacher_of_a_distillation_counts_with_its_own_size() -> None:
+    """In fp32 under ddp, in the training's precision where weights are sharded or spread."""
+    small = LLAMA_7B | {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1024}
+    settings = DistillSettings(precision="bf16")
+
+    def teacher(strategy: Any, ranks: int, **more: Any) -> int:
+        place = Resources(ranks=ranks, strategy=strategy)
+        return estimate(small, settings, place, "distill", **more).parts["teacher"]
+
+    assert teacher("ddp", 2, teacher=LLAMA_7B) == pytest.approx(4 * 6.74e9, rel=0.01)
+    assert teacher("zero2", 2, teacher=LLAMA_7B) == pytest.approx(2 * 6.74e9, rel=0.01)
+    assert teacher("fsdp2", 8, teacher=LLAMA_7B) == pytest.approx(2 * 6.74e9 / 8, rel=0.01)
+    assert teacher("ddp", 2) == 4 * read_shape(small).parameters, "unknown: as large as the model"
+    parts = estimate(small, settings, Resources(), "distill").parts
+    assert "reference and reward model" not in parts and parts["divergence"] > 0
