@@ -90,17 +90,15 @@ def estimate(
     plan = Plan(shape, settings, resources, device, quantization, reward_models)
     job = job_class(stage)
     # Chosen and rejected reply are in one forward pass.
-    rows = 2 if "preference" in job.roles().values() else 1
-    tokens = rows * resources.micro_batch_size * max_length
+    pairs = "preference" in job.roles().values()
+    tokens = (2 if pairs else 1) * resources.micro_batch_size * max_length
     samples = "prompts" in job.roles().values()
     models = 2 if hasattr(settings, "value_coef") else 1  # with a critic
     scalar = job.kind == "reward_model"
     policy, critic = plan.states(shape.parameters), plan.states(shape.backbone_parameters)
-    parts = critic if scalar else policy
-    if models == 2:
-        parts = {name: policy[name] + critic[name] for name in policy}
-    learns = "teacher" in job.roles().values()
-    if learns:
+    both = {name: policy[name] + critic[name] for name in policy}
+    parts = both if models == 2 else critic if scalar else policy
+    if distils := "teacher" in job.roles():
         parts["teacher"] = plan.teacher(read_shape(teacher or model_config))
     elif samples:
         parts["reference and reward model"] = plan.frozen_models(models)
@@ -110,8 +108,7 @@ def estimate(
     reply = min(max_length, getattr(settings, "max_new_tokens", max_length))
     predicted = 0 if scalar else tokens // max_length * reply
     parts["working memory"] = plan.working(tokens, max_length, models, predicted)
-    if learns:
-        parts["divergence"] = plan.divergence(predicted)
+    parts |= {"divergence": plan.divergence(predicted)} if distils else {}
     if samples:  # a rollout keeps no activations
         rollout = plan.rollout(-(-most_replies(settings) // resources.world_size), max_length)
         parts["rollout"] = max(0, rollout - kept - parts["working memory"])
