@@ -114,21 +114,26 @@ class Load(Soak):
                 yield f"{run['name']} is {run['state_name']}, attempt {run['run_count']}"
 
     def incomplete_work(self) -> Iterator[str]:
-        """Stand-ins that did not begin and end exactly once."""
+        """Stages that did not begin and end exactly once."""
         lines = [line.split()[:3] for line in self.journal.read_text().splitlines()]
-        for what in ("begin", "end"):
-            keys = [key for kind, _, key in lines if kind == what]
-            wanted = len(STAND_INS) * self.pipelines
-            if not len(keys) == len(set(keys)) == wanted:
-                yield f"{len(keys)} stages {what}, {len(set(keys))} different ones of {wanted}"
+        begun, ended = (
+            [key for kind, _, key in lines if kind == what] for what in ("begin", "end")
+        )
+        for what, keys in (("begun", begun), ("ended", ended)):
+            if len(keys) > len(set(keys)):
+                yield f"{len(keys)} stages have {what}, {len(set(keys))} different ones"
+        if set(begun) != set(ended):
+            yield f"{len(set(begun) ^ set(ended))} stages have begun or ended, not both"
+        if len(set(ended)) < len(STAND_INS) * self.pipelines:
+            yield f"{len(set(ended))} stages, not {len(STAND_INS)} for each pipeline"
 
     def figures(self, submitting: float) -> Iterator[str]:
         """What it took."""
         spans = sorted(run["total_run_time"] for run in self.states.values())
-        stages = len(STAND_INS) * self.pipelines
+        stages = self.journal.read_text().count("end ")
         took = time.monotonic() - self.began
         yield f"submitted in {submitting:.1f} s, {self.pipelines / submitting:.0f} a second"
-        yield f"completed after {took:.0f} s: {60 * stages / took:.0f} trained stages a minute"
+        yield f"completed after {took:.0f} s: {60 * stages / took:.0f} of {stages} stages a minute"
         yield f"a pipeline ran {statistics.median(spans):.0f} s (median), {spans[-1]:.0f} s (most)"
         for name, size in self.memory.items():
             yield f"memory of {name}: {size / 2**20:.0f} MiB"
