@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 2.0
 FIRST_POLLS = 0.5  # of a stage's first minute: a short stage would be as long as its last poll
+BUSY = 10  # times as long as the answers took, a pipeline leaves the server alone
+LONGEST_PAUSE = 20.0
 SERVER_TIMEOUT = 900.0  # seconds without the server before a stage gives up
 RECORDING_SECONDS = 20.0  # within which the server has recorded a task
 MAX_CHILDREN = 3  # that others may cancel, one after another, before giving up
@@ -210,6 +212,7 @@ class WorkPool:
         )  # fmt: skip
         began = time.monotonic()
         while True:
+            asked = time.monotonic()
             run = self._retry(lambda: self._client.read_flow_run(child.id))
             for message in self._retry(lambda: logs.new(self._client)):
                 progress = parse_progress(message)
@@ -225,7 +228,8 @@ class WorkPool:
                     return state
             elif waits.report(partial(self._why, run)) and state.is_scheduled():
                 self._retry(lambda run=run: self._move_up(run, launch))  # type: ignore[misc]
-            time.sleep(FIRST_POLLS if time.monotonic() - began < 60 else POLL_SECONDS)
+            now = time.monotonic()
+            time.sleep(pause(now - began, now - asked))
 
     def _why(self, child: FlowRun) -> str:
         """What a child waits for; "" while the server is unavailable."""
@@ -283,6 +287,20 @@ class WorkPool:
 
 
 # --------------------------------------------------------------------------- helpers
+
+
+def pause(waited: float, answered: float) -> float:
+    """Seconds until a pipeline asks again for the state of its stage.
+
+    Many pipelines ask one server. The slower it answers, the less often each of them asks, so that
+    they do not keep it from the requests that move their runs on.
+
+    Args:
+        waited: seconds since the stage was handed over.
+        answered: seconds that the server's last answers took.
+    """
+    usual = FIRST_POLLS if waited < 60 else POLL_SECONDS
+    return max(usual, min(BUSY * answered, LONGEST_PAUSE))
 
 
 def _own_id() -> UUID | None:
