@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rlhf_core.errors import JobFailed, StoreError
 from rlhf_core.jobs import Job, TrainSettings
+from rlhf_core.pipeline.placements import response_tokens
 from rlhf_core.preflight.fitting import ways_to_fit
 from rlhf_core.preflight.memory import estimate
 from rlhf_core.store import Store
@@ -160,7 +161,7 @@ def _known(
                 int(made.get("max_prompt_length") or longest)
                 for made, longest in zip(made_by, lengths, strict=True)
             )
-            length += getattr(job, "max_new_tokens", 0)
+            length += response_tokens(job)
         estimate(config, job, job.placement(), stage, max_length=length, device=device)
     except (StoreError, ValueError, KeyError, TypeError):
         return None  # advice must not replace the failure

@@ -24,7 +24,7 @@ FLOORS = [
     {"training"},
     {"playground", "serving"},
     {"rollout"},
-    {"runtime", "models", "chat"},
+    {"runtime", "models", "chat", "environments"},
     {"model_files", "rewards"},
     {"data"},
     {"store", "pipeline", "judges", "nn"},
@@ -34,7 +34,8 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 TORCH = {"torch", "transformers", "colossalai", "peft", "accelerate"}
 TORCH_FREE = {
-    "flows", "tasks", "preflight", "model_files", "rewards", "data", "store", "pipeline",
+    "flows", "tasks", "preflight", "environments", "model_files", "rewards", "data", "store",
+    "pipeline",
     "judges", "jobs", "system", "errors",
 }  # fmt: skip
 # Loads a tokenizer, which is transformers without torch.

@@ -12,20 +12,31 @@ def needs_reward_model(rewards: Sequence[Reward]) -> bool:
     return any(isinstance(reward, ModelReward) for reward in rewards)
 
 
-def checked_rewards(rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
+def checked_rewards(
+    rewards: tuple[Reward, ...], *, environment: bool = False
+) -> tuple[Reward, ...]:
     """The rewards as they are.
 
+    Args:
+        environment: whether the stage can have one.
+
     Raises:
-        ValueError: there is none, or the reward model comes twice.
+        ValueError: there is none, or the reward model or the environment comes twice.
     """
-    models = sum(isinstance(r, ModelReward) for r in rewards)
     if not rewards:
         raise ValueError("rewards is empty, so there is nothing to learn; add a reward")
-    if models > 1:
+    if not environment and any(reward.type == "environment" for reward in rewards):
         raise ValueError(
-            f'rewards has {models} entries of type "model", but there is one reward model; '
-            "keep one and give it the sum of the weights"
+            "rewards has an entry of type environment, but this stage samples single replies; "
+            "take other rewards"
         )
+    for kind, name in (("model", "reward model"), ("environment", "environment")):
+        count = sum(reward.type == kind for reward in rewards)
+        if count > 1:
+            raise ValueError(
+                f'rewards has {count} entries of type "{kind}", but there is one {name}; '
+                "keep one and give it the sum of the weights"
+            )
     return rewards
 
 

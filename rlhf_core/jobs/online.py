@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.jobs.base import Digest, PositiveInt, Resources, job_input
 from rlhf_core.jobs.ensemble import EnsembleJob
+from rlhf_core.jobs.environments import Environment, check_environment
 from rlhf_core.jobs.objective import check_reward_model, checked_rewards, needs_reward_model
 from rlhf_core.jobs.rewards import ModelReward, Reward, reward_names
 from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout
@@ -25,6 +26,7 @@ LATER = (
     "eval_prompts",
     "select_by",
     "kl_budget",
+    "environment",
 )
 """Settings that are younger than stored results, of all algorithms: their defaults are not in the
 key."""
@@ -46,11 +48,14 @@ class OnlineSettings(HeldOutSettings):
     minibatches: PositiveInt = 1
     """Optimizer steps per epoch over a rollout."""
     max_new_tokens: PositiveInt = 128
-    """Longest reply in tokens."""
+    """Longest reply in tokens; with an environment of one turn."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature. Log-probabilities are computed at the same temperature."""
     rollout: Rollout = BuiltinRollout()
     """The engine that samples replies."""
+    environment: Environment | None = None
+    """What answers replies, such as tools, so that an episode has several turns. Rules see an
+    episode's last reply. Empty: one reply to each prompt."""
     rewards: tuple[Reward, ...] = (ModelReward(),)
     """The objective: a weighted sum of the reward model's score and of rules."""
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.05
@@ -72,7 +77,8 @@ class OnlineSettings(HeldOutSettings):
     clip_range: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """The probability ratio is clipped to 1 - clip_range and 1 + clip_range."""
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
-    """Subtracted from the score of a reply that was cut at max_new_tokens."""
+    """Subtracted from the score of a reply that was cut at max_new_tokens, and of an episode that
+    was cut at one of its limits."""
     score_clip: Annotated[float, Field(gt=0.0)] | None = None
     """The reward model's score is clipped to -score_clip and score_clip, in standard deviations of
     the SFT model's replies: a policy gains nothing from what scores beyond. Empty: off."""
@@ -112,19 +118,26 @@ class OnlineSettings(HeldOutSettings):
     @field_validator("rewards")
     @classmethod
     def _some_rewards(cls, rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
-        return checked_rewards(rewards)
+        return checked_rewards(rewards, environment=True)
+
+    @model_validator(mode="after")
+    def _environment_can_be_used(self) -> Self:
+        parallel = getattr(self.rollout, "tensor_parallel", 1)
+        check_environment(self.environment, self.rewards, self.max_new_tokens, parallel)
+        return self
 
     @model_validator(mode="after")
     def _bounds_of_the_length_can_be_kept(self) -> Self:
-        least, most, longest = self.min_length, self.max_length, self.max_new_tokens
+        least, most, longest = self.min_length, self.max_length, self.response_tokens
+        limit = "max_new_tokens" if self.environment is None else "environment.max_episode_tokens"
         if least is not None and least > longest:
             raise ValueError(
-                f"min_length is {least:g} and max_new_tokens {longest}, so every reply would "
-                "be too short; clear min_length or raise max_new_tokens"
+                f"min_length is {least:g} and {limit} {longest}, so every reply would "
+                f"be too short; clear min_length or raise {limit}"
             )
         if most is not None and most >= longest:
             raise ValueError(
-                f"max_length is {most:g} and max_new_tokens {longest}, so no reply could be "
+                f"max_length is {most:g} and {limit} {longest}, so no reply could be "
                 "too long; lower max_length, or clear it"
             )
         if least is not None and most is not None and least > most:
@@ -177,6 +190,13 @@ class OnlineSettings(HeldOutSettings):
     def replies(self) -> int:
         """Replies per rollout over all ranks."""
         return self.batch_size
+
+    @property
+    def response_tokens(self) -> int:
+        """The most tokens that can follow a prompt: of one reply, or of an episode."""
+        return (
+            self.max_new_tokens if self.environment is None else self.environment.max_episode_tokens
+        )
 
     @property
     def wants_reward_model(self) -> bool:

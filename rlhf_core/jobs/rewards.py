@@ -32,6 +32,13 @@ class ModelReward(WeightedReward):
     """Type of the reward."""
 
 
+class EnvironmentReward(WeightedReward):
+    """What the environment gave in an episode's steps, summed (setting `environment`)."""
+
+    type: Literal["environment"] = "environment"
+    """Type of the reward."""
+
+
 class LengthReward(WeightedReward):
     """Length of the reply: 1 / (1 + d²) with d = (length - target) / width. 1 at the target, 1/2 at
     target ± width, towards 0 beyond."""
@@ -233,6 +240,7 @@ class PythonReward(WeightedReward):
 
 Reward = (
     ModelReward
+    | EnvironmentReward
     | LengthReward
     | LengthPenaltyReward
     | RegexReward

@@ -48,7 +48,7 @@ def trained_stages(
         }
         if config.data.unpaired is not None:
             lengths["unpaired"] = config.data.unpaired.max_length
-        lengths["prompts"] = longest + getattr(settings, "max_new_tokens", 0)
+        lengths["prompts"] = longest + response_tokens(settings)
         lengths["best_of_n"] = lengths["prompts"]
         roles = recipe.roles(config, stage).values()
         yield (
@@ -57,6 +57,13 @@ def trained_stages(
             placed[stage],
             max(lengths[r] for r in roles if r in lengths),
         )
+
+
+def response_tokens(settings: Any) -> int:
+    """The most tokens that a stage lets follow a prompt: of a reply, or of an episode of several
+    turns; 0 where it samples nothing."""
+    found = getattr(settings, "response_tokens", getattr(settings, "max_new_tokens", None))
+    return int(found or 0)
 
 
 def reply_length(config: PipelineConfig) -> int:

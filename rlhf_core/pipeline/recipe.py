@@ -173,10 +173,12 @@ def has_reward_model(config: PipelineConfig) -> bool:
 
 
 def online_rewards(config: PipelineConfig) -> tuple[Reward, ...]:
-    """The rewards of the last stage that has any: online RL, or rejection sampling."""
+    """The rewards of the last stage that has any: online RL, or rejection sampling. Without that of
+    an environment, which single replies cannot have."""
     found = [section(config, stage) for stage in config.stages]
     rewards = [settings.rewards for settings in found if isinstance(settings, Rewarded)]
-    return rewards[-1] if rewards else ()
+    last = rewards[-1] if rewards else ()
+    return tuple(reward for reward in last if reward.type != "environment")
 
 
 def label_settings(config: PipelineConfig, step: Step) -> tuple[str, SampledPreferences]:

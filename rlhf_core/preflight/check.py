@@ -24,6 +24,7 @@ from rlhf_core.model_files.source_check import check_model, model_config, new_mo
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import device_of, placements, trained_stages
 from rlhf_core.preflight.answers import check_answers
+from rlhf_core.preflight.environments import check_environments
 from rlhf_core.preflight.fitting import ways_to_fit
 from rlhf_core.preflight.memory import GIB
 from rlhf_core.preflight.memory import estimate as estimate_memory
@@ -80,7 +81,7 @@ def check(
     if contact:
         problems += _check_data_sources(config, store) + _check_tracking(config)
     if contact and here:
-        problems += _check_packages(config) + _check_rewards(config)
+        problems += _check_packages(config) + _check_rewards(config) + check_environments(config)
     if contact:
         found, noticed = check_answers(config, store)
         problems += found

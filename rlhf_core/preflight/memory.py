@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from rlhf_core.jobs import Resources, TrainSettings, VllmRollout, job_class
 from rlhf_core.model_files.shape import read_shape
+from rlhf_core.pipeline.placements import response_tokens
 from rlhf_core.preflight.states import Plan
 
 GIB = 2**30
@@ -105,7 +106,7 @@ def estimate(
     kept = models * plan.passes.kept(tokens, max_length)
     parts["gathered"] = models * plan.gathered(layers=False)
     parts["activations"] = kept
-    reply = min(max_length, getattr(settings, "max_new_tokens", max_length))
+    reply = min(max_length, response_tokens(settings) or max_length)
     predicted = 0 if scalar else tokens // max_length * reply
     parts["working memory"] = plan.working(tokens, max_length, models, predicted)
     parts |= {"divergence": plan.divergence(predicted)} if distils else {}

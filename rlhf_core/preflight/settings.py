@@ -26,6 +26,7 @@ from rlhf_core.pipeline.placements import (
     device_of,
     placements,
     reply_length,
+    response_tokens,
     section_at,
     trained_stages,
 )
@@ -312,24 +313,22 @@ def check_lengths(config: PipelineConfig, shape: ModelShape | None) -> list[str]
             f"tokens; set at most {context}"
         )
     longest = config.data.prompts.longest_prompt
-    replies = {
-        name: getattr(section_at(config, name), "max_new_tokens", None)
-        for name in placements(config)
-    }
+    sections = {name: section_at(config, name) for name in placements(config)}
+    replies = {name: response_tokens(section) for name, section in sections.items()}
     if "evaluate" in replies:
         replies["evaluate"] = reply_length(config)
     for name, new in replies.items():
-        if new is None:
-            continue
+        episodes = getattr(sections[name], "environment", None) is not None
+        limit = f"{name}.environment.max_episode_tokens" if episodes else f"{name}.max_new_tokens"
         if new >= context:
             problems.append(
-                f"{name}.max_new_tokens is {new}, but {model} has a context of {context} tokens "
+                f"{limit} is {new}, but {model} has a context of {context} tokens "
                 "for prompt and reply together; lower it"
             )
         elif longest + new > context and longest <= context:
             problems.append(
                 f"prompts of up to {longest} tokens (data.prompts.max_prompt_length, else "
-                f"max_length) and {name}.max_new_tokens {new} make {longest + new}, but {model} "
+                f"max_length) and {limit} {new} make {longest + new}, but {model} "
                 f"has a context of {context} tokens; set data.prompts.max_prompt_length to "
                 f"{context - new}, or fewer new tokens"
             )

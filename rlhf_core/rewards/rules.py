@@ -10,6 +10,7 @@ from typing import Any
 from rlhf_core.errors import DataError
 from rlhf_core.jobs.rewards import (
     AnswerReward,
+    EnvironmentReward,
     ForbiddenWordsReward,
     LanguageReward,
     LengthPenaltyReward,
@@ -51,7 +52,7 @@ Scorer = Callable[[Batch], list[float]]
 
 
 class Rules:
-    """The items of the setting `rewards` except the reward model.
+    """The items of the setting `rewards` except the reward model and the environment.
 
     Args:
         rewards: in the order of the configuration.
@@ -69,7 +70,7 @@ class Rules:
     """
 
     def __init__(self, rewards: Sequence[Reward], seed: int) -> None:
-        rules = [reward for reward in rewards if not isinstance(reward, ModelReward)]
+        rules = [r for r in rewards if not isinstance(r, ModelReward | EnvironmentReward)]
         self.names = reward_names(rules)
         self.weights = [rule.weight for rule in rules]
         self.failures: Counter[str] = Counter()

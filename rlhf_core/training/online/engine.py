@@ -39,7 +39,7 @@ def start_engine(
         device=strategy.device,
         rank=strategy.rank,
         longest=max(int(rows.lengths("prompt_ids").max()) for rows in prompts if len(rows))
-        + job.max_new_tokens,
+        + job.response_tokens,
         together=-(-job.replies * job.rollout.tensor_parallel // strategy.world_size),
     )
     context.closing.callback(engine.close)

@@ -5,7 +5,6 @@ B replies of a rollout (global), b rows of a micro-batch, S positions, T respons
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,6 +102,9 @@ def score_rollout(
     outputs = run_models(stage, rollout, minibatches, first_pass)
     components, failures = score_by_rules(models, group, rollout)
     members = torch.tensor([o.scores for o in outputs]).t()  # (k,B)
+    if rollout.outcomes is not None and any(r.type == "environment" for r in job.rewards):
+        earned = torch.tensor([outcome.reward for outcome in rollout.outcomes])
+        components = {"environment": earned, **components}
     if models.reward is not None:
         components = {"model": combine_scores(members, job), **components}
     columns = zip(*(o.columns for o in outputs), strict=True)
@@ -202,13 +204,14 @@ def score_by_rules(
         return {}, {}
     before = Counter(rules.failures)
     mine = range(group.rank, len(rollout.rows), group.size)
-    replies = [rollout.sequences[i][rollout.prompt_lengths[i] :] for i in mine]
+    sampled = rollout.sampled_ids()
+    last = [rollout.last_turn(i) for i in mine]  # of an episode, rules see the last reply
     by_rule = rules.score(
-        [json.loads(rollout.rows[i]["prompt"]) for i in mine],
-        [models.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies],
+        [messages for messages, _ in last],
+        [models.tokenizer.decode(ids, skip_special_tokens=True) for _, ids in last],
         [rollout.rows[i] for i in mine],
         [bool(rollout.finished[i]) for i in mine],
-        [len(ids) for ids in replies],
+        [len(sampled[i]) for i in mine],
     )
     by_reply = group.interleave(list(zip(*by_rule, strict=True)))
     components = {

@@ -74,5 +74,6 @@ def first_replies(experience: Experience, count: int) -> Experience:
             logprobs=rollout.logprobs[:count],
             finished=rollout.finished[:count],
             trained=None if rollout.trained is None else rollout.trained[:count],
+            outcomes=None if rollout.outcomes is None else rollout.outcomes[:count],
         ),
     )

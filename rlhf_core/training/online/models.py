@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.jobs import ModelReward, OnlineJob
+from rlhf_core.jobs.rewards import EnvironmentReward
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm, load_scalar_model
 from rlhf_core.nn.ensemble import RewardEnsemble
@@ -94,8 +95,9 @@ def load_models(
     rules = Rules(job.rewards, job.seed)
     weights = dict(zip(rules.names, rules.weights, strict=True))
     weights["model"] = sum(r.weight for r in job.rewards if isinstance(r, ModelReward))
-    # Rank 0 shows replies to people; rules read them on every rank.
-    reads = context.main or bool(rules.names)
+    weights["environment"] = sum(r.weight for r in job.rewards if isinstance(r, EnvironmentReward))
+    # Rank 0 shows replies to people; rules and environments read them on every rank.
+    reads = context.main or bool(rules.names) or job.environment is not None
     tokenizer = load_tokenizer(source, is_trusted(source)) if reads else None
     return Models(trained, reference, reward, rules, weights, tokenizer)
 

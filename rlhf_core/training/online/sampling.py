@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_core.data.rows.row import Message
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.jobs.distillation import DistillJob
 from rlhf_core.models.saving import stop_tokens
 from rlhf_core.nn.modules import Policy
+from rlhf_core.nn.sharded import is_sharded
 from rlhf_core.rollout.finished import FinishedReply, OnFinished
 from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.rollout.sharded import generate_together
 from rlhf_core.rollout.vllm_engine import VllmEngine
 from rlhf_core.training.batching import batch_rows
+from rlhf_core.training.online.episodes import EpisodeSampler, Outcome
 from rlhf_core.training.online.stage import OnlineStage
 from rlhf_core.training.strategy import Strategy
 
@@ -45,6 +50,7 @@ class GlobalRollout:
     # B x response length: whether the policy sampled each token; an environment wrote the others,
     # whose logprobs are 0. None: it sampled all.
     trained: list[list[bool]] | None = None
+    outcomes: list[Outcome] | None = None  # B, of the environment; None: there is none
 
     def sampled_ids(self) -> list[list[int]]:
         """The tokens of each response that the policy sampled."""
@@ -55,6 +61,14 @@ class GlobalRollout:
             [token for token, own in zip(ids, marks, strict=True) if own]
             for ids, marks in zip(responses, self.trained, strict=True)
         ]
+
+    def last_turn(self, index: int) -> tuple[list[Message], list[int]]:
+        """The conversation before the last reply of a response, and that reply's tokens."""
+        response = self.sequences[index][self.prompt_lengths[index] :]
+        if self.outcomes is None:
+            return json.loads(self.rows[index]["prompt"]), response
+        outcome = self.outcomes[index]
+        return outcome.messages, response[outcome.last :]
 
 
 def sample(
@@ -91,6 +105,8 @@ def sample_rows(
         stream: of the random numbers; a step, or a number that is none.
         on_finished: see `roll_out`.
     """
+    if stage.environments is not None:
+        return sample_episodes(stage, rows, stream)
     began = time.perf_counter()
     prompt_ids = [row["prompt_ids"] for row in rows]
     replies = roll_out(
@@ -105,6 +121,39 @@ def sample_rows(
         finished=torch.tensor([r.finished for r in replies]),
         began=began,
         seconds=time.perf_counter() - began,
+    )
+
+
+def sample_episodes(stage: OnlineStage, rows: list[dict[str, Any]], stream: int) -> GlobalRollout:
+    """An episode for each row, over all ranks. The arguments are those of `sample_rows`."""
+    began = time.perf_counter()
+    job, strategy, policy = stage.job, stage.strategy, stage.models.trained.policy
+    group = strategy.group
+    assert stage.environments is not None
+    sampler = EpisodeSampler(job, stage.environments, stage.models.tokenizer, stream)
+    # Ranks that share their layers, or an engine, sample as many turns.
+    together = is_sharded(policy) or stage.engine is not None
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]))
+    episodes = sampler.run(
+        [(i, rows[i]) for i in order[group.rank :: group.size]],
+        partial(sample_own, job, strategy, policy, stage.inputs.source, engine=stage.engine),
+        group.any if together else bool,
+    )
+    found = [(e.prompt, e.ids, e.logprobs, e.trained, e.finished, e.outcome()) for e in episodes]
+    by_index = dict(zip(order, group.interleave(found), strict=True))
+    prompts, ids, logprobs, trained, finished, outcomes = zip(
+        *(by_index[i] for i in range(len(rows))), strict=True
+    )
+    return GlobalRollout(
+        rows=rows,
+        sequences=[[*p, *r] for p, r in zip(prompts, ids, strict=True)],
+        prompt_lengths=[len(p) for p in prompts],
+        logprobs=list(logprobs),
+        finished=torch.tensor(finished),
+        began=began,
+        seconds=time.perf_counter() - began,
+        trained=list(trained),
+        outcomes=list(outcomes),
     )
 
 
@@ -131,26 +180,45 @@ def roll_out(
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     alike = 1 if engine is None else engine.tensor_parallel  # ranks that must sample the same
     mine = order[group.rank // alike :: group.size // alike]
+    told = None if on_finished is None or group.rank % alike else numbered_by(mine, on_finished)
+    prompts, seeds = [prompt_ids[i] for i in mine], make_row_seeds(job.seed, step, mine)
+    own = sample_own(job, strategy, policy, source, prompts, seeds, engine, told)
+    return group.in_order(zip(mine, own, strict=True))
+
+
+def sample_own(
+    job: OnlineJob | DistillJob,
+    strategy: Strategy,
+    policy: Policy,
+    source: Path,
+    prompts: list[list[int]],
+    row_seeds: list[int],
+    engine: VllmEngine | None = None,
+    on_finished: OnFinished | None = None,
+) -> list[SampledReply]:
+    """One reply to each of this rank's prompts, in their order. See `roll_out`.
+
+    Args:
+        row_seeds: one for each prompt. on_finished: gets the index among these prompts.
+    """
     options: dict[str, Any] = {
         "max_new_tokens": job.max_new_tokens, "temperature": job.temperature,
-        "eos_ids": stop_tokens(source), "pad_id": 0,
-        "row_seeds": make_row_seeds(job.seed, step, mine),
+        "eos_ids": stop_tokens(source), "pad_id": 0, "row_seeds": row_seeds,
     }  # fmt: skip
-    if on_finished is not None and group.rank % alike == 0:
-        options["on_finished"] = numbered_by(mine, on_finished)
-    prompts = [prompt_ids[i] for i in mine]
+    if on_finished is not None:
+        options["on_finished"] = on_finished
     if engine is not None:
         sampled = engine.roll_out(policy.model, prompts, **options)
     else:
         with strategy.autocast():
-            sampled = generate_together(policy, prompts, group, **options)
+            sampled = generate_together(policy, prompts, strategy.group, **options)
     sampled = sampled.cpu()
     own = []
-    for i in range(len(mine)):
+    for i in range(len(prompts)):
         real = sampled.response_mask[i]  # (T,)
         ids, logprobs = sampled.response_ids[i][real], sampled.logprobs[i][real]
         own.append(SampledReply(ids.tolist(), logprobs.tolist(), bool(sampled.finished[i])))
-    return group.in_order(zip(mine, own, strict=True))
+    return own
 
 
 def numbered_by(indices: list[int], on_finished: OnFinished) -> OnFinished:

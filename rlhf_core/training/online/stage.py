@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.environments.make import Environments
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.modules import Actor, ActorCritic, Policy
@@ -15,6 +16,7 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.online.engine import start_engine
+from rlhf_core.training.online.episodes import start_environments
 from rlhf_core.training.online.models import Models, load_models, share_trunk
 from rlhf_core.training.online.ptx import load_ptx
 from rlhf_core.training.optimizer import adamw
@@ -46,6 +48,7 @@ class OnlineStage:
     selection: Selection
     engine: VllmEngine | None  # None: the built-in sampling loop
     start: int  # steps that were finished before, from a checkpoint
+    environments: Environments | None = None  # None: one reply to each prompt
 
 
 def fetch_inputs(job: OnlineJob, context: StageContext) -> Inputs:
@@ -95,8 +98,9 @@ def prepare(
     part = "" if job.select_by == "reward" else "reward_"
     criterion = Criterion(f"heldout_{part}{job.select_by}", highest=True, kl_budget=job.kl_budget)
     selection = Selection(job, checkpointer, criterion, len(inputs.heldout))
+    environments = start_environments(job, models.tokenizer)
     return OnlineStage(
-        job, context, strategy, inputs, models, checkpointer, selection, engine, start
+        job, context, strategy, inputs, models, checkpointer, selection, engine, start, environments
     )
 
 
