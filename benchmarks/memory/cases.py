@@ -109,6 +109,9 @@ def grid() -> Iterator[Case]:
                 yield Case("7B", stage, strategy, ranks, 2, 1024, saving, tuning)
         yield Case("0.1B", stage, "ddp", 1, 2, 1024, True)
         yield Case("0.1B", stage, "fsdp2", 8, 2, 1024, True)
+    # docs/scale.md; its SFT is among the first.
+    for stage, tuning in (("reward", "full"), ("ppo", "full"), ("sft", "lora"), ("ppo", "lora")):
+        yield Case("70B", stage, "fsdp2", 64, checkpointing=True, tuning=tuning)
     # What the presets bloom-560m and llama-7b train; the latter's reward model is among these.
     for stage, length in (("sft", 512), ("reward", 512), ("ppo", 384)):
         yield Case("bloom-560m", stage, "zero2", 4, 4, length)
