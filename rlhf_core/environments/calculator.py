@@ -38,12 +38,7 @@ class NotArithmetic(ValueError):
 
 
 def calculator(expression: str) -> str:
-    """Computes an arithmetic expression.
-
-    Args:
-        expression: Numbers with + - * / // % ** and brackets, abs, min, max, round, floor, ceil and
-            sqrt, such as (3 + 4) * 2.5
-    """
+    """Computes arithmetic: numbers, + - * / // % **, brackets, sqrt, round, min, max."""
     return shown(compute(expression))
 
 

@@ -18,7 +18,7 @@ class DataSettings(Settings):
 
     source: str = "builtin:chatterbot"
     """A path or s3:// URL (file, folder or pattern of .json, .jsonl, .csv, .parquet, .txt, .md;
-    also packed, as .jsonl.gz), a Hugging Face dataset id, builtin:chatterbot,
+    also packed, as .jsonl.gz), a Hugging Face dataset id, builtin:chatterbot, builtin:sums,
     reasoning-gym:TASK?size=500&seed=0, or feedback from `rlhf playground`: playground-votes (which
     reply people preferred) or playground-thumbs (whether a reply was good)."""
     format: Format = "auto"

@@ -2,7 +2,7 @@
 
 `builtin:chatterbot` is the chatterbot corpus (PyPI package chatterbot_corpus, BSD): short
 human-written conversations in 28 languages. `subset` is a language, optionally with categories:
-"english", "chinese", "english:emotion,conversations".
+"english", "chinese", "english:emotion,conversations". `builtin:sums`: see `sums`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_core.data.rows.row import RawRow
+from rlhf_core.data.sources import sums
 from rlhf_core.errors import DataError
 
-NAMES = ("chatterbot",)
+NAMES = ("chatterbot", "sums")
 
 # In these categories the lines after the first are alternative answers to it; in the others they
 # are a dialogue.
@@ -31,7 +32,9 @@ def version(name: str) -> str:
     """
     if name not in NAMES:
         known = ", ".join(f"builtin:{known}" for known in NAMES)
-        raise DataError(f"There is no built-in data set {name!r}; the known one is {known}.")
+        raise DataError(f"There is no built-in data set {name!r}; the known ones are {known}.")
+    if name == "sums":
+        return sums.VERSION
     try:
         return importlib.metadata.version("chatterbot-corpus")
     except importlib.metadata.PackageNotFoundError:
@@ -47,7 +50,7 @@ def languages() -> list[str]:
 
 def is_subset(subset: str) -> bool:
     """Whether a subset is one of the built-in set; False where its package is not installed."""
-    return (
+    return subset in sums.SUBSETS or (
         importlib.util.find_spec("chatterbot_corpus") is not None
         and subset.partition(":")[0] in languages()
     )
@@ -96,6 +99,9 @@ def rows(name: str, subset: str | None) -> Iterator[RawRow]:
     """
     import yaml
 
+    if name == "sums":
+        yield from sums.rows(subset)
+        return
     loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # every scalar stays a text
     for shown, resource in files(name, subset):
         category = shown.rpartition("/")[2].removesuffix(".yml")

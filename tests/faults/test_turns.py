@@ -1,0 +1,88 @@
+"""Ranks killed in the middle of a turn: nothing is lost, and nothing counted twice."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from rlhf_core.runtime.work import without_measurements
+from tests.faults.stage import Place
+from tests.faults.turns import FOLDER, make_sums, turns_job
+from tests.rlhf_core.algorithms.stages import weight_hashes
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("turns")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_HOME", str(folder / "home"))
+        return folder, make_sums(folder)
+
+
+class Watched:
+    """A place whose environments note their steps."""
+
+    def __init__(self, sums, folder):
+        self.place, self.notes = Place(sums[0], folder), folder / "notes"
+        self.notes.mkdir()
+
+    def run(self, job, kill_at=None):
+        if kill_at is not None:
+            (self.notes / "kill.txt").write_text(str(kill_at))
+        self.place.run(job, **{FOLDER: str(self.notes)})
+        killed = kill_at is not None and not (self.notes / "kill.txt").exists()
+        (self.notes / "kill.txt").unlink(missing_ok=True)
+        return killed
+
+    def steps(self):
+        """step -> the replies that it was asked with; a list of all."""
+        lines = (self.notes / "steps.txt").read_text().splitlines()
+        return [(line["step"], line["reply"]) for line in map(json.loads, lines)]
+
+    def metrics(self, job):
+        artifact = self.place.result(job)
+        text = self.place.store.read_bytes(artifact.digest, "metrics.jsonl").decode()
+        return [without_measurements(json.loads(line)) for line in text.splitlines()]
+
+
+def killed_and_whole(sums, tmp_path, resources, points):
+    """A job whose ranks are killed at those steps of their attempts, beside one that is not."""
+    job = turns_job(sums[1], resources)
+    whole, killed = Watched(sums, tmp_path / "whole"), Watched(sums, tmp_path / "killed")
+    whole.run(job)
+    kills = 0
+    for point in points:
+        if killed.place.store.stage_result(job.key()) is None:
+            kills += killed.run(job, point)
+    while killed.place.store.stage_result(job.key()) is None:
+        killed.run(job)
+    assert weight_hashes(killed.place.result(job)) == weight_hashes(whole.place.result(job))
+    assert killed.metrics(job) == whole.metrics(job), "the counts of turns and calls too"
+    assert [line["step"] for line in whole.metrics(job)] == [1, 2, 3, 4]
+    # An episode that is sampled again asks the same of its environment, under the same id.
+    assert set(killed.steps()) == set(whole.steps())
+    assert len(set(whole.steps())) == len(whole.steps()), "each step comes once"
+    turns = sum(line["turns"] for line in whole.metrics(job)) * job.replies
+    cut = sum(line["at_limit"] for line in whole.metrics(job)) * job.replies
+    # A turn without an end is not asked about.
+    assert round(turns - cut) <= len(whole.steps()) <= round(turns)
+    assert turns > 1.2 * job.steps * job.replies
+    return kills
+
+
+def test_rank_killed_in_a_turn_ends_in_the_same_bytes(sums, tmp_path):
+    # Each rank makes about 13 steps in a rollout: the third one.
+    assert killed_and_whole(sums, tmp_path, {"ranks": 2}, [30]) == 1
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("strategy", ("ddp", "zero2", "fsdp2"))
+def test_ranks_killed_at_random_turns_end_in_the_same_bytes(sums, tmp_path, strategy):
+    chance = random.Random(strategy)
+    points = [chance.randint(1, 40) for _ in range(34)]
+    resources = {"ranks": chance.choice((1, 2)), "strategy": strategy}
+    assert killed_and_whole(sums, tmp_path, resources, points) >= 3
