@@ -36,7 +36,7 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.online.experience import Experience, Targets, score
 from rlhf_core.training.online.heldout import steps_left
-from rlhf_core.training.online.kl_control import kl_coefficient
+from rlhf_core.training.online.kl_control import kl_coefficient, kl_term
 from rlhf_core.training.online.report import report_and_save
 from rlhf_core.training.online.sampling import sample
 from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
@@ -68,7 +68,13 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
         targets = estimate_advantages(job, experience, kl_coef)
         # 4. Several epochs of clipped updates.
         experience, metrics = optimise(
-            stage, step, experience, targets, first_pass, job.ppo_epochs, partial(loss, job)
+            stage,
+            step,
+            experience,
+            targets,
+            first_pass,
+            job.ppo_epochs,
+            partial(loss, job, kl_coef),
         )
         # 5. Report and save.
         metrics["kl_coef"] = kl_coef
@@ -103,28 +109,31 @@ def estimate_advantages(job: PPOJob, experience: Experience, kl_coef: float) -> 
     mask, values = experience.response_mask, experience.values  # (B,T) each
     assert values is not None
     rewards = token_rewards(
-        experience.scores, experience.old_logprobs, experience.ref_logprobs, mask, kl_coef
-    )  # (B,T)
+        experience.scores, experience.old_logprobs, experience.ref_logprobs, mask,
+        kl_coef if job.kl_is_rewarded else 0.0, job.kl_kind,
+    )  # (B,T)  # fmt: skip
     advantages, returns = gae(rewards, values, mask, job.gamma, job.gae_lambda)  # (B,T) each
     stats = moments_to_stats(masked_moments(advantages, mask))  # every rank has the global batch
     return Targets(masked_whiten(advantages, mask, stats=stats), returns)
 
 
-def loss(job: PPOJob, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
-    """The clipped surrogate and the critic's clipped error."""
+def loss(job: PPOJob, kl_coef: float, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    """The clipped surrogate, or another objective, and the critic's clipped error."""
     mask, tokens = micro_batch.loss_mask, micro_batch.tokens
     policy_loss, policy = ppo_policy_loss(
         micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.weighted_advantages, mask,
-        job.clip_range, denominator=tokens,
+        job.clip_range, objective=job.objective, clip_range_high=job.clip_range_high,
+        dual_clip=job.dual_clip, denominator=tokens,
     )  # fmt: skip
     assert micro_batch.values is not None
     value_loss, value = ppo_value_loss(
         micro_batch.values, micro_batch.old_values, micro_batch.returns, mask,
         job.value_clip_range, denominator=tokens,
     )  # fmt: skip
+    term, of_kl = kl_term(job, kl_coef, micro_batch, tokens)
     metrics = {
         "policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(),
-        "clip_fraction": policy["clip_fraction"], "value_clip_fraction": value["clip_fraction"],
-        "approx_kl": policy["approx_kl"],
+        "value_clip_fraction": value["clip_fraction"], **of_kl,
     }  # fmt: skip
-    return policy_loss + job.value_coef * value_loss, metrics
+    metrics |= {name: x for name, x in policy.items() if not name.startswith("ratio")}
+    return policy_loss + job.value_coef * value_loss + term, metrics

@@ -21,7 +21,7 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.online.experience import Targets, score
 from rlhf_core.training.online.heldout import steps_left
-from rlhf_core.training.online.kl_control import kl_coefficient
+from rlhf_core.training.online.kl_control import kl_coefficient, kl_term
 from rlhf_core.training.online.report import report_and_save
 from rlhf_core.training.online.sampling import sample
 from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
@@ -40,19 +40,20 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
         # 1. Sample a reply to each prompt.
         rollout = sample(stage, step)
         # 2. Score them: policy, reference, reward model, rules.
-        no_kl = job.kl_coef == 0  # otherwise the rewards need the old log-probabilities
-        experience, first_pass = score(stage, step, rollout, defer_old_logprobs=no_kl)
+        defer = not job.kl_is_rewarded  # otherwise the rewards need the old log-probabilities
+        experience, first_pass = score(stage, step, rollout, defer_old_logprobs=defer)
         # 3. Advantages: whitened over the global batch, which every rank has whole.
         kl_coef = kl_coefficient(stage)
         mask = experience.response_mask  # (B,T)
         rewards = token_rewards(
-            experience.scores, experience.old_logprobs, experience.ref_logprobs, mask, kl_coef
-        )  # (B,T)
+            experience.scores, experience.old_logprobs, experience.ref_logprobs, mask,
+            kl_coef if job.kl_is_rewarded else 0.0, job.kl_kind,
+        )  # (B,T)  # fmt: skip
         returns = returns_to_go(rewards, mask, job.gamma)  # (B,T)
         targets = Targets(masked_whiten(returns, mask))  # (B,T)
         # 4. Clipped updates.
         experience, metrics = optimise(
-            stage, step, experience, targets, first_pass, job.epochs, partial(loss, job)
+            stage, step, experience, targets, first_pass, job.epochs, partial(loss, job, kl_coef)
         )
         # 5. Report and save.
         metrics["kl_coef"] = kl_coef
@@ -61,11 +62,14 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
     return publish(stage)
 
 
-def loss(job: ReinforcePPJob, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
-    """PPO's clipped surrogate."""
+def loss(job: ReinforcePPJob, kl_coef: float, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    """PPO's clipped surrogate, or another objective."""
+    tokens = micro_batch.tokens
     total, metrics = ppo_policy_loss(
         micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.weighted_advantages,
-        micro_batch.loss_mask, job.clip_range, denominator=micro_batch.tokens,
+        micro_batch.loss_mask, job.clip_range, objective=job.objective,
+        clip_range_high=job.clip_range_high, dual_clip=job.dual_clip, denominator=tokens,
     )  # fmt: skip
-    shown = {name: metrics[name] for name in ("clip_fraction", "approx_kl")}
-    return total, {"policy_loss": total.detach(), **shown}
+    term, of_kl = kl_term(job, kl_coef, micro_batch, tokens)
+    shown = {name: x for name, x in metrics.items() if not name.startswith("ratio")}
+    return total + term, {"policy_loss": total.detach(), **shown, **of_kl}

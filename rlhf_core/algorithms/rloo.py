@@ -24,7 +24,7 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.online.experience import Targets, score
 from rlhf_core.training.online.heldout import steps_left
-from rlhf_core.training.online.kl_control import kl_coefficient
+from rlhf_core.training.online.kl_control import kl_coefficient, kl_term
 from rlhf_core.training.online.report import flat_groups, report_and_save
 from rlhf_core.training.online.sampling import sample
 from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
@@ -43,18 +43,18 @@ def run(job: RLOOJob, context: StageContext) -> Artifact | None:
         # 1. Sample a group of replies to each prompt.
         rollout = sample(stage, step, replies_per_prompt=job.group_size)
         # 2. Score them: policy, reference, reward model, rules.
-        no_kl = job.kl_coef == 0  # otherwise the rewards need the old log-probabilities
-        experience, first_pass = score(stage, step, rollout, defer_old_logprobs=no_kl)
+        defer = not job.kl_is_rewarded  # otherwise the rewards need the old log-probabilities
+        experience, first_pass = score(stage, step, rollout, defer_old_logprobs=defer)
         # 3. Advantages: the reward, KL included, less the mean of the group's other replies.
         kl_coef = kl_coefficient(stage)
         rewards = token_rewards(
             experience.scores, experience.old_logprobs, experience.ref_logprobs,
-            experience.response_mask, kl_coef,
+            experience.response_mask, kl_coef if job.kl_is_rewarded else 0.0, job.kl_kind,
         ).sum(dim=1)  # (B,)  # fmt: skip
         targets = Targets(group_advantages(rewards, job.group_size, "rloo"))  # (B,)
         # 4. Clipped updates.
         experience, metrics = optimise(
-            stage, step, experience, targets, first_pass, job.epochs, partial(loss, job)
+            stage, step, experience, targets, first_pass, job.epochs, partial(loss, job, kl_coef)
         )
         # 5. Report and save.
         metrics["kl_coef"] = kl_coef
@@ -64,12 +64,17 @@ def run(job: RLOOJob, context: StageContext) -> Artifact | None:
     return publish(stage)
 
 
-def loss(job: RLOOJob, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
+def loss(
+    job: RLOOJob, kl_coef: float, micro_batch: MicroBatch
+) -> tuple[Tensor, dict[str, float | Tensor]]:
     """REINFORCE on whole replies (section 3)."""
     total, metrics = rloo_loss(
         micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.weighted_advantages,
         micro_batch.loss_mask, job.clip_range, replies=micro_batch.replies,
+        clip_range_high=job.clip_range_high, dual_clip=job.dual_clip,
     )  # fmt: skip
     k3 = kl_estimate(micro_batch.old_logprobs, micro_batch.logprobs.detach(), "k3")  # (b,T)
     approx_kl = masked_sum(k3, micro_batch.loss_mask).double() / micro_batch.tokens
-    return total, {"policy_loss": total.detach(), **metrics, "approx_kl": approx_kl}
+    term, shown = kl_term(job, kl_coef, micro_batch, micro_batch.replies)
+    metrics = {"policy_loss": total.detach(), **metrics, "approx_kl": approx_kl, **shown}
+    return total + term, metrics

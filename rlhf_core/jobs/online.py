@@ -27,6 +27,12 @@ LATER = (
     "select_by",
     "kl_budget",
     "environment",
+    "clip_range_high",
+    "dual_clip",
+    "objective",
+    "kl_in",
+    "kl_estimator",
+    "kl_correction",
 )
 """Settings that are younger than stored results, of all algorithms: their defaults are not in the
 key."""
@@ -75,7 +81,7 @@ class OnlineSettings(HeldOutSettings):
     """KL to the SFT model (nats per reply, on held-out prompts) above which an evaluation is not
     the best one; if all are above, the lowest KL is. Empty: any KL."""
     clip_range: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """The probability ratio is clipped to 1 - clip_range and 1 + clip_range."""
+    """The probability ratio is clipped to 1 - clip_range and 1 + clip_range, see objective."""
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
     """Subtracted from the score of a reply that was cut at max_new_tokens, and of an episode that
     was cut at one of its limits."""

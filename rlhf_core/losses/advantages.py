@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlhf_core.losses.ppo import KLEstimator, kl_estimate
 from rlhf_core.losses.reductions import check_same_shape, upcast
 
 _WHITEN_EPS = 1e-8
@@ -19,14 +20,21 @@ _GRPO_EPS = 1e-4
 
 @torch.no_grad()
 def token_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    kind: KLEstimator = "k1",
 ) -> Tensor:
     """The rewards that GAE takes: a KL penalty on every token, and the score on the last real one.
 
-    -kl_coef (logprobs - ref_logprobs), plus the score (InstructGPT, arXiv 2203.02155, eq. 2).
+    -kl_coef (logprobs - ref_logprobs), plus the score (InstructGPT, arXiv 2203.02155, eq. 2). With
+    another kind than k1, the policy gradient is not that of the KL (arXiv 2510.01555).
 
     Args:
         scores: (B,) of whole responses. logprobs, ref_logprobs: (B,T) nats. mask: (B,T) bool.
+        kind: see `kl_estimate`.
 
     Returns:
         rewards (B,T).
@@ -41,7 +49,7 @@ def token_rewards(
     if bool((lengths == 0).any()):
         row = int((lengths == 0).nonzero()[0])
         raise ValueError(f"row {row} has no real token that could carry its score")
-    penalty = kl_coef * (upcast(logprobs) - upcast(ref_logprobs))  # (B,T)
+    penalty = kl_coef * kl_estimate(logprobs, ref_logprobs, kind)  # (B,T)
     rewards = torch.where(mask, -penalty, torch.zeros_like(penalty))  # (B,T)
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, positions, -1).amax(dim=1, keepdim=True)  # (B,1)

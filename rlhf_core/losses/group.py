@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from torch import Tensor
 
-from rlhf_core.losses.ppo import kl_estimate, ppo_policy_loss
-from rlhf_core.losses.reductions import Metrics, check_same_shape, masked_sum, sequence_logps
+from rlhf_core.losses.ppo import KLEstimator, kl_loss, ppo_policy_loss
+from rlhf_core.losses.reductions import Average, Metrics, averaging_weights, sequence_logps
+from rlhf_core.losses.surrogate import Objective
 
 
 def grpo_loss(
@@ -22,42 +20,45 @@ def grpo_loss(
     *,
     replies: float,
     tokens: float,
-    average: Literal["reply", "token"] = "reply",
+    average: Average = "seq-mean-token-mean",
+    horizon: int | None = None,
+    objective: Objective = "clip",
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    kl_estimator: KLEstimator = "k3",
+    kl_correction: bool = False,
 ) -> tuple[Tensor, Metrics]:
-    """Clipped surrogate with the KL to the reference as a term (GRPO, arXiv 2402.03300, eq. 3).
+    """A surrogate with the KL to the reference as a term (GRPO, arXiv 2402.03300, eq. 3).
 
-    Per token max(-r A, -clip(r) A) + kl_coef k3(logprobs, ref); ``reply`` takes the mean over each
-    reply's tokens and then over replies, ``token`` the mean over all tokens (arXiv 2503.20783 up to
-    a constant).
+    By default per token max(-r A, -clip(r) A) + kl_coef k3(logprobs, ref), averaged over each
+    reply's tokens and then over replies.
 
     Args:
         logprobs, old_logprobs, ref_logprobs: (B,T); only ``logprobs`` receives a gradient.
         advantages: (B,), one for all tokens of a reply, or (B,T). mask: (B,T) bool.
         replies, tokens: numbers of the global batch, by which the sums are divided.
+        average, horizon: see `averaging_weights`.
+        objective, clip_range, clip_range_high, dual_clip: see `surrogate`.
+        kl_estimator, kl_correction: see `kl_loss`.
 
     Returns:
-        The loss, and per token of the global batch ``clip_fraction``, ``approx_kl`` (k3 of
-        KL(old || new), nats) and ``kl_loss`` (k3 of KL(new || reference), nats, averaged as the
-        loss is).
+        The loss, and per token of the global batch the fractions of `ppo_policy_loss` and
+        ``approx_kl`` (k3 of KL(old || new), nats); ``kl_loss`` (KL(new || reference), nats,
+        averaged as the loss is).
     """
-    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
-    zero = torch.zeros((), device=logprobs.device)
-    columns = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)  # (B,T) or (B,1)
-    if average == "reply":
-        weights = 1.0 / mask.sum(dim=1, keepdim=True).clamp(min=1).float() / replies  # (B,1)
-    else:
-        weights = torch.full_like(columns[:, :1], 1.0 / tokens)  # (B,1)
+    weights = averaging_weights(mask, average, replies=replies, tokens=tokens, horizon=horizon)
     # A positive factor on the advantage is a factor on the token's loss.
+    columns = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)  # (B,T) or (B,1)
     weighted = (columns * weights).expand(mask.shape)  # (B,T)
-    surrogate, metrics = ppo_policy_loss(
-        logprobs, old_logprobs, weighted, mask, clip_range, denominator=1.0
+    loss, metrics = ppo_policy_loss(
+        logprobs, old_logprobs, weighted, mask, clip_range, objective=objective,
+        clip_range_high=clip_range_high, dual_clip=dual_clip, denominator=1.0,
+    )  # fmt: skip
+    kl = kl_loss(
+        logprobs, old_logprobs, ref_logprobs, mask, kl_estimator, weights, corrected=kl_correction
     )
-    k3 = kl_estimate(
-        torch.where(mask, logprobs, zero), torch.where(mask, ref_logprobs.detach(), zero), "k3"
-    )  # (B,T)
-    kl = masked_sum(k3 * weights, mask)
-    per_token = {name: metrics[name] / tokens for name in ("clip_fraction", "approx_kl")}
-    return surrogate + kl_coef * kl, per_token | {"kl_loss": kl.detach()}
+    shown = {name: x / tokens for name, x in metrics.items() if not name.startswith("ratio")}
+    return loss + kl_coef * kl, shown | {"kl_loss": kl.detach()}
 
 
 def rloo_loss(
@@ -68,6 +69,8 @@ def rloo_loss(
     clip_range: float,
     *,
     replies: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, Metrics]:
     """REINFORCE on whole replies: a reply is one action (RLOO, arXiv 2402.14740, section 3).
 
@@ -77,14 +80,15 @@ def rloo_loss(
     Args:
         logprobs, old_logprobs: (B,T); only ``logprobs`` receives a gradient.
         advantages: (B,). mask: (B,T) bool. replies: of the global batch.
+        clip_range, clip_range_high, dual_clip: of the ratio of a reply, see `surrogate`.
 
     Returns:
-        The loss, and ``clip_fraction`` (of replies).
+        The loss, and the fractions of `ppo_policy_loss`, of replies.
     """
     new = sequence_logps(logprobs, mask).unsqueeze(1)  # (B,1)
     old = sequence_logps(old_logprobs.detach(), mask).unsqueeze(1)  # (B,1)
     loss, metrics = ppo_policy_loss(
         new, old, advantages.unsqueeze(1), mask.any(dim=1, keepdim=True), clip_range,
-        denominator=replies,
+        clip_range_high=clip_range_high, dual_clip=dual_clip, denominator=replies,
     )  # fmt: skip
-    return loss, {"clip_fraction": metrics["clip_fraction"]}
+    return loss, {name: x for name, x in metrics.items() if "fraction" in name}

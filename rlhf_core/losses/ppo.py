@@ -15,11 +15,12 @@ from rlhf_core.losses.reductions import (
     token_count,
     upcast,
 )
+from rlhf_core.losses.surrogate import Objective, surrogate
+
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
-def kl_estimate(
-    logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2", "k3"] = "k1"
-) -> Tensor:
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLEstimator = "k1") -> Tensor:
     """Per-token estimates of KL(policy || reference) from the policy's own samples (nats).
 
     John Schulman, "Approximating KL divergence": k1 = logprobs - ref_logprobs (unbiased, may be
@@ -50,43 +51,82 @@ def ppo_policy_loss(
     mask: Tensor,
     clip_range: float,
     *,
+    objective: Objective = "clip",
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
     denominator: Denominator = None,
 ) -> tuple[Tensor, Metrics]:
-    """Clipped surrogate objective (PPO, arXiv 1707.06347, equation 7), negated.
-
-    Per token max(-r A, -clip(r, 1 - clip_range, 1 + clip_range) A), r = exp(logprobs - old).
+    """Mean over the tokens of a surrogate, by default the clipped one of PPO.
 
     Args:
         logprobs, old_logprobs, advantages: (B,T); only ``logprobs`` receives a gradient.
-        mask: (B,T) bool. denominator: real tokens of the global batch.
+        mask: (B,T) bool.
+        objective, clip_range, clip_range_high, dual_clip: see `surrogate`.
+        denominator: real tokens of the global batch.
 
     Returns:
-        The loss, and ``clip_fraction`` (tokens whose gradient the clip stops), ``approx_kl``
-        (k3 of KL(old || new), nats), ``ratio_mean``, ``ratio_max`` (0 where no token is real).
+        The loss, and ``clip_fraction`` (tokens whose gradient the clip stops, ``cispo``: whose
+        weight it caps), of which ``clip_fraction_low``, ``clip_fraction_high`` and, with dual_clip,
+        ``dual_clip_fraction``; ``approx_kl`` (k3 of KL(old || new), nats), ``ratio_mean``,
+        ``ratio_max`` (0 where no token is real).
     """
     check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     zero = torch.zeros((), device=logprobs.device)
     logprobs = torch.where(mask, upcast(logprobs), zero)  # (B,T)
     old_logprobs = torch.where(mask, upcast(old_logprobs.detach()), zero)  # (B,T)
     advantages = torch.where(mask, upcast(advantages.detach()), zero)  # (B,T)
-    log_ratio = logprobs - old_logprobs  # (B,T)
-    ratio = log_ratio.detach().exp()  # (B,T)
-    low, high = 1.0 - clip_range, 1.0 + clip_range
-    clipped = torch.where(advantages > 0, ratio > high, (advantages < 0) & (ratio < low))
-    # The branch is chosen before exp: through torch.maximum a ratio that overflowed would send
-    # back 0 * inf = NaN from a token that the clip has stopped.
-    free_ratio = torch.where(clipped, zero, log_ratio).exp()  # (B,T)
-    per_token = -advantages * torch.where(clipped, ratio.clamp(low, high), free_ratio)  # (B,T)
+    per_token, low, high, dual = surrogate(
+        logprobs, old_logprobs, advantages, mask, objective, clip_range, clip_range_high, dual_clip
+    )
     count = token_count(mask, denominator)
     loss = masked_sum(per_token, mask) / count
+    ratio = (logprobs.detach() - old_logprobs).exp()  # (B,T)
     k3 = kl_estimate(old_logprobs, logprobs.detach(), "k3")  # (B,T)
-    metrics = {
-        "clip_fraction": masked_sum(clipped.float(), mask) / count,
+    stopped = low | high if dual is None else low | high | dual
+    fractions = {"clip_fraction": stopped, "clip_fraction_low": low, "clip_fraction_high": high}
+    if dual is not None:
+        fractions["dual_clip_fraction"] = dual
+    metrics = {name: masked_sum(x.float(), mask) / count for name, x in fractions.items()}
+    metrics |= {
         "approx_kl": masked_sum(k3, mask) / count,
         "ratio_mean": masked_sum(ratio, mask) / count,
         "ratio_max": torch.where(mask, ratio, zero).max() if mask.numel() else zero,
     }
     return loss, metrics
+
+
+def kl_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    kind: KLEstimator,
+    weights: Tensor | float,
+    *,
+    corrected: bool = False,
+) -> Tensor:
+    """The KL to the reference as a term of the loss, before its coefficient (nats).
+
+    What counts is the gradient, not the value (arXiv 2510.01555). On replies of the policy itself,
+    that of k2 is the KL's; that of k3 is its first-order approximation; that of k1 is 0 on average.
+
+    Args:
+        logprobs, old_logprobs, ref_logprobs: (B,T); only ``logprobs`` receives a gradient.
+        mask: (B,T) bool. weights: of the tokens, (B,1), or one number.
+        corrected: multiply by the ratio exp(logprobs - old_logprobs). The gradient of k1 and of k3
+            is then the KL's, also after updates (DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
+
+    Returns:
+        The weighted sum over the tokens, a scalar.
+    """
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    zero = torch.zeros((), device=logprobs.device)
+    logprobs = torch.where(mask, logprobs, zero)  # (B,T)
+    per_token = kl_estimate(logprobs, torch.where(mask, ref_logprobs.detach(), zero), kind)  # (B,T)
+    if corrected:
+        old_logprobs = torch.where(mask, old_logprobs.detach(), zero)  # (B,T)
+        per_token = per_token * (upcast(logprobs) - upcast(old_logprobs)).exp()
+    return masked_sum(per_token * weights, mask)
 
 
 def ppo_value_loss(

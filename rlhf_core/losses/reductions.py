@@ -5,11 +5,16 @@ Conventions: `rlhf_core.losses`.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
 Denominator = float | Tensor | None
+Average = Literal[
+    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+]
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -74,6 +79,39 @@ def row_count(x: Tensor, denominator: Denominator) -> float | Tensor:
     if x.shape[0] == 0:
         raise ValueError("found a batch of 0 rows, at least one is needed")
     return float(x.shape[0])
+
+
+def averaging_weights(
+    mask: Tensor, average: Average, *, replies: float, tokens: float, horizon: int | None = None
+) -> Tensor:
+    """What a token's loss is multiplied by, so that the sum over all tokens is the average.
+
+    ``token-mean``: the mean over all tokens (DAPO, arXiv 2503.14476).
+    ``seq-mean-token-mean``: over each reply's tokens, then over replies (GRPO, arXiv 2402.03300).
+    ``seq-mean-token-sum``: the sum of each reply's tokens, then the mean over replies.
+    ``seq-mean-token-sum-norm``: that over a constant, ``horizon`` (Dr. GRPO, arXiv 2503.20783).
+
+    Args:
+        mask: (B,T) bool. replies, tokens: of the global batch.
+        horizon: tokens, for ``seq-mean-token-sum-norm``.
+
+    Returns:
+        (B,1).
+
+    Raises:
+        ValueError: an unknown average, or no horizon for the one that needs it.
+    """
+    if average == "seq-mean-token-mean":
+        return 1.0 / mask.sum(dim=1, keepdim=True).clamp(min=1).float() / replies
+    if average == "seq-mean-token-sum-norm":
+        if horizon is None:
+            raise ValueError("seq-mean-token-sum-norm needs a horizon, found none")
+        weight = 1.0 / (replies * horizon)
+    elif average in ("token-mean", "seq-mean-token-sum"):
+        weight = 1.0 / (tokens if average == "token-mean" else replies)
+    else:
+        raise ValueError(f"found average {average!r}, needed one of {', '.join(get_args(Average))}")
+    return torch.full((mask.shape[0], 1), weight, device=mask.device)
 
 
 def sequence_logps(logprobs: Tensor, mask: Tensor, *, mean: bool = False) -> Tensor:

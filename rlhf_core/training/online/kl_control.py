@@ -1,8 +1,14 @@
-"""The weight of the KL to the reference, which may follow the KL that it leads to."""
+"""The KL to the reference: its weight, which may follow the KL that it leads to, and its place."""
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from rlhf_core.jobs import PPOJob, ReinforcePPJob, RLOOJob
+from rlhf_core.losses.ppo import kl_loss
+from rlhf_core.losses.reductions import Metrics
 from rlhf_core.training.online.stage import OnlineStage
+from rlhf_core.training.online.updates import MicroBatch
 
 LARGEST_ERROR = 0.2  # relative distance from the target beyond which the change is the same
 
@@ -36,3 +42,23 @@ def next_coefficient(coefficient: float, kl: float, target: float, horizon: floa
     """
     error = min(max(kl / target - 1.0, -LARGEST_ERROR), LARGEST_ERROR)
     return coefficient * (1.0 + error / horizon)
+
+
+def kl_term(
+    job: PPOJob | RLOOJob | ReinforcePPJob, kl_coef: float, micro_batch: MicroBatch, count: float
+) -> tuple[Tensor | float, Metrics]:
+    """What the KL adds to the loss: nothing where `kl_in` is reward.
+
+    Args:
+        count: what the sum over the tokens is divided by.
+
+    Returns:
+        The term, and ``kl_loss``, the same without its coefficient.
+    """
+    if job.kl_in == "reward":
+        return 0.0, {}
+    kl = kl_loss(
+        micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.ref_logprobs,
+        micro_batch.loss_mask, job.kl_kind, 1.0 / count, corrected=job.kl_correction,
+    )  # fmt: skip
+    return kl_coef * kl, {"kl_loss": kl.detach()}

@@ -1,10 +1,13 @@
 """Hand-computed values of GRPO's, RLOO's and REINFORCE++'s losses and advantages."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from rlhf_core.losses import advantages as adv
 from rlhf_core.losses.group import grpo_loss, rloo_loss
+from rlhf_core.losses.reductions import Average
 
 NAN = float("nan")
 # A reply of three tokens and one of one.
@@ -13,14 +16,18 @@ LOGPROBS = torch.tensor([[-1.0, -2.0, -0.5], [-0.3, NAN, NAN]])
 OLD = torch.tensor([[-1.1, -1.7, -0.9], [-0.3, NAN, NAN]])
 REF = torch.tensor([[-1.2, -1.5, -0.7], [-0.5, NAN, NAN]])
 ADVANTAGES = torch.tensor([1.0, -2.0])
-COUNTS = {"replies": 2.0, "tokens": 4.0}
+COUNTS = {"replies": 2.0, "tokens": 4.0, "horizon": 5}
 
 
 @pytest.mark.parametrize(
     ("average", "policy", "kl"),
     [
-        ("reply", (-(1.105171 + 0.740818 + 1.2) / 3 + 2.0) / 2, (0.186183 / 3 + 0.018731) / 2),
-        ("token", (-(1.105171 + 0.740818 + 1.2) + 2.0) / 4, (0.186183 + 0.018731) / 4),
+        (
+            "seq-mean-token-mean",
+            (-(1.105171 + 0.740818 + 1.2) / 3 + 2.0) / 2,
+            (0.186183 / 3 + 0.018731) / 2,
+        ),
+        ("token-mean", (-(1.105171 + 0.740818 + 1.2) + 2.0) / 4, (0.186183 + 0.018731) / 4),
     ],
 )
 def test_grpo_loss_matches_hand_values(average, policy, kl):
@@ -44,7 +51,7 @@ def test_grpo_gradient_is_that_of_the_ratio_and_of_k3():
     torch.testing.assert_close(logprobs.grad, torch.tensor(want), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("average", ("reply", "token"))
+@pytest.mark.parametrize("average", get_args(Average))
 def test_grpo_loss_of_micro_batches_sums_to_the_whole(average):
     whole, _ = grpo_loss(LOGPROBS, OLD, REF, ADVANTAGES, MASK, 0.2, 0.1, average=average, **COUNTS)
     parts = [
