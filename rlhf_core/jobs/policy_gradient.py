@@ -37,8 +37,8 @@ class PolicyGradientSettings(OnlineSettings):
     (k2), exp(-x) - 1 + x (k3). In the reward use k1; in the loss, k2 has the KL's gradient, k3 its
     approximation near the SFT model (arXiv 2510.01555). Empty: k1 in the reward, k3 in the loss."""
     kl_correction: bool = False
-    """Multiply the KL in the loss by the probability ratio: the gradient of k1 and k3 is then the
-    KL's, also in later updates on a rollout (DeepSeek-V3.2, arXiv 2512.02556). TRL's default."""
+    """Multiply the KL in the loss by the probability ratio: the gradient of k3 (of k1 with much
+    noise) is then the KL's, also in later updates (DeepSeek-V3.2, arXiv 2512.02556)."""
 
     @property
     def kl_kind(self) -> Literal["k1", "k2", "k3"]:

@@ -21,6 +21,21 @@ pytestmark = pytest.mark.slow
 
 NEW = ("grpo", "rloo", "reinforce_pp")
 CLASSES = {"ppo": PPOJob, "grpo": GRPOJob, "rloo": RLOOJob, "reinforce_pp": ReinforcePPJob}
+OBJECTIVES = {
+    "dapo": ("grpo", {"clip_range_high": 0.28, "average": "token-mean"}),
+    "dr-grpo": ("grpo", {"scale_rewards": False, "average": "seq-mean-token-sum-norm"}),
+    "gspo": ("grpo", {"objective": "gspo", "clip_range": 0.03, "clip_range_high": 0.04}),
+    "cispo": ("grpo", {"objective": "cispo", "clip_range_high": 0.3, "average": "token-mean"}),
+    "dppo": ("grpo", {"objective": "dppo", "clip_range": 0.05}),
+    "dual-clip": ("ppo", {"dual_clip": 1.5}),
+}
+HELD = {  # ways in which the KL holds the policy back
+    "grpo-in-loss": {},
+    "grpo-in-reward": {"kl_in": "reward"},
+    "grpo-corrected": {"kl_correction": True},
+    "rloo-in-loss": {"kl_in": "loss", "kl_estimator": "k2"},
+    "reinforce_pp-in-loss": {"kl_in": "loss"},
+}
 SHARED = ("score", "length", "kl", "entropy", "repetition", "policy_loss", "grad_norm")
 
 
@@ -69,13 +84,27 @@ def evaluated(make, strategy="ddp"):
     )  # fmt: skip
 
 
+def objectives(make):
+    """Stages that learn by each objective, with three updates from a rollout; and stages with much
+    KL."""
+    plan = {}
+    for name, (algorithm, settings) in OBJECTIVES.items():
+        ppo = algorithm == "ppo"
+        values = {"batch_size": 32, "ppo_epochs": 3} if ppo else {"batch_size": 8, "epochs": 3}
+        plan[f"{name}-learns"] = make(
+            algorithm, steps=12, learning_rate=1e-2, kl_coef=0.0, missing_eos_penalty=0.0,
+            place={"micro_batch_size": 16}, **(values | settings),
+        )  # fmt: skip
+    plan |= {name: make(name.split("-")[0], kl_coef=5.0, **HELD[name]) for name in HELD}
+    return {name: (job, {}) for name, job in plan.items()}
+
+
 @pytest.fixture(scope="module")
 def one_rank(run_plan, make, data, random_rewards):
     """Every variant that one rank runs, in one process."""
     jobs = {
         "grpo-updates": make("grpo", minibatches=2, epochs=2, steps=2),
         "grpo-dr": make("grpo", scale_rewards=False, average="token", steps=2),
-        "grpo-kl": make("grpo", kl_coef=1.0),
         "ppo": make("ppo", batch_size=8, ppo_epochs=2, warmup_fraction=0.1, schedule="linear",
                     place={"micro_batch_size": 2}),
         "collapsed": collapsing(make, "grpo", learning_rate=0.03, max_kl=0.5),
@@ -100,6 +129,7 @@ def one_rank(run_plan, make, data, random_rewards):
             epochs=2, kl_coef=0.0, missing_eos_penalty=0.0, place={"micro_batch_size": 16},
         )  # fmt: skip
         plan[f"{name}-learns"] = (learns, {})
+    plan |= objectives(make)
     return run_plan(1, plan)
 
 
@@ -126,10 +156,12 @@ def assert_same_course(first, second):
         )
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", (*NEW, *OBJECTIVES))
 def test_algorithm_raises_the_score_it_optimises(one_rank, name):
     scores = column(one_rank[f"{name}-learns"], "score")
     assert np.mean(scores[-4:]) > np.mean(scores[:4]) + 0.5, scores
+    clipped = column(one_rank[f"{name}-learns"], "clip_fraction")
+    assert max(clipped) > 0, "a bound that was never reached shows nothing"
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -183,8 +215,9 @@ def test_ppo_computes_what_it_did_before_it_shared_anything(one_rank):
         np.testing.assert_allclose(column(one_rank["ppo"], name), values, atol=1e-4, err_msg=name)
 
 
-def test_kl_term_of_the_loss_holds_the_policy_back(one_rank):
-    free, held = (column(one_rank[n], "kl_k3")[2] for n in ("grpo", "grpo-kl"))
+@pytest.mark.parametrize("name", HELD)
+def test_kl_holds_the_policy_back(one_rank, name):
+    free, held = (column(one_rank[n], "kl_k3")[2] for n in (name.split("-")[0], name))
     assert held < free
 
 
