@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-cluster test-images test-crash test-clouds test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding bench-checkpoints
+.PHONY: help setup demo smoke up down test test-system test-cluster test-images test-crash test-clouds test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-objectives bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding bench-checkpoints
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,6 +73,9 @@ bench: $(BENCH)/.installed  ## speed of training beside TRL's (four hours; REPEA
 
 bench-data: $(BENCH)/.installed  ## speed and memory of preparing data beside TRL's (ten minutes on two quiet cores)
 	@$(BIN)/python -m benchmarks.data
+
+bench-objectives: $(BENCH)/.installed  ## losses and gradients of the objectives beside TRL's on one batch (a minute)
+	@$(BIN)/python -m benchmarks.objectives
 
 gpu-check: $(STAMP)  ## every stage on a GPU, its speed and memory, in at most eight minutes (without one: on the CPU)
 	@$(BIN)/python -m benchmarks.gpu_check $(OPTIONS)

@@ -112,7 +112,7 @@ def test_grpo_loss_is_the_sum_of_weighted_tokens():
     advantages, weights = torch.tensor([1.5, -0.7]), torch.rand(2, 3, generator=generator) * 2
     loss, _ = grpo_loss(
         new, old, ref, weighted(advantages, weights), MASK, 0.2, 0.1,
-        replies=2.0, tokens=5.0, average="token",
+        replies=2.0, tokens=5.0, average="token-mean",
     )  # fmt: skip
     total = 0.0
     for row, column in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
@@ -149,7 +149,7 @@ def expected_gradient(logits, sampler, level, high, corrected=True):
         else:
             loss, _ = grpo_loss(
                 new[row], old[row], old[row], advantages, mask[row], 0.2, 0.0,
-                replies=1.0, tokens=1.0, average="token",
+                replies=1.0, tokens=1.0, average="token-mean",
             )  # fmt: skip
         total = total + probability * loss
     return torch.autograd.grad(total, table)[0]
