@@ -119,7 +119,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         advantages = group_advantages(scores, GROUP, "rloo")
     micro_batch = MicroBatch(
         logprobs=logprobs_of(folder, policy, batch), old_logprobs=old, ref_logprobs=ref,
-        response_mask=mask, loss_mask=mask, advantages=advantages, values=None, old_values=None, returns=None,
+        response_mask=mask, loss_mask=mask, advantages=advantages,
+        values=None, old_values=None, returns=None,
         replies=float(len(mask)), tokens=float(mask.sum()),
     )  # fmt: skip
     loss = grpo.loss if isinstance(job, GRPOJob) else rloo.loss
