@@ -60,9 +60,7 @@ def surrogate(
     """
     log_ratio = logprobs - old_logprobs  # (B,T)
     if objective == "gspo":
-        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B,1)
-        mean = torch.where(mask, log_ratio, torch.zeros_like(log_ratio)).sum(1, keepdim=True)
-        log_ratio = (mean / lengths).expand_as(log_ratio)  # (B,T)
+        log_ratio = mean_of_reply(log_ratio, mask)  # (B,T)
     ratio = log_ratio.detach().exp()  # (B,T)
     if clip_range_high is None:
         clip_range_high = clip_range
@@ -88,3 +86,9 @@ def surrogate(
     # back 0 * inf = NaN from a token that the clip has stopped.
     free = torch.where(stopped, torch.zeros_like(log_ratio), log_ratio).exp()  # (B,T)
     return Surrogate(-advantages * torch.where(stopped, bounded, free), is_low, is_high, dual)
+
+
+def mean_of_reply(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """Each token gets the mean over its reply's: (B,T) -> (B,T), 0 where no token is real."""
+    total = torch.where(mask, log_ratio, torch.zeros_like(log_ratio)).sum(1, keepdim=True)  # (B,1)
+    return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
