@@ -3,6 +3,17 @@
 Conventions: `rlhf_core.losses`. r is the ratio exp(logprobs - old_logprobs) of a token, A its
 advantage. In the first update of a rollout r is 1 everywhere, and all of them have the gradient of
 -A logprobs (``gspo``: of its mean over a reply).
+
+``clip``: max(-r A, -clip(r, 1 - clip_range, 1 + clip_range_high) A) (PPO, arXiv 1707.06347,
+eq. 7; a clip_range_high of its own: DAPO, arXiv 2503.14476, section 3.1).
+``gspo``: the same with the ratio of the reply, exp(mean of logprobs - old_logprobs over its
+tokens) (arXiv 2507.18071, eqs. 5 and 7); A must be one number per reply.
+``cispo``: -sg(min(r, 1 + clip_range_high)) A logprobs, sg without a gradient (MiniMax-M1, arXiv
+2506.13585, eqs. 4 and 5, without a lower bound as in its experiments). Nothing is stopped;
+``high`` are the tokens whose weight is capped, whatever the sign of A.
+``dppo``: -r A, or 0 where the token's probability has changed by more than clip_range (A < 0,
+fallen) or clip_range_high (A > 0, risen) (arXiv 2602.04879, eqs. 11 to 13, binary total
+variation). The paper measures from the sampler's probabilities, this from ``old_logprobs``.
 """
 
 from __future__ import annotations
@@ -34,18 +45,7 @@ def surrogate(
     clip_range_high: float | None,
     dual_clip: float | None,
 ) -> Surrogate:
-    """One of the surrogates, negated.
-
-    ``clip``: max(-r A, -clip(r, 1 - clip_range, 1 + clip_range_high) A) (PPO, arXiv 1707.06347,
-    eq. 7; a clip_range_high of its own: DAPO, arXiv 2503.14476, section 3.1).
-    ``gspo``: the same with the ratio of the reply, exp(mean of logprobs - old_logprobs over its
-    tokens) (arXiv 2507.18071, eqs. 5 and 7); A must be one number per reply.
-    ``cispo``: -sg(min(r, 1 + clip_range_high)) A logprobs, sg without a gradient (MiniMax-M1, arXiv
-    2506.13585, eqs. 4 and 5, without a lower bound as in its experiments). Nothing is stopped;
-    ``high`` are the tokens whose weight is capped, whatever the sign of A.
-    ``dppo``: -r A, or 0 where the token's probability has changed by more than clip_range (A < 0,
-    fallen) or clip_range_high (A > 0, risen) (arXiv 2602.04879, eqs. 11 to 13, binary total
-    variation). The paper measures from the sampler's probabilities, this from ``old_logprobs``.
+    """One of the surrogates above, negated.
 
     Args:
         logprobs, old_logprobs, advantages: (B,T), finite at every position, and 0 at padding; only
