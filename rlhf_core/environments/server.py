@@ -112,10 +112,10 @@ class Server:
                 problem = f"HTTP {answer.status_code}: {answer.text[:200]}"
             if attempt + 1 < attempts:
                 time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0))
-        text = f"{problem}"
+        shown = redact(problem.replace(self._key, REDACTED) if self._key else problem)
+        times = f"{attempts} time{'s' if attempts > 1 else ''}"
         raise TrainingFailure(
-            f"The tool server at {self.settings.url} failed {attempts} times: "
-            f"{redact(text.replace(self._key, REDACTED) if self._key else text)}. Start it, or "
+            f"The tool server at {self.settings.url} failed {times}: {shown}. Start it, or "
             "check that the stage's machine reaches it; then retry: the stage goes on from its "
             "last checkpoint."
         )

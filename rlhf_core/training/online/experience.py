@@ -102,9 +102,7 @@ def score_rollout(
     outputs = run_models(stage, rollout, minibatches, first_pass)
     components, failures = score_by_rules(models, group, rollout)
     members = torch.tensor([o.scores for o in outputs]).t()  # (k,B)
-    if rollout.outcomes is not None and any(r.type == "environment" for r in job.rewards):
-        earned = torch.tensor([outcome.reward for outcome in rollout.outcomes])
-        components = {"environment": earned, **components}
+    components = environment_rewards(job, rollout) | components
     if models.reward is not None:
         components = {"model": combine_scores(members, job), **components}
     columns = zip(*(o.columns for o in outputs), strict=True)
@@ -219,6 +217,13 @@ def score_by_rules(
         for k, name in enumerate(rules.names)
     }
     return components, dict(sum(group.gather(rules.failures - before), Counter()))
+
+
+def environment_rewards(job: OnlineJob, rollout: GlobalRollout) -> dict[str, Tensor]:
+    """ "environment" -> (B,) that it gave, if this is one of the rewards."""
+    if rollout.outcomes is None or all(reward.type != "environment" for reward in job.rewards):
+        return {}
+    return {"environment": torch.tensor([outcome.reward for outcome in rollout.outcomes])}
 
 
 def logprob_gap(experience: Experience) -> float:

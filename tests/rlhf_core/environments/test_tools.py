@@ -253,7 +253,7 @@ def test_dead_server_ends_the_stage(tool_server):
     with pytest.raises(TrainingFailure, match=r"refused a request without a token \(HTTP 403\)"):
         environment.step(call("twice", n=1), [])
     away = ToolsEnvironment(servers=({"url": "http://127.0.0.1:9", "retries": 0},))
-    with pytest.raises(TrainingFailure, match="failed 1 times: ConnectError"):
+    with pytest.raises(TrainingFailure, match="failed 1 time: ConnectError"):
         make_environments(away)
 
 
