@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-cluster test-images test-crash test-clouds test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-objectives bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding bench-checkpoints
+.PHONY: help setup demo smoke up down test test-system test-cluster test-images test-crash test-clouds test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-objectives bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding bench-checkpoints bench-placement
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,6 +85,9 @@ gpu-check-wheels: $(STAMP)  ## what `benchmarks/gpu_check/run.sh` installs on a 
 
 bench-sharding: $(STAMP)  ## peak memory under ddp and fsdp2, four CPU ranks (three minutes, 11 GB)
 	@$(BIN)/python benchmarks/memory/sharding.py
+
+bench-placement: $(STAMP)  ## rollouts beside training against taking turns (ten minutes on two quiet cores)
+	@$(BIN)/python -m benchmarks.placement
 
 bench-checkpoints: $(STAMP)  ## what sharded checkpoints cost rank 0, beside gathered ones (ten minutes, 9 GB)
 	@PYTHONPATH=. $(BIN)/python benchmarks/memory/checkpoints.py
@@ -157,9 +160,9 @@ test-vllm: $(VLLM)/.installed  ## the tests of rollouts and serving by vLLM (eig
 	@$(VLLM)/bin/python -m pytest -q -m vllm
 
 N ?= 20
-chaos: $(STAMP)  ## kill training N times at random points; nothing may be lost or differ (N=20)
+chaos: $(STAMP)  ## kill training N times at random points; nothing may be lost or differ (N=20; ONLY=separate: rollouts beside training)
 	@$(BIN)/python -m pytest -q -m chaos
-	@$(BIN)/python -m tests.faults.chaos $(N)
+	@$(BIN)/python -m tests.faults.chaos $(N) $(if $(ONLY),--only $(ONLY))
 
 fast: $(STAMP)  ## the tests that need no server and no ranks
 	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images and not extras and not vllm and not cluster and not clouds"

@@ -169,6 +169,11 @@ class BaseJob(Settings):
         resources = getattr(self, "resources", None)
         return resources if isinstance(resources, Resources) else Resources()
 
+    @property
+    def samplers(self) -> int:
+        """Processes beside the ranks of the first node that take a GPU each."""
+        return 0
+
     def current_version(self) -> int:
         """The version in the key. A job class may return another one for some settings."""
         return self.version

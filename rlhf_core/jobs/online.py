@@ -133,6 +133,21 @@ class OnlineSettings(HeldOutSettings):
         return self
 
     @model_validator(mode="after")
+    def _rollouts_fit_together(self) -> Self:
+        self.rollout.fits_together()
+        if self.environment is not None and self.rollout.max_staleness:
+            raise ValueError(
+                f"rollout.max_staleness is {self.rollout.max_staleness} with an environment, whose "
+                "episodes are sampled with the newest weights; set it to 0, or clear environment"
+            )
+        if self.rollout.segments > self.max_new_tokens:
+            raise ValueError(
+                f"rollout.segments is {self.rollout.segments} and max_new_tokens "
+                f"{self.max_new_tokens}, so a segment would have no token; lower segments"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _bounds_of_the_length_can_be_kept(self) -> Self:
         least, most, longest = self.min_length, self.max_length, self.response_tokens
         limit = "max_new_tokens" if self.environment is None else "environment.max_episode_tokens"
@@ -227,19 +242,19 @@ class OnlineJob(OnlineSettings, EnsembleJob, HeldOutJob):
     resources: Resources = Resources()
     """Placement of the job."""
 
+    @property
+    def samplers(self) -> int:
+        return self.rollout.ranks if self.rollout.separate else 0
+
     def key_settings(self) -> dict[str, Any]:
         """Leaves out default values of later settings (built-in rollout, `LATER`), so that older
-        results keep their keys, and vLLM's memory, which changes no result."""
+        results keep their keys, and where replies are sampled, which changes no result."""
         settings = super().key_settings()
         for name in LATER:
             if name in settings and settings[name] == type(self).model_fields[name].default:
                 del settings[name]
-        rollout, default = (
-            engine.model_dump(mode="json", exclude=set(engine.excluded_from_key))
-            for engine in (self.rollout, BuiltinRollout())
-        )
-        settings["rollout"] = rollout
-        if rollout == default:
+        settings["rollout"] = self.rollout.key_settings()
+        if settings["rollout"] == BuiltinRollout().key_settings():
             del settings["rollout"]
         return settings
 

@@ -280,14 +280,16 @@ def _check_memory(
         device = device_of(resources, machine)
         place = f"a GPU of {machine.gpu_memory / GIB:.0f} GiB"
         available = machine.gpu_memory
-        if device == "cpu":
-            available = machine.ram // resources.ranks
-            place = f"{available / GIB:.1f} GiB ({machine.ram / GIB:.1f} GiB of main memory for "
-            place += f"{resources.ranks} rank{'s' if resources.ranks > 1 else ''})"
         found = estimate_memory(
             model, settings, resources, stage, max_length=length, device=device,
             **more,
         )  # fmt: skip
+        if device == "cpu":
+            left = max(resources.ranks, machine.ram - found.samplers) if machine.ram else 0
+            available = left // resources.ranks
+            place = f"{available / GIB:.1f} GiB ({machine.ram / GIB:.1f} GiB of main memory for "
+            place += f"{resources.ranks} rank{'s' if resources.ranks > 1 else ''}"
+            place += f" and {found.samplers / GIB:.1f} GiB of samplers)" if found.samplers else ")"
         if available and found.total > _TOLERANCE * available:
             ways = ways_to_fit(
                 model, settings, resources, stage, available, max_length=length, device=device,
@@ -304,6 +306,7 @@ def _check_memory(
             )
         problems += check_engine_memory(stage, settings, resources, found, machine)
         host = found.host * min(resources.ranks, max(1, machine.gpus)) + found.host_once
+        host += found.samplers
         if device == "cuda" and machine.ram and host > _TOLERANCE * machine.ram:
             problems.append(
                 f"{stage} needs about {host / GIB:.0f} GiB of main memory for its ranks "

@@ -28,7 +28,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf_core.jobs import Resources, TrainSettings, VllmRollout, job_class
+from rlhf_core.jobs import (
+    BuiltinRollout,
+    Resources,
+    Rollout,
+    TrainSettings,
+    VllmRollout,
+    job_class,
+)
 from rlhf_core.model_files.shape import read_shape
 from rlhf_core.pipeline.placements import response_tokens
 from rlhf_core.preflight.states import Plan
@@ -46,11 +53,14 @@ class MemoryEstimate:
         parts: name -> bytes on the device (the host's memory where the device is a CPU).
         host: bytes in the host's memory per rank when the device is a GPU, else 0.
         host_once: of one rank alone beside that, which reads models or gathers the result.
+        samplers: in the host's memory, of all processes that sample beside the ranks, and of the
+            weights that are on their way to them.
     """
 
     parts: dict[str, int] = field(default_factory=dict)
     host: int = 0
     host_once: int = 0
+    samplers: int = 0
 
     @property
     def total(self) -> int:
@@ -110,10 +120,8 @@ def estimate(
     predicted = 0 if scalar else tokens // max_length * reply
     parts["working memory"] = plan.working(tokens, max_length, models, predicted)
     parts |= {"divergence": plan.divergence(predicted)} if distils else {}
-    if samples:  # a rollout keeps no activations
-        rollout = plan.rollout(-(-most_replies(settings) // resources.world_size), max_length)
-        parts["rollout"] = max(0, rollout - kept - parts["working memory"])
-        parts |= _engine(plan)
+    if samples:
+        parts |= sampling_parts(plan, max_length, kept + parts["working memory"])
     parts["process"] = _PROCESS[device]
     host = once = 0
     if device == "cpu":  # the copy is there while the next steps run
@@ -121,15 +129,39 @@ def estimate(
     else:
         host, once = plan.host(models)
         host += _PROCESS["cpu"]
-    return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host), int(once))
+    parts = {name: int(size) for name, size in parts.items()}
+    return MemoryEstimate(parts, int(host), int(once), int(samplers_memory(plan, max_length)))
 
 
-def _engine(plan: Plan) -> dict[str, int]:
-    """What vLLM holds on a CPU while the ranks train; on a GPU it sleeps meanwhile."""
-    engine = getattr(plan.settings, "rollout", None)
-    if not isinstance(engine, VllmRollout) or plan.device != "cpu":
+def sampling_parts(plan: Plan, max_length: int, during_passes: int) -> dict[str, int]:
+    """What a rank needs to sample, bytes, beside what it needs in a training pass: a rollout keeps
+    no activations."""
+    engine: Rollout = getattr(plan.settings, "rollout", BuiltinRollout())
+    if engine.separate:
         return {}
-    return {"vLLM": plan.width * plan.shape.parameters + engine.cpu_cache_mib * 2**20}
+    rows = -(-most_replies(plan.settings) // plan.resources.world_size)
+    found = {"rollout": max(0, plan.rollout(rows, max_length) - during_passes)}
+    if isinstance(engine, VllmRollout) and plan.device == "cpu":  # on a GPU it sleeps meanwhile
+        found["vLLM"] = plan.width * plan.shape.parameters + engine.cpu_cache_mib * 2**20
+    return found
+
+
+def samplers_memory(plan: Plan, max_length: int) -> float:
+    """Main memory of the processes that sample beside the ranks, bytes; 0 where there are none."""
+    shape, engine = plan.shape, getattr(plan.settings, "rollout", BuiltinRollout())
+    if not engine.separate:
+        return 0.0
+    each: float = _PROCESS["cpu"]
+    if plan.device == "cpu":
+        rows = -(-most_replies(plan.settings) * engine.segments // engine.ranks)
+        each += 4 * shape.parameters
+        if isinstance(engine, VllmRollout):
+            each += engine.cpu_cache_mib * 2**20
+        else:
+            each += plan.rollout(rows, max_length)
+    whole = isinstance(engine, VllmRollout)  # else what is trained
+    handed = 4 * (shape.parameters if whole else plan.trained(shape.parameters))
+    return engine.ranks * each + (engine.max_staleness + 2) * handed
 
 
 def most_replies(settings: TrainSettings) -> int:

@@ -45,6 +45,8 @@ def check_engine_memory(
     rollout = getattr(settings, "rollout", None)
     if not isinstance(rollout, VllmRollout) or device_of(resources, machine) == "cpu":
         return []
+    if rollout.separate:  # on GPUs of their own
+        return []
     kept = sum(v for k, v in training.parts.items() if k not in _DURING_PASSES)
     share = rollout.gpu_memory_utilization * machine.gpu_memory
     if not machine.gpu_memory or kept + share <= machine.gpu_memory:

@@ -128,7 +128,8 @@ def check_placements(config: PipelineConfig, machine: Machine) -> list[str]:
     """Missing GPUs, and strategies that need GPUs; one text for stages with the same problem."""
     alike: dict[str, list[str]] = {}
     for name, resources in placements(config).items():
-        for text in _judge(resources, machine, name in config.stages):
+        samplers = samplers_of(recipe.section(config, name)) if name in config.stages else 0
+        for text in _judge(resources, machine, name in config.stages, samplers):
             alike.setdefault(text, []).append(name)
     return _of_stages(alike)
 
@@ -157,11 +158,17 @@ def check_placement(job: BaseJob, machine: Machine) -> list[str]:
     trains = isinstance(job, TrainSettings)
     return [
         text.format("resources", job.module.rsplit(".", 1)[1])
-        for text in _judge(job.placement(), machine, trains)
+        for text in _judge(job.placement(), machine, trains, job.samplers)
     ]
 
 
-def _judge(resources: Resources, machine: Machine, trains: bool) -> list[str]:
+def samplers_of(settings: object) -> int:
+    """Processes that sample beside the training ranks."""
+    rollout = getattr(settings, "rollout", None)
+    return rollout.ranks if rollout is not None and rollout.separate else 0
+
+
+def _judge(resources: Resources, machine: Machine, trains: bool, samplers: int = 0) -> list[str]:
     """Texts with two placeholders: the setting, and the stages that it applies to."""
     device = device_of(resources, machine)
     if resources.device == "cuda" and machine.gpus == 0:
@@ -175,6 +182,12 @@ def _judge(resources: Resources, machine: Machine, trains: bool) -> list[str]:
             f"{{}}.ranks is {resources.ranks} (for {{}}), but this machine has {machine.gpus} "
             f"GPU{'s' if machine.gpus != 1 else ''} and each rank needs its own; set ranks to at "
             f"most {machine.gpus}"
+        )
+    elif device == "cuda" and resources.ranks + samplers > machine.gpus:
+        problems.append(
+            f"{{}}.ranks is {resources.ranks} (for {{}}) beside {samplers} samplers "
+            f"(rollout.ranks), but this machine has {machine.gpus} GPUs and each process needs its "
+            "own; lower one of them, or set rollout.placement to colocated"
         )
     if trains and device == "cpu" and resources.strategy == "zero2_cpu":
         problems.append(

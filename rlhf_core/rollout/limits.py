@@ -38,6 +38,12 @@ def rollout_problems(
         device,
         heads,
     )
+    if settings.rollout.separate and settings.rollout.tensor_parallel > 1:
+        problems.append(
+            f"{stage}.rollout.tensor_parallel is {settings.rollout.tensor_parallel} with "
+            "rollout.placement separate, where each sampler has one GPU; set 1, or placement "
+            "colocated"
+        )
     if settings.temperature < LOWEST_TEMPERATURE:
         problems.append(
             f"{stage}.temperature is {settings.temperature:g}, and vLLM samples at no less than "

@@ -10,6 +10,7 @@ that its blobs can be deleted without checking whether other artifacts use them.
     rng.safetensors           each rank's generator state
     metrics.jsonl             what was logged so far
     best.safetensors          the best weights so far, where a stage looks for them
+    rollout*.safetensors      replies that were sampled ahead, see `online.ahead`
 
 Each rank copies its part to the host's memory, writes and uploads it in the background; when all
 have, the first rank writes the manifest. Any number of ranks resumes, under any strategy. Earlier
@@ -23,6 +24,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,7 @@ from rlhf_core.training.stored_checkpoints import (
 from rlhf_core.training.strategy import Strategy
 
 BEST = "best.safetensors"
+AHEAD = "rollout*.safetensors"
 LISTINGS = 3  # attempts to list checkpoints while another process deletes some
 
 
@@ -65,6 +68,9 @@ class Checkpointer:
 
     Attributes:
         rate: factor on the learning rate, below 1 after a non-finite loss (see `on_nonfinite`).
+        beside: called on rank 0 with the finished steps; gives what writes further files into a
+            checkpoint's folder, in the background.
+        ahead: folder that has those files of the checkpoint that is resumed.
     """
 
     def __init__(self, context: StageContext, strategy: Strategy, job: BaseJob) -> None:
@@ -75,6 +81,8 @@ class Checkpointer:
         self._saved = 0  # step of the newest checkpoint of this process
         self._due = False  # a checkpoint, which waits until the one before is stored
         self._best = context.folder / BEST
+        self.beside: Callable[[int], Callable[[Path], None]] | None = None
+        self.ahead = context.folder / "ahead"
         stop.seconds = job.placement().stop_timeout
         stop.uploading = lambda: self._uploads.busy
         stop.phase = "training"
@@ -129,8 +137,10 @@ class Checkpointer:
         folder = self.context.folder / "checkpoint" / f"{step}-rank{self.context.rank}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        more: list[Callable[[Path], None]] = []
         if self.context.main:
             self._write_small_files(folder, step, counters, generators)
+            more += [self.beside(step)] if self.beside is not None else []
         file = folder / f"part-{self.context.rank}.safetensors"
         index = index_parts(parts, file.name)
 
@@ -138,6 +148,8 @@ class Checkpointer:
             if parts:
                 write_parts(parts, file)
                 parts.clear()  # the memory
+            while more:
+                more.pop()(folder)
             return self._store.upload({path.name: path for path in folder.iterdir()}), index
 
         self._uploads.put(Upload(step, folder, send, partial(self._publish, step)))
@@ -213,6 +225,7 @@ class Checkpointer:
         if self.context.main:  # what an earlier process of this job left
             for path in (self.context.metrics_path, self._best):
                 path.unlink(missing_ok=True)
+            shutil.rmtree(self.ahead, ignore_errors=True)
         if saved is None:
             return 0, {}
         state = json.loads((folder / "state.json").read_text())
@@ -226,6 +239,9 @@ class Checkpointer:
             for path in (self.context.metrics_path, self._best):
                 if (folder / path.name).exists():
                     shutil.copy(folder / path.name, path)
+            self.ahead.mkdir()
+            for path in folder.glob(AHEAD):
+                shutil.move(path, self.ahead)
         group.barrier()
         if self.context.local_rank == 0:
             shutil.rmtree(folder, ignore_errors=True)

@@ -88,13 +88,14 @@ class LocalTorchrun:
     def _devices(
         self, name: str, jobs: list[Job], report: LineSink
     ) -> contextlib.AbstractContextManager[list[str]]:
-        """One device per rank; none for a job that runs on the CPU."""
+        """One device per rank and sampler; none for a job that runs on the CPU."""
         placement = jobs[0].placement()
+        needed = placement.ranks + max(job.samplers for job in jobs)
         if not jobs[0].torchrun or placement.device == "cpu":
             return contextlib.nullcontext([])
         if self.scheduled:
-            return contextlib.nullcontext(devices()[: placement.ranks])
-        return reserved(placement.ranks, name, report)
+            return contextlib.nullcontext(devices()[:needed])
+        return reserved(needed, name, report)
 
     def _run(
         self,

@@ -1,8 +1,9 @@
 """Kills at random points: `python -m tests.faults.chaos [KILLS] [--seed SEED] [--s3]` (make chaos).
 
-Each round runs a small stage (SFT, reward model, PPO, DPO or KTO; one or two ranks; each strategy)
-and kills it with SIGKILL at random moments in a random way: one rank, all ranks, the torchrun
-agent, the orchestrator, or everything at once. It is started again until it ends. Then its weights
+Each round runs a small stage (SFT, reward model, PPO, DPO, KTO, or GRPO that samples ahead in
+processes of its own; one or two ranks; each strategy) and kills it with SIGKILL at random moments
+in a random way: one rank, all ranks, the torchrun agent, the orchestrator, a sampler, or everything
+at once. `--only separate` takes GRPO alone. It is started again until it ends. Then its weights
 must have the sha256 of an undisturbed run's, every artifact that was there before must still be
 there, and everything that the store serves must have the bytes that its manifest names.
 
@@ -19,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,21 @@ from typing import Any
 import psutil
 
 from rlhf_core.errors import StoreError
+from rlhf_core.jobs import BuiltinRollout, OnlineJob
 from rlhf_core.store import Store
 from tasks.launchers.usage import rank_of
 from tests.faults.stage import Place, end, make_inputs, make_job
 from tests.rlhf_core.algorithms.stages import weight_hashes
 
-ALGORITHMS = ("sft", "reward", "ppo", "dpo", "kto")
+ALGORITHMS = ("sft", "reward", "ppo", "dpo", "kto", "separate")
 RANKS, STRATEGIES = (1, 2), ("ddp", "zero1", "zero2", "fsdp2")
 WAYS = ("one rank", "all ranks", "agent", "orchestrator", "everything")
+SAMPLER = "sampler"  # another way where there are some
 LONGER: dict[str, dict[str, Any]] = {  # so that there is something to be killed in
     "sft": {"max_steps": 60}, "reward": {"max_steps": 60}, "ppo": {"steps": 15},
     "dpo": {"max_steps": 60}, "kto": {"max_steps": 60},
+    "separate": {"steps": 15, "max_new_tokens": 12, "epochs": 1, "rollout": BuiltinRollout(
+        placement="separate", ranks=2, max_staleness=2, segments=2)},
 }  # fmt: skip
 MORE_KILLS = 0.3  # chance that a run which was started again is killed once more
 
@@ -63,7 +69,14 @@ class Tally:
 class Chaos:
     """Rounds of one call, with their references."""
 
-    def __init__(self, folder: Path, seed: int, server: Any = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        server: Any = None,
+        algorithms: Sequence[str] = ALGORITHMS,
+    ) -> None:
+        self.algorithms = algorithms
         self.folder, self.server = folder, server
         self.random = random.Random(seed)
         self.tally = Tally()
@@ -98,14 +111,15 @@ class Chaos:
 
     def job(self, case: tuple[str, int, str]) -> Any:
         algorithm, ranks, strategy = case
+        name = "grpo" if algorithm == "separate" else algorithm
         return make_job(
-            self.inputs, algorithm, {"ranks": ranks, "strategy": strategy}, **LONGER[algorithm]
+            self.inputs, name, {"ranks": ranks, "strategy": strategy}, **LONGER[algorithm]
         )
 
     def round(self, number: int, kills_left: int) -> None:
         """One stage, killed once or more, and looked at afterwards."""
         case = (
-            self.random.choice(ALGORITHMS), self.random.choice(RANKS),
+            self.random.choice(self.algorithms), self.random.choice(RANKS),
             self.random.choice(STRATEGIES),
         )  # fmt: skip
         job, expected, place = self.job(case), self.reference(case), self.place(f"round{number}")
@@ -140,8 +154,8 @@ class Chaos:
 
     def kill(self, place: Place, job: Any, process: Any) -> str:
         """Kill at a random moment; what was done, empty when the stage was faster."""
-        way = self.random.choice(WAYS)
-        total = job.steps if job.algorithm == "ppo" else job.max_steps
+        way = self.random.choice((*WAYS, SAMPLER) if job.samplers else WAYS)
+        total = job.steps if isinstance(job, OnlineJob) else job.max_steps
         # From the ranks' start up to the publishing of the result.
         step = self.random.randint(-1, total)
         while place.steps() < step or not place.processes():
@@ -152,11 +166,13 @@ class Chaos:
         at = place.steps()
         family = [p for p in place.processes() if p.pid != process.pid]
         ranks = [p for p in family if rank_of(p) is not None]
+        samplers = [p for p in family if p.name() == "rlhf sampler"]
         agents = [p for p in family if p.name() == "rlhf torchrun"]
         if process.poll() is not None:
             return ""
         victims = {
             "one rank": ranks[-1:], "all ranks": ranks, "agent": agents,
+            SAMPLER: samplers[:1],
             "orchestrator": [psutil.Process(process.pid)],
             "everything": [psutil.Process(process.pid), *family],
         }[way]  # fmt: skip
@@ -186,6 +202,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("kills", nargs="?", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=ALGORITHMS, help="one kind of stage")
     parser.add_argument("--s3", action="store_true", help="on a real S3 server")
     options = parser.parse_args()
     began = time.monotonic()
@@ -198,7 +215,8 @@ def main() -> int:
             server.start()
             os.environ |= {**KEYS, "RLHF_STORE_ENDPOINT": server.endpoint}
         try:
-            chaos = Chaos(Path(temporary), options.seed, server)
+            only = ALGORITHMS if options.only is None else (options.only,)
+            chaos = Chaos(Path(temporary), options.seed, server, only)
             number = 0
             while chaos.tally.kills < options.kills:
                 number += 1

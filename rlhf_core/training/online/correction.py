@@ -21,8 +21,9 @@ from rlhf_core.training.online.experience import Experience
 
 def correction_level(job: OnlineJob) -> Level:
     """Whether tokens or whole replies are weighted."""
-    assert job.rollout.correction is not None
-    return job.rollout.correction.level or ("sequence" if job.one_action else "token")
+    correction = job.rollout.correction_in_force
+    assert correction is not None
+    return correction.level or ("sequence" if job.one_action else "token")
 
 
 def correction_weights(
@@ -36,7 +37,7 @@ def correction_weights(
     Returns:
         (b,T) or (b,), see `correction_level`; None where the job asks for no correction.
     """
-    correction = job.rollout.correction
+    correction = job.rollout.correction_in_force
     if correction is None:
         return None
     ratios = importance_ratios(old_logprobs, rollout_logprobs, mask, correction_level(job))
@@ -46,7 +47,7 @@ def correction_weights(
 def correction_metrics(job: OnlineJob, experience: Experience) -> dict[str, float]:
     """Of a rollout that vLLM has sampled, or whose weights are corrected: how far its sampler is
     from the trained policy, and what the weights are like; see `losses.correction`."""
-    correction, mask = job.rollout.correction, experience.loss_mask  # (B,T)
+    correction, mask = job.rollout.correction_in_force, experience.loss_mask  # (B,T)
     if correction is None and not isinstance(job.rollout, VllmRollout):
         return {}
     old, sampler = experience.old_logprobs, experience.rollout_logprobs  # (B,T) each

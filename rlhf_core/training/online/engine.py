@@ -1,48 +1,102 @@
-"""Starts the sampling engine (vLLM), where the job asks for one."""
+"""Starts what samples, where the job asks for more than the built-in loop in the ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import OnlineJob, VllmRollout
 from rlhf_core.rollout.limits import path_problem, rollout_problems
+from rlhf_core.rollout.schedule import Schedule
 from rlhf_core.rollout.vllm_engine import VllmEngine
-from rlhf_core.runtime.context import StageContext
+from rlhf_core.training.checkpoint import Checkpointer
+from rlhf_core.training.online.ahead import Ahead
+from rlhf_core.training.online.sampler_process import Setup
+from rlhf_core.training.online.samplers import Samplers, share_cores
 from rlhf_core.training.strategy import Strategy
+
+Engine = VllmEngine | Samplers | Ahead
 
 
 def start_engine(
-    job: OnlineJob, strategy: Strategy, source: Path, prompts: Sequence[Rows], context: StageContext
-) -> VllmEngine | None:
-    """The engine that the job asks for, asleep, or None for the built-in loop. Every rank calls.
+    job: OnlineJob,
+    strategy: Strategy,
+    source: Path,
+    prompts: Sequence[Rows],
+    checkpointer: Checkpointer,
+    start: int,
+) -> Engine | None:
+    """The engine that the job asks for, asleep; or None for the built-in loop in the ranks. Every
+    rank calls, after the checkpoint is restored.
 
     It is closed before the stage's result is published, or when the stage fails.
 
+    Args:
+        start: finished steps.
+
     Raises:
-        ConfigError: vLLM is not installed, or cannot do what the job asks for.
+        ConfigError: vLLM is not installed, or cannot do what the job asks for; too few GPUs.
     """
-    if not isinstance(job.rollout, VllmRollout):
+    context, vllm = checkpointer.context, isinstance(job.rollout, VllmRollout)
+    if not (vllm or job.rollout.separate):
         return None
-    device = strategy.device.type
-    problems = rollout_problems(job.algorithm, job, job.resources, device=device)
-    if device == "cpu" and (problem := path_problem()) is not None:
-        problems.append(problem)
-    if problems:
-        raise ConfigError("; ".join(problems))
+    longest = job.response_tokens + max(
+        int(rows.lengths("prompt_ids").max()) for rows in prompts if len(rows)
+    )
+    if vllm:
+        device = strategy.device.type
+        problems = rollout_problems(job.algorithm, job, job.resources, device=device)
+        if device == "cpu" and (problem := path_problem()) is not None:
+            problems.append(problem)
+        if problems:
+            raise ConfigError("; ".join(problems))
+    if job.rollout.separate:
+        return start_samplers(job, strategy, source, longest, checkpointer, start)
+    assert isinstance(job.rollout, VllmRollout)
     engine = VllmEngine(
         source,
         job.rollout,
         precision=strategy.precision,  # fp32 where the processor has no bf16
         device=strategy.device,
         rank=strategy.rank,
-        longest=max(int(rows.lengths("prompt_ids").max()) for rows in prompts if len(rows))
-        + job.response_tokens,
+        longest=longest,
         together=-(-job.replies * job.rollout.tensor_parallel // strategy.world_size),
     )
     context.closing.callback(engine.close)
     engine.sleep()
     context.log(f"rollouts by vLLM {engine.version} on {strategy.device.type}")
     return engine
+
+
+def start_samplers(
+    job: OnlineJob,
+    strategy: Strategy,
+    source: Path,
+    longest: int,
+    checkpointer: Checkpointer,
+    start: int,
+) -> Samplers | Ahead:
+    """Processes that sample, and where they may be ahead of training what they have sampled."""
+    context, rollout = checkpointer.context, job.rollout
+    threads = share_cores(job)
+    if strategy.device.type == "cpu" and context.rank == context.local_rank:  # the first node
+        torch.set_num_threads(threads)
+    setup = Setup(
+        job.model_dump_json(), str(source), 0, strategy.kind, strategy.precision, threads,
+        longest, -(-job.replies * rollout.segments // rollout.ranks),
+    )  # fmt: skip
+    samplers = Samplers(job, strategy, setup, context.scratch("weights"))
+    context.closing.callback(samplers.close)
+    noun = "process" if rollout.ranks == 1 else "processes"
+    age = f", {rollout.max_staleness} steps ahead" if rollout.max_staleness else ""
+    context.log(f"rollouts by {rollout.ranks} {noun} of their own{age}")
+    if not rollout.max_staleness:
+        return samplers
+    schedule = Schedule(job.steps, rollout.max_staleness, rollout.segments, job.max_new_tokens)
+    ahead = Ahead(samplers, schedule, start, checkpointer.ahead)
+    checkpointer.beside = ahead.snapshot
+    return ahead

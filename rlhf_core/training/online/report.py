@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf_core.models.saving import export
+from rlhf_core.training.online.ahead import Ahead
 from rlhf_core.training.online.collapse import Save, stop_if_collapsed, warn_of_openings
 from rlhf_core.training.online.correction import correction_metrics
 from rlhf_core.training.online.experience import Experience, Targets
@@ -38,6 +40,7 @@ def report_and_save(
     job, context, rollout = stage.job, stage.context, experience.rollout
     metrics = summarise(job, experience) | correction_metrics(job, experience) | dict(update)
     metrics["rollout_seconds"] = rollout.seconds
+    metrics |= staleness(stage, experience)
     tokens = float(experience.response_mask.sum())
     metrics["tokens_per_second"] = tokens / (time.perf_counter() - rollout.began)
     metrics |= stage.selection.measure(step + 1, job.steps, partial(evaluate, stage))
@@ -49,6 +52,24 @@ def report_and_save(
     stop_if_collapsed(job, stage.checkpointer, partial(whole_policy, stage), lines)
     stage.selection.keep(step + 1, job.steps)
     stage.checkpointer.after_step(step + 1, job.steps)
+
+
+def staleness(stage: OnlineStage, experience: Experience) -> dict[str, float]:
+    """How old the weights were that sampled the tokens of a rollout (steps, mean and maximum), the
+    share of replies that were carried over an update, and the seconds that samplers waited for
+    weights in the whole stage so far; nothing where replies are not sampled ahead."""
+    ages, engine = experience.rollout.staleness, stage.engine
+    if ages is None or not isinstance(engine, Ahead):
+        return {}
+    mask = experience.response_mask  # (B,T)
+    youngest = ages.masked_fill(~mask, torch.iinfo(ages.dtype).max).amin(dim=1)  # (B,)
+    oldest = ages.masked_fill(~mask, -1).amax(dim=1)  # (B,)
+    return {
+        "staleness": float(ages[mask].double().mean()),
+        "staleness_max": float(oldest.max()),
+        "carried_replies": float((oldest > youngest).double().mean()),
+        "samplers_idle_seconds": engine.idle_seconds,
+    }
 
 
 def whole_policy(stage: OnlineStage) -> Save:

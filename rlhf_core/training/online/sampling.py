@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_core.data.rows.row import Message
 from rlhf_core.jobs import OnlineJob
@@ -21,9 +22,11 @@ from rlhf_core.nn.sharded import is_sharded
 from rlhf_core.rollout.finished import FinishedReply, OnFinished
 from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.rollout.sharded import generate_together
-from rlhf_core.rollout.vllm_engine import VllmEngine
 from rlhf_core.training.batching import batch_rows
+from rlhf_core.training.online.ahead import Ahead
+from rlhf_core.training.online.engine import Engine
 from rlhf_core.training.online.episodes import EpisodeSampler, Outcome
+from rlhf_core.training.online.samplers import Samplers
 from rlhf_core.training.online.stage import OnlineStage
 from rlhf_core.training.strategy import Strategy
 
@@ -51,6 +54,9 @@ class GlobalRollout:
     # whose logprobs are 0. None: it sampled all.
     trained: list[list[bool]] | None = None
     outcomes: list[Outcome] | None = None  # B, of the environment; None: there is none
+    # (B,T) long, steps between the weights that sampled a token and those that are trained on it,
+    # 0 at padding. None: 0.
+    staleness: Tensor | None = None
 
     def sampled_ids(self) -> list[list[int]]:
         """The tokens of each response that the policy sampled."""
@@ -85,12 +91,67 @@ def sample(
     Raises:
         Preempted: the job was told to stop meanwhile.
     """
-    job, prompts = stage.job, stage.inputs.prompts
-    rows = prompts.take(batch_rows(prompts, job.batch_size, step, job.seed))
-    rows = [row for row in rows for _ in range(replies_per_prompt)]
+    rows = rows_of(stage, step, replies_per_prompt)
+    if isinstance(stage.engine, Ahead):
+        return sample_ahead(stage, stage.engine, step, rows, on_finished)
     rollout = sample_rows(stage, rows, step, on_finished)
     stage.checkpointer.stop_if_asked(step)
     return rollout
+
+
+def rows_of(stage: OnlineStage, step: int, replies_per_prompt: int) -> list[dict[str, Any]]:
+    """A row for each reply of a step; those to one prompt are neighbours."""
+    job, prompts = stage.job, stage.inputs.prompts
+    rows = prompts.take(batch_rows(prompts, job.batch_size, step, job.seed))
+    return [row for row in rows for _ in range(replies_per_prompt)]
+
+
+def sample_ahead(
+    stage: OnlineStage,
+    ahead: Ahead,
+    step: int,
+    rows: list[dict[str, Any]],
+    on_finished: OnFinished | None,
+) -> GlobalRollout:
+    """The replies to a step's rows, which were begun in earlier steps. Each rank hands out its
+    share of them."""
+    began, same = time.perf_counter(), len(rows) // stage.job.batch_size
+
+    def prompts_of(number: int) -> list[list[int]]:
+        return [row["prompt_ids"] for row in rows_of(stage, number, same)]
+
+    replies = ahead.take(step, stage.models.trained.policy, prompts_of)
+    stage.checkpointer.stop_if_asked(step)
+    assert replies is not None, "sampling was broken off, but nobody was told to stop"
+    if on_finished is not None:
+        group = stage.strategy.group
+        mine = list(enumerate(replies))[group.rank :: group.size]
+        on_finished([FinishedReply(i, r.ids, r.logprobs, r.finished) for i, r in mine])
+    sampled = [SampledReply(r.ids, r.logprobs, r.finished) for r in replies]
+    ages = [step - torch.tensor(r.versions) for r in replies]  # (T',) each
+    return replace(
+        global_rollout(rows, sampled, began), staleness=pad_sequence(ages, batch_first=True)
+    )
+
+
+def global_rollout(
+    rows: list[dict[str, Any]], replies: list[SampledReply], began: float
+) -> GlobalRollout:
+    """Rows and their replies.
+
+    Args:
+        began: time.perf_counter() before sampling.
+    """
+    prompt_ids = [row["prompt_ids"] for row in rows]
+    return GlobalRollout(
+        rows=rows,
+        sequences=[[*p, *r.ids] for p, r in zip(prompt_ids, replies, strict=True)],
+        prompt_lengths=[len(p) for p in prompt_ids],
+        logprobs=[r.logprobs for r in replies],
+        finished=torch.tensor([r.finished for r in replies]),
+        began=began,
+        seconds=time.perf_counter() - began,
+    )
 
 
 def sample_rows(
@@ -113,15 +174,7 @@ def sample_rows(
         stage.job, stage.strategy, stage.models.trained.policy, stage.inputs.source,
         prompt_ids, stream, stage.engine, on_finished,
     )  # fmt: skip
-    return GlobalRollout(
-        rows=rows,
-        sequences=[[*p, *r.ids] for p, r in zip(prompt_ids, replies, strict=True)],
-        prompt_lengths=[len(p) for p in prompt_ids],
-        logprobs=[r.logprobs for r in replies],
-        finished=torch.tensor([r.finished for r in replies]),
-        began=began,
-        seconds=time.perf_counter() - began,
-    )
+    return global_rollout(rows, replies, began)
 
 
 def sample_episodes(stage: OnlineStage, rows: list[dict[str, Any]], stream: int) -> GlobalRollout:
@@ -164,7 +217,7 @@ def roll_out(
     source: Path,
     prompt_ids: list[list[int]],
     step: int,
-    engine: VllmEngine | None = None,
+    engine: Engine | None = None,
     on_finished: OnFinished | None = None,
 ) -> list[SampledReply]:
     """One reply to every prompt of the global batch, in their order, on every rank.
@@ -177,6 +230,11 @@ def roll_out(
             in the global batch as its row.
     """
     group = strategy.group
+    engine = engine.samplers if isinstance(engine, Ahead) else engine
+    if isinstance(engine, Samplers):
+        seeds = make_row_seeds(job.seed, step, range(len(prompt_ids)))
+        replies = engine.roll_out(policy, prompt_ids, seeds, on_finished)
+        return [SampledReply(r.ids, r.logprobs, r.finished) for r in replies]
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     alike = 1 if engine is None else engine.tensor_parallel  # ranks that must sample the same
     mine = order[group.rank // alike :: group.size // alike]
@@ -193,7 +251,7 @@ def sample_own(
     source: Path,
     prompts: list[list[int]],
     row_seeds: list[int],
-    engine: VllmEngine | None = None,
+    engine: Engine | None = None,
     on_finished: OnFinished | None = None,
 ) -> list[SampledReply]:
     """One reply to each of this rank's prompts, in their order. See `roll_out`.
@@ -207,6 +265,9 @@ def sample_own(
     }  # fmt: skip
     if on_finished is not None:
         options["on_finished"] = on_finished
+    engine = engine.samplers if isinstance(engine, Ahead) else engine
+    if isinstance(engine, Samplers):
+        return sampled_for_ranks(engine, policy, prompts, row_seeds)
     if engine is not None:
         sampled = engine.roll_out(policy.model, prompts, **options)
     else:
@@ -219,6 +280,20 @@ def sample_own(
         ids, logprobs = sampled.response_ids[i][real], sampled.logprobs[i][real]
         own.append(SampledReply(ids.tolist(), logprobs.tolist(), bool(sampled.finished[i])))
     return own
+
+
+def sampled_for_ranks(
+    samplers: Samplers, policy: Policy, prompts: list[list[int]], row_seeds: list[int]
+) -> list[SampledReply]:
+    """This rank's replies, of those that rank 0 asks the samplers for. Every rank calls."""
+    group = samplers.strategy.group
+    parts = group.gather((prompts, row_seeds))
+    replies = samplers.roll_out(
+        policy, [p for given, _ in parts for p in given], [s for _, given in parts for s in given]
+    )
+    first = sum(len(given) for given, _ in parts[: group.rank])
+    mine = replies[first : first + len(prompts)]
+    return [SampledReply(r.ids, r.logprobs, r.finished) for r in mine]
 
 
 def numbered_by(indices: list[int], on_finished: OnFinished) -> OnFinished:

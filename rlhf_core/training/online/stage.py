@@ -11,11 +11,10 @@ from rlhf_core.environments.make import Environments
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.modules import Actor, ActorCritic, Policy
-from rlhf_core.rollout.vllm_engine import VllmEngine
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.checkpoint import Checkpointer
-from rlhf_core.training.online.engine import start_engine
+from rlhf_core.training.online.engine import Engine, start_engine
 from rlhf_core.training.online.episodes import start_environments
 from rlhf_core.training.online.models import Models, load_models, share_trunk
 from rlhf_core.training.online.ptx import load_ptx
@@ -46,7 +45,7 @@ class OnlineStage:
     models: Models
     checkpointer: Checkpointer
     selection: Selection
-    engine: VllmEngine | None  # None: the built-in sampling loop
+    engine: Engine | None  # None: the built-in sampling loop
     start: int  # steps that were finished before, from a checkpoint
     environments: Environments | None = None  # None: one reply to each prompt
 
@@ -94,7 +93,7 @@ def prepare(
     checkpointer = Checkpointer(context, strategy, job)
     start, _ = checkpointer.restore()
     read = [inputs.prompts] if job.eval_every is None else [inputs.prompts, inputs.heldout]
-    engine = start_engine(job, strategy, inputs.source, read, context)
+    engine = start_engine(job, strategy, inputs.source, read, checkpointer, start)
     part = "" if job.select_by == "reward" else "reward_"
     criterion = Criterion(f"heldout_{part}{job.select_by}", highest=True, kl_budget=job.kl_budget)
     selection = Selection(job, checkpointer, criterion, len(inputs.heldout))

@@ -212,7 +212,9 @@ def _agent(name: str, jobs: Sequence[Job], store: str, launch: str, start: str) 
 def _gpus(settings: KubernetesLauncher, job: Job) -> int:
     if not job.torchrun or job.placement().device == "cpu":
         return 0
-    return job.placement().ranks if settings.gpus_per_node is None else settings.gpus_per_node
+    if settings.gpus_per_node is not None:
+        return settings.gpus_per_node
+    return job.placement().ranks + job.samplers  # all pods are alike
 
 
 def _environment(settings: KubernetesLauncher) -> list[dict[str, Any]]:

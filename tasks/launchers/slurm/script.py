@@ -69,7 +69,7 @@ def _options(settings: SlurmLauncher, name: str, job: Job) -> str:
     for option in ("partition", "account", "qos", "constraint", "gres"):
         value = getattr(settings, option)
         lines += [f"--{option}={value}"] if value is not None else []
-    gpus = gpus_of(settings, place) if job.torchrun else 0
+    gpus = gpus_of(settings, place, job.samplers) if job.torchrun else 0
     lines += [f"--gpus-per-node={gpus}"] if gpus else []
     ranks = place.ranks if job.torchrun else 1
     if settings.cpus_per_rank is not None:
@@ -79,13 +79,14 @@ def _options(settings: SlurmLauncher, name: str, job: Job) -> str:
     return "\n".join(f"#SBATCH {line}" for line in [*lines, *settings.options])
 
 
-def gpus_of(settings: SlurmLauncher, place: Resources) -> int:
-    """GPUs of each node that are asked for by number; 0 where gres names them."""
+def gpus_of(settings: SlurmLauncher, place: Resources, samplers: int = 0) -> int:
+    """GPUs of each node that are asked for by number; 0 where gres names them. All nodes are
+    alike, so those beside the first one's get the samplers' for nothing."""
     if settings.gres is not None:
         return 0
     if settings.gpus_per_node is not None:
         return settings.gpus_per_node
-    return place.ranks if place.device != "cpu" else 0
+    return place.ranks + samplers if place.device != "cpu" else 0
 
 
 def _step(settings: SlurmLauncher, agent: list[str], nodes: int) -> str:

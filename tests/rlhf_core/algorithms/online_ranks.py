@@ -1,6 +1,7 @@
 """Ranks with a made-up rule, and ranks that are told to stop: `main([PLAN.json])` under torchrun.
 
 The plan is a list of {"job", "store", "folder", "rule": bool, "stop_after": step or null,
+"kill_after": step after whose checkpoint a sampler is killed, or null,
 "stale_after": rollouts or null, after which an engine gets no new weights, "gather_share": share of
 the free memory that fsdp2 may take to gather a policy for a rollout}. What a stage gave up
 with is written into its folder as said.txt.
@@ -13,6 +14,8 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import parse_job
@@ -68,6 +71,20 @@ def stopping_after(last):
     return after_step
 
 
+def killing_after(last, after_step):
+    """A way through `after_step` on which a sampler of this process is killed once."""
+
+    def killing(self, step, total, counters=None):
+        after_step(self, step, total, counters)
+        if step == last:
+            self._uploads.wait()
+            children = psutil.Process().children()
+            [*_, sampler] = [p for p in children if "sampler_process" in " ".join(p.cmdline())]
+            sampler.kill()
+
+    return killing
+
+
 UPDATE = VllmEngine.update
 
 
@@ -99,7 +116,9 @@ def main(files: list[str]) -> None:
             job = job.model_copy(update={"rewards": (LettersReward(),), "reward_model": None})
 
         sharded.GATHER_SHARE = entry.get("gather_share", GATHER_SHARE)
-        Checkpointer.after_step = stopping_after(entry.get("stop_after"))
+        Checkpointer.after_step = killing_after(
+            entry.get("kill_after"), stopping_after(entry.get("stop_after"))
+        )
         VllmEngine.update = forgetting_after(entry.get("stale_after"))
         try:
             run_job(job, open_store(entry["store"]), folder)

@@ -226,7 +226,10 @@ def experience(difference: float) -> Any:
     mask = torch.tensor([[True, True], [True, False]])
     old = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]])
     engine = old + difference * torch.tensor([[1.0, -1.0], [1.0, 9.0]])  # the 9 is padding
-    return SimpleNamespace(rollout_logprobs=engine, old_logprobs=old, response_mask=mask)
+    rollout = SimpleNamespace(staleness=None)
+    return SimpleNamespace(
+        rollout_logprobs=engine, old_logprobs=old, response_mask=mask, rollout=rollout
+    )
 
 
 def test_gap_of_the_logprobs_ends_the_stage_past_its_bound() -> None:

@@ -1,0 +1,240 @@
+"""Rollouts in processes of their own (`rollout.placement: separate`), beside the training ranks.
+
+Rank 0 starts them, hands them weights and rows, and gets tokens. They are its children and end with
+it, however it ends. One that dies is a failure of the stage, which is retried from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from socket import socketpair
+
+import torch
+from torch import Tensor
+
+from rlhf_core.errors import ConfigError, JobFailed
+from rlhf_core.jobs import OnlineJob, VllmRollout
+from rlhf_core.nn.modules import Policy
+from rlhf_core.nn.sharded import is_sharded, whole
+from rlhf_core.rollout.engine_weights import policy_weights
+from rlhf_core.rollout.finished import FinishedReply, OnFinished
+from rlhf_core.rollout.handover import Handover, Head
+from rlhf_core.rollout.queue import QueuedReply
+from rlhf_core.system.cpus import cpu_cores
+from rlhf_core.system.processes import die_with_parent, python_path
+from rlhf_core.training.online.sampler_process import MODULE, Row, Setup
+from rlhf_core.training.strategy import HALF, Strategy
+
+END_SECONDS = 10.0  # that a killed process has to end
+
+
+class Samplers:
+    """The sampling processes of a stage. Rank 0 has them; methods say who calls."""
+
+    def __init__(self, job: OnlineJob, strategy: Strategy, setup: Setup, folder: Path) -> None:
+        """Start them; they load the policy while this process goes on. Every rank calls.
+
+        Args:
+            setup: of the first one. folder: for weights where memory has to be a file.
+
+        Raises:
+            ConfigError: there are too few GPUs.
+        """
+        self.job, self.strategy, self.folder = job, strategy, folder
+        self.thread = ThreadPoolExecutor(1, "samplers")
+        """In which rank 0 asks, one call after another."""
+        self._children: list[_Child] = []
+        if strategy.rank == 0:
+            devices = own_devices(job) if strategy.device.type == "cuda" else None
+            for number in range(job.rollout.ranks):
+                device = None if devices is None else devices[number]
+                self._children.append(_Child(setup._replace(number=number), device))
+
+    def hand_over(self, policy: Policy) -> Handover | None:
+        """The weights as they are now; rank 0 has them. Every rank calls."""
+        if isinstance(self.job.rollout, VllmRollout) and self.strategy.rank > 0:
+            return None  # no part of a weight is elsewhere than on rank 0
+        heads, tensors = handed_over(self.job, self.strategy, policy)
+        if self.strategy.rank == 0:
+            return Handover.written(self.folder, heads, tensors)
+        for _ in tensors:  # each is gathered from all ranks
+            pass
+        return None
+
+    def roll_out(
+        self,
+        policy: Policy,
+        prompt_ids: Sequence[list[int]],
+        row_seeds: Sequence[int],
+        on_finished: OnFinished | None = None,
+    ) -> list[QueuedReply]:
+        """A reply to each prompt from the policy as it is now, on every rank. Every rank calls.
+
+        Args:
+            on_finished: is handed each reply when it ends, on rank 0, in another thread.
+        """
+        handed, replies = self.hand_over(policy), None
+        if handed is not None:
+            whole = self.job.max_new_tokens
+            prompts = zip(prompt_ids, row_seeds, strict=True)
+            rows = [Row(i, ids, seed, 0, whole) for i, (ids, seed) in enumerate(prompts)]
+            replies = self.thread.submit(self.ask, handed, rows, on_finished).result()
+            handed.close()
+        return self.strategy.group.broadcast(replies)  # type: ignore[no-any-return]
+
+    def ask(
+        self, weights: Handover, rows: Sequence[Row], on_finished: OnFinished | None = None
+    ) -> list[QueuedReply]:
+        """Sample. Rank 0 alone, in `thread`.
+
+        Args:
+            rows: each with its position in the list as its index.
+
+        Returns:
+            The new tokens of each row, without versions.
+
+        Raises:
+            JobFailed: a sampler has failed or died.
+        """
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        asked = {}
+        for number, child in enumerate(self._children):
+            if mine := [rows[i] for i in order[number :: len(self._children)]]:
+                child.send({"weights": str(weights.path), "rows": mine})
+                asked[child.connection] = child
+        found: dict[int, QueuedReply] = {}
+        while asked:
+            for connection in wait(list(asked)):
+                replies = asked[connection].receive()
+                if replies is None:
+                    del asked[connection]
+                    continue
+                found |= {r.row: QueuedReply(r.ids, r.logprobs, [], r.finished) for r in replies}
+                if on_finished is not None:
+                    on_finished(replies)
+        return [found[i] for i in range(len(rows))]
+
+    def close(self) -> None:
+        """End the processes; a second call does nothing."""
+        for child in self._children:
+            child.end()
+        self._children = []
+        self.thread.shutdown(cancel_futures=True)
+
+
+class _Child:
+    """One process, as rank 0 sees it."""
+
+    def __init__(self, setup: Setup, device: str | None) -> None:
+        self.number, self._ready = setup.number, False
+        ours, theirs = socketpair()
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        }
+        environment |= {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": str(setup.threads)}
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(theirs.fileno())],
+                env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                preexec_fn=die_with_parent,  # also while it still imports
+            )  # fmt: skip
+        self.connection = Connection(ours.detach())
+        self.send(setup._asdict())
+
+    def send(self, message: object) -> None:
+        """A message; if it has died, `receive` tells."""
+        with contextlib.suppress(ConnectionError):
+            self.connection.send_bytes(json.dumps(message).encode())
+
+    def receive(self) -> list[FinishedReply] | None:
+        """The next part of its answer; None at the end of it.
+
+        Raises:
+            JobFailed: it has failed or died.
+        """
+        try:
+            message = json.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            raise JobFailed(self._died()) from None
+        if "failed" in message:
+            text = f"Sampler {self.number} failed: {message['message']}"
+            raise JobFailed(text, message["failed"])
+        if "done" in message:
+            return None
+        return [FinishedReply(*reply) for reply in message.get("replies", ())]
+
+    def _died(self) -> str:
+        try:
+            code = self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = 0
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        killed = "; the kernel kills a process when memory runs out" if code == -9 else ""
+        return (
+            f"Sampler {self.number} (process {self.process.pid}) ended {how}{killed}. The stage "
+            "goes on from its last checkpoint when it is tried again."
+        )
+
+    def end(self) -> None:
+        """End it."""
+        self.process.kill()
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"WARNING: sampler {self.process.pid} does not end", flush=True)
+        self.connection.close()
+
+
+def handed_over(
+    job: OnlineJob, strategy: Strategy, policy: Policy
+) -> tuple[list[Head], Iterable[Tensor]]:
+    """What samplers need of a policy: what is trained, or for vLLM all weights, adapters merged.
+
+    Returns:
+        Names, types and shapes; and the tensors one by one, where sharded on every rank at once.
+    """
+    if isinstance(job.rollout, VllmRollout):
+        found = [(name, weight.cpu()) for name, weight in policy_weights(policy.model)]
+        return [(n, w.dtype, tuple(w.shape)) for n, w in found], [w for _, w in found]
+    half = HALF.get(strategy.precision) if is_sharded(policy) else None
+    params = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    heads = [(name, half or p.dtype, tuple(p.shape)) for name, p in params.items()]
+    return heads, (whole(p.detach()).to(half or p.dtype) for p in params.values())
+
+
+def own_devices(job: OnlineJob) -> list[str]:
+    """A GPU for each sampler, as CUDA_VISIBLE_DEVICES names it: those after the training ranks'.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    ranks, samplers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), job.rollout.ranks
+    count = torch.cuda.device_count()
+    if ranks + samplers > count:
+        raise ConfigError(
+            f"{job.algorithm}.rollout.ranks is {samplers} beside {ranks} training ranks, and this "
+            f"machine shows {count} GPUs: lower one of them, or set rollout.placement to colocated."
+        )
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(count)] if named is None else named.split(",")
+    return [name.strip() for name in names[ranks : ranks + samplers]]
+
+
+def share_cores(job: OnlineJob) -> int:
+    """CPU threads of each training rank of this node and of each sampler. They take turns at
+    max_staleness 0, where each has as many as a training rank has without samplers."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    busy = ranks if job.rollout.max_staleness == 0 else ranks + job.rollout.ranks
+    return job.resources.threads or max(1, cpu_cores() // busy)
