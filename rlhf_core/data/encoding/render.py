@@ -102,6 +102,8 @@ def _with_system(messages: list[Message], system: str | None) -> list[Message]:
 def _texts(message: Message) -> list[str]:
     """All texts of a message."""
     found = [message["content"]]
+    if len(message) == 2:
+        return found
     if REASONING in message:
         found.append(message[REASONING])
     found += [json.dumps(message[key], ensure_ascii=False) for key in (CALLS, TOOLS)

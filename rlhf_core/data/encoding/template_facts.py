@@ -74,13 +74,8 @@ def apply_template(tokenizer: Any, messages: Sequence[Message], generation_promp
     Raises:
         DataError: the template rejects the conversation. ModelError: it is no valid template.
     """
-    chat = [_with_names(m) if REASONING in m else m for m in messages]
-    if any(CALLS in message for message in chat):
-        as_text = tool_facts_of(tokenizer).as_text
-        chat = [with_arguments(m, as_text) if CALLS in m else m for m in chat]
-    tools = chat[0].get(TOOLS) if chat else None
-    if tools:
-        chat[0] = {name: value for name, value in chat[0].items() if name != TOOLS}
+    chat = [m if len(m) == 2 else _as_read(tokenizer, m) for m in messages]
+    tools = messages[0].get(TOOLS) if messages else None
     return apply_chat(tokenizer, chat, tools or None, generation_prompt)
 
 
@@ -123,9 +118,13 @@ def generated_reply(
 # --------------------------------------------------------------------------- details
 
 
-def _with_names(message: Message) -> Message:
-    """A message whose reasoning has all the names by which templates read it."""
-    return message | dict.fromkeys(("reasoning", "thinking"), message[REASONING])
+def _as_read(tokenizer: Any, message: Message) -> Message:
+    """A message as templates read it: reasoning under all the names that they have for it,
+    arguments of calls as an object or a text, and no tools, which they get by themselves."""
+    read = {name: value for name, value in message.items() if name != TOOLS}
+    if REASONING in read:
+        read |= dict.fromkeys(("reasoning", "thinking"), read[REASONING])
+    return with_arguments(read, tool_facts_of(tokenizer).as_text) if CALLS in read else read
 
 
 def _after_opened_reasoning(facts: TemplateFacts, full: str, prompt: str, reply: Message) -> str:

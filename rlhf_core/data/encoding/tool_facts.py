@@ -71,7 +71,7 @@ def tool_facts_of(tokenizer: Any) -> ToolFacts:
 
 def uses_tools(messages: Sequence[Message]) -> bool:
     """Whether a conversation has tools, calls or results."""
-    return any(TOOLS in m or CALLS in m or m["role"] == "tool" for m in messages)
+    return any(m["role"] == "tool" or (len(m) > 2 and (TOOLS in m or CALLS in m)) for m in messages)
 
 
 def check_tools(tokenizer: Any, messages: Sequence[Message]) -> None:

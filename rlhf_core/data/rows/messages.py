@@ -113,14 +113,15 @@ def read_messages(value: Any, name: str, rules: Rules) -> list[Message]:
     messages: list[Message] = []
     for position, item in enumerate(items, 1):
         where = f"message {position} of column {name!r}"
-        tools = None
-        if position == 1 and isinstance(item, dict) and TOOLS not in rules.ignored:
-            tools = item.get(TOOLS)
-            item = {key: held for key, held in item.items() if key != TOOLS} if tools else item
+        tools = item.get(TOOLS) if position == 1 and isinstance(item, dict) else None
+        if tools and TOOLS not in rules.ignored:
+            item = {key: held for key, held in item.items() if key != TOOLS}
         message = _message(item, keys, where, rules)
-        if not is_empty(tools):
+        if tools and not is_empty(tools) and TOOLS not in rules.ignored:
             message[TOOLS] = read_tools(tools, f"key {TOOLS!r} of {where}")
-        if _role(item, keys) in CALL_ROLES and messages and messages[-1]["role"] == "assistant":
+        if CALLS in message and messages and messages[-1]["role"] == "assistant" and (
+            _role(item, keys) in CALL_ROLES
+        ):  # fmt: skip
             message = _joined(messages.pop(), message, where)
         messages.append(message)
     return messages
@@ -146,19 +147,20 @@ def _message(item: Any, keys: tuple[str, str], where: str, rules: Rules) -> Mess
     role_key, text_key = keys
     if not isinstance(item, dict) or role_key not in item:
         raise _no_message(item, keys, where)
-    role = _ROLES.get(_role(item, keys))
+    spoken = _role(item, keys)
+    role = _ROLES.get(spoken)
     if role is None:
         raise _unknown_role(item[role_key], keys, where)
-    calls = _call_key(item, role, rules)
     flags: list[str] = []
-    reasoning = ""
-    if len(item) > 2:  # first, because a message that is a tool call may have no text
+    calls = reasoning = ""
+    if len(item) > 2 or text_key not in item:  # first, because a call may have no text
+        calls = _call_key(item, role, rules)
         flags = [key for key in _FLAGS if key in item and key not in rules.ignored]
         reasoning = _reasoning_key(item, role, rules, bool(calls))
         others = item.keys() - {role_key, text_key, *flags, reasoning, calls, *_OF_ROLE[role]}
         check_unread(item, sorted(others), rules, where)
     message: Message = {"role": role, "content": ""}
-    if _role(item, keys) in CALL_ROLES:
+    if spoken in CALL_ROLES:
         message[CALLS] = read_calls(item.get(text_key), where, rules)
     elif calls:
         message[CALLS] = read_calls(item[calls], f"key {calls!r} of {where}", rules)
