@@ -12,8 +12,8 @@ from rlhf_core.system.home import rlhf_home
 # In the order in which they run. A test compares them with the pipeline's own names.
 STAGES = (
     "model", "data", "pretrain", "sft", "label", "reward", "ppo", "dpo", "simpo", "orpo", "kto",
-    "grpo", "rloo", "reinforce_pp", "best_of_n", "rejection_sampling", "distill", "evaluate",
-    "lm_eval", "publish",
+    "grpo", "rloo", "reinforce_pp", "best_of_n", "online_dpo", "rejection_sampling", "distill",
+    "evaluate", "lm_eval", "publish",
 )  # fmt: skip
 
 

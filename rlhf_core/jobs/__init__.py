@@ -46,6 +46,7 @@ from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, Priority, WorkPoolLauncher
 from rlhf_core.jobs.lora import LoRA
 from rlhf_core.jobs.online import OnlineJob, OnlineSettings
+from rlhf_core.jobs.online_dpo import OnlineDPOJob
 from rlhf_core.jobs.pipeline import PipelineConfig, TrainingStage
 from rlhf_core.jobs.policy_gradient import (
     GRPOJob,
@@ -168,8 +169,8 @@ __all__ = [
 Job = (
     ImportModelJob | ImportRewardJob | DataJob | MixJob | SFTJob | LabelJob | RewardJob | PPOJob
     | DPOJob | KTOJob | ORPOJob | SimPOJob | GRPOJob | RLOOJob | ReinforcePPJob | BestOfNJob
-    | RejectionSamplingJob | ImportTeacherJob | DistillJob | NewModelJob | PretrainJob
-    | EvaluateJob | LmEvalJob
+    | OnlineDPOJob | RejectionSamplingJob | ImportTeacherJob | DistillJob | NewModelJob
+    | PretrainJob | EvaluateJob | LmEvalJob
 )  # fmt: skip
 JOB: TypeAdapter[Job] = TypeAdapter(Job)
 

@@ -12,6 +12,7 @@ from rlhf_core.jobs.data import DataConfig, ModelSettings
 from rlhf_core.jobs.distillation import DistillSettings
 from rlhf_core.jobs.harness import LmEvalSettings
 from rlhf_core.jobs.launchers import Launcher, LocalLauncher, Priority
+from rlhf_core.jobs.online_dpo import OnlineDPOSettings
 from rlhf_core.jobs.policy_gradient import (
     GRPOSettings,
     PPOSettings,
@@ -27,6 +28,7 @@ from rlhf_core.jobs.training import RewardSettings, SFTSettings
 TrainingStage = Literal[
     "pretrain", "sft", "reward", "dpo", "simpo", "orpo", "kto", "ppo", "grpo", "rloo",
     "reinforce_pp", "rejection_sampling", "distill",
+    "online_dpo",
 ]  # fmt: skip
 """Stages that train. Each has a section of settings of the same name, and a job."""
 
@@ -99,6 +101,8 @@ class PipelineConfig(Settings):
     """Settings of the stage rejection_sampling, and of best_of_n, which samples for it."""
     distill: DistillSettings = DistillSettings()
     """Settings of the stage distill."""
+    online_dpo: OnlineDPOSettings = OnlineDPOSettings()
+    """Settings of the stage online_dpo."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Evaluation."""
     lm_eval: LmEvalSettings | None = None

@@ -34,7 +34,7 @@ BEFORE_ALIGNMENT = ("pretrain", "sft", "reward")
 
 LABELS = {"reward": "reward model", "simpo": "SimPO", "reinforce_pp": "REINFORCE++",
           "pretrain": "pretraining", "rejection_sampling": "best-of-n SFT",
-          "distill": "distillation"}  # fmt: skip
+          "distill": "distillation", "online_dpo": "online DPO"}  # fmt: skip
 
 Rewarded = OnlineSettings | BestOfNSettings
 """Settings with `rewards`."""

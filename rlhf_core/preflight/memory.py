@@ -166,6 +166,6 @@ def samplers_memory(plan: Plan, max_length: int) -> float:
 
 def most_replies(settings: TrainSettings) -> int:
     """Replies that all ranks sample together, in training or in an evaluation."""
-    replies: int = settings.batch_size * getattr(settings, "group_size", 1)
+    replies: int = getattr(settings, "replies", settings.batch_size)
     evaluates = getattr(settings, "eval_every", None) is not None
     return max(replies, getattr(settings, "eval_prompts", 0) if evaluates else 0)

@@ -16,7 +16,7 @@ STEPS = 2
 ARCHITECTURES = ("llama", "gpt2", "bloom", "qwen2", "opt")
 ALGORITHMS = (
     "sft", "pretrain", "reward", "reward_probe", "dpo", "simpo", "orpo", "kto", "ppo", "grpo",
-    "rloo", "reinforce_pp", "distill", "label", "best_of_n", "evaluate",
+    "rloo", "reinforce_pp", "online_dpo", "distill", "label", "best_of_n", "evaluate",
 )  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
@@ -151,6 +151,7 @@ _MAKE: dict[str, Callable[..., BaseJob]] = {
     "grpo": _samples(jobs.GRPOJob, batch_size=2, group_size=4),
     "rloo": _samples(jobs.RLOOJob, batch_size=2, group_size=4),
     "reinforce_pp": _samples(jobs.ReinforcePPJob),
+    "online_dpo": _samples(jobs.OnlineDPOJob, batch_size=4),
     "distill": _distill,
     "label": _label,
     "best_of_n": _best_of_n,
