@@ -16,7 +16,7 @@ def make(models, data):
                  "checkpoint_every": 1000}  # fmt: skip
         values = {
             "model": models["llama"], "prompts": data["prompts"], "steps": 3, "max_new_tokens": 6,
-            "rewards": [{"type": "length", "target": 3, "width": 6}], "min_length": None,
+            "rewards": [{"type": "length", "target": 1, "width": 4}], "min_length": None,
             "batch_size": 8, "learning_rate": 1e-3, "precision": "fp32", "beta": 0.1,
             "missing_eos_penalty": 0.0, "schedule": "constant", "warmup_fraction": 0.0,
             "resources": Resources(**place),
@@ -27,13 +27,15 @@ def make(models, data):
 
 
 @pytest.fixture(scope="module")
-def one(run_plan, make):
-    long = {"steps": 14, "batch_size": 32, "learning_rate": 1e-2}
+def one(run_plan, make, random_reward):
+    """The learning ones against a reward model with a random head: it never scores two alike."""
+    long = {"steps": 24, "batch_size": 32, "learning_rate": 2e-2, "rewards": [{"type": "model"}],
+            "reward_model": random_reward}  # fmt: skip
     plan = {
         "plain": (make(), {}),
         "learns": (make(**long), {}),
         "ipo": (make(**long, loss="ipo"), {}),
-        "lora": (make(**long, lora=LoRA(rank=2, alpha=8)), {}),
+        "lora": (make(**long | {"learning_rate": 1e-1}, lora=LoRA(rank=2, alpha=8)), {}),
         "half": (make(), {"where": "cut", "stop_after": 2}),
         "rest": (make(), {"where": "cut"}),
     }
@@ -48,10 +50,12 @@ def two(run_plan, make):
 @pytest.mark.parametrize("name", ["learns", "ipo", "lora"])
 def test_policy_learns_what_the_judge_prefers(one, name):
     lines = one[name].metrics
-    first, last = (np.mean([line["score"] for line in part]) for part in (lines[:3], lines[-3:]))
-    assert last > first + 0.08, [line["score"] for line in lines]
+    scores, margins = ([line[key] for line in lines] for key in ("score", "margin"))
+    gain = np.mean(scores[-8:]) - np.mean(scores[:4])
+    least = 0.05 if name == "lora" else 0.15  # adapters of rank 2 learn more slowly
+    assert gain > least, f"{gain:.3f} {np.round(scores, 2).tolist()}"
     assert lines[0]["margin"] == pytest.approx(0.0, abs=1e-6), "it starts at the reference"
-    assert lines[-1]["margin"] > 0.0
+    assert np.mean(margins[-8:]) > 0.02, margins
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "fsdp2"])
