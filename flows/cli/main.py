@@ -21,6 +21,7 @@ from flows.cli.output import echo, print_json
 from flows.cli.playground import playground
 from flows.cli.release import export, push
 from flows.cli.repair import delete, repair
+from flows.cli.rewards import rewards
 from flows.cli.runs import runs
 from flows.cli.schedule import schedule
 from flows.cli.serve import serve
@@ -45,6 +46,7 @@ models.command("push")(push)
 models.command("export")(export)
 app.add_typer(artifacts, name="artifacts")
 app.add_typer(models, name="models")
+app.add_typer(rewards, name="rewards")
 
 PACKAGES = ("torch", "transformers", "colossalai", "prefect")
 

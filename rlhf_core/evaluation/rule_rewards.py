@@ -1,4 +1,4 @@
-"""The rules among a job's rewards, on the replies of an evaluation."""
+"""The rules and services among a job's rewards, on the replies of an evaluation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import ModelReward
-from rlhf_core.jobs.rewards import VERIFIERS, Reward
+from rlhf_core.jobs.reward_services import SERVICES
+from rlhf_core.jobs.rewards import VERIFIERS, EnvironmentReward, Reward
 from rlhf_core.rewards import Rules
+from rlhf_core.rewards.services import Item, Services
 from rlhf_core.rollout.replies import Reply
 
 ANSWERS = "answers"
@@ -26,8 +28,11 @@ class RuleRewards:
 
     def __init__(self, rewards: Sequence[Reward], seed: int, log: Callable[[str], None]) -> None:
         self.rules = Rules(rewards, seed)
+        self.services = Services(rewards)
         self.of_model = sum(r.weight for r in rewards if isinstance(r, ModelReward))
-        rules = [r for r in rewards if not isinstance(r, ModelReward)]
+        rules = [
+            r for r in rewards if not isinstance(r, (ModelReward, EnvironmentReward, *SERVICES))
+        ]
         self.verifier = next((i for i, r in enumerate(rules) if isinstance(r, VERIFIERS)), None)
         self.log = log
 
@@ -47,19 +52,23 @@ class RuleRewards:
         Returns:
             No rewards if a held-out prompt lacks what a rule needs, which is logged.
         """
+        prompts = [json.loads(row["prompt"]) for row in rows]
+        finished = [reply.finished for reply in replies]
         try:
             found = self.rules.score(
-                [json.loads(row["prompt"]) for row in rows],
-                list(texts),
-                list(rows),
-                [reply.finished for reply in replies],
-                [len(reply.ids) for reply in replies],
+                prompts, list(texts), list(rows), finished, [len(reply.ids) for reply in replies]
+            )
+            answers = self.services.answers(
+                [Item(*of) for of in zip(prompts, texts, finished, rows, strict=True)]
             )
         except DataError as error:
             self.log(f"the held-out replies have no reward: {error}")
             return {"reward": []}
+        self.services.check(answers)
+        scores_of = [*found, *([answer.score for answer in of] for of in answers)]
+        weights = [*self.rules.weights, *self.services.weights]
         sums = [self.of_model * score for score in scores] or [0.0] * len(texts)
-        for weight, of_rule in zip(self.rules.weights, found, strict=True):
-            sums = [total + weight * score for total, score in zip(sums, of_rule, strict=True)]
-        answers = {} if self.verifier is None else {ANSWERS: found[self.verifier]}
-        return {"reward": sums, **answers}
+        for weight, of_reward in zip(weights, scores_of, strict=True):
+            sums = [total + weight * score for total, score in zip(sums, of_reward, strict=True)]
+        right = {} if self.verifier is None else {ANSWERS: found[self.verifier]}
+        return {"reward": sums, **right}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_core.data.rows.row import message_text
+from rlhf_core.data.rows.conversation import conversation
 from rlhf_core.evaluation.behaviour import changes_language, refuses
 from rlhf_core.evaluation.measure import Measured
 from rlhf_core.evaluation.rule_rewards import RuleRewards
@@ -79,7 +79,4 @@ class Scorer:
 
 def shown_prompt(messages: str) -> str:
     """A prompt as text for people: its only user turn, or the whole conversation."""
-    turns = [m for m in json.loads(messages) if m["role"] != "system"]
-    if len(turns) == 1:
-        return message_text(turns[0])
-    return "\n".join(f"{m['role']}: {message_text(m)}" for m in turns)
+    return conversation(json.loads(messages))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.jobs.base import Digest, PositiveInt, Resources, Settings, job_input
 from rlhf_core.jobs.ensemble import EnsembleJob
 from rlhf_core.jobs.objective import check_reward_model, checked_rewards, needs_reward_model
+from rlhf_core.jobs.reward_services import without_asking
 from rlhf_core.jobs.rewards import ModelReward, Reward
 from rlhf_core.jobs.training import HeldOutJob, SFTSettings
 
@@ -86,6 +87,12 @@ class BestOfNJob(BestOfNSettings, EnsembleJob):
     """Reward model. Empty when all rewards are rules."""
     resources: Resources = Resources()
     """Placement of the job."""
+
+    def key_settings(self) -> dict[str, Any]:
+        """Leaves out how services that score replies are asked."""
+        settings = super().key_settings()
+        without_asking(self.rewards, settings["rewards"])
+        return settings
 
     @model_validator(mode="after")
     def _rewards_have_their_model(self) -> Self:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_core.jobs.base import (
     LARGEST,
@@ -19,6 +19,7 @@ from rlhf_core.jobs.base import (
     job_input,
 )
 from rlhf_core.jobs.ensemble import EnsembleJob
+from rlhf_core.jobs.judging import ASKING, EndpointJudgeSettings, RubricJudgeSettings
 from rlhf_core.jobs.sources import DataSettings, EpochSettings, Mixture, Share, Source
 
 
@@ -48,9 +49,13 @@ class SampledPreferences(Settings):
 
     source: Literal["sampled"] = "sampled"
     """Sample replies from the SFT model to the prompts of data.prompts."""
-    labeller: Literal["vader", "textblob", "reward_model"] = "vader"
+    labeller: Literal["vader", "textblob", "reward_model", "endpoint"] = "vader"
     """Who compares two replies. vader, textblob: a sentiment lexicon, the more positive reply wins;
-    reward_model: the pipeline's reward model."""
+    reward_model: the pipeline's reward model; endpoint: the model that judge names (RLAIF)."""
+    judge: EndpointJudgeSettings | RubricJudgeSettings | None = None
+    """Judge of the labeller endpoint. type endpoint: it compares every two replies to a prompt, in
+    both orders, n (n - 1) requests for n replies; type rubric: it rates each reply, and the better
+    rated one wins (see min_margin)."""
     max_prompts: PositiveInt = 256
     """Maximum number of training prompts."""
     max_heldout_prompts: PositiveInt = 64
@@ -65,6 +70,21 @@ class SampledPreferences(Settings):
     """Smallest difference of the labeller's scores. Closer pairs are dropped and counted."""
     resources: Resources | None = None
     """Placement of the label stage. Empty: the pipeline's."""
+
+    @model_validator(mode="after")
+    def _judge_is_there(self) -> Self:
+        if (self.labeller == "endpoint") != (self.judge is not None):
+            found = "empty" if self.judge is None else "set"
+            raise ValueError(
+                f"labeller is {self.labeller} and judge is {found}; set labeller to endpoint and "
+                "give a judge, such as {type: endpoint, url: ..., model: ...}, or neither"
+            )
+        return self
+
+    @property
+    def labeller_name(self) -> str:
+        """For people."""
+        return self.labeller if self.judge is None else f"the judge {self.judge.model}"
 
 
 class DataConfig(Settings):
@@ -236,8 +256,22 @@ class LabelJob(SampledPreferences, EnsembleJob):
     """Placement of the job."""
 
     def key_settings(self) -> dict[str, Any]:
-        """Leaves out margins where there are none, so that older results keep their keys."""
+        """Leaves out margins and judge where there are none, so that older results keep their keys,
+        and how a judge is asked."""
         settings = super().key_settings()
         if not self.margins:
             del settings["margins"]
+        if self.judge is None:
+            del settings["judge"]
+        else:
+            settings["judge"] = {k: v for k, v in settings["judge"].items() if k not in ASKING}
         return settings
+
+    @model_validator(mode="after")
+    def _margins_are_scores(self) -> Self:
+        if self.margins and isinstance(self.judge, EndpointJudgeSettings):
+            raise ValueError(
+                "margins is set, but a judge that compares gives no scores; use a judge of type "
+                "rubric, or clear margins (reward.margin_coef)"
+            )
+        return self

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from rlhf_core.jobs.base import BaseJob, Digest, Settings
+from rlhf_core.jobs.base import LARGEST, BaseJob, Digest, Settings
 
 
 class CombineSettings(Settings):
@@ -18,6 +18,19 @@ class CombineSettings(Settings):
     std_coef: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the standard deviation in mean_minus_std. With two members 1 is the lowest
     score."""
+    member_weights: tuple[Annotated[float, Field(ge=-LARGEST, le=LARGEST)], ...] = ()
+    """Weights of several reward models that score different things: the score is the weighted sum
+    of theirs, in their order. Empty: all alike, see combine."""
+
+    @model_validator(mode="after")
+    def _weights_are_of_a_sum(self) -> Self:
+        if self.member_weights and self.combine != "mean":
+            raise ValueError(
+                f"member_weights are given and combine is {self.combine}; clear one of them"
+            )
+        if self.member_weights and not any(self.member_weights):
+            raise ValueError("member_weights are all 0; expected at least one other")
+        return self
 
 
 class EnsembleJob(CombineSettings, BaseJob):
@@ -33,6 +46,8 @@ class EnsembleJob(CombineSettings, BaseJob):
         if not self.ensemble:
             for name in ("ensemble", "combine", "std_coef"):
                 del settings[name]
+        if not self.member_weights:
+            del settings["member_weights"]
         return settings
 
     def inputs(self) -> dict[str, str]:
@@ -45,3 +60,13 @@ class EnsembleJob(CombineSettings, BaseJob):
         """Digests of all members; empty without a reward model."""
         first = getattr(self, "reward_model", None)
         return (first, *self.ensemble) if first is not None else ()
+
+    @model_validator(mode="after")
+    def _each_member_has_a_weight(self) -> Self:
+        weights, models = len(self.member_weights), len(self.reward_models)
+        if weights and weights != models:
+            raise ValueError(
+                f"member_weights has {weights} numbers for {models} reward models; give one for "
+                "each, or clear it"
+            )
+        return self

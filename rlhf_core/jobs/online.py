@@ -10,6 +10,7 @@ from rlhf_core.jobs.base import Digest, PositiveInt, Resources, job_input
 from rlhf_core.jobs.ensemble import EnsembleJob
 from rlhf_core.jobs.environments import Environment, check_environment
 from rlhf_core.jobs.objective import check_reward_model, checked_rewards, needs_reward_model
+from rlhf_core.jobs.reward_services import without_asking
 from rlhf_core.jobs.rewards import ModelReward, Reward, reward_names
 from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout
 from rlhf_core.jobs.training import HeldOutJob, HeldOutSettings
@@ -248,11 +249,13 @@ class OnlineJob(OnlineSettings, EnsembleJob, HeldOutJob):
 
     def key_settings(self) -> dict[str, Any]:
         """Leaves out default values of later settings (built-in rollout, `LATER`), so that older
-        results keep their keys, and where replies are sampled, which changes no result."""
+        results keep their keys, and what changes no result: where replies are sampled, and how
+        services that score them are asked."""
         settings = super().key_settings()
         for name in LATER:
             if name in settings and settings[name] == type(self).model_fields[name].default:
                 del settings[name]
+        without_asking(self.rewards, settings["rewards"])
         settings["rollout"] = self.rollout.key_settings()
         if settings["rollout"] == BuiltinRollout().key_settings():
             del settings["rollout"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from rlhf_core.jobs.base import (
 from rlhf_core.jobs.data import TrainingData
 from rlhf_core.jobs.ensemble import EnsembleJob
 from rlhf_core.jobs.judging import EndpointJudgeSettings
+from rlhf_core.jobs.reward_services import without_asking
 from rlhf_core.jobs.rewards import Reward
 from rlhf_core.jobs.training import Select
 
@@ -137,3 +138,9 @@ class EvaluateJob(EvaluateSettings, TrainingData, EnsembleJob):
     """Data set of purpose prompts."""
     resources: Resources = Resources()
     """Placement of the job."""
+
+    def key_settings(self) -> dict[str, Any]:
+        """Leaves out how services that score replies are asked."""
+        settings = super().key_settings()
+        without_asking(self.rewards, settings["rewards"])
+        return settings

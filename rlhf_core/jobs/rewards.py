@@ -13,16 +13,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from rlhf_core.jobs.base import LARGEST, PositiveInt, Settings
+from rlhf_core.jobs.base import LARGEST, PositiveInt
+from rlhf_core.jobs.reward_services import CodeReward, HttpReward, JudgeReward
+from rlhf_core.jobs.weighted import WeightedReward
 
 Seconds = Annotated[float, Field(gt=0.0, le=LARGEST)]
-
-
-class WeightedReward(Settings):
-    """The base of all rewards."""
-
-    weight: float = 1.0
-    """Factor of this reward in the sum. A negative one inverts it."""
 
 
 class ModelReward(WeightedReward):
@@ -252,6 +247,9 @@ Reward = (
     | SentimentReward
     | ReasoningGymReward
     | PythonReward
+    | HttpReward
+    | JudgeReward
+    | CodeReward
 )
 """A reward; a plain union, because `Field(discriminator=...)` breaks Prefect's form."""
 

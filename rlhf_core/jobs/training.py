@@ -225,7 +225,7 @@ class RewardJob(RewardSettings, TrainJob):
     module: ClassVar[str] = "rlhf_core.algorithms.reward"
     kind: ClassVar[str] = "reward_model"
     excluded_from_key: ClassVar[frozenset[str]] = BaseJob.excluded_from_key | {
-        "min_heldout_accuracy", "members", "combine", "std_coef"
+        "min_heldout_accuracy", "members", "combine", "std_coef", "member_weights"
     }  # fmt: skip
 
     algorithm: Literal["reward"] = "reward"

@@ -17,7 +17,10 @@ from rlhf_core.nn.padding import TokenIndex
 
 
 def combine_scores(scores: Tensor, settings: CombineSettings) -> Tensor:
-    """The members' scores (k, ...) of each sequence as one, see `CombineSettings.combine`."""
+    """The members' scores (k, ...) of each sequence as one, see `CombineSettings`."""
+    if settings.member_weights:
+        weights = scores.new_tensor(settings.member_weights)  # (k,)
+        return torch.tensordot(weights, scores, dims=1)
     if settings.combine == "min":
         return scores.amin(dim=0)
     mean = scores.mean(dim=0)

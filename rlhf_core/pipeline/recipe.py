@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from rlhf_core.jobs import (
     BaseJob,
     DataSettings,
+    EndpointJudgeSettings,
     Mixture,
     OnlineSettings,
     PipelineConfig,
@@ -260,6 +261,12 @@ def problems(config: PipelineConfig) -> list[str]:
             "add an alignment such as ppo, or set rounds to 1"
         )
     there = has_reward_model(config)
+    weights, models = len(config.reward.member_weights), reward_models(config)
+    if weights and weights != models:
+        found.append(
+            f"reward.member_weights has {weights} numbers for {models} reward models; give one for "
+            "each, or clear it"
+        )
     if "reward" in config.stages and config.reward_model is not None:
         found.append("stages has reward and reward_model is set too; leave one out")
     for stage in [*before, *repeated]:
@@ -307,5 +314,11 @@ def _labelling(config: PipelineConfig, there: bool) -> list[str]:
                 f"{name}.labeller is reward_model, but there is none "
                 f"{'yet when the pairs for training it are made' if early else 'in this run'}; "
                 "set reward_model, or use another labeller"
+            )
+        trained = "reward" in config.stages and config.reward.margin_coef > 0
+        if trained and isinstance(settings.judge, EndpointJudgeSettings):
+            found.append(
+                f"reward.margin_coef is {config.reward.margin_coef:g}, but {name}.judge compares "
+                "replies and gives no scores; set its type to rubric, or clear margin_coef"
             )
     return list(dict.fromkeys(found))

@@ -12,12 +12,12 @@ from typing import Any
 
 from rlhf_core.errors import RLHFError
 from rlhf_core.jobs import (
-    EndpointJudgeSettings,
     LmEvalSettings,
     LocalLauncher,
     ModelSettings,
     PipelineConfig,
 )
+from rlhf_core.jobs.judging import EndpointSettings
 from rlhf_core.judges.lexicon import PACKAGES
 from rlhf_core.model_files.shape import ModelShape, read_shape
 from rlhf_core.model_files.source_check import check_model, model_config, new_model_sizes
@@ -87,8 +87,8 @@ def check(
         problems += found
         if remarks is not None:
             remarks += noticed
-    if contact and here and config.evaluate.judge_endpoint is not None:
-        problems += _check_judge(config.evaluate.judge_endpoint)
+    if contact and here:
+        problems += _check_judges(config)
     if contact and config.lm_eval is not None:
         problems += _check_lm_eval(config.lm_eval, here)
     if here:
@@ -187,14 +187,24 @@ def _check_rewards(config: PipelineConfig) -> list[str]:
     return problems
 
 
-def _check_judge(settings: EndpointJudgeSettings) -> list[str]:
-    from rlhf_core.judges.endpoint import read_key
+def _check_judges(config: PipelineConfig) -> list[str]:
+    """The keys of the judges that evaluate and label."""
+    from rlhf_core.judges.posting import key_from
 
-    try:
-        read_key(settings)
-    except RLHFError as error:
-        return [f"evaluate.judge_endpoint: {error}"]
-    return []
+    judges: dict[str, EndpointSettings | None] = {
+        "evaluate.judge_endpoint": config.evaluate.judge_endpoint
+    }
+    for step in recipe.steps(config):
+        if step.algorithm == "label":
+            name, settings = recipe.label_settings(config, step)
+            judges[f"{name}.judge"] = settings.judge
+    problems = []
+    for name, judge in judges.items():
+        try:
+            key_from(judge.key_variable if judge is not None else None, "The judge")
+        except RLHFError as error:
+            problems.append(f"{name}: {error}")
+    return problems
 
 
 def _check_lm_eval(settings: LmEvalSettings, here: bool) -> list[str]:

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import DataSettings, Source
+from rlhf_core.jobs.reward_services import SERVICES, CodeReward, JudgeReward
 from rlhf_core.jobs.rewards import (
     AnswerReward,
     PythonReward,
@@ -16,6 +18,7 @@ from rlhf_core.jobs.rewards import (
     Reward,
     SentimentReward,
 )
+from rlhf_core.judges.posting import key_from
 from rlhf_core.rewards.reasoning import INSTALL, is_installed
 from rlhf_core.system.processes import python_path
 
@@ -63,6 +66,11 @@ def check_rewards(rewards: Sequence[Reward], prompts: Source | None = None) -> l
                     f"{where}: the package vaderSentiment is not installed; run: pip install "
                     "vaderSentiment"
                 )
+        if isinstance(reward, SERVICES):
+            try:
+                key_from(reward.key_variable, f"The reward {reward.type}")
+            except ConfigError as error:
+                problems.append(f"{where}: {error}")
         missing = {_answers(reward, part): None for part in (prompts.parts if prompts else ())}
         problems += [f"{where}: {problem}" for problem in missing if problem]
     return problems
@@ -86,6 +94,16 @@ def _answers(reward: Reward, prompts: DataSettings) -> str:
                     f"the prompts ({prompts.source}) are not from reasoning-gym; set "
                     "data.prompts.source to reasoning-gym:TASK"
                 )
+        case CodeReward(column=column) if column not in columns:
+            return (
+                f"the prompts ({prompts.source}) have no tests; name the column that has them with "
+                f"data.prompts.columns: {{{column}: <its name>}}"
+            )
+        case JudgeReward(template=template) if "{answer}" in template and "answer" not in columns:
+            return (
+                f"its template has {{answer}}, and the prompts ({prompts.source}) have no answers; "
+                "name the column that has them with data.prompts.columns: {answer: <its name>}"
+            )
     return ""
 
 

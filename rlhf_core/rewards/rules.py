@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_core.errors import DataError
+from rlhf_core.jobs.reward_services import SERVICES
 from rlhf_core.jobs.rewards import (
     AnswerReward,
     EnvironmentReward,
@@ -52,7 +53,8 @@ Scorer = Callable[[Batch], list[float]]
 
 
 class Rules:
-    """The items of the setting `rewards` except the reward model and the environment.
+    """The items of the setting `rewards` except the reward model, the environment and services
+    (`Services`).
 
     Args:
         rewards: in the order of the configuration.
@@ -70,7 +72,8 @@ class Rules:
     """
 
     def __init__(self, rewards: Sequence[Reward], seed: int) -> None:
-        rules = [r for r in rewards if not isinstance(r, ModelReward | EnvironmentReward)]
+        others = (ModelReward, EnvironmentReward, *SERVICES)
+        rules = [reward for reward in rewards if not isinstance(reward, others)]
         self.names = reward_names(rules)
         self.weights = [rule.weight for rule in rules]
         self.failures: Counter[str] = Counter()

@@ -20,7 +20,7 @@ from rlhf_core.serving.api_error import ApiError, unsupported
 from rlhf_core.system.asgi import App, Receive, Scope, Send, answer_json, replayed
 
 PUBLIC_PATHS = {"/health"}
-API_PATHS = {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses"}
+API_PATHS = frozenset({"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses"})
 MODEL_PATH = "/v1/models/"
 MAX_BODY_BYTES = 16 * 2**20
 BODY_SECONDS = 30.0  # in which a request's body must have come
@@ -37,6 +37,7 @@ class AuthMiddleware:
         key: API key that clients send as `Authorization: Bearer KEY`; None: no key is needed.
         tokenizer: of the model; messages with its special tokens are rejected.
         refused: parameters that the server would ignore.
+        paths: that there are, beside /health.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class AuthMiddleware:
         key: str | None,
         tokenizer: Any = None,
         refused: frozenset[str] = frozenset(),
+        paths: frozenset[str] = API_PATHS,
     ) -> None:
         self.app = app
         self.name = name
         self.key = key
         self.tokenizer = tokenizer
         self.refused = refused
+        self.paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -69,12 +72,13 @@ class AuthMiddleware:
         if path in PUBLIC_PATHS:
             await self.app({**scope, "path": path}, receive, send)
             return
-        if path not in API_PATHS and not path.startswith(MODEL_PATH):
-            paths = ", ".join(sorted(API_PATHS))
+        of_model = path.startswith(MODEL_PATH) and self.paths is API_PATHS
+        if path not in self.paths and not of_model:
+            paths = ", ".join(sorted(self.paths))
             raise ApiError(f"There is no path {path}; the paths are {paths}.", status=404)
         if not self._is_authorised(scope):
             raise ApiError("The API key is wrong or missing.", code="invalid_api_key", status=401)
-        if path.startswith(MODEL_PATH):
+        if of_model:
             self._check_model(path.removeprefix(MODEL_PATH))
             await answer_json(send, 200, json.dumps(model_entry(self.name)).encode())
         elif scope["method"] != "POST":

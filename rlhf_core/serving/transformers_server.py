@@ -63,13 +63,19 @@ def serve(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. See `engine.main`."""
     with listen(host, port) as listener:
-        app = application(name, load_chat_model(folder), key)
-        config = uvicorn.Config(
-            app, log_level="warning", lifespan="on", timeout_graceful_shutdown=SHUTDOWN_SECONDS
-        )
-        server = _Server(config, lambda: on_ready(url_of(listener, host)))
-        asyncio.run(server.serve(sockets=[listener]))
+        run(application(name, load_chat_model(folder), key), listener, host, on_ready)
+
+
+def run(
+    app: AuthMiddleware, listener: socket.socket, host: str, on_ready: Callable[[str], None]
+) -> None:
+    """Serve an application until Ctrl-C or SIGTERM, and end the process."""
+    config = uvicorn.Config(
+        app, log_level="warning", lifespan="on", timeout_graceful_shutdown=SHUTDOWN_SECONDS
+    )
+    server = _Server(config, lambda: on_ready(url_of(listener, host)))
+    asyncio.run(server.serve(sockets=[listener]))
     sys.stdout.flush()
     sys.stderr.flush()
-    # A thread may still generate an abandoned reply; a normal exit would wait for it.
+    # A thread may still work on an abandoned request; a normal exit would wait for it.
     os._exit(0)

@@ -25,12 +25,14 @@ from rlhf_core.jobs.rewards import reward_names
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.rewards import Rules
+from rlhf_core.rewards.services import Services
 from rlhf_core.rollout.replies import Reply, fast_inference, inference_dtype, sample_replies
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.store import Artifact
 from rlhf_core.training.ensemble import load_ensemble
 from rlhf_core.training.online.scores import weighted_sum
+from rlhf_core.training.online.service_rewards import service_scores
 from rlhf_core.training.scoring import score_sequences
 
 Row = dict[str, Any]
@@ -95,6 +97,8 @@ def make_scorer(job: BestOfNJob, context: StageContext, group: Group, tokenizer:
     weights = {
         name: r.weight for name, r in zip(reward_names(job.rewards), job.rewards, strict=True)
     }
+    services = Services(job.rewards, context.folder / "reward_answers", group.rank, group.size)
+    context.closing.callback(services.close)
     reward = load_ensemble(job, context.store, inference_dtype(group.device), group.device)
     micro = job.resources.micro_batch_size
 
@@ -119,6 +123,9 @@ def make_scorer(job: BestOfNJob, context: StageContext, group: Group, tokenizer:
         if rules.names and replies:
             columns = torch.tensor(by_rules(rows, replies), dtype=torch.float64)  # (n, rules)
             components |= dict(zip(rules.names, columns.unbind(1), strict=True))
+        if services.names and replies:
+            ids, finished = [r.ids for r in replies], [r.finished for r in replies]
+            components |= service_scores(services, group, tokenizer, rows, ids, finished).scores
         return weighted_sum(components, weights).tolist() if components else []
 
     return score

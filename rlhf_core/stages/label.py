@@ -1,9 +1,10 @@
 """Preference pairs: several replies to a prompt, compared by a labeller (InstructGPT, step 2).
 
-The labeller (a lexicon, or a reward model) takes the place of a person. Every two replies to a
-training prompt that it can tell apart by `min_margin` become a pair. A held-out prompt gives one
-pair, its best and worst reply, so that held-out pairs are independent and an interval on their
-number is valid. Comparisons that are too close are counted.
+The labeller (a lexicon, a reward model, or a judge behind an endpoint) takes the place of a person.
+Every two replies to a training prompt that it can tell apart (where it gives scores: by
+`min_margin`) become a pair. A held-out prompt gives one pair, its best and worst reply, so that
+held-out pairs are independent and an interval on their number is valid. Comparisons that are too
+close are counted.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.dataset.writer import write_dataset
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.data.rows.row import message_text
 from rlhf_core.errors import DataError
-from rlhf_core.jobs import LabelJob
+from rlhf_core.jobs import EndpointJudgeSettings, LabelJob
 from rlhf_core.judges.lexicon import get_judge
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.rollout.replies import Reply, fast_inference, inference_dtype, sample_replies
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.distributed import Group
+from rlhf_core.stages.label_judge import PairJudge, RubricJudge, better_and_worse
 from rlhf_core.store import Artifact
 from rlhf_core.training.ensemble import load_ensemble
 from rlhf_core.training.scoring import score_sequences
@@ -54,25 +56,25 @@ def run(job: LabelJob, context: StageContext) -> Artifact | None:
             model, source, repeated, group, seed=job.seed, stream=stream,
             max_new_tokens=job.max_new_tokens, temperature=job.temperature,
         )  # fmt: skip
-        all_scores = labeller(repeated, [r for r in items for _ in range(n)], replies)
+        decided = labeller.decide([r for r in items for _ in range(n)], replies, split == "heldout")
         if not context.main:
             continue
         pairs[split] = []
-        for i, item in enumerate(items):
-            candidates, scores = replies[i * n :][:n], all_scores[i * n :][:n]
-            kept, too_close = compare(scores, job.min_margin, best_worst=split == "heldout")
-            for b, w in kept:
-                margin = {"margin": scores[b] - scores[w]} if job.margins else {}
-                pairs[split].append(pair(item, candidates[b], candidates[w], tokenizer) | margin)
+        for i, (item, (kept, too_close)) in enumerate(zip(items, decided, strict=True)):
+            candidates = replies[i * n :][:n]
+            for b, w, margin in kept:
+                carried = {"margin": margin} if job.margins else {}
+                pairs[split].append(pair(item, candidates[b], candidates[w], tokenizer) | carried)
             counts[f"{split}_too_close"] = counts.get(f"{split}_too_close", 0) + too_close
         counts[f"{split}_prompts"] = len(items)
         counts[f"{split}_pairs"] = len(pairs[split])
         context.log(f"{split}: {len(items)} prompts, {len(pairs[split])} pairs")
+    counts |= {f"judge_{name}": count for name, count in labeller.totals().items()}
     if not context.main:
         return None
     if not pairs["train"]:
         raise DataError(
-            f"The labeller {job.labeller} could not tell the replies of any of "
+            f"The labeller {job.labeller_name} could not tell the replies of any of "
             f"{counts['train_prompts']} prompts apart by {job.min_margin}: lower "
             "min_margin, raise samples_per_prompt or max_new_tokens (of data.preference, or of "
             "data.rounds where there are rounds)."
@@ -82,8 +84,72 @@ def run(job: LabelJob, context: StageContext) -> Artifact | None:
     return context.publish(job, folder, {"sampled_from": job.model, "metrics": counts})
 
 
-Labeller = Callable[[list[list[int]], list[Row], list[Reply]], list[float]]
-"""Scores of replies, on every rank, from their prompts' token ids, their rows and themselves."""
+Decision = tuple[list[tuple[int, int, float]], int]
+"""Of the replies to a prompt: (better, worse, margin) for each pair, positions; and how many
+comparisons were too close."""
+
+
+class Labeller(Protocol):
+    """Who compares replies."""
+
+    def decide(self, rows: list[Row], replies: list[Reply], best_worst: bool) -> list[Decision]:
+        """Which replies to each of P prompts become pairs, on every rank. Every rank calls.
+
+        Args:
+            rows, replies: P x n, those to one prompt are neighbours.
+            best_worst: only the best against the worst, else every two.
+        """
+
+    def totals(self) -> dict[str, int]:
+        """What it took so far: name -> count. Every rank calls."""
+
+
+class ByScores:
+    """A labeller that gives each reply a score.
+
+    Args:
+        score: of replies, on every rank, from their rows and themselves.
+        totals: see `Labeller`.
+    """
+
+    def __init__(
+        self,
+        job: LabelJob,
+        score: Callable[[list[Row], list[Reply]], list[float]],
+        totals: Callable[[], dict[str, int]] = dict,
+    ) -> None:
+        self.job, self.score, self.totals = job, score, totals
+
+    def decide(self, rows: list[Row], replies: list[Reply], best_worst: bool) -> list[Decision]:
+        """See `Labeller`."""
+        n, all_scores = self.job.samples_per_prompt, self.score(rows, replies)
+        found: list[Decision] = []
+        for start in range(0, len(replies), n):
+            scores = all_scores[start : start + n]
+            kept, too_close = compare(scores, self.job.min_margin, best_worst=best_worst)
+            found.append(([(b, w, scores[b] - scores[w]) for b, w in kept], too_close))
+        return found
+
+
+class ByComparison:
+    """A labeller that compares every two replies; margins are 1."""
+
+    def __init__(self, job: LabelJob, judge: PairJudge, tokenizer: Any) -> None:
+        self.job, self.judge, self.tokenizer = job, judge, tokenizer
+
+    def decide(self, rows: list[Row], replies: list[Reply], best_worst: bool) -> list[Decision]:
+        """See `Labeller`."""
+        n, texts = self.job.samples_per_prompt, [r.text(self.tokenizer) for r in replies]
+        groups = [texts[start : start + n] for start in range(0, len(texts), n)]
+        found: list[Decision] = []
+        for results in self.judge.compare(rows[::n], groups):
+            kept, ties = better_and_worse(results, n, best_worst=best_worst)
+            found.append(([(b, w, 1.0) for b, w in kept], ties))
+        return found
+
+    def totals(self) -> dict[str, int]:
+        """See `Labeller`."""
+        return self.judge.totals()
 
 
 def make_labeller(job: LabelJob, context: StageContext, group: Group, tokenizer: Any) -> Labeller:
@@ -93,21 +159,30 @@ def make_labeller(job: LabelJob, context: StageContext, group: Group, tokenizer:
         assert reward is not None
         micro = job.resources.micro_batch_size
 
-        def score(
-            prompt_ids: list[list[int]], rows: list[Row], replies: list[Reply]
-        ) -> list[float]:
-            whole = [[*p, *r.ids] for p, r in zip(prompt_ids, replies, strict=True)]
+        def score(rows: list[Row], replies: list[Reply]) -> list[float]:
+            whole = [[*row["prompt_ids"], *r.ids] for row, r in zip(rows, replies, strict=True)]
             with fast_inference(group):
                 return score_sequences(reward, whole, group, micro)
 
-        return score
+        return ByScores(job, score)
+    if isinstance(job.judge, EndpointJudgeSettings):
+        return ByComparison(job, PairJudge(job.judge, group), tokenizer)
+    if job.judge is not None:
+        rubric = RubricJudge(job.judge, group, context.folder / "reward_answers")
+        context.closing.callback(rubric.close)
+
+        def rate(rows: list[Row], replies: list[Reply]) -> list[float]:
+            texts = [reply.text(tokenizer) for reply in replies]
+            return rubric.rate(rows, texts, [reply.finished for reply in replies])
+
+        return ByScores(job, rate, rubric.totals)
     judge = get_judge(job.labeller)
 
-    def read(prompt_ids: list[list[int]], rows: list[Row], replies: list[Reply]) -> list[float]:
+    def read(rows: list[Row], replies: list[Reply]) -> list[float]:
         prompts = [message_text(json.loads(row["prompt"])[-1]) for row in rows]
         return [judge(p, r.text(tokenizer)) for p, r in zip(prompts, replies, strict=True)]
 
-    return read
+    return ByScores(job, read)
 
 
 def compare(
@@ -154,7 +229,7 @@ def write_pairs(
     """The data set, with its card."""
     card = {
         "purpose": "preference",
-        "source": f"sampled from model {job.model[:12]}, compared by {job.labeller}",
+        "source": f"sampled from model {job.model[:12]}, compared by {job.labeller_name}",
         "counts": counts,
     }
     write_dataset(folder, "preference", pairs, card, ("margin",) if job.margins else ())

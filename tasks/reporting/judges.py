@@ -11,9 +11,11 @@ import re
 from dataclasses import dataclass
 
 from rlhf_core.jobs import PipelineConfig, SampledPreferences
+from rlhf_core.jobs.reward_services import HttpReward, JudgeReward
 from rlhf_core.jobs.rewards import (
     VERIFIERS,
     ModelReward,
+    Reward,
     SentimentReward,
 )
 from rlhf_core.pipeline import recipe
@@ -95,16 +97,22 @@ def _lexicon(config: PipelineConfig, judge: str) -> Judge:
     name = f"the gold judge {judge}"
     if judge in _labellers(config):
         return Judge(name, False, "also labelled the pairs that the run trains on")
-    rewards = [r for s in config.stages if isinstance(found := recipe.section(config, s),
-               recipe.Rewarded) for r in found.rewards]  # fmt: skip
-    if judge == "vader" and any(isinstance(r, SentimentReward) and r.weight for r in rewards):
+    used = any(isinstance(r, SentimentReward) and r.weight for r in _rewards(config))
+    if judge == "vader" and used:
         return Judge(name, False, "is the reward 'sentiment', on which the model was trained")
     return Judge(name, True, _no_part(config))
 
 
 def _endpoint(config: PipelineConfig, model: str) -> Judge:
     name = f"the judge {model}"
-    others = [("policy", config.model.source if config.new_model is None else "")]
+    if model in _labelling_judges(config):
+        return Judge(name, False, "also labelled the pairs that the run trains on")
+    rated = [r.model for r in _rewards(config) if isinstance(r, JudgeReward) and r.weight]
+    if model in rated:
+        return Judge(name, False, "is the reward 'judge', on which the model was trained")
+    others = [("labeller", other) for other in _labelling_judges(config)]
+    others += [("reward 'judge'", other) for other in rated]
+    others += [("policy", config.model.source if config.new_model is None else "")]
     others += [("reward model", source) for source in recipe.imported_rewards(config)]
     for who, other in others:
         if shared := families(model) & families(other):
@@ -120,7 +128,25 @@ def _labellers(config: PipelineConfig) -> list[str]:
     return [recipe.label_settings(config, step)[1].labeller for step in labels]
 
 
+def _labelling_judges(config: PipelineConfig) -> list[str]:
+    """Models behind endpoints that label pairs."""
+    labels = [step for step in recipe.steps(config) if step.algorithm == "label"]
+    judges = [recipe.label_settings(config, step)[1].judge for step in labels]
+    return [judge.model for judge in judges if judge is not None]
+
+
+def _rewards(config: PipelineConfig) -> list[Reward]:
+    """The rewards of all stages that have some."""
+    found = [recipe.section(config, stage) for stage in config.stages]
+    return [
+        r for settings in found if isinstance(settings, recipe.Rewarded) for r in settings.rewards
+    ]
+
+
 def _no_part(config: PipelineConfig) -> str:
+    urls = [r.url for r in _rewards(config) if isinstance(r, HttpReward) and r.weight]
+    if urls:
+        return f"had no part in the training, unless it is behind {', '.join(dict.fromkeys(urls))}"
     read = {role for step in recipe.steps(config)
             for role in recipe.roles(config, step.algorithm).values()}  # fmt: skip
     labelled = config.data.preference

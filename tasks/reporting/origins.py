@@ -15,7 +15,8 @@ def source(artifact: Artifact) -> str:
     """Where an artifact comes from, if from outside: files, a hub, a labeller; "" otherwise."""
     job: Mapping[str, Any] = artifact.metadata.get("job") or {}
     if "labeller" in job:
-        return f"sampled, compared by {job['labeller']}"
+        judge = job.get("judge")
+        return f"sampled, compared by {judge['model'] if judge else job['labeller']}"
     found = str(artifact.metadata.get("source") or job.get("source") or "")
     return f"a mixture of {found}" if "mix" in job else found
 

@@ -82,11 +82,12 @@ class PastRun:
         them, and the rules, if there are any, of the last stage of online RL."""
         models = sorted(r.digest for r in self.stages.values() if r.kind == "reward_model")
         several = len(models) > 1
-        how = [str(self.settings.get(f"reward.{name}")) for name in CombineSettings.model_fields]
+        how = [self.settings.get(f"reward.{name}") for name in CombineSettings.model_fields]
         stages = self.settings.get("stages") or []
         rewards = [found for stage in stages if (found := self.settings.get(f"{stage}.rewards"))]
         rules = [r for r in rewards[-1:] if any(part.get("type") != "model" for part in r)]
-        return (*models, *(how if several else ()), *map(str, rules))
+        given = [str(value) for value in how if value not in ([], ())]
+        return (*models, *(given if several else ()), *map(str, rules))
 
     @property
     def policy(self) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,8 @@ from rlhf_core.training.online.batches import collate_responses, micro_batches, 
 from rlhf_core.training.online.first_pass import FirstPass
 from rlhf_core.training.online.models import Models
 from rlhf_core.training.online.sampling import GlobalRollout
-from rlhf_core.training.online.scores import shape_scores, weighted_sum
+from rlhf_core.training.online.scores import member_means, shape_scores, weighted_sum
+from rlhf_core.training.online.service_rewards import ServiceScores, service_scores
 from rlhf_core.training.online.stage import OnlineStage
 
 LARGEST_GAPS: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.2}
@@ -49,6 +50,7 @@ class Experience:
     failures: dict[str, int]  # why a rule could not be applied -> replies
     disagreement: Tensor | None  # (B,) of several reward models, see `nn.ensemble`
     loss_mask: Tensor  # (B,T) bool, response tokens that are trained on, a part of response_mask
+    component_metrics: dict[str, float] = field(default_factory=dict)  # parts of rewards, means
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ def score_rollout(
     job, models, group = stage.job, stage.models, stage.strategy.group
     outputs = run_models(stage, rollout, minibatches, first_pass)
     components, failures = score_by_rules(models, group, rollout)
+    services = score_by_services(models, group, rollout)
+    components |= services.scores
+    failures |= services.failures
     members = torch.tensor([o.scores for o in outputs]).t()  # (k,B)
     components = environment_rewards(job, rollout) | components
     if models.reward is not None:
@@ -122,6 +127,7 @@ def score_rollout(
         failures=failures,
         disagreement=disagreement(members) if len(members) > 1 else None,
         loss_mask=mask,
+        component_metrics={**member_means(job, members), **services.metrics()},
     )
 
 
@@ -224,6 +230,18 @@ def environment_rewards(job: OnlineJob, rollout: GlobalRollout) -> dict[str, Ten
     if rollout.outcomes is None or all(reward.type != "environment" for reward in job.rewards):
         return {}
     return {"environment": torch.tensor([outcome.reward for outcome in rollout.outcomes])}
+
+
+def score_by_services(models: Models, group: Group, rollout: GlobalRollout) -> ServiceScores:
+    """The scores of services, most of which were asked for while the rollout went on."""
+    if models.services is None:
+        return ServiceScores()
+    last = [rollout.last_turn(i) for i in range(len(rollout.rows))]  # of an episode: its last reply
+    prompts, replies = [messages for messages, _ in last], [ids for _, ids in last]
+    finished = rollout.finished.tolist()
+    return service_scores(
+        models.services, group, models.tokenizer, rollout.rows, replies, finished, prompts
+    )
 
 
 def logprob_gap(experience: Experience) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.jobs import ModelReward, OnlineJob
+from rlhf_core.jobs.reward_services import SERVICES
 from rlhf_core.jobs.rewards import EnvironmentReward
 from rlhf_core.model_files.remote_code import is_trusted
 from rlhf_core.models.loading import load_causal_lm, load_scalar_model
@@ -20,6 +21,7 @@ from rlhf_core.nn.modules import Actor, ActorCritic, Policy, ScalarModel
 from rlhf_core.nn.padding import TokenIndex
 from rlhf_core.nn.shared_trunk import Trunk, find_trunk
 from rlhf_core.rewards import Rules
+from rlhf_core.rewards.services import Services
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.training.policy import frozen_storage
 from rlhf_core.training.strategy import HALF, Strategy
@@ -56,6 +58,7 @@ class Models:
     weights: dict[str, float]  # of each reward, by name
     tokenizer: Any  # None on ranks that decode nothing
     trunk: Trunk | None = None  # of all of them, see `share_trunk`
+    services: Services | None = None  # None when no reward is a service
 
 
 def load_models(
@@ -96,10 +99,23 @@ def load_models(
     weights = dict(zip(rules.names, rules.weights, strict=True))
     weights["model"] = sum(r.weight for r in job.rewards if isinstance(r, ModelReward))
     weights["environment"] = sum(r.weight for r in job.rewards if isinstance(r, EnvironmentReward))
-    # Rank 0 shows replies to people; rules and environments read them on every rank.
-    reads = context.main or bool(rules.names) or job.environment is not None
+    services = load_services(job, strategy, context)
+    if services is not None:
+        weights |= dict(zip(services.names, services.weights, strict=True))
+    # Rank 0 shows replies to people; rules, services and environments read them on every rank.
+    reads = context.main or bool(rules.names) or services is not None or job.environment is not None
     tokenizer = load_tokenizer(source, is_trusted(source)) if reads else None
-    return Models(trained, reference, reward, rules, weights, tokenizer)
+    return Models(trained, reference, reward, rules, weights, tokenizer, services=services)
+
+
+def load_services(job: OnlineJob, strategy: Strategy, context: StageContext) -> Services | None:
+    """The services among the job's rewards, with the answers that this stage has had before."""
+    if not any(isinstance(reward, SERVICES) for reward in job.rewards):
+        return None
+    folder = context.folder / "reward_answers"
+    services = Services(job.rewards, folder, strategy.rank, strategy.world_size)
+    context.closing.callback(services.close)
+    return services
 
 
 def share_trunk(

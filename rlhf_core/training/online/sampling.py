@@ -27,6 +27,7 @@ from rlhf_core.training.online.ahead import Ahead
 from rlhf_core.training.online.engine import Engine
 from rlhf_core.training.online.episodes import EpisodeSampler, Outcome
 from rlhf_core.training.online.samplers import Samplers
+from rlhf_core.training.online.service_rewards import asking
 from rlhf_core.training.online.stage import OnlineStage
 from rlhf_core.training.strategy import Strategy
 
@@ -164,15 +165,16 @@ def sample_rows(
 
     Args:
         stream: of the random numbers; a step, or a number that is none.
-        on_finished: see `roll_out`.
+        on_finished: see `roll_out`. Services that score replies are asked anyway.
     """
     if stage.environments is not None:
         return sample_episodes(stage, rows, stream)
     began = time.perf_counter()
     prompt_ids = [row["prompt_ids"] for row in rows]
+    ask = asking(stage.models.services, stage.models.tokenizer, rows)
     replies = roll_out(
         stage.job, stage.strategy, stage.models.trained.policy, stage.inputs.source,
-        prompt_ids, stream, stage.engine, on_finished,
+        prompt_ids, stream, stage.engine, both(ask, on_finished),
     )  # fmt: skip
     return global_rollout(rows, replies, began)
 
@@ -303,3 +305,15 @@ def numbered_by(indices: list[int], on_finished: OnFinished) -> OnFinished:
         on_finished([reply._replace(row=indices[reply.row]) for reply in replies])
 
     return renumbered
+
+
+def both(first: OnFinished | None, second: OnFinished | None) -> OnFinished | None:
+    """One after the other; None for none."""
+    if first is None or second is None:
+        return first or second
+
+    def in_turn(replies: list[FinishedReply]) -> None:
+        first(replies)
+        second(replies)
+
+    return in_turn

@@ -60,3 +60,11 @@ def score_metrics(
     if disagreement is not None:
         found["reward_model_std"] = float(disagreement.mean())
     return found
+
+
+def member_means(job: OnlineJob, scores: Tensor) -> dict[str, float]:
+    """Mean score (k,B) of each of several reward models that have weights: reward_model/1 and so
+    on."""
+    if not job.member_weights:
+        return {}
+    return {f"reward_model/{k}": float(of.mean()) for k, of in enumerate(scores, start=1)}

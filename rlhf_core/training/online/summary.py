@@ -26,6 +26,7 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
         "score": float(experience.raw_scores.mean()),
         "reward": float(experience.scores.mean()),
         **{f"reward_{name}": float(x.mean()) for name, x in experience.components.items()},
+        **experience.component_metrics,
         **score_metrics(job, experience.components, experience.disagreement),
         **{f"failure_{name}": float(n) for name, n in experience.failures.items()},
         "kl": float((k1 * mask).sum() / len(mask)),

@@ -1,5 +1,7 @@
 """GRPO, RLOO, REINFORCE++ and what they share with PPO, as real jobs on real ranks."""
 
+import itertools
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +18,7 @@ from rlhf_core.jobs import (
 )
 from rlhf_core.runtime import candidates
 from rlhf_core.training.stored_checkpoints import open_saved
+from tests.rlhf_core.rewards.standin import StandIn
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +103,28 @@ def objectives(make):
 
 
 @pytest.fixture(scope="module")
-def one_rank(run_plan, make, data, random_rewards):
+def service():
+    """Scores a reply by its share of letters, sooner or later."""
+    pauses = itertools.cycle([0.0, 0.05, 0.01])
+
+    def letters(path, body):
+        time.sleep(next(pauses))
+        replies = [item["reply"] for item in body["items"]]
+        shares = [sum(c.isascii() and c.isalpha() for c in r) / max(1, len(r)) for r in replies]
+        return {"scores": shares, "components": {"long": [len(r) for r in replies]}}
+
+    server = StandIn(letters)
+    yield server
+    server.close()
+
+
+def served(make, service, **settings):
+    rewards = [{"type": "model"}, {"type": "http", "url": service.url, "weight": 0.5} | settings]
+    return make("grpo", steps=2, rewards=rewards)
+
+
+@pytest.fixture(scope="module")
+def one_rank(run_plan, make, data, random_rewards, service):
     """Every variant that one rank runs, in one process."""
     jobs = {
         "grpo-updates": make("grpo", minibatches=2, epochs=2, steps=2),
@@ -116,6 +140,8 @@ def one_rank(run_plan, make, data, random_rewards):
     plan["ppo-rule"] = (make("ppo"), {"rule": True})
     plan["rloo-rule"] = (make("rloo"), {"rule": True})
     plan["shaped"] = (shaped(make, random_rewards), {})
+    plan["served"] = (served(make, service), {})
+    plan["served-again"] = (served(make, service, batch_size=1, parallel=3), {})
     for name in NEW:
         job = make(name, steps=4)
         plan[name] = (job, {})
@@ -134,13 +160,14 @@ def one_rank(run_plan, make, data, random_rewards):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(run_plan, make, data, random_rewards):
+def two_ranks(run_plan, make, data, random_rewards, service):
     kinds = {"grpo": "ddp", "rloo": "zero2", "reinforce_pp": "zero1"}
     plan = {n: (make(n, steps=4, place={"strategy": kinds[n]}), {}) for n in NEW}
     plan["grpo-ptx"] = (mixing(make, data, "grpo", place={"micro_batch_size": 2}), {})
     plan["rloo-rule"] = (make("rloo"), {"rule": True})
     plan["shaped"] = (shaped(make, random_rewards, strategy="fsdp2"), {})
     plan["evaluated"] = (evaluated(make, "fsdp2"), {})
+    plan["served"] = (served(make, service), {})
     plan["collapsed"] = (collapsing(make, "ppo", "fsdp2", max_kl=0.2, ppo_epochs=2), {})
     return run_plan(2, plan)
 
@@ -260,6 +287,17 @@ def test_rules_alone_need_no_reward_model(one_rank, two_ranks):
             assert line["failure_seen"] == 16, "of this rollout, from all ranks"
     # Each rank scores its share; all see all.
     assert_same_course(one_rank["rloo-rule"], two_ranks["rloo-rule"])
+
+
+def test_service_scores_replies_whenever_and_wherever_it_is_asked(one_rank, two_ranks):
+    first, again = one_rank["served"], one_rank["served-again"]
+    assert first.job.key() == again.job.key(), "how a service is asked is not in the key"
+    assert first.artifact.files == again.artifact.files
+    for line in first.metrics:
+        total = line["reward_model"] + 0.5 * line["reward_http"]
+        assert line["score"] == pytest.approx(total, abs=1e-5) and 0 < line["reward_http"] < 1
+        assert line["reward_http/long"] > 1
+    assert_same_course(first, two_ranks["served"])
 
 
 def test_two_ranks_find_the_best_evaluation_that_one_does(one_rank, two_ranks):

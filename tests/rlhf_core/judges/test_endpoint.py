@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-import rlhf_core.judges.endpoint as module
+import rlhf_core.judges.posting as module
 from rlhf_core.errors import ConfigError, JudgeError
 from rlhf_core.jobs.judging import EndpointJudgeSettings
-from rlhf_core.judges.endpoint import EndpointJudge, retry_after
+from rlhf_core.judges.endpoint import EndpointJudge
+from rlhf_core.judges.posting import retry_after
 
 KEY = "marked-0123456789"
 TEMPLATE = "[[A]] or [[B]]?\nP:{prompt}\nA:{first}\nB:{second}"

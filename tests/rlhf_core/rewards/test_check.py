@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from rlhf_core.jobs import DataSettings
+from rlhf_core.jobs.reward_services import CodeReward, HttpReward, JudgeReward
 from rlhf_core.jobs.rewards import (
     AnswerReward,
     LengthReward,
@@ -80,3 +81,20 @@ def test_function_is_imported_elsewhere(tmp_path, monkeypatch, code, name, messa
     else:
         assert len(problems) == 1 and problems[0].startswith("rewards.0 (python): ")
         assert re.search(message, problems[0]), problems
+
+
+def test_services_need_their_key_and_their_columns(monkeypatch):
+    monkeypatch.delenv("SERVICE_KEY", raising=False)
+    rubric = "{prompt} {reply} {answer} [[5]]"
+    rewards = [
+        HttpReward(url="http://host/score", key_variable="SERVICE_KEY"),
+        CodeReward(url="http://host"),
+        JudgeReward(url="http://host/v1", model="m", template=rubric),
+    ]
+    key, code, judge = check_rewards(rewards, DataSettings(source="a.jsonl"))
+    assert key.startswith("rewards.0 (http): The reward http's key comes from the environment")
+    assert code.startswith("rewards.1 (code): the prompts (a.jsonl) have no tests; name")
+    assert judge.startswith("rewards.2 (judge): its template has {answer}, and the prompts")
+    monkeypatch.setenv("SERVICE_KEY", "secret-of-it")
+    given = DataSettings(source="a.jsonl", columns={"answer": "solution"})
+    assert check_rewards(rewards, given) == []

@@ -165,6 +165,11 @@ def test_replies_that_became_one_reply_are_never_shown_as_a_gain(few):
     assert verdict(start=start, policy=policy).state == "worse"
 
 
+LABELLED = (
+    "data.preference={{source: sampled, labeller: endpoint, judge: {{type: rubric, model: {}, "
+    "url: 'http://localhost:1/v1'}}}}"
+)
+RATED = "ppo.rewards=[{{type: judge, url: 'http://localhost:1/v1', model: {}, weight: {}}}]"
 ENDPOINT = "evaluate.judge_endpoint={{url: 'http://localhost:1/v1', model: {}}}"
 
 
@@ -185,6 +190,19 @@ ENDPOINT = "evaluate.judge_endpoint={{url: 'http://localhost:1/v1', model: {}}}"
          "reward model's family (llama)"),
         ("smoke", ["stages=[sft]", "reward_model=org/Skywork-Reward-Llama-3.1-8B",
                    "model.source=org/Qwen3-8B"], "reward", True, "had no part"),
+        ("smoke", [LABELLED.format("gpt-4.1"), ENDPOINT.format("gpt-4.1")], "judge", False,
+         "labelled the pairs"),
+        ("smoke", [LABELLED.format("gpt-4.1"), ENDPOINT.format("gpt-5")], "judge", False,
+         "labeller's family (gpt)"),
+        ("smoke", [LABELLED.format("gpt-4.1"), ENDPOINT.format("claude")], "judge", True,
+         "no part"),
+        ("smoke", [RATED.format("gpt-5", 1), ENDPOINT.format("gpt-5")], "judge", False,
+         "the reward 'judge'"),
+        ("smoke", [RATED.format("gpt-5", 1), ENDPOINT.format("gpt-4")], "judge", False,
+         "reward 'judge''s family (gpt)"),
+        ("smoke", [RATED.format("gpt-5", 0), ENDPOINT.format("gpt-5")], "judge", True, "no part"),
+        ("smoke", ["ppo.rewards=[{type: http, url: 'http://a/score'}]", "evaluate.judge=textblob"],
+         "gold", True, "unless it is behind http://a/score"),
     ],
 )  # fmt: skip
 def test_the_pipeline_knows_which_judge_is_independent(preset, changes, judge, independent, why):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rlhf_core.jobs import EvaluateJob, GRPOJob, PPOJob, RewardJob, RLOOJob
 from rlhf_core.jobs.ensemble import CombineSettings
 from rlhf_core.nn.ensemble import combine_scores, disagreement
-from rlhf_core.training.online.scores import score_metrics, shape_scores, weighted_sum
+from rlhf_core.training.online.scores import member_means, score_metrics, shape_scores, weighted_sum
 
 DIGESTS = {"model": "a" * 64, "prompts": "b" * 64, "reward_model": "c" * 64}
 MEMBERS = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 3.0]])  # (k,B)
@@ -33,6 +33,27 @@ def test_members_are_combined_as_by_hand(settings, expected):
     assert found.tolist() == pytest.approx(expected)
     one = combine_scores(MEMBERS[:1], CombineSettings(**settings))
     assert torch.equal(one, MEMBERS[0]), "one model is itself, to the bit"
+
+
+def test_members_with_weights_are_a_weighted_sum():
+    found = combine_scores(MEMBERS, CombineSettings(member_weights=(2.0, -1.0, 0.5)))
+    assert found.tolist() == [2.0 - 3.0 + 2.5, 1.5]
+    job = PPOJob(**DIGESTS, ensemble=("d" * 64,), member_weights=(1, 2))
+    assert member_means(job, MEMBERS[1:]) == {"reward_model/1": 1.5, "reward_model/2": 4.0}
+    assert job.key() != PPOJob(**DIGESTS, ensemble=("d" * 64,)).key()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"member_weights": (1, 2)}, "2 numbers for 1 reward models"),
+        ({"ensemble": ("d" * 64,), "member_weights": (0, 0)}, "member_weights are all 0"),
+        ({"ensemble": ("d" * 64,), "member_weights": (1, 2), "combine": "min"}, "combine is min"),
+    ],
+)
+def test_weights_fit_the_members(settings, said):
+    with pytest.raises(ValidationError, match=said):
+        PPOJob(**DIGESTS, **settings)
 
 
 def test_two_members_less_their_deviation_are_the_lower_one():
