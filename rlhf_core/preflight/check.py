@@ -17,7 +17,6 @@ from rlhf_core.jobs import (
     ModelSettings,
     PipelineConfig,
 )
-from rlhf_core.jobs.judging import EndpointSettings
 from rlhf_core.judges.lexicon import PACKAGES
 from rlhf_core.model_files.shape import ModelShape, read_shape
 from rlhf_core.model_files.source_check import check_model, model_config, new_model_sizes
@@ -191,9 +190,7 @@ def _check_judges(config: PipelineConfig) -> list[str]:
     """The keys of the judges that evaluate and label."""
     from rlhf_core.judges.posting import key_from
 
-    judges: dict[str, EndpointSettings | None] = {
-        "evaluate.judge_endpoint": config.evaluate.judge_endpoint
-    }
+    judges: dict[str, Any] = {"evaluate.judge_endpoint": config.evaluate.judge_endpoint}
     for step in recipe.steps(config):
         if step.algorithm == "label":
             name, settings = recipe.label_settings(config, step)
