@@ -7,6 +7,7 @@ import json
 import pytest
 
 from rlhf_core.jobs import (
+    BuiltinRollout,
     DataJob,
     GRPOJob,
     ImportModelJob,
@@ -109,3 +110,12 @@ def test_episodes_after_a_cut_are_those_of_a_whole_run(stages, inputs, own_home,
     assert first == second
     assert [line["step"] for line in first] == [0, 1, 2, 3, 4]
     assert json.dumps(first).count("environment_tool_calls") >= 4
+
+
+@pytest.mark.chaos
+def test_episodes_of_samplers_beside_the_trainer_are_the_same(stages, inputs, own_home):
+    beside = make(inputs, rollout=BuiltinRollout(placement="separate"))
+    one, _ = stages.run_here(make(inputs), "sums-colocated")
+    two, lines = stages.run_here(beside, "sums-separate")
+    assert one == two
+    assert lines[0]["turns"] > 1
