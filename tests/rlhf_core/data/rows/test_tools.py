@@ -5,6 +5,7 @@ import json
 import pytest
 
 from rlhf_core.data.rows.row import BadRow
+from rlhf_core.evaluation.scored import shown_prompt
 from tests.rlhf_core.data.rows.layouts import read
 
 FUNCTION = {
@@ -195,3 +196,21 @@ def test_tools_may_be_ignored_by_name():
     assert read(row, ignore_columns=["tools"])[0].messages == [U, A]
     assert read({"messages": [{**U, "tools": [ADD]}, A]}, ignore_columns=["tools"])[0].messages == [
         U, A]  # fmt: skip
+
+
+def test_tools_of_a_column_with_another_name():
+    row = {"messages": [U, A], "available_tools": [ADD]}
+    with pytest.raises(BadRow, match=r"columns: \{tools: available_tools\}"):
+        read(row)
+    example, _ = read(row, columns={"tools": "available_tools"})
+    assert example.messages == [TALK[0], A]
+
+
+def test_prompts_are_shown_with_their_calls():
+    """To judges and in reports; conversations without tools as ever."""
+    shown = 'user: 1 + 2?\nassistant: [{"type": "function", "function": {"name": "add", ' + (
+        '"arguments": {"a": 1, "b": 2}}}]\ntool: 3'
+    )
+    assert shown_prompt(json.dumps(TALK[:3])) == shown
+    assert shown_prompt(json.dumps(TALK[:1])) == "1 + 2?"
+    assert shown_prompt(json.dumps([U, A, U])) == "user: 1 + 2?\nassistant: It is 3.\nuser: 1 + 2?"
