@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_core.jobs.base import Digest, PositiveInt, Resources, job_input
+from rlhf_core.jobs.base import Digest, PositiveInt, Resources, Settings, job_input
 from rlhf_core.jobs.ensemble import EnsembleJob
 from rlhf_core.jobs.environments import Environment, check_environment
 from rlhf_core.jobs.objective import check_reward_model, checked_rewards, needs_reward_model
@@ -34,9 +34,23 @@ LATER = (
     "kl_in",
     "kl_estimator",
     "kl_correction",
+    "curriculum",
 )
 """Settings that are younger than stored results, of all algorithms: their defaults are not in the
 key."""
+
+
+class Curriculum(Settings):
+    """Prompts by difficulty: a rollout takes prompts of the levels that are unlocked so far. A
+    prompt's level is its number in the column that data.prompts.curriculum names."""
+
+    pass_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    """The next level is unlocked when more than this fraction of the replies to prompts of the
+    newest level passes, as a mean over window rollouts."""
+    passing_score: float = 1.0
+    """A reply passes when the weighted sum of its rewards is at least this."""
+    window: PositiveInt = 5
+    """Rollouts over which the pass rate is a mean, counted from the last unlocking."""
 
 
 class OnlineSettings(HeldOutSettings):
@@ -72,6 +86,8 @@ class OnlineSettings(HeldOutSettings):
     value of a coefficient that follows the KL of the rollouts (arXiv 1909.08593). Empty: off."""
     kl_horizon: Annotated[float, Field(gt=0.0)] = 10.0
     """Each rollout changes the coefficient by (KL / kl_target - 1, at most ± 0.2) / kl_horizon."""
+    curriculum: Curriculum | None = None
+    """Begin with the easiest prompts, and unlock harder ones as the policy passes. Empty: off."""
     eval_prompts: PositiveInt = 64
     """Held-out prompts of each evaluation during training, see eval_every: the last ones (the
     evaluation of the finished model takes the first), with the same random numbers each time."""
@@ -164,6 +180,17 @@ class OnlineSettings(HeldOutSettings):
             )
         if least is not None and most is not None and least > most:
             raise ValueError(f"min_length {least:g} is above max_length {most:g}; swap them")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_are_chosen_in_time(self) -> Self:
+        placed = getattr(self.rollout, "placement", "colocated")
+        if self.curriculum is not None and placed != "colocated":
+            raise ValueError(
+                f"curriculum is set and rollout.placement is {placed}, where prompts are taken "
+                "before the rollouts that unlock their level; clear curriculum, or set placement "
+                "to colocated"
+            )
         return self
 
     @model_validator(mode="after")

@@ -78,7 +78,19 @@ def check_data_settings(config: PipelineConfig) -> list[str]:
             f"reward.margin_coef is {coef:g}, but data.preference names no column with margins; "
             "set data.preference.columns: {margin: <its name>}, or clear margin_coef"
         )
+    problems += _curriculum_without_levels(config)
     return problems + _near_seeds(config) + _curriculum_of_documents(config)
+
+
+def _curriculum_without_levels(config: PipelineConfig) -> list[str]:
+    if all(part.curriculum for part in config.data.prompts.parts):
+        return []
+    return [
+        f"{stage}.curriculum is set, but data.prompts names no column with the prompts' levels; "
+        "set data.prompts.curriculum to the name of one with a number, or clear it"
+        for stage in config.stages
+        if getattr(recipe.section(config, stage), "curriculum", None) is not None
+    ]
 
 
 def _curriculum_of_documents(config: PipelineConfig) -> list[str]:

@@ -101,13 +101,20 @@ class Rows:
         return {name: np.flatnonzero(number == i) for i, name in enumerate(names)}
 
     @cached_property
+    def levels(self) -> Any:
+        """Each row's number in the column curriculum, numpy float64 (N,); None without one."""
+        import numpy as np
+
+        if not self._batches or "curriculum" not in self._batches[0].schema.names:
+            return None
+        return np.concatenate([b.column("curriculum").to_numpy() for b in self._batches])
+
+    @cached_property
     def sampling(self) -> Sampling | None:
         """How an epoch is drawn from the rows; None: all of them in random order."""
         import numpy as np
 
-        order_by = None
-        if self._batches and "curriculum" in self._batches[0].schema.names:
-            order_by = np.concatenate([b.column("curriculum").to_numpy() for b in self._batches])
+        order_by = self.levels
         if self.card.mixture is not None:
             return self.card.mixture.plan.sampling(list(self.sources.values()), order_by)
         if order_by is None:

@@ -2,7 +2,8 @@
 
 A source is `reasoning-gym:TASK?size=500&seed=0`; further options after the question mark are the
 task's own, as JSON values. Rows have the format `prompt_completion` with the columns `answer` and
-`extra`; the reward `reasoning_gym` reads `extra`.
+`extra`; the reward `reasoning_gym` reads `extra`. With the option `level` they have a column of
+that name for data.prompts.curriculum: sources of one task in several levels make a mixture.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ def parse(source: str) -> tuple[str, dict[str, Any]]:
                 f"{source[:200]}: {name} is {str(value)[:40]!r}; expected an integer from {least} "
                 f"to {MAX_SIZE}."
             )
+    level = options.get("level", 0)
+    if isinstance(level, bool) or not isinstance(level, int | float):
+        raise DataError(f"{source[:200]}: level is {str(level)[:40]!r}; expected a number.")
     return task, options
 
 
@@ -80,6 +84,7 @@ def rows(source: str) -> Iterator[RawRow]:
     """
     version()
     task, options = parse(source)
+    level = {} if "level" not in options else {"level": options.pop("level")}
     dataset = _create_dataset(source, task, options)
     own = {name: value for name, value in options.items() if name not in ("size", "seed")}
     for number in range(1, options["size"] + 1):
@@ -105,7 +110,12 @@ def rows(source: str) -> Iterator[RawRow]:
             )
         answer = "" if entry["answer"] is None else str(entry["answer"])
         extra = {"reasoning_gym": {"task": task, "options": own, "entry": written}}
-        row = {"prompt": entry["question"], "completion": answer, "answer": answer, "extra": extra}
+        row = {
+            "prompt": entry["question"],
+            "completion": answer,
+            "answer": answer,
+            "extra": extra,
+        } | level
         yield RawRow(source, number, row)
 
 
@@ -132,7 +142,7 @@ def near_seeds(first: str, second: str) -> str:
     """
     (task, one), (other_task, other) = sorted((parse(first), parse(second)), key=_seed_of)
     own, others = (
-        {name: value for name, value in options.items() if name not in ("size", "seed")}
+        {name: value for name, value in options.items() if name not in ("size", "seed", "level")}
         for options in (one, other)
     )
     shared = min(one["seed"] + one["size"], other["seed"] + other["size"]) - other["seed"]

@@ -15,6 +15,7 @@ from rlhf_core.models.saving import export
 from rlhf_core.training.online.ahead import Ahead
 from rlhf_core.training.online.collapse import Save, stop_if_collapsed, warn_of_openings
 from rlhf_core.training.online.correction import correction_metrics
+from rlhf_core.training.online.curriculum import level_metrics
 from rlhf_core.training.online.experience import Experience, Targets
 from rlhf_core.training.online.heldout import evaluate
 from rlhf_core.training.online.stage import OnlineStage
@@ -39,6 +40,7 @@ def report_and_save(
     """
     job, context, rollout = stage.job, stage.context, experience.rollout
     metrics = summarise(job, experience) | correction_metrics(job, experience) | dict(update)
+    metrics |= level_metrics(stage, rollout.rows, experience.raw_scores)
     metrics["rollout_seconds"] = rollout.seconds
     metrics |= staleness(stage, experience)
     tokens = float(experience.response_mask.sum())

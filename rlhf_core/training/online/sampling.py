@@ -22,8 +22,8 @@ from rlhf_core.nn.sharded import is_sharded
 from rlhf_core.rollout.finished import FinishedReply, OnFinished
 from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.rollout.sharded import generate_together
-from rlhf_core.training.batching import batch_rows
 from rlhf_core.training.online.ahead import Ahead
+from rlhf_core.training.online.curriculum import rows_of_step
 from rlhf_core.training.online.engine import Engine
 from rlhf_core.training.online.episodes import EpisodeSampler, Outcome
 from rlhf_core.training.online.samplers import Samplers
@@ -102,8 +102,7 @@ def sample(
 
 def rows_of(stage: OnlineStage, step: int, replies_per_prompt: int) -> list[dict[str, Any]]:
     """A row for each reply of a step; those to one prompt are neighbours."""
-    job, prompts = stage.job, stage.inputs.prompts
-    rows = prompts.take(batch_rows(prompts, job.batch_size, step, job.seed))
+    rows = stage.inputs.prompts.take(rows_of_step(stage, step))
     return [row for row in rows for _ in range(replies_per_prompt)]
 
 
