@@ -27,7 +27,7 @@ from rlhf_core.preflight.environments import check_environments
 from rlhf_core.preflight.fitting import ways_to_fit
 from rlhf_core.preflight.memory import GIB
 from rlhf_core.preflight.memory import estimate as estimate_memory
-from rlhf_core.preflight.rollout import check_engine_memory, check_rollouts
+from rlhf_core.preflight.rollout import check_engine_memory, check_rollouts, remarks_on_rollouts
 from rlhf_core.preflight.settings import (
     check_adapters,
     check_batches,
@@ -85,7 +85,7 @@ def check(
         found, noticed = check_answers(config, store)
         problems += found
         if remarks is not None:
-            remarks += noticed
+            remarks += noticed + (remarks_on_rollouts(config, machine) if here else [])
     if contact and here:
         problems += _check_judges(config)
     if contact and config.lm_eval is not None:

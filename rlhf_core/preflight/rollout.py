@@ -9,7 +9,7 @@ from rlhf_core.model_files.shape import ModelShape
 from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import device_of, placements
 from rlhf_core.preflight.memory import GIB, MemoryEstimate
-from rlhf_core.rollout.limits import MISSING, path_problem, rollout_problems
+from rlhf_core.rollout.limits import MISSING, path_remark, rollout_problems
 from rlhf_core.system.machine import Machine
 
 _DURING_PASSES = ("activations", "working memory", "gathered")  # parts that sampling does not need
@@ -33,9 +33,18 @@ def check_rollouts(
             problems += rollout_problems(stage, settings, resources, device=device, heads=heads)
             if packages and find_spec("vllm") is None:
                 problems.append(MISSING)
-            elif packages and device == "cpu" and (problem := path_problem()) is not None:
-                problems.append(problem)
     return list(dict.fromkeys(problems))
+
+
+def remarks_on_rollouts(config: PipelineConfig, machine: Machine) -> list[str]:
+    """What a person should know of the stages that sample by vLLM in this environment."""
+    for stage, resources in placements(config).items():
+        settings = recipe.section(config, stage) if stage in config.stages else None
+        samples = isinstance(settings, OnlineSettings) and isinstance(settings.rollout, VllmRollout)
+        if samples and device_of(resources, machine) == "cpu":
+            remark = path_remark()
+            return [] if remark is None else [remark]
+    return []
 
 
 def check_engine_memory(

@@ -81,11 +81,12 @@ def _parallel_problems(
     return problems
 
 
-def path_problem() -> str | None:
-    """Why vLLM's CPU build cannot start in this environment, because of its path; None if it can.
+def path_remark() -> str | None:
+    """What vLLM's CPU build does in this environment, because of its path; None for other paths.
 
     It puts the path of torch's OpenMP library into LD_PRELOAD, where a space or a colon ends a
-    path.
+    path. Measured with 0.32: the engine itself samples, but every program that the process starts
+    from then on gets two lines of ld.so's errors on stderr, and not the library.
     """
     spec = find_spec("torch")
     places = [] if spec is None else list(spec.submodule_search_locations or ())
@@ -94,7 +95,8 @@ def path_problem() -> str | None:
             found = "a space" if " " in place else "a colon"
             return (
                 f"torch is installed in {place!r}, whose path has {found}, and vLLM on a CPU puts "
-                "that path into LD_PRELOAD, where it ends there: make the environment (.venv) in a "
-                "folder without one, or set the rollout type builtin"
+                "that path into LD_PRELOAD, where it ends there: programs that the ranks start "
+                "print errors of ld.so, and vLLM's worker processes run without the OpenMP library "
+                "by which they use all cores; make the environment (.venv) in a folder without one"
             )
     return None

@@ -10,7 +10,7 @@ import torch
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.errors import ConfigError
 from rlhf_core.jobs import OnlineJob, VllmRollout
-from rlhf_core.rollout.limits import path_problem, rollout_problems
+from rlhf_core.rollout.limits import rollout_problems
 from rlhf_core.rollout.schedule import Schedule
 from rlhf_core.rollout.vllm_engine import VllmEngine
 from rlhf_core.training.checkpoint import Checkpointer
@@ -50,8 +50,6 @@ def start_engine(
     if vllm:
         device = strategy.device.type
         problems = rollout_problems(job.algorithm, job, job.resources, device=device)
-        if device == "cpu" and (problem := path_problem()) is not None:
-            problems.append(problem)
         if problems:
             raise ConfigError("; ".join(problems))
     if job.rollout.separate:

@@ -34,7 +34,7 @@ from rlhf_core.jobs.online import LATER
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.preflight.check import check, dry_run
 from rlhf_core.preflight.memory import GIB, estimate
-from rlhf_core.rollout.limits import path_problem
+from rlhf_core.rollout.limits import path_remark
 from rlhf_core.system.machine import Machine
 from rlhf_core.training.online.experience import assert_same_policy
 from tests import forked
@@ -180,21 +180,21 @@ def test_engine_over_several_gpus_needs_ranks_and_heads_that_divide() -> None:
 
 
 @pytest.mark.parametrize(("folder", "word"), [("my env", "a space"), ("a:b", "a colon")])
-def test_environment_whose_path_ends_early_in_ld_preload_is_refused(
+def test_environment_whose_path_ends_early_in_ld_preload_is_named(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, folder: str, word: str
 ) -> None:
-    assert path_problem() is None
+    assert path_remark() is None
     for package in ("torch", "vllm"):
         (tmp_path / folder / package).mkdir(parents=True)
         (tmp_path / folder / package / "__init__.py").touch()
     code = (
-        "import sys; from rlhf_core.rollout.limits import path_problem\n"
-        f"sys.path.insert(0, {str(tmp_path / folder)!r}); print(path_problem())"
+        "import sys; from rlhf_core.rollout.limits import path_remark\n"
+        f"sys.path.insert(0, {str(tmp_path / folder)!r}); print(path_remark())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     said = done.stdout
     assert f"torch is installed in '{tmp_path / folder}/torch', whose path has {word}" in said
-    assert "LD_PRELOAD" in said and "or set the rollout type builtin" in said
+    assert "LD_PRELOAD" in said and "in a folder without one" in said
 
 
 def test_engine_on_the_cpu_counts_as_memory() -> None:
