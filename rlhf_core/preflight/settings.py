@@ -30,6 +30,7 @@ from rlhf_core.pipeline.placements import (
     section_at,
     trained_stages,
 )
+from rlhf_core.preflight.curricula import check_curricula
 from rlhf_core.system.machine import Machine
 
 
@@ -78,28 +79,7 @@ def check_data_settings(config: PipelineConfig) -> list[str]:
             f"reward.margin_coef is {coef:g}, but data.preference names no column with margins; "
             "set data.preference.columns: {margin: <its name>}, or clear margin_coef"
         )
-    problems += _curriculum_without_levels(config)
-    return problems + _near_seeds(config) + _curriculum_of_documents(config)
-
-
-def _curriculum_without_levels(config: PipelineConfig) -> list[str]:
-    if all(part.curriculum for part in config.data.prompts.parts):
-        return []
-    return [
-        f"{stage}.curriculum is set, but data.prompts names no column with the prompts' levels; "
-        "set data.prompts.curriculum to the name of one with a number, or clear it"
-        for stage in config.stages
-        if getattr(recipe.section(config, stage), "curriculum", None) is not None
-    ]
-
-
-def _curriculum_of_documents(config: PipelineConfig) -> list[str]:
-    return [
-        f"{name}.curriculum is {settings.curriculum}, but the stage pretrain packs documents end "
-        "to end in one order; clear it"
-        for _, name, settings in recipe.data_sources(config)
-        if name.startswith("data.pretrain") and settings.curriculum
-    ]
+    return problems + _near_seeds(config) + check_curricula(config)
 
 
 def _nothing_to_evaluate_on(config: PipelineConfig) -> list[str]:
