@@ -113,9 +113,11 @@ test: $(STAMP)  ## all tests
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
 
-# Skipped with a word where the commands (iproute2, slurm-wlm) or root are missing.
-test-cluster: $(STAMP)  ## stages over several nodes: network namespaces, a real Slurm (root; about nine minutes)
-	@$(BIN)/python -m pytest -q -rs -m cluster tests/cluster tests/tasks/launchers/kubernetes
+# Skipped with a word where the commands (iproute2, slurm-wlm, openssh-server) or root are missing.
+# Two files at a time: one waits for Slurm while the other's ranks train.
+test-cluster: $(STAMP)  ## stages over several nodes: network namespaces, a real Slurm, Kubernetes' API (root)
+	@$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder --durations=10 \
+	  -m cluster tests/cluster tests/tasks/launchers/kubernetes
 
 test-images: $(STAMP)  ## the Dockerfiles' steps in clean environments (ten minutes, 3 GB)
 	@$(BIN)/python -m pytest -q -m images

@@ -1,11 +1,13 @@
 """For all tests: their order, and a real Prefect server."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import sqlite3
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,28 @@ def shared_folder(tmp_path_factory):
     """A folder that all worker processes of this test session have in common."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def once(shared_folder):
+    """Makes what several worker processes need, in one of them: `once(name, make)`.
+
+    Returns a folder, not to be changed, and what `make(folder)` returned, which is kept as JSON.
+    """
+
+    def made(name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
+        folder = shared_folder / name
+        value = folder / "made.json"
+        with FileLock(f"{folder}.lock"):
+            if not value.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                partial = value.with_suffix(".part")
+                partial.write_text(json.dumps(make(folder)))
+                partial.rename(value)
+        return folder, json.loads(value.read_text())
+
+    return made
 
 
 @pytest.fixture(scope="session")

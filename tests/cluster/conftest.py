@@ -21,8 +21,9 @@ import pytest
 
 from rlhf_core.runtime.launches import read_reports, write_jobs
 from tasks.launchers.command import agent_command
+from tests import forked
 from tests.faults.stage import Place, make_inputs
-from tests.rlhf_core.torchrun import ROOT
+from tests.forked import ROOT
 
 HANGS = 1200.0  # seconds; a busy machine may need many minutes
 
@@ -35,16 +36,15 @@ class Machine:
         self.address = f"10.77.0.{number + 1}"
         self.number = number
 
-    def start(self, command: Sequence[str], output: Path, **environment: str) -> subprocess.Popen:
-        """Run a command on it, under a host name of its own."""
-        inside = f'hostname node{self.number} && exec "$@"'
-        with output.open("wb") as file:
-            return subprocess.Popen(
-                ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", inside, "sh",
-                 *command],
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-            )  # fmt: skip
+    def start(self, command: Sequence[str], output: Path, **environment: str) -> forked.Process:
+        """Run an agent on it, under a host name of its own. It is forked from a process that has
+        imported what it needs, and enters the namespace first, see `tests.cluster.agent`."""
+        output.touch()
+        env = {
+            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment,
+            "RLHF_TEST_MACHINE": f"{self.name} node{self.number}",
+        }  # fmt: skip
+        return forked.start(*command[1:], cwd=ROOT, env=env, needs=forked.MODELS, output=output)
 
     def processes(self) -> list[int]:
         found = ip("netns", "pids", self.name).split()
@@ -91,7 +91,7 @@ class Cluster:
 
     def start(
         self, jobs: Sequence, nodes: int = 2, faults: Sequence[dict] = ()
-    ) -> list[subprocess.Popen]:
+    ) -> list[forked.Process]:
         """Start one attempt: an agent on each machine."""
         self.attempts += 1
         self.nodes, self.launch = nodes, write_jobs(self.place.store, "stage", jobs)
@@ -115,7 +115,7 @@ class Cluster:
         """Run one attempt to its end; the agents' exit codes."""
         return self.wait(self.start(jobs, nodes, faults))
 
-    def wait(self, started: Sequence[subprocess.Popen], seconds: float = HANGS) -> list[int]:
+    def wait(self, started: Sequence[forked.Process], seconds: float = HANGS) -> list[int]:
         """Wait for the agents and for all other processes."""
         end = time.monotonic() + seconds
         codes = [process.wait(max(0.1, end - time.monotonic())) for process in started]
@@ -148,9 +148,8 @@ def machines():
     """Two machines with a cable between them."""
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
-    missing = [name for name in ("ip", "unshare", "hostname") if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"no command {', '.join(missing)} (Debian: iproute2, util-linux, hostname)")
+    if shutil.which("ip") is None:
+        pytest.skip("no command ip (Debian: iproute2)")
     made = [Machine(0), Machine(1)]
     try:
         try:
@@ -173,12 +172,15 @@ def machines():
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory):
+def inputs(once):
     """A folder with a store, and the digests of a tiny model and its data."""
-    folder = tmp_path_factory.mktemp("cluster")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RLHF_HOME", str(folder / "home"))
-        return folder, make_inputs(folder)
+
+    def make(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RLHF_HOME", str(folder / "home"))
+            return make_inputs(folder)
+
+    return once("cluster", make)
 
 
 @pytest.fixture

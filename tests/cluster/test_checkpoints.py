@@ -1,4 +1,5 @@
-"""The state that some ranks save is bitwise the one that another number of ranks restores."""
+"""The state that some ranks save is bitwise the one that another number of ranks restores, also
+under another strategy."""
 
 import json
 

@@ -17,7 +17,7 @@ from tests.kubernetes.pods import process
 from tests.kubernetes.server import FakeCluster
 from tests.rlhf_core.algorithms.stages import weight_hashes
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1500)]
 TWO = {"nodes": 2, "ranks": 1, "strategy": "zero2"}
 
 

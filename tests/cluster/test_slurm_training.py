@@ -1,7 +1,6 @@
 """Real training as Slurm jobs: two nodes end in the loss of one."""
 
 import json
-import os
 
 import pytest
 
@@ -14,41 +13,39 @@ from tests.faults.stage import Place, make_job
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
-@pytest.fixture
-def train(slurm, inputs, tmp_path, monkeypatch):  # noqa: F811
-    """Runs SFT and PPO as one Slurm job; returns the losses of both."""
+@pytest.mark.timeout(1500)
+def test_two_nodes_end_in_the_loss_of_one(slurm, inputs, tmp_path, monkeypatch):  # noqa: F811
+    """SFT and PPO as one Slurm job, and on one machine without Slurm."""
     monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
 
-    def run(nodes, ranks):
-        folder = tmp_path / f"{nodes}x{ranks}"
-        place = Place(inputs[0], folder)
+    def jobs(nodes, ranks):
         placement = {"nodes": nodes, "ranks": ranks, "strategy": "zero2", "device": "cpu"}
-        jobs = [
+        return [
             make_job(inputs[1], "sft", placement, max_steps=4),
             make_job(inputs[1], "ppo", placement, steps=1, ppo_epochs=1),
         ]
-        monkeypatch.setenv("RLHF_HOME", str(folder / "home"))
-        settings = SlurmLauncher(
-            folder=str(folder / "out"), poll_seconds=1.0,
-            python=str(interpreter(folder, "tasks.launchers.node_agent")),
-        )  # fmt: skip
-        folders = {folder / job.algorithm: job for job in jobs}
-        progress = []
-        launch = Launch("sft", folders, place.url, folder / "log.txt")
-        outcomes = Slurm(settings).run(launch, print, progress.append)
-        assert any(line.get("step") for line in progress)
-        slurm.wait(lambda: not slurm.processes())
-        files = [place.store.read_bytes(x.artifact, "metrics.jsonl") for x in outcomes]
-        lines = [[json.loads(line) for line in file.splitlines()] for file in files]
-        return [[line.get("loss", line.get("value_loss")) for line in each] for each in lines]
 
-    return run
+    alone = Place(inputs[0], tmp_path / "alone")
+    alone.run(jobs(1, 4))
+    wanted = [losses(alone, alone.result(job).digest) for job in jobs(1, 4)]
+
+    place = Place(inputs[0], tmp_path / "slurm")
+    settings = SlurmLauncher(
+        folder=str(tmp_path / "out"), poll_seconds=0.5,
+        python=str(interpreter(tmp_path, "tasks.launchers.node_agent")),
+    )  # fmt: skip
+    folders = {tmp_path / job.algorithm: job for job in jobs(2, 2)}
+    progress = []
+    launch = Launch("sft", folders, place.url, tmp_path / "log.txt")
+    outcomes = Slurm(settings).run(launch, print, progress.append)
+    assert any(line.get("step") for line in progress)
+    slurm.wait(lambda: not slurm.processes())
+    for outcome, want in zip(outcomes, wanted, strict=True):
+        assert losses(place, outcome.artifact) == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.timeout(1500)
-def test_two_nodes_end_in_the_loss_of_one(train):
-    assert os.environ["SLURM_CONF"]
-    one, two = train(1, 4), train(2, 2)
-    for first, second in zip(one, two, strict=True):
-        assert second == pytest.approx(first, rel=1e-5)
+def losses(place, digest):
+    lines = place.store.read_bytes(digest, "metrics.jsonl").splitlines()
+    return [line.get("loss", line.get("value_loss")) for line in map(json.loads, lines)]

@@ -6,12 +6,15 @@ from tests.faults.stage import PLACEMENT, Place, make_inputs, make_job
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
+def base(once):
     """A folder with a store, and the digests of what is in it."""
-    folder = tmp_path_factory.mktemp("faults")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RLHF_HOME", str(folder / "home"))
-        return folder, make_inputs(folder)
+
+    def make(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RLHF_HOME", str(folder / "home"))
+            return make_inputs(folder)
+
+    return once("faults", make)
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +29,20 @@ def inputs(base):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(base, inputs, tmp_path_factory):
+def undisturbed(base, inputs, once, tmp_path_factory):
     """algorithm -> place and result of a run that nothing happened to."""
-    place = Place(base[0], tmp_path_factory.mktemp("undisturbed") / "place")
     jobs = {name: make_job(inputs, name, where) for name, where in PLACEMENT.items()}
-    place.run([jobs["sft"], jobs["ppo"]])
-    place.run(jobs["reward"])
+
+    def make(folder):
+        place = Place(base[0], folder / "place")
+        place.run([jobs["sft"], jobs["ppo"]])
+        place.run(jobs["reward"])
+        for job in jobs.values():
+            place.result(job)  # says what went wrong
+        return place.url
+
+    _, url = once("undisturbed", make)
+    place = Place(base[0], tmp_path_factory.mktemp("undisturbed") / "place", url)
     return {name: (place, place.result(job)) for name, job in jobs.items()}
 
 

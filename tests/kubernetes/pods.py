@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
+import signal
 import threading
 import time
 import uuid
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.system.ports import free_ports
+from tests import forked
 
 Object = dict[str, Any]
 Program = Callable[["Pod"], int]
@@ -145,29 +145,31 @@ def process(folder: Path, agent: str = "tasks.launchers.node_agent") -> Program:
         command[place] = f"127.0.0.1:{ports.setdefault(attempt, free_ports(1)[0])}"
         command[command.index("--scratch") + 1] = str(own / "scratch")
         command[command.index("tasks.launchers.node_agent")] = agent
-        started = subprocess.Popen(
-            [sys.executable, *command[1:]],
+        output = own / "output"
+        os.mkfifo(output)
+        started = forked.start(
+            *command[1:], cwd=forked.ROOT, needs=forked.MODELS, output=output,
             env={**os.environ, **pod.environment, "RLHF_HOME": str(own / "home")},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         threading.Thread(target=_obey, args=(pod, started), daemon=True).start()
-        assert started.stdout is not None
-        for line in started.stdout:
-            pod.print(line.rstrip("\n"))
-        code = started.wait()
+        with output.open() as lines:
+            for line in lines:
+                pod.print(line.rstrip("\n"))
+        while (code := started.poll()) is None:  # `wait` would keep `_obey` from a look
+            time.sleep(0.02)
         return code if code >= 0 else 128 - code
 
     return run
 
 
-def _obey(pod: Pod, started: subprocess.Popen[str]) -> None:
+def _obey(pod: Pod, started: forked.Process) -> None:
     """SIGTERM, and SIGKILL after the grace period."""
     grace = pod.object["spec"]["terminationGracePeriodSeconds"]
     told = float("inf")
     while started.poll() is None:
         if pod.stop.is_set() and told == float("inf"):
             told = time.monotonic()
-            started.terminate()
+            started.send_signal(signal.SIGTERM)
         if pod.killed.is_set() or time.monotonic() - told > grace:
             started.kill()
         time.sleep(0.05)

@@ -1,6 +1,7 @@
 """One store with tiny models and data, shared by all training tests."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -20,20 +21,26 @@ def talk(i: int) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="session")
-def stages(tmp_path_factory):
-    return Stages(tmp_path_factory.mktemp("training"))
+def prepared(once):
+    """A folder with a store, made once for all workers, and the digests of what is in it."""
+
+    def make(folder):
+        stages = Stages(folder)
+        models = make_models(stages)
+        return {"models": models, "data": make_data(stages, models),
+                "rewards": make_rewards(stages, models["llama"])}  # fmt: skip
+
+    return once("training", make)
 
 
-@pytest.fixture(scope="session")
-def models(stages):
+def make_models(stages):
     """Architecture -> digest of a tiny random model."""
     jobs = [ImportModelJob(source=f"random:{name}") for name in ARCHITECTURES]
     artifacts = stages.run(*jobs)
     return {name: a.digest for name, a in zip(ARCHITECTURES, artifacts, strict=True)}
 
 
-@pytest.fixture(scope="session")
-def data(stages, models):
+def make_data(stages, models):
     """Purpose -> digest of a small data set for the llama."""
     rows = [talk(i) for i in range(80)]
     files = {
@@ -58,19 +65,44 @@ def data(stages, models):
     return {purpose: a.digest for purpose, a in zip(files, artifacts, strict=True)}
 
 
-@pytest.fixture(scope="session")
-def random_rewards(stages, models):
+def make_rewards(stages, model):
     """Digests of two reward models with random heads: something to optimise, at no cost."""
     from rlhf_core.models.loading import new_scalar_model
     from rlhf_core.models.saving import save_scalar_model
 
-    source, digests = stages.store.fetch(models["llama"]), []
+    source, digests = stages.store.fetch(model), []
     for seed in range(2):
         folder = stages.folder / f"random-reward-{seed}"
         folder.mkdir()
         save_scalar_model(new_scalar_model(source, seed), folder, source)
         digests.append(stages.store.publish(folder, kind="reward_model").digest)
     return digests
+
+
+@pytest.fixture(scope="session")
+def stages(prepared, tmp_path_factory):
+    """A store of this worker's own, with what was prepared."""
+    folder = tmp_path_factory.mktemp("training")
+    shutil.copytree(prepared[0] / "store", folder / "store")
+    return Stages(folder)
+
+
+@pytest.fixture(scope="session")
+def models(prepared):
+    """Architecture -> digest of a tiny random model."""
+    return prepared[1]["models"]
+
+
+@pytest.fixture(scope="session")
+def data(prepared):
+    """Purpose -> digest of a small data set for the llama."""
+    return prepared[1]["data"]
+
+
+@pytest.fixture(scope="session")
+def random_rewards(prepared):
+    """Digests of two reward models with random heads."""
+    return prepared[1]["rewards"]
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,7 @@ def cluster(agents, tmp_path, monkeypatch):
     for module in (logs, pods):
         monkeypatch.setattr(module, "REOPEN_SECONDS", 0.05)
     monkeypatch.setattr(launcher, "DELETE_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(launcher, "LOG_SECONDS", 2.0)
     monkeypatch.setattr(waits, "FIRST_SECONDS", 0.3)
     monkeypatch.setattr(starting, "NO_PODS_SECONDS", 0.0)
     yield made
