@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
 import pytest
 
+from rlhf_core.errors import TrainingFailure
 from rlhf_core.runtime.work import without_measurements
+from rlhf_core.store import open_store
 from tests.faults.stage import Place
-from tests.faults.turns import FOLDER, make_sums, turns_job
+from tests.faults.turns import FOLDER, attempt, make_sums, turns_job
 from tests.rlhf_core.algorithms.stages import weight_hashes
 
 pytestmark = pytest.mark.slow
@@ -90,3 +93,37 @@ def test_ranks_killed_at_random_turns_end_in_the_same_bytes(sums, tmp_path, stra
     kills = killed_and_whole(sums, tmp_path, job, points)
     print(f"{kills} kills with {strategy} on {ranks} ranks")
     assert kills >= 34
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_a_hundred_cuts_in_turns_end_in_the_same_bytes(sums, tmp_path, monkeypatch):
+    """In this process, so without a start of ranks for each; its models and optimizer are lost."""
+    store, notes = open_store(f"file://{sums[0]}/store"), tmp_path / "notes"
+    notes.mkdir()
+    (notes / "alive").touch()
+    monkeypatch.setenv(FOLDER, str(notes))
+    job, chance, cuts, rounds = turns_job(sums[1], {}), random.Random(1), 0, 0
+
+    def finished(key, most):
+        nonlocal cuts
+        (notes / "steps.txt").unlink(missing_ok=True)
+        for number in itertools.count():
+            if number < most:
+                (notes / "kill.txt").write_text(str(chance.randint(1, 60)))
+            try:
+                artifact = attempt(job, store, key, tmp_path / key)
+            except TrainingFailure as error:
+                assert "raised SystemExit: cut" in str(error)
+                cuts += 1
+            else:
+                (notes / "kill.txt").unlink(missing_ok=True)
+                text = store.read_bytes(artifact.digest, "metrics.jsonl").decode()
+                lines = [without_measurements(json.loads(line)) for line in text.splitlines()]
+                steps = set((notes / "steps.txt").read_text().splitlines())
+                return weight_hashes(artifact), lines, steps
+
+    whole = finished("whole", 0)
+    while cuts < 100:
+        rounds += 1
+        assert finished(f"round-{rounds}", 20) == whole
