@@ -21,8 +21,8 @@ from tasks.events import Log, log_event
 
 Preset = Literal[
     "none", "smoke", "demo", "dpo", "simpo", "orpo", "kto", "grpo", "rloo", "reinforce_pp",
-    "online_dpo", "rejection_sampling", "distill", "iterative-dpo", "grpo-rules", "rlvr",
-    "pretrain", "bloom-560m", "llama-7b",
+    "online_dpo", "rejection_sampling", "distill", "iterative-dpo", "grpo-rules", "rlvr", "dapo",
+    "gspo", "cispo", "dr-grpo", "calculator", "pretrain", "bloom-560m", "llama-7b",
 ]  # fmt: skip
 """The presets in deployments/presets."""
 
