@@ -227,7 +227,7 @@ def test_override_with_broken_yaml_is_refused():
 @pytest.mark.parametrize(
     ("rewards", "said"),
     [
-        ([{"type": "nothing"}], "grpo.rewards.0.type: found 'nothing', expected one of model, le"),
+        ([{"type": "nothing"}], "grpo.rewards.0.type: found 'nothing', expected one of model, "),
         ([{"type": "model"}, {"type": "length", "targett": 3}],
          "grpo.rewards.1.targett is not a setting; did you mean grpo.rewards.1.target?"),
         (3, "grpo.rewards: found 3, expected a list."),
@@ -246,7 +246,7 @@ def test_long_name_of_an_unknown_setting_is_cut():
 
 
 def test_unknown_preset_names_the_closest_and_all():
-    with pytest.raises(ConfigError, match=r"Did you mean smoke\?.*bloom-560m, demo"):
+    with pytest.raises(ConfigError, match=r"Did you mean smoke\?.*bloom-560m, calculator"):
         load_preset("smok")
 
 
