@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 
 from rlhf_core.nn.modules import Policy
+from rlhf_core.rollout.finished import FinishedReply, OnFinished
 from rlhf_core.rollout.handover import Handover
 from rlhf_core.rollout.queue import Queue, QueuedReply, load_queue, save_queue
 from rlhf_core.rollout.sampling import make_row_seeds
@@ -44,6 +46,9 @@ class Ahead:
         self.main = samplers.strategy.rank == 0
         self.idle_seconds = 0.0
         """For which the samplers have waited for weights so far; on rank 0."""
+        self.asks: dict[int, OnFinished] = {}
+        """Step -> what is handed each of its replies that is whole, on rank 0, in the samplers'
+        thread."""
         self._queue: Queue = {}
         self._prompts: dict[int, Sequence[list[int]]] = {}
         self._rounds = 0  # finished
@@ -87,6 +92,7 @@ class Ahead:
             for old in [s for s in self._queue if s < step]:
                 del self._queue[old]
                 self._prompts.pop(old, None)
+                self.asks.pop(old, None)
             if handed is not None:
                 self._handed[step] = handed
             for version in range(self._submitted, step + 1):
@@ -118,7 +124,8 @@ class Ahead:
             weights = self._handed[version]
             before = {span.step: self._before(span) for span in spans}
             places, rows = self._rows(spans, before)
-        found = self.samplers.ask(weights, rows) if rows else []
+        hand_out = partial(self._hand_out, places, before)
+        found = self.samplers.ask(weights, rows, hand_out) if rows else []
         for (step, i), new in zip(places, found, strict=True):
             marked = QueuedReply(new.ids, new.logprobs, [version] * len(new.ids), new.finished)
             before[step][i] = before[step][i].longer(marked)
@@ -127,6 +134,18 @@ class Ahead:
             self._rounds = version + 1
             self._handed.pop(version).close()
         self._left_off = time.monotonic()
+
+    def _hand_out(
+        self, places: Sequence[tuple[int, int]], before: Queue, replies: Sequence[FinishedReply]
+    ) -> None:
+        """Hand out those of a round's replies that are whole."""
+        for new in replies:
+            step, i = places[new.row]
+            ids = before[step][i].ids + new.ids
+            whole = new.finished or len(ids) == self.schedule.max_new_tokens
+            if whole and (ask := self.asks.get(step)) is not None:
+                logprobs = before[step][i].logprobs + new.logprobs
+                ask([FinishedReply(i, ids, logprobs, new.finished)])
 
     def _before(self, span: Span) -> list[QueuedReply]:
         """The replies of a step as they are before its part of a round."""

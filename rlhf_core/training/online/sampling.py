@@ -118,7 +118,11 @@ def sample_ahead(
     began, same = time.perf_counter(), len(rows) // stage.job.batch_size
 
     def prompts_of(number: int) -> list[list[int]]:
-        return [row["prompt_ids"] for row in rows_of(stage, number, same)]
+        found = rows_of(stage, number, same)
+        ask = asking(stage.models.services, stage.models.tokenizer, found)
+        if ask is not None:
+            ahead.asks[number] = ask
+        return [row["prompt_ids"] for row in found]
 
     replies = ahead.take(step, stage.models.trained.policy, prompts_of)
     stage.checkpointer.stop_if_asked(step)

@@ -69,15 +69,21 @@ def schedule():
 
 @pytest.fixture(scope="module")
 def replies(samplers, versions, tmp_path_factory):
-    """Step -> its replies; and a folder with what a checkpoint after two steps has."""
+    """Step -> its replies; a folder with a checkpoint's part after two steps; step -> what was handed
+    out."""
     saved = tmp_path_factory.mktemp("saved")
     ahead = Ahead(samplers, schedule(), 0, saved)
-    found = []
+    found, handed_out = [], {}
+
+    def prompts_and_asks(step):
+        ahead.asks[step] = handed_out.setdefault(step, []).extend
+        return prompts_of(step)
+
     for step in range(STEPS):
-        found.append(ahead.take(step, versions[step], prompts_of))
+        found.append(ahead.take(step, versions[step], prompts_and_asks))
         if step == 1:
             ahead.snapshot(2)(saved)
-    return found, saved
+    return found, saved, handed_out
 
 
 def test_each_token_is_that_of_its_version_given_all_before_it(job, versions, replies):
@@ -98,8 +104,19 @@ def test_each_token_is_that_of_its_version_given_all_before_it(job, versions, re
     assert mixed > REPLIES, "some replies were carried over"
 
 
+def test_whole_replies_are_handed_out_as_soon_as_they_are_sampled(replies):
+    whole, _, handed_out = replies
+    for step, of_step in enumerate(whole):
+        assert sorted(reply.row for reply in handed_out[step]) == list(range(REPLIES))
+        for given in handed_out[step]:
+            reply = of_step[given.row]
+            assert (given.ids, given.logprobs, given.finished) == (
+                reply.ids, reply.logprobs, reply.finished,
+            )  # fmt: skip
+
+
 def test_checkpoint_has_what_gives_the_same_replies(samplers, versions, replies):
-    whole, saved = replies
+    whole, saved, _ = replies
     ahead = Ahead(samplers, schedule(), 2, saved)
     for step in range(2, STEPS):
         assert ahead.take(step, versions[step], prompts_of) == whole[step]
