@@ -69,8 +69,7 @@ def schedule():
 
 @pytest.fixture(scope="module")
 def replies(samplers, versions, tmp_path_factory):
-    """Step -> its replies; a folder with a checkpoint's part after two steps; step -> what was handed
-    out."""
+    """Step -> its replies; a checkpoint's part after two steps; step -> what was handed out."""
     saved = tmp_path_factory.mktemp("saved")
     ahead = Ahead(samplers, schedule(), 0, saved)
     found, handed_out = [], {}
