@@ -41,7 +41,7 @@ def at(config, path):
     for key in path:
         if config is None:  # a section that is empty by default
             return None
-        config = getattr(config, key) if isinstance(config, BaseModel) else config[key]
+        config = getattr(config, key) if isinstance(config, BaseModel) else config.get(key)
     return config
 
 
