@@ -29,11 +29,11 @@ from rlhf_core.losses.reductions import Metrics
 from rlhf_core.nn.modules import Actor
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
+from rlhf_core.training.online.dynamic_sampling import sample_groups
 from rlhf_core.training.online.experience import Targets, score
 from rlhf_core.training.online.heldout import steps_left
 from rlhf_core.training.online.kl_control import kl_coefficient
 from rlhf_core.training.online.report import flat_groups, report_and_save
-from rlhf_core.training.online.sampling import sample
 from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
 from rlhf_core.training.online.updates import MicroBatch, optimise
 from rlhf_core.training.strategy import Strategy
@@ -48,7 +48,7 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
 
     for step in steps_left(stage):
         # 1. Sample a group of replies to each prompt.
-        rollout = sample(stage, step, replies_per_prompt=job.group_size)
+        rollout, resampled = sample_groups(stage, step)
         # 2. Score them: policy, reference, reward model, rules.
         defer = not job.kl_is_rewarded  # otherwise the rewards need the old log-probabilities
         experience, first_pass = score(stage, step, rollout, defer_old_logprobs=defer)
@@ -67,7 +67,7 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
             stage, step, experience, targets, first_pass, job.epochs, partial(loss, job, kl_coef)
         )
         # 5. Report and save.
-        metrics["kl_coef"] = kl_coef
+        metrics |= resampled | {"kl_coef": kl_coef}
         metrics["flat_groups"] = flat_groups(experience.scores, job.group_size)
         report_and_save(stage, step, experience, metrics)
 

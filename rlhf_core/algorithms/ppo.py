@@ -113,7 +113,8 @@ def estimate_advantages(job: PPOJob, experience: Experience, kl_coef: float) -> 
         kl_coef if job.kl_is_rewarded else 0.0, job.kl_kind,
     )  # (B,T)  # fmt: skip
     advantages, returns = gae(rewards, values, mask, job.gamma, job.gae_lambda)  # (B,T) each
-    stats = moments_to_stats(masked_moments(advantages, mask))  # every rank has the global batch
+    # Every rank has the global batch; what is left out of the loss has no part in its moments.
+    stats = moments_to_stats(masked_moments(advantages, experience.loss_mask))
     return Targets(masked_whiten(advantages, mask, stats=stats), returns)
 
 

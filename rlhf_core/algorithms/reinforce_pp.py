@@ -50,7 +50,7 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
             kl_coef if job.kl_is_rewarded else 0.0, job.kl_kind,
         )  # (B,T)  # fmt: skip
         returns = returns_to_go(rewards, mask, job.gamma)  # (B,T)
-        targets = Targets(masked_whiten(returns, mask))  # (B,T)
+        targets = Targets(masked_whiten(returns, experience.loss_mask))  # (B,T)
         # 4. Clipped updates.
         experience, metrics = optimise(
             stage, step, experience, targets, first_pass, job.epochs, partial(loss, job, kl_coef)

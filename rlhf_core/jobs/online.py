@@ -35,6 +35,9 @@ LATER = (
     "kl_estimator",
     "kl_correction",
     "curriculum",
+    "mask_truncated_completions",
+    "max_resamples",
+    "outcome_rewards",
 )
 """Settings that are younger than stored results, of all algorithms: their defaults are not in the
 key."""
@@ -102,6 +105,9 @@ class OnlineSettings(HeldOutSettings):
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
     """Subtracted from the score of a reply that was cut at max_new_tokens, and of an episode that
     was cut at one of its limits."""
+    mask_truncated_completions: bool = False
+    """Leave replies that were cut at max_new_tokens out of the loss (overlong filtering, arXiv
+    2503.14476), and episodes that were cut. Their scores still count in the mean of their group."""
     score_clip: Annotated[float, Field(gt=0.0)] | None = None
     """The reward model's score is clipped to -score_clip and score_clip, in standard deviations of
     the SFT model's replies: a policy gains nothing from what scores beyond. Empty: off."""
@@ -280,7 +286,8 @@ class OnlineJob(OnlineSettings, EnsembleJob, HeldOutJob):
         services that score them are asked."""
         settings = super().key_settings()
         for name in LATER:
-            if name in settings and settings[name] == type(self).model_fields[name].default:
+            fields = type(self).model_fields
+            if name in settings and getattr(self, name) == fields[name].default:
                 del settings[name]
         without_asking(self.rewards, settings["rewards"])
         settings["rollout"] = self.rollout.key_settings()

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rlhf_core.jobs.base import Digest, Fraction, PositiveInt, Resources, job_input
 from rlhf_core.jobs.online import OnlineJob, OnlineSettings
+from rlhf_core.jobs.rewards import OF_FORM, reward_names
 
 GroupSize = Annotated[int, Field(ge=2, le=1024)]
 
@@ -175,6 +176,50 @@ class GroupSettings(PolicyGradientSettings):
     """Replies to each prompt."""
     epochs: PositiveInt = 1
     """Epochs over each rollout."""
+    max_resamples: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Dynamic sampling (arXiv 2503.14476): groups whose replies all have the same outcome teach
+    nothing and are replaced by replies to further prompts, in at most this many rounds per rollout;
+    sampling then takes up to 1 + max_resamples times as long. 0: off."""
+    outcome_rewards: tuple[str, ...] = ()
+    """Rewards whose weighted sum is the outcome that max_resamples compares, by their names in the
+    metrics (the type, with -2 for a second one). Empty: all except rules of form (length,
+    length_penalty, regex, must_end, forbidden_words, repetition, language), unless there are no
+    others."""
+
+    @model_validator(mode="after")
+    def _outcomes_are_rewards(self) -> Self:
+        known = reward_names(self.rewards)
+        if unknown := [name for name in self.outcome_rewards if name not in known]:
+            raise ValueError(
+                f"outcome_rewards has {', '.join(unknown)}, not among the rewards; expected "
+                f"{' or '.join(known)}"
+            )
+        if self.outcome_rewards and not self.max_resamples:
+            raise ValueError(
+                "outcome_rewards is given but max_resamples is 0, so nothing would be compared; "
+                "set max_resamples, such as 5, or clear outcome_rewards"
+            )
+        if self.max_resamples and self.curriculum is not None:
+            raise ValueError(
+                f"max_resamples is {self.max_resamples} and curriculum is set, but the pass rate "
+                "that unlocks a level would be that of the replaced groups; clear one of them"
+            )
+        if self.max_resamples and self.rollout.max_staleness:
+            raise ValueError(
+                f"max_resamples is {self.max_resamples} and rollout.max_staleness "
+                f"{self.rollout.max_staleness}, but replies that were begun in earlier steps leave "
+                "no time for further prompts; set one of them to 0"
+            )
+        return self
+
+    @property
+    def outcomes(self) -> list[str]:
+        """Names of the rewards whose weighted sum is a reply's outcome."""
+        if self.outcome_rewards:
+            return list(self.outcome_rewards)
+        names = zip(reward_names(self.rewards), self.rewards, strict=True)
+        found = [name for name, reward in names if not isinstance(reward, OF_FORM)]
+        return found or reward_names(self.rewards)
 
     @property
     def replies(self) -> int:

@@ -258,6 +258,18 @@ VERIFIERS = (AnswerReward, ReasoningGymReward)
 """Rewards that compare a reply with the prompt's known answer."""
 
 
+OF_FORM = (
+    LengthReward,
+    LengthPenaltyReward,
+    RegexReward,
+    MustEndReward,
+    ForbiddenWordsReward,
+    RepetitionReward,
+    LanguageReward,
+)
+"""Rewards for the form of a reply, whatever it says."""
+
+
 def reward_names(rewards: Sequence[Reward]) -> list[str]:
     """A name for each reward, for metrics: its type, with -2, -3 for further rewards of the
     type."""

@@ -103,6 +103,8 @@ class Rules:
         """
         count = len(replies)
         assert len(prompts) == len(rows) == len(finished) == count
+        if not replies:  # of a rank without a share, for which no function is called
+            return [[] for _ in self._scorers]
         batch = Batch(prompts, replies, rows, finished, tokens)
         scores = [scorer(batch) for scorer in self._scorers]
         assert all(len(of_rule) == count for of_rule in scores)

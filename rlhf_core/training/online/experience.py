@@ -25,6 +25,7 @@ from rlhf_core.training.online.sampling import GlobalRollout
 from rlhf_core.training.online.scores import member_means, shape_scores, weighted_sum
 from rlhf_core.training.online.service_rewards import ServiceScores, service_scores
 from rlhf_core.training.online.stage import OnlineStage
+from rlhf_core.training.online.truncated import assert_something_is_left, trained_tokens
 
 LARGEST_GAPS: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.2}
 """Mean |difference| of a token's log-probability (nats) between the built-in loop and the trainer.
@@ -78,12 +79,16 @@ def score(
         defer_old_logprobs: nothing needs the old log-probabilities of the first minibatch before
             its update, which is to find them (see `FirstPass`). Never done in the first rollout of
             a process, so that `optimise` can check there that a forward pass repeats itself.
+
+    Raises:
+        TrainingFailure: replies of another policy, or none that is trained on.
     """
     job = stage.job
     minibatches = split_minibatches(job.replies, job.minibatches)
     defer = defer_old_logprobs and step > stage.start
     first_pass = FirstPass(stage.models.trunk, minibatches[0] if defer else ())
     experience = score_rollout(stage, rollout, minibatches, first_pass)
+    assert_something_is_left(job, experience.loss_mask)
     if not first_pass.unfinished:
         assert_same_policy(job, experience, stage.strategy.precision)
     return experience, first_pass
@@ -102,12 +107,10 @@ def score_rollout(
     """
     job, models, group = stage.job, stage.models, stage.strategy.group
     outputs = run_models(stage, rollout, minibatches, first_pass)
-    components, failures = score_by_rules(models, group, rollout)
+    components, failures = rollout.rule_scores or score_without_model(job, models, group, rollout)
     services = score_by_services(models, group, rollout)
-    components |= services.scores
-    failures |= services.failures
+    components, failures = components | services.scores, failures | services.failures
     members = torch.tensor([o.scores for o in outputs]).t()  # (k,B)
-    components = environment_rewards(job, rollout) | components
     if models.reward is not None:
         components = {"model": combine_scores(members, job), **components}
     columns = zip(*(o.columns for o in outputs), strict=True)
@@ -126,8 +129,8 @@ def score_rollout(
         scores=shape_scores(job, components, models.weights, rollout.finished),
         failures=failures,
         disagreement=disagreement(members) if len(members) > 1 else None,
-        loss_mask=mask,
         component_metrics={**member_means(job, members), **services.metrics()},
+        loss_mask=trained_tokens(job, mask, rollout.finished),
     )
 
 
@@ -196,6 +199,14 @@ def pad_columns(columns: Sequence[Tensor]) -> Tensor:
     for row, column in enumerate(columns):
         result[row, : len(column)] = column
     return result
+
+
+def score_without_model(
+    job: OnlineJob, models: Models, group: Group, rollout: GlobalRollout
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Rewards of rules and of the environment, and failures, as `score_by_rules` gives them."""
+    components, failures = score_by_rules(models, group, rollout)
+    return environment_rewards(job, rollout) | components, failures
 
 
 def score_by_rules(

@@ -20,6 +20,7 @@ from rlhf_core.training.online.experience import Experience, Targets
 from rlhf_core.training.online.heldout import evaluate
 from rlhf_core.training.online.stage import OnlineStage
 from rlhf_core.training.online.summary import summarise
+from rlhf_core.training.online.truncated import masked_metrics
 from rlhf_core.training.policy import save_policy
 
 SAMPLES = 4  # replies of each rollout that are kept for people to look at
@@ -41,6 +42,7 @@ def report_and_save(
     job, context, rollout = stage.job, stage.context, experience.rollout
     metrics = summarise(job, experience) | correction_metrics(job, experience) | dict(update)
     metrics |= level_metrics(stage, rollout.rows, experience.raw_scores)
+    metrics |= masked_metrics(job, experience.loss_mask)
     metrics["rollout_seconds"] = rollout.seconds
     metrics |= staleness(stage, experience)
     tokens = float(experience.response_mask.sum())

@@ -58,6 +58,8 @@ class GlobalRollout:
     # (B,T) long, steps between the weights that sampled a token and those that are trained on it,
     # 0 at padding. None: 0.
     staleness: Tensor | None = None
+    # (B,) of each reward but the reward model, and failures. None: they were not asked yet.
+    rule_scores: tuple[dict[str, Tensor], dict[str, int]] | None = None
 
     def sampled_ids(self) -> list[list[int]]:
         """The tokens of each response that the policy sampled."""

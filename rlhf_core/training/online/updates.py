@@ -134,7 +134,8 @@ def accumulate_gradients(
         replies=len(minibatch), update=update.number, micro_batches=len(micro),
     )  # fmt: skip
     trained = experience.loss_mask[minibatch].sum(dim=1)  # (minibatch,)
-    replies, tokens = float((trained > 0).sum()), float(trained.sum())
+    # At least 1: of a minibatch whose replies are all left out, all sums are 0.
+    replies, tokens = (max(1.0, float(n.sum())) for n in (trained > 0, trained))
     found = []
     for i, (indices, ptx) in enumerate(zip(micro, mixed_in, strict=True)):
         with strategy.micro_batch(last=i == len(micro) - 1):
