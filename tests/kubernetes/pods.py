@@ -130,6 +130,7 @@ def process(folder: Path, agent: str = "tasks.launchers.node_agent") -> Program:
     Args:
         agent: module that stands for the agent's.
     """
+    forked.server(forked.MODELS)  # one, though pods start at the same time
     ports: dict[str, int] = {}
 
     def run(pod: Pod) -> int:
