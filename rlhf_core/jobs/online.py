@@ -163,6 +163,12 @@ class OnlineSettings(HeldOutSettings):
                 f"rollout.max_staleness is {self.rollout.max_staleness} with an environment, whose "
                 "episodes are sampled with the newest weights; set it to 0, or clear environment"
             )
+        if self.curriculum is not None and self.rollout.max_staleness:
+            raise ValueError(
+                f"rollout.max_staleness is {self.rollout.max_staleness} with a curriculum, whose "
+                "prompts are chosen by the steps that are not trained yet; set it to 0, or clear "
+                "curriculum"
+            )
         if self.rollout.segments > self.max_new_tokens:
             raise ValueError(
                 f"rollout.segments is {self.rollout.segments} and max_new_tokens "
