@@ -44,7 +44,7 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
         if variants and (chosen := _variant(variants, value)) and len(variants) > 1:
             tags = _tags(variants)
             variants = []
-            if part != chosen.__name__:
+            if _class_name(part) != chosen.__name__:
                 return None
             here = chosen
             continue
@@ -103,6 +103,12 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return []
+
+
+def _class_name(label: str) -> str:
+    """The class in pydantic's label of a variant: `function-after[_check(), Variant]` where a model
+    validator is around it, else its name."""
+    return label.rstrip("]").rpartition(", ")[2]
 
 
 def _variant(variants: list[type[BaseModel]], value: Any) -> type[BaseModel]:
