@@ -51,6 +51,8 @@ def settings_of(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
     for name, field in model.model_fields.items():
         values = sound(field.annotation, field)
         (needed if field.is_required() else optional)[name] = values
+    if not optional:  # there is nothing to choose, and `sampled_from` takes no empty list
+        return st.fixed_dictionaries(needed)
     names = st.lists(st.sampled_from(sorted(optional)), max_size=4, unique=True)
     return names.flatmap(
         lambda chosen: st.fixed_dictionaries({**needed, **{n: optional[n] for n in chosen}})
