@@ -146,8 +146,9 @@ def presets(as_json: AsJson = False) -> None:
     if as_json:
         print_json({"name": name, "description": description} for name, description in found)
         return
+    width = max(len(name) for name, _ in found) + 2
     for name, description in found:
-        echo(f"{name:<14}{description}")
+        echo(f"{name:<{width}}{description}")
 
 
 app.command("schedule")(schedule)

@@ -40,16 +40,16 @@ def make(models, levels):
 def test_levels_are_unlocked_one_by_one_and_their_prompts_taken(
     stages, make, levels, own_home, monkeypatch
 ):
-    from rlhf_core.algorithms import grpo
+    from rlhf_core.training.online import dynamic_sampling
 
-    taken, sample = [], grpo.sample
+    taken, sample = [], dynamic_sampling.sample
 
     def watched(*args, **kwargs):
         rollout = sample(*args, **kwargs)
         taken.append({row["curriculum"] for row in rollout.rows})
         return rollout
 
-    monkeypatch.setattr(grpo, "sample", watched)
+    monkeypatch.setattr(dynamic_sampling, "sample", watched)
     _, lines = stages.run_here(make(), "climbs")
     numbers = [line["level"] for line in lines]
     assert numbers[0] == 1 and numbers == sorted(numbers) and numbers[-1] >= 2

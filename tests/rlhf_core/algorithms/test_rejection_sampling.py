@@ -67,7 +67,7 @@ def sampled(models, data, own_home):
     def made(**settings):
         values = {
             "model": models["llama"], "prompts": data["prompts"], "max_new_tokens": 6,
-            "rewards": [{"type": "length", "target": 2, "width": 4}], "samples_per_prompt": 8,
+            "rewards": [{"type": "length", "target": 2, "width": 2}], "samples_per_prompt": 8,
             "keep_unfinished": True, "max_heldout_prompts": 16,
             "resources": Resources(threads=1, device="cpu"),
         }  # fmt: skip
@@ -91,8 +91,8 @@ def test_policy_learns_what_is_kept(stages, data, models, sampled):
     )  # fmt: skip
     policy = stages.train_here(job, "rs-sft")
     again = stages.train_here(sampled(model=policy.digest, seed=1), "rs-again")
-    gain = again.metadata["metrics"]["heldout_score_sampled"] - counts["heldout_score_sampled"]
-    assert gain > 0.1, (counts, again.metadata["metrics"])
+    before, after = (x.metadata["metrics"]["heldout_score_sampled"] for x in (first, again))
+    assert after - before > 0.25 * (1.0 - before), (before, after)  # 1 is the best score
 
 
 @pytest.mark.slow

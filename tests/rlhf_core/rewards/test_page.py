@@ -9,7 +9,7 @@ from typing import get_args
 import yaml
 from pydantic import TypeAdapter
 
-from rlhf_core.jobs import DataSettings
+from rlhf_core.jobs import DataSettings, PipelineConfig
 from rlhf_core.jobs.rewards import Reward
 from rlhf_core.rewards import check_rewards
 
@@ -18,10 +18,12 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs" / "rewards.md").read_text()
 
 def test_examples_are_settings():
     examples = re.findall(r"^```ya?ml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 6
     for text in examples:
         example = yaml.safe_load(text)
-        rewards = TypeAdapter(list[Reward]).validate_python(example["grpo"]["rewards"])
+        assert PipelineConfig.model_validate(example)
+        given = example.get("grpo", {}).get("rewards", [])
+        rewards = TypeAdapter(list[Reward]).validate_python(given)
         if "data" in example:
             prompts = DataSettings.model_validate(example["data"]["prompts"])
             told = [p for p in check_rewards(rewards, prompts) if "is not installed" not in p]
