@@ -78,7 +78,7 @@ def test_result_that_was_just_reused_and_leases_keep_their_artifacts(store: Stor
     assert made(store, "published") == published
     value = {"artifact": leased.digest, "blobs": [entry.sha256 for entry in leased.files]}
     store._backend.write("leases/writer.json", json.dumps(value).encode())
-    limits = Limits(keep=2, grace=grace)
+    limits = Limits(keep=grace, grace=grace)
     assert store.collect(set, limits).artifacts == []
     store._backend.delete("leases/writer.json")
     assert [ref for ref, _ in store.collect(set, limits).artifacts] == [leased.ref]
