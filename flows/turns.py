@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from prefect.server.api.server import RequestLimitMiddleware
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
 
-from rlhf_core.system.asgi import App, Message, Receive, Scope, Send, replayed
+from rlhf_core.system.asgi import App, Message, Receive, Scope, Send, read_whole, replayed
 
 READS = ("/filter", "/count", "/paginate", "/history", "/lateness", "/validate", "/get_latest")
 """Ends of paths that are asked by POST and only read."""
@@ -44,7 +44,7 @@ class Turns:
         if not _writes(scope):
             await self.app(scope, receive, send)
             return
-        request = await _whole(receive)
+        request = await read_whole(receive)
         async with self.lock:
             answer = await self._answer(scope, request, receive)
             for _ in range(REPEATS):
@@ -77,14 +77,6 @@ def _writes(scope: Scope) -> bool:
     if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
         return False
     return not scope["path"].rstrip("/").endswith(READS)
-
-
-async def _whole(receive: Receive) -> list[Message]:
-    """The messages of a request, its whole body."""
-    messages = [await receive()]
-    while messages[-1].get("more_body", False):
-        messages.append(await receive())
-    return messages
 
 
 class RequestLimit(RequestLimitMiddleware):

@@ -7,7 +7,16 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from rlhf_core.system.asgi import App, Message, Receive, Scope, Send, answer_json, replayed
+from rlhf_core.system.asgi import (
+    App,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    answer_json,
+    read_whole,
+    replayed,
+)
 
 WRONG_PASSWORD_SECONDS = 1.0
 MAX_BODY_BYTES = 2**20
@@ -69,7 +78,8 @@ class Guard:
             await self.app(scope, receive, send)
 
     async def _login(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _whole(receive)  # before its turn: one that comes slowly holds up nobody
+        # before its turn: one that comes slowly holds up nobody
+        body = replayed(await read_whole(receive), receive)
         address = (scope.get("client") or ("",))[0]
         turn = self._turns.setdefault(address, _Turn())
         turn.waiting += 1
@@ -80,14 +90,6 @@ class Guard:
             turn.waiting -= 1
             if not turn.waiting:
                 self._turns.pop(address, None)
-
-
-async def _whole(receive: Receive) -> Receive:
-    """Receives the messages of a whole request; gives them once more."""
-    messages = [await receive()]
-    while messages[-1].get("more_body"):
-        messages.append(await receive())
-    return replayed(messages, receive)
 
 
 def _slow_to_refuse(send: Send) -> Send:

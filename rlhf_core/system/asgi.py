@@ -19,6 +19,14 @@ async def answer_json(send: Send, status: int, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+async def read_whole(receive: Receive) -> list[Message]:
+    """The messages of a request, its whole body."""
+    messages = [await receive()]
+    while messages[-1].get("more_body", False):
+        messages.append(await receive())
+    return messages
+
+
 def replayed(messages: list[Message], receive: Receive) -> Receive:
     """Receives messages that were received before, once more, then further ones."""
     left = iter(messages)

@@ -11,8 +11,7 @@ from typing import Any
 from rlhf_core.store.backend import Entry
 from rlhf_core.store.clouds.client import PART, TRANSFERS_AT_ONCE, CloudClient
 from rlhf_core.store.local import file_errors
-from rlhf_core.store.parallel import in_parallel
-from rlhf_core.store.s3.parts import PartHasher
+from rlhf_core.store.s3.parts import download_parts
 
 MAX_PARTS = 10_000
 PARTS_AT_ONCE = 2  # of one file's upload
@@ -77,22 +76,15 @@ class CloudBackend:
                 if data is not None:
                     destination.write_bytes(data)
                 return None if data is None else hashlib.sha256(data).hexdigest()
-            with open(destination, "w+b") as file:
-                descriptor = file.fileno()
-                os.ftruncate(descriptor, size)
-                following = PartHasher(descriptor, size, PART)
 
-                def part(start: int) -> bool:
-                    with self.client.slots:
-                        data = self._range(key, start, min(start + PART, size))
-                        if data is None:
-                            return False
+            def fetch(descriptor: int, start: int, end: int) -> bool:
+                with self.client.slots:
+                    data = self._range(key, start, end)
+                    if data is not None:
                         os.pwrite(descriptor, data, start)
-                    following.arrived(start)
-                    return True
+                return data is not None
 
-                found = in_parallel(part, range(0, size, PART), TRANSFERS_AT_ONCE)
-                return following.hexdigest() if all(found) else None
+            return download_parts(destination, size, PART, TRANSFERS_AT_ONCE, fetch)
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
         for start in range(0, size, PART):

@@ -26,6 +26,7 @@ from rlhf_core.store.clouds.errors import (
     is_transient,
     to_store_error,
 )
+from rlhf_core.store.process_local import ProcessLocal
 from rlhf_core.store.settings import StoreSettings
 
 log = logging.getLogger("rlhf_core.store")
@@ -73,7 +74,6 @@ class Connection:
     """
 
     def __init__(self, scheme: str, bucket: str, settings: StoreSettings) -> None:
-        self.pid = os.getpid()
         self.slots = threading.BoundedSemaphore(TRANSFERS_AT_ONCE)
         self.obstore = library()
         kind = getattr(importlib.import_module("obstore.store"), _CLASSES[scheme])
@@ -104,8 +104,7 @@ class CloudClient:
     def __init__(self, scheme: str, bucket: str, settings: StoreSettings) -> None:
         self.scheme, self.bucket, self.settings = scheme, bucket, settings
         self.cloud = CLOUDS[scheme]
-        self._connection: Connection | None = None
-        self._connecting = threading.Lock()
+        self._connection = ProcessLocal(self._connect)
 
     def __reduce__(self) -> tuple[type[CloudClient], tuple[str, str, StoreSettings]]:
         # A connection holds locks and credentials; an unpickled client opens its own.
@@ -122,16 +121,7 @@ class CloudClient:
         Raises:
             StoreUnavailable: credentials or an address are malformed.
         """
-        connection = self._connection
-        if connection is None or connection.pid != os.getpid():
-            # After a fork, a lock that a thread of the parent held would never be released.
-            if connection is not None:
-                self._connecting = threading.Lock()
-            with self._connecting:
-                connection = self._connection
-                if connection is None or connection.pid != os.getpid():
-                    connection = self._connection = self._connect()
-        return connection
+        return self._connection.get()
 
     def _connect(self) -> Connection:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator
 from email.utils import parsedate_to_datetime
@@ -17,7 +16,7 @@ from rlhf_core.store.local import file_errors
 from rlhf_core.store.parallel import in_parallel
 from rlhf_core.store.s3.client import TRANSFERS_AT_ONCE, S3Client
 from rlhf_core.store.s3.errors import code_of, status_of
-from rlhf_core.store.s3.parts import FileRegion, FileSlice, PartHasher, md5
+from rlhf_core.store.s3.parts import FileRegion, FileSlice, download_parts, md5
 
 log = logging.getLogger("rlhf_core.store")
 
@@ -68,22 +67,13 @@ class S3Backend:
                 if data is not None:
                     destination.write_bytes(data)
                 return None if data is None else hashlib.sha256(data).hexdigest()
-            with open(destination, "w+b") as file:
-                descriptor = file.fileno()
-                os.ftruncate(descriptor, size)
-                following = PartHasher(descriptor, size, PART)
 
-                def part(start: int) -> bool:
-                    end = min(start + PART, size)
-                    with self.client.slots:
-                        into = FileRegion(descriptor, start, end - start, self._patience)
-                        if self._range(key, start, end, into) is None:
-                            return False
-                    following.arrived(start)
-                    return True
+            def fetch(descriptor: int, start: int, end: int) -> bool:
+                with self.client.slots:
+                    into = FileRegion(descriptor, start, end - start, self._patience)
+                    return self._range(key, start, end, into) is not None
 
-                found = in_parallel(part, range(0, size, PART), TRANSFERS_AT_ONCE)
-                return following.hexdigest() if all(found) else None
+            return download_parts(destination, size, PART, TRANSFERS_AT_ONCE, fetch)
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
         for start in range(0, size, PART):

@@ -7,12 +7,12 @@ made here, so that they do not multiply.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from typing import Any
 
 from rlhf_core.errors import StoreError
+from rlhf_core.store.process_local import ProcessLocal
 from rlhf_core.store.s3.errors import (
     is_conflict,
     is_missing,
@@ -54,7 +54,6 @@ class Connection:
         import botocore.session  # here, so that a file store never pays for it
         from botocore.config import Config
 
-        self.pid = os.getpid()
         self.slots = threading.BoundedSemaphore(TRANSFERS_AT_ONCE)
         self.client = botocore.session.Session(profile=settings.profile).create_client(
             "s3",
@@ -71,8 +70,7 @@ class S3Client:
     def __init__(self, bucket: str, settings: StoreSettings) -> None:
         self.bucket = bucket
         self.settings = settings
-        self._connection: Connection | None = None
-        self._connecting = threading.Lock()
+        self._connection = ProcessLocal(self._connect)
 
     def __reduce__(self) -> tuple[type[S3Client], tuple[str, StoreSettings]]:
         # A connection holds locks and credentials; an unpickled client opens its own.
@@ -89,19 +87,13 @@ class S3Client:
         Raises:
             StoreUnavailable: a profile or an endpoint is invalid.
         """
-        connection = self._connection
-        if connection is None or connection.pid != os.getpid():
-            # After a fork, a lock that a thread of the parent held would never be released.
-            if connection is not None:
-                self._connecting = threading.Lock()
-            with self._connecting:
-                connection = self._connection
-                if connection is None or connection.pid != os.getpid():
-                    try:
-                        connection = self._connection = Connection(self.settings)
-                    except Exception as error:  # an unknown profile, a malformed URL
-                        raise self._explained(error, "connecting") from error
-        return connection
+        return self._connection.get()
+
+    def _connect(self) -> Connection:
+        try:
+            return Connection(self.settings)
+        except Exception as error:  # an unknown profile, a malformed URL
+            raise self._explained(error, "connecting") from error
 
     def request(
         self,

@@ -10,7 +10,11 @@ import os
 import threading
 import time
 from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from rlhf_core.store.parallel import in_parallel
 
 BLOCK = 2**18
 SLOWEST = 128 * 2**10  # bytes per second; a slower part counts as stalled
@@ -144,3 +148,36 @@ class PartHasher:
         """The sha256 of the file in hex, once every part has arrived."""
         assert self._next >= self._size
         return self._digest.hexdigest()
+
+
+def download_parts(
+    destination: Path,
+    size: int,
+    step: int,
+    at_once: int,
+    fetch: Callable[[int, int, int], bool],
+) -> str | None:
+    """Fetch a value of at least one byte into a file, in parts.
+
+    Args:
+        size, step: bytes of the value, and of a part.
+        at_once: parts in transfer.
+        fetch: gets the file's descriptor, and start and end of a part, which it writes there;
+            False if there is no such value.
+
+    Returns:
+        The sha256 of the file, in hex; None if there is no such value.
+    """
+    with open(destination, "w+b") as file:
+        descriptor = file.fileno()
+        os.ftruncate(descriptor, size)
+        following = PartHasher(descriptor, size, step)
+
+        def part(start: int) -> bool:
+            if not fetch(descriptor, start, min(start + step, size)):
+                return False
+            following.arrived(start)
+            return True
+
+        found = in_parallel(part, range(0, size, step), at_once)
+        return following.hexdigest() if all(found) else None

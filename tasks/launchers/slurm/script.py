@@ -22,9 +22,6 @@ def batch_script(settings: SlurmLauncher, name: str, job: Job, agent: list[str])
     preempted. Only the first leads to a requeue by the script: a job that was cancelled would run
     again too if it were requeued.
 
-    Slurm has reserved the GPUs. Their numbers may be those within the job, which are the same in
-    two jobs on one node: so this launch's locks (RLHF_LOCKS) are its own.
-
     Args:
         name: of the Slurm job.
         job: the first of the launch; it has the placement of all.
@@ -44,7 +41,6 @@ trap 'notice=1; echo "rlhf: the time limit is near"; scancel --signal=TERM "$SLU
 trap : TERM
 {"".join(line + chr(10) for line in settings.setup)}\
 export RLHF_ATTEMPT="$SLURM_JOB_ID-$restart" RLHF_RENDEZVOUS="$address:$port"
-export RLHF_LOCKS="${{RLHF_LOCKS:-/tmp/rlhf-locks-$SLURM_JOB_ID}}"
 {step} &
 wait $!; code=$?
 while kill -0 $! 2>/dev/null; do wait $!; code=$?; done
