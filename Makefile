@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke up down test test-system test-cluster test-images test-crash test-clouds test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-objectives bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding bench-checkpoints bench-placement
+.PHONY: help setup demo smoke up down test test-long test-system test-cluster test-images test-crash test-clouds test-demo test-extras test-vllm check lint fast lock audit licenses docs docs-site clean fuzz chaos soak demo-s3 bench bench-store bench-data bench-objectives bench-frontier bench-nf4 gpu-check gpu-check-wheels memory-table bench-sharding bench-checkpoints bench-placement
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -108,7 +108,10 @@ down: $(STAMP)  ## end what `make up` started
 WORKERS ?= 3
 test: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 \
-	  -m "not demo and not system and not images and not chaos and not crash and not extras and not vllm and not cluster and not clouds"
+	  -m "not demo and not system and not images and not chaos and not crash and not extras and not vllm and not cluster and not clouds and not long"
+
+test-long: $(STAMP)  ## runs that learn, and variants of stages, for which `make test` has no time (five minutes)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "long and not chaos and not vllm and not extras"
 
 test-system: $(STAMP)  ## the tests on a whole running system, some in Chromium
 	@$(BIN)/python -m pytest -q tests/system
@@ -167,7 +170,7 @@ chaos: $(STAMP)  ## kill training N times at random points; nothing may be lost 
 	@$(BIN)/python -m tests.faults.chaos $(N) $(if $(ONLY),--only $(ONLY))
 
 fast: $(STAMP)  ## the tests that need no server and no ranks
-	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images and not extras and not vllm and not cluster and not clouds"
+	@$(BIN)/python -m pytest -q -m "not slow and not demo and not images and not extras and not vllm and not cluster and not clouds and not long"
 
 PIPELINES ?= 20
 MINUTES ?= 10

@@ -77,6 +77,7 @@ def killed_and_whole(sums, tmp_path, job, points):
     return kills
 
 
+@pytest.mark.long
 def test_rank_killed_in_a_turn_ends_in_the_same_bytes(sums, tmp_path):
     # Each rank makes about 13 steps in a rollout: the third one.
     job = turns_job(sums[1], {"ranks": 2})

@@ -27,15 +27,18 @@ def make(models, data):
 
 
 @pytest.fixture(scope="module")
-def one(run_plan, make, random_reward):
-    """The learning ones against a reward model with a random head: it never scores two alike."""
-    long = {"steps": 24, "batch_size": 32, "learning_rate": 2e-2, "rewards": [{"type": "model"}],
-            "reward_model": random_reward}  # fmt: skip
+def learned(run_plan, make, random_reward):
+    """Against a reward model with a random head: it never scores two alike."""
+    settings = {"steps": 24, "batch_size": 32, "learning_rate": 2e-2,
+                "rewards": [{"type": "model"}], "reward_model": random_reward}  # fmt: skip
+    return run_plan(1, {loss: (make(**settings, loss=loss), {}) for loss in ("sigmoid", "ipo")})
+
+
+@pytest.fixture(scope="module")
+def one(run_plan, make):
     plan = {
         "plain": (make(), {}),
-        "learns": (make(**long), {}),
-        "ipo": (make(**long, loss="ipo"), {}),
-        "lora": (make(**long | {"learning_rate": 1e-1}, lora=LoRA(rank=2, alpha=8)), {}),
+        "lora": (make(lora=LoRA(rank=2, alpha=8)), {}),
         "half": (make(), {"where": "cut", "stop_after": 2}),
         "rest": (make(), {"where": "cut"}),
     }
@@ -47,15 +50,21 @@ def two(run_plan, make):
     return run_plan(2, {kind: (make(kind), {}) for kind in ("ddp", "zero2", "fsdp2")})
 
 
-@pytest.mark.parametrize("name", ["learns", "ipo", "lora"])
-def test_policy_learns_what_the_judge_prefers(one, name):
-    lines = one[name].metrics
+@pytest.mark.long
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_policy_learns_what_the_judge_prefers(learned, loss):
+    lines = learned[loss].metrics
     scores, margins = ([line[key] for line in lines] for key in ("score", "margin"))
     gain = np.mean(scores[-8:]) - np.mean(scores[:4])
-    least = 0.05 if name == "lora" else 0.15  # adapters of rank 2 learn more slowly
-    assert gain > least, f"{gain:.3f} {np.round(scores, 2).tolist()}"
-    assert lines[0]["margin"] == pytest.approx(0.0, abs=1e-6), "it starts at the reference"
+    assert gain > 0.15, f"{gain:.3f} {np.round(scores, 2).tolist()}"
     assert np.mean(margins[-8:]) > 0.02, margins
+
+
+@pytest.mark.parametrize("name", ["plain", "lora"])
+def test_policy_starts_at_the_reference_and_leaves_it(one, name):
+    margins = [line["margin"] for line in one[name].metrics]
+    assert margins[0] == pytest.approx(0.0, abs=1e-6)
+    assert abs(margins[-1]) > 1e-6
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "fsdp2"])

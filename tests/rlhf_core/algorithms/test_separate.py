@@ -43,8 +43,14 @@ def one_rank(run_plan, make):
         "carried-rest": (carried, {"where": "carried-cut"}),
         "carried-killed": (carried, {"where": "carried-died", "kill_after": 3}),
         "carried-again": (carried, {"where": "carried-died"}),
-        "learns": (learning(make, rollout=separate(max_staleness=1)), {}),
     })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learned(run_plan, make):
+    return run_plan(1, {"learns": (learning(make, rollout=separate(max_staleness=1)), {})})[
+        "learns"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -93,25 +99,26 @@ def test_two_samplers_carry_the_replies_of_two_ranks(variants):
 
 
 def test_replies_are_as_old_as_the_bound_and_no_older(one_rank):
-    learns, carried = one_rank["learns"], one_rank["carried"]
-    assert column(learns, "staleness") == [0.0] + [1.0] * 11
-    assert column(learns, "carried_replies") == [0.0] * 12
+    carried = one_rank["carried"]
     assert column(carried, "staleness_max") == [0.0, 1.0, 2.0, 2.0, 2.0, 2.0]
     means = column(carried, "staleness")
     assert means[:2] == [0.0, 1.0] and all(1.0 < mean < 2.0 for mean in means[2:])
     assert all(share > 0.5 for share in column(carried, "carried_replies")[2:])
 
 
-def test_policy_learns_from_replies_of_the_step_before(one_rank):
-    scores = column(one_rank["learns"], "score")
+@pytest.mark.long
+def test_policy_learns_from_replies_of_the_step_before(learned):
+    assert column(learned, "staleness") == [0.0] + [1.0] * 11
+    assert column(learned, "carried_replies") == [0.0] * 12
+    scores = column(learned, "score")
     # 0.35 as measured; replies of the newest weights gain more in twelve steps
     assert np.mean(scores[-4:]) > np.mean(scores[:4]) + 0.2, scores
 
 
-def test_older_replies_are_weighted(one_rank):
-    learns = one_rank["learns"]
-    assert column(learns, "rollout_weight_max")[0] == pytest.approx(1.0, abs=1e-3)
-    assert min(column(learns, "rollout_weight_max")[1:]) > 1.01
+@pytest.mark.long
+def test_older_replies_are_weighted(learned):
+    assert column(learned, "rollout_weight_max")[0] == pytest.approx(1.0, abs=1e-3)
+    assert min(column(learned, "rollout_weight_max")[1:]) > 1.01
 
 
 def test_resumed_stage_trains_on_the_replies_that_it_had_sampled_ahead(one_rank):
