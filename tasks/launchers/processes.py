@@ -24,11 +24,18 @@ class ProcessTree:
         self._known: dict[int, psutil.Process] = {}
 
     def refresh(self) -> None:
-        """Remember the current descendants."""
-        for root in (self.process.pid, *self._known):
-            with contextlib.suppress(psutil.Error):
-                for child in psutil.Process(root).children(recursive=True):
-                    self._known.setdefault(child.pid, child)
+        """Remember the current descendants, and forget those that have ended. One look at the
+        machine's processes, however many descendants there are."""
+        self._known = {pid: child for pid, child in self._known.items() if _alive(child)}
+        children = by_parent()
+        parents = [*self._known]
+        if self.process.poll() is None:
+            parents.append(self.process.pid)
+        while parents:
+            for child in children.get(parents.pop(), ()):
+                if child.pid not in self._known:
+                    self._known[child.pid] = child
+                    parents.append(child.pid)
 
     def alive(self) -> list[psutil.Process]:
         """Known descendants that still run."""
@@ -51,6 +58,16 @@ class ProcessTree:
             self.process.kill()
         self.process.wait()
         psutil.wait_procs(self.alive(), timeout=5)
+
+
+def by_parent() -> dict[int, list[psutil.Process]]:
+    """Id of a process -> its children, of all processes of this machine."""
+    found: dict[int, list[psutil.Process]] = {}
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            process = psutil.Process(pid)
+            found.setdefault(process.ppid(), []).append(process)
+    return found
 
 
 def _alive(process: psutil.Process) -> bool:
