@@ -96,19 +96,6 @@ class Stage:
         assert self.error is None, self.error
         time.sleep(0.5)
 
-    def again(self, starts=2):
-        """Let its requeued job start for the nth time at once; Slurm would hold it for eight
-        seconds, until earlier credentials have expired."""
-
-        def held():
-            return [job for job in self.jobs() if "BeginTime" in self.cluster(
-                f"squeue -h -j {job} -o %r"
-            )]  # fmt: skip
-
-        self.cluster.wait(lambda: self.error or self.number("starts") >= starts or held())
-        for job in held():
-            self.cluster(f"scontrol update JobId={job} StartTime=now")
-
     def jobs(self):
         """Ids of its own jobs that have not ended; that of another test may still be ending."""
         name = job_name("sft", launch_id([self.job]), self.store.url)
@@ -205,7 +192,6 @@ def test_preempted_job_goes_on_from_its_checkpoint(stage):
     one.cluster.wait(lambda: one.number("checkpoint") > 0)
     saved = one.number("checkpoint")
     one.steps(saved + 15)
-    one.again()
     assert one.end() == saved + 15 and one.number("starts") == 2
     assert urgent and any("was requeued" in line for line in one.lines)
     assert f"starting at step {saved}" in (one.folder / "log.txt").read_text()
@@ -218,7 +204,6 @@ def test_requeue_by_hand_goes_on_from_the_checkpoint(stage):
     one.cluster(f"scontrol requeue {one.jobs()[0]}")
     one.cluster.wait(lambda: one.number("checkpoint") > 0)
     one.steps(one.number("checkpoint") + 10)
-    one.again()
     assert one.end() == one.number("checkpoint") + 10 and one.number("starts") == 2
 
 
@@ -229,7 +214,6 @@ def test_killed_node_leads_to_a_requeue(stage):
     names = one.cluster(f"scontrol show hostnames $(squeue -h -j {one.jobs()[0]} -o %N)").split()
     try:
         one.cluster.kill_node(names[1])
-        one.again()
         one.running(starts=2)
         last = one.number("checkpoint") + 50  # the other node has saved one
         one.steps(last)
@@ -248,7 +232,6 @@ def test_time_limit_is_a_checkpoint_and_a_continuation(stage):
     one.cluster.wait(lambda: one.number("checkpoint") > 0)
     saved = one.number("checkpoint")
     one.steps(saved + 10)
-    one.again()
     assert one.end() == saved + 10 and one.number("starts") == 2
     assert "the time limit is near" in "\n".join(one.lines)
 
