@@ -14,13 +14,11 @@ Prints a table; exits with 1 if PPO sends more than `ALLOWED` of what it sent be
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import random
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,6 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import open_store
 from rlhf_core.store.local import LocalBackend
 
-ROOT = Path(__file__).resolve().parents[1]
 BEFORE = "05d5b7b"  # the last commit whose model folders had whole files
 TRAINED = 6  # of 30 layers
 STAGES = ("import", "sft", "ppo")
@@ -44,14 +41,10 @@ ALLOWED = 0.3
 
 
 def main() -> int:
+    from benchmarks.earlier_build import ROOT, extract  # which earlier builds do not have
+
     with tempfile.TemporaryDirectory() as folder:
-        old = Path(folder) / "before"
-        files = subprocess.run(
-            ["git", "archive", BEFORE, "rlhf_core", "benchmarks"],
-            cwd=ROOT, check=True, capture_output=True,
-        ).stdout  # fmt: skip
-        with tarfile.open(fileobj=io.BytesIO(files)) as archive:
-            archive.extractall(old, filter="data")
+        old = extract(BEFORE, Path(folder) / "before")
         before, now = (
             measure(build, Path(folder) / name) for build, name in ((old, "old"), (ROOT, "new"))
         )

@@ -17,12 +17,10 @@ Prints a table; exits with 1 if a ratio is above `ALLOWED`.
 from __future__ import annotations
 
 import gc
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -39,7 +37,6 @@ from rlhf_core.training.checkpoint import Checkpointer
 from rlhf_core.training.policy import prepare_policy
 from rlhf_core.training.strategy import Strategy
 
-ROOT = Path(__file__).resolve().parents[2]
 WHOLE = "3ac06f7"  # the last commit with whole checkpoints
 STRATEGIES = ("fsdp2", "zero1")
 SAVES = 3
@@ -47,18 +44,14 @@ ALLOWED = {"memory": 0.3, "pause": 0.2}
 
 
 def main() -> int:
+    from benchmarks.earlier_build import ROOT, extract  # which earlier builds do not have
+
     ranks = int(sys.argv[1]) if len(sys.argv) > 1 else 4
     over = False
     print(f"| {ranks} ranks | memory, MiB: whole | sharded | ratio | pause, s: whole | sharded | "
           "ratio |\n" + "| --- " * 7 + "|", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        before = Path(folder) / "before"
-        files = subprocess.run(
-            ["git", "archive", WHOLE, "rlhf_core", "benchmarks"],
-            cwd=ROOT, check=True, capture_output=True,
-        ).stdout  # fmt: skip
-        with tarfile.open(fileobj=io.BytesIO(files)) as archive:
-            archive.extractall(before, filter="data")
+        before = extract(WHOLE, Path(folder) / "before")
         for kind in STRATEGIES:
             whole, sharded = (measure(build, ranks, kind) for build in (before, ROOT))
             cells = []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 from rlhf_core.environments.calculator import calculator
@@ -20,6 +18,7 @@ from rlhf_core.jobs.environments import (
 )
 from rlhf_core.jobs.environments import Environment as Settings
 from rlhf_core.rewards.answer import Verdict, numeric_match
+from rlhf_core.rewards.user_code import load_object
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,7 @@ def load(path: str, what: str) -> Callable[..., Any]:
     Raises:
         ConfigError: the module cannot be imported, or has no such name, or it cannot be called.
     """
-    module, _, name = path.partition(":")
-    try:
-        home = importlib.import_module(module)
-    except Exception as error:  # a module may raise anything while it is imported
-        raise ConfigError(
-            f"{what} {path}: the module {module} cannot be imported ({type(error).__name__}: "
-            f"{error}); install it where the stage runs, or put its folder on PYTHONPATH."
-        ) from error
-    try:
-        found = attrgetter(name)(home)
-    except AttributeError as error:
-        raise ConfigError(f"{what} {path}: {error}; correct its name.") from error
+    found = load_object(path, what)
     methods = ("reset", "step") if what == "Environment" else ()
     missing = [method for method in methods if not callable(getattr(found, method, None))]
     if not callable(found) or missing:

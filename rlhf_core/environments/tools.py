@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError, create_model
 from rlhf_core.data.rows.row import Message
 from rlhf_core.environments.calls import Call, find_calls
 from rlhf_core.environments.interface import Step
-from rlhf_core.environments.limits import Raised, call_in_time
 from rlhf_core.errors import ConfigError
+from rlhf_core.rewards.user_code import Raised, call_in_time
 
 
 class ToolError(Exception):
@@ -68,7 +68,7 @@ class FunctionTool:
             raise ToolError(f"{where}: {first['msg']}") from None
         given = {name: getattr(checked, name) for name in type(checked).model_fields}
         try:
-            result = call_in_time(lambda: self._function(**given), self._time_limit)
+            result = call_in_time(lambda: self._function(**given), self._time_limit, "environment")
         except TimeoutError:
             raise ToolError(f"no result within {self._time_limit:g} s") from None
         except Raised as raised:

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import threading
 import time
 import traceback
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 from rlhf_core.errors import ConfigError, TrainingFailure
 from rlhf_core.jobs.rewards import PythonReward
+from rlhf_core.rewards.user_code import Raised, call_in_time, load_object
 
 MAX_SHOWN = 300  # characters of a value in a message
-
-
-class _Raised(Exception):
-    """Wraps an exception of the user's function, to tell it from our own."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(error)
-        self.error = error
 
 
 def load_function(path: str) -> Callable[..., Any]:
@@ -31,18 +21,7 @@ def load_function(path: str) -> Callable[..., Any]:
     Raises:
         ConfigError: the module cannot be imported, or has no such function.
     """
-    module, _, name = path.partition(":")
-    try:
-        home = importlib.import_module(module)
-    except Exception as error:  # a module may raise anything while it is imported
-        raise ConfigError(
-            f"Reward {path}: the module {module} cannot be imported ({type(error).__name__}: "
-            f"{error}); install it where the stage runs, or put its folder on PYTHONPATH."
-        ) from error
-    try:
-        found = attrgetter(name)(home)
-    except AttributeError as error:
-        raise ConfigError(f"Reward {path}: {error}; correct the function's name.") from error
+    found = load_object(path, "Reward", "the function's name")
     if not callable(found):
         raise ConfigError(
             f"Reward {path} is a {type(found).__name__}; expected a function that takes prompts, "
@@ -76,7 +55,7 @@ def user_function(rule: PythonReward) -> Callable[..., list[float]]:
                 f"Reward {rule.function} took more than {rule.time_limit:g} s for "
                 f"{len(batch['replies'])} samples; make it faster, or raise its time_limit."
             ) from None
-        except _Raised as raised:
+        except Raised as raised:
             error = raised.error
             left = rule.time_limit - (time.monotonic() - started)
             which = _failing_sample(function, batch, left)
@@ -94,24 +73,13 @@ def _call_in_time(function: Callable[..., Any], batch: dict[str, list[Any]], sec
 
     Raises:
         TimeoutError: the call took longer.
-        _Raised: the function raised an exception.
+        Raised: the function raised an exception.
     """
-    box: dict[str, Any] = {}
 
-    def work() -> None:
-        try:
-            box["result"] = function(**{name: list(part) for name, part in batch.items()})
-        except BaseException as error:  # even a SystemExit, which would end only the thread
-            box["error"] = error
+    def call() -> Any:
+        return function(**{name: list(part) for name, part in batch.items()})
 
-    thread = threading.Thread(target=work, name="reward", daemon=True)
-    thread.start()
-    thread.join(min(seconds, threading.TIMEOUT_MAX))
-    if thread.is_alive():
-        raise TimeoutError
-    if "error" in box:
-        raise _Raised(box["error"])
-    return box["result"]
+    return call_in_time(call, seconds, "reward")
 
 
 def _failing_sample(
@@ -128,7 +96,7 @@ def _failing_sample(
             _call_in_time(function, one, left)
         except TimeoutError:
             return f"sample {index} of {count} or a later one"
-        except _Raised:
+        except Raised:
             reply = batch["replies"][index]
             row = batch["rows"][index].get("row", "?")
             return f"sample {index} of {count}, prompt row {row}, reply {reply[:80]!r}"

@@ -18,17 +18,15 @@ import torch
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.dataset.writer import write_dataset
-from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.errors import DataError
 from rlhf_core.jobs.best_of_n import BestOfNJob
 from rlhf_core.jobs.rewards import reward_names
-from rlhf_core.model_files.remote_code import is_trusted
-from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.rewards import Rules
 from rlhf_core.rewards.services import Services
 from rlhf_core.rollout.replies import Reply, fast_inference, inference_dtype, sample_replies
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.distributed import Group
+from rlhf_core.stages.sampled_model import load_sampled
 from rlhf_core.store import Artifact
 from rlhf_core.training.ensemble import load_ensemble
 from rlhf_core.training.online.scores import weighted_sum
@@ -51,11 +49,8 @@ class Kept:
 def run(job: BestOfNJob, context: StageContext) -> Artifact | None:
     """Sample, score, keep the best, write them. Rank 0 returns the artifact."""
     group = Group(job.resources)
-    source = context.store.fetch(job.model)
+    source, tokenizer, model = load_sampled(job.model, context, group)
     prompts = context.store.fetch(job.prompts)
-    tokenizer = load_tokenizer(source, is_trusted(source))
-    model = load_causal_lm(source, inference_dtype(group.device))
-    model.requires_grad_(False).to(group.device)
     score = make_scorer(job, context, group, tokenizer)
 
     kept: dict[str, list[Row]] = {}

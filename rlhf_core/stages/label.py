@@ -16,17 +16,15 @@ from typing import Any, Protocol
 
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.dataset.writer import write_dataset
-from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.data.rows.row import message_text
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import EndpointJudgeSettings, LabelJob
 from rlhf_core.judges.lexicon import get_judge
-from rlhf_core.model_files.remote_code import is_trusted
-from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.rollout.replies import Reply, fast_inference, inference_dtype, sample_replies
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.distributed import Group
 from rlhf_core.stages.label_judge import PairJudge, RubricJudge, better_and_worse
+from rlhf_core.stages.sampled_model import load_sampled
 from rlhf_core.store import Artifact
 from rlhf_core.training.ensemble import load_ensemble
 from rlhf_core.training.scoring import score_sequences
@@ -37,11 +35,8 @@ Row = dict[str, Any]
 def run(job: LabelJob, context: StageContext) -> Artifact | None:
     """Sample, compare, write the pairs. Rank 0 returns the artifact."""
     group = Group(job.resources)
-    source = context.store.fetch(job.model)
+    source, tokenizer, model = load_sampled(job.model, context, group)
     prompts = context.store.fetch(job.prompts)
-    tokenizer = load_tokenizer(source, is_trusted(source))
-    model = load_causal_lm(source, inference_dtype(group.device))
-    model.requires_grad_(False).to(group.device)
     labeller = make_labeller(job, context, group, tokenizer)
 
     pairs: dict[str, list[Row]] = {}

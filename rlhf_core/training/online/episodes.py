@@ -24,12 +24,12 @@ from rlhf_core.data.encoding.tool_facts import tool_facts_of
 from rlhf_core.data.encoding.turns import check_turns, continuation_ids
 from rlhf_core.data.rows.row import TOOLS, Message
 from rlhf_core.environments.interface import Environment, Step
-from rlhf_core.environments.limits import Raised, call_in_time
 from rlhf_core.environments.make import Environments, make_environments
 from rlhf_core.environments.tools import announcement
 from rlhf_core.errors import DataError, RLHFError, TrainingFailure
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.jobs.environments import PythonEnvironment
+from rlhf_core.rewards.user_code import Raised, call_in_time
 from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.system.seeds import derive_seed
 
@@ -290,7 +290,7 @@ class EpisodeSampler:
         if not isinstance(self.settings, PythonEnvironment):
             return function()
         try:
-            return call_in_time(function, self.settings.time_limit)
+            return call_in_time(function, self.settings.time_limit, "environment")
         except TimeoutError:
             raise TrainingFailure(
                 f"The environment's {what} took more than {self.settings.time_limit:g} s; make it "

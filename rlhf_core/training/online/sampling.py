@@ -84,20 +84,16 @@ def sample(
     stage: OnlineStage,
     step: int,
     replies_per_prompt: int = 1,
-    on_finished: OnFinished | None = None,
 ) -> GlobalRollout:
     """Sample replies to the prompts of a step (from 0); those to one prompt are neighbours.
-
-    Args:
-        on_finished: see `roll_out`.
 
     Raises:
         Preempted: the job was told to stop meanwhile.
     """
     rows = rows_of(stage, step, replies_per_prompt)
     if isinstance(stage.engine, Ahead):
-        return sample_ahead(stage, stage.engine, step, rows, on_finished)
-    rollout = sample_rows(stage, rows, step, on_finished)
+        return sample_ahead(stage, stage.engine, step, rows)
+    rollout = sample_rows(stage, rows, step)
     stage.checkpointer.stop_if_asked(step)
     return rollout
 
@@ -113,10 +109,8 @@ def sample_ahead(
     ahead: Ahead,
     step: int,
     rows: list[dict[str, Any]],
-    on_finished: OnFinished | None,
 ) -> GlobalRollout:
-    """The replies to a step's rows, which were begun in earlier steps. Each rank hands out its
-    share of them."""
+    """The replies to a step's rows, which were begun in earlier steps."""
     began, same = time.perf_counter(), len(rows) // stage.job.batch_size
 
     def prompts_of(number: int) -> list[list[int]]:
@@ -129,10 +123,6 @@ def sample_ahead(
     replies = ahead.take(step, stage.models.trained.policy, prompts_of)
     stage.checkpointer.stop_if_asked(step)
     assert replies is not None, "sampling was broken off, but nobody was told to stop"
-    if on_finished is not None:
-        group = stage.strategy.group
-        mine = list(enumerate(replies))[group.rank :: group.size]
-        on_finished([FinishedReply(i, r.ids, r.logprobs, r.finished) for i, r in mine])
     sampled = [SampledReply(r.ids, r.logprobs, r.finished) for r in replies]
     ages = [step - torch.tensor(r.versions) for r in replies]  # (T',) each
     return replace(
@@ -164,13 +154,11 @@ def sample_rows(
     stage: OnlineStage,
     rows: list[dict[str, Any]],
     stream: int,
-    on_finished: OnFinished | None = None,
 ) -> GlobalRollout:
     """Sample a reply to the prompt of each row.
 
     Args:
         stream: of the random numbers; a step, or a number that is none.
-        on_finished: see `roll_out`. Services that score replies are asked anyway.
     """
     if stage.environments is not None:
         return sample_episodes(stage, rows, stream)
@@ -179,7 +167,7 @@ def sample_rows(
     ask = asking(stage.models.services, stage.models.tokenizer, rows)
     replies = roll_out(
         stage.job, stage.strategy, stage.models.trained.policy, stage.inputs.source,
-        prompt_ids, stream, stage.engine, both(ask, on_finished),
+        prompt_ids, stream, stage.engine, ask,
     )  # fmt: skip
     return global_rollout(rows, replies, began)
 
@@ -310,15 +298,3 @@ def numbered_by(indices: list[int], on_finished: OnFinished) -> OnFinished:
         on_finished([reply._replace(row=indices[reply.row]) for reply in replies])
 
     return renumbered
-
-
-def both(first: OnFinished | None, second: OnFinished | None) -> OnFinished | None:
-    """One after the other; None for none."""
-    if first is None or second is None:
-        return first or second
-
-    def in_turn(replies: list[FinishedReply]) -> None:
-        first(replies)
-        second(replies)
-
-    return in_turn

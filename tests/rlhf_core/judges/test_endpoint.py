@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -18,55 +15,28 @@ from rlhf_core.errors import ConfigError, JudgeError
 from rlhf_core.jobs.judging import EndpointJudgeSettings
 from rlhf_core.judges.endpoint import EndpointJudge
 from rlhf_core.judges.posting import retry_after
+from tests.rlhf_core.rewards.standin import StandIn
 
 KEY = "marked-0123456789"
 TEMPLATE = "[[A]] or [[B]]?\nP:{prompt}\nA:{first}\nB:{second}"
 Answer = str | tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
 
-class Endpoint:
-    """A server whose answers a test decides; `requests` are (path, headers, body)."""
+class Endpoint(StandIn):
+    """Speaks chat completions; a test sets `judge`."""
 
     def __init__(self) -> None:
-        self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
-        self.answer: Callable[[str, str, str], Answer] = lambda prompt, first, second: "[[C]]"
-        self.at_once = self.most_at_once = 0
-        self._lock = threading.Lock()
-        outer = self
+        super().__init__(self.complete)
+        self.url += "/v1"
+        self.judge: Callable[[str, str, str], Answer] = lambda prompt, first, second: "[[C]]"
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                outer.handle(self)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def handle(self, request: BaseHTTPRequestHandler) -> None:
-        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
-        with self._lock:
-            self.requests.append((request.path, dict(request.headers), body))
-            self.at_once += 1
-            self.most_at_once = max(self.most_at_once, self.at_once)
+    def complete(self, path: str, body: dict[str, Any]) -> Any:
         _, prompt, first, second = body["messages"][0]["content"].split("\n")
-        answer = self.answer(prompt[2:], first[2:], second[2:])
-        with self._lock:
-            self.at_once -= 1
+        answer = self.judge(prompt[2:], first[2:], second[2:])
         if isinstance(answer, str):
-            answer = 200, {"choices": [{"message": {"role": "assistant", "content": answer}}]}
+            return {"choices": [{"message": {"role": "assistant", "content": answer}}]}
         code, value, *more = answer
-        data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
-        with suppress(OSError):  # the client has given up
-            request.send_response(code)
-            for name, text in (more[0] if more else {}).items():
-                request.send_header(name, text)
-            request.send_header("Content-Length", str(len(data)))
-            request.end_headers()
-            request.wfile.write(data)
+        return code, value, more[0] if more else {}
 
 
 @pytest.fixture
@@ -99,7 +69,7 @@ def longer(prompt: str, first: str, second: str) -> str:
 
 
 def test_better_reply_wins_wherever_it_stands(endpoint: Endpoint) -> None:
-    endpoint.answer = longer
+    endpoint.judge = longer
     asked = judge(endpoint)
     left, right = ["long one", "x", "same", "abc"], ["short", "longer", "same", "xyz"]
     assert asked.compare(["p", "q", "r", "s"], left, right) == [1.0, 0.0, 0.5, 0.5]
@@ -117,7 +87,7 @@ def test_better_reply_wins_wherever_it_stands(endpoint: Endpoint) -> None:
 
 @pytest.mark.parametrize("letter", ["A", "B"])
 def test_judge_that_goes_by_position_finds_only_ties(endpoint: Endpoint, letter: str) -> None:
-    endpoint.answer = lambda prompt, first, second: f"[[{letter}]]"
+    endpoint.judge = lambda prompt, first, second: f"[[{letter}]]"
     asked = judge(endpoint)
     assert asked.compare(["p"] * 5, list("abcde"), list("vwxyz")) == [0.5] * 5
     assert asked.counts["by_position"] == 5
@@ -125,7 +95,7 @@ def test_judge_that_goes_by_position_finds_only_ties(endpoint: Endpoint, letter:
 
 
 def test_one_undecided_order_is_a_tie(endpoint: Endpoint) -> None:
-    endpoint.answer = lambda prompt, first, second: "[[A]]" if first == "a" else "[[C]]"
+    endpoint.judge = lambda prompt, first, second: "[[A]]" if first == "a" else "[[C]]"
     asked = judge(endpoint)
     assert asked.compare(["p"], ["a"], ["b"]) == [0.5] and asked.counts["half"] == 1
 
@@ -145,7 +115,7 @@ def test_busy_endpoint_is_asked_again_after_the_pause_it_wants(endpoint: Endpoin
             return 429, {"error": {"message": "slow down"}}, {"Retry-After": "0.5"}
         return longer(prompt, first, second)
 
-    endpoint.answer = busy
+    endpoint.judge = busy
     began = time.monotonic()
     assert judge(endpoint, parallel=1).compare(["p"], ["long"], ["s"]) == [1.0]
     assert len(endpoint.requests) == 4 and time.monotonic() - began >= 1.0
@@ -159,7 +129,7 @@ def test_busy_endpoint_is_asked_again_after_the_pause_it_wants(endpoint: Endpoin
 def test_failure_that_stays_is_an_error_after_all_tries(
     endpoint: Endpoint, failure: tuple[int, Any]
 ) -> None:
-    endpoint.answer = lambda prompt, first, second: failure
+    endpoint.judge = lambda prompt, first, second: failure
     with pytest.raises(JudgeError, match="failed 3 times: ") as error:
         judge(endpoint, parallel=1).compare(["p"], ["a"], ["b"])
     assert ("HTTP 503: down" if failure[0] == 503 else "the answer") in str(error.value)
@@ -170,13 +140,13 @@ def test_failure_that_passes_is_none(endpoint: Endpoint) -> None:
     def once(prompt: str, first: str, second: str) -> Answer:
         return (502, "gone for a moment") if len(endpoint.requests) == 1 else "[[B]]"
 
-    endpoint.answer = once
+    endpoint.judge = once
     assert judge(endpoint, parallel=1).compare(["p"], ["a"], ["b"]) == [0.5]
 
 
 def test_endpoint_that_does_not_answer_is_left_after_its_time(endpoint: Endpoint) -> None:
     gate = threading.Event()
-    endpoint.answer = lambda prompt, first, second: "[[A]]" if gate.wait(20) else "[[B]]"
+    endpoint.judge = lambda prompt, first, second: "[[A]]" if gate.wait(20) else "[[B]]"
     began = time.monotonic()
     with pytest.raises(JudgeError, match=r"failed 2 times: no answer within 0\.3 s"):
         judge(endpoint, timeout=0.3, retries=1).compare(["p"], ["a"], ["b"])
@@ -194,7 +164,7 @@ def test_refused_key_ends_at_once_and_is_not_shown(endpoint: Endpoint) -> None:
     def refuse(prompt: str, first: str, second: str) -> Answer:
         return 401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}
 
-    endpoint.answer = refuse
+    endpoint.judge = refuse
     with pytest.raises(JudgeError) as error:
         judge(endpoint, parallel=2).compare(["p"] * 50, ["a"] * 50, ["b"] * 50)
     text = str(error.value)
@@ -204,7 +174,7 @@ def test_refused_key_ends_at_once_and_is_not_shown(endpoint: Endpoint) -> None:
 
 def test_key_of_any_variable_is_hidden(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFEREE", "short")  # no name or length by which others know a secret
-    endpoint.answer = lambda prompt, first, second: (400, "you sent short")
+    endpoint.judge = lambda prompt, first, second: (400, "you sent short")
     with pytest.raises(JudgeError, match=r"HTTP 400: you sent \*\*\*"):
         judge(endpoint, key_variable="REFEREE").compare(["p"], ["a"], ["b"])
 
@@ -220,7 +190,7 @@ def test_key_of_any_variable_is_hidden(endpoint: Endpoint, monkeypatch: pytest.M
 def test_what_another_try_would_not_change_is_not_tried_again(
     endpoint: Endpoint, answer: Answer, text: str
 ) -> None:
-    endpoint.answer = lambda prompt, first, second: answer
+    endpoint.judge = lambda prompt, first, second: answer
     with pytest.raises(JudgeError, match=text):
         judge(endpoint, parallel=1).compare(["p"], ["a"], ["b"])
     assert len(endpoint.requests) == 1
@@ -232,7 +202,7 @@ def test_first_failure_is_told_and_not_the_ones_that_follow(
     def answer(prompt: str, first: str, second: str) -> Answer:
         return (503, "busy") if prompt == "0" else (401, "who are you")
 
-    endpoint.answer = answer
+    endpoint.judge = answer
     monkeypatch.setattr(module, "FIRST_BACKOFF", 20.0)  # the first pair would wait so long
     began = time.monotonic()
     with pytest.raises(JudgeError, match="who are you"):
@@ -244,7 +214,7 @@ def test_few_answers_without_a_verdict_are_ties_and_many_an_error(endpoint: Endp
     def answer(prompt: str, first: str, second: str) -> str:
         return "Hard to say." if prompt == "0" and first == "a" else longer(prompt, first, second)
 
-    endpoint.answer = answer
+    endpoint.judge = answer
     prompts, left, right = list("0123456789"), ["a"] * 10, ["bb"] * 10
     asked = judge(endpoint)  # one of 20 is 5 %
     assert asked.compare(prompts, left, right) == [0.5, *[0.0] * 9]
@@ -259,7 +229,7 @@ def test_requests_at_once_are_bounded(endpoint: Endpoint) -> None:
         time.sleep(0.05)
         return "[[A]]"
 
-    endpoint.answer = slow
+    endpoint.judge = slow
     judge(endpoint, parallel=3).compare(["p"] * 12, ["a"] * 12, ["b"] * 12)
     assert endpoint.most_at_once == 3
 
@@ -268,7 +238,7 @@ def test_requests_at_once_are_bounded(endpoint: Endpoint) -> None:
     ("text", "score"), [("A", 0.5), ("**B**", 0.5), (" [[ A ]] ", 0.5), ("Reply A.", 0.5)]
 )
 def test_short_answers_are_read(endpoint: Endpoint, text: str, score: float) -> None:
-    endpoint.answer = lambda prompt, first, second: text
+    endpoint.judge = lambda prompt, first, second: text
     asked = judge(endpoint)
     assert asked.compare(["p"], ["a"], ["b"]) == [score] and asked.counts["by_position"] == 1
 
