@@ -95,25 +95,26 @@ def attempt(runner: Runner, inputs: Any, case: Any) -> dict[str, Any]:
     """
     import torch
 
-    from rlhf_core.evaluation import evaluate
     from rlhf_core.nn import fast_paths
     from rlhf_core.rollout import replies
-    from rlhf_core.stages import best_of_n, label
     from tests.gpu import cases, install, syncs
 
     began, result = time.process_time(), {}
-    # A GPU samples, labels and evaluates in bf16, also in fp32 stages.
     same = case.precision == "fp32"
-    in_fp32 = [
-        (replies, "computes_in_bf16", lambda device: False),
-        *(
-            (module, "inference_dtype", lambda device: torch.float32)
-            for module in (evaluate, label, best_of_n)
-        ),
-    ]
     try:
+        job = cases.job(case, inputs, "cuda")
+        importlib.import_module(job.module)
+        # A GPU samples, labels and evaluates in bf16, also in fp32 stages.
+        in_fp32 = [
+            (replies, "computes_in_bf16", lambda device: False),
+            *(
+                (module, "inference_dtype", lambda device: torch.float32)
+                for name, module in sys.modules.items()
+                if name.startswith("rlhf_core.") and hasattr(module, "inference_dtype")
+            ),
+        ]
         with fast_paths.patched(*(in_fp32 if same else [])):
-            result["gpu"], result["off"], found = _on(runner, cases.job(case, inputs, "cuda"))
+            result["gpu"], result["off"], found = _on(runner, job)
             result["syncs"] = syncs.table(found)
             if same:
                 with install.plain_cpu():
