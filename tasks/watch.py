@@ -11,8 +11,7 @@ import contextlib
 import os
 import signal
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -23,7 +22,7 @@ from prefect.states import Cancelled, Running
 
 from tasks.waiters import DECLARED_DEAD, key_of, waiters
 
-POLL_SECONDS = 4.0
+POLL_SECONDS = 8.0  # asked for by every run; a worker that is there stops a run at once
 GRACE_SECONDS = 6.0  # in which the worker, if there is one, stops the run itself
 
 
@@ -80,37 +79,47 @@ class _Watch(threading.Thread):
         from prefect.client.orchestration import get_client
 
         client = get_client(sync_client=True)  # a client for this thread
-        seen: float | None = None
         while not self.done.wait(POLL_SECONDS):
-            with contextlib.suppress(Exception):  # the server is unavailable; poll again
-                if self._cancelled(client, self.own) or self._abandoned(client):
-                    seen = seen or time.monotonic()
-                else:
-                    self._revive(client)
-            if seen is not None and time.monotonic() - seen >= GRACE_SECONDS:
-                if not self.done.is_set():
+            if self._must_stop(client):
+                if not self.done.wait(GRACE_SECONDS):
                     self.fired = True
                     os.kill(os.getpid(), signal.SIGTERM)
                 return
 
-    def _abandoned(self, client: Any) -> bool:
+    def _must_stop(self, client: Any) -> bool:
+        with contextlib.suppress(Exception):  # the server is unavailable; poll again
+            states = self._read(client)
+            if _cancelled(states[self.own]) or self._abandoned(client, states):
+                return True
+            self._revive(client, states[self.own])
+        return False
+
+    def _read(self, client: Any) -> dict[UUID, State[Any] | None]:
+        """The states of this run and its pipeline, by one request."""
+        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+        wanted = [run for run in (self.own, self.pipeline) if run is not None]
+        runs = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=wanted)), limit=len(wanted)
+        )
+        return {run.id: run.state for run in runs}
+
+    def _abandoned(self, client: Any, states: Mapping[UUID, State[Any] | None]) -> bool:
         """Whether the pipeline was cancelled, and no other one waits for this run's job."""
-        if self.pipeline is None or not self._cancelled(client, self.pipeline):
+        if self.pipeline is None or not _cancelled(states.get(self.pipeline)):
             return False
         return self.key is None or not waiters(client, self.key)
 
-    @staticmethod
-    def _cancelled(client: Any, run: UUID) -> bool:
-        state = client.read_flow_run(run).state
-        return state is not None and (state.is_cancelling() or state.is_cancelled())
-
-    def _revive(self, client: Any) -> None:
-        state = client.read_flow_run(self.own).state
+    def _revive(self, client: Any, state: State[Any] | None) -> None:
         if declared_dead(state) and not self.done.is_set():
             alive: State[Any] = Running(
                 message="the process is alive; the server had missed its heartbeats"
             )
             client.set_flow_run_state(self.own, alive, force=True)
+
+
+def _cancelled(state: State[Any] | None) -> bool:
+    return state is not None and (state.is_cancelling() or state.is_cancelled())
 
 
 def declared_dead(state: State[Any] | None) -> bool:

@@ -120,11 +120,26 @@ def test_cancelled_twin_leaves_the_child_to_the_other_one(shared):
     shared.leave(0)
     assert client.read_flow_run(shared.child.id).state.is_running()
     assert "leaving the flow run" in shared.said[-1]
-    assert not watch._abandoned(client)
+    assert not watch._must_stop(client)
     shared.leave(1)
     assert client.read_flow_run(shared.child.id).state.is_cancelling()
     client.set_flow_run_state(shared.pipelines[1], Cancelled(), force=True)
-    assert watch._abandoned(client)
+    assert watch._must_stop(client)
+
+
+def test_watching_a_run_and_its_pipeline_takes_one_request(shared):
+    """Every run of a busy server does it all the time."""
+    from tasks.watch import _Watch
+
+    asked = []
+    shared._client._client.event_hooks["request"].append(lambda request: asked.append(request.url))
+    try:
+        assert not _Watch(shared.child.id, shared.pipelines[0], shared.key)._must_stop(
+            shared._client
+        )
+    finally:
+        shared._client._client.event_hooks["request"].pop()
+    assert len(asked) == 1, asked
 
 
 def heartbeat(client, run: UUID, ago: float) -> None:

@@ -3,7 +3,8 @@
 
 Pipelines whose stages are stand-ins (they wait, and publish small artifacts) are submitted one
 after another, as fast as the server takes them: one Prefect server, one worker for pipelines, and
-one for stages with many slots. All stages of all pipelines differ, so that nothing is shared. Then
+one for stages with many slots. They share model and data, for which the first ones all ask at once,
+and differ in every stage after it. Then
 
 - every pipeline must have completed at its first attempt,
 - no stage may have run twice,
@@ -54,7 +55,8 @@ class Load(Soak):
         base = {**load_preset("smoke"), "stages": STAGES, "launcher": {"type": "work_pool"}}
 
         def one(number: int) -> str:
-            config = {**base, "name": f"load-{number}", "seed": number}
+            sft = {**base["sft"], "learning_rate": 1e-6 * (number + 1)}
+            config = {**base, "name": f"load-{number}", "sft": sft}
             # The key lets a request that got no answer be sent again.
             body = {
                 "name": config["name"],

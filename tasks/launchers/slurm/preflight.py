@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 from rlhf_core.errors import ConfigError, JobFailed, RLHFError
 from rlhf_core.jobs import ImportModelJob, PipelineConfig, Resources
 from rlhf_core.jobs.launchers import SlurmLauncher
+from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import placements
+from rlhf_core.preflight.settings import samplers_of
 from rlhf_core.store import open_store
 from rlhf_core.store.settings import read_settings
 from rlhf_core.system.secrets import redact
@@ -145,7 +147,8 @@ def judge(config: PipelineConfig, store: str, facts: Facts) -> list[str]:
         return [*problems, f"launcher.partition is empty, and the cluster has no default: {known}"]
     if name not in facts.partitions:
         return [*problems, f"launcher.partition {name} does not exist; the cluster has {known}"]
-    return problems + _check_partition(settings, name, facts, stages)
+    samplers = {str(s): samplers_of(recipe.section(config, s)) for s in config.stages}
+    return problems + _check_partition(settings, name, facts, stages, samplers)
 
 
 def _check_times(
@@ -175,7 +178,11 @@ def _check_times(
 
 
 def _check_partition(
-    settings: SlurmLauncher, name: str, facts: Facts, stages: Mapping[str, Resources]
+    settings: SlurmLauncher,
+    name: str,
+    facts: Facts,
+    stages: Mapping[str, Resources],
+    samplers: Mapping[str, int],
 ) -> list[str]:
     partition, problems = facts.partitions[name], []
     if partition.get("State", "UP") != "UP":
@@ -201,13 +208,16 @@ def _check_partition(
                 f"{stage}.resources.nodes is {place.nodes}, but partition {name} gives at most "
                 f"{nodes}; lower it, or use another partition"
             )
-        wanted = script.gpus_of(settings, place)
+        beside = samplers.get(stage, 0)
+        wanted = script.gpus_of(settings, place, beside)
         enough = sum(count >= wanted for count in gpus)
         if wanted and enough < place.nodes:
+            of = f" ({place.ranks} ranks and {beside} samplers)" if beside else ""
+            many = f"{place.nodes} node{'s' if place.nodes > 1 else ''}"
             problems.append(
-                f"{stage} needs {place.nodes} nodes with {wanted} GPUs each, but partition {name} "
-                f"has {enough} (largest: {max(gpus, default=0)}); lower resources.ranks or nodes, "
-                "or set resources.device to cpu"
+                f"{stage} needs {many} with {wanted} GPUs each{of}, but partition "
+                f"{name} has {enough} (largest: {max(gpus, default=0)}); lower resources.ranks"
+                f"{', rollout.ranks' if beside else ''} or nodes, or set resources.device to cpu"
             )
     return problems
 

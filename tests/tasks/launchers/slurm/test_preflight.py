@@ -21,10 +21,11 @@ def text(request):
     )
 
 
-def problems(text, **settings):
+def problems(text, stages=("sft",), grpo=None, **settings):
     resources = {"device": "cpu", "stop_timeout": 5} | settings.pop("resources", {})
     config = PipelineConfig(
-        stages=["sft"],
+        stages=stages,
+        grpo=grpo or {},
         launcher=SlurmLauncher(**settings),
         resources=Resources(**resources),
     )
@@ -52,6 +53,19 @@ def test_nothing_is_found_where_all_fits(text):
 def test_each_problem_is_named(text, settings, said):
     found = problems(text, **settings)
     assert found and all(said in problem for problem in found), found
+
+
+def test_gpus_of_samplers_are_counted(text):
+    def found(samplers):
+        rollout = {"placement": "separate", "ranks": samplers}
+        settings = {"rollout": rollout, "rewards": [{"type": "must_end"}]}
+        place = {"ranks": 6, "device": "cuda"}
+        return problems(text, ["grpo"], settings, resources=place)
+
+    assert found(2) == []
+    [problem] = found(3)
+    assert "1 node with 9 GPUs each (6 ranks and 3 samplers), but" in problem
+    assert "has 0 (largest: 8); lower resources.ranks, rollout.ranks or nodes" in problem
 
 
 def test_cluster_that_cannot_be_asked_is_one_problem(text):
