@@ -9,7 +9,7 @@ user of the machine visits could start runs and read logs. Here, also on 127.0.0
 - the Host header names this machine. A page whose name was made to point to 127.0.0.1 (DNS
   rebinding) has the server's origin, but not its name.
 
-On SQLite, writers take turns (`flows.turns`).
+On SQLite, writers take turns (`flows.turns`). Schemas are checked once (`flows.parameter_schemas`).
 
 `python -m flows.api_server HOST PORT` runs it; settings and login come from the environment.
 """
@@ -74,9 +74,10 @@ def main(arguments: Sequence[str]) -> None:
     from prefect.server.api.server import create_app
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from flows import turns
+    from flows import parameter_schemas, turns
 
     host, port = arguments
+    parameter_schemas.check_each_once()
     prefect = turns.for_database(create_app(final=True))
     app = TrustedHostMiddleware(prefect, allowed_hosts(host), www_redirect=False)
     uvicorn.run(app, host=host, port=int(port), log_level="warning", lifespan="on")

@@ -84,6 +84,10 @@ class Supervisor:
             # It would cancel the child of a cancelled pipeline, which others may be waiting for. A
             # child watches its pipeline itself.
             "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
+            # A run may wait long for a slot. By default one is late after 15 s, and the server
+            # looks every 5 s, without a turn to write: on a busy SQLite most attempts fail.
+            "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "600",
+            "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "60",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
             "RLHF_HOME": str(rlhf_home()),
