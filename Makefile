@@ -15,6 +15,7 @@ LOCKED := --no-deps --no-build-isolation --require-hashes
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # pip leaves compiling to the first import (--no-compile saves 45 s); that has to be kept then.
+COMPILED := torch transformers datasets prefect sqlalchemy pydantic pandas numpy fastapi anyio
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -28,7 +29,8 @@ setup: $(STAMP)  ## create .venv from the pinned requirements
 # First what builds source packages, then everything as locked; pip refuses a file of another hash.
 # torch last: its dependencies are then there, and only the build that fits the machine is fetched.
 # pip would warn of what colossalai and prefect declare, see requirements/uv.toml.
-# The project itself is installed editable, without a build environment.
+# The project itself is installed editable, without a build environment. At last what most
+# processes import is compiled, on all cores: several that start together would each compile it.
 $(STAMP): $(PINS) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed and '$(PYTHON)' was not found: install it, or run make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +39,7 @@ $(STAMP): $(PINS) pyproject.toml
 	@$(BIN)/python -m pip install -q --no-compile $(LOCKED) -r requirements/all.txt
 	@$(BIN)/python -m pip install -q --no-compile --no-warn-conflicts -r requirements/torch.txt
 	@$(BIN)/python -m pip install -q --no-compile --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m compileall -q -j 0 -x '/models/|/tests/' $(COMPILED:%=$(VENV)/lib/python3*/site-packages/%)
 	@touch $@
 
 demo: $(STAMP)  ## the whole pipeline on a real model and real text (about ten minutes on two cores)
