@@ -39,6 +39,7 @@ STAGES = ["sft"]
 STAND_INS = ("sft", "evaluate")  # the least that a pipeline has
 SERVER = "flows.api_server"
 PAGE = 200  # flow runs that the server lists at once
+PATIENCE = 300  # seconds for processes of completed runs to send their events to a busy server
 
 
 class Load(Soak):
@@ -130,12 +131,16 @@ class Load(Soak):
         if len(set(ended)) < len(STAND_INS) * self.pipelines:
             yield f"{len(set(ended))} stages, not {len(STAND_INS)} for each pipeline"
 
-    def figures(self, submitting: float) -> Iterator[str]:
-        """What it took."""
+    def figures(self, submitting: float, took: float) -> Iterator[str]:
+        """What it took.
+
+        Args:
+            submitting, took: seconds until all were submitted and completed.
+        """
         spans = sorted(run["total_run_time"] for run in self.states.values())
         stages = self.journal.read_text().count("end ")
-        took = time.monotonic() - self.began
-        yield f"submitted in {submitting:.1f} s, {self.pipelines / submitting:.0f} a second"
+        rate = 60 * self.pipelines / submitting
+        yield f"submitted in {submitting:.0f} s, {rate:.0f} a minute"
         yield f"completed after {took:.0f} s: {60 * stages / took:.0f} of {stages} stages a minute"
         yield f"a pipeline ran {statistics.median(spans):.0f} s (median), {spans[-1]:.0f} s (most)"
         for name, size in self.memory.items():
@@ -171,8 +176,11 @@ def main() -> int:
             load.began = time.monotonic()
             submitting = load.submit_all()
             load.watch(options.minutes)
-            found = [*load.not_completed(), *load.incomplete_work(), *load.problems()]
-            print("\n".join(load.figures(submitting)))
+            completed = time.monotonic()
+            found = [*load.not_completed(), *load.incomplete_work(), *load.problems(PATIENCE)]
+            ended = time.monotonic() - completed
+            print("\n".join(load.figures(submitting, completed - load.began)))
+            print(f"the last process of a run ended {ended:.0f} s after the last run")
         finally:
             system.rlhf("down", "--now")
         found += [f"process {p.pid} is left after down" for p in system.processes()]

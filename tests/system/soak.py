@@ -147,14 +147,19 @@ class Soak:
 
     # ------------------------------------------------------------------ what must hold
 
-    def problems(self) -> Iterator[str]:
-        """What does not hold."""
+    def problems(self, patience: float = 60) -> Iterator[str]:
+        """What does not hold.
+
+        Args:
+            patience: seconds for the processes of flow runs, which send their last events to the
+                server after their runs have completed.
+        """
         for run in self.runs:
             if run not in self.done:
                 state = self.system.run(run)
                 yield f"{state['name']} is {state['state_name']}: {state['state']['message']}"
         yield from self.twice()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patience
         while (left := [*self.processes(), *self.held()]) and time.monotonic() < deadline:
             time.sleep(1)
         yield from left
