@@ -30,7 +30,8 @@ setup: $(STAMP)  ## create .venv from the pinned requirements
 # torch last: its dependencies are then there, and only the build that fits the machine is fetched.
 # pip would warn of what colossalai and prefect declare, see requirements/uv.toml.
 # The project itself is installed editable, without a build environment. At last what most
-# processes import is compiled, on all cores: several that start together would each compile it.
+# processes import is compiled, on all cores: several that start together would each compile it. A
+# package may hold files for newer Pythons.
 $(STAMP): $(PINS) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed and '$(PYTHON)' was not found: install it, or run make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,7 +40,7 @@ $(STAMP): $(PINS) pyproject.toml
 	@$(BIN)/python -m pip install -q --no-compile $(LOCKED) -r requirements/all.txt
 	@$(BIN)/python -m pip install -q --no-compile --no-warn-conflicts -r requirements/torch.txt
 	@$(BIN)/python -m pip install -q --no-compile --no-deps --no-build-isolation -e .
-	@$(BIN)/python -m compileall -q -j 0 -x '/models/|/tests/' $(COMPILED:%=$(VENV)/lib/python3*/site-packages/%)
+	@$(BIN)/python -m compileall -qq -j 0 -x '/models/|/tests/' $(COMPILED:%=$(VENV)/lib/python3*/site-packages/%) || true
 	@touch $@
 
 demo: $(STAMP)  ## the whole pipeline on a real model and real text (about ten minutes on two cores)
