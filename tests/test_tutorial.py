@@ -58,6 +58,7 @@ def test_output_is_compared_line_by_line(expected: str, output: str, missing: st
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_every_command_of_the_tutorial_does_what_the_page_shows(
     tmp_path: Path, prefect_server: str

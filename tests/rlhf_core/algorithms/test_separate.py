@@ -29,20 +29,32 @@ def learning(make, **settings):
     )  # fmt: skip
 
 
+def carried_job(make):
+    rollout = separate(max_staleness=2, segments=2)
+    return make("grpo", steps=6, rollout=rollout, place={"checkpoint_every": 3})
+
+
 @pytest.fixture(scope="module")
 def one_rank(run_plan, make):
     """In one process; samplers are started for each stage."""
     evaluated = {"eval_every": 2, "eval_prompts": 5}
-    rollout = separate(max_staleness=2, segments=2)
-    carried = make("grpo", steps=6, rollout=rollout, place={"checkpoint_every": 3})
+    carried = carried_job(make)
     return run_plan(1, {
         "together": (make("grpo", **evaluated), {}),
         "apart": (make("grpo", rollout=separate(), **evaluated), {}),
         "carried": (carried, {}),
-        "carried-half": (carried, {"where": "carried-cut", "stop_after": 2}),
-        "carried-rest": (carried, {"where": "carried-cut"}),
         "carried-killed": (carried, {"where": "carried-died", "kill_after": 3}),
         "carried-again": (carried, {"where": "carried-died"}),
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped(run_plan, make):
+    """The carried stage, stopped after two steps, and gone on with."""
+    carried = carried_job(make)
+    return run_plan(1, {
+        "half": (carried, {"where": "carried-cut", "stop_after": 2}),
+        "rest": (carried, {"where": "carried-cut"}),
     })  # fmt: skip
 
 
@@ -121,8 +133,9 @@ def test_older_replies_are_weighted(learned):
     assert min(column(learned, "rollout_weight_max")[1:]) > 1.01
 
 
-def test_resumed_stage_trains_on_the_replies_that_it_had_sampled_ahead(one_rank):
-    whole, half, rest = (one_rank[f"carried{part}"] for part in ("", "-half", "-rest"))
+@pytest.mark.long
+def test_resumed_stage_trains_on_the_replies_that_it_had_sampled_ahead(one_rank, stopped):
+    whole, half, rest = one_rank["carried"], stopped["half"], stopped["rest"]
     assert "the checkpoint after step 2" in half.said
     assert weight_hashes(whole.artifact) == weight_hashes(rest.artifact)
     assert whole.metrics == rest.metrics
