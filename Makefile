@@ -11,11 +11,11 @@ EXTRAS := .venv-extras
 VLLM   := .venv-vllm
 TOOLS  := .venv-tools
 LOCKED := --no-deps --no-build-isolation --require-hashes
+COMPILED := torch transformers datasets prefect sqlalchemy pydantic pandas numpy fastapi anyio
 
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # pip leaves compiling to the first import (--no-compile saves 45 s); that has to be kept then.
-COMPILED := torch transformers datasets prefect sqlalchemy pydantic pandas numpy fastapi anyio
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help

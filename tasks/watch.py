@@ -96,12 +96,10 @@ class _Watch(threading.Thread):
 
     def _read(self, client: Any) -> dict[UUID, State[Any] | None]:
         """The states of this run and its pipeline, by one request."""
-        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+        from tasks.flow_runs import read_all  # imports the launchers, which import this
 
         wanted = [run for run in (self.own, self.pipeline) if run is not None]
-        runs = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=wanted)), limit=len(wanted)
-        )
+        runs = read_all(client, {"id": {"any_": wanted}})
         return {run.id: run.state for run in runs}
 
     def _abandoned(self, client: Any, states: Mapping[UUID, State[Any] | None]) -> bool:

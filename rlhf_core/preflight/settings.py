@@ -120,8 +120,7 @@ def check_placements(config: PipelineConfig, machine: Machine) -> list[str]:
     """Missing GPUs, and strategies that need GPUs; one text for stages with the same problem."""
     alike: dict[str, list[str]] = {}
     for name, resources in placements(config).items():
-        samplers = samplers_of(recipe.section(config, name)) if name in config.stages else 0
-        for text in _judge(resources, machine, name in config.stages, samplers):
+        for text in _judge(resources, machine, name in config.stages, samplers_of(config, name)):
             alike.setdefault(text, []).append(name)
     return _of_stages(alike)
 
@@ -154,9 +153,10 @@ def check_placement(job: BaseJob, machine: Machine) -> list[str]:
     ]
 
 
-def samplers_of(settings: object) -> int:
-    """Processes that sample beside the training ranks."""
-    rollout = getattr(settings, "rollout", None)
+def samplers_of(config: PipelineConfig, name: str) -> int:
+    """Processes that sample beside the ranks of a stage, by its name in `placements`."""
+    section = recipe.section(config, name) if name in config.stages else None
+    rollout = getattr(section, "rollout", None)
     return rollout.ranks if rollout is not None and rollout.separate else 0
 
 

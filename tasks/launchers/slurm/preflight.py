@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 from rlhf_core.errors import ConfigError, JobFailed, RLHFError
 from rlhf_core.jobs import ImportModelJob, PipelineConfig, Resources
 from rlhf_core.jobs.launchers import SlurmLauncher
-from rlhf_core.pipeline import recipe
 from rlhf_core.pipeline.placements import placements
 from rlhf_core.preflight.settings import samplers_of
 from rlhf_core.store import open_store
@@ -147,7 +146,7 @@ def judge(config: PipelineConfig, store: str, facts: Facts) -> list[str]:
         return [*problems, f"launcher.partition is empty, and the cluster has no default: {known}"]
     if name not in facts.partitions:
         return [*problems, f"launcher.partition {name} does not exist; the cluster has {known}"]
-    samplers = {str(s): samplers_of(recipe.section(config, s)) for s in config.stages}
+    samplers = {stage: samplers_of(config, stage) for stage in stages}
     return problems + _check_partition(settings, name, facts, stages, samplers)
 
 
@@ -208,7 +207,7 @@ def _check_partition(
                 f"{stage}.resources.nodes is {place.nodes}, but partition {name} gives at most "
                 f"{nodes}; lower it, or use another partition"
             )
-        beside = samplers.get(stage, 0)
+        beside = samplers[stage]
         wanted = script.gpus_of(settings, place, beside)
         enough = sum(count >= wanted for count in gpus)
         if wanted and enough < place.nodes:
