@@ -91,7 +91,7 @@ class EndpointSettings(Settings):
     """Time limit of a request in seconds."""
     retries: Retries = 5
     """Retries of a request that failed (no answer, 429, 5xx) or gave no verdict. Pauses grow, or
-    follow the endpoint's Retry-After."""
+    follow the endpoint's Retry-After, up to 60 s each."""
     max_unclear: Fraction = 0.05
     """Largest fraction of questions without a verdict after all retries. They count as ties; more
     of them fail the stage."""

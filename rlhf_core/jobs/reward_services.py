@@ -5,9 +5,9 @@ docs/rewards.md has the protocol.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.jobs.base import PositiveInt
 from rlhf_core.jobs.judging import (
@@ -41,7 +41,7 @@ class ServiceReward(WeightedReward):
     """Time limit of a request in seconds."""
     retries: Retries = 5
     """Retries of a request that failed (no answer, 429, 5xx, an answer that cannot be read). Pauses
-    grow, or follow the service's Retry-After. Then the stage fails."""
+    grow, or follow the service's Retry-After, up to 60 s each. Then the stage fails."""
 
     @field_validator("url")
     @classmethod
@@ -93,6 +93,16 @@ class CodeReward(ServiceReward):
     @classmethod
     def _is_a_base(cls, value: str) -> str:
         return value.removesuffix("/run_code")
+
+    @model_validator(mode="after")
+    def _waits_for_the_longest_run(self) -> Self:
+        if self.timeout <= self.run_timeout:
+            raise ValueError(
+                f"run_timeout is {self.run_timeout:g} s and timeout {self.timeout:g} s: a program "
+                "that does not end would look like a sandbox that does not answer, which ends the "
+                "stage; set timeout well above run_timeout"
+            )
+        return self
 
 
 SERVICES = (HttpReward, JudgeReward, CodeReward)

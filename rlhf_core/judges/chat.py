@@ -30,7 +30,7 @@ class Said(NamedTuple, Generic[T]):
     """An answer."""
 
     value: T | None  # None: the answer has no verdict, also after all retries
-    tokens: int  # of question and answer, where the endpoint tells; else 0
+    tokens: int  # of questions and answers, all tries, where the endpoint tells; else 0
 
 
 class ChatEndpoint:
@@ -77,12 +77,15 @@ class ChatEndpoint:
         if settings.temperature is not None:
             body["temperature"] = settings.temperature
 
+        spent: list[int] = []  # by each answer
+
         def taken(reply: httpx.Response) -> tuple[str, Said[T] | None]:
             problem, text = completion(reply)
             if text is None:
                 return problem, None
+            spent.append(tokens_of(reply))
             value = read(text)
-            return (UNCLEAR, None) if value is None else ("", Said(value, tokens_of(reply)))
+            return (UNCLEAR, None) if value is None else ("", Said(value, sum(spent)))
 
         tries = Tries(settings.timeout, settings.retries)
         try:
@@ -91,7 +94,7 @@ class ChatEndpoint:
             raise JudgeError(without_key(self._rejection(rejected.reply), self._key)) from None
         except PostFailed as failed:
             if failed.problem == UNCLEAR:
-                return Said(None, 0)
+                return Said(None, sum(spent))
             raise JudgeError(
                 without_key(
                     f"The judge at {settings.url} failed {failed.attempts} times: "

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from time import time
+from time import monotonic, time
 from typing import Any, TypeVar
 
 import httpx
@@ -22,7 +22,7 @@ from rlhf_core.system.secrets import REDACTED, redact
 
 FIRST_BACKOFF = 1.0  # seconds; doubled with every retry
 MAX_BACKOFF = 60.0  # seconds
-RETRY_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+RETRY_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})
 
 T = TypeVar("T")
 Read = Callable[[httpx.Response], tuple[str, T | None]]
@@ -76,7 +76,7 @@ def post(
     for attempt in range(tries.retries + 1):
         pause = min(MAX_BACKOFF, FIRST_BACKOFF * 2**attempt) * random.uniform(0.5, 1.0)
         try:
-            reply = client.post(url, json=body)
+            reply = _answer(client, url, body, tries.timeout)
         except httpx.TimeoutException:
             problem = f"no answer within {tries.timeout:g} s"
         except (httpx.TransportError, httpx.DecodingError) as error:
@@ -95,6 +95,24 @@ def post(
         if stop.is_set() or (attempt < tries.retries and stop.wait(pause)):
             break
     raise PostFailed(problem, attempt + 1)
+
+
+def _answer(
+    client: httpx.Client, url: str, body: Mapping[str, Any], seconds: float
+) -> httpx.Response:
+    """The whole answer. The client's own limit is one of each wait for more of it, and some
+    services send spaces for as long as they compute.
+
+    Raises:
+        httpx.TimeoutException: it did not end in so many seconds.
+    """
+    end, parts = monotonic() + seconds, []
+    with client.stream("POST", url, json=body) as reply:
+        for part in reply.iter_raw():
+            parts.append(part)
+            if monotonic() > end:
+                raise httpx.ReadTimeout("the answer does not end", request=reply.request)
+    return httpx.Response(reply.status_code, headers=reply.headers, content=b"".join(parts))
 
 
 def error_text(reply: httpx.Response) -> str:

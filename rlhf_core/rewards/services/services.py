@@ -22,8 +22,10 @@ class Services:
         rewards: in the order of the configuration.
         folder: where answers are kept for a resumed stage; None: in memory only.
         rank, ranks: that ask together; they share `parallel`.
+        first_asks: rank 0 asks for all of them, and has `parallel` for itself.
 
     Attributes:
+        first_asks: see above.
         names: one per service: its type, with -2, -3 for further ones of the type.
         weights: one per service.
         waited: seconds that `answers` waited, since the start.
@@ -33,17 +35,24 @@ class Services:
     """
 
     def __init__(
-        self, rewards: Sequence[Reward], folder: Path | None = None, rank: int = 0, ranks: int = 1
+        self,
+        rewards: Sequence[Reward],
+        folder: Path | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        first_asks: bool = False,
     ) -> None:
         services = [reward for reward in rewards if isinstance(reward, SERVICES)]
         self.names = reward_names(services)
         self.weights = [service.weight for service in services]
         self.waited = 0.0
+        self.first_asks = first_asks
+        share = 1 if first_asks and rank == 0 else ranks
         self._backends = [_backend(service) for service in services]
         self._asking = []
         for name, backend in zip(self.names, self._backends, strict=True):
             file = None if folder is None else AnswerFile(folder / name, rank)
-            self._asking.append(Asking(backend, max(1, backend.parallel // ranks), file))
+            self._asking.append(Asking(backend, max(1, backend.parallel // share), file))
 
     def begin(self, items: Sequence[Item]) -> None:
         """Ask all services about replies, without waiting."""

@@ -113,7 +113,10 @@ def load_services(job: OnlineJob, strategy: Strategy, context: StageContext) -> 
     if not any(isinstance(reward, SERVICES) for reward in job.rewards):
         return None
     folder = context.folder / "reward_answers"
-    services = Services(job.rewards, folder, strategy.rank, strategy.world_size)
+    # Samplers of their own hand their replies to rank 0.
+    services = Services(
+        job.rewards, folder, strategy.rank, strategy.world_size, first_asks=job.rollout.separate
+    )
     context.closing.callback(services.close)
     return services
 

@@ -69,7 +69,8 @@ def service_scores(
 ) -> ServiceScores:  # fmt: skip
     """The scores of replies; waits for those that are not there yet. Every rank calls.
 
-    A reply's score is read on the rank that asked for it; those that nobody asked for are spread.
+    A reply's score is read on the rank that asked for it; those that nobody asked for are spread,
+    or rank 0's where it asks for all.
 
     Args:
         rows, replies, finished: B each; replies as token ids.
@@ -85,7 +86,7 @@ def service_scores(
     items = [item(tokenizer, *of) for of in zip(rows, replies, finished, strict=True)]
     if prompts is not None:
         items = [replace(one, prompt=prompt) for one, prompt in zip(items, prompts, strict=True)]
-    owners = [index % group.size for index in range(len(items))]
+    owners = [0 if services.first_asks else i % group.size for i in range(len(items))]
     for rank, positions in reversed(list(enumerate(group.gather(services.asked(items))))):
         for position in positions:
             owners[position] = rank

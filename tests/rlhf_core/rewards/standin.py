@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Reply = Any
-"""A JSON value (status 200), or (status, JSON value or text, headers)."""
+"""A JSON value (status 200), (status, JSON value or text, headers), or parts that never end."""
 
 
 class StandIn:
@@ -50,6 +50,9 @@ class StandIn:
         answer = self.answer(request.path, body)
         with self._lock:
             self.at_once -= 1
+        if isinstance(answer, Iterator):
+            send_parts(request, answer)
+            return
         status, value, headers = answer if isinstance(answer, tuple) else (200, answer, {})
         data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
         with contextlib.suppress(OSError):  # the client has given up
@@ -63,3 +66,15 @@ class StandIn:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+def send_parts(request: BaseHTTPRequestHandler, parts: Iterator[bytes]) -> None:
+    """An answer whose end never comes."""
+    with contextlib.suppress(OSError):  # the client has given up
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        for part in parts:
+            request.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+            request.wfile.flush()
+    request.close_connection = True

@@ -108,9 +108,12 @@ def test_requests_at_once_are_bounded_and_ranks_share_them(start, services):
         return lengths(path, body)
 
     server = start(slow)
-    asked = services(HttpReward(url=server.url, batch_size=1, parallel=6), rank=1, ranks=2)
-    asked.answers(items(*"abcdefghij"))
-    assert server.most_at_once == 3 and len(server.requests) == 10
+    reward = HttpReward(url=server.url, batch_size=1, parallel=6)
+    for options, most in (({"rank": 1}, 3), ({"rank": 0, "first_asks": True}, 6)):
+        server.most_at_once = 0
+        services(reward, ranks=2, **options).answers(items(*"abcdefghijkl"))
+        assert server.most_at_once == most
+    assert len(server.requests) == 24
 
 
 def test_resumed_stage_does_not_ask_again(start, services, tmp_path):
@@ -141,6 +144,33 @@ def test_failure_that_passes_is_none(start, services):
 
     asked = services(HttpReward(url=start(answer).url, retries=2))
     assert asked.answers(items("ab"))[0][0].score == 2.0
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 520, 524, 529])
+def test_every_failure_of_the_server_is_tried_again(start, services, status):
+    tries = []
+
+    def answer(path, body):
+        tries.append(1)
+        return (status, "busy", {}) if len(tries) == 1 else lengths(path, body)
+
+    asked = services(HttpReward(url=start(answer).url, retries=1))
+    assert asked.answers(items("ab"))[0][0].score == 2.0
+
+
+def test_answer_that_trickles_has_the_time_limit_of_a_request(start, services):
+    def trickle():
+        for _ in range(100):  # 5 s, each wait far below the limit
+            time.sleep(0.05)
+            yield b" "
+
+    asked = services(
+        HttpReward(url=start(lambda path, body: trickle()).url, retries=0, timeout=0.4)
+    )
+    began = time.monotonic()
+    with pytest.raises(JudgeError, match=r"failed 1 times: no answer within 0\.4 s"):
+        asked.answers(items("a"))
+    assert time.monotonic() - began < 2.5
 
 
 @pytest.mark.parametrize(
@@ -225,6 +255,7 @@ def test_answers_without_a_rating_score_0_and_are_counted_and_bounded(start, ser
     answers = asked.answers(items("odd", "even"))
     asked.check(answers)  # one is always allowed
     assert [(a.score, a.failure) for a in answers[0]] == [(0.0, "judge_unclear"), (1.0, "")]
+    assert [a.components["tokens"] for a in answers[0]] == [22.0, 11.0], "they cost all the same"
     assert len(server.requests) == 3  # asked again once
     with pytest.raises(JudgeError, match=r"2 of 3 answers of referee .* no rating from 1 to 10"):
         asked.check(asked.answers(items("odd", "even", "off")))
@@ -302,6 +333,7 @@ def test_tests_are_one_program_or_a_list(value, tests):
         (JudgeReward, {"template": "{prompt} [[5]]"}, r"lacks \{reply\}"),
         (JudgeReward, {"template": "{prompt} {reply}"}, "does not ask for a rating"),
         (JudgeReward, {"lowest": 5, "highest": 5}, "highest is 5 and lowest 5"),
+        (CodeReward, {"run_timeout": 60}, "run_timeout is 60 s and timeout 60 s"),
     ],
 )
 def test_wrong_settings_are_refused(reward, changes, text):

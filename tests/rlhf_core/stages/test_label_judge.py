@@ -119,7 +119,7 @@ def test_judge_rates_replies_and_a_second_start_asks_nothing(tmp_path):
     ((kept, too_close),), counts = label(*given, min_margin=0.4, margins=True)
     assert [(b, w) for b, w, _ in kept] == [(3, 1), (3, 0), (2, 0)] and too_close == 3
     assert [margin for *_, margin in kept] == pytest.approx([2 / 3, 1.0, 2 / 3])
-    assert counts == {"replies": 4, "tokens": 21, "unclear": 1}
+    assert counts == {"replies": 4, "tokens": 28, "unclear": 1}
     asked = len(server.requests)
     assert label(*given, min_margin=0.4) == (([(kept, too_close)]), counts)
     assert len(server.requests) == asked == 4

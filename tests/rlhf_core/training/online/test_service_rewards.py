@@ -150,6 +150,15 @@ def test_rank_that_asked_reads_the_answer_and_the_rest_is_spread(start):
     assert sorted(asked) == ["5 1", "5 4", "5 5"]
 
 
+def test_first_rank_reads_all_that_samplers_of_their_own_return(start):
+    _, services = start(score)
+    services.first_asks = True
+    given = (Words(), ROWS, [[5, i] for i in range(6)], [True] * 6)
+    with pytest.raises(Seen) as seen:
+        service_scores(services, Second(), *given)
+    assert seen.value.args[0] == []
+
+
 def test_row_that_lacks_what_a_service_needs_is_told_after_the_rollout():
     services = Services([CodeReward(url="http://127.0.0.1:9")])
     ids = torch.tensor([[5, 6]])
