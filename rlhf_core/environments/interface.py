@@ -32,7 +32,7 @@ class Step(NamedTuple):
 class Environment(Protocol):
     """One episode."""
 
-    def reset(self, row: dict[str, Any]) -> Sequence[Message] | None:
+    def reset(self, row: dict[str, Any]) -> str | Sequence[Message] | None:
         """Begin.
 
         Args:
@@ -41,7 +41,8 @@ class Environment(Protocol):
                 the same episode again.
 
         Returns:
-            The messages that the policy sees first; None: those of the row's prompt.
+            The messages that the policy sees first, or the text of a user's turn; None: the row's
+            prompt.
         """
 
     def step(self, reply: str, ids: Sequence[int]) -> Step:

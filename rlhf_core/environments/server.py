@@ -68,7 +68,13 @@ class Server:
 
     def call(self, name: str, arguments: dict[str, Any], call_id: str) -> str:
         """The result of a call. Raises as `Tool.call`."""
-        answer = self._ask("POST", "/call", {"name": name, "arguments": arguments, "id": call_id})
+        try:  # the policy may have written what JSON has no form for, such as NaN
+            body = json.dumps(
+                {"name": name, "arguments": arguments, "id": call_id}, allow_nan=False
+            )
+        except (ValueError, RecursionError) as error:
+            raise ToolError(f"the arguments cannot be written as JSON ({error})") from None
+        answer = self._ask("POST", "/call", body)
         try:
             value = answer.json()
         except ValueError:
@@ -84,16 +90,22 @@ class Server:
         result = value["result"]
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def _ask(self, method: str, path: str, body: str | None = None) -> httpx.Response:
         """An answer that says something of the request.
+
+        Args:
+            body: JSON; None: none.
 
         Raises:
             TrainingFailure: there is none after all retries, or the token is refused.
         """
         problem, attempts = "", self.settings.retries + 1
+        sent = {} if body is None else {"content-type": "application/json"}
         for attempt in range(attempts):
             try:
-                answer = self._client.request(method, self.settings.url + path, json=body)
+                answer = self._client.request(
+                    method, self.settings.url + path, content=body, headers=sent
+                )
             except httpx.TimeoutException:
                 problem = f"no answer within {self._time_limit:g} s"
             except httpx.HTTPError as error:

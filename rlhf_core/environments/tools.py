@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ValidationError, create_model
 
 from rlhf_core.data.rows.row import Message
-from rlhf_core.environments.calls import Call, find_calls
+from rlhf_core.environments.calls import Call, find_calls, typed
 from rlhf_core.environments.interface import Step
 from rlhf_core.errors import ConfigError
 from rlhf_core.rewards.user_code import Raised, call_in_time
@@ -74,7 +74,12 @@ class FunctionTool:
         except Raised as raised:
             error = raised.error
             raise ToolError(str(error) or type(error).__name__) from error
-        return result if isinstance(result, str) else json.dumps(result, default=str)
+        if isinstance(result, str):
+            return result
+        try:
+            return json.dumps(result, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ToolError(f"the result cannot be written as JSON ({error})") from None
 
 
 class ToolSet:
@@ -114,7 +119,8 @@ class ToolSet:
         if tool is None:
             known = ", ".join(self.tools)
             raise ToolError(f"there is no tool {call.name[:60]!r}; the tools are {known}")
-        return tool.call(call.arguments, call_id)
+        given = typed(call.arguments, tool.parameters) if call.texts else call.arguments
+        return tool.call(given, call_id)
 
 
 class ToolEnvironment:

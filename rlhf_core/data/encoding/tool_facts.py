@@ -19,7 +19,7 @@ from rlhf_core.data.rows.row import CALLS, TOOLS, Message, short
 from rlhf_core.errors import DataError, ModelError
 
 _NAME, _FIELD, _VALUE, _RESULT = "count_zebras", "meadow", "Meadow 7", "Stripes 41"
-_TOOL = {
+PROBE_TOOL = {
     "type": "function",
     "function": {
         "name": _NAME,
@@ -147,9 +147,9 @@ def _probe(tokenizer: Any, key: tuple[str, int]) -> ToolFacts:
             return ""
 
     asked: Message = {"role": "user", "content": "How many?"}
-    tools = [_TOOL] if _NAME in rendered([asked], [_TOOL]) else None
+    tools = [PROBE_TOOL] if _NAME in rendered([asked], [PROBE_TOOL]) else None
     found = {
-        as_text: rendered([asked, with_arguments(_call(), as_text)], tools)
+        as_text: rendered([asked, with_arguments(probe_call(), as_text)], tools)
         for as_text in (False, True)
     }
     # Written by Python ({'meadow': ...), or as a text inside JSON ({\"meadow\": ...).
@@ -159,7 +159,9 @@ def _probe(tokenizer: Any, key: tuple[str, int]) -> ToolFacts:
         for as_text, text in found.items()
         if _NAME in text and _VALUE in text and not any(mark in text for mark in spoilt)
     ]
-    said = with_arguments(_call(), able[0]) if able else {"role": "assistant", "content": "Now."}
+    said = (
+        with_arguments(probe_call(), able[0]) if able else {"role": "assistant", "content": "Now."}
+    )
     answer = {"role": "tool", "content": _RESULT, "name": _NAME, "tool_call_id": "call00007"}
     text = rendered([asked, said, answer], tools)
     # Some templates write whatever is no user's turn as a reply.
@@ -170,7 +172,8 @@ def _probe(tokenizer: Any, key: tuple[str, int]) -> ToolFacts:
     return ToolFacts(key, tools is not None, bool(able), results, True in able[:1], marks)
 
 
-def _call() -> Message:
+def probe_call() -> Message:
+    """A reply that calls `PROBE_TOOL`."""
     function = {"name": _NAME, "arguments": {_FIELD: _VALUE}}
     call = {"id": "call00007", "type": "function", "function": function}
     return {"role": "assistant", "content": "", CALLS: [call]}

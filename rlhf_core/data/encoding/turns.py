@@ -23,10 +23,17 @@ from rlhf_core.data.encoding.template_facts import (
     PROBE,
     apply_template,
     facts_of,
+    generated_reply,
     has_letters,
 )
 from rlhf_core.data.encoding.templates import encode_segments, find_special_token
-from rlhf_core.data.encoding.tool_facts import check_tools, check_written
+from rlhf_core.data.encoding.tool_facts import (
+    PROBE_TOOL,
+    check_tools,
+    check_written,
+    probe_call,
+    tool_facts_of,
+)
 from rlhf_core.data.rows.row import REASONING, TOOLS, Message
 from rlhf_core.errors import DataError, ModelError
 
@@ -91,6 +98,22 @@ def check_turns(tokenizer: Any, role: Literal["tool", "user"], reasoning: bool =
         raise ModelError(
             f"The model cannot go on after a turn of the role {role}: {error}."
         ) from error
+
+
+def written_call(tokenizer: Any) -> str:
+    """A reply that calls a made-up tool (`tool_facts.probe_call`), in the form in which the chat
+    template tells the model to write one; "" if it tells of no tools, or writes no calls."""
+    facts = tool_facts_of(tokenizer)
+    if not facts.tools or not facts.calls:
+        return ""
+    asked: list[Message] = [{"role": "user", "content": "How many?", TOOLS: [PROBE_TOOL]}]
+    try:
+        prompt = apply_template(tokenizer, asked, True)
+        talk = [*asked, probe_call()]
+        text = generated_reply(tokenizer, facts_of(tokenizer), talk, prompt)
+    except DataError:
+        return ""
+    return text.removesuffix(facts_of(tokenizer).end_text)
 
 
 def _between(tokenizer: Any, messages: Sequence[Message], new: Sequence[Message]) -> str:

@@ -11,7 +11,6 @@ environments side by side, and writes the observations behind the replies.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,18 +19,25 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from rlhf_core.data.encoding import templates
-from rlhf_core.data.encoding.tool_facts import tool_facts_of
-from rlhf_core.data.encoding.turns import check_turns, continuation_ids
-from rlhf_core.data.rows.row import TOOLS, Message
+from rlhf_core.data.encoding.tool_facts import probe_call, tool_facts_of
+from rlhf_core.data.encoding.turns import check_turns, continuation_ids, written_call
+from rlhf_core.data.rows.row import CALLS, TOOLS, Message
+from rlhf_core.environments.calls import find_calls
 from rlhf_core.environments.interface import Environment, Step
 from rlhf_core.environments.make import Environments, make_environments
 from rlhf_core.environments.tools import announcement
-from rlhf_core.errors import DataError, RLHFError, TrainingFailure
+from rlhf_core.errors import DataError, ModelError, TrainingFailure
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.jobs.environments import PythonEnvironment
-from rlhf_core.rewards.user_code import Raised, call_in_time
 from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.system.seeds import derive_seed
+from rlhf_core.training.online.observations import (
+    Where,
+    as_messages,
+    checked_messages,
+    checked_step,
+    in_time,
+)
 
 TURNS = 0x7042  # seeds of later turns are derived with it, apart from those of all first turns
 PARALLEL = 32  # environments of a rank that are asked at once
@@ -102,7 +108,8 @@ def start_environments(job: OnlineJob, tokenizer: Any) -> Environments | None:
 
     Raises:
         ConfigError: code or settings of the environment are wrong.
-        ModelError: the chat template cannot write the results of tools.
+        ModelError: the chat template cannot write the results of tools, or writes calls in a form
+            that is not read.
         TrainingFailure: a tool server does not answer.
     """
     if job.environment is None:
@@ -110,7 +117,27 @@ def start_environments(job: OnlineJob, tokenizer: Any) -> Environments | None:
     made = make_environments(job.environment)
     if not isinstance(job.environment, PythonEnvironment):
         check_turns(tokenizer, "tool")
+    if made.schemas:
+        check_form_of_calls(tokenizer)
     return made
+
+
+def check_form_of_calls(tokenizer: Any) -> None:
+    """Check that calls can be read in the form in which the chat template tells the policy to write
+    them.
+
+    Raises:
+        ModelError: they cannot, so that every call would be an answer or an error.
+    """
+    text = written_call(tokenizer)
+    meant = probe_call()[CALLS][0]["function"]
+    found = [(call.name, call.arguments) for call in find_calls(text)]
+    if text and found != [(meant["name"], meant["arguments"])]:
+        raise ModelError(
+            "The chat template tells the policy to write calls of tools in a form that "
+            f"environments do not read: {text.strip()[:200]!r}. Set model.chat_template to hermes, "
+            "or write an environment of your own (type python) that reads these calls."
+        )
 
 
 class EpisodeSampler:
@@ -168,8 +195,10 @@ class EpisodeSampler:
         shown |= {"prompt": own, "episode": f"{self.job.seed}-{self.stream}-{index}"}
         environment = self._in_time(self.environments.new, "its class")
         first = self._in_time(partial(environment.reset, shown), "reset")
-        messages = own if first is None else self._messages(list(first), "reset")
-        return Episode(row, environment, messages)
+        episode = Episode(row, environment, own)
+        if first is not None:
+            episode.messages = self._messages(first, "reset", episode.counts)
+        return episode
 
     def _write_prompt(self, episode: Episode) -> None:
         """The tokens that an episode begins with: the row's, unless something else is said."""
@@ -214,7 +243,7 @@ class EpisodeSampler:
         """What the environment answers to the last reply."""
         ids = episode.ids[episode.last :]
         text = self._text(ids)
-        return _checked(self._in_time(partial(episode.environment.step, text, ids), "step"))
+        return checked_step(self._in_time(partial(episode.environment.step, text, ids), "step"))
 
     def _go_on(self, episode: Episode, step: Step) -> None:
         """Write an observation behind the reply, unless the episode is over."""
@@ -226,7 +255,7 @@ class EpisodeSampler:
         if episode.turns >= self.settings.max_turns:
             episode.over = True
             return
-        new = self._messages(_as_messages(step.observation), "step", episode.counts)
+        new = self._messages(step.observation, "step", episode.counts)
         reply: Message = {"role": "assistant", "content": self._text(episode.ids[episode.last :])}
         ids = self._continuation(episode, reply, new)
         if len(episode.ids) + len(ids) + self.job.max_new_tokens > episode.room:
@@ -255,80 +284,13 @@ class EpisodeSampler:
         """A finished reply's text without its end of turn, with the markers of tool calls."""
         return str(self.tokenizer.decode(ids[:-1], skip_special_tokens=False))
 
-    def _messages(
-        self, messages: Sequence[Any], where: str, counts: Counter[str] | None = None
-    ) -> list[Message]:
-        """Messages as an environment gives them, checked; special tokens are taken out of what it
-        observed, because they could end a turn in its middle."""
-        found: list[Message] = []
-        for message in messages:
-            good = isinstance(message, dict) and isinstance(message.get("content"), str)
-            if not good or message.get("role") not in ("system", "user", "assistant", "tool"):
-                raise TrainingFailure(
-                    f"The environment's {where} gave the message {str(message)[:200]}; expected "
-                    '{"role": "user" or "tool", "content": text}.'
-                )
-            text = message["content"]
-            while marker := templates.find_special_token(self.tokenizer, text):
-                text = text.replace(marker, "")
-                if counts is not None:
-                    counts["special_tokens_removed"] += 1
-            found.append({**message, "content": text})
-        if not found:
-            raise TrainingFailure(
-                f"The environment's {where} gave no message; expected what the policy sees next, "
-                "or done."
-            )
-        return found
+    def _messages(self, given: Any, where: Where, counts: Counter[str]) -> list[Message]:
+        """What an environment gave for the policy to see."""
+        find_special = partial(templates.find_special_token, self.tokenizer)
+        return checked_messages(as_messages(given, where), where, find_special, counts)
 
     def _in_time(self, function: Callable[[], Any], what: str) -> Any:
-        """The result of an environment's code. Tools have time limits of their own.
-
-        Raises:
-            TrainingFailure: it raised something, or took too long.
-        """
+        """The result of an environment's code. Tools have time limits of their own."""
         if not isinstance(self.settings, PythonEnvironment):
             return function()
-        try:
-            return call_in_time(function, self.settings.time_limit, "environment")
-        except TimeoutError:
-            raise TrainingFailure(
-                f"The environment's {what} took more than {self.settings.time_limit:g} s; make it "
-                "faster, or raise environment.time_limit."
-            ) from None
-        except Raised as raised:
-            error = raised.error
-            if isinstance(error, RLHFError):
-                raise error from None
-            raise TrainingFailure(
-                f"The environment's {what} raised {type(error).__name__}: {str(error)[:300]}."
-            ) from error
-
-
-def _as_messages(observation: str | Sequence[Message]) -> list[Message]:
-    """An observation as messages; a text is the user's next turn."""
-    if isinstance(observation, str):
-        return [{"role": "user", "content": observation}]
-    return list(observation)
-
-
-def _checked(value: Any) -> Step:
-    """What `step` gave, as a Step.
-
-    Raises:
-        TrainingFailure: it is something else.
-    """
-    try:
-        if not isinstance(value, tuple) or len(value) < 3:
-            raise TypeError(f"a {type(value).__name__}")
-        step = Step(*value)
-        reward = float(step.reward)
-        if not math.isfinite(reward):
-            raise ValueError(f"a reward of {reward}")
-        counts = {str(name): int(number) for name, number in step.counts.items()}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise TrainingFailure(
-            f"The environment's step gave {str(value)[:200]} ({error}); expected (observation, "
-            "reward, done), the reward a finite number."
-        ) from None
-    return Step(step.observation, reward, bool(step.done), counts)
+        return in_time(function, what, self.settings.time_limit)

@@ -43,6 +43,16 @@ def long(characters: int) -> str:
     return "x" * characters
 
 
+def shown(text: str, word: str | None, number: float, flags: list[bool], also: bool = False) -> str:
+    """Shows what it was given."""
+    return repr((text, word, number, flags, also))
+
+
+def odd() -> dict[tuple[int, int], str]:
+    """Gives what JSON has no form for."""
+    return {(1, 2): "a"}
+
+
 def untyped(what):
     """Has no types."""
 
@@ -58,6 +68,12 @@ def call(name, **arguments):
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
+def xml(name, **arguments):
+    """As Qwen 3 Coder, Qwen 3.5 and Nemotron 3 write a call."""
+    given = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in arguments.items())
+    return f"<tool_call>\n<function={name}>\n{given}</function>\n</tool_call>"
+
+
 @pytest.mark.parametrize(
     ("reply", "calls"),
     [
@@ -71,6 +87,20 @@ def call(name, **arguments):
         ('{"name": "f", "parameters": {"a": [1]}}', [Call("f", {"a": [1]})]),
         ('<|python_tag|>{"name": "f", "parameters": {}}', [Call("f", {})]),
         ('<tool_call>{"name": "f", "arguments": {}}', [Call("f", {})]),  # not closed
+        # Reasoning may weigh calls without making them.
+        (f"<think>Or {call('f')}?</think>4", []),
+        (f"So {call('f')}\n</think>\n\n{call('g')}", [Call("g", {})]),
+        (xml("f", a="1", b="x\n y"), [Call("f", {"a": "1", "b": "x\n y"}, texts=True)]),
+        (xml("f") + xml("g"), [Call("f", {}, texts=True), Call("g", {}, texts=True)]),
+        (
+            xml("f", a="1").removesuffix("\n</function>\n</tool_call>"),
+            [Call("f", {"a": "1"}, texts=True)],
+        ),
+        (
+            "<|tool_call_start|>[f(a='x', b=[1]), g()]<|tool_call_end|>",
+            [Call("f", {"a": "x", "b": [1]}), Call("g", {})],
+        ),
+        ("<|tool_call_start|>f(a=-1)", [Call("f", {"a": -1})]),
     ],
 )
 def test_calls_are_found(reply, calls):
@@ -85,6 +115,10 @@ def test_calls_are_found(reply, calls):
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "not an object"),
         ('<tool_call>{"name": "f"}</tool_call>', "not an object"),
         ('<|python_tag|>{"name"', "not JSON"),
+        ("<tool_call>\n<function=f>\n<parameter=a>\n1\n</function></tool_call>", "not closed"),
+        ("<|tool_call_start|>[f(1)]<|tool_call_end|>", "not of the form [name(key=value)]"),
+        ("<|tool_call_start|>[f(a=g())]<|tool_call_end|>", "not of the form [name(key=value)]"),
+        ("<|tool_call_start|>[os.f(**{})]", "not of the form [name(key=value)]"),
         ("<tool_call>" + "[" * 100_000, "not JSON"),
     ],
 )
@@ -138,6 +172,23 @@ def test_functions_are_tools_and_their_failures_are_observations():
     assert counts == {"tool_calls": 1, "tool_errors": 0, "tool_results_cut": 1}
     last = environment.step("It will rain.", [])
     assert last.done and last.reward == 0
+
+
+def test_texts_become_what_a_tool_asks_for():
+    """In XML all arguments are texts."""
+    environment = begun(ToolsEnvironment(functions=(f"{HERE}:shown",)))
+    reply = xml("shown", text="1", word="2", number="3", flags="[true]", also="True")
+    assert answers(environment, reply)[0] == ["('1', '2', 3.0, [True], True)"]
+    reply = xml("shown", text="1", word="2", number="three", flags="[true]")
+    assert answers(environment, reply)[0][0].startswith("Error: number: ")
+    assert answers(environment, xml("sing", a="1"))[0][0].startswith("Error: there is no tool")
+
+
+def test_result_without_a_form_in_json_is_an_observation():
+    environment = begun(ToolsEnvironment(functions=(f"{HERE}:odd",)))
+    texts, counts = answers(environment, call("odd"))
+    assert texts[0].startswith("Error: the result cannot be written as JSON")
+    assert counts == {"tool_calls": 1, "tool_errors": 1}
 
 
 def test_calculator_gives_a_reward_for_the_right_number():
@@ -240,6 +291,19 @@ def test_server_has_tools(tool_server, monkeypatch):
     assert {key for _, key in Tools.seen} == {"Bearer sesame"}
     # The same id comes again with every attempt, so that a server can answer it once.
     assert [body["id"] for body, _ in Tools.seen] == ["0-3-7-1-0"] * 3 + ["0-3-7-1-1"]
+
+
+def test_arguments_that_cannot_be_sent_are_observations(tool_server):
+    """A policy may write anything; the stage goes on."""
+    environment = begun(ToolsEnvironment(servers=({"url": tool_server},)))
+    texts, counts = answers(
+        environment, '<tool_call>{"name": "twice", "arguments": {"n": NaN}}</tool_call>'
+    )
+    assert texts[0].startswith("Error: the arguments cannot be written as JSON")
+    assert counts == {"tool_calls": 1, "tool_errors": 1} and Tools.seen == []
+    half = '<tool_call>{"name": "twice", "arguments": {"n": "\\ud83d"}}</tool_call>'
+    texts, counts = answers(environment, half)
+    assert counts == {"tool_calls": 1, "tool_errors": 0} and texts == ["\ud83d\ud83d"]
 
 
 def test_dead_server_ends_the_stage(tool_server):

@@ -11,11 +11,12 @@ import pytest
 from rlhf_core.data.encoding import templates
 from rlhf_core.environments.interface import Step
 from rlhf_core.environments.make import make_environments
-from rlhf_core.errors import TrainingFailure
+from rlhf_core.errors import ModelError, TrainingFailure
 from rlhf_core.jobs import GRPOJob
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.rollout.generate import generate
-from rlhf_core.training.online.episodes import EpisodeSampler
+from rlhf_core.training.online.episodes import EpisodeSampler, start_environments
+from tests.rlhf_core.data.helpers import byte_tokenizer
 from tests.rlhf_core.environments.sums import call, make_tokenizer, question
 from tests.rlhf_core.tiny_models import copy_of
 
@@ -38,6 +39,17 @@ class Echo:
 
 class Impolite(Echo):
     first = ({"role": "system", "content": "Be rude."}, {"role": "user", "content": "Well?"})
+
+
+class Asking(Echo):
+    first = "Who are you?"
+
+
+class Torn(Echo):
+    """Half of an emoji, as a text cut by another program ends."""
+
+    def step(self, reply, ids):
+        return "cut \ud83d", 1.0, False
 
 
 class Broken(Echo):
@@ -161,6 +173,52 @@ def test_reset_may_begin_another_conversation(tokenizer):
         run(small, tokenizer, [(0, row_of(tokenizer))], sample_turn)
 
 
+def test_reset_may_ask_a_question_as_a_text(tokenizer):
+    sample_turn, _ = scripted(tokenizer, None)
+    job = job_of({"environment": f"{HERE}:Asking"})
+    (episode,) = run(job, tokenizer, [(0, row_of(tokenizer))], sample_turn)
+    assert episode.messages == [{"role": "user", "content": "Who are you?"}]
+
+
+def test_half_a_character_is_replaced_and_counted(tokenizer):
+    job = job_of({"environment": f"{HERE}:Torn", "max_turns": 2})
+    sample_turn, _ = scripted(tokenizer, "a", "b")
+    (episode,) = run(job, tokenizer, [(0, row_of(tokenizer))], sample_turn)
+    assert episode.counts == {"characters_replaced": 1}
+    assert episode.messages[-1]["content"] == "cut \ufffd"
+
+
+XML = (
+    "<tool_call>\n<function={{ c.function.name }}>\n{% for k, v in c.function.arguments.items() %}"
+    "<parameter={{ k }}>\n{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>"
+)
+LISTED = (
+    "<|tool_call_start|>[{{ c.function.name }}({% for k, v in c.function.arguments.items() %}"
+    "{{ k }}='{{ v }}'{% endfor %})]<|tool_call_end|>"
+)
+UNKNOWN = "[TOOL_CALLS]{{ c.function | tojson }}"
+
+
+@pytest.mark.parametrize(
+    ("form", "readable"), [(XML, True), (LISTED, True), (UNKNOWN, False)], ids=["xml", "lfm", "odd"]
+)  # fmt: skip
+def test_calls_must_be_readable_as_the_template_writes_them(form, readable):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}" + form + "{% endfor %}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    job = job_of({"type": "calculator"})
+    if readable:
+        assert start_environments(job, tokenizer) is not None
+        return
+    with pytest.raises(ModelError, match=r"form that environments do not read: '\[TOOL_CALLS\]"):
+        start_environments(job, tokenizer)
+    silent = job_of({"type": "calculator", "announce": False})  # trained to write another form
+    assert start_environments(silent, tokenizer) is not None
+
+
 def test_tools_are_announced_where_the_template_does_not_write_them(tokenizer):
     job = job_of({"type": "calculator"})
     sample_turn, _ = scripted(tokenizer, None)
@@ -182,6 +240,9 @@ def test_tools_are_announced_where_the_template_does_not_write_them(tokenizer):
         (([{"role": "user", "content": 3}], 0.0, False), "gave the message"),
         (([], 0.0, False), "gave no message"),
         (Step([{"role": "narrator", "content": "x"}]), "gave the message"),
+        ((None, 0.0, False), r"gave None; expected .* or done"),
+        ((7, 0.0, False), "gave 7; expected"),
+        (({"role": "user", "content": "x"}, 0.0, False), "expected .*a list of messages"),
     ],
 )
 def test_broken_environment_is_named(tokenizer, monkeypatch, gives, said):
