@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +20,9 @@ from rlhf_core.rollout.handover import Handover
 from rlhf_core.rollout.queue import Queue, QueuedReply, load_queue, save_queue
 from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.rollout.schedule import Schedule, Span
-from rlhf_core.runtime.stopping import stop
 from rlhf_core.training.online.sampler_process import Row
-from rlhf_core.training.online.samplers import Samplers
+from rlhf_core.training.online.samplers import Samplers, ends
 
-POLL_SECONDS = 0.1
 QUEUE = "rollouts.safetensors"
 WEIGHTS = "rollout-weights-{}.safetensors"  # of a version
 
@@ -104,12 +102,10 @@ class Ahead:
 
     def _wait_for(self, step: int) -> list[QueuedReply] | None:
         last = self.schedule.last_round(step)
-        while (running := self._running.get(last)) is not None:
-            if wait([running], POLL_SECONDS).done:
-                running.result()
-                break
-            if stop.requested:
+        if (running := self._running.get(last)) is not None:
+            if not ends(running):
                 return None
+            running.result()
         with self._lock:
             for version in [v for v in self._running if v <= last]:
                 del self._running[version]

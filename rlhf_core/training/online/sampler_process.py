@@ -81,7 +81,8 @@ class Sampler:
         self.job, self.strategy = job, strategy
         self.stop = stop_tokens(source)
         policy = new_policy(job, load_causal_lm(source, *frozen_storage(job, strategy)))
-        self.policy = as_trained(policy.to(strategy.device), setup)
+        # In half precision before it is moved: a device that holds it so may not hold it in fp32.
+        self.policy = as_trained(policy, setup).to(strategy.device)
 
     def answer(self, request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
         """Sample, and send {"replies": [[index, ids, logprobs, finished], ...]}, some at a time and

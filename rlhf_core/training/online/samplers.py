@@ -1,7 +1,8 @@
 """Rollouts in processes of their own (`rollout.placement: separate`), beside the training ranks.
 
 Rank 0 starts them, hands them weights and rows, and gets tokens. They are its children and end with
-it, however it ends. One that dies is a failure of the stage, which is retried from its checkpoint.
+it, however it ends. One that dies, or says nothing for `collective_timeout`, is a failure of the
+stage, which is retried from its checkpoint.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from socket import socketpair
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError, JobFailed
+from rlhf_core.errors import ConfigError, JobFailed, Preempted
 from rlhf_core.jobs import OnlineJob, VllmRollout
 from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.sharded import is_sharded, whole
@@ -28,12 +31,26 @@ from rlhf_core.rollout.engine_weights import policy_weights
 from rlhf_core.rollout.finished import FinishedReply, OnFinished
 from rlhf_core.rollout.handover import Handover, Head
 from rlhf_core.rollout.queue import QueuedReply
+from rlhf_core.runtime.stopping import stop
 from rlhf_core.system.cpus import cpu_cores
 from rlhf_core.system.processes import die_with_parent, python_path
 from rlhf_core.training.online.sampler_process import MODULE, Row, Setup
 from rlhf_core.training.strategy import HALF, Strategy
 
 END_SECONDS = 10.0  # that a killed process has to end
+POLL_SECONDS = 0.1
+
+
+class SamplingStopped(Preempted):
+    """The job was told to stop while replies were sampled."""
+
+
+def ends(running: Future[Any]) -> bool:
+    """Wait for a call in another thread; False where the job is told to stop before it ends."""
+    while not wait_for([running], POLL_SECONDS).done:
+        if stop.requested:
+            return False
+    return True
 
 
 class Samplers:
@@ -51,6 +68,8 @@ class Samplers:
         self.job, self.strategy, self.folder = job, strategy, folder
         self.thread = ThreadPoolExecutor(1, "samplers")
         """In which rank 0 asks, one call after another."""
+        self.longest_silence = float(job.resources.collective_timeout)
+        """Seconds for which samplers may return nothing, also while they start."""
         self._children: list[_Child] = []
         if strategy.rank == 0:
             devices = own_devices(job) if strategy.device.type == "cuda" else None
@@ -80,15 +99,26 @@ class Samplers:
 
         Args:
             on_finished: is handed each reply when it ends, on rank 0, in another thread.
+
+        Raises:
+            SamplingStopped: the job was told to stop meanwhile; on every rank.
+            JobFailed: a sampler has failed or died; on rank 0.
         """
         handed, replies = self.hand_over(policy), None
         if handed is not None:
             whole = self.job.max_new_tokens
             prompts = zip(prompt_ids, row_seeds, strict=True)
             rows = [Row(i, ids, seed, 0, whole) for i, (ids, seed) in enumerate(prompts)]
-            replies = self.thread.submit(self.ask, handed, rows, on_finished).result()
-            handed.close()
-        return self.strategy.group.broadcast(replies)  # type: ignore[no-any-return]
+            asked = self.thread.submit(self.ask, handed, rows, on_finished)
+            if ends(asked):
+                replies = asked.result()
+                handed.close()
+        replies = self.strategy.group.broadcast(replies)
+        if replies is None:
+            raise SamplingStopped(
+                "told to stop while replies were sampled; the last checkpoint is intact"
+            )
+        return replies  # type: ignore[no-any-return]
 
     def ask(
         self, weights: Handover, rows: Sequence[Row], on_finished: OnFinished | None = None
@@ -102,7 +132,7 @@ class Samplers:
             The new tokens of each row, without versions.
 
         Raises:
-            JobFailed: a sampler has failed or died.
+            JobFailed: a sampler has failed, died, or says nothing.
         """
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         asked = {}
@@ -112,7 +142,10 @@ class Samplers:
                 asked[child.connection] = child
         found: dict[int, QueuedReply] = {}
         while asked:
-            for connection in wait(list(asked)):
+            ready = wait(list(asked), self.longest_silence)
+            if not ready:
+                raise JobFailed(self._silent([child.number for child in asked.values()]), "hang")
+            for connection in ready:
                 replies = asked[connection].receive()
                 if replies is None:
                     del asked[connection]
@@ -121,6 +154,13 @@ class Samplers:
                 if on_finished is not None:
                     on_finished(replies)
         return [found[i] for i in range(len(rows))]
+
+    def _silent(self, numbers: list[int]) -> str:
+        return (
+            f"Of the samplers, {', '.join(map(str, numbers))} have returned no reply for "
+            f"{self.longest_silence:g} s (resources.collective_timeout). Raise it if starting one, "
+            "or sampling one reply, can take longer; else the retry starts new ones."
+        )
 
     def close(self) -> None:
         """End the processes; a second call does nothing."""

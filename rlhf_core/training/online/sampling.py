@@ -26,7 +26,7 @@ from rlhf_core.training.online.ahead import Ahead
 from rlhf_core.training.online.curriculum import rows_of_step
 from rlhf_core.training.online.engine import Engine
 from rlhf_core.training.online.episodes import EpisodeSampler, Outcome
-from rlhf_core.training.online.samplers import Samplers
+from rlhf_core.training.online.samplers import Samplers, SamplingStopped
 from rlhf_core.training.online.service_rewards import asking
 from rlhf_core.training.online.stage import OnlineStage
 from rlhf_core.training.strategy import Strategy
@@ -93,7 +93,11 @@ def sample(
     rows = rows_of(stage, step, replies_per_prompt)
     if isinstance(stage.engine, Ahead):
         return sample_ahead(stage, stage.engine, step, rows)
-    rollout = sample_rows(stage, rows, step)
+    try:
+        rollout = sample_rows(stage, rows, step)
+    except SamplingStopped:
+        stage.checkpointer.stop_if_asked(step)  # with a checkpoint, for this is between two updates
+        raise
     stage.checkpointer.stop_if_asked(step)
     return rollout
 

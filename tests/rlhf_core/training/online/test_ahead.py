@@ -1,6 +1,7 @@
 """Replies that are sampled ahead by a real sampler: whose they are, token by token."""
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from rlhf_core.jobs import BuiltinRollout, GRPOJob, Resources
 from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.modules import Policy
 from rlhf_core.rollout.schedule import Schedule
+from rlhf_core.runtime.stopping import stop
 from rlhf_core.training.online.ahead import Ahead
 from rlhf_core.training.online.sampler_process import Setup
-from rlhf_core.training.online.samplers import Samplers
+from rlhf_core.training.online.samplers import Samplers, SamplingStopped
 from rlhf_core.training.strategy import Strategy
 from tests.rlhf_core.tiny_models import copy_of
 
@@ -128,6 +130,34 @@ def test_replies_asked_for_at_once_follow_weights_and_seeds(samplers, versions):
     )
     assert one == again != other
     assert all(len(reply.ids) == TOKENS or reply.finished for reply in one)
+
+
+@pytest.fixture
+def hanging(samplers):
+    """The sampler, which does nothing until the test is over."""
+    [child] = samplers._children
+    child.process.send_signal(signal.SIGSTOP)
+    yield samplers
+    child.process.send_signal(signal.SIGCONT)
+    samplers.thread.submit(int).result()  # what it was asked is over
+
+
+def test_sampling_is_left_when_the_job_is_told_to_stop(hanging, versions, monkeypatch):
+    monkeypatch.setattr(stop, "requested", True)
+    with pytest.raises(SamplingStopped, match="told to stop while replies were sampled"):
+        hanging.roll_out(versions[0], prompts_of(0), list(range(REPLIES)))
+
+
+def test_sampler_that_says_nothing_is_a_hang(hanging, versions, monkeypatch):
+    monkeypatch.setattr(hanging, "longest_silence", 0.3)
+    found = r"Of the samplers, 0 have returned no reply for 0\.3 s \(resources.collective_timeout"
+    with pytest.raises(JobFailed, match=found) as caught:
+        hanging.roll_out(versions[0], prompts_of(0), list(range(REPLIES)))
+    assert caught.value.category == "hang"
+    [child] = hanging._children
+    child.process.send_signal(signal.SIGCONT)
+    while child.receive() is not None:  # its answer, which nobody waits for any more
+        pass
 
 
 def test_dead_sampler_is_named(samplers, versions):
