@@ -15,7 +15,8 @@ from rlhf_core.data.dataset.card import DataCard
 from rlhf_core.data.dataset.reading import Rows
 from rlhf_core.data.prepare import prepare
 from rlhf_core.data.rows.detect import detect_format
-from rlhf_core.data.rows.formats import PURPOSES_OF, Example, normalise
+from rlhf_core.data.rows.formats import Example, normalise
+from rlhf_core.data.rows.purposes import PURPOSES_OF
 from rlhf_core.data.rows.row import BadRow, RawRow
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings
@@ -57,7 +58,8 @@ def test_a_row_is_understood_or_refused_with_a_reason() -> None:
         said = [m["content"] for m in example.messages]
         said += [example.text, example.chosen, example.completion]
         for text, message in zip(said, example.messages, strict=False):
-            assert text.encode() or message["role"] == "tool" or "tool_calls" in message
+            may_be_empty = message["role"] in ("tool", "system") or "tool_calls" in message
+            assert text.encode() or may_be_empty
         json.dumps(example.messages, ensure_ascii=False).encode()
         for text in said[len(example.messages) :]:
             assert text is None or text.strip() or "tool_calls" in example.replies[0]

@@ -10,7 +10,11 @@ import re
 from typing import Any
 
 from rlhf_core.data.rows.columns import is_empty, read_flag
+from rlhf_core.data.rows.layout import CONVERSATION
+from rlhf_core.data.rows.markers import turns_in
 from rlhf_core.data.rows.meanings import meaning
+from rlhf_core.data.rows.row import short
+from rlhf_core.data.rows.tools import listed_calls
 from rlhf_core.jobs import Format, Purpose
 
 _PROMPTS = (
@@ -92,7 +96,10 @@ def _settings(row: dict[str, Any], purpose: Purpose | None) -> dict[str, str]:
 
     prompt, system = first(_PROMPTS), first(_SYSTEMS)
     reply, context = first(REPLIES, prompt), first(_CONTEXTS, prompt)
-    pair = next((pair for pair in _PAIRS if own.keys() >= {*pair}), ())
+    calls = next((n for n, v in row.items() if listed_calls(v)), "")
+    told = own | {n.lower(): n for n, v in row.items() if _is_talk([v])}
+    pair = next((pair for pair in _PAIRS if told.keys() >= {*pair}), ())
+    before = next((n for n in talks.values() if not pair or n.lower() not in pair), "")
     sides = _sides(row)
     talk = next((n for n in talks.values() if _ends_with_reply(row[n]) and n not in sides), "")
     if any(isinstance(row.get(name), dict) for name in ("prompt", "input")):
@@ -104,15 +111,19 @@ def _settings(row: dict[str, Any], purpose: Purpose | None) -> dict[str, str]:
         wanted = {"instruction": prompt}
     asked = purpose == "prompts"
     if pair and purpose != "unpaired" and not (asked and prompt) and (
-        prompt or own[pair[0]] in talks.values()
+        prompt or before or told[pair[0]] in talks.values()
     ):  # fmt: skip
-        wanted |= {"chosen": own[pair[0]], "rejected": own[pair[1]]}
+        wanted |= {"chosen": told[pair[0]], "rejected": told[pair[1]]}
+        if before and not prompt and before not in CONVERSATION:
+            wanted["messages"] = before
     elif asked and not prompt:
         wanted = {"messages": next(iter(talks.values()))} if talks else {}
     elif asked:
         wanted |= {"answer": own["answer"]} if "answer" in own else {}  # for rewards
     elif purpose == "preference":
         return {}
+    elif prompt and calls:
+        wanted["tool_calls"] = calls
     elif prompt and reply:
         wanted["output" if "instruction" in wanted else "completion"] = reply
     else:
@@ -137,6 +148,12 @@ def _sides(row: dict[str, Any]) -> list[str]:
 
 def _nested(name: str, value: Any, purpose: Purpose | None) -> str:
     """What to do about a list or an object that holds replies, turns or a whole row."""
+    if isinstance(value, str) and (found := turns_in(value)):
+        return (
+            f"Column {name!r} holds {short(found)} and may be a conversation in one text: write it "
+            "as messages ({role, content}), calls of tools as tool_calls of a reply, and their "
+            "results as messages of the role tool. "
+        )
     if isinstance(value, dict):
         if _settings(value, purpose) or _sides(value) or any(map(_is_talk, value.values())):
             return f"Column {name!r} holds an object; write what it holds as columns of the row. "

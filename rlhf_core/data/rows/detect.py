@@ -9,9 +9,9 @@ from typing import Any
 from rlhf_core.data.dataset.carried import CARRIED
 from rlhf_core.data.rows.advice import REPLIES, advice, whole_table
 from rlhf_core.data.rows.columns import is_empty
-from rlhf_core.data.rows.formats import PURPOSES_OF, check_purpose
 from rlhf_core.data.rows.labels import is_label
 from rlhf_core.data.rows.layout import (
+    CALL_COLUMN,
     CONVERSATION,
     FORMAT_COLUMNS,
     LABEL,
@@ -21,6 +21,7 @@ from rlhf_core.data.rows.layout import (
     first_of,
 )
 from rlhf_core.data.rows.messages import is_transcript
+from rlhf_core.data.rows.purposes import PURPOSES_OF, check_purpose
 from rlhf_core.data.rows.row import SKIP_HINT, BadRow, RawRow, names
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import DataSettings, Format, Purpose
@@ -108,7 +109,7 @@ def detect_format(row: dict[str, Any], purpose: Purpose | None = None) -> Format
     if conversation:
         talk: Format = "sharegpt" if conversation == "conversations" else "messages"
         return "unpaired" if labelled else talk
-    prompt, reply = first_of(PROMPT, has), first_of(REPLY, has)
+    prompt, reply = first_of(PROMPT, has), first_of((*REPLY, CALL_COLUMN), has)
     if reply and ("instruction" in has or prompt):
         single: Format = "alpaca" if "instruction" in has else "prompt_completion"
         return "unpaired" if labelled else single

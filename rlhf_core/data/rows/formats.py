@@ -22,10 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_core.data.rows.advice import instead
 from rlhf_core.data.rows.columns import Rules, check_unread, is_empty
 from rlhf_core.data.rows.labels import read_label
-from rlhf_core.data.rows.layout import FORMAT_COLUMNS, HARMLESS, Layout, find_layout
+from rlhf_core.data.rows.layout import HARMLESS, Layout, find_layout
 from rlhf_core.data.rows.markers import check_markers, check_turns
 from rlhf_core.data.rows.messages import Untrained, is_messages, read_transcript, untrained
 from rlhf_core.data.rows.parts import (
@@ -40,22 +39,14 @@ from rlhf_core.data.rows.parts import (
     with_system,
 )
 from rlhf_core.data.rows.row import CALLS, TOOLS, BadRow, Message
-from rlhf_core.data.rows.tools import match_results, read_tools, with_tools, without_padding
-from rlhf_core.errors import DataError
+from rlhf_core.data.rows.tools import (
+    check_calls_in_text,
+    match_results,
+    read_tools,
+    with_tools,
+    without_padding,
+)
 from rlhf_core.jobs import Format, Purpose
-
-PURPOSES_OF: dict[str, tuple[Purpose, ...]] = {
-    "alpaca": ("sft", "prompts", "pretrain"),
-    "messages": ("sft", "prompts", "pretrain"),
-    "sharegpt": ("sft", "prompts", "pretrain"),
-    "prompt_completion": ("sft", "prompts", "pretrain"),
-    "hh": ("preference", "sft", "prompts", "pretrain"),
-    "preference": ("preference", "sft", "prompts", "pretrain"),
-    "implicit_prompt": ("preference", "sft", "prompts", "pretrain"),
-    "unpaired": ("unpaired", "sft", "prompts", "pretrain"),
-    "prompt": ("prompts",),
-    "text": ("pretrain", "sft", "prompts"),
-}
 
 
 @dataclass(slots=True)
@@ -95,25 +86,6 @@ class Example:
 
     def _said(self, number: int, of: int) -> str | None:
         return self.replies[number]["content"] if len(self.replies) == of else None
-
-
-def check_purpose(format: Format, purpose: Purpose, found: str = "") -> None:
-    """Check that rows of a format can be used for a purpose.
-
-    Args:
-        found: columns of a row, and advice about them, for the error.
-
-    Raises:
-        DataError: they cannot; the text lists the possible purposes and formats.
-    """
-    if purpose not in PURPOSES_OF[format]:
-        able = [name for name, purposes in PURPOSES_OF.items() if purpose in purposes]
-        columns = ", ".join(f"{name} {FORMAT_COLUMNS[name]}" for name in able)
-        raise DataError(
-            f"{found}{instead(format, purpose)}Format {format} can be used for "
-            f"{', '.join(PURPOSES_OF[format])}, not for {purpose}; the formats for {purpose} are "
-            f"{columns}."
-        )
 
 
 def normalise(
@@ -163,6 +135,8 @@ def _finish_tools(example: Example, value: Any, name: str, rules: Rules) -> None
     if not is_empty(value):
         tools = read_tools(value, f"column {name!r}")
         example.messages = with_tools(example.messages, tools, rules)
+    if tools := example.messages[0].get(TOOLS):
+        check_calls_in_text([*example.messages, *example.replies], tools)
     if any(m["role"] == "tool" for m in example.messages):
         example.messages = match_results(example.messages, rules)
     if tools := example.messages[0].get(TOOLS):

@@ -16,6 +16,7 @@ from rlhf_core.jobs import Format
 CONVERSATION = ("messages", "conversations", "conversation")
 PROMPT = ("prompt", "input")
 REPLY = ("completion", "response", "output")
+CALL_COLUMN = "tool_calls"  # a reply that consists of calls
 LABEL = ("label", "kto_tag")
 SYSTEM = ("system", "system_prompt")
 TOOL_COLUMNS = ("tools", "functions")
@@ -36,14 +37,14 @@ FORMAT_COLUMNS: dict[str, str] = {
 _QUESTION = (*PROMPT, "instruction", *CONVERSATION, "history", *SYSTEM, *TOOL_COLUMNS)
 # Every column that a format may read.
 _READ: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input", *REPLY, "history", *SYSTEM, *TOOL_COLUMNS),
+    "alpaca": ("instruction", "input", *REPLY, CALL_COLUMN, "history", *SYSTEM, *TOOL_COLUMNS),
     "messages": (*CONVERSATION, "input", *SYSTEM, *TOOL_COLUMNS),
     "sharegpt": (*CONVERSATION, "input", *SYSTEM, *TOOL_COLUMNS),
-    "prompt_completion": (*PROMPT, *REPLY, "history", *SYSTEM, *TOOL_COLUMNS),
+    "prompt_completion": (*PROMPT, *REPLY, CALL_COLUMN, "history", *SYSTEM, *TOOL_COLUMNS),
     "hh": ("chosen", "rejected", *SYSTEM, *TOOL_COLUMNS),
     "preference": (*_QUESTION, "chosen", "rejected"),
     "implicit_prompt": ("chosen", "rejected", *SYSTEM, *TOOL_COLUMNS),
-    "unpaired": (*_QUESTION, *REPLY, *LABEL),
+    "unpaired": (*_QUESTION, *REPLY, CALL_COLUMN, *LABEL),
     "prompt": (*PROMPT, "history", *SYSTEM, *TOOL_COLUMNS),
     "text": ("text",),
 }
@@ -99,13 +100,14 @@ def find_layout(format: Format, names: tuple[str, ...]) -> Layout:
             own if own in has else first_of((*CONVERSATION, "input"), has) or own
         )
     elif format == "alpaca":
-        parts |= {"instruction": "instruction", "reply": first_of(REPLY[::-1], has) or "output"}
+        reply = first_of((*REPLY[::-1], CALL_COLUMN), has) or "output"
+        parts |= {"instruction": "instruction", "reply": reply}
     elif format in ("prompt_completion", "prompt"):
         parts["prompt"] = first_of(PROMPT, has) or "prompt"
     elif format in ("preference", "unpaired"):
         parts |= _question(has, format)
     if format == "prompt_completion" or (format == "unpaired" and "conversation" not in parts):
-        parts["reply"] = first_of(REPLY, has) or "completion"
+        parts["reply"] = first_of((*REPLY, CALL_COLUMN), has) or "completion"
     if format == "unpaired":
         parts["label"] = first_of(LABEL, has) or "label"
     if "instruction" in parts and "input" in has:
@@ -124,7 +126,7 @@ def find_layout(format: Format, names: tuple[str, ...]) -> Layout:
 def _question(has: frozenset[str], format: Format) -> dict[str, str]:
     """The columns of the prompt before a pair or a labelled reply."""
     conversation = first_of(CONVERSATION, has)
-    alone = format == "preference" or not first_of(REPLY, has)
+    alone = format == "preference" or not first_of((*REPLY, CALL_COLUMN), has)
     if conversation and alone and not (format == "preference" and "prompt" in has):
         return {"conversation": conversation}
     if "prompt" in has or "instruction" not in has:

@@ -96,6 +96,16 @@ def check_turns(text: str, where: str, first: bool = False) -> None:
         raise _transcript(where, person.group())
 
 
+def turns_in(text: str) -> str:
+    """The first mark of a turn in a text that holds a conversation of several; "" if it is none."""
+    try:
+        check_turns(text, "it")
+    except BadRow:
+        found = _TOKENS.search(text) or _FIRST_PERSON.match(text) or _PERSON.search(text)
+        return found.group().strip() if found else "several turns"
+    return ""
+
+
 def _check_tokens(text: str, where: str) -> None:
     if found := _TOKENS.search(text):
         raise _transcript(where, found.group())

@@ -140,7 +140,7 @@ def _parsed(text: str, name: str) -> Any:
 
 
 def _role(item: dict[str, Any], keys: tuple[str, str]) -> str:
-    return str(item[keys[0]]).lower()
+    return str(item[keys[0]]).lower().replace("-", "_")
 
 
 def _message(item: Any, keys: tuple[str, str], where: str, rules: Rules) -> Message:
@@ -173,7 +173,11 @@ def _message(item: Any, keys: tuple[str, str], where: str, rules: Rules) -> Mess
         known = (key for key in _OF_ROLE[role] if not is_empty(item.get(key)))
         message |= {key: whole_text(str(item[key]), f"key {key!r} of {where}") for key in known}
     else:
-        message["content"] = check_text(_text(item[text_key], where, rules), where)
+        text = _text(item[text_key], where, rules)
+        # An empty system message is one: templates that have a system message of their own then
+        # write none.
+        said = whole_text(text, where) if role == "system" else check_text(text, where)
+        message["content"] = said
     if reasoning:
         thought = check_text(item[reasoning], f"key {reasoning!r} of {where}")
         if _MARKS.search(thought + message["content"]):

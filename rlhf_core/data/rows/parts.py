@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from rlhf_core.data.rows.columns import Rules, is_empty
-from rlhf_core.data.rows.layout import CONVERSATION, PROMPT, REPLY, Layout
+from rlhf_core.data.rows.layout import CALL_COLUMN, CONVERSATION, PROMPT, REPLY, Layout
 from rlhf_core.data.rows.markers import check_turns
 from rlhf_core.data.rows.messages import (
     check_text,
@@ -16,7 +16,8 @@ from rlhf_core.data.rows.messages import (
     read_transcript,
     wrong_type,
 )
-from rlhf_core.data.rows.row import BadRow, Message, names, short
+from rlhf_core.data.rows.row import CALLS, BadRow, Message, names, short
+from rlhf_core.data.rows.tools import read_calls
 
 _TEXTS = re.compile(r"""\s*\[\s*"(?:[^"\\]|\\.)*"\s*(?:,\s*"(?:[^"\\]|\\.)*"\s*)*\]\s*\Z""")
 
@@ -128,8 +129,10 @@ def with_system(row: dict[str, Any], layout: Layout, messages: list[Message]) ->
 
 
 def reply_of(row: dict[str, Any], name: str, rules: Rules) -> list[Message]:
-    """A column with a reply: a text, or messages that end with the reply."""
+    """A column with a reply: a text, messages that end with the reply, or calls of tools."""
     value = column(row, name)
+    if name == CALL_COLUMN:
+        return [message("assistant", "") | {CALLS: read_calls(value, f"column {name!r}", rules)}]
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         raise BadRow(
             "wrong_type",

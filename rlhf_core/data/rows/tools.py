@@ -30,8 +30,9 @@ from rlhf_core.data.rows.row import (
 )
 
 RESULT_ROLES = frozenset(
-    {"tool", "function", "observation", "ipython", "tool_response", "tool_result", "tool_results"}
-)
+    {"tool", "function", "observation", "ipython", "tool_response", "tool_result", "tool_results",
+     "function_response", "function_result"}
+)  # fmt: skip
 CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})
 CALL_KEYS = (CALLS, "function_call")
 _MAY_BE_NULL = ("default", "const", "example")
@@ -142,6 +143,43 @@ def read_calls(value: Any, where: str, rules: Rules) -> list[dict[str, Any]]:
                      "function": {"name": function["name"], "arguments": arguments}}
         )  # fmt: skip
     return _writable(calls, where)
+
+
+def listed_calls(value: Any) -> list[str]:
+    """The names of the tools that a list of calls, as JSON too, calls; empty if it is none."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value)
+        except BadRow:
+            return []
+    calls = value if isinstance(value, list) else []
+    if not all(isinstance(call, dict) and call.keys() == {"name", "arguments"} for call in calls):
+        return []
+    return [str(call["name"]) for call in calls]
+
+
+def check_calls_in_text(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> None:
+    """Check that no reply's text is a list of calls as JSON: the chat template tells the model to
+    write calls in another form.
+
+    Args:
+        tools: that the model may call.
+
+    Raises:
+        BadRow: one is.
+    """
+    known = {tool["function"]["name"] for tool in tools}
+    for turn, message in enumerate(messages, 1):
+        called = listed_calls(message["content"]) if message["role"] == "assistant" else []
+        if called and known.issuperset(called):
+            raise BadRow(
+                "unused_column",
+                f"message {turn}, a reply, is a text with calls of {short(called)} as JSON, but "
+                "chat templates write calls in a form of their own: write it as tool_calls of the "
+                "message, or, if a column is the reply, set columns: {tool_calls: <its name>}. If "
+                "the text is right as it is, the system message must say so: put the tools there, "
+                "and set ignore_columns: [tools]",
+            )
 
 
 def read_result(value: Any, where: str) -> str:

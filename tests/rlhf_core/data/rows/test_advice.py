@@ -50,6 +50,9 @@ NAMED: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     ("preference", {"prompt": "Hi", "pos_resp": C, "neg_resp": R}, ["Hi"], [C, R]),
     ("preference", {"chosen_conversations": [U, A], "rejected_conversations": [U, BAD]}, ["Hi"],
      [C, R]),
+    ("preference", {"messages": [U], "chosen_response": A, "rejected_response": BAD}, ["Hi"],
+     [C, R]),
+    ("preference", {"talk": [U], "chosen_response": A, "rejected_response": BAD}, ["Hi"], [C, R]),
     ("unpaired", {"prompt": "Hi", "response": C, "is_correct": True}, ["Hi"], [C]),
     ("unpaired", {"question": "Hi", "answer": C, "thumbs_up": 1.0}, ["Hi"], [C]),
 ]  # fmt: skip
@@ -90,6 +93,9 @@ WRITTEN = [
                     "non_preferred_output": [BAD]}, "'input' holds an object; write what it holds"),
     ("unpaired", {"prompt": "Hi", "chosen": C, "rejected": R}, "leave data.unpaired empty"),
     ("unpaired", {"messages": [U, A]}, "needs a label"),
+    ("sft", {"system": "SYSTEM: You have functions.", "chat":
+             "USER: Hi\n\n\nASSISTANT: <functioncall> {} <|endoftext|>\n\n\nFUNCTION RESPONSE: 3"},
+     "'chat' holds 'USER:' and may be a conversation in one text: write it as messages"),
     ("preference", {"messages": [U, A]}, "{source: sampled} makes pairs"),
     ("preference", {"a": "b"}, 'columns: {"prompt": "question", "chosen": "good", "rejected"'),
     ("sft", {"prompt": "Hi", "question": "b", "completion": C},

@@ -1,10 +1,12 @@
 """Tools, calls and results in the forms of OpenAI, TRL, ShareGPT, LLaMA-Factory and Hermes."""
 
 import json
+import re
 
 import pytest
 
 from rlhf_core.data.rows.row import BadRow
+from rlhf_core.errors import DataError
 from rlhf_core.evaluation.scored import shown_prompt
 from tests.rlhf_core.data.rows.layouts import read
 
@@ -183,6 +185,51 @@ def test_what_is_no_tool_call_or_result_is_refused(row, found):
     with pytest.raises(BadRow) as error:
         read(row)
     assert found in error.value.message, error.value.message
+
+
+XLAM = {
+    "id": 0, "query": "1 + 2?", "tools": json.dumps([FUNCTION]),
+    "answers": json.dumps([CALL["function"], {"name": "add", "arguments": {"a": 3}}]),
+}  # fmt: skip
+NAMED = {"prompt": "query", "tool_calls": "answers"}
+
+
+@pytest.mark.parametrize("purpose", ["sft", "unpaired"])
+def test_calls_in_a_column_are_a_reply(purpose):
+    """As in xlam-function-calling-60k: query, answers and tools, both as JSON."""
+    with pytest.raises(DataError, match=re.escape(f"set columns: {json.dumps(NAMED)}. ")):
+        read(XLAM)
+    row = XLAM | ({"label": True} if purpose == "unpaired" else {})
+    example, _ = read(row, purpose, columns=NAMED)
+    whole = [*example.messages, *example.replies]
+    assert whole == [TALK[0], says(CALL, called({"a": 3}))]
+    asked, _ = read(XLAM, "prompts", columns={"prompt": "query"})
+    assert asked.messages == TALK[:1]
+    alpaca = {"instruction": "1 + 2?", "tool_calls": XLAM["answers"], "tools": XLAM["tools"]}
+    assert read(alpaca)[0].messages == whole
+
+
+@pytest.mark.parametrize(
+    ("row", "given"),
+    [
+        (XLAM, {"columns": {"prompt": "query", "completion": "answers"}}),
+        ({"messages": [U, {**A, "content": XLAM["answers"]}], "tools": [ADD]}, {}),
+        ({"prompt": [U], "chosen": XLAM["answers"], "rejected": "3", "tools": [ADD]}, {}),
+    ],
+)  # fmt: skip
+def test_calls_as_the_text_of_a_reply_are_refused(row, given):
+    """The template would tell the model of another form than it is trained on."""
+    purpose = "preference" if "chosen" in row else "sft"
+    with pytest.raises(BadRow, match=r"calls of \['add', 'add'\] as JSON.*tool_calls"):
+        read(row, purpose, **given)
+    ignored = given | {"ignore_columns": ["tools"]}  # the system message says how to write calls
+    assert read(row, purpose, **ignored)[0].messages[0] == U
+
+
+def test_lists_that_call_no_tool_of_the_row_stay_texts():
+    for text in ('[{"name": "Ann", "arguments": {}}]', '[{"name": "add", "age": 3}]', "[1]", "["):
+        row = {"messages": [U, {**A, "content": text}], "tools": [ADD]}
+        assert read(row)[0].messages[1]["content"] == text
 
 
 def test_pair_of_trajectories_is_refused_with_what_to_write():
