@@ -49,8 +49,8 @@ def run(job: OnlineDPOJob, context: StageContext) -> Artifact | None:
         # 2. Score them: policy, reference, reward model, rules.
         experience, first_pass = score(stage, step, rollout)
         # 3. The better one of each pair, and the loss of the pairs.
-        pairs = pick(experience.scores, job.min_margin)
         mask = experience.loss_mask  # (B,T)
+        pairs = pick(experience.scores, job.min_margin, mask.any(dim=1))
         logps, ref_logps = (
             (x * mask).sum(dim=1) for x in (experience.old_logprobs, experience.ref_logprobs)
         )  # (B,) each
@@ -60,7 +60,10 @@ def run(job: OnlineDPOJob, context: StageContext) -> Artifact | None:
             stage, step, experience, Targets(weights), first_pass, 1, loss
         )
         # 5. Report and save.
-        report_and_save(stage, step, experience, metrics | found | {"ties": pairs.ties})
+        found |= {"ties": pairs.ties}
+        if job.mask_truncated_completions:
+            found["masked_pairs"] = pairs.masked
+        report_and_save(stage, step, experience, metrics | found)
 
     return publish(stage)
 

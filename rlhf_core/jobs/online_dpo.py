@@ -64,3 +64,7 @@ class OnlineDPOJob(OnlineDPOSettings, OnlineJob):
     """Name of the algorithm."""
     resources: Resources = Resources()
     """Placement of the job."""
+
+    def current_version(self) -> int:
+        """2 where replies are left out of the loss: before, the other one of a pair was not."""
+        return 2 if self.mask_truncated_completions else super().current_version()

@@ -21,21 +21,27 @@ class Pairs(NamedTuple):
     chosen: Tensor  # (n,) indices of the better replies
     rejected: Tensor  # (n,) of the worse ones
     ties: float  # share of the prompts whose replies are too close to be a pair
+    masked: float = 0.0  # share of the others, of which a reply is not trained on
 
 
-def pick(scores: Tensor, min_margin: float) -> Pairs:
+def pick(scores: Tensor, min_margin: float, trained: Tensor) -> Pairs:
     """The better and the worse reply to each prompt.
 
     Args:
         scores: (B,); replies 2 i and 2 i + 1 answer prompt i.
         min_margin: least difference; equal scores never make a pair.
+        trained: (B,) bool, whether a reply is in the loss. A pair needs both: one reply alone would
+            rise, or fall, without anything that it is compared with.
     """
     first, second = scores.view(-1, 2).unbind(1)  # (B/2,) each
     apart = (first - second).abs()
-    kept = ((apart > 0) & (apart >= min_margin)).nonzero().squeeze(1)  # (n,)
+    far = (apart > 0) & (apart >= min_margin)
+    both = trained.view(-1, 2).all(dim=1)
+    kept = (far & both).nonzero().squeeze(1)  # (n,)
     worse = (first < second).long()[kept]  # 1 where the second reply is the better one
-    ties = 1.0 - len(kept) / len(first)
-    return Pairs(2 * kept + worse, 2 * kept + 1 - worse, ties)
+    ties = 1.0 - int(far.sum()) / len(first)
+    masked = int((far & ~both).sum()) / len(first)
+    return Pairs(2 * kept + worse, 2 * kept + 1 - worse, ties, masked)
 
 
 def reply_weights(

@@ -10,15 +10,35 @@ from rlhf_core.jobs.online_dpo import OnlineDPOJob, OnlineDPOSettings
 from rlhf_core.losses.preference import dpo_loss, ipo_loss
 from rlhf_core.training.online.pairs import Pairs, pick, reply_weights
 
+ALL = torch.ones(8, dtype=torch.bool)
+
 
 def test_better_reply_of_each_prompt_is_picked():
     scores = torch.tensor([1.0, 0.5, 0.2, 0.9, 3.0, 3.0, 0.0, 0.1])
-    pairs = pick(scores, 0.0)
+    pairs = pick(scores, 0.0, ALL)
     assert pairs.chosen.tolist() == [0, 3, 7]
     assert pairs.rejected.tolist() == [1, 2, 6]
     assert pairs.ties == pytest.approx(0.25), "equal scores are no pair"
-    close = pick(scores, 0.5)
+    close = pick(scores, 0.5, ALL)
     assert close.chosen.tolist() == [0, 3] and close.ties == pytest.approx(0.5)
+
+
+def test_a_pair_needs_two_replies_that_are_trained_on():
+    """Else the loss of a reply that was cut, and its mask of zeros, would move the other one."""
+    scores = torch.tensor([1.0, 0.5, 0.2, 0.9, 3.0, 3.0, 0.0, 0.1])
+    trained = torch.tensor([1, 0, 1, 1, 0, 1, 1, 1]).bool()
+    pairs = pick(scores, 0.0, trained)
+    assert pairs.chosen.tolist() == [3, 7] and pairs.rejected.tolist() == [2, 6]
+    assert (pairs.ties, pairs.masked) == (pytest.approx(0.25), pytest.approx(0.25))
+    logps = torch.arange(8.0)
+    weights, _ = reply_weights(logps, logps, pairs, partial(dpo_loss, beta=0.1))
+    assert weights[:2].tolist() == weights[4:6].tolist() == [0.0, 0.0]
+
+
+def test_key_of_a_stage_that_leaves_replies_out_is_a_new_one():
+    job = OnlineDPOJob(model="a" * 64, prompts="b" * 64, rewards=[{"type": "repetition"}])
+    assert job.current_version() == 1
+    assert job.model_copy(update={"mask_truncated_completions": True}).current_version() == 2
 
 
 def test_weights_of_a_pair_by_hand():
@@ -45,7 +65,7 @@ def test_replies_one_by_one_have_the_gradient_of_the_pairs(loss):
         return counts @ torch.log_softmax(policy, dim=0)  # (8,)
 
     ref = logps().detach() + torch.randn(8, dtype=torch.float64, generator=generator)
-    pairs = pick(torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0, 0.3, 0.1]), 0.0)
+    pairs = pick(torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0, 0.3, 0.1]), 0.0, ALL)
     whole = logps()
     value, _ = loss(whole[pairs.chosen], whole[pairs.rejected], ref[pairs.chosen],
                     ref[pairs.rejected])  # fmt: skip
@@ -60,7 +80,7 @@ def test_replies_one_by_one_have_the_gradient_of_the_pairs(loss):
 
 def test_rollout_of_ties_has_no_loss():
     logps = torch.tensor([-1.0, -2.0])
-    weights, found = reply_weights(logps, logps, pick(torch.ones(2), 0.0), dpo_loss)
+    weights, found = reply_weights(logps, logps, pick(torch.ones(2), 0.0, ALL[:2]), dpo_loss)
     assert weights.tolist() == [0.0, 0.0] and found == {}
 
 
