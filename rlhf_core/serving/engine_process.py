@@ -1,4 +1,7 @@
-"""Makes vLLM's engine processes end with the server, however it ends.
+"""Makes vLLM's engine processes end with the server, however it ends, and by nothing else.
+
+Ctrl-C in a terminal goes to all processes. An engine that takes it at once fails on what the server
+still asks of it, and says so with a traceback.
 
 A process that Python spawns first imports its parent's main module, under the name `__mp_main__`.
 While vLLM starts, `named_as_main` makes it import this module instead.
@@ -7,6 +10,7 @@ While vLLM starts, `named_as_main` makes it import this module instead.
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -15,6 +19,7 @@ from rlhf_core.system.processes import die_with_parent
 
 if __name__ == "__mp_main__":
     die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 @contextlib.contextmanager

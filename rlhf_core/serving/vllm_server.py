@@ -162,8 +162,9 @@ async def _serve(given: list[str], address: str, listener: socket.socket) -> boo
         def noting_shut_down(*arguments: Any, **named: Any) -> None:
             nonlocal requested
             requested = True
-            # vLLM kills an engine that does not end in time; that is not worth a message.
-            logging.getLogger("vllm").setLevel(logging.CRITICAL)
+            # An engine that does not end in time is killed, a reply cut off: not worth a message.
+            for name in ("vllm", "uvicorn.error"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
             shut_down(*arguments, **named)
 
         engine.shutdown = noting_shut_down  # type: ignore[method-assign]

@@ -73,7 +73,7 @@ def test_output_is_let_through_once_it_serves(capfd):
 
 
 SPAWNS = """
-import multiprocessing, os, sys, time
+import multiprocessing, os, signal, sys, time
 from rlhf_core.serving.engine_process import named_as_main
 if __name__ != "__main__":
     sys.exit("the child ran its parent's program")
@@ -82,18 +82,23 @@ with named_as_main():
     child.start()
 print(child.pid, flush=True)
 time.sleep(2)
+os.kill(child.pid, signal.SIGINT)
+child.join(1)
+print(child.exitcode, flush=True)
 os.kill(os.getpid(), 9)
 """
 
 
-def test_spawned_processes_end_with_the_server_that_was_killed(tmp_path):
+def test_spawned_processes_end_with_the_server_and_not_by_ctrl_c(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(SPAWNS)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, program], capture_output=True, text=True, env=environment, timeout=60
     )
-    child = int(done.stdout)
+    pid, ended = done.stdout.split()
+    child = int(pid)
+    assert ended == "None"
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(child).wait(timeout=60)
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
