@@ -250,12 +250,13 @@ def _license(readme: str) -> str | None:
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, choice: str, source: str) -> list[int]:
     """Give the tokenizer its chat template and a pad token; return the ids that end a turn.
 
-    The first id is the template's end-of-turn token, followed by the tokenizer's end of sequence.
+    The first id is the template's end-of-turn token, followed by that of calls of tools, if it is
+    another one, and by the tokenizer's end of sequence.
 
     Raises:
         ModelError: no token ends a turn, or the chosen template needs tokens that are missing.
     """
-    from rlhf_core.data.encoding.templates import end_of_turn, resolve_template
+    from rlhf_core.data.encoding.templates import end_of_turn, ends_of_turns, resolve_template
 
     try:
         tokenizer.chat_template = resolve_template(tokenizer, choice)
@@ -266,7 +267,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, choice: str, source: s
         tokenizer.eos_token = text
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # an existing token: the vocabulary stays
-    return list(dict.fromkeys([end, tokenizer.eos_token_id]))
+    ends = tokenizer.convert_tokens_to_ids(ends_of_turns(tokenizer))
+    return list(dict.fromkeys([end, *ends, tokenizer.eos_token_id]))
 
 
 def template_note(own: str | dict[str, str] | None, chosen: str, choice: str) -> str:

@@ -196,9 +196,10 @@ def _render_replies(
     """A prompt with one or two replies. ``names`` are the columns with their texts: of a reply with
     calls or reasoning in keys of their own, what the template writes."""
     before, texts = templates.render_replies(tokenizer, messages, replies)
-    end = templates.end_of_turn(tokenizer)[0]
+    ends = templates.ends_of_turns(tokenizer)
     columns: dict[str, Any] = {"prompt": dump_messages(messages)}
     for name, reply, text in zip(names, replies, texts, strict=True):
         plain = CALLS not in reply and REASONING not in reply
+        end = next((end for end in ends if text.endswith(end)), "")
         columns[name] = reply["content"] if plain else text.removesuffix(end).strip()
     return Rendered(before, columns, prompt, replies=tuple(texts))

@@ -14,7 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_core.data.encoding.apply import ADVICE, apply_chat
-from rlhf_core.data.encoding.tool_facts import check_written, tool_facts_of, with_arguments
+from rlhf_core.data.encoding.tool_facts import (
+    PROBE_TOOL,
+    check_written,
+    probe_call,
+    tool_facts_of,
+    with_arguments,
+)
 from rlhf_core.data.rows.row import CALLS, REASONING, TOOLS, Message
 from rlhf_core.errors import DataError, ModelError
 
@@ -38,6 +44,7 @@ class TemplateFacts:
         dated: the template writes today's date.
         reads_reasoning: it writes reasoning that a reply has in a key of its own, or its prompt
             opens the reasoning, which the reply then begins with.
+        call_end: the token that ends a reply with calls of tools, if it is another one (gpt-oss).
     """
 
     key: tuple[str, int]
@@ -50,6 +57,7 @@ class TemplateFacts:
     alike_reasoning: bool = False
     dated: bool = False
     reads_reasoning: bool = False
+    call_end: str = ""
 
 
 _FACTS: weakref.WeakKeyDictionary[Any, TemplateFacts] = weakref.WeakKeyDictionary()
@@ -99,11 +107,18 @@ def generated_reply(
             raise DataError(_two_ways(prompt, full))
         return _after_opened_reasoning(facts, full, prompt, messages[-1])
     if not full.startswith(prompt):
-        raise DataError(_two_ways(prompt, full))
+        if not facts.call_end or CALLS in messages[-1]:
+            raise DataError(_two_ways(prompt, full))
+        # gpt-oss takes the reasoning before a call out once the answer follows, which was not there
+        # when it was generated. What it writes of the answer itself does not depend on that.
+        asked = [_user("Question 1")]
+        prompt = apply_template(tokenizer, asked, True)
+        full = apply_template(tokenizer, [*asked, messages[-1]], False)
     text = full[len(prompt) :]
-    if (stop := text.find(facts.end_text)) < 0:
+    end = facts.call_end if facts.call_end and CALLS in messages[-1] else facts.end_text
+    if (stop := text.find(end)) < 0:
         raise DataError(
-            f"the chat template does not end this reply with {facts.end_text!r}, though it does so "
+            f"the chat template does not end this reply with {end!r}, though it does so "
             "after a short one"
         )
     if not all(p.strip() in text or _letters(p) in _letters(text) for p in (content, reasoning)):
@@ -112,7 +127,7 @@ def generated_reply(
             f"part out of the data, or {ADVICE}"
         )
     check_written(messages[-1:], text)
-    return text[: stop + len(facts.end_text)]
+    return text[: stop + len(end)]
 
 
 # --------------------------------------------------------------------------- details
@@ -212,6 +227,7 @@ def _read(tokenizer: Any, key: tuple[str, int]) -> TemplateFacts:
     return replace(
         facts,
         reads_reasoning=prompt.rstrip().endswith(OPEN) or _writes_reasoning(tokenizer),
+        call_end=_call_end(tokenizer, end),
         alike=_alike(tokenizer, facts, PROBE),
         alike_reasoning=_alike(tokenizer, facts, f"{OPEN}\nStripes.\n{CLOSE}\n\n{PROBE}"),
     )
@@ -224,6 +240,22 @@ def _writes_reasoning(tokenizer: Any) -> bool:
         return "Stripes." in apply_template(tokenizer, [_user("Question 1"), reply], False)
     except DataError:
         return False
+
+
+def _call_end(tokenizer: Any, end: str) -> str:
+    """The special token at the end of a reply with a call, where this is not its end of turn."""
+    tools = tool_facts_of(tokenizer)
+    if not tools.calls:
+        return ""
+    asked = _user("How many?") | ({TOOLS: [PROBE_TOOL]} if tools.tools else {})
+    try:
+        prompt = apply_template(tokenizer, [asked], True)
+        full = apply_template(tokenizer, [asked, probe_call()], False)
+    except DataError:
+        return ""
+    text = full[len(prompt) :].rstrip()
+    found = [token for token in _special(tokenizer) if token and text.endswith(token)]
+    return found[0] if full.startswith(prompt) and end not in text and found else ""
 
 
 def _alike(tokenizer: Any, facts: TemplateFacts, reply: str) -> bool:
@@ -244,12 +276,16 @@ def _alike(tokenizer: Any, facts: TemplateFacts, reply: str) -> bool:
 def _markers(tokenizer: Any, added: Iterable[str], around: str) -> re.Pattern[str] | None:
     """Special tokens, and other tokens of their own that the template writes around messages. The
     marks of reasoning are none: a reply may hold them."""
-    special = {
-        str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
-    } | set(tokenizer.all_special_tokens)
+    special = _special(tokenizer)
     written = {token for token in added if token.strip() and token in around}
     found = special | (written - {OPEN, CLOSE})
     return _any_of(found) if found else None
+
+
+def _special(tokenizer: Any) -> set[str]:
+    """The texts of the special tokens."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
 
 
 def _find_prefix(tokenizer: Any, end: str) -> str:

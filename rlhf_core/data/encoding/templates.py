@@ -123,6 +123,13 @@ def end_of_turn(tokenizer: Any) -> tuple[str, int]:
     return facts.end_text, facts.end_id
 
 
+def ends_of_turns(tokenizer: Any) -> list[str]:
+    """The texts of the tokens that end a turn: a plain reply, and where it is another one, a reply
+    with calls of tools."""
+    facts = facts_of(tokenizer)
+    return [end for end in (facts.end_text, facts.call_end) if end]
+
+
 def find_special_token(tokenizer: Any, text: str) -> str | None:
     """The first special token whose text occurs in a message; None if there is none.
 

@@ -143,6 +143,8 @@ def _refusal(name: str, value: Any, purpose: Purpose, message: bool, document: b
     todo = _IN_TEXT if message and kind in _PARTS else todo
     if kind == "about" or (purpose == "prompts" and kind in _OF_REPLIES):
         return ""
+    if kind == "reasoning" and isinstance(value, str) and value.strip().lower() in ("on", "off"):
+        return ""  # a switch, as in Nemotron's data; the reasoning itself stands in the reply
     if kind in ("flag", "not_flag"):
         return None if read_flag(value) is (kind == "flag") else todo
     if kind in ("label", "template") or (kind == "media" and value is not False):

@@ -32,6 +32,9 @@ _ABOUT = _words(
 _ABOUT_FIRST = _words("id is score rating avg mean used finish stop created updated")
 _COUNTS = _words("num n nb count counts number has contains")  # of images too
 
+# Settings of the request that a reply came from, in logs of an API.
+_REQUEST = _words("tool_choice parallel_tool_calls response_format")
+
 _FLAGS = _words("train trainable training trained loss learn learnable")
 _NOT = _words(
     "no not mask masked ignore ignored skip skipped without exclude excluded freeze frozen"
@@ -125,6 +128,8 @@ def meaning(name: str) -> tuple[str, str]:
         be (media, tools, reasoning, system, prompt, reply ...); or "" for an unknown name.
     """
     name = name[:LONGEST_NAME]
+    if name in _REQUEST:
+        return "about", ""
     words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
     found = frozenset(words) | {*re.findall("[a-z]+", name.lower())}
     if words[1:] and (len(words[-1]) == 1 or (words[-1] == "code" and words[-2] in _ABOUT)):

@@ -5,8 +5,10 @@ import json
 import pytest
 
 from rlhf_core.data.dataset.reading import Rows
+from rlhf_core.data.encoding import templates
 from rlhf_core.data.encoding.tool_facts import tool_facts_of
 from rlhf_core.data.prepare import prepare
+from rlhf_core.stages.import_model import prepare_tokenizer
 from tests.rlhf_core.data.helpers import byte_tokenizer, job, jsonl
 from tests.rlhf_core.data.rows.layouts import encoded
 from tests.rlhf_core.data.rows.test_tools import ADD, CALL, RESULT, TALK, A, U, called, says
@@ -61,10 +63,23 @@ MISTRAL = (
     "{% else %}{% if tools and m == asked[-1] %}[tools]{{ tools | tojson }}{% endif %}"
     + REST.removeprefix("{% else %}")
 )  # fmt: skip
+# gpt-oss ends calls with another token, and drops the reasoning before a call once an answer
+# follows.
+HARMONY = (
+    TOOLS + "{% for m in messages %}{% if m.tool_calls %}"
+    "{% set later = messages[loop.index:] | selectattr('role', 'equalto', 'assistant')"
+    " | rejectattr('tool_calls', 'defined') | list %}[assistant]"
+    "{% if m.thinking and not later %}<why>{{ m.thinking }}<end>[assistant]{% endif %}"
+    "to={{ m.tool_calls[0].function.name }} {{ m.tool_calls[0].function.arguments | tojson }}"
+    "<|endoftext|>{% elif m.role == 'assistant' %}[assistant]{% if m.thinking and loop.last %}"
+    "<why>{{ m.thinking }}<end>[assistant]{% endif %}<final>{{ m.content }}"
+    "{{ '<|im_end|>' if loop.last else '<end>' }}" + REST
+)
 LISTED = "[tools]" + json.dumps(ADD) + "<|im_end|>"
 QUESTION = "[user]1 + 2?<|im_end|>[assistant]"
 QWEN_CALL = '<call>{"name": "add", "arguments": {"a": 1, "b": 2}}</call><|im_end|>'
 QWEN_RESULT = "[user]<tool_response>\n3\n</tool_response><|im_end|>[assistant]"
+HARMONY_CALL = '<why>Sum.<end>[assistant]to=add {"a": 1, "b": 2}<|endoftext|>'
 NOTHING = "<think>\n\n</think>\n\n"
 SURE = {"role": "user", "content": "Sure?"}
 ID = {"id": "call00001"}
@@ -122,6 +137,12 @@ def rows_of(tokenizer, row, purpose="sft", **settings):
          [["[tools][" + json.dumps(ADD) + "]" + QUESTION,
            '{"name": "add", "arguments": {"a": 1}}call00001<|im_end|>',
            "[result]3call00001<|im_end|>[assistant]", "It is 3.<|im_end|>"]]),
+        (HARMONY, [TALK[0], says(CALL, reasoning_content="Sum."), RESULT,
+                   {**A, "reasoning_content": "Say."}], [
+            [LISTED + QUESTION, HARMONY_CALL],
+            [LISTED + QUESTION + HARMONY_CALL + "[tool]3<|im_end|>[assistant]",
+             "<why>Say.<end>[assistant]<final>It is 3.<|im_end|>"],
+        ]),
         # only the last answer is trained on
         (QWEN25, [TALK[0], {**says(CALL), "weight": 0}, RESULT, A],
          [[LISTED + QUESTION + QWEN_CALL + QWEN_RESULT, "It is 3.<|im_end|>"]]),
@@ -129,7 +150,7 @@ def rows_of(tokenizer, row, purpose="sft", **settings):
          [[LISTED + QUESTION, QWEN_CALL, QWEN_RESULT + "It is 3.<|im_end|>"]]),
     ],
     ids=["qwen2.5", "two-calls", "qwen3", "qwen3-reasoning", "llama3.1", "deepseek", "mistral",
-         "weight-of-call", "weight-of-answer"],
+         "gpt-oss", "weight-of-call", "weight-of-answer"],
 )  # fmt: skip
 def test_calls_and_answers_are_trained_on_and_nothing_else(template, talk, expected):
     tokenizer = tokenizer_of(template)
@@ -162,6 +183,19 @@ def test_pair_of_a_call_and_an_answer_has_the_texts_that_the_template_writes():
     assert out["prompt_ids"] == tokenizer(LISTED + QUESTION + QWEN_CALL + QWEN_RESULT)["input_ids"]
     assert out["completion_ids"] == tokenizer(text + "<|im_end|>")["input_ids"]
     assert (out["completion"], out["label"]) == (text, False)
+
+
+def test_calls_that_end_with_another_token_end_replies_too():
+    tokenizer = tokenizer_of(HARMONY)
+    row = {"prompt": [U], "chosen": [says(CALL, reasoning_content="Sum.")], "rejected": [A]}
+    [out] = rows_of(tokenizer, row, "preference")
+    assert out["chosen_ids"] == tokenizer(HARMONY_CALL)["input_ids"]
+    assert out["chosen"] == HARMONY_CALL.removesuffix("<|endoftext|>")
+    assert out["rejected_ids"] == tokenizer("<final>It is 3.<|im_end|>")["input_ids"]
+    ends = ["<|im_end|>", "<|endoftext|>"]
+    assert templates.ends_of_turns(tokenizer) == ends
+    assert prepare_tokenizer(tokenizer, "auto", "a") == tokenizer.convert_tokens_to_ids(ends)
+    assert prepare_tokenizer(tokenizer_of(QWEN25), "auto", "a") == [tokenizer.eos_token_id]
 
 
 def test_pairs_that_differ_in_an_argument_are_no_duplicates_and_equal_ones_are_dropped():
