@@ -9,6 +9,8 @@ one step against the SFT model. Notes on the paper:
   log-probability is known from scoring, so replies are trained one by one (`pairs.reply_weights`);
   the gradient is exactly that of the loss of pairs.
 * Log-probabilities are at the sampling temperature, of policy and reference alike.
+* The loss of a pair holds whoever sampled it, so that replies of a sampler that computes otherwise,
+  or of older weights, are not weighted (`takes_weights`).
 
 B replies of a rollout (global), b rows of a micro-batch, T response positions.
 """

@@ -12,7 +12,7 @@ from rlhf_core.jobs.environments import Environment, check_environment
 from rlhf_core.jobs.objective import check_reward_model, checked_rewards, needs_reward_model
 from rlhf_core.jobs.reward_services import without_asking
 from rlhf_core.jobs.rewards import ModelReward, Reward, reward_names
-from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout
+from rlhf_core.jobs.rollouts import BuiltinRollout, Rollout, RolloutCorrection
 from rlhf_core.jobs.training import HeldOutJob, HeldOutSettings
 
 LATER = (
@@ -60,6 +60,7 @@ class OnlineSettings(HeldOutSettings):
     """Settings that all online algorithms share."""
 
     one_action: ClassVar[bool] = False  # a whole reply is one action, not each of its tokens
+    takes_weights: ClassVar[bool] = True  # the loss has a surrogate that importance weights scale
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
     """Peak learning rate of the policy."""
@@ -246,6 +247,11 @@ class OnlineSettings(HeldOutSettings):
                 "has one weight; set it to sequence, or clear it"
             )
         return self
+
+    @property
+    def correction(self) -> RolloutCorrection | None:
+        """The importance weights of the loss, see `Placement.correction_in_force`; None: none."""
+        return self.rollout.correction_in_force if self.takes_weights else None
 
     @property
     def replies(self) -> int:

@@ -14,7 +14,7 @@ class OnlineDPOSettings(OnlineSettings):
     """Online DPO (arXiv 2402.04792): two replies to each prompt, of which the rewards pick the
     better one; the pair is trained on with DPO's loss at once."""
 
-    one_action: ClassVar[bool] = True
+    takes_weights: ClassVar[bool] = False
 
     batch_size: PositiveInt = 32
     """Prompts per rollout over all ranks, with two replies each."""
@@ -41,6 +41,12 @@ class OnlineDPOSettings(OnlineSettings):
             raise ValueError(
                 "kl_coef, kl_target and clip_range have no effect in online_dpo, where beta holds "
                 "the policy to the SFT model; clear them, and set beta"
+            )
+        correction = self.rollout.correction
+        if correction not in (None, type(self.rollout).model_fields["correction"].default):
+            raise ValueError(
+                "rollout.correction has no effect in online_dpo, whose loss of a pair holds whoever "
+                "sampled it; clear it"
             )
         if self.minibatches > 1:
             raise ValueError(

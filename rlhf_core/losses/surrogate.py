@@ -83,8 +83,9 @@ def surrogate(
         dual = (advantages < 0) & (ratio > dual_clip)
         stopped, bounded = stopped | dual, torch.where(dual, dual_clip, bounded)
     # The branch is chosen before exp: through torch.maximum a ratio that overflowed would send
-    # back 0 * inf = NaN from a token that the clip has stopped.
-    free = torch.where(stopped, torch.zeros_like(log_ratio), log_ratio).exp()  # (B,T)
+    # back 0 * inf = NaN from a token that the clip has stopped, or that has no advantage.
+    still = stopped | (advantages == 0)
+    free = torch.where(still, torch.zeros_like(log_ratio), log_ratio).exp()  # (B,T)
     return Surrogate(-advantages * torch.where(stopped, bounded, free), is_low, is_high, dual)
 
 

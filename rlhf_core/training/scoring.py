@@ -38,7 +38,10 @@ def score_sequences(
 
 
 def score_all(
-    module: ScalarModel, sequences: Sequence[Sequence[int]], strategy: Strategy, micro: int
+    module: ScalarModel | RewardEnsemble,
+    sequences: Sequence[Sequence[int]],
+    strategy: Strategy,
+    micro: int,
 ) -> Tensor:
     """Scores (n,) fp64 of sequences, in their order, computed by all ranks together."""
     with strategy.autocast():

@@ -21,7 +21,7 @@ from rlhf_core.training.online.experience import Experience
 
 def correction_level(job: OnlineJob) -> Level:
     """Whether tokens or whole replies are weighted."""
-    correction = job.rollout.correction_in_force
+    correction = job.correction
     assert correction is not None
     return correction.level or ("sequence" if job.one_action else "token")
 
@@ -35,9 +35,10 @@ def correction_weights(
         old_logprobs, rollout_logprobs: (b,T) nats. mask: (b,T) bool, tokens that were sampled.
 
     Returns:
-        (b,T) or (b,), see `correction_level`; None where the job asks for no correction.
+        (b,T) or (b,), see `correction_level`; None where the job asks for no correction, or its
+        loss takes none.
     """
-    correction = job.rollout.correction_in_force
+    correction = job.correction
     if correction is None:
         return None
     ratios = importance_ratios(old_logprobs, rollout_logprobs, mask, correction_level(job))
@@ -45,10 +46,10 @@ def correction_weights(
 
 
 def correction_metrics(job: OnlineJob, experience: Experience) -> dict[str, float]:
-    """Of a rollout that vLLM has sampled, or whose weights are corrected: how far its sampler is
-    from the trained policy, and what the weights are like; see `losses.correction`."""
-    correction, mask = job.rollout.correction_in_force, experience.loss_mask  # (B,T)
-    if correction is None and not isinstance(job.rollout, VllmRollout):
+    """Of a rollout that vLLM or older weights have sampled, or that is corrected: how far its
+    sampler is from the trained policy, and what the weights are like; see `losses.correction`."""
+    correction, mask = job.correction, experience.loss_mask  # (B,T)
+    if job.rollout.correction_in_force is None and not isinstance(job.rollout, VllmRollout):
         return {}
     old, sampler = experience.old_logprobs, experience.rollout_logprobs  # (B,T) each
     found = {f"rollout_{k}": v for k, v in sampler_divergence(old, sampler, mask).items()}

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from rlhf_core.jobs.policy_gradient import GroupSettings
-from rlhf_core.nn.ensemble import combine_scores
-from rlhf_core.training.batching import batch_rows, scoring_passes
-from rlhf_core.training.online.batches import collate_responses
+from rlhf_core.training.batching import batch_rows
 from rlhf_core.training.online.experience import score_by_services, score_without_model
 from rlhf_core.training.online.sampling import GlobalRollout, sample, sample_rows
 from rlhf_core.training.online.scores import weighted_sum
 from rlhf_core.training.online.stage import OnlineStage
+from rlhf_core.training.scoring import score_all
 
 STREAM = 2**33  # of the random numbers, beyond those of all steps and of evaluations
 ROUNDS = 1024  # streams of a step, more than the rounds that a job may have
@@ -116,28 +115,11 @@ def outcomes_of(
     rollout = replace(rollout, rule_scores=(components, failures))
     components = components | score_by_services(models, group, rollout).scores
     if "model" in names:
-        components = {"model": model_scores(stage, rollout), **components}
+        micro, reward = stage.job.resources.micro_batch_size, models.reward
+        assert reward is not None
+        scores = score_all(reward, rollout.sequences, stage.strategy, micro)  # (B,)
+        components = {"model": scores, **components}
     return weighted_sum({name: components[name] for name in names}, models.weights), rollout
-
-
-@torch.no_grad()
-def model_scores(stage: OnlineStage, rollout: GlobalRollout) -> Tensor:
-    """The reward model's score (B,) of each reply, on every rank; each rank scores its share."""
-    job, strategy, reward = stage.job, stage.strategy, stage.models.reward
-    assert reward is not None
-    lengths = [len(sequence) for sequence in rollout.sequences]
-    mine: list[int] = []
-    found: list[Tensor] = []  # (k,b) each, read by one copy from the device
-    for rows, counts in scoring_passes(lengths, strategy.group, job.resources.micro_batch_size):
-        batch = collate_responses(rollout.sequences, rollout.prompt_lengths, rows, strategy.device)
-        with strategy.autocast():
-            scores = reward.each(batch.input_ids, batch.mask, batch.index)
-        if counts:
-            mine += rows
-            found.append(scores.float())
-    by_reply = torch.cat(found, dim=1).t().tolist() if found else []
-    members = strategy.group.in_order(list(zip(mine, by_reply, strict=True)))  # B x k
-    return combine_scores(torch.tensor(members).t(), job)  # (B,)
 
 
 def join(

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from rlhf_core.jobs import OnlineJob
 from rlhf_core.losses.ppo import kl_estimate
-from rlhf_core.rollout.variety import distinct_2, openings
+from rlhf_core.rollout.variety import openings
 from rlhf_core.training.online.experience import Experience, logprob_gap
 from rlhf_core.training.online.sampling import GlobalRollout
 from rlhf_core.training.online.scores import score_metrics
-
-GRAM = 4  # tokens of the n-grams that `repetition` counts
 
 
 def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
     """Metrics of a rollout. KL in nats per reply, entropy in nats per token, length in tokens; what
     replies have in common in token ids (see `variety`)."""
     replies = experience.rollout.sampled_ids()
+    pairs = neighbour_pairs(replies)
     mask = experience.response_mask  # (B,T)
     k1 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k1")  # (B,T)
     k3 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k3")  # (B,T)
@@ -34,9 +36,9 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
         "length": float(tokens / len(mask)),
         "at_limit": at_limit(job, experience),
         "finished": float(experience.rollout.finished.float().mean()),
-        "repetition": repetition(replies),
+        "repetition": repetition(pairs),
         "top_opening": openings(replies)[0][1],
-        "distinct_2": distinct_2(replies),
+        "distinct_2": distinct_2(pairs),
         "entropy": float(-(experience.old_logprobs * mask).sum() / tokens),
         "rollout_logprob_gap": logprob_gap(experience),
         **episode_metrics(experience.rollout),
@@ -71,13 +73,37 @@ def episode_metrics(rollout: GlobalRollout) -> dict[str, float]:
     }
 
 
-def repetition(replies: Sequence[Sequence[int]]) -> float:
+class NeighbourPairs(NamedTuple):
+    """The pairs of neighbouring tokens of replies; equal pairs have equal numbers."""
+
+    numbers: list[np.ndarray]  # of each reply, one fewer than it has tokens
+    different: int  # pairs, whose numbers are below it
+
+
+def neighbour_pairs(replies: Sequence[Sequence[int]]) -> NeighbourPairs:
+    """Numbers the pairs of replies, lists of token ids. A rollout may have millions of tokens: of
+    ten million, a set of tuples takes a gigabyte on each rank."""
+    tokens = [np.asarray(reply, dtype=np.int64) for reply in replies]
+    keys = [(ids[:-1] << 32) | ids[1:] for ids in tokens]
+    found, numbers = np.unique(np.concatenate(keys), return_inverse=True)
+    ends = np.cumsum([len(of_reply) for of_reply in keys])
+    return NeighbourPairs(np.split(numbers, ends[:-1]), len(found))
+
+
+def distinct_2(pairs: NeighbourPairs) -> float:
+    """Different pairs as a share of all of them, as `variety.distinct_2`; 0 where there are none."""
+    count = sum(len(numbers) for numbers in pairs.numbers)
+    return pairs.different / count if count else 0.0
+
+
+def repetition(pairs: NeighbourPairs) -> float:
     """Share of a reply's 4-grams of token ids that came in it before, mean over the replies.
 
     0 for a reply of less than four tokens; a loop of p tokens in a reply of n has 1 - p / (n - 3).
     """
     shares = []
-    for reply in replies:
-        grams = list(zip(*(reply[i:] for i in range(GRAM)), strict=False))
-        shares.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
+    for numbers in pairs.numbers:
+        grams = np.sort(numbers[:-2] * pairs.different + numbers[2:])  # each has two pairs
+        first = np.count_nonzero(np.diff(grams)) + 1  # of those that are the same
+        shares.append(1.0 - int(first) / len(grams) if len(grams) else 0.0)
     return sum(shares) / len(shares)

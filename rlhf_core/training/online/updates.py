@@ -56,7 +56,7 @@ class MicroBatch:
     @property
     def weighted_advantages(self) -> Tensor:
         """Advantages times the weights of the rollout correction, (b,T) or (b,): a weight is a
-        factor of the surrogate as well. Every loss of a policy takes these."""
+        factor of the surrogate as well. Every surrogate of a policy takes these."""
         return weighted(self.advantages, self.weights)
 
 

@@ -128,19 +128,19 @@ def test_resumed_run_ends_in_the_same_bytes(stages, make, kind, monkeypatch):
 
 def test_reward_model_can_be_the_outcome(stages, make, random_reward, seen, monkeypatch):
     compared = []
-    ask = dynamic_sampling.model_scores
+    ask = dynamic_sampling.score_all
 
-    def watched(stage, rollout):
-        compared.append(ask(stage, rollout))
+    def watched(*given):
+        compared.append(ask(*given))
         return compared[-1]
 
-    monkeypatch.setattr(dynamic_sampling, "model_scores", watched)
+    monkeypatch.setattr(dynamic_sampling, "score_all", watched)
     rewards = [{"type": "model"}, REWARDS[0]]
     job = make(reward_model=random_reward, rewards=rewards, outcome_rewards=["model"], steps=1,
                temperature=5.0)  # fmt: skip
     [line] = stages.metrics(stages.train_here(job, "dynamic-model"))
     assert line["groups_replaced"] == 0 and line["resample_rounds"] == 0
-    torch.testing.assert_close(compared[0], seen[0][1]["model"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(compared[0].float(), seen[0][1]["model"], rtol=0, atol=1e-5)
 
 
 def test_cut_replies_are_left_out_and_counted(stages, make):

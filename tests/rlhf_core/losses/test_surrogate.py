@@ -62,6 +62,20 @@ def test_surrogate_of_a_token_matches_hand_values(settings, values, gradient, fr
     assert metrics["clip_fraction"] == low + high + dual
 
 
+@pytest.mark.parametrize("objective", get_args(Objective))
+def test_token_without_an_advantage_has_no_gradient_whatever_its_ratio(objective):
+    """A mask of the rollout correction makes advantages 0 where policy and sampler differ most."""
+    logprobs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    old = torch.tensor([[-120.0, -1.0]])  # the ratio is more than fp32 can hold
+    mask = torch.tensor([[True, objective != "gspo"]])  # gspo has one ratio for both
+    loss, _ = ppo_policy_loss(
+        logprobs, old, torch.tensor([[0.0, 1.0]]), mask, 0.2, objective=objective
+    )
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad.isfinite().all()
+    assert logprobs.grad[0, 0] == 0
+
+
 # Two replies of three tokens and one; the ratio of the first is 2.6^(1/3) = 1.375069, of the
 # second 1.025.
 LOGPROBS = torch.tensor([[math.log(p) for p in NEW[:3]], [math.log(NEW[3]), NAN, NAN]])

@@ -1,5 +1,6 @@
 """Parts of online algorithms that need no ranks: reference, bounds of the collapse, repetition."""
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -9,11 +10,12 @@ from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.layers import choose_trainable
 from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.padding import batch_on, pad_right
+from rlhf_core.rollout import variety
 from rlhf_core.training.online.batches import split_minibatches, update_order
 from rlhf_core.training.online.collapse import find_collapse, warn_of_openings
 from rlhf_core.training.online.kl_control import next_coefficient
 from rlhf_core.training.online.models import AdapterOff
-from rlhf_core.training.online.summary import repetition
+from rlhf_core.training.online.summary import distinct_2, neighbour_pairs, repetition
 from tests.rlhf_core.tiny_models import copy_of
 
 DIGESTS = {"model": "a" * 64, "prompts": "b" * 64, "reward_model": "c" * 64}
@@ -117,7 +119,23 @@ def test_short_stage_is_judged_at_its_end():
 def test_repetition_counts_pieces_that_stood_before():
     # 1 2 3 4 1 2 3 4 1: the grams 1234 2341 3412 4123 1234 2341, of which two are repeated
     replies = [[1, 2, 3, 4, 1, 2, 3, 4, 1], [1, 1, 1]]
-    assert repetition(replies) == pytest.approx((2 / 6 + 0.0) / 2)
+    assert repetition(neighbour_pairs(replies)) == pytest.approx((2 / 6 + 0.0) / 2)
+
+
+def test_pieces_of_many_replies_are_counted_as_sets_of_tuples_would():
+    generator = np.random.default_rng(0)
+    vocabulary = [0, 1, 7, 2**31 - 1]  # few tokens, so that much is repeated
+    replies = [
+        [vocabulary[i] for i in generator.integers(0, 4, length)] for length in (30, 1, 4, 0, 200, 3)
+    ]
+    pairs, shares = neighbour_pairs(replies), []
+    for reply in replies:
+        grams = list(zip(*(reply[i:] for i in range(4)), strict=False))
+        shares.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
+    assert 0.0 < repetition(pairs) == sum(shares) / len(shares)
+    assert 0.0 < distinct_2(pairs) == variety.distinct_2(replies) < 1.0
+    nothing = neighbour_pairs([[5], []])
+    assert (repetition(nothing), distinct_2(nothing)) == (0.0, 0.0)
 
 
 def test_updates_of_a_rollout_are_numbered_over_the_stage():

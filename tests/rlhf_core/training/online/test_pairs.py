@@ -1,16 +1,21 @@
 """Pairs of a rollout, and how far each reply is to rise: by hand, and against autograd."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from rlhf_core.jobs import BuiltinRollout, GRPOJob, RolloutCorrection, VllmRollout
 from rlhf_core.jobs.online_dpo import OnlineDPOJob, OnlineDPOSettings
 from rlhf_core.losses.preference import dpo_loss, ipo_loss
+from rlhf_core.training.online.correction import correction_metrics, correction_weights
 from rlhf_core.training.online.pairs import Pairs, pick, reply_weights
 
 ALL = torch.ones(8, dtype=torch.bool)
+DIGESTS = {"model": "a" * 64, "prompts": "b" * 64, "reward_model": "c" * 64}
+AHEAD = BuiltinRollout(placement="separate", max_staleness=1)
 
 
 def test_better_reply_of_each_prompt_is_picked():
@@ -91,6 +96,8 @@ def test_rollout_of_ties_has_no_loss():
         ({"clip_range": 0.3}, "have no effect in online_dpo"),
         ({"minibatches": 2}, "minibatches is 2, but online_dpo takes one optimizer step"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is 0.1 and loss ipo"),
+        ({"rollout": {"type": "builtin", "correction": {}}}, "correction has no effect in online"),
+        ({"rollout": {"type": "vllm", "correction": {"mode": "mask"}}}, "has no effect in online"),
     ],
 )
 def test_settings_without_effect_are_refused(settings, message):
@@ -98,6 +105,24 @@ def test_settings_without_effect_are_refused(settings, message):
         OnlineDPOSettings(**settings)
 
 
+def test_pairs_of_another_sampler_are_not_weighted():
+    """DPO's loss of a pair holds whoever sampled it; what would be weighted is no surrogate."""
+    for rollout in (VllmRollout(), VllmRollout(correction=None), AHEAD):
+        job = OnlineDPOJob(**DIGESTS, rollout=rollout)
+        logprobs = torch.tensor([[-1.0, -2.0]])
+        mask = torch.ones(1, 2, dtype=torch.bool)
+        assert correction_weights(job, logprobs, logprobs - 0.5, mask) is None
+        experience = SimpleNamespace(
+            loss_mask=mask, old_logprobs=logprobs, rollout_logprobs=logprobs - 0.5
+        )
+        found = correction_metrics(job, experience)
+        assert found["rollout_gap_max"] == pytest.approx(0.5)
+        assert not any(name.startswith("rollout_weight") for name in found), "there are none"
+    assert OnlineDPOJob(**DIGESTS, rollout=VllmRollout()).correction is None
+    assert GRPOJob(**DIGESTS, rollout=VllmRollout()).correction == RolloutCorrection()
+    assert GRPOJob(**DIGESTS, rollout=AHEAD).correction == RolloutCorrection()
+
+
 def test_a_rollout_has_two_replies_to_each_prompt():
-    job = OnlineDPOJob(model="a" * 64, prompts="b" * 64, reward_model="c" * 64, batch_size=6)
+    job = OnlineDPOJob(**DIGESTS, batch_size=6)
     assert job.replies == 12
