@@ -45,8 +45,8 @@ class OnlineDPOSettings(OnlineSettings):
         correction = self.rollout.correction
         if correction not in (None, type(self.rollout).model_fields["correction"].default):
             raise ValueError(
-                "rollout.correction has no effect in online_dpo, whose loss of a pair holds whoever "
-                "sampled it; clear it"
+                "rollout.correction has no effect in online_dpo, whose loss of a pair holds "
+                "whoever sampled it; clear it"
             )
         if self.minibatches > 1:
             raise ValueError(

@@ -91,7 +91,7 @@ def neighbour_pairs(replies: Sequence[Sequence[int]]) -> NeighbourPairs:
 
 
 def distinct_2(pairs: NeighbourPairs) -> float:
-    """Different pairs as a share of all of them, as `variety.distinct_2`; 0 where there are none."""
+    """Different pairs as a share of all of them (see `variety`); 0 where there are none."""
     count = sum(len(numbers) for numbers in pairs.numbers)
     return pairs.different / count if count else 0.0
 

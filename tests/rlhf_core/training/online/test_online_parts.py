@@ -125,9 +125,8 @@ def test_repetition_counts_pieces_that_stood_before():
 def test_pieces_of_many_replies_are_counted_as_sets_of_tuples_would():
     generator = np.random.default_rng(0)
     vocabulary = [0, 1, 7, 2**31 - 1]  # few tokens, so that much is repeated
-    replies = [
-        [vocabulary[i] for i in generator.integers(0, 4, length)] for length in (30, 1, 4, 0, 200, 3)
-    ]
+    lengths = (30, 1, 4, 0, 200, 3)
+    replies = [[vocabulary[i] for i in generator.integers(0, 4, length)] for length in lengths]
     pairs, shares = neighbour_pairs(replies), []
     for reply in replies:
         grams = list(zip(*(reply[i:] for i in range(4)), strict=False))
