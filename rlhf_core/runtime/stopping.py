@@ -9,6 +9,7 @@ inside a collective operation.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ PEER_LOST = re.compile(
     r"|socket|timed out|process ?group|distbackenderror|collective",
     re.IGNORECASE,
 )
+NEED_STACKS = ("internal", "hang", "oom", "preempted")  # categories of which a log shows stacks
 _FORKED = ("rlhf_core/runtime/torchrun.py", "rlhf_core/runtime/fork_server.py")
 
 
@@ -93,7 +95,7 @@ class Stop:
         """End this process; runs in the thread."""
         rank = os.environ.get("RANK", "0")
         reason = f"stopped by {name}"
-        if self.phase == "training":
+        if self.phase == "training" and not _explained(self.folder):
             print(stacks(rank), file=sys.stderr, flush=True)
         if self.phase == "leaving":
             reason += f" before the upload had finished; it had {self.seconds:g} s (stop_timeout)"
@@ -123,6 +125,15 @@ def _rank_died() -> bool:
         return sum(rank.status() != psutil.STATUS_ZOMBIE for rank in ranks) < started
     except psutil.Error:
         return True
+
+
+def _explained(folder: Path | None) -> bool:
+    """Whether a rank of this machine has failed with a message that needs no stacks beside it."""
+    for path in folder.glob("error-*.json") if folder is not None else ():
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(path.read_text())["category"] not in NEED_STACKS:
+                return True
+    return False
 
 
 def stacks(rank: str) -> str:

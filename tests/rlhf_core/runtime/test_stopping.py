@@ -80,3 +80,14 @@ def test_upload_that_does_not_end_is_told(rank):
     assert took > 1.4
     assert "before the upload had finished; it had 1.5 s (stop_timeout)" in error["message"]
     assert err == ""
+
+
+@pytest.mark.parametrize(("category", "shown"), [("judge", False), ("internal", True)])
+def test_stacks_are_not_shown_where_another_rank_has_told_a_user_why(
+    rank, tmp_path, category, shown
+):
+    """An error of a rank ends the others: their stacks would hide its message."""
+    told = {"category": category, "message": "The reward service failed.", "time": 1.0}
+    (tmp_path / "error-1.json").write_text(json.dumps(told))
+    _, _, _, err, _ = rank("training")
+    assert ("Python stack" in err) == shown
