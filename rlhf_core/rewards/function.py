@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 from rlhf_core.errors import ConfigError, TrainingFailure
 from rlhf_core.jobs.rewards import PythonReward
-from rlhf_core.rewards.user_code import Raised, call_in_time, load_object
+from rlhf_core.rewards.user_code import Raised, call_in_time, load_object, raised_at
 
 MAX_SHOWN = 300  # characters of a value in a message
 
@@ -61,7 +60,7 @@ def user_function(rule: PythonReward) -> Callable[..., list[float]]:
             which = _failing_sample(function, batch, left)
             raise TrainingFailure(
                 f"Reward {rule.function} raised {type(error).__name__}: {str(error)[:MAX_SHOWN]} "
-                f"({which}); {_raised_at(error)}."
+                f"({which}); {raised_at(error)}."
             ) from error
         return _check_result(rule.function, result, batch["replies"])
 
@@ -101,12 +100,6 @@ def _failing_sample(
             row = batch["rows"][index].get("row", "?")
             return f"sample {index} of {count}, prompt row {row}, reply {reply[:80]!r}"
     return f"none of the {count} samples fails alone"
-
-
-def _raised_at(error: BaseException) -> str:
-    """File and line of an exception."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"at {last.filename}, line {last.lineno}: {last.line}"
 
 
 def _check_result(path: str, result: Any, replies: list[str]) -> list[float]:

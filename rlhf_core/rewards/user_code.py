@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import traceback
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -71,3 +72,9 @@ def call_in_time(function: Callable[[], T], seconds: float, name: str) -> T:
     if "error" in box:
         raise Raised(box["error"])
     return box["result"]  # type: ignore[no-any-return]
+
+
+def raised_at(error: BaseException) -> str:
+    """File and line of an exception."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"at {last.filename}, line {last.lineno}: {last.line}"

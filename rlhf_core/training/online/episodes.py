@@ -193,8 +193,9 @@ class EpisodeSampler:
         own = json.loads(row["prompt"])
         shown = {k: v for k, v in row.items() if k in ("reference", "answer", "extra", "row")}
         shown |= {"prompt": own, "episode": f"{self.job.seed}-{self.stream}-{index}"}
-        environment = self._in_time(self.environments.new, "its class")
-        first = self._in_time(partial(environment.reset, shown), "reset")
+        which = f"prompt row {row.get('row', '?')}"
+        environment = self._in_time(self.environments.new, "class", which)
+        first = self._in_time(partial(environment.reset, shown), "reset", which)
         episode = Episode(row, environment, own)
         if first is not None:
             episode.messages = self._messages(first, "reset", episode.counts)
@@ -243,7 +244,9 @@ class EpisodeSampler:
         """What the environment answers to the last reply."""
         ids = episode.ids[episode.last :]
         text = self._text(ids)
-        return checked_step(self._in_time(partial(episode.environment.step, text, ids), "step"))
+        which = f"prompt row {episode.row.get('row', '?')}, reply {text[:80]!r}"
+        step = partial(episode.environment.step, text, ids)
+        return checked_step(self._in_time(step, "step", which))
 
     def _go_on(self, episode: Episode, step: Step) -> None:
         """Write an observation behind the reply, unless the episode is over."""
@@ -289,8 +292,8 @@ class EpisodeSampler:
         find_special = partial(templates.find_special_token, self.tokenizer)
         return checked_messages(as_messages(given, where), where, find_special, counts)
 
-    def _in_time(self, function: Callable[[], Any], what: str) -> Any:
+    def _in_time(self, function: Callable[[], Any], what: str, which: str) -> Any:
         """The result of an environment's code. Tools have time limits of their own."""
         if not isinstance(self.settings, PythonEnvironment):
             return function()
-        return in_time(function, what, self.settings.time_limit)
+        return in_time(function, what, which, self.settings.time_limit)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rlhf_core.data.rows.row import Message
 from rlhf_core.environments.interface import Step
 from rlhf_core.errors import RLHFError, TrainingFailure
-from rlhf_core.rewards.user_code import Raised, call_in_time
+from rlhf_core.rewards.user_code import Raised, call_in_time, raised_at
 
 Where = Literal["reset", "step"]
 
@@ -100,8 +100,11 @@ def checked_step(value: Any) -> Step:
     return Step(step.observation, reward, bool(step.done), counts)
 
 
-def in_time(function: Callable[[], Any], what: str, seconds: float) -> Any:
+def in_time(function: Callable[[], Any], what: str, which: str, seconds: float) -> Any:
     """The result of an environment's code.
+
+    Args:
+        what: of the environment is called. which: for what prompt and reply. Both for messages.
 
     Raises:
         TrainingFailure: it raised something, or took too long.
@@ -110,13 +113,14 @@ def in_time(function: Callable[[], Any], what: str, seconds: float) -> Any:
         return call_in_time(function, seconds, "environment")
     except TimeoutError:
         raise TrainingFailure(
-            f"The environment's {what} took more than {seconds:g} s; make it faster, or raise "
-            "environment.time_limit."
+            f"The environment's {what} took more than {seconds:g} s ({which}); make it faster, or "
+            "raise environment.time_limit."
         ) from None
     except Raised as raised:
         error = raised.error
         if isinstance(error, RLHFError):
             raise error from None
         raise TrainingFailure(
-            f"The environment's {what} raised {type(error).__name__}: {str(error)[:300]}."
+            f"The environment's {what} raised {type(error).__name__}: {str(error)[:300]} ({which}); "
+            f"{raised_at(error)}."
         ) from error

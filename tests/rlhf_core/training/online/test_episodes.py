@@ -232,8 +232,11 @@ def test_tools_are_announced_where_the_template_does_not_write_them(tokenizer):
 @pytest.mark.parametrize(
     ("gives", "said"),
     [
-        (ValueError("no"), "step raised ValueError: no"),
-        (0.5, "step took more than 0.2 s"),
+        (
+            ValueError("no"),
+            r"step raised ValueError: no \(prompt row 1, reply 'a'\); at .*test_episodes.py, line ",
+        ),
+        (0.5, r"step took more than 0.2 s \(prompt row 1, reply 'a'\)"),
         (None, r"expected \(observation, reward, done\)"),
         (("text", float("nan"), False), "a reward of nan"),
         ([{"content": 3}], r"expected \(observation, reward, done\)"),
