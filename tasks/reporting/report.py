@@ -27,6 +27,7 @@ from tasks.reporting.evaluation import comparison_of, evaluation_of, read_sample
 from tasks.reporting.markdown import embedded, folded, page, sample_table
 from tasks.reporting.mixtures import mixtures
 from tasks.reporting.model_card import data_card
+from tasks.reporting.rollouts import rollouts
 from tasks.run import Run
 
 CURVES, LINEAGE = "curves.png", "lineage.svg"
@@ -74,6 +75,8 @@ def render(run: Run, images: Mapping[str, bytes], sources: str = "") -> str:
     parts = [f"# {run.config.name}", _facts(run), "## Stages", _stages(run)]
     if CURVES in images:
         parts += ["## Curves", f"![training curves]({CURVES})"]
+    if measured := rollouts(run):
+        parts += ["## Rollouts", *measured]
     if "evaluate" in run.stages:
         digest = run.stages["evaluate"].digest
         evaluation = evaluation_of(run, digest)

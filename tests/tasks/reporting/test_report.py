@@ -94,6 +94,35 @@ def test_gain_is_drawn_against_the_kl():
     assert draw({"ppo": lines}).startswith(b"\x89PNG")
 
 
+def test_rollouts_are_told_in_words(run):
+    lines = [
+        {"step": 1, "reward": 0.0, "reward_judge": 0.5, "reward_judge/tokens": 90.0, "turns": 2.0,
+         "failure_judge_unclear": 1.0, "environment_dice": 3.0, "groups_replaced": 0.0},
+        {"step": 2, "reward": 0.0, "reward_judge": 1.0, "reward_judge/tokens": 93.0, "turns": 3.0,
+         "failure_judge_unclear": 0.0, "environment_dice": 3.0, "groups_replaced": 7.0},
+        {"step": 2, "heldout_reward": 9.0},
+    ]  # fmt: skip
+    content = "\n".join(map(json.dumps, lines)).encode()
+    add(run, "grpo", "model", {"metrics.jsonl": content})
+    text = render(run, images={})
+    section = text[text.index("## Rollouts") : text.index("## Evaluation")]
+    assert section.splitlines()[2:] == [
+        "| GRPO: 2 rollouts | mean | first | last |",
+        "| --- | ---: | ---: | ---: |",
+        "| reward judge | 0.75 | 0.5 | 1 |",
+        "| tokens that the reward judge costs, a reply | 91.5 | 90 | 93 |",
+        "| replies that got 0, a rollout: judge unclear | 0.5 | 1 | 0 |",
+        "| groups replaced by other prompts, because all outcomes were alike | 3.5 | 0 | 7 |",
+        "| turns of an episode | 2.5 | 2 | 3 |",
+        "| dice, counted by the environment, an episode | 3 | 3 | 3 |",
+        "",
+    ]
+
+
+def test_run_without_online_rl_has_no_rollouts(run):
+    assert "## Rollouts" not in render(run, images={})
+
+
 def test_artifact_without_metrics_has_no_curve(run):
     assert read_metrics(run.store, run.stages["evaluate"].digest) == []
 
