@@ -13,6 +13,36 @@ from pydantic_core import ErrorDetails
 
 from rlhf_core.jobs import PipelineConfig
 
+# Names of TRL's GRPOConfig and of verl -> the setting of an online stage that does the same.
+OTHER_NAMES = {
+    "num_generations": "group_size",
+    "max_completion_length": "max_new_tokens",
+    "max_response_length": "max_new_tokens",
+    "epsilon": "clip_range",
+    "clip_ratio": "clip_range",
+    "clip_ratio_low": "clip_range",
+    "epsilon_high": "clip_range_high",
+    "clip_ratio_high": "clip_range_high",
+    "delta": "dual_clip",
+    "clip_ratio_c": "dual_clip",
+    "beta": "kl_coef",
+    "kl_loss_coef": "kl_coef",
+    "kl_loss_type": "kl_estimator",
+    "use_kl_in_reward": "kl_in",
+    "loss_type": "average",
+    "loss_agg_mode": "average",
+    "importance_sampling_level": "objective",
+    "num_iterations": "epochs",
+    "steps_per_generation": "minibatches",
+    "ppo_mini_batch_size": "minibatches",
+    "train_batch_size": "batch_size",
+    "filter_groups": "max_resamples",
+    "norm_adv_by_std_in_grpo": "scale_rewards",
+    "reward_funcs": "rewards",
+    "use_vllm": "rollout.type",
+    "vllm_importance_sampling_correction": "rollout.correction",
+}
+
 
 def explain(error: ValidationError, model: type[BaseModel], value: Any) -> list[str]:
     """One text per problem: path of the setting, value found, what is needed.
@@ -77,9 +107,15 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
 def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> str:
     valid = list(section.model_fields) if section else []
     valid += ["preset"] if section is PipelineConfig else []
+    here = ".".join([*names[:-1], ""])
+    paths = _paths(PipelineConfig)
+    if (own := OTHER_NAMES.get(last)) and own.partition(".")[0] in valid:
+        return f"{'.'.join(names)} is not a setting; did you mean {here}{own}?"
+    inside = [p for p in paths if p.startswith(here) and p.rsplit(".", 1)[-1] == last]
+    if here and inside and ".".join(names) not in paths:
+        return f"{'.'.join(names)} is not a setting; did you mean {inside[0]}?"
     close = difflib.get_close_matches(last, valid, 1, 0.6)
     close = close or [name for name in valid if last and (last in name or name in last)][:1]
-    paths = _paths(PipelineConfig)
     if ".".join(names) in paths:  # a setting of another variant
         parent = ".".join(names[:-1])
         return (
@@ -88,12 +124,11 @@ def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> st
         )
     if not close:  # the right name in the wrong section
         elsewhere = [p for p in paths if p.rsplit(".", 1)[-1] == last]
-        here = f"{'.'.join(names[:-1])}."
         elsewhere.sort(key=lambda p: not p.startswith(here))
         if elsewhere:
             return f"{'.'.join(names)} is not a setting; did you mean {elsewhere[0]}?"
-        inside = ".".join(names[:-1]) or "the top level"
-        return f"{'.'.join(names)} is not a setting; {inside} has: {', '.join(sorted(valid))}."
+        section_name = ".".join(names[:-1]) or "the top level"
+        return f"{'.'.join(names)} is not a setting; {section_name} has: {', '.join(sorted(valid))}."
     return f"{'.'.join(names)} is not a setting; did you mean {'.'.join([*names[:-1], close[0]])}?"
 
 

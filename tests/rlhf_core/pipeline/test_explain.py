@@ -7,7 +7,8 @@ import pytest
 from pydantic import BaseModel
 
 from rlhf_core.errors import PreflightError
-from rlhf_core.jobs import PipelineConfig
+from rlhf_core.jobs import GRPOSettings, PipelineConfig
+from rlhf_core.pipeline.explain import OTHER_NAMES
 from rlhf_core.pipeline.presets import build_config
 
 
@@ -74,7 +75,21 @@ def test_unknown_setting_is_explained_in_each_section(kind, path):
          "nothing to call; give one of them, or take the environment calculator"),
         ("data.preference.ax_prompts=1",
          "data.preference.ax_prompts is not a setting; did you mean data.preference.max_prompts?"),
+        ("grpo.max_staleness=1",  # not grpo.max_length, which is only written alike
+         "grpo.max_staleness is not a setting; did you mean grpo.rollout.max_staleness?"),
+        ("grpo.max_completion_length=64",  # TRL's name
+         "grpo.max_completion_length is not a setting; did you mean grpo.max_new_tokens?"),
+        ("grpo.clip_ratio_c=3",  # verl's name
+         "grpo.clip_ratio_c is not a setting; did you mean grpo.dual_clip?"),
+        ("grpo.use_vllm=true",
+         "grpo.use_vllm is not a setting; did you mean grpo.rollout.type?"),
     ],
 )  # fmt: skip
 def test_variant_with_a_check_of_its_own_is_explained(override, said):
     assert problems("smoke", [override]) == [said]
+
+
+def test_names_of_other_libraries_stand_for_settings_of_grpo():
+    for name, own in OTHER_NAMES.items():
+        found = GRPOSettings.model_fields.keys() | {"rollout.type", "rollout.correction"}
+        assert own in found and name not in GRPOSettings.model_fields
