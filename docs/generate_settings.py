@@ -83,7 +83,9 @@ def _paths(schema: dict[str, Any], models: dict[str, Any]) -> dict[str, list[str
     def walk(properties: dict[str, Any], prefix: str) -> None:
         for name, field in properties.items():
             for model in _references(field):
-                found.setdefault(model, []).append(prefix + name)
+                places = found.setdefault(model, [])
+                if prefix + name not in places:  # two variants of a section have it
+                    places.append(prefix + name)
                 walk(models[model]["properties"], f"{prefix}{name}.")
 
     walk(schema["properties"], "")
@@ -127,7 +129,7 @@ def _bounds(field: dict[str, Any]) -> list[str]:
     return [
         f"{symbol} {field[key]:.10g}"
         for key, symbol in symbols.items()
-        if key in field and field[key] != LARGEST  # which only keeps numbers finite
+        if key in field and abs(field[key]) != LARGEST  # which only keeps numbers finite
     ]
 
 

@@ -60,6 +60,9 @@ def headline(metrics: dict[str, Any]) -> str:
         return f"{metrics['kept']:,} of {metrics['read']:,} rows"
     if "train_pairs" in metrics:  # the label stage
         return f"{metrics['train_pairs']:,} pairs, {metrics.get('heldout_pairs', 0):,} held out"
+    if "train_replies" in metrics:  # the best of n
+        replies, held_out = metrics["train_replies"], metrics.get("heldout_replies", 0)
+        return f"{replies:,} replies kept, {held_out:,} held out"
     heldout = metrics.get("heldout")
     if isinstance(heldout, dict) and "accuracy" in heldout:  # a reward model
         interval = f" ({heldout['low']:.2f} to {heldout['high']:.2f})" if "low" in heldout else ""

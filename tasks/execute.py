@@ -110,7 +110,7 @@ def _launch(run: Run, stage: str, jobs: Mapping[str, Job], log: Log) -> dict[str
 
 
 def _size(resources: Resources) -> str:
-    ranks = f"{resources.ranks} ranks"
+    ranks = f"{resources.ranks} {'rank' if resources.ranks == 1 else 'ranks'}"
     return ranks if resources.nodes == 1 else f"{resources.nodes} nodes, {ranks} each"
 
 

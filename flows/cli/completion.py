@@ -6,6 +6,9 @@ second or more.
 
 from __future__ import annotations
 
+import itertools
+import re
+
 from rlhf_core.pipeline.preset_files import preset_names, preset_text
 from rlhf_core.system.home import rlhf_home
 
@@ -25,8 +28,9 @@ def complete_preset(incomplete: str) -> list[tuple[str, str]]:
 
 
 def preset_description(name: str) -> str:
-    """The first line of a preset, which says what it is for."""
-    return preset_text(name).splitlines()[0].lstrip("# ")
+    """The first sentence of a preset, which says what it is for."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), preset_text(name).splitlines())
+    return re.split(r"(?<=[.])(?<!Dr\.)\s", " ".join(line.lstrip("# ") for line in lines), maxsplit=1)[0]
 
 
 def complete_stage(incomplete: str) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 import time
 import traceback
 from pathlib import Path
@@ -147,8 +149,9 @@ def presets(as_json: AsJson = False) -> None:
         print_json({"name": name, "description": description} for name, description in found)
         return
     width = max(len(name) for name, _ in found) + 2
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     for name, description in found:
-        echo(f"{name:<{width}}{description}")
+        echo(textwrap.fill(f"{name:<{width}}{description}", columns, subsequent_indent=" " * width))
 
 
 app.command("schedule")(schedule)

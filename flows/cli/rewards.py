@@ -52,7 +52,7 @@ def serve(
         port=port,
         key=key,
         trust_remote_code=trust_remote_code,
-        on_ready=lambda url: echo(f"{url}/score  reward model {artifact.ref}  (Ctrl-C ends it)"),
+        on_ready=lambda url: echo(f"{url}/score  {artifact.ref}  (Ctrl-C ends it)"),
     )
 
 

@@ -127,8 +127,8 @@ def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> st
         elsewhere.sort(key=lambda p: not p.startswith(here))
         if elsewhere:
             return f"{'.'.join(names)} is not a setting; did you mean {elsewhere[0]}?"
-        section_name = ".".join(names[:-1]) or "the top level"
-        return f"{'.'.join(names)} is not a setting; {section_name} has: {', '.join(sorted(valid))}."
+        where, has = ".".join(names[:-1]) or "the top level", ", ".join(sorted(valid))
+        return f"{'.'.join(names)} is not a setting; {where} has: {has}."
     return f"{'.'.join(names)} is not a setting; did you mean {'.'.join([*names[:-1], close[0]])}?"
 
 

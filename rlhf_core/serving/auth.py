@@ -75,7 +75,7 @@ class AuthMiddleware:
         of_model = path.startswith(MODEL_PATH) and self.paths is API_PATHS
         if path not in self.paths and not of_model:
             paths = ", ".join(sorted(self.paths))
-            raise ApiError(f"There is no path {path}; the paths are {paths}.", status=404)
+            raise ApiError(f"There is no path {scope['path']}; the paths are {paths}.", status=404)
         if not self._is_authorised(scope):
             raise ApiError("The API key is wrong or missing.", code="invalid_api_key", status=401)
         if of_model:

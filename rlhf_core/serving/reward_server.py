@@ -38,11 +38,14 @@ def main(
         raise ConfigError(
             f"the server needs {', '.join(missing)}: pip install 'rlhf-pipeline[serve]'"
         )
+    from transformers.utils import logging as hf_logging
+
     from rlhf_core.serving.auth import AuthMiddleware
     from rlhf_core.serving.listening import listen
     from rlhf_core.serving.reward_api import PATHS, RewardApi, RewardScorer
     from rlhf_core.serving.transformers_server import run
 
+    hf_logging.disable_progress_bar()
     with listen(host, port) as listener:
         api = RewardApi(name, RewardScorer(folder))
         app = AuthMiddleware(api.application(), name, key, paths=PATHS)

@@ -71,6 +71,7 @@ def run(job: BestOfNJob, context: StageContext) -> Artifact | None:
             counts |= {f"{split}_{name}": number for name, number in found.items()}
             context.log(
                 f"{split}: {len(items)} prompts, {len(kept[split])} replies kept of {len(replies)}"
+                f"{dropped(found)}"
             )
     if not context.main:
         return None
@@ -192,6 +193,17 @@ def demonstration(item: Row, reply: Reply, score: float) -> Row:
         "score": score,
         "row": item["row"],
     }
+
+
+def dropped(counts: dict[str, float]) -> str:
+    """Why replies of a split were not kept, in brackets; nothing where none of these is why."""
+    why = (
+        ("unfinished", "cut at max_new_tokens"),
+        ("repeated", "repeated"),
+        ("too_low", "below min_score"),
+    )
+    told = [f"{counts[name]:,.0f} {what}" for name, what in why if counts[name]]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def nothing_kept(job: BestOfNJob, counts: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlhf_core.data.encoding.render import UNLISTED
 from rlhf_core.data.encoding.tokenizer import load_tokenizer
 from rlhf_core.data.fingerprint import check_unchanged
 from rlhf_core.data.prepare import data_settings, prepare
@@ -23,6 +24,8 @@ def run(job: DataJob, context: StageContext) -> Artifact | None:
     context.log(card.summary())
     if unused := [note.removesuffix(" not used") for note in card.notes if "not used" in note]:
         context.log(f"not used of these rows: {', '.join(unused)}")
+    if unlisted := card.notes.get(UNLISTED):
+        context.log(f"{unlisted:,} rows have {UNLISTED}. The model is not told what it may call")
     if card.left_out:
         shown = ", ".join(f"{name} ({why})" for name, why in list(card.left_out.items())[:5])
         more = f", {len(card.left_out) - 5:,} more" if len(card.left_out) > 5 else ""

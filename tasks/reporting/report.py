@@ -13,6 +13,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from rlhf_core.pipeline import recipe
 from rlhf_core.store import registry
 from rlhf_core.system.private import private_folder
 from rlhf_core.system.secrets import redact
@@ -31,6 +32,18 @@ from tasks.reporting.rollouts import rollouts
 from tasks.run import Run
 
 CURVES, LINEAGE = "curves.png", "lineage.svg"
+# What a judge counts while it labels -> what it is; see docs/data.md.
+COUNTED = {
+    "judge_requests": "requests to the judge",
+    "judge_tokens": "tokens of the judge",
+    "judge_agreed": "ties in both orders",
+    "judge_by_position": "verdicts that changed with the order",
+    "judge_half": "won in one order and tied in the other",
+    "judge_identical": "equal replies that needed no judge",
+    "judge_unclear": "questions without a verdict",
+    "train_too_close": "comparisons too close for a pair",
+    "heldout_too_close": "held-out comparisons too close for a pair",
+}
 LONGEST_CARD = 8000  # characters of a data card
 
 
@@ -81,7 +94,7 @@ def render(run: Run, images: Mapping[str, bytes], sources: str = "") -> str:
         digest = run.stages["evaluate"].digest
         evaluation = evaluation_of(run, digest)
         parts += ["## Evaluation", *filter(None, [evaluation.models(), evaluation.win_rates()])]
-        parts += [text for text in [evaluation.verdict()] if text]
+        parts += [text for text in [evaluation.verdict(), _episodes(run)] if text]
         if beside := comparison_of(run):
             found = [_champion(run), beside.models(), beside.win_rates(), beside.verdict()]
             parts += ["## Champion and challenger", *filter(None, found)]
@@ -107,6 +120,18 @@ def render(run: Run, images: Mapping[str, bytes], sources: str = "") -> str:
     settings = redact(yaml.safe_dump(changed(run.config), sort_keys=False, allow_unicode=True))
     parts += ["## Settings", folded("what differs from the defaults", settings)]
     return "\n\n".join(parts) + "\n"
+
+
+def _episodes(run: Run) -> str:
+    """That the evaluation lacks the environment of the training, if there was one."""
+    sections = [recipe.section(run.config, stage) for stage in run.config.stages]
+    trained = [s.environment.type for s in sections if getattr(s, "environment", None) is not None]
+    if not trained:
+        return ""
+    return (
+        f"The model was trained in episodes with the environment {trained[-1]}. These numbers are "
+        "of single replies without it; how the episodes went is under Rollouts."
+    )
 
 
 def _facts(run: Run) -> str:
@@ -166,9 +191,10 @@ def _stages(run: Run) -> str:
 
 def _dropped(metrics: dict[str, Any]) -> str:
     """How many rows of a data set were dropped, or pairs left out, and why."""
-    kept = ("read", "kept", "pairs", "prompts")
+    kept = ("read", "kept", "pairs", "prompts", "train_replies", "heldout_replies")
     counts = {k: v for k, v in metrics.items() if isinstance(v, int) and not k.endswith(kept)}
-    return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
+    told = ((n, COUNTED.get(reason) or reason.replace("_", " ")) for reason, n in counts.items())
+    return ", ".join(f"{n:,} {reason}" for n, reason in told if n)
 
 
 def _data_cards(run: Run) -> list[str]:

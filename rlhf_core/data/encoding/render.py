@@ -17,6 +17,8 @@ from rlhf_core.data.rows.row import CALLS, REASONING, TOOLS, BadRow, Message
 from rlhf_core.errors import DataError
 from rlhf_core.jobs import Purpose
 
+UNLISTED = "calls of tools that the row does not list: no column tools"  # a note of the card
+
 
 @dataclass(slots=True)
 class Rendered:
@@ -46,7 +48,8 @@ def render_example(
 
     Args:
         system: system message for conversations without one; None: none.
-        notes: remark -> number of rows; counts conversations whose last turns are left out.
+        notes: remark -> number of rows; counts conversations whose last turns are left out, and
+            those with calls of tools that they do not list.
 
     Raises:
         BadRow: the chat template rejects it, or it holds nothing for this purpose.
@@ -70,6 +73,8 @@ def render_example(
     try:
         if tool_facts.uses_tools([*messages, *replies]):
             tool_facts.check_tools(tokenizer, [*messages, *replies])
+            if tool_facts.calls_unlisted([*messages, *replies]):
+                notes[UNLISTED] += 1
             messages = tool_facts.unmarked(tokenizer, messages)
         if purpose == "preference":
             return [_render_replies(tokenizer, messages, replies, prompt, ("chosen", "rejected"))]

@@ -74,6 +74,15 @@ def uses_tools(messages: Sequence[Message]) -> bool:
     return any(m["role"] == "tool" or (len(m) > 2 and (TOOLS in m or CALLS in m)) for m in messages)
 
 
+def calls_unlisted(messages: Sequence[Message]) -> bool:
+    """Whether a call's tool is neither listed with the conversation nor named by a system text."""
+    if any(TOOLS in m for m in messages):
+        return False
+    told = " ".join(m["content"] for m in messages if m["role"] == "system")
+    calls = [call for m in messages for call in m.get(CALLS, ())]
+    return any(call["function"]["name"] not in told for call in calls)
+
+
 def check_tools(tokenizer: Any, messages: Sequence[Message]) -> None:
     """Check that the template writes tools, calls and results, as far as a conversation has them.
 

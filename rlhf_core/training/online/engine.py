@@ -89,9 +89,9 @@ def start_samplers(
     )  # fmt: skip
     samplers = Samplers(job, strategy, setup, context.scratch("weights"))
     context.closing.callback(samplers.close)
-    noun = "process" if rollout.ranks == 1 else "processes"
-    age = f", {rollout.max_staleness} steps ahead" if rollout.max_staleness else ""
-    context.log(f"rollouts by {rollout.ranks} {noun} of their own{age}")
+    who = f"{rollout.ranks} processes of their own" if rollout.ranks > 1 else "a process of its own"
+    steps = "1 step" if rollout.max_staleness == 1 else f"{rollout.max_staleness} steps"
+    context.log(f"rollouts by {who}{f', {steps} ahead' if rollout.max_staleness else ''}")
     if not rollout.max_staleness:
         return samplers
     schedule = Schedule(job.steps, rollout.max_staleness, rollout.segments, job.max_new_tokens)

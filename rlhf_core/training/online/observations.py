@@ -121,6 +121,6 @@ def in_time(function: Callable[[], Any], what: str, which: str, seconds: float) 
         if isinstance(error, RLHFError):
             raise error from None
         raise TrainingFailure(
-            f"The environment's {what} raised {type(error).__name__}: {str(error)[:300]} ({which}); "
-            f"{raised_at(error)}."
+            f"The environment's {what} raised {type(error).__name__}: {str(error)[:300]} "
+            f"({which}); {raised_at(error)}."
         ) from error

@@ -89,6 +89,7 @@ def test_failed_state_is_not_logged_twice():
             {"models": {"sft": {"gold_mean": 0.1}, "policy": {"gold_mean": 0.4}}},
             "gold 0.100 → 0.400",
         ),
+        ({"train_replies": 3, "heldout_replies": 2}, "3 replies kept, 2 held out"),
         ({"best": {"step": 40, "within": True}, "kl": 2.0}, "best at step 40  KL 2"),
         ({"best": {"step": 8, "within": False}}, "best at step 8, above kl_budget"),
         ({}, ""),

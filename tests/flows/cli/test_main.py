@@ -131,7 +131,7 @@ def test_old_name_of_a_setting_is_one_line_of_warning(rlhf):
 def test_presets_are_listed_with_a_sentence(rlhf):
     lines = rlhf("presets", code=0).stdout.splitlines()
     assert [line.split()[0] for line in lines] == preset_names()
-    assert all(len(line.split()) > 4 for line in lines)
+    assert all(len(line.split()) > 4 and line.endswith(".") for line in lines)
 
 
 def test_empty_store_says_so(rlhf):

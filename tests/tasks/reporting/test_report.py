@@ -119,6 +119,21 @@ def test_rollouts_are_told_in_words(run):
     ]
 
 
+def test_evaluation_without_the_environment_of_the_training_says_so(run):
+    said = "trained in episodes with the environment calculator. These numbers are of single repl"
+    assert said not in render(run, images={})
+    run.config = build_config("calculator")
+    assert said in render(run, images={})
+
+
+def test_counts_of_a_judge_are_told_in_words(run):
+    counts = {"train_pairs": 42, "heldout_pairs": 8, "judge_pairs": 72, "judge_half": 2,
+              "judge_requests": 144, "judge_unclear": 0}  # fmt: skip
+    add(run, "label", "dataset", {"x": b"1"}, counts)
+    told = "42 pairs, 8 held out (2 won in one order and tied in the other, 144 requests to the j"
+    assert told in render(run, images={})
+
+
 def test_run_without_online_rl_has_no_rollouts(run):
     assert "## Rollouts" not in render(run, images={})
 

@@ -324,3 +324,17 @@ def test_data_set_with_and_without_tools_is_prepared(tmp_path):
     rows = {row["row"]: row for row in Rows(tmp_path / "out", "train", "preference")}
     assert rows[2]["prompt"] == '[{"role": "user", "content": "Hi"}]'
     assert json.loads(rows[1]["prompt"]) == TALK[:1]
+
+
+def test_calls_of_tools_that_no_one_lists_are_counted(tmp_path):
+    """A forgotten column tools: the model would learn to call what it was never told of."""
+    tokenizer = byte_tokenizer("hermes")
+    told = {"role": "system", "content": 'You may call {"name": "add"}.'}
+    rows = [
+        {"messages": TALK},
+        {"messages": [told, U, *TALK[1:]]},
+        {"messages": [U | {"content": "Another question"}, *TALK[1:]]},
+    ]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    card = prepare(job(source, "sft"), tokenizer, tmp_path / "out", workers=1)
+    assert card.notes == {"calls of tools that the row does not list: no column tools": 1}
