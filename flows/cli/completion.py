@@ -30,7 +30,8 @@ def complete_preset(incomplete: str) -> list[tuple[str, str]]:
 def preset_description(name: str) -> str:
     """The first sentence of a preset, which says what it is for."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), preset_text(name).splitlines())
-    return re.split(r"(?<=[.])(?<!Dr\.)\s", " ".join(line.lstrip("# ") for line in lines), maxsplit=1)[0]
+    text = " ".join(line.lstrip("# ") for line in lines)
+    return re.split(r"(?<=[.])(?<!Dr\.)\s", text, maxsplit=1)[0]
 
 
 def complete_stage(incomplete: str) -> list[str]:
