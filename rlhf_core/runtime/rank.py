@@ -26,7 +26,7 @@ from rlhf_core.model_files.remote_code import allow
 from rlhf_core.runtime.agreement import decided
 from rlhf_core.runtime.context import StageContext
 from rlhf_core.runtime.job_file import read_job
-from rlhf_core.runtime.stopping import stop, write_error
+from rlhf_core.runtime.stopping import PEER_LOST, explained, stop, write_error
 from rlhf_core.store import Store, open_store
 from rlhf_core.system.host_memory import format_bytes, is_out_of_memory, peak_memory
 from rlhf_core.system.processes import die_with_parent, name_process
@@ -171,13 +171,28 @@ def main(arguments: list[str]) -> int:
             job = read_job(path)
             run_job(job, open_store(), path.parent)
         except Exception as error:
-            category = classify(error)
-            if category in ("internal", "hang", "oom"):
-                text = redact(f"rank {rank}:\n{traceback.format_exc()}")
-                print(text, file=sys.stderr, flush=True)
-            message = redact(describe(error, category, rank, job))
-            print(f"ERROR ({category}): {message}", file=sys.stderr, flush=True)
-            write_error(path.parent, rank, category, message)
-            stop.wait_before_failing(message if category == "internal" else "")
+            lost = report(error, path.parent, rank, job)
+            stop.wait_before_failing(lost)
             return 1
     return 0
+
+
+def report(error: Exception, folder: Path, rank: str, job: Job | None) -> str:
+    """Write a rank's error to the log and to its error file.
+
+    A rank that has lost another one shows nothing where that one has told the user why: its
+    traceback would hide the reason.
+
+    Returns:
+        The message of an internal error, which may say that another rank is lost; else "".
+    """
+    category = classify(error)
+    message = redact(describe(error, category, rank, job))
+    internal = message if category == "internal" else ""
+    if not (PEER_LOST.search(internal) and explained(folder)):
+        if category in ("internal", "hang", "oom"):
+            trace = "".join(traceback.format_exception(error))
+            print(redact(f"rank {rank}:\n{trace}"), file=sys.stderr, flush=True)
+        print(f"ERROR ({category}): {message}", file=sys.stderr, flush=True)
+    write_error(folder, rank, category, message)
+    return internal

@@ -95,7 +95,7 @@ class Stop:
         """End this process; runs in the thread."""
         rank = os.environ.get("RANK", "0")
         reason = f"stopped by {name}"
-        if self.phase == "training" and not _explained(self.folder):
+        if self.phase == "training" and not explained(self.folder):
             print(stacks(rank), file=sys.stderr, flush=True)
         if self.phase == "leaving":
             reason += f" before the upload had finished; it had {self.seconds:g} s (stop_timeout)"
@@ -127,8 +127,9 @@ def _rank_died() -> bool:
         return True
 
 
-def _explained(folder: Path | None) -> bool:
-    """Whether a rank of this machine has failed with a message that needs no stacks beside it."""
+def explained(folder: Path | None) -> bool:
+    """Whether a rank of this machine has told why the job failed, so that the stacks of the others
+    add nothing."""
     for path in folder.glob("error-*.json") if folder is not None else ():
         with contextlib.suppress(OSError, ValueError):
             if json.loads(path.read_text())["category"] not in NEED_STACKS:

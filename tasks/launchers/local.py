@@ -34,7 +34,7 @@ REFRESH_SECONDS = 2.0  # between two searches for descendants
 KILL_SECONDS = 1.0  # after a job's stop_timeout, before SIGKILL
 # torchrun's own lines ("W1122 10:00:00.000000 4242 torch/distributed/..."). Its report of a failed
 # rank starts with such a line of level E and is the last of the output.
-TORCHRUN = re.compile(r"^\[?([WEIC])\d{4} .*torch/(distributed|elastic|_)")
+TORCHRUN = re.compile(r"^\[?([WEIC])\d{4} .*torch/(distributed|elastic|multiprocessing|_)")
 
 
 DELETED_AFTERWARDS = ("scratch", "checkpoint", "resume")  # large; results are in the store

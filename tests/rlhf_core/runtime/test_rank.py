@@ -1,6 +1,7 @@
 """Which category an exception of a rank belongs to, and what on_nonfinite does to a stage's key."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 
 from rlhf_core.errors import DataError, RateLowered
 from rlhf_core.jobs import Resources, SFTJob
-from rlhf_core.runtime.rank import classify, describe
+from rlhf_core.runtime.rank import classify, describe, report
+from rlhf_core.runtime.stopping import write_error
 
 D = "0" * 64
 JOB = SFTJob(model=D, data=D, resources=Resources(collective_timeout=40))
@@ -84,3 +86,19 @@ def test_warnings_of_the_project_reach_the_stages_log(size, prefix):
         env=os.environ | {"RANK": "1", "WORLD_SIZE": size},
     )  # fmt: skip
     assert done.stderr == f"{prefix}off: why\n"
+
+
+@pytest.mark.parametrize(("told", "shown"), [(True, False), (False, True)])
+def test_rank_that_lost_one_which_told_a_user_why_adds_no_traceback(
+    tmp_path, monkeypatch, capsys, told, shown
+):
+    lost = RuntimeError("Connection closed by peer [127.0.0.1]:4242")
+    if told:
+        write_error(tmp_path, "1", "training", "The environment's step raised KeyError: 'board'.")
+    report(lost, tmp_path, "0", JOB)
+    assert ("Connection closed by peer" in capsys.readouterr().err) == shown
+    own = json.loads((tmp_path / "error-0.json").read_text())
+    assert own["category"] == "internal", "the orchestrator knows that it is a consequence"
+    (tmp_path / "error-0.json").unlink()
+    report(KeyError("x"), tmp_path, "0", JOB)
+    assert "KeyError" in capsys.readouterr().err, "a bug of its own is always shown"

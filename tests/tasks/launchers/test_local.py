@@ -236,3 +236,19 @@ def test_job_file_is_what_the_ranks_read(tmp_path, store, stub):
     run(tmp_path, store, sft_job())
     job = json.loads((tmp_path / "job folder/job.json").read_text())
     assert SFTJob.model_validate(job) == sft_job()
+
+
+@pytest.mark.parametrize(
+    ("line", "own"),
+    [
+        (
+            "W1130 12:25:53.682 30054 torch/multiprocessing/spawn.py:165] Terminating process 3",
+            True,
+        ),
+        ("E1130 12:25:53.682 30054 torch/distributed/elastic/api.py:836] failed (exitcode", True),
+        ("[W1130 12:25:53.682 torch/_utils.py:1] warned", True),
+        ("WARNING: no evaluation is better than that of the untrained model", False),
+    ],
+)
+def test_torchruns_own_lines_are_not_for_users(line, own):
+    assert (TORCHRUN.match(line) is not None) == own
