@@ -17,6 +17,7 @@ from rlhf_core.errors import JobFailed
 from rlhf_core.jobs import DataJob, ImportModelJob, Resources, SFTJob
 from tasks.launchers import Launch, LocalTorchrun
 from tasks.launchers.command import environment, torchrun_command
+from tasks.launchers.local import TORCHRUN
 
 pytestmark = pytest.mark.slow
 D = "0" * 64
