@@ -13,6 +13,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from rlhf_core.jobs import OnlineSettings
 from rlhf_core.pipeline import recipe
 from rlhf_core.store import registry
 from rlhf_core.system.private import private_folder
@@ -125,7 +126,8 @@ def render(run: Run, images: Mapping[str, bytes], sources: str = "") -> str:
 def _episodes(run: Run) -> str:
     """That the evaluation lacks the environment of the training, if there was one."""
     sections = [recipe.section(run.config, stage) for stage in run.config.stages]
-    trained = [s.environment.type for s in sections if getattr(s, "environment", None) is not None]
+    online = [section.environment for section in sections if isinstance(section, OnlineSettings)]
+    trained = [environment.type for environment in online if environment is not None]
     if not trained:
         return ""
     return (
