@@ -19,7 +19,9 @@ from rlhf_core.data.encoding.tool_facts import (
     check_written,
     probe_call,
     tool_facts_of,
+    uses_tools,
     with_arguments,
+    with_short_ids,
 )
 from rlhf_core.data.rows.row import CALLS, REASONING, TOOLS, Message
 from rlhf_core.errors import DataError, ModelError
@@ -82,6 +84,8 @@ def apply_template(tokenizer: Any, messages: Sequence[Message], generation_promp
     Raises:
         DataError: the template rejects the conversation. ModelError: it is no valid template.
     """
+    if uses_tools(messages) and tool_facts_of(tokenizer).short_ids:
+        messages = with_short_ids(messages)
     chat = [m if len(m) == 2 else _as_read(tokenizer, m) for m in messages]
     tools = messages[0].get(TOOLS) if messages else None
     return apply_chat(tokenizer, chat, tools or None, generation_prompt)

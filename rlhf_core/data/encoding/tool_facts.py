@@ -7,6 +7,7 @@ arguments, and the results.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import weakref
@@ -47,6 +48,7 @@ class ToolFacts:
         as_text: the template takes the arguments of a call as JSON text, not as an object.
         marks: what it writes around a result, if this is a pair of tags: ("<tool_response>",
             "</tool_response>"); else two empty texts.
+        short_ids: it takes calls and results only with ids of nine characters (Mistral).
     """
 
     key: tuple[str, int]
@@ -55,6 +57,7 @@ class ToolFacts:
     results: bool
     as_text: bool = False
     marks: tuple[str, str] = ("", "")
+    short_ids: bool = False
 
 
 _FACTS: weakref.WeakKeyDictionary[Any, ToolFacts] = weakref.WeakKeyDictionary()
@@ -145,7 +148,35 @@ def with_arguments(message: Message, as_text: bool) -> Message:
     return message | {CALLS: calls}
 
 
+def with_short_ids(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with ids of nine letters and digits for calls and their results. Other ids
+    are replaced by hashes of the calls: what ids say is only which result belongs to which call."""
+    found: list[Message] = []
+    ids: list[str] = []  # of the calls before, as far as they have no result yet
+    renamed: dict[str, str] = {}
+    for turn, message in enumerate(messages):
+        if CALLS in message:
+            given = [str(call.get("id", "")) for call in message[CALLS]]
+            ids = [_short_id(call, turn, n) for n, call in enumerate(message[CALLS])]
+            renamed = {old: new for old, new in zip(given, ids, strict=True) if old}
+            calls = [call | {"id": own} for call, own in zip(message[CALLS], ids, strict=True)]
+            message = message | {CALLS: calls}
+        elif message["role"] == "tool" and ids:
+            own = renamed.get(message.get("tool_call_id", ""), ids[0])
+            ids = [other for other in ids if other != own]
+            message = message | {"tool_call_id": own}
+        found.append(message)
+    return found
+
+
 # --------------------------------------------------------------------------- details
+
+
+def _short_id(call: dict[str, Any], turn: int, number: int) -> str:
+    own = str(call.get("id", ""))
+    if re.fullmatch(r"[A-Za-z0-9]{9}", own):
+        return own
+    return hashlib.sha256(f"{turn} {number} {_dump(call)}".encode()).hexdigest()[:9]
 
 
 def _probe(tokenizer: Any, key: tuple[str, int]) -> ToolFacts:
@@ -178,7 +209,13 @@ def _probe(tokenizer: Any, key: tuple[str, int]) -> ToolFacts:
     around = re.search(rf"(<(\w+)>)\s*{_RESULT}\s*(</\2>)", text)
     marks = (around[1], around[3]) if around else ("", "")
     results = _RESULT in text and text != reply
-    return ToolFacts(key, tools is not None, bool(able), results, True in able[:1], marks)
+    calls = said.get(CALLS, ())
+    others = [[call | {"id": "call_000007"} for call in calls],
+              [{k: v for k, v in call.items() if k != "id"} for call in calls]]  # fmt: skip
+    short_ids = bool(calls) and not all(rendered([asked, said | {CALLS: o}], tools) for o in others)
+    return ToolFacts(
+        key, tools is not None, bool(able), results, True in able[:1], marks, short_ids
+    )
 
 
 def probe_call() -> Message:
