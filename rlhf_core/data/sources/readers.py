@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from rlhf_core.data.rows.row import BadRow, RawRow, json_problem
+from rlhf_core.data.rows.row import BadRow, RawRow, json_problem, parse_json
 from rlhf_core.data.sources.text_files import read_text
 from rlhf_core.errors import DataError
 from rlhf_core.system.git_lfs import LFS_MAGIC
@@ -196,7 +196,8 @@ def read_csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 
 
 def read_parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
-    """Parquet, in batches of 256 rows.
+    """Parquet, in batches of 256 rows. Values of the type JSON, as `datasets` writes objects with
+    different keys, are read as what they say, also inside other values.
 
     Raises:
         DataError: the file is not readable as Parquet, or repeats a column.
@@ -211,10 +212,11 @@ def read_parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
         if len(set(columns)) < len(columns):
             shown = ", ".join(columns[:20])
             raise DataError(f"{name}: the file repeats a column: {shown}.")
+        parsers = {f.name: parse for f in file.schema_arrow if (parse := _json_parser(f.type))}
         for batch in file.iter_batches(batch_size=256, use_threads=False):
             for row in _rows(batch):
                 number += 1
-                yield RawRow(name, number, row)
+                yield RawRow(name, number, _parsed(row, parsers) if parsers else row)
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
         raise DataError(
             f"{name}, row {number + 1}: not readable as Parquet ({error}); download it again, or "
@@ -248,6 +250,34 @@ def _row(batch: Any) -> Any:
                 f"({type(error).__name__}: {error}); correct it, or write the file without it",
             )
     return row
+
+
+def _parsed(row: Any, parsers: dict[str, Callable[[Any], Any]]) -> Any:
+    """The row with the JSON texts of its columns read; a BadRow if one is malformed."""
+    if isinstance(row, BadRow):
+        return row
+    try:
+        return row | {name: parse(row[name]) for name, parse in parsers.items()}
+    except BadRow as bad:
+        return bad
+
+
+def _json_parser(kind: Any) -> Callable[[Any], Any] | None:
+    """What reads the JSON texts in values of an Arrow type; None if it has none."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.JsonType):
+        return lambda text: None if text is None else parse_json(text)
+    if pa.types.is_struct(kind):
+        inner = {field.name: parse for field in kind if (parse := _json_parser(field.type))}
+        return (
+            None if not inner
+            else lambda held: held and held | {key: read(held[key]) for key, read in inner.items()}
+        )  # fmt: skip
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        item = _json_parser(kind.value_type)
+        return None if item is None else lambda held: held and [item(value) for value in held]
+    return None
 
 
 ENDINGS: dict[str, Reader] = {
