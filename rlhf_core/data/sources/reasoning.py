@@ -10,18 +10,27 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl
 
 from rlhf_core.data.rows.row import RawRow
 from rlhf_core.errors import DataError
+from rlhf_core.system.processes import python_path
 
 PREFIX = "reasoning-gym:"
 DEFAULT_SIZE = 500
 MAX_SIZE = 10_000_000
 # Right for no question of any task, so a verifier that gives it full marks does not judge.
 SENSELESS = ("qwx zvk qwx", "#" * 40)
+# Tasks of version 0.1.25 whose questions or answers follow from the order of a set of texts, which
+# Python salts in each process (findings/reasoning_gym_hash_seed.sh).
+HASHED = frozenset(
+    {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
+)
 
 
 def is_reasoning(source: str) -> bool:
@@ -75,15 +84,21 @@ def parse(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def rows(source: str) -> Iterator[RawRow]:
-    """The task's questions with their answers.
+    """The task's questions with their answers: the same ones in every process.
 
     Raises:
         DataError: the package is missing, the task or an option is unknown, the task's entries
             do not survive conversion to JSON, so that its verifier would give wrong scores, or its
-            verifier gives a senseless reply full marks.
+            verifier gives full marks to a senseless reply, or to 0 where the answer is another
+            number.
     """
     version()
     task, options = parse(source)
+    salted = task in HASHED and sys.flags.hash_randomization
+    return _rows_of_child(source) if salted else _made(source, task, options)
+
+
+def _made(source: str, task: str, options: dict[str, Any]) -> Iterator[RawRow]:
     level = {} if "level" not in options else {"level": options.pop("level")}
     dataset = _create_dataset(source, task, options)
     own = {name: value for name, value in options.items() if name not in ("size", "seed")}
@@ -92,7 +107,7 @@ def rows(source: str) -> Iterator[RawRow]:
             entry = dataset[number - 1]
             written = json.loads(json.dumps(entry))
             scores = [dataset.score_answer(entry["answer"], form) for form in (entry, written)]
-            fooled = _accepted_nonsense(dataset, written)
+            fooled = _undeserved(dataset, written)
         except Exception as error:  # a task's code raises what it likes
             raise DataError(
                 f"{source}, row {number}: the task failed ({type(error).__name__}: {error}); "
@@ -103,10 +118,10 @@ def rows(source: str) -> Iterator[RawRow]:
                 f"{source}, row {number}: the task's verifier scores its own answer {scores[0]:g}, "
                 f"but {scores[1]:g} after the entry was stored as JSON; use another task."
             )
-        if fooled is not None:
+        if fooled:
             raise DataError(
-                f"{source}, row {number}: the task's verifier gives the senseless reply "
-                f"{fooled[:20]!r} full marks (1), so it rewards any reply; use another task."
+                f"{source}, row {number}: the task's verifier gives {fooled} full marks (1); use "
+                "another task."
             )
         answer = "" if entry["answer"] is None else str(entry["answer"])
         extra = {"reasoning_gym": {"task": task, "options": own, "entry": written}}
@@ -119,15 +134,60 @@ def rows(source: str) -> Iterator[RawRow]:
         yield RawRow(source, number, row)
 
 
-def _accepted_nonsense(dataset: Any, entry: dict[str, Any]) -> str | None:
-    """A senseless reply that the task's verifier gives 1; None if there is none."""
-    for reply in SENSELESS:
+def _undeserved(dataset: Any, entry: dict[str, Any]) -> str:
+    """A wrong reply to which the task's verifier gives 1, in words; empty if there is none."""
+    wrong = {reply: f"the senseless reply {reply[:20]!r}" for reply in SENSELESS}
+    try:
+        if abs(float(entry["answer"])) > 0.01:
+            wrong["0"] = f"the reply '0' to a question with the answer {entry['answer']}"
+    except (TypeError, ValueError):
+        pass  # the answer is no number
+    for reply, name in wrong.items():
         try:
             if dataset.score_answer(reply, entry) >= 1.0:
-                return reply
+                return name
         except Exception:  # a verifier may refuse a reply in this way; the reply then gets 0
             continue
-    return None
+    return ""
+
+
+def _rows_of_child(source: str) -> Iterator[RawRow]:
+    """The rows, made by a process in which Python's hashes have no salt. Errors as `rows`."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "rlhf_core.data.sources.reasoning", source],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": python_path(), "PYTHONHASHSEED": "0"},
+    ) as child:
+        assert child.stdout is not None
+        ended = False
+        try:
+            for line in child.stdout:
+                found = json.loads(line)
+                if "error" in found:
+                    raise DataError(found["error"])
+                if ended := found.get("ended", False):
+                    break
+                yield RawRow(source, found["number"], found["row"])
+        finally:
+            child.kill()
+    if not ended:
+        raise DataError(
+            f"{source}: the process that makes its rows ended with status {child.returncode}; its "
+            "output is above. Try: python -c 'import reasoning_gym'"
+        )
+
+
+def _main(source: str) -> None:
+    """Write the rows to standard output, a line of JSON each, and a last line that says so."""
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keep the output of tasks apart
+    try:
+        for raw in rows(source):
+            lines.write(json.dumps({"number": raw.number, "row": raw.data}) + "\n")
+        lines.write(json.dumps({"ended": True}) + "\n")
+    except DataError as error:
+        lines.write(json.dumps({"error": str(error)}) + "\n")
+    lines.flush()
 
 
 def near_seeds(first: str, second: str) -> str:
@@ -174,3 +234,7 @@ def _create_dataset(source: str, task: str, options: dict[str, Any]) -> Any:
         return reasoning_gym.create_dataset(task, **options)
     except Exception as error:  # assertions and type errors about its options
         raise DataError(f"{source[:200]}: {error}; correct the options after '?'.") from error
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -19,6 +19,9 @@ class Task:
 
     def __getitem__(self, index):
         value = self.fixed or self.seed * 100 + index
+        if self.name == "word_ladder":
+            print("a task may print")
+            value = f"{hash('word')} {value}"
         return {"question": f"Say {value}.", "answer": str(value), "metadata": {"pair": (1, 2)}}
 
     def score_answer(self, answer, entry):
@@ -27,6 +30,8 @@ class Task:
             return float(isinstance(entry["metadata"]["pair"], tuple))
         if self.name == "anything":
             return 1.0
+        if self.name == "prefix":
+            return float(entry["answer"].startswith(answer))
         if answer == "hang":
             time.sleep(600)
         if answer == "die":
@@ -51,7 +56,7 @@ def gym(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "reasoning_gym").mkdir(parents=True)
     (root / "reasoning_gym" / "__init__.py").write_text(INIT)
     (root / "reasoning_gym" / "factory.py").write_text(
-        "DATASETS = {'anything': 0, 'say': 1, 'tuples': 2}\n"
+        "DATASETS = dict.fromkeys(['anything', 'prefix', 'say', 'tuples', 'word_ladder'])\n"
     )
     info = root / "reasoning_gym-9.9.dist-info"
     info.mkdir()

@@ -70,10 +70,11 @@ def test_source_becomes_a_data_set_that_the_reward_reads(gym, tmp_path):
         ("say?size=0", "size is '0'; expected an integer from 1"),
         ("say?seed=x", "seed is 'x'; expected an integer from 0"),
         ("say?size", "write reasoning-gym:TASK\\?size=500&seed=0"),
-        ("sing", "has no task 'sing'; the tasks are anything, say, tuples"),
+        ("sing", "has no task 'sing'; the tasks are anything, prefix, say, tuples"),
         ("say?fixed=-1", "fixed must be positive; correct the options"),
         ("say?colour=1", "unexpected keyword argument 'colour'; correct the options"),
         ("anything", "row 1: the task's verifier gives the senseless reply 'qwx zvk qwx'"),
+        ("prefix?fixed=0.25", "gives the reply '0' to a question with the answer 0.25 full marks"),
         ("tuples", "row 1: the task's verifier scores its own answer 1, but 0 after the entry"),
     ],
 )
@@ -82,9 +83,31 @@ def test_source_that_cannot_be_made_is_refused(gym, source, message):
         rows(f"reasoning-gym:{source}")
 
 
+def test_task_that_follows_pythons_hashes_is_made_without_their_salt(gym):
+    code, plain = "print(hash('word'))", {**os.environ, "PYTHONHASHSEED": "0"}
+    unsalted = subprocess.check_output([sys.executable, "-c", code], env=plain, text=True).strip()
+    made = rows("reasoning-gym:word_ladder?size=2&seed=1")
+    assert [row["answer"] for row in made] == [f"{unsalted} 100", f"{unsalted} 101"]
+    with pytest.raises(DataError, match="unexpected keyword argument 'colour'; correct"):
+        rows("reasoning-gym:word_ladder?colour=1")
+
+
+def test_process_that_makes_rows_ends_with_the_reading_and_is_named_when_it_dies(gym):
+    before = {child.pid for child in psutil.Process().children()}
+    made = open_rows(DataSettings(source="reasoning-gym:word_ladder?size=100000"))
+    next(made)
+    assert len({child.pid for child in psutil.Process().children()} - before) == 1
+    made.close()
+    assert not {child.pid for child in psutil.Process().children()} - before
+    with (gym / "reasoning_gym" / "__init__.py").open("a") as package:
+        package.write("os._exit(3)\n")
+    with pytest.raises(DataError, match="ended with status 3; its output is above"):
+        rows("reasoning-gym:word_ladder?size=1")
+
+
 def test_verifier_of_anything_is_refused_before_a_run_starts(gym):
     [problem] = check_source(DataSettings(source="reasoning-gym:anything"), "prompts")
-    assert "full marks (1), so it rewards any reply; use another task" in problem
+    assert "full marks (1); use another task" in problem
 
 
 @pytest.mark.parametrize(
@@ -173,6 +196,8 @@ def test_real_verifier_of_anything_is_refused_and_real_near_seeds_overlap():
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym; run: make test-extras")
     with pytest.raises(DataError, match="gives the senseless reply"):
         rows("reasoning-gym:game_of_life_halting?size=1")
+    with pytest.raises(DataError, match="gives the reply '0' to a question with the answer 0"):
+        rows("reasoning-gym:coin_flip?size=9")
     first, near, far = (
         {row["prompt"] for row in rows(f"reasoning-gym:basic_arithmetic?size=50&seed={seed}")}
         for seed in (0, 1, 50)
