@@ -19,8 +19,8 @@ warnings.filterwarnings("ignore")
 import reasoning_gym
 
 def made(task):
-    data = reasoning_gym.create_dataset(task, size=30, seed=7)
-    return [[entry["question"], str(entry["answer"])] for entry in (data[i] for i in range(30))]
+    data = reasoning_gym.create_dataset(task, size=12, seed=7)
+    return [[entry["question"], str(entry["answer"])] for entry in (data[i] for i in range(12))]
 
 tasks = "isomorphic_strings knight_swap polynomial_multiplication ransom_note word_ladder leg_counting".split()
 again = {task: made(task) for task in tasks}
@@ -30,12 +30,12 @@ PY
 cat > "$folder/compare.py" <<'PY'
 import importlib.metadata, json, sys
 one, other, fixed, fixed_too = (json.load(open(name)) for name in sys.argv[1:])
-print("reasoning-gym", importlib.metadata.version("reasoning-gym"), "- of 30 entries with the same seed, in two processes:")
+print("reasoning-gym", importlib.metadata.version("reasoning-gym"), "- of 12 entries with the same seed, in two processes:")
 for task in one:
     pairs = list(zip(one[task], other[task], strict=True))
     differ = [sum(a[part] != b[part] for a, b in pairs) for part in (0, 1)]
     print(f"{task:26} {differ[0]:2} other questions, {differ[1]:2} other answers")
-    assert (sum(differ) > 5) == (task != "leg_counting")
+    assert (sum(differ) > 2) == (task != "leg_counting")
 print("the same in two processes with PYTHONHASHSEED=0:", fixed == fixed_too)
 assert fixed == fixed_too
 PY
