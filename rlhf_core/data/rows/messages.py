@@ -3,6 +3,7 @@
     {"role": "system|user|assistant", "content": ...}     keys of OpenAI and of chat templates
     {"from": "system|human|gpt", "value": ...}            keys of ShareGPT
     "\\n\\nHuman: ...\\n\\nAssistant: ..."                    transcripts of Anthropic's HH
+    blocks and items of two APIs                         see `blocks`
 
 A message's text may be a list of text parts. Calls of tools and their results are read as in
 `tools`. `reasoning_content`, `reasoning` or `thinking` of a
@@ -16,6 +17,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_core.data.rows.blocks import expanded
 from rlhf_core.data.rows.columns import Rules, check_unread, is_empty, read_flag
 from rlhf_core.data.rows.row import (
     CALLS,
@@ -111,7 +113,7 @@ def read_messages(value: Any, name: str, rules: Rules) -> list[Message]:
     first = items[0]
     keys = _KEYS[isinstance(first, dict) and "from" in first and "role" not in first]
     messages: list[Message] = []
-    for position, item in enumerate(items, 1):
+    for position, item in expanded(items, name):
         where = f"message {position} of column {name!r}"
         tools = item.get(TOOLS) if position == 1 and isinstance(item, dict) else None
         if tools and TOOLS not in rules.ignored:

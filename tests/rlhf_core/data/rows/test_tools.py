@@ -232,6 +232,73 @@ def test_lists_that_call_no_tool_of_the_row_stay_texts():
         assert read(row)[0].messages[1]["content"] == text
 
 
+ANTHROPIC = [
+    U,
+    {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "Two sums.", "signature": "x"},
+        {"type": "text", "text": "Let me see."},
+        {"type": "tool_use", "id": "x", "name": "add", "input": {"a": 1}},
+        {"type": "tool_use", "id": "y", "name": "add", "input": {"a": 2}}]},
+    {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "x", "content": "1"},
+        {"type": "tool_result", "tool_use_id": "y", "content": [{"type": "text", "text": "2"}]}]},
+    {"role": "assistant", "content": [{"type": "text", "text": A["content"]}]},
+]  # fmt: skip
+RESPONSES = [
+    U,
+    {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "Two sums."}]},
+    {"type": "message", "id": "m", "status": "completed", "role": "assistant",
+     "content": [{"type": "output_text", "text": "Let me see.", "annotations": []}]},
+    {"type": "function_call", "call_id": "x", "name": "add", "arguments": '{"a": 1}'},
+    {"type": "function_call", "call_id": "y", "name": "add", "arguments": '{"a": 2}'},
+    {"type": "function_call_output", "call_id": "x", "output": "1"},
+    {"type": "function_call_output", "call_id": "y", "output": "2"},
+    A,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": ANTHROPIC}, {"input": RESPONSES}], ids=["anthropic", "responses"]
+)
+def test_blocks_and_items_of_apis_are_messages(row):
+    calls = [called({"a": 1}, id="x"), called({"a": 2}, id="y")]
+    reply = says(*calls, content="Let me see.", reasoning_content="Two sums.")
+    results = [{**RESULT, "content": n, "tool_call_id": i} for n, i in (("1", "x"), ("2", "y"))]
+    tools = [{"name": "add", "input_schema": {"type": "object"}}]
+    messages = read({**row, "tools": tools})[0].messages
+    assert messages[1:] == [reply, *results, A] and messages[0]["tools"][0]["function"]["name"]
+
+
+def test_results_and_a_question_are_one_message_of_a_user():
+    both = {"role": "user", "content": [*ANTHROPIC[2]["content"], {"type": "text", "text": "So?"}]}
+    messages = read({"messages": [*ANTHROPIC[:2], both, A]})[0].messages
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool", "tool", "user",
+                                             "assistant"]  # fmt: skip
+    assert messages[4] == {"role": "user", "content": "So?"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [
+        (ANTHROPIC[1]["content"][::-1], "a block of type 'text' after others"),
+        ([{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "b"}], "'thinking' aft"),
+        ([{"type": "thinking", "thinking": "b"}, {"type": "image", "source": {}}], "'image'"),
+    ],
+)  # fmt: skip
+def test_blocks_that_no_reply_can_hold_are_refused(parts, found):
+    with pytest.raises(BadRow, match=found):
+        read({"messages": [U, {"role": "assistant", "content": parts}]})
+    picture = [{"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image"}]}]
+    with pytest.raises(BadRow, match=r"a tool's result in message 3 .* type 'image'; only"):
+        read({"messages": [*ANTHROPIC[:2], {"role": "user", "content": picture}, A]})
+
+
+@pytest.mark.parametrize("rest", [[], [U, A], RESPONSES[5:]])
+def test_reasoning_of_no_reply_is_refused(rest):
+    with pytest.raises(BadRow, match="follows reasoning that belongs to no reply"):
+        read({"input": [*RESPONSES[:2], *rest]})
+
+
 def test_pair_of_trajectories_is_refused_with_what_to_write():
     row = {"prompt": [U], "chosen": [says(CALL), RESULT, A], "rejected": [A]}
     with pytest.raises(BadRow, match=r"differ at turn 2; .*a pair for each turn that differs"):
