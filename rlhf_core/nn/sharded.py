@@ -142,6 +142,27 @@ def gathered(root: nn.Module) -> Iterator[None]:
         release(root)
 
 
+def gathered_in_turn(root: nn.Module) -> Iterator[list[nn.Module]]:
+    """Gather what is outside the layers, which stays, and each layer for as long as its turn lasts,
+    in the precision of the root's passes. Every rank must go through all turns.
+
+    Yields:
+        The modules whose own parameters are whole, each module once.
+    """
+    release(root)  # what a pass has gathered may be old weights
+    layers = [part for part in root.modules() if isinstance(part, FSDPModule) and part is not root]
+    inside = {module for layer in layers for module in layer.modules()}  # type: ignore[attr-defined]
+    try:
+        root.unshard()  # type: ignore[operator]
+        yield [module for module in root.modules() if module not in inside]
+        for layer in layers:
+            layer.unshard()
+            yield list(layer.modules())  # type: ignore[attr-defined]
+            layer.reshard()
+    finally:
+        release(root)
+
+
 def gathered_bytes(root: nn.Module) -> int:
     """Bytes that `gathered` needs on each rank beside the shards."""
     half = getattr(root, "gathered_dtype", None)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import RLHFError
@@ -21,8 +20,9 @@ from rlhf_core.judges.lexicon import PACKAGES
 from rlhf_core.model_files.shape import ModelShape, read_shape
 from rlhf_core.model_files.source_check import check_model, model_config, new_model_sizes
 from rlhf_core.pipeline import recipe
-from rlhf_core.pipeline.placements import device_of, placements, trained_stages
+from rlhf_core.pipeline.placements import device_of, trained_stages
 from rlhf_core.preflight.answers import check_answers
+from rlhf_core.preflight.disk import check_disk
 from rlhf_core.preflight.environments import check_environments
 from rlhf_core.preflight.fitting import ways_to_fit
 from rlhf_core.preflight.memory import GIB
@@ -37,8 +37,8 @@ from rlhf_core.preflight.settings import (
     check_placements,
     check_training,
 )
-from rlhf_core.store import Store, open_store, rlhf_home
-from rlhf_core.system.machine import Machine, free_disk, this_machine
+from rlhf_core.store import Store, open_store
+from rlhf_core.system.machine import Machine, this_machine
 
 _TOLERANCE = 1.1  # an estimate above the memory by more than this factor is refused
 
@@ -101,7 +101,7 @@ def check(
     if here and model is not None and shape is not None and not problems:
         problems += _check_memory(config, model, machine, store)
         if contact:
-            problems += _check_disk(config, shape, store)
+            problems += check_disk(config, shape, store)
     return list(dict.fromkeys(problems))
 
 
@@ -321,28 +321,3 @@ def _check_memory(
                 f"{machine.ram / GIB:.0f} GiB; use fewer ranks, LoRA or trainable_layers"
             )
     return problems
-
-
-def _check_disk(config: PipelineConfig, shape: ModelShape, store: Store | None) -> list[str]:
-    """Disk space for what a run writes to the store and to the working folder.
-
-    The store gets four models (all fp32, except for the imported one), the further members of an
-    ensemble of reward models, and PPO's checkpoints. The working folder has a copy of each model
-    that a stage reads, its result, and one checkpoint.
-    """
-    models = 4 + max(0, recipe.reward_models(config) - 1)
-    keep = max(r.keep_checkpoints for r in placements(config).values()) + 1
-    checkpoint = 12 * 2 * shape.parameters
-    sizes: dict[Path, tuple[int, str]] = {}
-    home = rlhf_home()
-    sizes[home] = (4 * models * shape.parameters + 2 * checkpoint, f"the working folder {home}")
-    if store is not None and store.url.startswith("file://"):
-        place = Path(store.url.removeprefix("file://"))
-        sizes[place] = (4 * models * shape.parameters + keep * checkpoint, f"the store {store.url}")
-    return [
-        f"{name} needs about {size / GIB:.1f} GiB for {shape.parameters:,} parameters, but its "
-        f"disk has {free_disk(path) / GIB:.1f} GiB free; free some space, or use another disk "
-        f"with {'RLHF_HOME' if path == home else 'the setting store'}"
-        for path, (size, name) in sizes.items()
-        if free_disk(path) < size
-    ]

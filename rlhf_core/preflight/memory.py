@@ -55,12 +55,16 @@ class MemoryEstimate:
         host_once: of one rank alone beside that, which reads models or gathers the result.
         samplers: in the host's memory, of all processes that sample beside the ranks, and of the
             weights that are on their way to them.
+        sampler: on the GPU of each process that samples beside the ranks by the built-in loop.
+        engine: of the weights alone in a vLLM engine, on each of its GPUs.
     """
 
     parts: dict[str, int] = field(default_factory=dict)
     host: int = 0
     host_once: int = 0
     samplers: int = 0
+    sampler: int = 0
+    engine: int = 0
 
     @property
     def total(self) -> int:
@@ -130,7 +134,10 @@ def estimate(
         host, once = plan.host(models)
         host += _PROCESS["cpu"]
     parts = {name: int(size) for name, size in parts.items()}
-    return MemoryEstimate(parts, int(host), int(once), int(samplers_memory(plan, max_length)))
+    beside = samplers_memory(plan, max_length)
+    return MemoryEstimate(
+        parts, int(host), int(once), int(beside), *map(int, sampling_gpus(plan, max_length))
+    )
 
 
 def sampling_parts(plan: Plan, max_length: int, during_passes: int) -> dict[str, int]:
@@ -153,15 +160,41 @@ def samplers_memory(plan: Plan, max_length: int) -> float:
         return 0.0
     each: float = _PROCESS["cpu"]
     if plan.device == "cpu":
-        rows = -(-most_replies(plan.settings) * engine.segments // engine.ranks)
         each += 4 * shape.parameters
         if isinstance(engine, VllmRollout):
             each += engine.cpu_cache_mib * 2**20
         else:
-            each += plan.rollout(rows, max_length)
+            each += plan.rollout(rows_of_sampler(plan), max_length)
+    elif not isinstance(engine, VllmRollout):  # it loads the policy in main memory
+        each += plan.loaded_width * shape.parameters
     whole = isinstance(engine, VllmRollout)  # else what is trained
     handed = 4 * (shape.parameters if whole else plan.trained(shape.parameters))
     return engine.ranks * each + (engine.max_staleness + 2) * handed
+
+
+def sampling_gpus(plan: Plan, max_length: int) -> tuple[float, float]:
+    """What samples on GPUs, bytes: `sampler` and `engine` of the estimate."""
+    engine: Rollout = getattr(plan.settings, "rollout", BuiltinRollout())
+    parameters, ddp = plan.shape.parameters, plan.resources.strategy == "ddp"
+    if plan.device == "cpu":
+        return 0.0, 0.0
+    if isinstance(engine, VllmRollout):
+        return 0.0, plan.width * parameters / engine.tensor_parallel
+    if not engine.separate:
+        return 0.0, 0.0
+    weights = plan.width * parameters
+    if ddp:  # as it is trained, and what autocast keeps of it
+        frozen = plan.settings.lora is not None
+        held = plan.frozen(parameters) if frozen else 4 * parameters
+        weights = held + (plan.width * parameters if plan.width == 2 and held > weights else 0)
+    rows = rows_of_sampler(plan)
+    return weights + plan.rollout(rows, max_length) + _PROCESS["cuda"], 0.0
+
+
+def rows_of_sampler(plan: Plan) -> int:
+    """Replies that each process samples together beside the ranks."""
+    engine: Rollout = getattr(plan.settings, "rollout", BuiltinRollout())
+    return -(-most_replies(plan.settings) * engine.segments // engine.ranks)
 
 
 def most_replies(settings: TrainSettings) -> int:

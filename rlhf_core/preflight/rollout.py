@@ -13,6 +13,7 @@ from rlhf_core.rollout.limits import MISSING, path_remark, rollout_problems
 from rlhf_core.system.machine import Machine
 
 _DURING_PASSES = ("activations", "working memory", "gathered")  # parts that sampling does not need
+_BESIDE_WEIGHTS = 0.05  # share of a GPU that an engine needs beside its weights, at the least
 
 
 def check_rollouts(
@@ -50,19 +51,42 @@ def remarks_on_rollouts(config: PipelineConfig, machine: Machine) -> list[str]:
 def check_engine_memory(
     stage: str, settings: object, resources: Resources, training: MemoryEstimate, machine: Machine
 ) -> list[str]:
-    """Problems if a GPU cannot hold the trainer's state and the engine's share together."""
-    rollout = getattr(settings, "rollout", None)
-    if not isinstance(rollout, VllmRollout) or device_of(resources, machine) == "cpu":
+    """Problems if a GPU cannot hold what samples on it: a sampler of its own, an engine's weights,
+    or the engine beside the trainer's state."""
+    rollout, gpu = getattr(settings, "rollout", None), machine.gpu_memory
+    if rollout is None or not gpu or device_of(resources, machine) == "cpu":
         return []
-    if rollout.separate:  # on GPUs of their own
-        return []
+    if not isinstance(rollout, VllmRollout):
+        return _sampler_problems(stage, training.sampler, gpu)
+    # Nothing else is on the GPUs of samplers.
     kept = sum(v for k, v in training.parts.items() if k not in _DURING_PASSES)
-    share = rollout.gpu_memory_utilization * machine.gpu_memory
-    if not machine.gpu_memory or kept + share <= machine.gpu_memory:
+    kept = 0 if rollout.separate else kept
+    share, name = rollout.gpu_memory_utilization * gpu, f"{stage}.rollout.gpu_memory_utilization"
+    found = (
+        f"{name} is {rollout.gpu_memory_utilization:g}, which is {share / GIB:.1f} GiB of a GPU of "
+        f"{gpu / GIB:.1f} GiB"
+    )
+    if training.engine >= share:
+        needed = training.engine / gpu + _BESIDE_WEIGHTS
+        ways = [f"set it to {needed:.2f} or more"] if kept + needed * gpu <= gpu else []
+        ways += [] if rollout.separate else ["raise rollout.tensor_parallel"]
+        return [
+            f"{found}, but the weights alone take about {training.engine / GIB:.1f} GiB of it: "
+            f"{', or '.join([*ways, 'train a smaller model'])}"
+        ]
+    if kept + share <= gpu:
         return []
     return [
-        f"{stage}.rollout.gpu_memory_utilization is {rollout.gpu_memory_utilization:g}, which is "
-        f"{share / GIB:.1f} GiB of a GPU of {machine.gpu_memory / GIB:.1f} GiB, but while vLLM "
-        f"samples the trainer keeps about {kept / GIB:.1f} GiB; set at most "
-        f"{max(0.0, 1 - kept / machine.gpu_memory):.2f}, or use more ranks with zero2, or LoRA"
+        f"{found}, but while vLLM samples the trainer keeps about {kept / GIB:.1f} GiB; set at "
+        f"most {max(0.0, 1 - kept / gpu):.2f}, or use more ranks with zero2 or fsdp2, or LoRA"
+    ]
+
+
+def _sampler_problems(stage: str, needed: int, gpu: int) -> list[str]:
+    if needed <= gpu:
+        return []
+    return [
+        f"{stage}.rollout.placement is separate, where each sampler has the whole policy on one "
+        f"GPU: about {needed / GIB:.1f} GiB, and a GPU has {gpu / GIB:.1f} GiB; set placement to "
+        "colocated with the strategy fsdp2, or use a smaller model"
     ]

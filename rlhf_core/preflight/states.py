@@ -218,13 +218,17 @@ class Plan:
         layers = 2 * c * shape.layer_parameters if self.resources.strategy == "fsdp2" else 0
         return cache + prompts * (3 * c * shape.intermediate + 2 * 4 * shape.hidden) + layers
 
+    @property
+    def loaded_width(self) -> int:
+        """Bytes of a weight while a model is loaded."""
+        return self.frozen_width if self.settings.lora is not None else 4
+
     def host(self, models: int) -> tuple[int, int]:
         """Main memory of each rank on a GPU, and of rank 0 beside that: what they load, or copy for
         a checkpoint, and what rank 0 gathers for the result."""
         shape, kind = self.shape, self.resources.strategy
         trained = models * self.trained(shape.parameters)
-        width = self.frozen_width if self.settings.lora is not None else 4
-        loaded = width * shape.parameters  # a model at a time
+        loaded = self.loaded_width * shape.parameters  # a model at a time
         if self.quantization is not None:  # quantised layer by layer
             loaded = self.frozen_width * shape.embedding_parameters
         offloaded = 16 * trained // self.resources.world_size if kind == "zero2_cpu" else 0

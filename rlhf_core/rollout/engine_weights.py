@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,22 +10,43 @@ from torch import Tensor, nn
 
 from rlhf_core.models.nf4 import merged_weight
 from rlhf_core.nn.backbone import causal_lm
+from rlhf_core.nn.modules import Policy
+from rlhf_core.nn.sharded import gathered_in_turn, is_sharded
 
 
 def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A causal LM's current weights, one by one, under their names in a checkpoint.
 
     LoRA adapters are merged, quantised weights are yielded whole; a tied head is yielded once.
+    Where the policy is sharded, one layer after another is gathered in the precision of its passes,
+    for which all ranks must take all weights.
+
+    Args:
+        policy: the causal LM, or the `Policy` around it, which it has to be where it is sharded.
     """
-    lm = causal_lm(policy)
+    lm = causal_lm(policy.model if isinstance(policy, Policy) else policy)
     with torch.no_grad():
-        for name, param in lm.named_parameters():
-            path, _, leaf = name.rpartition(".")
-            if ".lora_" in name:
+        if not is_sharded(policy):
+            yield from _weights(lm, list(lm.modules()))
+            return
+        for modules in gathered_in_turn(policy):
+            # An engine may load a weight after the layer has been let go.
+            yield from ((name, weight.clone()) for name, weight in _weights(lm, modules))
+
+
+def _weights(lm: nn.Module, modules: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Those of some of its modules, without the modules in them."""
+    wanted, seen = set(modules), set()
+    for path, module in lm.named_modules():
+        if module not in wanted:
+            continue
+        for leaf, param in module._parameters.items():
+            if param is None or id(param) in seen or ".lora_" in f"{path}.{leaf}":
                 continue
-            path = path.removesuffix(".base_layer")
-            whole = merged_weight(lm.get_submodule(path)) if leaf == "weight" else param.detach()
-            yield f"{path}.{leaf}", whole
+            seen.add(id(param))
+            place = path.removesuffix(".base_layer")
+            weight = merged_weight(lm.get_submodule(place)) if leaf == "weight" else param.detach()
+            yield f"{place}.{leaf}".removeprefix("."), weight
 
 
 def put(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[set[str], set[str] | None]:

@@ -49,11 +49,6 @@ def rollout_problems(
             f"{stage}.temperature is {settings.temperature:g}, and vLLM samples at no less than "
             f"{LOWEST_TEMPERATURE:g}: raise it, or set {stage}.rollout.type to builtin"
         )
-    if resources.strategy == "fsdp2":
-        problems.append(
-            f"{stage}.rollout.type is vllm with the strategy fsdp2, which keeps no whole weights "
-            "on a rank to hand over: use zero2, or the rollout type builtin"
-        )
     return problems
 
 

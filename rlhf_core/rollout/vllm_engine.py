@@ -124,7 +124,7 @@ class VllmEngine:
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if self.on_cpu:  # the share would be one of main memory, and never given back
             memory = {"kv_cache_memory_bytes": settings.cpu_cache_mib * 2**20}
-        else:
+        elif not settings.separate:  # beside a trainer, whose updates need the memory
             memory["enable_sleep_mode"] = True
             torch.cuda.empty_cache()
         return vllm.LLM(
@@ -152,7 +152,11 @@ class VllmEngine:
     def roll_out(
         self, policy: nn.Module, prompt_ids: Sequence[Sequence[int]], **options: Any
     ) -> Rollout:
-        """One rollout of the policy as it is now: wake, `update`, `generate`, sleep."""
+        """One rollout of the policy as it is now: wake, `update`, `generate`, sleep.
+
+        Args:
+            policy: see `policy_weights`.
+        """
         self.wake("weights")
         self.update(policy_weights(policy))
         self.wake("kv_cache")

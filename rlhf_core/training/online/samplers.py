@@ -70,6 +70,7 @@ class Samplers:
         """In which rank 0 asks, one call after another."""
         self.longest_silence = float(job.resources.collective_timeout)
         """Seconds for which samplers may return nothing, also while they start."""
+        self._heads: list[Head] | None = None  # of all weights
         self._children: list[_Child] = []
         if strategy.rank == 0:
             devices = own_devices(job) if strategy.device.type == "cuda" else None
@@ -79,14 +80,28 @@ class Samplers:
 
     def hand_over(self, policy: Policy) -> Handover | None:
         """The weights as they are now; rank 0 has them. Every rank calls."""
-        if isinstance(self.job.rollout, VllmRollout) and self.strategy.rank > 0:
+        if self.strategy.rank > 0 and not is_sharded(policy):
             return None  # no part of a weight is elsewhere than on rank 0
-        heads, tensors = handed_over(self.job, self.strategy, policy)
+        heads, tensors = self._handed_over(policy)
         if self.strategy.rank == 0:
             return Handover.written(self.folder, heads, tensors)
         for _ in tensors:  # each is gathered from all ranks
             pass
         return None
+
+    def _handed_over(self, policy: Policy) -> tuple[list[Head], Iterable[Tensor]]:
+        """What samplers need of a policy: what is trained, or all weights (adapters merged) for
+        vLLM.
+
+        Returns:
+            Names, types and shapes; and the tensors one by one, where sharded on all ranks at once.
+        """
+        if not isinstance(self.job.rollout, VllmRollout):
+            return trained_weights(self.strategy, policy)
+        if self._heads is None:  # by a pass of its own: no second copy of all is in memory
+            found = policy_weights(policy)
+            self._heads = [(name, w.dtype, tuple(w.shape)) for name, w in found]
+        return self._heads, (weight for _, weight in policy_weights(policy))
 
     def roll_out(
         self,
@@ -237,17 +252,8 @@ class _Child:
         self.connection.close()
 
 
-def handed_over(
-    job: OnlineJob, strategy: Strategy, policy: Policy
-) -> tuple[list[Head], Iterable[Tensor]]:
-    """What samplers need of a policy: what is trained, or for vLLM all weights, adapters merged.
-
-    Returns:
-        Names, types and shapes; and the tensors one by one, where sharded on every rank at once.
-    """
-    if isinstance(job.rollout, VllmRollout):
-        found = [(name, weight.cpu()) for name, weight in policy_weights(policy.model)]
-        return [(n, w.dtype, tuple(w.shape)) for n, w in found], [w for _, w in found]
+def trained_weights(strategy: Strategy, policy: Policy) -> tuple[list[Head], Iterable[Tensor]]:
+    """What is trained of a policy, in the precision of its passes; see `Samplers._handed_over`."""
     half = HALF.get(strategy.precision) if is_sharded(policy) else None
     params = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     heads = [(name, half or p.dtype, tuple(p.shape)) for name, p in params.items()]

@@ -268,7 +268,7 @@ def sample_own(
     if isinstance(engine, Samplers):
         return sampled_for_ranks(engine, policy, prompts, row_seeds)
     if engine is not None:
-        sampled = engine.roll_out(policy.model, prompts, **options)
+        sampled = engine.roll_out(policy, prompts, **options)
     else:
         with strategy.autocast():
             sampled = generate_together(policy, prompts, strategy.group, **options)

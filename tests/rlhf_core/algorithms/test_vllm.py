@@ -109,6 +109,30 @@ def two_ranks(run_plan, make):
     })  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def apart(run_plan, make):
+    """The engine in a process of its own."""
+    rollout = VllmRollout(cpu_cache_mib=32, max_logprob_gap=0.1, placement="separate")
+    ahead = rollout.model_copy(update={"max_staleness": 1, "segments": 2})
+    return run_plan(1, {
+        "grpo": (make("grpo", rollout=rollout), {}),
+        "ahead": (make("grpo", rollout=ahead), {}),
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sharded(run_plan, make):
+    """Policies that no rank holds whole, on two ranks."""
+    rollout = VllmRollout(cpu_cache_mib=32, max_logprob_gap=0.1, placement="separate")
+    place = {"place": {"strategy": "fsdp2"}}
+    return run_plan(2, {
+        "grpo": (make("grpo", **place), {}),
+        "lora": (make("grpo", lora=LoRA(rank=2, alpha=8), learning_rate=1e-2, **place), {}),
+        "ppo-bf16": (make("ppo", precision="bf16", minibatches=2, **place), {}),
+        "apart": (make("grpo", rollout=rollout, **place), {}),
+    })  # fmt: skip
+
+
 def samples(run):
     lines = (run.folder / "samples.jsonl").read_text().splitlines()
     return [json.loads(line)["samples"] for line in lines]
@@ -151,6 +175,34 @@ def test_two_ranks_sample_and_learn_what_one_does(one_rank, two_ranks):
     assert replies[0] == replies[1]
     for name in ("score", "length", "kl", "entropy", "grad_norm"):
         np.testing.assert_allclose(column(one, name), column(two, name), atol=2e-3, err_msg=name)
+
+
+def test_engine_in_a_process_of_its_own_samples_the_same(one_rank, apart):
+    assert weight_hashes(apart["grpo"].artifact) == weight_hashes(one_rank["grpo"].artifact)
+    assert samples(apart["grpo"]) == samples(one_rank["grpo"])
+
+
+def test_engine_carries_replies_over_an_update(apart):
+    run = apart["ahead"]
+    assert run.artifact is not None
+    assert max(column(run, "staleness_max")) == 1 and max(column(run, "carried_replies")) > 0
+
+
+@pytest.mark.parametrize("name", ("grpo", "lora", "ppo-bf16", "apart"))
+def test_engine_gets_the_weights_of_a_policy_that_no_rank_holds_whole(sharded, name):
+    run = sharded[name]
+    assert run.artifact is not None, run.said
+    assert max(column(run, "rollout_logprob_gap")) < (0.05 if name == "ppo-bf16" else 1e-4)
+    assert column(run, "kl_k3")[-1] > 1e-4, "the policy has moved"
+
+
+def test_sharded_ranks_sample_and_learn_what_one_does(one_rank, sharded):
+    for run in (sharded["grpo"], sharded["apart"]):
+        replies = [[s["reply"] for s in step] for step in samples(run)]
+        assert replies == [[s["reply"] for s in step] for step in samples(one_rank["grpo"])]
+        for name in ("score", "length", "kl", "entropy", "grad_norm"):
+            expected = column(one_rank["grpo"], name)
+            np.testing.assert_allclose(column(run, name), expected, atol=2e-3, err_msg=name)
 
 
 def test_engine_that_kept_old_weights_ends_the_stage(one_rank):

@@ -358,7 +358,7 @@ def test_data_and_store_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    import rlhf_core.preflight.check as preflight
+    import rlhf_core.preflight.disk as preflight
 
     monkeypatch.setattr(preflight, "free_disk", lambda path: 1000)
     problems = check(config(), machine=CPU)

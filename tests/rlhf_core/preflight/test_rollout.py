@@ -34,7 +34,8 @@ from rlhf_core.jobs.online import LATER
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.preflight.check import check, dry_run
 from rlhf_core.preflight.memory import GIB, estimate
-from rlhf_core.rollout.limits import path_remark
+from rlhf_core.preflight.rollout import check_engine_memory
+from rlhf_core.rollout.limits import path_remark, rollout_problems
 from rlhf_core.system.machine import Machine
 from rlhf_core.training.online.experience import assert_same_policy
 from tests import forked
@@ -157,10 +158,6 @@ def test_training_does_not_import_vllm() -> None:
 def test_settings_that_vllm_cannot_do_are_named() -> None:
     [problem] = dry_run(sampling(temperature=0.001), CPU)
     assert "grpo.temperature is 0.001" in problem and "no less than 0.01" in problem
-    config = sampling(resources={"strategy": "fsdp2"})
-    assert any(
-        "grpo.rollout.type is vllm with the strategy fsdp2" in p for p in dry_run(config, GPUS)
-    )
 
 
 def test_engine_over_several_gpus_needs_ranks_and_heads_that_divide() -> None:
@@ -208,20 +205,69 @@ def test_engine_on_the_cpu_counts_as_memory() -> None:
     assert parts[1]["vLLM"] == pytest.approx(2 * 6.74e9 + 2**30, rel=0.01)  # 6.74 G parameters
 
 
-def test_engine_that_does_not_fit_beside_the_trainer_is_refused() -> None:
-    ranks = {"ranks": 8, "strategy": "zero2"}
-    base = {"model": {"source": "meta-llama/Llama-2-7b-hf"}, "stages": ["grpo"], "resources": ranks}
-    grpo = {"rewards": [{"type": "repetition"}]}
+def problems_of(model: Any, rollout: dict[str, Any], **resources: Any) -> list[str]:
+    config = PipelineConfig.model_validate(
+        {
+            "model": {"source": "meta-llama/Llama-2-7b-hf"}, "stages": ["grpo"],
+            "resources": resources,
+            "grpo": {"rewards": [{"type": "repetition"}], "rollout": rollout, "batch_size": 24},
+        }
+    )  # fmt: skip
+    return [p for p in dry_run(config, GPUS, model) if "rollout" in p]
 
+
+def test_engine_that_does_not_fit_beside_the_trainer_is_refused() -> None:
     def problems(share: float) -> list[str]:
         rollout = {"type": "vllm", "gpu_memory_utilization": share}
-        config = PipelineConfig.model_validate({**base, "grpo": {**grpo, "rollout": rollout}})
-        return [p for p in dry_run(config, GPUS, LLAMA_7B) if "rollout" in p]
+        return problems_of(LLAMA_7B, rollout, ranks=8, strategy="zero2")
 
     assert problems(0.2) == []
     [problem] = problems(0.9)
     assert "grpo.rollout.gpu_memory_utilization is 0.9, which is 72.0 GiB" in problem
     assert "set at most 0." in problem
+    [problem] = problems(0.15)  # 13.5e9 bytes are 12.6 GiB
+    assert (
+        "0.15, which is 12.0 GiB of a GPU of 80.0 GiB, but the weights alone take about 12.6"
+        in (problem)
+    )
+    assert "set it to 0.21 or more, or raise rollout.tensor_parallel" in problem
+
+
+def test_sampler_of_its_own_holds_the_whole_policy() -> None:
+    apart = {"placement": "separate", "ranks": 2}
+    place = {"ranks": 6, "strategy": "fsdp2", "gradient_checkpointing": True}
+    assert problems_of(LLAMA_7B, apart, **place) == []
+    assert problems_of(LLAMA_7B, {"type": "vllm", **apart}, **place) == []
+    large = LLAMA_7B | {"num_hidden_layers": 192}  # 39e9 parameters
+    [problem] = problems_of(large, {"type": "vllm", **apart}, **place)
+    assert "gpu_memory_utilization is 0.3, which is 24.0 GiB" in problem
+    assert "the weights alone take about 72.9 GiB of it: set it to 0.96 or more" in problem
+    [problem] = problems_of(LLAMA_7B | {"num_hidden_layers": 224}, apart, **place)
+    assert "each sampler has the whole policy on one GPU: about 8" in problem
+    assert "set placement to colocated with the strategy fsdp2" in problem
+
+
+def test_engine_over_the_gpus_of_a_node_fits_what_one_gpu_cannot_hold() -> None:
+    """70e9 parameters on 8 nodes of 8 GPUs."""
+    large = {
+        **LLAMA_7B, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "intermediate_size": 28672,
+    }  # fmt: skip
+    place = Resources(ranks=8, nodes=8, strategy="fsdp2", gradient_checkpointing=True)
+
+    def problems(**settings: Any) -> list[str]:
+        rollout = VllmRollout(**settings)
+        job = GRPOJob(**DIGESTS, rollout=rollout, batch_size=64, precision="bf16")
+        assert rollout_problems("grpo", job, place, device="cuda", heads=64) == []
+        found = estimate(large, job, place, "grpo", max_length=2048)
+        return check_engine_memory("grpo", job, place, found, GPUS)
+
+    assert (
+        problems(tensor_parallel=8) == problems(tensor_parallel=8, gpu_memory_utilization=0.5) == []
+    )
+    [problem] = problems()
+    assert "the weights alone take about 128" in problem
+    assert problem.endswith("of it: raise rollout.tensor_parallel, or train a smaller model")
 
 
 def experience(difference: float) -> Any:
