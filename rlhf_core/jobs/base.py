@@ -171,7 +171,7 @@ class BaseJob(Settings):
 
     @property
     def samplers(self) -> int:
-        """Processes beside the ranks of the first node that take a GPU each."""
+        """GPUs of the first node for processes that sample beside its ranks."""
         return 0
 
     def current_version(self) -> int:

@@ -290,7 +290,7 @@ class OnlineJob(OnlineSettings, EnsembleJob, HeldOutJob):
 
     @property
     def samplers(self) -> int:
-        return self.rollout.ranks if self.rollout.separate else 0
+        return self.rollout.gpus
 
     def key_settings(self) -> dict[str, Any]:
         """Leaves out default values of later settings (built-in rollout, `LATER`), so that older

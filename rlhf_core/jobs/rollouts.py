@@ -47,9 +47,9 @@ class Placement(Settings):
     separate: in processes of their own on the first node, and beside the updates where
     max_staleness is above 0. Not part of the stage key."""
     ranks: PositiveInt = 1
-    """Sampling processes where placement is separate. On GPUs each takes one beyond those of the
-    first node's training ranks; on a CPU they share the cores with them. Not part of the stage
-    key."""
+    """Sampling processes where placement is separate. On GPUs each takes one (by vLLM as many as
+    tensor_parallel says) beyond those of the first node's training ranks; on a CPU they share the
+    cores with them. Not part of the stage key."""
     max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
     """How many steps older than the policy that is trained the weights may be that sample a reply.
     The replies of a step are always begun with the weights of exactly so many steps before it, so
@@ -66,6 +66,11 @@ class Placement(Settings):
     def correction_in_force(self) -> RolloutCorrection | None:
         """The importance weights: where replies come from older weights there always are some."""
         return self.correction or (RolloutCorrection() if self.max_staleness else None)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that sampling takes beside those of the ranks, where it is on GPUs."""
+        return self.ranks if self.separate else 0
 
     @property
     def separate(self) -> bool:
@@ -140,14 +145,18 @@ class VllmRollout(Placement):
     the stage key."""
     tensor_parallel: PositiveInt = 1
     """GPUs that share one engine, each with a part of every layer: for a policy whose second copy
-    does not fit on each GPU. It must divide the ranks of a node and the model's attention heads.
-    Not part of the stage key, as the number of ranks is not."""
+    does not fit on each GPU. It must divide the model's attention heads and, where placement is
+    colocated, the ranks of a node. Not part of the stage key, as the number of ranks is not."""
     max_logprob_gap: Annotated[float, Field(gt=0.0)] = 0.2
     """Largest mean absolute difference (nats) of the log-probabilities of engine and trainer.
     Beyond it the stage fails: the replies are another policy's."""
     correction: RolloutCorrection | None = RolloutCorrection()
     """Importance weights for the difference between vLLM and trainer. Empty: none, or with
     max_staleness above 0 the defaults of these settings."""
+
+    @property
+    def gpus(self) -> int:
+        return super().gpus * self.tensor_parallel
 
 
 Rollout = BuiltinRollout | VllmRollout

@@ -27,6 +27,27 @@ def placements(config: PipelineConfig) -> dict[str, Resources]:
     }
 
 
+def samplers_of(config: PipelineConfig, name: str) -> int:
+    """GPUs for what samples beside the ranks of a stage, by its name in `placements`."""
+    section = recipe.section(config, name) if name in config.stages else None
+    rollout = getattr(section, "rollout", None)
+    return 0 if rollout is None else int(rollout.gpus)
+
+
+def too_few_gpus(config: PipelineConfig, name: str, resources: Resources) -> str | None:
+    """What is wrong if a cluster's launcher asks for fewer GPUs per node than a stage takes; with
+    placeholders for the setting and the stages."""
+    asked = getattr(config.launcher, "gpus_per_node", None)
+    needed = resources.ranks + (beside := samplers_of(config, name))
+    if not asked or resources.device == "cpu" or needed <= asked:
+        return None
+    of = f" and {beside} GPUs for samplers (rollout.ranks)" if beside else ""
+    return (
+        f"launcher.gpus_per_node is {asked}, but {{}}.ranks is {resources.ranks} (for {{}}){of}, "
+        "and each takes a GPU; raise it, or lower the others"
+    )
+
+
 def trained_stages(
     config: PipelineConfig,
 ) -> Iterator[tuple[str, TrainSettings, Resources, int]]:

@@ -168,6 +168,7 @@ def samplers_memory(plan: Plan, max_length: int) -> float:
     elif not isinstance(engine, VllmRollout):  # it loads the policy in main memory
         each += plan.loaded_width * shape.parameters
     whole = isinstance(engine, VllmRollout)  # else what is trained
+    each *= 1 + (engine.gpus // engine.ranks if engine.gpus > engine.ranks else 0)  # its workers
     handed = 4 * (shape.parameters if whole else plan.trained(shape.parameters))
     return engine.ranks * each + (engine.max_staleness + 2) * handed
 

@@ -69,7 +69,7 @@ def check_engine_memory(
     if training.engine >= share:
         needed = training.engine / gpu + _BESIDE_WEIGHTS
         ways = [f"set it to {needed:.2f} or more"] if kept + needed * gpu <= gpu else []
-        ways += [] if rollout.separate else ["raise rollout.tensor_parallel"]
+        ways.append("raise rollout.tensor_parallel")
         return [
             f"{found}, but the weights alone take about {training.engine / GIB:.1f} GiB of it: "
             f"{', or '.join([*ways, 'train a smaller model'])}"
@@ -88,5 +88,5 @@ def _sampler_problems(stage: str, needed: int, gpu: int) -> list[str]:
     return [
         f"{stage}.rollout.placement is separate, where each sampler has the whole policy on one "
         f"GPU: about {needed / GIB:.1f} GiB, and a GPU has {gpu / GIB:.1f} GiB; set placement to "
-        "colocated with the strategy fsdp2, or use a smaller model"
+        "colocated with the strategy fsdp2, or use a smaller model or shorter replies"
     ]

@@ -27,7 +27,9 @@ from rlhf_core.pipeline.placements import (
     placements,
     reply_length,
     response_tokens,
+    samplers_of,
     section_at,
+    too_few_gpus,
     trained_stages,
 )
 from rlhf_core.preflight.curricula import check_curricula
@@ -126,9 +128,11 @@ def check_placements(config: PipelineConfig, machine: Machine) -> list[str]:
 
 
 def check_nodes(config: PipelineConfig) -> list[str]:
-    """Stages on more nodes than the launcher has."""
+    """Stages on more nodes than the launcher has, or on more GPUs than it asks for."""
     alike: dict[str, list[str]] = {}
     for name, resources in placements(config).items():
+        if text := too_few_gpus(config, name, resources):
+            alike.setdefault(text, []).append(name)
         if text := config.launcher.nodes_problem(resources, "{}"):
             alike.setdefault(text.replace(", but", " (for {}), but", 1), []).append(name)
     return _of_stages(alike)
@@ -153,13 +157,6 @@ def check_placement(job: BaseJob, machine: Machine) -> list[str]:
     ]
 
 
-def samplers_of(config: PipelineConfig, name: str) -> int:
-    """Processes that sample beside the ranks of a stage, by its name in `placements`."""
-    section = recipe.section(config, name) if name in config.stages else None
-    rollout = getattr(section, "rollout", None)
-    return rollout.ranks if rollout is not None and rollout.separate else 0
-
-
 def _judge(resources: Resources, machine: Machine, trains: bool, samplers: int = 0) -> list[str]:
     """Texts with two placeholders: the setting, and the stages that it applies to."""
     device = device_of(resources, machine)
@@ -177,7 +174,7 @@ def _judge(resources: Resources, machine: Machine, trains: bool, samplers: int =
         )
     elif device == "cuda" and resources.ranks + samplers > machine.gpus:
         problems.append(
-            f"{{}}.ranks is {resources.ranks} (for {{}}) beside {samplers} samplers "
+            f"{{}}.ranks is {resources.ranks} (for {{}}) beside {samplers} GPUs for samplers "
             f"(rollout.ranks), but this machine has {machine.gpus} GPUs and each process needs its "
             "own; lower one of them, or set rollout.placement to colocated"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from rlhf_core.models.nf4 import merged_weight
 from rlhf_core.nn.backbone import causal_lm
 from rlhf_core.nn.modules import Policy
 from rlhf_core.nn.sharded import gathered_in_turn, is_sharded
+from rlhf_core.rollout.handover import read
 
 
 def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -70,3 +72,8 @@ def put(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[set[str], s
         if hasattr(module, "cpu_linear") and module.weight.numel() > 0:
             module.quant_method.process_weights_after_loading(module)
     return {name for name, _ in model.named_parameters()}, loaded[-1]
+
+
+def put_from(worker: Any, path: str) -> tuple[set[str], set[str] | None]:
+    """`put` of the weights in a `Handover`; runs in each of an engine's processes."""
+    return put(worker, read(Path(path)))

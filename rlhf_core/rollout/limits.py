@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 
 from rlhf_core.jobs import OnlineSettings, Resources, VllmRollout
@@ -11,6 +12,20 @@ MISSING = (
     "install 'vllm>=0.32,<0.33' where there is a GPU, or on a CPU what docs/training.md says, or "
     "set the rollout type builtin"
 )
+
+
+OLDEST = (0, 32)  # version whose interface is used
+
+
+def version_problem(version: str) -> str | None:
+    """What is wrong with a version of vLLM, if it is too old."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) >= OLDEST:
+        return None
+    return (
+        f"this vLLM is {version}, and rollouts need 0.32 or newer; run: pip install "
+        "'vllm>=0.32,<0.33', or set the rollout type builtin"
+    )
 
 
 LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
@@ -33,17 +48,11 @@ def rollout_problems(
     assert isinstance(settings.rollout, VllmRollout)
     problems += _parallel_problems(
         f"{stage}.rollout.tensor_parallel",
-        settings.rollout.tensor_parallel,
+        settings.rollout,
         resources,
         device,
         heads,
     )
-    if settings.rollout.separate and settings.rollout.tensor_parallel > 1:
-        problems.append(
-            f"{stage}.rollout.tensor_parallel is {settings.rollout.tensor_parallel} with "
-            "rollout.placement separate, where each sampler has one GPU; set 1, or placement "
-            "colocated"
-        )
     if settings.temperature < LOWEST_TEMPERATURE:
         problems.append(
             f"{stage}.temperature is {settings.temperature:g}, and vLLM samples at no less than "
@@ -53,8 +62,9 @@ def rollout_problems(
 
 
 def _parallel_problems(
-    name: str, size: int, resources: Resources, device: str | None, heads: int | None
+    name: str, rollout: VllmRollout, resources: Resources, device: str | None, heads: int | None
 ) -> list[str]:
+    size = rollout.tensor_parallel
     if size == 1:
         return []
     problems = []
@@ -62,7 +72,7 @@ def _parallel_problems(
         problems.append(
             f"{name} is {size}, which needs GPUs, and these ranks run on the CPU; set 1"
         )
-    if resources.ranks % size:
+    if resources.ranks % size and not rollout.separate:
         problems.append(
             f"{name} is {size}, which does not divide the {resources.ranks} ranks of a node: an "
             "engine's GPUs are those of neighbouring ranks of one node; set a divisor of "

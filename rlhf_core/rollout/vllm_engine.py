@@ -3,7 +3,8 @@
 One engine per rank, each with a whole copy of the model (data parallel); or, with
 `rollout.tensor_parallel`, one for that many neighbouring ranks, each of which holds a part of every
 layer. No process hands out work there ("external_launcher"): every rank of an engine must pass the
-same prompts and seeds in the same order, and gets the same replies.
+same prompts and seeds in the same order, and gets the same replies. An engine in a process of its
+own (`rollout.placement: separate`) is alone, and starts workers ("mp") where it has several GPUs.
 
 An engine starts with random weights and gets the policy's before every rollout, parameter by
 parameter and without a file. If an update is missed, the engine samples noise, and the stage fails
@@ -35,10 +36,11 @@ from torch import Tensor, nn
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.jobs import Precision, VllmRollout
 from rlhf_core.model_files.remote_code import is_trusted
-from rlhf_core.rollout.engine_weights import policy_weights, put
+from rlhf_core.rollout.engine_weights import policy_weights, put, put_from
 from rlhf_core.rollout.finished import FinishedReply, OnFinished
 from rlhf_core.rollout.generate import Rollout
-from rlhf_core.rollout.limits import MISSING
+from rlhf_core.rollout.limits import MISSING, version_problem
+from rlhf_core.system.processes import die_with_parent
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TOGETHER = 256  # maximum rows decoded at once
@@ -91,6 +93,8 @@ class VllmEngine:
             # The default group is the trainer's. vLLM's own groups are destroyed all the same.
             parallel_state.destroy_distributed_environment = _nothing
             self.version = str(vllm.__version__)
+            if problem := version_problem(self.version):
+                raise ConfigError(problem)
             self.tensor_parallel = settings.tensor_parallel
             self.device = device
             self.on_cpu = bool(current_platform.is_cpu())
@@ -104,6 +108,8 @@ class VllmEngine:
                 self._llm = self._start(source, settings, precision, longest, together)
                 one = vllm.SamplingParams(max_tokens=1, detokenize=False)
                 self._llm.generate([{"prompt_token_ids": [0]}], one, use_tqdm=False)
+                if _has_workers(settings):
+                    self._llm.collective_rpc(_end_with_parent)
             except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
                 raise ConfigError(
                     f"vLLM {self.version} cannot be started for this model: {error}. Use the "
@@ -133,7 +139,7 @@ class VllmEngine:
             dtype=DTYPES[precision],
             skip_tokenizer_init=True,
             trust_remote_code=is_trusted(source),
-            distributed_executor_backend="external_launcher",  # torchrun
+            distributed_executor_backend="mp" if _has_workers(settings) else "external_launcher",
             tensor_parallel_size=settings.tensor_parallel,
             max_model_len=longest,
             max_num_seqs=min(together, TOGETHER),
@@ -173,13 +179,25 @@ class VllmEngine:
         Raises:
             ModelError: weights are missing, or have a name or shape that the engine does not know.
         """
-        expected, loaded = self._llm.collective_rpc(put, args=(weights,))[0]
-        if loaded is not None and (missing := sorted(expected - loaded)):
-            raise ModelError(
-                f"vLLM was given no weights for {len(missing)} of {len(expected)} parameters, e.g. "
-                f"{', '.join(missing[:3])}: it names this architecture's weights otherwise. Use "
-                "the rollout type builtin."
-            )
+        self._check(self._llm.collective_rpc(put, args=(weights,)))
+
+    def read(self, weights: Path) -> None:
+        """`update` from a `Handover`'s path, which each of the engine's processes reads.
+
+        Raises:
+            ModelError: as `update`.
+        """
+        self._check(self._llm.collective_rpc(put_from, args=(str(weights),)))
+
+    def _check(self, done: list[tuple[set[str], set[str] | None]]) -> None:
+        """All weights are there, on each of the engine's GPUs. Drops the prefix cache."""
+        for expected, loaded in done:
+            if loaded is not None and (missing := sorted(expected - loaded)):
+                raise ModelError(
+                    f"vLLM was given no weights for {len(missing)} of {len(expected)} parameters, "
+                    f"e.g. {', '.join(missing[:3])}: it names this architecture's weights "
+                    "otherwise. Use the rollout type builtin."
+                )
         self._llm.reset_prefix_cache()
 
     def generate(
@@ -287,6 +305,16 @@ def _reply(row: int, output: Any) -> FinishedReply:
     at = zip(ids, output.logprobs, strict=True)
     logprobs = [candidates[token].logprob for token, candidates in at]
     return FinishedReply(row, ids, logprobs, output.finish_reason == "stop")
+
+
+def _has_workers(settings: VllmRollout) -> bool:
+    """Whether an engine starts processes for its GPUs; else it is in one, or in torchrun's."""
+    return settings.separate and settings.tensor_parallel > 1
+
+
+def _end_with_parent(worker: Any) -> None:
+    """Runs in each worker of an engine of its own; the engine's process may be killed."""
+    die_with_parent()
 
 
 def _nothing() -> None:

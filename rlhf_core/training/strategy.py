@@ -37,18 +37,27 @@ __all__ = ["HALF", "Strategy"]
 class Strategy:
     """Process group, precision, sharding, gradient exchange and clipping of one rank."""
 
-    def __init__(self, resources: Resources, precision: Precision, max_grad_norm: float) -> None:
+    def __init__(
+        self,
+        resources: Resources,
+        precision: Precision,
+        max_grad_norm: float,
+        *,
+        speaks: bool = True,
+    ) -> None:
         """Join the process group. Every rank constructs one, with equal arguments.
 
         Args:
             resources: strategy, device and time-out.
             precision: arithmetic of forward and backward; master weights are always fp32.
             max_grad_norm: bound of the global gradient norm.
+            speaks: rank 0 prints what the precision means on this device, and skipped updates.
 
         Raises:
             ConfigError: the strategy or precision cannot run on this device.
         """
         self.kind = resources.strategy
+        self._speaks = speaks
         self.max_grad_norm = max_grad_norm
         self.group = Group(resources)
         self.device = self.group.device
@@ -83,7 +92,7 @@ class Strategy:
         return precision
 
     def _say(self, text: str) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and self._speaks:
             print(text, flush=True)
 
     def _new_backend(self) -> Backend:

@@ -141,7 +141,7 @@ class VllmSampler(Sampler):
         )  # fmt: skip
 
     def update(self, weights: Path) -> None:
-        self.engine.update(read(weights))
+        self.engine.read(weights)
 
     def sample(self, rows: list[Row], count: int, on_finished: OnFinished) -> Rollout:
         # vLLM draws from the beginning of a seed's numbers: each segment has a seed of its own.
@@ -184,8 +184,10 @@ def serve(connection: Connection) -> None:
     allow(job.trust_remote_code)
     alone = {"strategy": "ddp", "nodes": 1, "ranks": 1, "threads": setup.threads}
     resources = job.resources.model_copy(update=alone)
-    # Other strategies compute in half precision where ddp would not.
-    strategy = Strategy(resources, setup.precision if setup.kind == "ddp" else "fp32", 1.0)
+    # Other strategies compute in half precision where ddp would not, and the trainer's rank 0 has
+    # said what there is to say.
+    precision = setup.precision if setup.kind == "ddp" else "fp32"
+    strategy = Strategy(resources, precision, 1.0, speaks=False)
     kind = VllmSampler if isinstance(job.rollout, VllmRollout) else Sampler
     with fast_paths_as_set(job):
         sampler = kind(setup, job, source, strategy)

@@ -261,21 +261,24 @@ def trained_weights(strategy: Strategy, policy: Policy) -> tuple[list[Head], Ite
 
 
 def own_devices(job: OnlineJob) -> list[str]:
-    """A GPU for each sampler, as CUDA_VISIBLE_DEVICES names it: those after the training ranks'.
+    """The GPUs of each sampler, as CUDA_VISIBLE_DEVICES names them: those after the ranks'.
 
     Raises:
         ConfigError: there are too few.
     """
-    ranks, samplers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), job.rollout.ranks
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), job.rollout.gpus
     count = torch.cuda.device_count()
-    if ranks + samplers > count:
+    if ranks + gpus > count:
         raise ConfigError(
-            f"{job.algorithm}.rollout.ranks is {samplers} beside {ranks} training ranks, and this "
-            f"machine shows {count} GPUs: lower one of them, or set rollout.placement to colocated."
+            f"{job.algorithm}.rollout takes {gpus} GPUs for {job.rollout.ranks} samplers (ranks) "
+            f"beside {ranks} training ranks, and this machine shows {count}: lower one of them, or "
+            "set rollout.placement to colocated."
         )
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(i) for i in range(count)] if named is None else named.split(",")
-    return [name.strip() for name in names[ranks : ranks + samplers]]
+    each = gpus // job.rollout.ranks
+    own = [name.strip() for name in names[ranks : ranks + gpus]]
+    return [",".join(own[start : start + each]) for start in range(0, gpus, each)]
 
 
 def share_cores(job: OnlineJob) -> int:

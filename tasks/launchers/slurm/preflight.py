@@ -13,8 +13,7 @@ from urllib.parse import urlsplit
 from rlhf_core.errors import ConfigError, JobFailed, RLHFError
 from rlhf_core.jobs import ImportModelJob, PipelineConfig, Resources
 from rlhf_core.jobs.launchers import SlurmLauncher
-from rlhf_core.pipeline.placements import placements
-from rlhf_core.preflight.settings import samplers_of
+from rlhf_core.pipeline.placements import placements, samplers_of
 from rlhf_core.store import open_store
 from rlhf_core.store.settings import read_settings
 from rlhf_core.system.secrets import redact
@@ -211,7 +210,7 @@ def _check_partition(
         wanted = script.gpus_of(settings, place, beside)
         enough = sum(count >= wanted for count in gpus)
         if wanted and enough < place.nodes:
-            of = f" ({place.ranks} ranks and {beside} samplers)" if beside else ""
+            of = f" ({place.ranks} ranks and {beside} for samplers)" if beside else ""
             many = f"{place.nodes} node{'s' if place.nodes > 1 else ''}"
             problems.append(
                 f"{stage} needs {many} with {wanted} GPUs each{of}, but partition "

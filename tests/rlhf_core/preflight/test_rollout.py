@@ -30,12 +30,13 @@ from rlhf_core.jobs import (
     WorkPoolLauncher,
     parse_job,
 )
+from rlhf_core.jobs.launchers import KubernetesLauncher, SlurmLauncher
 from rlhf_core.jobs.online import LATER
 from rlhf_core.pipeline.presets import build_config
 from rlhf_core.preflight.check import check, dry_run
 from rlhf_core.preflight.memory import GIB, estimate
 from rlhf_core.preflight.rollout import check_engine_memory
-from rlhf_core.rollout.limits import path_remark, rollout_problems
+from rlhf_core.rollout.limits import path_remark, rollout_problems, version_problem
 from rlhf_core.system.machine import Machine
 from rlhf_core.training.online.experience import assert_same_policy
 from tests import forked
@@ -149,6 +150,15 @@ def test_missing_package_is_refused_by_the_stage_itself(tmp_path: Any) -> None:
         VllmEngine(tmp_path, VllmRollout(), precision="fp32", device=torch.device("cpu"), longest=8)
 
 
+def test_vllm_that_is_too_old_is_named() -> None:
+    assert [version_problem(v) for v in ("0.32.0", "0.32.1.dev3+g1", "0.33.0", "1.0", "dev")] == (
+        [None] * 5
+    )
+    for version in ("0.9.2", "0.31.1"):
+        problem = version_problem(version)
+        assert problem and f"this vLLM is {version}, and rollouts need 0.32 or newer" in problem
+
+
 def test_training_does_not_import_vllm() -> None:
     code = "import sys, rlhf_core.algorithms.grpo; print([m for m in sys.modules if 'vllm.' in m])"
     done = forked.run("-c", code, cwd=forked.ROOT, env=os.environ, needs=forked.MODELS)
@@ -176,6 +186,44 @@ def test_engine_over_several_gpus_needs_ranks_and_heads_that_divide() -> None:
     assert "does not divide the model's 4 attention heads; set a divisor of both" in problem
     [problem] = problems(2, device="cpu")
     assert "is 2, which needs GPUs, and these ranks run on the CPU" in problem
+
+
+def test_engines_of_their_own_take_gpus_beside_those_of_the_ranks() -> None:
+    def problems(ranks: int, samplers: int, size: int) -> list[str]:
+        rollout = {"type": "vllm", "placement": "separate", "ranks": samplers}
+        rollout["tensor_parallel"] = size
+        places = {"ranks": ranks, "strategy": "zero2"}
+        config = sampling(rollout=rollout, batch_size=24, resources=places)
+        return dry_run(config, GPUS)
+
+    job = GRPOJob(**DIGESTS, rollout=VllmRollout(placement="separate", ranks=2, tensor_parallel=4))
+    assert job.samplers == 8
+    assert GRPOJob(**DIGESTS, rollout=VllmRollout(tensor_parallel=4)).samplers == 0
+    assert problems(4, 1, 4) == problems(4, 2, 2) == problems(6, 2, 1) == problems(6, 1, 2) == []
+    [problem] = problems(6, 2, 2)
+    assert "grpo.resources.ranks is 6 (for grpo) beside 4 GPUs for samplers" in problem
+    [problem] = problems(4, 1, 3)
+    assert "4 attention heads" in problem
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "kubernetes"])
+def test_launcher_that_asks_for_too_few_gpus_is_named(launcher: str) -> None:
+    def problems(gpus: int | None, **resources: Any) -> list[str]:
+        config = sampling(
+            rollout={"placement": "separate", "ranks": 2}, batch_size=24,
+            resources={"ranks": 6, **resources},
+        ).model_copy(update={"launcher": {
+            "slurm": SlurmLauncher(folder="/shared", gpus_per_node=gpus),
+            "kubernetes": KubernetesLauncher(image="trainer", gpus_per_node=gpus),
+        }[launcher]})  # fmt: skip
+        return [p for p in dry_run(config) if "gpus_per_node" in p]
+
+    assert problems(None) == problems(8) == problems(6, device="cpu") == []
+    [problem] = problems(6)
+    assert problem.startswith(
+        "launcher.gpus_per_node is 6, but grpo.resources.ranks is 6 (for grpo)"
+    )
+    assert "and 2 GPUs for samplers (rollout.ranks), and each takes a GPU; raise it" in problem
 
 
 @pytest.mark.parametrize(("folder", "word"), [("my env", "a space"), ("a:b", "a colon")])
@@ -241,9 +289,9 @@ def test_sampler_of_its_own_holds_the_whole_policy() -> None:
     large = LLAMA_7B | {"num_hidden_layers": 192}  # 39e9 parameters
     [problem] = problems_of(large, {"type": "vllm", **apart}, **place)
     assert "gpu_memory_utilization is 0.3, which is 24.0 GiB" in problem
-    assert "the weights alone take about 72.9 GiB of it: set it to 0.96 or more" in problem
+    assert "weights alone take about 72.9 GiB of it: set it to 0.96 or more, or raise" in problem
     [problem] = problems_of(LLAMA_7B | {"num_hidden_layers": 224}, apart, **place)
-    assert "each sampler has the whole policy on one GPU: about 8" in problem
+    assert "each sampler has the whole policy on one GPU: about 230.3 GiB" in problem
     assert "set placement to colocated with the strategy fsdp2" in problem
 
 

@@ -17,6 +17,7 @@ from rlhf_core.models.loading import load_causal_lm
 from rlhf_core.nn.layers import choose_trainable
 from rlhf_core.nn.modules import Policy
 from rlhf_core.rollout.engine_weights import policy_weights
+from rlhf_core.rollout.handover import Handover
 from rlhf_core.rollout.sampling import make_row_seeds
 from rlhf_core.rollout.vllm_engine import VllmEngine
 from rlhf_core.training.online.batches import collate_responses
@@ -144,6 +145,31 @@ def test_adapters_are_handed_over_with_the_weights(llama):
     assert gap(plain, rollout) > 0.05
     engine.update(policy_weights(plain))
     assert gap(plain, engine.generate(PROMPTS, row_seeds=seeds(4), **OPTIONS)) < 1e-4
+
+
+def test_engine_of_its_own_with_several_processes_samples_what_one_does(
+    llama, tmp_path, monkeypatch
+):
+    """Tensor parallelism, whose workers read the weights from where they are handed over."""
+    # Else it wants a NUMA node for each process.
+    monkeypatch.setattr("vllm.envs.VLLM_CPU_OMP_THREADS_BIND", "nobind", raising=False)
+    folder, engine = llama
+    model = load_causal_lm(folder)
+    engine.update(policy_weights(model))
+    expected = engine.generate(PROMPTS, row_seeds=seeds(4), **OPTIONS)
+    settings = VllmRollout(cpu_cache_mib=32, placement="separate", tensor_parallel=2)
+    several = VllmEngine(folder, settings, precision="fp32", device=CPU, longest=64)
+    try:
+        found = [(name, w) for name, w in policy_weights(model)]
+        heads = [(name, w.dtype, tuple(w.shape)) for name, w in found]
+        handed = Handover.written(tmp_path, heads, [w for _, w in found])
+        several.read(handed.path)
+        rollout = several.generate(PROMPTS, row_seeds=seeds(4), **OPTIONS)
+    finally:
+        several.close()
+    assert not [p for p in psutil.Process().children() if "Worker" in p.name()]
+    assert gap(model, rollout) < 1e-3
+    assert torch.equal(rollout.response_ids, expected.response_ids)
 
 
 def test_half_precision_differs_by_rounding(start):

@@ -64,7 +64,7 @@ def test_gpus_of_samplers_are_counted(text):
 
     assert found(2) == []
     [problem] = found(3)
-    assert "1 node with 9 GPUs each (6 ranks and 3 samplers), but" in problem
+    assert "1 node with 9 GPUs each (6 ranks and 3 for samplers), but" in problem
     assert "has 0 (largest: 8); lower resources.ranks, rollout.ranks or nodes" in problem
 
 
