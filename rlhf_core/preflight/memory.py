@@ -134,10 +134,8 @@ def estimate(
         host, once = plan.host(models)
         host += _PROCESS["cpu"]
     parts = {name: int(size) for name, size in parts.items()}
-    beside = samplers_memory(plan, max_length)
-    return MemoryEstimate(
-        parts, int(host), int(once), int(beside), *map(int, sampling_gpus(plan, max_length))
-    )
+    beside = (samplers_memory(plan, max_length), *sampling_gpus(plan, max_length))
+    return MemoryEstimate(parts, *map(int, (host, once, *beside)))
 
 
 def sampling_parts(plan: Plan, max_length: int, during_passes: int) -> dict[str, int]:
