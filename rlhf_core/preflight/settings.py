@@ -323,9 +323,11 @@ def check_lengths(config: PipelineConfig, shape: ModelShape | None) -> list[str]
         episodes = getattr(sections[name], "environment", None) is not None
         limit = f"{name}.environment.max_episode_tokens" if episodes else f"{name}.max_new_tokens"
         if new >= context:
+            room = context - longest
+            most = f" to at most {room} (prompts have up to {longest})" if room > 0 else ""
             problems.append(
                 f"{limit} is {new}, but {model} has a context of {context} tokens "
-                "for prompt and reply together; lower it"
+                f"for prompt and reply together; lower it{most}"
             )
         elif longest + new > context and longest <= context:
             problems.append(
