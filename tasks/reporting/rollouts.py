@@ -12,8 +12,6 @@ from tasks.run import Run
 
 # Metric -> what it is, in the order of the table; a stage logs some of them.
 SHOWN = {
-    "rollout_seconds": "time of a rollout (s)",
-    "services_seconds": "wait for reward services after it (s)",
     "finished": "replies that ended by themselves (share)",
     "masked_replies": "replies left out of the loss, because they were cut (share)",
     "flat_groups": "groups whose replies all score alike, which teach nothing (share)",
@@ -50,7 +48,18 @@ def rollouts(run: Run) -> list[str]:
         if lines:
             heads = [f"{display_name(stage)}: {len(lines)} rollouts", "mean", "first", "last"]
             found.append(table([heads, *(_row(label, v) for label, v in _measured(lines))]))
+            found += _times(result.work.get("throughput", {}))
     return found
+
+
+def _times(medians: Mapping[str, float]) -> list[str]:
+    """How long rollouts took; the artifact's metrics have no times."""
+    if "rollout_seconds" not in medians:
+        return []
+    text = f"In the median a rollout took {medians['rollout_seconds']:.3g} s"
+    if "services_seconds" in medians:
+        text += f", and services were waited for {medians['services_seconds']:.3g} s after it"
+    return [f"{text}."]
 
 
 def _measured(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[float]]]:

@@ -104,6 +104,8 @@ def test_rollouts_are_told_in_words(run):
     ]  # fmt: skip
     content = "\n".join(map(json.dumps, lines)).encode()
     add(run, "grpo", "model", {"metrics.jsonl": content})
+    times = {"throughput": {"rollout_seconds": 12.34, "services_seconds": 0.5}}
+    run.stages["grpo"] = run.stages["grpo"].model_copy(update={"work": times})
     text = render(run, images={})
     section = text[text.index("## Rollouts") : text.index("## Evaluation")]
     assert section.splitlines()[2:] == [
@@ -115,6 +117,8 @@ def test_rollouts_are_told_in_words(run):
         "| groups replaced by other prompts, because all outcomes were alike | 3.5 | 0 | 7 |",
         "| turns of an episode | 2.5 | 2 | 3 |",
         "| dice, counted by the environment, an episode | 3 | 3 | 3 |",
+        "",
+        "In the median a rollout took 12.3 s, and services were waited for 0.5 s after it.",
         "",
     ]
 
