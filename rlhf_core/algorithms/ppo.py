@@ -78,9 +78,7 @@ def run(job: PPOJob, context: StageContext) -> Artifact | None:
         )
         # 5. Report and save.
         metrics["kl_coef"] = kl_coef
-        metrics["explained_variance"] = float(
-            explained_variance(experience.values, targets.returns, experience.response_mask)
-        )
+        metrics["explained_variance"] = variance_explained(experience, targets)
         report_and_save(stage, step, experience, metrics)
 
     return publish(stage)
@@ -116,6 +114,13 @@ def estimate_advantages(job: PPOJob, experience: Experience, kl_coef: float) -> 
     # Every rank has the global batch; what is left out of the loss has no part in its moments.
     stats = moments_to_stats(masked_moments(advantages, experience.loss_mask))
     return Targets(masked_whiten(advantages, mask, stats=stats), returns)
+
+
+def variance_explained(experience: Experience, targets: Targets) -> float:
+    """Of the returns by the critic's values, over the tokens that it is trained on."""
+    values, returns = experience.values, targets.returns  # (B,T) each
+    assert values is not None and returns is not None
+    return float(explained_variance(values, returns, experience.loss_mask))
 
 
 def loss(job: PPOJob, kl_coef: float, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:

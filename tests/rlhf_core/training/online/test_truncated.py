@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from rlhf_core.algorithms import grpo, ppo, reinforce_pp, rloo
 from rlhf_core.errors import TrainingFailure
 from rlhf_core.jobs import GRPOJob, PPOJob, ReinforcePPJob, RLOOJob
+from rlhf_core.training.online.experience import Targets
 from rlhf_core.training.online.truncated import (
     assert_something_is_left,
     masked_metrics,
@@ -48,6 +50,19 @@ def test_masked_replies_and_minibatches_are_counted():
     # dealt out in turn: 0 and 2, then 1
     assert masked_metrics(job(minibatches=2), left)["masked_minibatches"] == 0.5
     assert masked_metrics(job(mask_truncated_completions=False), left) == {}
+
+
+def test_critic_is_judged_by_what_it_is_trained_on():
+    """Its values of the reply that was cut are far off, and never corrected."""
+    returns = torch.tensor([[1.0, 2, 3, 4], [9, 9, 9, 9], [5, 6, 0, 0]])
+    values = returns.clone()
+    values[1] = -50.0
+    seen = SimpleNamespace(
+        values=values, response_mask=MASK, loss_mask=trained_tokens(job(), MASK, FINISHED)
+    )
+    assert ppo.variance_explained(seen, Targets(returns, returns)) == 1.0
+    seen.loss_mask = MASK  # where nothing is left out
+    assert ppo.variance_explained(seen, Targets(returns, returns)) < 0.0
 
 
 LOSSES = {
