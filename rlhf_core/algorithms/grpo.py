@@ -58,7 +58,7 @@ def run(job: GRPOJob, context: StageContext) -> Artifact | None:
         rewards = experience.scores  # (B,)
         if job.kl_is_rewarded:
             rewards = token_rewards(
-                rewards, experience.old_logprobs, experience.ref_logprobs,
+                rewards, experience.old_logprobs, experience.rewarded_from,
                 experience.response_mask, kl_coef, job.kl_kind,
             ).sum(dim=1)  # (B,)  # fmt: skip
         targets = Targets(group_advantages(rewards, job.group_size, kind))  # (B,)

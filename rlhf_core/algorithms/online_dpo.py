@@ -53,6 +53,7 @@ def run(job: OnlineDPOJob, context: StageContext) -> Artifact | None:
         # 3. The better one of each pair, and the loss of the pairs.
         mask = experience.loss_mask  # (B,T)
         pairs = pick(experience.scores, job.min_margin, mask.any(dim=1))
+        assert experience.ref_logprobs is not None
         logps, ref_logps = (
             (x * mask).sum(dim=1) for x in (experience.old_logprobs, experience.ref_logprobs)
         )  # (B,) each

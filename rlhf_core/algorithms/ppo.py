@@ -107,7 +107,7 @@ def estimate_advantages(job: PPOJob, experience: Experience, kl_coef: float) -> 
     mask, values = experience.response_mask, experience.values  # (B,T) each
     assert values is not None
     rewards = token_rewards(
-        experience.scores, experience.old_logprobs, experience.ref_logprobs, mask,
+        experience.scores, experience.old_logprobs, experience.rewarded_from, mask,
         kl_coef if job.kl_is_rewarded else 0.0, job.kl_kind,
     )  # (B,T)  # fmt: skip
     advantages, returns = gae(rewards, values, mask, job.gamma, job.gae_lambda)  # (B,T) each

@@ -46,7 +46,7 @@ def run(job: ReinforcePPJob, context: StageContext) -> Artifact | None:
         kl_coef = kl_coefficient(stage)
         mask = experience.response_mask  # (B,T)
         rewards = token_rewards(
-            experience.scores, experience.old_logprobs, experience.ref_logprobs, mask,
+            experience.scores, experience.old_logprobs, experience.rewarded_from, mask,
             kl_coef if job.kl_is_rewarded else 0.0, job.kl_kind,
         )  # (B,T)  # fmt: skip
         returns = returns_to_go(rewards, mask, job.gamma)  # (B,T)

@@ -48,7 +48,7 @@ def run(job: RLOOJob, context: StageContext) -> Artifact | None:
         # 3. Advantages: the reward, KL included, less the mean of the group's other replies.
         kl_coef = kl_coefficient(stage)
         rewards = token_rewards(
-            experience.scores, experience.old_logprobs, experience.ref_logprobs,
+            experience.scores, experience.old_logprobs, experience.rewarded_from,
             experience.response_mask, kl_coef if job.kl_is_rewarded else 0.0, job.kl_kind,
         ).sum(dim=1)  # (B,)  # fmt: skip
         targets = Targets(group_advantages(rewards, job.group_size, "rloo"))  # (B,)

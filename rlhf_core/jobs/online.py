@@ -121,8 +121,10 @@ class OnlineSettings(HeldOutSettings):
     collapse_window: PositiveInt = 5
     """The bounds below apply to means over this many rollouts, or over all steps if there are
     fewer."""
-    max_kl: Annotated[float, Field(gt=0.0)] = 100.0
-    """The stage fails when the mean KL to the SFT model (nats per reply) exceeds this."""
+    max_kl: Annotated[float, Field(gt=0.0)] | None = 100.0
+    """The stage fails when the mean KL to the SFT model (nats per reply) exceeds this. Empty: no
+    bound. Where kl_coef is 0 and kl_budget empty as well, no KL is measured: the SFT model is not
+    loaded beside the policy, and a rollout takes one pass less."""
     max_repetition: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.9
     """The stage fails when the mean fraction of repeated 4-grams in a reply exceeds this. Replies
     of fewer than 14 tokens cannot reach 0.9. Empty: no bound."""
@@ -252,6 +254,11 @@ class OnlineSettings(HeldOutSettings):
     def correction(self) -> RolloutCorrection | None:
         """The importance weights of the loss, see `Placement.correction_in_force`; None: none."""
         return self.rollout.correction_in_force if self.takes_weights else None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the SFT model runs beside the policy: the KL to it counts, or has a bound."""
+        return self.kl_coef > 0 or self.max_kl is not None or self.kl_budget is not None
 
     @property
     def replies(self) -> int:

@@ -31,6 +31,10 @@ class OnlineDPOSettings(OnlineSettings):
     """Not used here: beta holds the policy to the SFT model."""
 
     @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
     def replies(self) -> int:
         return 2 * self.batch_size
 

@@ -12,7 +12,7 @@ from rlhf_core.losses.surrogate import Objective
 def grpo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
-    ref_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     clip_range: float,
@@ -34,7 +34,8 @@ def grpo_loss(
     reply's tokens and then over replies.
 
     Args:
-        logprobs, old_logprobs, ref_logprobs: (B,T); only ``logprobs`` receives a gradient.
+        logprobs, old_logprobs, ref_logprobs: (B,T); only ``logprobs`` receives a gradient. Without
+            a reference (None) there is no KL.
         advantages: (B,), one for all tokens of a reply, or (B,T). mask: (B,T) bool.
         replies, tokens: numbers of the global batch, by which the sums are divided.
         average, horizon: see `averaging_weights`.
@@ -54,10 +55,12 @@ def grpo_loss(
         logprobs, old_logprobs, weighted, mask, clip_range, objective=objective,
         clip_range_high=clip_range_high, dual_clip=dual_clip, denominator=1.0,
     )  # fmt: skip
+    shown = {name: x / tokens for name, x in metrics.items() if not name.startswith("ratio")}
+    if ref_logprobs is None:
+        return loss, shown
     kl = kl_loss(
         logprobs, old_logprobs, ref_logprobs, mask, kl_estimator, weights, corrected=kl_correction
     )
-    shown = {name: x / tokens for name, x in metrics.items() if not name.startswith("ratio")}
     return loss + kl_coef * kl, shown | {"kl_loss": kl.detach()}
 
 

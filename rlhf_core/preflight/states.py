@@ -118,6 +118,7 @@ class Plan:
 
     def frozen_models(self, models: int) -> int:
         """Reference and reward models; with trainable_layers and ddp they share the lower layers.
+        No reference where the settings measure no KL.
 
         Args:
             models: that are trained: policy and critic.
@@ -131,10 +132,12 @@ class Plan:
                 return self.width * reward // self.resources.world_size
             return self.frozen(reward)
         c = 4 if self.resources.strategy == "ddp" else self.width
-        count = shape.parameters + reward
+        reference = int(getattr(self.settings, "needs_reference", True))
+        count = reference * shape.parameters + reward
         if self.settings.trainable_layers is not None and c == 4:
             # The policy holds the lower layers for reference, critic and reward model too.
-            count -= (models + judges) * (shape.parameters - self.trained(shape.parameters))
+            copies = models + reference + judges - 1
+            count -= copies * (shape.parameters - self.trained(shape.parameters))
         return c * count // (self.resources.world_size if sharded else 1)
 
     def teacher(self, shape: ModelShape) -> int:

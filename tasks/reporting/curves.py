@@ -56,7 +56,7 @@ def _panels(metrics: Mapping[str, Lines]) -> dict[str, Points]:
     """Title -> the curve: a metric by step, or the gain of evaluations in training by their KL."""
     panels = {}
     for stage, lines in metrics.items():
-        for name, title in (ONLINE if any("kl" in line for line in lines) else TRAINED).items():
+        for name, title in (ONLINE if any("score" in line for line in lines) else TRAINED).items():
             points = [
                 (line["step"], line[name])
                 for line in lines

@@ -43,7 +43,7 @@ class Experience:
     response_mask: Tensor
     rollout_logprobs: Tensor  # (B,T) as the engine computed them when it sampled
     old_logprobs: Tensor  # (B,T) of the policy before the rollout's updates
-    ref_logprobs: Tensor  # (B,T) of the reference
+    ref_logprobs: Tensor | None  # (B,T) of the reference; None: there is none
     values: Tensor | None  # (B,T) of PPO's critic before the rollout's updates
     components: dict[str, Tensor]  # name of a reward -> (B,), without its weight
     raw_scores: Tensor  # (B,) weighted sum of the components
@@ -52,6 +52,12 @@ class Experience:
     disagreement: Tensor | None  # (B,) of several reward models, see `nn.ensemble`
     loss_mask: Tensor  # (B,T) bool, response tokens that are trained on, a part of response_mask
     component_metrics: dict[str, float] = field(default_factory=dict)  # parts of rewards, means
+
+    @property
+    def rewarded_from(self) -> Tensor:
+        """(B,T) log-probabilities from which a KL in the reward is measured: the reference's, or
+        the policy's own where there is none, as that KL has no weight."""
+        return self.old_logprobs if self.ref_logprobs is None else self.ref_logprobs
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ class Targets:
 class ModelOutputs(NamedTuple):
     """What the models say about one reply of T' tokens."""
 
-    columns: list[Tensor]  # (T',) each: old logprobs, reference logprobs, with a critic values
+    # (T',) each: old logprobs, with a reference its logprobs, with a critic values
+    columns: list[Tensor]
     scores: list[float]  # of each of the reward models; empty without one
 
 
@@ -114,7 +121,8 @@ def score_rollout(
     if models.reward is not None:
         components = {"model": combine_scores(members, job), **components}
     columns = zip(*(o.columns for o in outputs), strict=True)
-    old_logprobs, ref_logprobs, *values = (pad_columns(c) for c in columns)  # (B,T) each
+    old_logprobs, *others = (pad_columns(c) for c in columns)  # (B,T) each
+    ref_logprobs = None if models.reference is None else others.pop(0)
     mask = response_mask(rollout)  # (B,T)
     return Experience(
         rollout=rollout,
@@ -122,7 +130,7 @@ def score_rollout(
         rollout_logprobs=pad_columns([torch.tensor(x) for x in rollout.logprobs]),
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
-        values=values[0] if values else None,
+        values=others[0] if others else None,
         components=components,
         raw_scores=weighted_sum(components, models.weights),
         # A reply that was cut is scored as it stands, less the penalty.
@@ -155,15 +163,17 @@ def run_models(
         )
         input_ids, mask, _, index = batch  # (b,S) each, and where their tokens are
         with strategy.autocast(), first_pass.shared_layers(indices, input_ids, mask, index):
-            ref = models.reference(*batch, job.temperature)  # (b,S)
+            ref = None
+            if models.reference is not None:
+                ref = models.reference(*batch, job.temperature)  # (b,S)
             if first_pass.defers(indices):
-                old, values = torch.zeros_like(ref), None
+                old, values = torch.zeros(input_ids.shape, device=strategy.device), None
             else:
                 old, values, _ = models.trained(*batch, job.temperature)  # (b,S)
             scores = None
             if models.reward is not None:
                 scores = models.reward.each(input_ids, mask, index)  # (k,b)
-        outputs = [old, ref] if values is None else [old, ref, values]
+        outputs = [output for output in (old, ref, values) if output is not None]
         found += by_reply(rollout, indices, outputs, scores)
     return strategy.group.in_order(found)
 

@@ -47,7 +47,7 @@ def next_coefficient(coefficient: float, kl: float, target: float, horizon: floa
 def kl_term(
     job: PPOJob | RLOOJob | ReinforcePPJob, kl_coef: float, micro_batch: MicroBatch, count: float
 ) -> tuple[Tensor | float, Metrics]:
-    """What the KL adds to the loss: nothing where `kl_in` is reward.
+    """What the KL adds to the loss: nothing where `kl_in` is reward, or nobody asks for it.
 
     Args:
         count: what the sum over the tokens is divided by.
@@ -55,7 +55,7 @@ def kl_term(
     Returns:
         The term, and ``kl_loss``, the same without its coefficient.
     """
-    if job.kl_in == "reward":
+    if job.kl_in == "reward" or micro_batch.ref_logprobs is None:
         return 0.0, {}
     kl = kl_loss(
         micro_batch.logprobs, micro_batch.old_logprobs, micro_batch.ref_logprobs,

@@ -52,7 +52,7 @@ class Models:
     """`trained` is trained, all else is frozen."""
 
     trained: ActorCritic | Actor
-    reference: Policy | AdapterOff
+    reference: Policy | AdapterOff | None  # None when no KL is measured
     reward: RewardEnsemble | None  # None when all rewards are rules
     rules: Rules
     weights: dict[str, float]  # of each reward, by name
@@ -80,9 +80,11 @@ def load_models(
     dtype = HALF[job.precision] if half else dtype
     # One after another: the peak is then what is kept, not several whole models.
     saved = 0 if strategy.sharded else share_frozen(trained)
-    reference: Policy | AdapterOff = AdapterOff(trained.policy)
+    reference: Policy | AdapterOff | None = None
     frozen: list[nn.Module] = []
-    if job.lora is None:
+    if job.needs_reference and job.lora is not None:
+        reference = AdapterOff(trained.policy)
+    elif job.needs_reference:
         reference = Policy(load_causal_lm(source, dtype, None, empty)).requires_grad_(False)
         frozen.append(strategy.place_frozen(reference))
         saved += 0 if strategy.sharded else share_frozen(trained, *frozen)
@@ -131,8 +133,10 @@ def share_trunk(
     """
     if job.trainable_layers is None or strategy.sharded or job.ptx_coef > 0:
         return models
-    assert isinstance(models.reference, Policy)  # adapters and trainable layers exclude each other
-    whole: list[nn.Module] = [models.trained.policy.model, models.reference.model]
+    whole: list[nn.Module] = [models.trained.policy.model]
+    if models.reference is not None:
+        assert isinstance(models.reference, Policy)  # adapters exclude trainable layers
+        whole.append(models.reference.model)
     if isinstance(models.trained, ActorCritic):
         whole.append(models.trained.critic.backbone)
     if models.reward is not None:

@@ -21,8 +21,6 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
     replies = experience.rollout.sampled_ids()
     pairs = neighbour_pairs(replies)
     mask = experience.response_mask  # (B,T)
-    k1 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k1")  # (B,T)
-    k3 = kl_estimate(experience.old_logprobs, experience.ref_logprobs, "k3")  # (B,T)
     tokens = mask.sum()
     return {
         "score": float(experience.raw_scores.mean()),
@@ -31,8 +29,7 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
         **experience.component_metrics,
         **score_metrics(job, experience.components, experience.disagreement),
         **{f"failure_{name}": float(n) for name, n in experience.failures.items()},
-        "kl": float((k1 * mask).sum() / len(mask)),
-        "kl_k3": float((k3 * mask).sum() / len(mask)),
+        **kl_metrics(experience),
         "length": float(tokens / len(mask)),
         "at_limit": at_limit(job, experience),
         "finished": float(experience.rollout.finished.float().mean()),
@@ -43,6 +40,16 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
         "rollout_logprob_gap": logprob_gap(experience),
         **episode_metrics(experience.rollout),
     }
+
+
+def kl_metrics(experience: Experience) -> dict[str, float]:
+    """The KL to the reference, by two estimates; {} without one."""
+    old, ref, mask = experience.old_logprobs, experience.ref_logprobs, experience.response_mask
+    if ref is None:
+        return {}
+    k1, k3 = kl_estimate(old, ref, "k1"), kl_estimate(old, ref, "k3")  # (B,T) each
+    found = {"kl": k1, "kl_k3": k3}
+    return {name: float((x * mask).sum() / len(mask)) for name, x in found.items()}
 
 
 def at_limit(job: OnlineJob, experience: Experience) -> float:

@@ -42,7 +42,7 @@ class MicroBatch:
 
     logprobs: Tensor  # (b,T) of the policy as it is now
     old_logprobs: Tensor  # (b,T) of the policy before the rollout's updates
-    ref_logprobs: Tensor  # (b,T)
+    ref_logprobs: Tensor | None  # (b,T); None: there is no reference
     response_mask: Tensor  # (b,T) bool, tokens that the policy sampled
     advantages: Tensor  # (b,T) or (b,)
     values: Tensor | None  # (b,T) of PPO's critic as it is now
@@ -199,7 +199,7 @@ def forward_micro_batch(
     micro_batch = MicroBatch(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
-        ref_logprobs=part(experience.ref_logprobs),
+        ref_logprobs=None if experience.ref_logprobs is None else part(experience.ref_logprobs),
         response_mask=to_device(response_mask, strategy.device),
         advantages=part(targets.advantages),
         values=None if flat_values is None else align(flat_values),

@@ -223,6 +223,19 @@ def test_rules_need_no_reward_model_and_shared_layers_are_held_once() -> None:
     )
 
 
+def test_reference_is_counted_where_a_kl_is_measured() -> None:
+    shape = read_shape(SMOL)
+
+    def frozen(**settings: object) -> int:
+        grpo = GRPOSettings(precision="fp32", kl_coef=0.0, **settings)
+        return estimate(SMOL, grpo, Resources(), "grpo").parts["reference and reward model"]
+
+    assert frozen() == 4 * (shape.parameters + shape.backbone_parameters)
+    assert frozen(max_kl=None) == 4 * shape.backbone_parameters
+    top = 10 * shape.layer_parameters  # of the reward model alone
+    assert frozen(max_kl=None, trainable_layers=10) == pytest.approx(4 * top, rel=0.001)
+
+
 def test_each_member_of_an_ensemble_is_counted() -> None:
     def frozen(members: int, **settings: object) -> int:
         return estimate(
