@@ -1,4 +1,4 @@
-"""Stages in which nothing asks for the KL to the SFT model: the same policy, without a reference."""
+"""Stages in which nothing asks for the KL to the SFT model: the same policy without a reference."""
 
 import pytest
 
