@@ -24,6 +24,8 @@ FIRST_BACKOFF = 1.0  # seconds; doubled with every retry
 MAX_BACKOFF = 60.0  # seconds
 RETRY_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})
 
+NOT_BY_PROXY = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
+
 T = TypeVar("T")
 Read = Callable[[httpx.Response], tuple[str, T | None]]
 """Reads a whole answer: ("", value), or what is wrong with it and None."""
@@ -172,7 +174,10 @@ def without_key(text: str, key: str) -> str:
 
 
 def client_for(key: str, timeout: float, parallel: int) -> httpx.Client:
-    """A client that sends the key, for threads that share its connections."""
+    """A client that sends the key, for threads that share its connections.
+
+    A service of this machine is asked directly, also where the environment names a proxy.
+    """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=parallel)
-    return httpx.Client(headers=headers, timeout=timeout, limits=limits)
+    return httpx.Client(headers=headers, timeout=timeout, limits=limits, mounts=NOT_BY_PROXY)

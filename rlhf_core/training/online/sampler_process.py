@@ -48,6 +48,7 @@ from rlhf_core.system.seeds import derive_seed
 from rlhf_core.training.policy import frozen_storage, new_policy
 from rlhf_core.training.strategy import HALF, Strategy
 
+SHOW_STACK = signal.SIGUSR1  # writes the Python stack of every thread to stderr
 MODULE = __name__ if __name__ != "__main__" else "rlhf_core.training.online.sampler_process"
 
 
@@ -210,6 +211,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     prefer_as_oom_victim()
     faulthandler.enable()
+    faulthandler.register(SHOW_STACK)
     silence_libraries()
     show_own_warnings()
     name_process("rlhf sampler")

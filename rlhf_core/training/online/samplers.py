@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -34,11 +35,12 @@ from rlhf_core.rollout.queue import QueuedReply
 from rlhf_core.runtime.stopping import stop
 from rlhf_core.system.cpus import cpu_cores
 from rlhf_core.system.processes import die_with_parent, python_path
-from rlhf_core.training.online.sampler_process import MODULE, Row, Setup
+from rlhf_core.training.online.sampler_process import MODULE, SHOW_STACK, Row, Setup
 from rlhf_core.training.strategy import HALF, Strategy
 
 END_SECONDS = 10.0  # that a killed process has to end
 POLL_SECONDS = 0.1
+STACK_SECONDS = 1.0  # that a sampler has to show what it does, before it is ended
 
 
 class SamplingStopped(Preempted):
@@ -159,6 +161,9 @@ class Samplers:
         while asked:
             ready = wait(list(asked), self.longest_silence)
             if not ready:
+                for child in asked.values():
+                    child.process.send_signal(SHOW_STACK)
+                time.sleep(STACK_SECONDS)
                 raise JobFailed(self._silent([child.number for child in asked.values()]), "hang")
             for connection in ready:
                 replies = asked[connection].receive()
@@ -174,7 +179,8 @@ class Samplers:
         return (
             f"Of the samplers, {', '.join(map(str, numbers))} have returned no reply for "
             f"{self.longest_silence:g} s (resources.collective_timeout). Raise it if starting one, "
-            "or sampling one reply, can take longer; else the retry starts new ones."
+            "or sampling one reply, can take longer; else see their Python stacks in the log. The "
+            "retry starts new ones."
         )
 
     def close(self) -> None:

@@ -146,6 +146,19 @@ def test_failure_that_passes_is_none(start, services):
     assert asked.answers(items("ab"))[0][0].score == 2.0
 
 
+def test_service_of_this_machine_is_not_asked_by_a_proxy(start, services, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing listens
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server = start(lengths)
+    for url in (server.url, server.url.replace("127.0.0.1", "localhost")):
+        (found,) = services(HttpReward(url=url, retries=0)).answers(items("ab"))
+        assert found[0].score == 2.0
+    with pytest.raises(JudgeError, match="ConnectError"):
+        services(HttpReward(url="http://service.invalid/", retries=0)).answers(items("ab"))
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 520, 524, 529])
 def test_every_failure_of_the_server_is_tried_again(start, services, status):
     tries = []
