@@ -23,7 +23,7 @@ from torch import Tensor
 from rlhf_core.jobs.policy_gradient import GroupSettings
 from rlhf_core.training.batching import batch_rows
 from rlhf_core.training.online.experience import score_by_services, score_without_model
-from rlhf_core.training.online.sampling import GlobalRollout, sample, sample_rows
+from rlhf_core.training.online.sampling import GlobalRollout, sample, sample_between_updates
 from rlhf_core.training.online.scores import weighted_sum
 from rlhf_core.training.online.stage import OnlineStage
 from rlhf_core.training.scoring import score_all
@@ -57,8 +57,7 @@ def sample_groups(stage: OnlineStage, step: int) -> tuple[GlobalRollout, dict[st
         position += len(rows)
         repeated = [row for row in rows for _ in range(job.group_size)]
         stream = step if not rounds else STREAM + ROUNDS * step + len(rounds)
-        rollout = sample_rows(stage, repeated, stream)
-        stage.checkpointer.stop_if_asked(step)
+        rollout = sample_between_updates(stage, repeated, stream, step)
         outcomes, rollout = outcomes_of(stage, job.outcomes, rollout)
         useful = [i for i, same in enumerate(flat_groups(outcomes, job.group_size)) if not same]
         if rounds:

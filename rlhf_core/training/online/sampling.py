@@ -93,10 +93,22 @@ def sample(
     rows = rows_of(stage, step, replies_per_prompt)
     if isinstance(stage.engine, Ahead):
         return sample_ahead(stage, stage.engine, step, rows)
+    return sample_between_updates(stage, rows, step, step)
+
+
+def sample_between_updates(
+    stage: OnlineStage, rows: list[dict[str, Any]], stream: int, step: int
+) -> GlobalRollout:
+    """`sample_rows` after `step` finished steps: if the job is told to stop meanwhile, a checkpoint
+    of them is stored.
+
+    Raises:
+        Preempted: it was.
+    """
     try:
-        rollout = sample_rows(stage, rows, step)
+        rollout = sample_rows(stage, rows, stream)
     except SamplingStopped:
-        stage.checkpointer.stop_if_asked(step)  # with a checkpoint, for this is between two updates
+        stage.checkpointer.stop_if_asked(step)
         raise
     stage.checkpointer.stop_if_asked(step)
     return rollout

@@ -1,12 +1,15 @@
 """Which GPUs samplers get, and what they keep to themselves. What they sample: test_ahead.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, Preempted
 from rlhf_core.jobs import BuiltinRollout, GRPOJob, Resources, VllmRollout
 from rlhf_core.training import strategy
-from rlhf_core.training.online.samplers import own_devices
+from rlhf_core.training.online import sampling
+from rlhf_core.training.online.samplers import SamplingStopped, own_devices
 
 DIGESTS = {"model": "a" * 64, "prompts": "b" * 64, "reward_model": "c" * 64}
 
@@ -49,3 +52,16 @@ def test_samplers_do_not_repeat_what_the_precision_means(monkeypatch, capsys, sp
     assert strategy.Strategy(place, "bf16", 1.0, speaks=speaks).precision == "fp32"
     assert ("has no bf16 arithmetic" in capsys.readouterr().out) is speaks
     torch.distributed.destroy_process_group()
+
+
+def test_rollout_that_is_left_when_the_job_stops_stores_a_checkpoint(monkeypatch):
+    def left(stage, rows, stream):
+        raise SamplingStopped("told to stop")
+
+    def stop_if_asked(step):
+        raise Preempted(f"the checkpoint after step {step}")
+
+    monkeypatch.setattr(sampling, "sample_rows", left)
+    stage = SimpleNamespace(checkpointer=SimpleNamespace(stop_if_asked=stop_if_asked))
+    with pytest.raises(Preempted, match="the checkpoint after step 3"):
+        sampling.sample_between_updates(stage, [], 77, 3)
