@@ -98,6 +98,11 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel], value: Any) -> str 
         message = "a list"
     if kind == "literal_error" and last == "type" and tags:
         message = f"one of {', '.join(tags)}"
+    if last == "key_variable":  # a key that was put there must not reach a log or a run's state
+        return (
+            f"{path}: expected the name of an environment variable, such as OPENAI_API_KEY, never "
+            "the key itself; what stands there is not shown."
+        )
     if kind == "string_pattern_mismatch":
         message = f"a text like {message.rpartition(' pattern ')[2]}"
     needed = message.removeprefix("Input should be ").removeprefix("a valid ").split(", unable")[0]

@@ -75,6 +75,9 @@ def test_unknown_setting_is_explained_in_each_section(kind, path):
          "nothing to call; give one of them, or take the environment calculator"),
         ("data.preference.ax_prompts=1",
          "data.preference.ax_prompts is not a setting; did you mean data.preference.max_prompts?"),
+        ("grpo.rewards=[{type: http, url: 'http://x/score', key_variable: sk-abc123}]",
+         "grpo.rewards.0.key_variable: expected the name of an environment variable, such as "
+         "OPENAI_API_KEY, never the key itself; what stands there is not shown."),
         ("grpo.max_staleness=1",  # not grpo.max_length, which is only written alike
          "grpo.max_staleness is not a setting; did you mean grpo.rollout.max_staleness?"),
         ("grpo.max_completion_length=64",  # TRL's name
