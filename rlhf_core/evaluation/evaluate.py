@@ -124,7 +124,7 @@ def measure_all(
             share_frozen(reference, model, *(reward.members if reward is not None else ()))
         found[name] = measure(job, inputs, group, folder, stream, model, reference, reward)
         if reward is not None:
-            context.log(f"{name}: mean score {mean(found[name].rewards):.3f}")
+            context.log(f"{name}: mean score of the reward model {mean(found[name].rewards):.3f}")
         del model  # before the next one is loaded
     return found
 
