@@ -13,8 +13,17 @@ pytestmark = pytest.mark.slow
 DIGESTS = {"model": "a" * 64, "prompts": "b" * 64, "reward_model": "c" * 64}
 OF_KL = {"kl", "kl_k3", "kl_loss"}
 JOBS = {
-    # rollouts after the first leave their old log-probabilities to the first update
-    "grpo": ("grpo", {"clip_range_high": 0.28, "trainable_layers": 1}),
+    # Rollouts after the first leave their old log-probabilities to the first update; the layers
+    # that run once are the policy's alone.
+    "grpo": (
+        "grpo",
+        {
+            "trainable_layers": 1,
+            "reward_model": None,
+            "epochs": 2,
+            "rewards": [{"type": "length", "target": 3, "width": 1}],
+        },
+    ),
     "rloo": ("rloo", {"kl_in": "loss", "lora": LoRA(rank=2, alpha=8), "learning_rate": 1e-2}),
     "ppo": ("ppo", {"batch_size": 8, "ppo_epochs": 2}),
 }
