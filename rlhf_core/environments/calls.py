@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 _LISTED = re.compile(r"<\|tool_call_start\|>(.*?)(?:<\|tool_call_end\|>|$)", re.DOTALL)
-_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)\s*(?:</function>\s*)?\Z", re.DOTALL)
-_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL)
 _TAG, _REASONED = "<|python_tag|>", "</think>"
 EXAMPLE = '<tool_call>{"name": "...", "arguments": {...}}</tool_call>'
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
@@ -93,14 +92,17 @@ def _read(text: str) -> Call:
 
 
 def _read_xml(text: str) -> Call:
-    function = _FUNCTION.match(text)
-    if function is None:
+    name, closed, inside = text.strip().removeprefix("<function=").partition(">")
+    if not closed or "\n" in name:
         return Call("", {}, "the tag <function=...> of the call is not closed")
-    name, inside = function[1].strip(), function[2]
-    arguments = {match[1].strip(): match[2] for match in _PARAMETER.finditer(inside)}
+    inside = inside.removesuffix("</function>")
+    arguments = {
+        match[1].strip(): match[2].removeprefix("\n").removesuffix("\n")
+        for match in _PARAMETER.finditer(inside)
+    }
     if _PARAMETER.sub("", inside).strip():
         return Call(name, {}, "a <parameter=...> of the call is not closed by </parameter>")
-    return Call(name, arguments, texts=True)
+    return Call(name.strip(), arguments, texts=True)
 
 
 def _read_python(text: str) -> list[Call]:

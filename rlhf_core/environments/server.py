@@ -72,7 +72,7 @@ class Server:
             body = json.dumps(
                 {"name": name, "arguments": arguments, "id": call_id}, allow_nan=False
             )
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ToolError(f"the arguments cannot be written as JSON ({error})") from None
         answer = self._ask("POST", "/call", body)
         try:

@@ -101,6 +101,8 @@ def xml(name, **arguments):
             [Call("f", {"a": "x", "b": [1]}), Call("g", {})],
         ),
         ("<|tool_call_start|>f(a=-1)", [Call("f", {"a": -1})]),
+        (xml("f") + " \n" * 100_000, [Call("f", {}, texts=True)]),  # in time
+        (xml("f", a=" " * 200_000), [Call("f", {"a": " " * 200_000}, texts=True)]),
     ],
 )
 def test_calls_are_found(reply, calls):
@@ -116,6 +118,7 @@ def test_calls_are_found(reply, calls):
         ('<tool_call>{"name": "f"}</tool_call>', "not an object"),
         ('<|python_tag|>{"name"', "not JSON"),
         ("<tool_call>\n<function=f>\n<parameter=a>\n1\n</function></tool_call>", "not closed"),
+        ("<tool_call><function=f\n" + " " * 100_000, "<function=...> of the call is not closed"),
         ("<|tool_call_start|>[f(1)]<|tool_call_end|>", "not of the form [name(key=value)]"),
         ("<|tool_call_start|>[f(a=g())]<|tool_call_end|>", "not of the form [name(key=value)]"),
         ("<|tool_call_start|>[os.f(**{})]", "not of the form [name(key=value)]"),
@@ -296,11 +299,13 @@ def test_server_has_tools(tool_server, monkeypatch):
 def test_arguments_that_cannot_be_sent_are_observations(tool_server):
     """A policy may write anything; the stage goes on."""
     environment = begun(ToolsEnvironment(servers=({"url": tool_server},)))
-    texts, counts = answers(
-        environment, '<tool_call>{"name": "twice", "arguments": {"n": NaN}}</tool_call>'
-    )
-    assert texts[0].startswith("Error: the arguments cannot be written as JSON")
-    assert counts == {"tool_calls": 1, "tool_errors": 1} and Tools.seen == []
+    for reply in (
+        '<tool_call>{"name": "twice", "arguments": {"n": NaN}}</tool_call>',
+        "<|tool_call_start|>[twice(n={1})]<|tool_call_end|>",
+    ):
+        texts, counts = answers(environment, reply)
+        assert texts[0].startswith("Error: the arguments cannot be written as JSON")
+        assert counts == {"tool_calls": 1, "tool_errors": 1} and Tools.seen == []
     half = '<tool_call>{"name": "twice", "arguments": {"n": "\\ud83d"}}</tool_call>'
     texts, counts = answers(environment, half)
     assert counts == {"tool_calls": 1, "tool_errors": 0} and texts == ["\ud83d\ud83d"]
