@@ -127,9 +127,11 @@ def load_models(job: DistillJob, context: StageContext, strategy: Strategy) -> M
         enable_checkpointing(student.model)
     sizes = [student.model.get_input_embeddings().weight.shape[0]]  # type: ignore[union-attr,operator]
     strategy.prepare(student, adamw(student, job, {"": job.learning_rate}))
-    half = strategy.kind != "ddp" and job.precision != "fp32"
+    # It has no gradients and no updates to be exact for. Under ddp on a CPU it stays as it was, so
+    # that runs repeat bit by bit.
+    exact = job.precision == "fp32" or (strategy.kind == "ddp" and strategy.device.type == "cpu")
     teacher = load_causal_lm(
-        context.store.fetch(job.teacher), HALF[job.precision] if half else dtype, nf4, empty
+        context.store.fetch(job.teacher), dtype if exact else HALF[job.precision], nf4, empty
     )
     sizes.append(teacher.get_input_embeddings().weight.shape[0])
     frozen = Policy(teacher).requires_grad_(False)

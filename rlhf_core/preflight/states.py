@@ -141,15 +141,17 @@ class Plan:
         return c * count // (self.resources.world_size if sharded else 1)
 
     def teacher(self, shape: ModelShape) -> int:
-        """Weights of a distillation's teacher.
+        """Weights of a distillation's teacher; of a sharded one also what is whole of it while it
+        is compared with.
 
         Args:
             shape: its sizes.
         """
-        if self.resources.strategy == "ddp":
+        if self.resources.strategy == "ddp" and (self.quantization or not self._on_gpu):
             return replace(self, shape=shape).frozen(shape.parameters)
         ranks = self.resources.world_size if self.resources.strategy == "fsdp2" else 1
-        return self.width * shape.parameters // ranks
+        whole = replace(self, shape=shape).gathered(layers=False)
+        return self.width * shape.parameters // ranks + whole
 
     def divergence(self, predicted: int) -> int:
         """A distillation's loss: arrays of a chunk of both models' logits, and the gradient of the
