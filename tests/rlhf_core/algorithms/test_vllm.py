@@ -115,7 +115,7 @@ def apart(run_plan, make):
     rollout = VllmRollout(cpu_cache_mib=32, max_logprob_gap=0.1, placement="separate")
     ahead = rollout.model_copy(update={"max_staleness": 1, "segments": 2})
     return run_plan(1, {
-        "grpo": (make("grpo", rollout=rollout), {}),
+        "apart": (make("grpo", rollout=rollout), {}),
         "ahead": (make("grpo", rollout=ahead), {}),
     })  # fmt: skip
 
@@ -126,10 +126,10 @@ def sharded(run_plan, make):
     rollout = VllmRollout(cpu_cache_mib=32, max_logprob_gap=0.1, placement="separate")
     place = {"place": {"strategy": "fsdp2"}}
     return run_plan(2, {
-        "grpo": (make("grpo", **place), {}),
-        "lora": (make("grpo", lora=LoRA(rank=2, alpha=8), learning_rate=1e-2, **place), {}),
-        "ppo-bf16": (make("ppo", precision="bf16", minibatches=2, **place), {}),
-        "apart": (make("grpo", rollout=rollout, **place), {}),
+        "fsdp2": (make("grpo", **place), {}),
+        "fsdp2-lora": (make("grpo", lora=LoRA(rank=2, alpha=8), learning_rate=1e-2, **place), {}),
+        "fsdp2-bf16": (make("ppo", precision="bf16", minibatches=2, **place), {}),
+        "fsdp2-apart": (make("grpo", rollout=rollout, **place), {}),
     })  # fmt: skip
 
 
@@ -178,8 +178,8 @@ def test_two_ranks_sample_and_learn_what_one_does(one_rank, two_ranks):
 
 
 def test_engine_in_a_process_of_its_own_samples_the_same(one_rank, apart):
-    assert weight_hashes(apart["grpo"].artifact) == weight_hashes(one_rank["grpo"].artifact)
-    assert samples(apart["grpo"]) == samples(one_rank["grpo"])
+    assert weight_hashes(apart["apart"].artifact) == weight_hashes(one_rank["grpo"].artifact)
+    assert samples(apart["apart"]) == samples(one_rank["grpo"])
 
 
 def test_engine_carries_replies_over_an_update(apart):
@@ -188,16 +188,16 @@ def test_engine_carries_replies_over_an_update(apart):
     assert max(column(run, "staleness_max")) == 1 and max(column(run, "carried_replies")) > 0
 
 
-@pytest.mark.parametrize("name", ("grpo", "lora", "ppo-bf16", "apart"))
+@pytest.mark.parametrize("name", ("fsdp2", "fsdp2-lora", "fsdp2-bf16", "fsdp2-apart"))
 def test_engine_gets_the_weights_of_a_policy_that_no_rank_holds_whole(sharded, name):
     run = sharded[name]
     assert run.artifact is not None, run.said
-    assert max(column(run, "rollout_logprob_gap")) < (0.05 if name == "ppo-bf16" else 1e-4)
+    assert max(column(run, "rollout_logprob_gap")) < (0.05 if name == "fsdp2-bf16" else 1e-4)
     assert column(run, "kl_k3")[-1] > 1e-4, "the policy has moved"
 
 
 def test_sharded_ranks_sample_and_learn_what_one_does(one_rank, sharded):
-    for run in (sharded["grpo"], sharded["apart"]):
+    for run in (sharded["fsdp2"], sharded["fsdp2-apart"]):
         replies = [[s["reply"] for s in step] for step in samples(run)]
         assert replies == [[s["reply"] for s in step] for step in samples(one_rank["grpo"])]
         for name in ("score", "length", "kl", "entropy", "grad_norm"):
