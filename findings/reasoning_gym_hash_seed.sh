@@ -2,9 +2,9 @@
 # reasoning-gym 0.1.25: in five of its tasks the same version, seed and options make other questions or other answers in
 # each process.
 #
-# One would have guessed: the seed decides, as in the 100 other tasks (four entries of each). But these five draw from sets, or search
-# through them, and the order of a set of texts comes from Python's hash, which is salted anew in each process. Nothing says
-# so, and within one process all repeats.
+# One would have guessed: the seed decides, as in the 100 other tasks (four entries of each were compared). But these five
+# draw from sets, or search through them, and the order of a set of texts comes from Python's hash, which is salted anew in
+# each process. Nothing says so, and within one process all repeats.
 #
 # Whom it hurts: who names a task and a seed in place of a file of questions: an evaluation has other questions at each
 # start, a run that resumes trains on others than before, and ranks that make "the same" data set hold different ones, whose
@@ -35,7 +35,7 @@ for task in one:
     pairs = list(zip(one[task], other[task], strict=True))
     differ = [sum(a[part] != b[part] for a, b in pairs) for part in (0, 1)]
     print(f"{task:26} {differ[0]:2} other questions, {differ[1]:2} other answers")
-    assert (sum(differ) > 2) == (task != "leg_counting")
+    assert (sum(differ) > 0) == (task != "leg_counting")
 print("the same in two processes with PYTHONHASHSEED=0:", fixed == fixed_too)
 assert fixed == fixed_too
 PY
