@@ -63,4 +63,4 @@ assert lost == ["gptoss", "llama3_1", "llama3_2", "muse_glimmer"] and as_object 
 assert as_text["write a text in JSON"] == ["gptoss", "llama3_1", "llama3_2", "qwen2_5"]
 assert len(as_text["write braces too many"]) == 4
 PY
-HF_HUB_OFFLINE=1 "$folder/venv/bin/python" "$folder/probe.py"
+HF_HUB_OFFLINE=1 TRANSFORMERS_NO_ADVISORY_WARNINGS=1 "$folder/venv/bin/python" "$folder/probe.py"

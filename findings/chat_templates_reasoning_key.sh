@@ -46,4 +46,4 @@ by_key = {key: sum(len(names) for found, names in read.items() if key in found) 
 print(f"of {count} templates:", ", ".join(f"{n} read {key}" for key, n in by_key.items()))
 assert count == 17 and all(0 < n < count for n in by_key.values())
 PY
-HF_HUB_OFFLINE=1 "$folder/venv/bin/python" "$folder/probe.py"
+HF_HUB_OFFLINE=1 TRANSFORMERS_NO_ADVISORY_WARNINGS=1 "$folder/venv/bin/python" "$folder/probe.py"
