@@ -207,6 +207,9 @@ def group_advantages(
         )
     groups = upcast(scores).view(-1, group_size)  # (G, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
+    # The mean of equal scores may be rounded, and grpo would divide by a deviation as small.
+    flat = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)  # (G, 1)
+    centred = centred.masked_fill(flat, 0.0)
     if kind == "grpo":
         return (centred / (groups.std(dim=1, keepdim=True) + _GRPO_EPS)).reshape(-1)
     if kind == "dr_grpo":

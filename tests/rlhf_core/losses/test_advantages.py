@@ -169,9 +169,11 @@ def test_group_advantages_rloo_is_score_minus_mean_of_the_others() -> None:
     assert got == pytest.approx([0.3 - 1.5, -2.0 - 2.65, 5.0 + 0.85])
 
 
-def test_group_advantages_of_equal_scores_are_zero() -> None:
-    for kind in ("grpo", "rloo"):
-        assert not adv.group_advantages(torch.full((4,), 3.0), 4, kind).any()
+@pytest.mark.parametrize("score", [3.0, 0.7, 10.1, -100.1])
+def test_group_advantages_of_equal_scores_are_zero(score: float) -> None:
+    for kind in ("grpo", "dr_grpo", "rloo"):
+        # 0.7 has no exact mean in fp32: 7 of them over 7 are another number.
+        assert not adv.group_advantages(torch.full((14,), score), 7, kind).any()
 
 
 def test_group_advantages_refuse_bad_groups() -> None:
