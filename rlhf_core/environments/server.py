@@ -11,9 +11,7 @@ put behind these two routes in a few lines.
 from __future__ import annotations
 
 import json
-import os
-import random
-import time
+import threading
 from typing import Any
 
 import httpx
@@ -21,10 +19,18 @@ import httpx
 from rlhf_core.environments.tools import ToolError
 from rlhf_core.errors import ConfigError, TrainingFailure
 from rlhf_core.jobs.environments import ToolServer
-from rlhf_core.system.secrets import REDACTED, redact
+from rlhf_core.judges.posting import (
+    PostFailed,
+    PostRejected,
+    Tries,
+    client_for,
+    get,
+    key_from,
+    post,
+    without_key,
+)
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; doubled with every retry
-RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+CONNECTIONS = 64  # more than threads that step episodes
 
 
 class Server:
@@ -38,10 +44,9 @@ class Server:
             ConfigError: the environment variable with the token is not set.
         """
         self.settings = settings
-        self._time_limit = time_limit
-        self._key = read_token(settings)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client = httpx.Client(headers=headers, timeout=time_limit)
+        self._key = key_from(settings.key_variable, "The tool server")
+        self._tries = Tries(time_limit, settings.retries)
+        self._client = client_for(self._key, time_limit, CONNECTIONS)
 
     def tools(self) -> list[RemoteTool]:
         """What the server offers.
@@ -49,7 +54,7 @@ class Server:
         Raises:
             TrainingFailure: it does not answer. ConfigError: what it answers is no list of tools.
         """
-        answer = self._ask("GET", "/tools")
+        answer = self._ask("/tools")
         try:
             listed = answer.json()
             found = [
@@ -74,7 +79,7 @@ class Server:
             )
         except (TypeError, ValueError, RecursionError) as error:
             raise ToolError(f"the arguments cannot be written as JSON ({error})") from None
-        answer = self._ask("POST", "/call", body)
+        answer = self._ask("/call", body)
         try:
             value = answer.json()
         except ValueError:
@@ -90,47 +95,42 @@ class Server:
         result = value["result"]
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
 
-    def _ask(self, method: str, path: str, body: str | None = None) -> httpx.Response:
+    def _ask(self, path: str, body: str | None = None) -> httpx.Response:
         """An answer that says something of the request.
 
         Args:
-            body: JSON; None: none.
+            body: JSON that is posted; None: a GET.
 
         Raises:
             TrainingFailure: there is none after all retries, or the token is refused.
         """
-        problem, attempts = "", self.settings.retries + 1
-        sent = {} if body is None else {"content-type": "application/json"}
-        for attempt in range(attempts):
-            try:
-                answer = self._client.request(
-                    method, self.settings.url + path, content=body, headers=sent
-                )
-            except httpx.TimeoutException:
-                problem = f"no answer within {self._time_limit:g} s"
-            except httpx.HTTPError as error:
-                problem = f"{type(error).__name__}: {error}"
-            else:
-                if answer.status_code in (401, 403):
-                    used = self.settings.key_variable
-                    raise TrainingFailure(
-                        f"The tool server at {self.settings.url} refused "
-                        f"{'the token in $' + used if used else 'a request without a token'} "
-                        f"(HTTP {answer.status_code}); set the server's key_variable to an "
-                        "environment variable with a token that may call its tools."
-                    )
-                if answer.status_code not in RETRIED:
-                    return answer
-                problem = f"HTTP {answer.status_code}: {answer.text[:200]}"
-            if attempt + 1 < attempts:
-                time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0))
-        shown = redact(problem.replace(self._key, REDACTED) if self._key else problem)
-        times = f"{attempts} time{'s' if attempts > 1 else ''}"
-        raise TrainingFailure(
-            f"The tool server at {self.settings.url} failed {times}: {shown}. Start it, or "
-            "check that the stage's machine reaches it; then retry: the stage goes on from its "
-            "last checkpoint."
-        )
+        url, never = self.settings.url + path, threading.Event()
+
+        def whole(reply: httpx.Response) -> tuple[str, httpx.Response]:
+            return "", reply
+
+        try:
+            if body is None:
+                return get(self._client, url, whole, self._tries, never)
+            return post(self._client, url, body, whole, self._tries, never)
+        except PostRejected as rejected:
+            if rejected.reply.status_code not in (401, 403):
+                return rejected.reply  # a server may say so that a call is wrong
+            used = self.settings.key_variable
+            raise TrainingFailure(
+                f"The tool server at {self.settings.url} refused "
+                f"{'the token in $' + used if used else 'a request without a token'} "
+                f"(HTTP {rejected.reply.status_code}); set the server's key_variable to an "
+                "environment variable with a token that may call its tools."
+            ) from None
+        except PostFailed as failed:
+            times = f"{failed.attempts} time{'s' if failed.attempts > 1 else ''}"
+            shown = without_key(failed.problem, self._key)
+            raise TrainingFailure(
+                f"The tool server at {self.settings.url} failed {times}: {shown}. Start it, or "
+                "check that the stage's machine reaches it; then retry: the stage goes on from its "
+                "last checkpoint."
+            ) from None
 
 
 class RemoteTool:
@@ -144,21 +144,3 @@ class RemoteTool:
 
     def call(self, arguments: dict[str, Any], call_id: str) -> str:
         return self._server.call(self.name, arguments, call_id)
-
-
-def read_token(settings: ToolServer) -> str:
-    """The token from the environment; empty if the settings name no variable.
-
-    Raises:
-        ConfigError: the variable is not set.
-    """
-    if settings.key_variable is None:
-        return ""
-    token = os.environ.get(settings.key_variable, "").strip()
-    if not token:
-        raise ConfigError(
-            f"The token of the tool server {settings.url} comes from the environment variable "
-            f"{settings.key_variable}, which is not set: set it on the stage's machine, or clear "
-            "the server's key_variable."
-        )
-    return token

@@ -6,11 +6,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.jobs.base import LARGEST, PositiveInt, Settings
+from rlhf_core.jobs.judging import KeyVariable, Retries, checked_url
 from rlhf_core.jobs.rewards import Reward
 
 Seconds = Annotated[float, Field(gt=0.0, le=LARGEST)]
@@ -46,23 +46,20 @@ class ToolServer(Settings):
 
     url: str
     """Address, such as http://tools.internal:8080."""
-    key_variable: str | None = None
-    """Environment variable with a bearer token for the server. Empty: none is sent."""
-    retries: Annotated[int, Field(ge=0, le=100)] = 5
-    """Further attempts after a failure of the connection or the server (with growing pauses, up to
-    30 s). The stage fails after the last one."""
+    key_variable: KeyVariable | None = None
+    """Name of the environment variable with a bearer token for the server; never the token itself.
+    It is read where the stage runs. Empty: none is sent."""
+    retries: Retries = 5
+    """Retries of a request that failed (no answer, 429, 5xx). Pauses grow, or follow the server's
+    Retry-After, up to 60 s each. Then the stage fails."""
     version: str = ""
     """Change this when the server's tools do something else. A finished stage is reused while its
     settings stay the same."""
 
     @field_validator("url")
     @classmethod
-    def _address(cls, value: str) -> str:
-        if urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc:
-            raise ValueError(
-                f"{value[:100]!r} is not the address of a server; use http://host:port"
-            )
-        return value.rstrip("/")
+    def _is_an_address(cls, value: str) -> str:
+        return checked_url(value, "http://tools.internal:8080")
 
 
 class ToolsEnvironment(EnvironmentSettings):

@@ -1,4 +1,4 @@
-"""POST requests to a service over HTTP: which failures are worth another try, and for how long.
+"""Requests to a service over HTTP: which failures are worth another try, and for how long.
 
 PostFailed     the service kept failing, or the caller told it to stop
 PostRejected   an answer that another try would not change
@@ -6,6 +6,7 @@ PostRejected   an answer that another try would not change
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
@@ -58,12 +59,31 @@ class Tries:
 def post(
     client: httpx.Client,
     url: str,
-    body: Mapping[str, Any],
+    body: Mapping[str, Any] | str,
     read: Read[T],
     tries: Tries,
     stop: threading.Event,
 ) -> T:
-    """POST JSON, again after failures that may pass: no answer, busy, broken, not readable.
+    """POST JSON, or a text that is JSON. See `_asked`."""
+    sent: dict[str, Any] = {"json": body}
+    if isinstance(body, str):
+        sent = {"content": body, "headers": {"content-type": "application/json"}}
+    return _asked(client, client.build_request("POST", url, **sent), read, tries, stop)
+
+
+def get(client: httpx.Client, url: str, read: Read[T], tries: Tries, stop: threading.Event) -> T:
+    """GET. See `_asked`."""
+    return _asked(client, client.build_request("GET", url), read, tries, stop)
+
+
+def _asked(
+    client: httpx.Client,
+    request: httpx.Request,
+    read: Read[T],
+    tries: Tries,
+    stop: threading.Event,
+) -> T:
+    """Send a request, again after failures that may pass: no answer, busy, broken, not readable.
 
     Pauses double, with chance in them; the service's Retry-After is kept. An answer that came and
     cannot be read is asked for again at once.
@@ -78,7 +98,7 @@ def post(
     for attempt in range(tries.retries + 1):
         pause = min(MAX_BACKOFF, FIRST_BACKOFF * 2**attempt) * random.uniform(0.5, 1.0)
         try:
-            reply = _answer(client, url, body, tries.timeout)
+            reply = _answer(client, request, tries.timeout)
         except httpx.TimeoutException:
             problem = f"no answer within {tries.timeout:g} s"
         except (httpx.TransportError, httpx.DecodingError) as error:
@@ -99,9 +119,7 @@ def post(
     raise PostFailed(problem, attempt + 1)
 
 
-def _answer(
-    client: httpx.Client, url: str, body: Mapping[str, Any], seconds: float
-) -> httpx.Response:
+def _answer(client: httpx.Client, request: httpx.Request, seconds: float) -> httpx.Response:
     """The whole answer. The client's own limit is one of each wait for more of it, and some
     services send spaces for as long as they compute.
 
@@ -109,11 +127,11 @@ def _answer(
         httpx.TimeoutException: it did not end in so many seconds.
     """
     end, parts = monotonic() + seconds, []
-    with client.stream("POST", url, json=body) as reply:
+    with contextlib.closing(client.send(request, stream=True)) as reply:
         for part in reply.iter_raw():
             parts.append(part)
             if monotonic() > end:
-                raise httpx.ReadTimeout("the answer does not end", request=reply.request)
+                raise httpx.ReadTimeout("the answer does not end", request=request)
     return httpx.Response(reply.status_code, headers=reply.headers, content=b"".join(parts))
 
 

@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from pydantic import ValidationError
 
-from rlhf_core.environments import server as servers
 from rlhf_core.environments.calls import Call, find_calls
 from rlhf_core.environments.make import make_environments
 from rlhf_core.errors import ConfigError, TrainingFailure
@@ -20,6 +19,7 @@ from rlhf_core.jobs.environments import (
     PythonEnvironment,
     ToolsEnvironment,
 )
+from rlhf_core.judges import posting
 
 HERE = "tests.rlhf_core.environments.test_tools"
 ROW = {"prompt": [{"role": "user", "content": "?"}], "answer": "12", "episode": "0-3-7"}
@@ -230,7 +230,12 @@ def test_wrong_code_is_named(settings, said):
         ),
         ({"environment": {"type": "calculator", "max_episode_tokens": 64}}, "less than one reply"),
         ({"environment": {"type": "python", "environment": "a.b"}}, "not the path of a class"),
-        ({"environment": {"type": "tools", "servers": [{"url": "host:80"}]}}, "http://host:port"),
+        ({"environment": {"type": "tools", "servers": [{"url": "host:80"}]}}, "not a base URL"),
+        (
+            {"environment": {"type": "tools", "servers": [
+                {"url": "http://host", "key_variable": "sk-1234"}]}},
+            "String should match pattern",
+        ),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(settings, said):
@@ -274,7 +279,7 @@ class Tools(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def tool_server(monkeypatch):
-    monkeypatch.setattr(servers, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(posting, "FIRST_BACKOFF", 0.01)
     Tools.failures, Tools.seen, Tools.statuses = 0, [], 503
     server = ThreadingHTTPServer(("127.0.0.1", 0), Tools)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -285,9 +290,11 @@ def tool_server(monkeypatch):
 
 def test_server_has_tools(tool_server, monkeypatch):
     monkeypatch.setenv("TOOLS_KEY", "sesame")
+    # What is on this machine is not asked through a proxy.
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     settings = ToolsEnvironment(servers=({"url": tool_server + "/", "key_variable": "TOOLS_KEY"},))
     environment = begun(settings)
-    Tools.failures = 2  # it comes back
+    Tools.failures, Tools.statuses = 2, 521  # it comes back
     texts, counts = answers(environment, call("twice", n=21) + call("twice"))
     assert texts == ["42", "Error: n is missing"]
     assert counts == {"tool_calls": 2, "tool_errors": 1}
