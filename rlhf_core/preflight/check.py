@@ -28,6 +28,7 @@ from rlhf_core.preflight.fitting import ways_to_fit
 from rlhf_core.preflight.memory import GIB
 from rlhf_core.preflight.memory import estimate as estimate_memory
 from rlhf_core.preflight.rollout import check_engine_memory, check_rollouts, remarks_on_rollouts
+from rlhf_core.preflight.services import remarks_on_services
 from rlhf_core.preflight.settings import (
     check_adapters,
     check_batches,
@@ -85,7 +86,9 @@ def check(
         found, noticed = check_answers(config, store)
         problems += found
         if remarks is not None:
-            remarks += noticed + (remarks_on_rollouts(config, machine) if here else [])
+            remarks += noticed
+            if here:
+                remarks += remarks_on_rollouts(config, machine) + remarks_on_services(config)
     if contact and here:
         problems += _check_judges(config)
     if contact and config.lm_eval is not None:
