@@ -86,9 +86,7 @@ def check(
         found, noticed = check_answers(config, store)
         problems += found
         if remarks is not None:
-            remarks += noticed
-            if here:
-                remarks += remarks_on_rollouts(config, machine) + remarks_on_services(config)
+            remarks += noticed + (_remarks(config, machine) if here else [])
     if contact and here:
         problems += _check_judges(config)
     if contact and config.lm_eval is not None:
@@ -106,6 +104,10 @@ def check(
         if contact:
             problems += check_disk(config, shape, store)
     return list(dict.fromkeys(problems))
+
+
+def _remarks(config: PipelineConfig, machine: Machine) -> list[str]:
+    return remarks_on_rollouts(config, machine) + remarks_on_services(config)
 
 
 def dry_run(
