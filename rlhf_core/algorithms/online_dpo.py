@@ -1,10 +1,11 @@
 """Online DPO (OAIF, arXiv 2402.04792, algorithm 1): the policy's own pairs, judged at once.
 
-Two replies to each prompt, the rewards pick the better one, and DPO's loss (arXiv 2305.18290) takes
+Two replies to each prompt, a judge picks the better one, and DPO's loss (arXiv 2305.18290) takes
 one step against the SFT model. Notes on the paper:
 
-* The judge is the setting `rewards`: a reward model, rules, or both (the paper's is a language
-  model).
+* The judge is a language model, as in the paper (setting `judge`; asked in both orders, and a pair
+  that it decides otherwise in the other order is a tie), or the higher score by the setting
+  `rewards`: a reward model, rules, or both.
 * One optimizer step per rollout. At that step the loss's gradient with respect to each reply's
   log-probability is known from scoring, so replies are trained one by one (`pairs.reply_weights`);
   the gradient is exactly that of the loss of pairs.
@@ -30,10 +31,11 @@ from rlhf_core.runtime.context import StageContext
 from rlhf_core.store import Artifact
 from rlhf_core.training.online.experience import Targets, score
 from rlhf_core.training.online.heldout import steps_left
+from rlhf_core.training.online.pair_judge import PairJudge
 from rlhf_core.training.online.pairs import pick, reply_weights
 from rlhf_core.training.online.report import report_and_save
 from rlhf_core.training.online.sampling import sample
-from rlhf_core.training.online.stage import fetch_inputs, load_policy, prepare, publish
+from rlhf_core.training.online.stage import OnlineStage, fetch_inputs, load_policy, prepare, publish
 from rlhf_core.training.online.updates import MicroBatch, optimise
 from rlhf_core.training.strategy import Strategy
 
@@ -44,12 +46,16 @@ def run(job: OnlineDPOJob, context: StageContext) -> Artifact | None:
     inputs = fetch_inputs(job, context)
     actor = Actor(load_policy(job, inputs.source, strategy))
     stage = prepare(job, context, strategy, inputs, actor, {"": job.learning_rate})
+    judge = start_judge(job, stage)
 
     for step in steps_left(stage):
         # 1. Two replies to each prompt.
         rollout = sample(stage, step, replies_per_prompt=2)
-        # 2. Score them: policy, reference, reward model, rules.
+        # 2. Score them: policy, reference, and reward model and rules or the judge.
         experience, first_pass = score(stage, step, rollout)
+        asked: Metrics = {}
+        if judge is not None:
+            experience, asked = judge.compare(experience)
         # 3. The better one of each pair, and the loss of the pairs.
         mask = experience.loss_mask  # (B,T)
         pairs = pick(experience.scores, job.min_margin, mask.any(dim=1))
@@ -63,12 +69,19 @@ def run(job: OnlineDPOJob, context: StageContext) -> Artifact | None:
             stage, step, experience, Targets(weights), first_pass, 1, loss
         )
         # 5. Report and save.
-        found |= {"ties": pairs.ties}
+        found |= asked | {"ties": pairs.ties}
         if job.mask_truncated_completions:
             found["masked_pairs"] = pairs.masked
         report_and_save(stage, step, experience, metrics | found)
 
     return publish(stage)
+
+
+def start_judge(job: OnlineDPOJob, stage: OnlineStage) -> PairJudge | None:
+    """Who compares the replies; None where their scores decide. Every rank calls."""
+    if job.judge is None:
+        return None
+    return PairJudge(job.judge, stage.strategy.group, stage.models.tokenizer)
 
 
 def loss_of_pairs(

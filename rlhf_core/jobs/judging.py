@@ -93,8 +93,8 @@ class EndpointSettings(Settings):
     """Retries of a request that failed (no answer, 429, 5xx) or gave no verdict. Pauses grow, or
     follow the endpoint's Retry-After, up to 60 s each."""
     max_unclear: Fraction = 0.05
-    """Largest fraction of questions without a verdict after all retries. They count as ties; more
-    of them fail the stage."""
+    """Largest fraction of questions, in online_dpo of a rollout's, without a verdict after all
+    retries; there one is always allowed. They count as ties; more of them fail the stage."""
 
     @field_validator("url")
     @classmethod

@@ -38,6 +38,7 @@ LATER = (
     "mask_truncated_completions",
     "max_resamples",
     "outcome_rewards",
+    "judge",
 )
 """Settings that are younger than stored results, of all algorithms: their defaults are not in the
 key."""

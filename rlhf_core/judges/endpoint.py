@@ -35,12 +35,15 @@ class EndpointJudge:
         requests, tokens: of the last comparison: questions that were answered, and their tokens
             where the endpoint tells.
 
+    Args:
+        spare: answers without a verdict that are allowed whatever `max_unclear` is.
+
     Raises:
         ConfigError: the environment variable with the key is not set.
     """
 
-    def __init__(self, settings: EndpointJudgeSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: EndpointJudgeSettings, spare: int = 0) -> None:
+        self.settings, self.spare = settings, spare
         self.counts: dict[str, int] = {}
         self.requests = self.tokens = 0
         self._endpoint = ChatEndpoint(settings)
@@ -88,9 +91,10 @@ class EndpointJudge:
         return 0.5
 
     def _check_clear(self, verdicts: list[Verdict]) -> None:
-        """Raise JudgeError if more than `max_unclear` of the answers have no verdict."""
+        """Raise JudgeError if more than `max_unclear` of the answers, and more than `spare`, have
+        no verdict."""
         unclear = verdicts.count("unclear")
-        if unclear > self.settings.max_unclear * len(verdicts):
+        if unclear > max(self.spare, self.settings.max_unclear * len(verdicts)):
             raise JudgeError(
                 f"{unclear} of {len(verdicts)} answers of {self.settings.model} at "
                 f"{self.settings.url} held no verdict ([[A]], [[B]] or [[C]]), the limit is "

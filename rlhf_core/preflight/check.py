@@ -184,15 +184,15 @@ def _check_rewards(config: PipelineConfig) -> list[str]:
     problems = []
     for stage in config.stages:
         settings = recipe.section(config, stage)
-        if not isinstance(settings, recipe.Rewarded):
-            continue
+        if not isinstance(settings, recipe.Rewarded) or not settings.rewards:
+            continue  # without rewards, a judge compares the replies
         found = check_rewards(settings.rewards, config.data.prompts)
         problems += [f"{stage}.{text}" for text in found]
     return problems
 
 
 def _check_judges(config: PipelineConfig) -> list[str]:
-    """The keys of the judges that evaluate and label."""
+    """The keys of the judges that evaluate, label and compare replies in training."""
     from rlhf_core.judges.posting import key_from
 
     judges: dict[str, Any] = {"evaluate.judge_endpoint": config.evaluate.judge_endpoint}
@@ -200,6 +200,8 @@ def _check_judges(config: PipelineConfig) -> list[str]:
         if step.algorithm == "label":
             name, settings = recipe.label_settings(config, step)
             judges[f"{name}.judge"] = settings.judge
+    if "online_dpo" in config.stages:
+        judges["online_dpo.judge"] = config.online_dpo.judge
     problems = []
     for name, judge in judges.items():
         try:

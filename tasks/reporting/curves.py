@@ -56,7 +56,8 @@ def _panels(metrics: Mapping[str, Lines]) -> dict[str, Points]:
     """Title -> the curve: a metric by step, or the gain of evaluations in training by their KL."""
     panels = {}
     for stage, lines in metrics.items():
-        for name, title in (ONLINE if any("score" in line for line in lines) else TRAINED).items():
+        online = any({"score", "ties"} & line.keys() for line in lines)
+        for name, title in (ONLINE if online else TRAINED).items():
             points = [
                 (line["step"], line[name])
                 for line in lines

@@ -18,7 +18,14 @@ SHOWN = {
     "groups_replaced": "groups replaced by other prompts, because all outcomes were alike",
     "groups_still_flat": "groups still alike after all rounds of other prompts",
     "resample_rounds": "rounds of other prompts",
-    "ties": "prompts whose two replies score alike, which teach nothing (share)",
+    "ties": "prompts whose two replies are equally good, which teach nothing (share)",
+    "judge_by_position": "pairs that the judge decides otherwise in the other order",
+    "judge_agreed": "pairs that the judge calls equal in both orders",
+    "judge_half": "pairs that the judge decides in one order only",
+    "judge_identical": "pairs of identical replies",
+    "judge_unclear": "answers of the judge without a verdict",
+    "judge_requests": "requests to the judge",
+    "judge_tokens_per_pair": "tokens that the judge costs, a pair",
     "level": "level of the curriculum",
     "level_pass_rate": "replies that pass at that level (share)",
     "clip_fraction": "tokens whose gradient the clip stops (share)",
@@ -44,7 +51,11 @@ def rollouts(run: Run) -> list[str]:
     rollout. All of them are in its metrics.jsonl, by the names of docs/training.md."""
     found = []
     for stage, result in run.stages.items():
-        lines = [line for line in read_metrics(run.store, result.digest) if "reward" in line]
+        lines = [
+            line
+            for line in read_metrics(run.store, result.digest)
+            if {"reward", "ties"} & line.keys()
+        ]
         if lines:
             heads = [f"{display_name(stage)}: {len(lines)} rollouts", "mean", "first", "last"]
             found.append(table([heads, *(_row(label, v) for label, v in _measured(lines))]))

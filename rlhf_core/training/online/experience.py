@@ -124,6 +124,9 @@ def score_rollout(
     old_logprobs, *others = (pad_columns(c) for c in columns)  # (B,T) each
     ref_logprobs = None if models.reference is None else others.pop(0)
     mask = response_mask(rollout)  # (B,T)
+    raw_scores = torch.zeros(len(mask))  # (B,)
+    if components:  # else a judge compares the replies
+        raw_scores = weighted_sum(components, models.weights)
     return Experience(
         rollout=rollout,
         response_mask=mask,
@@ -132,7 +135,7 @@ def score_rollout(
         ref_logprobs=ref_logprobs,
         values=others[0] if others else None,
         components=components,
-        raw_scores=weighted_sum(components, models.weights),
+        raw_scores=raw_scores,
         # A reply that was cut is scored as it stands, less the penalty.
         scores=shape_scores(job, components, models.weights, rollout.finished),
         failures=failures,

@@ -27,6 +27,8 @@ def shape_scores(
     """What replies earn: the sum of the rewards, clipped and whitened as the job says, less the
     penalty for those that were cut.
 
+    Without rewards the sum is 0: a judge then compares the replies.
+
     Whitening: (s - mean) / sqrt(var + 1e-8) over the global batch, which every rank has whole.
 
     Args:
@@ -38,7 +40,7 @@ def shape_scores(
     if job.score_clip is not None:
         model = components["model"].clamp(-job.score_clip, job.score_clip)
         components = {**components, "model": model}
-    scores = weighted_sum(components, weights)
+    scores = weighted_sum(components, weights) if components else torch.zeros(len(finished))
     if job.score_whiten:
         scores = masked_whiten(scores, torch.ones_like(scores, dtype=torch.bool))
     return scores - job.missing_eos_penalty * (~finished).float()

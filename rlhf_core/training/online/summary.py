@@ -22,9 +22,12 @@ def summarise(job: OnlineJob, experience: Experience) -> dict[str, float]:
     pairs = neighbour_pairs(replies)
     mask = experience.response_mask  # (B,T)
     tokens = mask.sum()
-    return {
+    scored = {
         "score": float(experience.raw_scores.mean()),
         "reward": float(experience.scores.mean()),
+    }
+    return {
+        **(scored if experience.components else {}),  # a judge of pairs gives no scores
         **{f"reward_{name}": float(x.mean()) for name, x in experience.components.items()},
         **experience.component_metrics,
         **score_metrics(job, experience.components, experience.disagreement),

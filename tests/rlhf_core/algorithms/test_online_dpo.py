@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from rlhf_core.jobs import LoRA, Resources
 from rlhf_core.jobs.online_dpo import OnlineDPOJob
+from tests.rlhf_core.rewards.standin import StandIn
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +37,41 @@ def learned(run_plan, make, random_reward):
 
 
 @pytest.fixture(scope="module")
-def one(run_plan, make):
+def judges():
+    """Behind /fair the shorter reply wins; /place goes by position; /down is gone once, when it is
+    asked for the 20th time."""
+    asked = []
+
+    def answer(path, body):
+        asked.append(path)
+        if path.startswith("/down") and asked.count(path) == 20:
+            return 503, "gone", {}
+        first, second, _ = body["messages"][0]["content"].split("<cut>")
+        fair = "[[C]]" if len(first) == len(second) else f"[[{'BA'[len(first) < len(second)]}]]"
+        text = "[[A]]" if path.startswith("/place") else fair
+        return {"choices": [{"message": {"content": text}}], "usage": {"total_tokens": 5}}
+
+    server = StandIn(answer)
+
+    def settings(which):
+        judge = {"url": f"{server.url}/{which}/v1", "model": "m", "retries": 0, "parallel": 1,
+                 "template": "{first}<cut>{second}<cut>{prompt} [[A]] [[B]]"}  # fmt: skip
+        return {"rewards": [], "judge": judge}
+
+    settings.asked = asked
+    yield settings
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def one(run_plan, make, judges):
+    often = {"micro_batch_size": 4, "threads": 1, "device": "cpu", "checkpoint_every": 1}
+    down = make(**judges("down"), resources=Resources(**often))
     plan = {
+        "fair": (make(**judges("fair")), {}),
+        "place": (make(**judges("place")), {}),
+        "down": (down, {"where": "judge"}),
+        "again": (down, {"where": "judge"}),
         "plain": (make(), {}),
         "lora": (make(lora=LoRA(rank=2, alpha=8)), {}),
         "half": (make(), {"where": "cut", "stop_after": 2}),
@@ -46,8 +81,9 @@ def one(run_plan, make):
 
 
 @pytest.fixture(scope="module")
-def two(run_plan, make):
-    return run_plan(2, {kind: (make(kind), {}) for kind in ("ddp", "zero2", "fsdp2")})
+def two(run_plan, make, judges):
+    plan = {kind: (make(kind), {}) for kind in ("ddp", "zero2", "fsdp2")}
+    return run_plan(2, plan | {"fair": (make(**judges("fair")), {})})
 
 
 @pytest.mark.long
@@ -67,14 +103,15 @@ def test_policy_starts_at_the_reference_and_leaves_it(one, name):
     assert abs(margins[-1]) > 1e-6
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero2", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "fsdp2", "fair"])
 def test_two_ranks_compute_what_one_does(one, two, kind):
-    for line, other in zip(two[kind].metrics, one["plain"].metrics, strict=True):
+    alone = one.get(kind, one["plain"])
+    for line, other in zip(two[kind].metrics, alone.metrics, strict=True):
         assert line.keys() == other.keys()
         for name, value in other.items():
             if name != "accuracy":  # of margins near 0 rounding decides
                 np.testing.assert_allclose(line[name], value, 1e-4, 1e-4, err_msg=name)
-    others = one["plain"].weights()
+    others = alone.weights()
     for name, value in two[kind].weights().items():
         np.testing.assert_allclose(value, others[name], atol=2e-5, err_msg=name)
 
@@ -82,3 +119,39 @@ def test_two_ranks_compute_what_one_does(one, two, kind):
 def test_resumed_run_ends_in_the_same_artifact(one):
     assert "the checkpoint after step 2" in one["half"].said
     assert one["rest"].artifact.digest == one["plain"].artifact.digest
+
+
+def test_judge_of_pairs_is_trained_on(one):
+    for line in one["fair"].metrics:
+        counts = {name: line[f"judge_{name}"] for name in ("agreed", "by_position", "identical")}
+        assert counts["by_position"] == line["judge_unclear"] == 0
+        assert line["ties"] == (counts["agreed"] + counts["identical"]) / 8 < 1
+        assert line["judge_requests"] == 2 * (8 - counts["identical"])
+        assert line["judge_tokens_per_pair"] == 5 * line["judge_requests"] / 8
+        assert "loss" in line and not {"score", "reward"} & line.keys()
+    assert abs(one["fair"].metrics[-1]["margin"]) > 1e-6
+
+
+def test_judge_that_contradicts_itself_teaches_nothing(one, stages, models):
+    for line in one["place"].metrics:
+        assert line["ties"] == 1.0 and "loss" not in line
+        assert line["judge_by_position"] + line["judge_identical"] == 8
+    folder = one["place"].store.fetch(models["llama"])
+    start = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        start |= load_file(path)
+    found = one["place"].weights()
+    assert found.keys() <= start.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, start[name].float(), err_msg=name)
+
+
+def test_judge_that_is_down_ends_the_stage_and_the_next_start_goes_on(one, judges):
+    assert "/down/v1 failed 1 times: HTTP 503: gone" in one["down"].said
+    assert not (one["again"].folder / "said.txt").exists()
+    for name, value in one["again"].weights().items():
+        np.testing.assert_array_equal(value, one["fair"].weights()[name], err_msg=name)
+    first, *later = [int(line["judge_requests"]) for line in one["fair"].metrics]
+    assert first < 20, "the second rollout ended it"
+    asked = judges.asked.count("/down/v1/chat/completions")
+    assert asked == 20 + sum(later), "about the first rollout it was asked once"

@@ -125,6 +125,17 @@ def test_more_ranks_than_gpus() -> None:
     assert "at most 4" in problem
 
 
+def test_judge_of_pairs_needs_its_key_and_no_reward_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = {"url": "http://localhost:1/v1", "model": "m", "key_variable": "PAIR_KEY"}
+    run = config(stages=["sft", "online_dpo"], online_dpo={"rewards": [], "judge": judge})
+    monkeypatch.delenv("PAIR_KEY", raising=False)
+    [problem] = check(run, machine=CPU)
+    assert problem.startswith("online_dpo.judge: The judge's key comes from the environment vari")
+    assert "PAIR_KEY, which is not set" in problem
+    monkeypatch.setenv("PAIR_KEY", "marked-0123456789")
+    assert check(run, machine=CPU) == []
+
+
 def test_nodes_that_the_launcher_does_not_have() -> None:
     problem = only_problem(resources={"nodes": 2})
     assert problem == (

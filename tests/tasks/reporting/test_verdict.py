@@ -170,6 +170,7 @@ LABELLED = (
     "url: 'http://localhost:1/v1'}}}}"
 )
 RATED = "ppo.rewards=[{{type: judge, url: 'http://localhost:1/v1', model: {}, weight: {}}}]"
+COMPARED = "online_dpo={{rewards: [], judge: {{url: 'http://localhost:1/v1', model: {}}}}}"
 ENDPOINT = "evaluate.judge_endpoint={{url: 'http://localhost:1/v1', model: {}}}"
 
 
@@ -196,6 +197,8 @@ ENDPOINT = "evaluate.judge_endpoint={{url: 'http://localhost:1/v1', model: {}}}"
          "labeller's family (gpt)"),
         ("smoke", [LABELLED.format("gpt-4.1"), ENDPOINT.format("claude")], "judge", True,
          "no part"),
+        ("smoke", ["stages=[sft, online_dpo]", COMPARED.format("gpt-5"), ENDPOINT.format("gpt-5")],
+         "judge", False, "labelled the pairs"),
         ("smoke", [RATED.format("gpt-5", 1), ENDPOINT.format("gpt-5")], "judge", False,
          "the reward 'judge'"),
         ("smoke", [RATED.format("gpt-5", 1), ENDPOINT.format("gpt-4")], "judge", False,
