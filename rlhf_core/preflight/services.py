@@ -43,6 +43,8 @@ def _services(config: PipelineConfig) -> Iterator[tuple[str, str]]:
             name, labels = recipe.label_settings(config, step)
             if labels.judge is not None:
                 yield f"{name}.judge", labels.judge.url
+    if "online_dpo" in config.stages and config.online_dpo.judge is not None:
+        yield "online_dpo.judge", config.online_dpo.judge.url
     if config.evaluate.judge_endpoint is not None:
         yield "evaluate.judge_endpoint", config.evaluate.judge_endpoint.url
 

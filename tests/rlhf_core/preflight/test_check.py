@@ -133,7 +133,10 @@ def test_judge_of_pairs_needs_its_key_and_no_reward_model(monkeypatch: pytest.Mo
     assert problem.startswith("online_dpo.judge: The judge's key comes from the environment vari")
     assert "PAIR_KEY, which is not set" in problem
     monkeypatch.setenv("PAIR_KEY", "marked-0123456789")
-    assert check(run, machine=CPU) == []
+    remarks: list[str] = []
+    assert check(run, machine=CPU, remarks=remarks) == []
+    assert any(r.startswith("online_dpo.judge: nothing answers at http") for r in remarks)
+    assert "marked" not in str(remarks)
 
 
 def test_nodes_that_the_launcher_does_not_have() -> None:
