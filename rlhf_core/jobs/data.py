@@ -19,7 +19,7 @@ from rlhf_core.jobs.base import (
     job_input,
 )
 from rlhf_core.jobs.ensemble import EnsembleJob
-from rlhf_core.jobs.judging import ASKING, EndpointJudgeSettings, RubricJudgeSettings
+from rlhf_core.jobs.judging import EndpointJudgeSettings, RubricJudgeSettings, without_asking
 from rlhf_core.jobs.sources import DataSettings, EpochSettings, Mixture, Share, Source
 
 
@@ -264,7 +264,7 @@ class LabelJob(SampledPreferences, EnsembleJob):
         if self.judge is None:
             del settings["judge"]
         else:
-            settings["judge"] = {k: v for k, v in settings["judge"].items() if k not in ASKING}
+            settings["judge"] = without_asking(settings["judge"])
         return settings
 
     @model_validator(mode="after")

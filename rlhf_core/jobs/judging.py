@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -47,6 +47,11 @@ KeyVariable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]
 Retries = Annotated[int, Field(ge=0, le=100)]
 Parallel = Annotated[int, Field(ge=1, le=256)]
 Timeout = Annotated[float, Field(gt=0.0, le=3600.0)]
+
+
+def without_asking(judge: dict[str, Any]) -> dict[str, Any]:
+    """A judge's settings without how it is asked, as stage keys cover them."""
+    return {name: value for name, value in judge.items() if name not in ASKING}
 
 
 def checked_url(value: str, example: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.jobs.base import PositiveInt, Resources
-from rlhf_core.jobs.judging import ASKING, EndpointJudgeSettings
+from rlhf_core.jobs.judging import EndpointJudgeSettings, without_asking
 from rlhf_core.jobs.objective import checked_rewards
 from rlhf_core.jobs.online import OnlineJob, OnlineSettings
 from rlhf_core.jobs.rewards import Reward
@@ -121,7 +121,7 @@ class OnlineDPOJob(OnlineDPOSettings, OnlineJob):
         """Leaves out how a judge is asked."""
         settings = super().key_settings()
         if self.judge is not None:
-            settings["judge"] = {k: v for k, v in settings["judge"].items() if k not in ASKING}
+            settings["judge"] = without_asking(settings["judge"])
         return settings
 
     def current_version(self) -> int:

@@ -116,7 +116,8 @@ def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> st
     paths = _paths(PipelineConfig)
     if (own := OTHER_NAMES.get(last)) and own.partition(".")[0] in valid:
         return f"{'.'.join(names)} is not a setting; did you mean {here}{own}?"
-    inside = [p for p in paths if p.startswith(here) and p.rsplit(".", 1)[-1] == last]
+    elsewhere = [p for p in paths if p.rsplit(".", 1)[-1] == last]
+    inside = [p for p in elsewhere if p.startswith(here)]
     if here and inside and ".".join(names) not in paths:
         return f"{'.'.join(names)} is not a setting; did you mean {inside[0]}?"
     close = difflib.get_close_matches(last, valid, 1, 0.6)
@@ -128,8 +129,6 @@ def _unknown(names: list[str], last: str, section: type[BaseModel] | None) -> st
             f"replace the whole section on the command line: --set '{parent}={{source: ...}}'."
         )
     if not close:  # the right name in the wrong section
-        elsewhere = [p for p in paths if p.rsplit(".", 1)[-1] == last]
-        elsewhere.sort(key=lambda p: not p.startswith(here))
         if elsewhere:
             return f"{'.'.join(names)} is not a setting; did you mean {elsewhere[0]}?"
         where, has = ".".join(names[:-1]) or "the top level", ", ".join(sorted(valid))

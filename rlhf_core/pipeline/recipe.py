@@ -28,6 +28,7 @@ from rlhf_core.jobs import (
     job_class,
 )
 from rlhf_core.jobs.best_of_n import BestOfNSettings
+from rlhf_core.jobs.judging import EndpointSettings
 from rlhf_core.jobs.rewards import Reward
 
 BEFORE_ALIGNMENT = ("pretrain", "sft", "reward")
@@ -188,6 +189,22 @@ def label_settings(config: PipelineConfig, step: Step) -> tuple[str, SampledPref
         return "data.rounds", config.data.rounds
     assert isinstance(config.data.preference, SampledPreferences)
     return "data.preference", config.data.preference
+
+
+def labelling_judges(config: PipelineConfig) -> dict[str, EndpointSettings]:
+    """Setting -> the judge behind an endpoint that labels pairs, before training or in it."""
+    labels = [step for step in steps(config) if step.algorithm == "label"]
+    found = {f"{name}.judge": s.judge for name, s in (label_settings(config, x) for x in labels)}
+    if "online_dpo" in config.stages:
+        found["online_dpo.judge"] = config.online_dpo.judge
+    return {name: judge for name, judge in found.items() if judge is not None}
+
+
+def judges(config: PipelineConfig) -> dict[str, EndpointSettings]:
+    """Setting -> the judge behind an endpoint that labels pairs or evaluates."""
+    endpoint = config.evaluate.judge_endpoint
+    own = {} if endpoint is None else {"evaluate.judge_endpoint": endpoint}
+    return labelling_judges(config) | own
 
 
 def section(config: PipelineConfig, algorithm: str) -> TrainSettings:

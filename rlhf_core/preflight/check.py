@@ -195,17 +195,10 @@ def _check_judges(config: PipelineConfig) -> list[str]:
     """The keys of the judges that evaluate, label and compare replies in training."""
     from rlhf_core.judges.posting import key_from
 
-    judges: dict[str, Any] = {"evaluate.judge_endpoint": config.evaluate.judge_endpoint}
-    for step in recipe.steps(config):
-        if step.algorithm == "label":
-            name, settings = recipe.label_settings(config, step)
-            judges[f"{name}.judge"] = settings.judge
-    if "online_dpo" in config.stages:
-        judges["online_dpo.judge"] = config.online_dpo.judge
     problems = []
-    for name, judge in judges.items():
+    for name, judge in recipe.judges(config).items():
         try:
-            key_from(judge.key_variable if judge is not None else None, "The judge")
+            key_from(judge.key_variable, "The judge")
         except RLHFError as error:
             problems.append(f"{name}: {error}")
     return problems

@@ -38,15 +38,8 @@ def _services(config: PipelineConfig) -> Iterator[tuple[str, str]]:
             for number, reward in enumerate(settings.rewards):
                 if isinstance(reward, SERVICES):
                     yield f"{stage}.rewards.{number}", reward.url
-    for step in recipe.steps(config):
-        if step.algorithm == "label":
-            name, labels = recipe.label_settings(config, step)
-            if labels.judge is not None:
-                yield f"{name}.judge", labels.judge.url
-    if "online_dpo" in config.stages and config.online_dpo.judge is not None:
-        yield "online_dpo.judge", config.online_dpo.judge.url
-    if config.evaluate.judge_endpoint is not None:
-        yield "evaluate.judge_endpoint", config.evaluate.judge_endpoint.url
+    for name, judge in recipe.judges(config).items():
+        yield name, judge.url
 
 
 def _silence(url: str) -> str:

@@ -37,6 +37,11 @@ def draw(metrics: Mapping[str, Lines], width: int = 3) -> bytes | None:
     return _draw(panels, width) if panels else None
 
 
+def of_rollout(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics is of a rollout: of its scores, or of its compared pairs."""
+    return bool({"score", "reward", "ties"} & line.keys())
+
+
 def overlay(runs: Mapping[str, Mapping[str, Lines]], width: int = 2) -> bytes | None:
     """The curves of several runs over each other, as `draw`.
 
@@ -56,8 +61,7 @@ def _panels(metrics: Mapping[str, Lines]) -> dict[str, Points]:
     """Title -> the curve: a metric by step, or the gain of evaluations in training by their KL."""
     panels = {}
     for stage, lines in metrics.items():
-        online = any({"score", "ties"} & line.keys() for line in lines)
-        for name, title in (ONLINE if online else TRAINED).items():
+        for name, title in (ONLINE if any(map(of_rollout, lines)) else TRAINED).items():
             points = [
                 (line["step"], line[name])
                 for line in lines

@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 
 from rlhf_core.jobs import PipelineConfig, SampledPreferences
-from rlhf_core.jobs.judging import EndpointSettings
 from rlhf_core.jobs.reward_services import HttpReward, JudgeReward
 from rlhf_core.jobs.rewards import (
     VERIFIERS,
@@ -131,12 +130,7 @@ def _labellers(config: PipelineConfig) -> list[str]:
 
 def _labelling_judges(config: PipelineConfig) -> list[str]:
     """Models behind endpoints that label pairs, before training or in it."""
-    labels = [step for step in recipe.steps(config) if step.algorithm == "label"]
-    judges: list[EndpointSettings | None]
-    judges = [recipe.label_settings(config, step)[1].judge for step in labels]
-    if "online_dpo" in config.stages:
-        judges.append(config.online_dpo.judge)
-    return [judge.model for judge in judges if judge is not None]
+    return [judge.model for judge in recipe.labelling_judges(config).values()]
 
 
 def _rewards(config: PipelineConfig) -> list[Reward]:

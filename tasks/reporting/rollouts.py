@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_core.pipeline.recipe import display_name
-from tasks.reporting.curves import read_metrics
+from tasks.reporting.curves import of_rollout, read_metrics
 from tasks.reporting.markdown import table
 from tasks.run import Run
 
@@ -51,11 +51,7 @@ def rollouts(run: Run) -> list[str]:
     rollout. All of them are in its metrics.jsonl, by the names of docs/training.md."""
     found = []
     for stage, result in run.stages.items():
-        lines = [
-            line
-            for line in read_metrics(run.store, result.digest)
-            if {"reward", "ties"} & line.keys()
-        ]
+        lines = [line for line in read_metrics(run.store, result.digest) if of_rollout(line)]
         if lines:
             heads = [f"{display_name(stage)}: {len(lines)} rollouts", "mean", "first", "last"]
             found.append(table([heads, *(_row(label, v) for label, v in _measured(lines))]))
